@@ -1,0 +1,142 @@
+"""Every setting of the engine, frozen; flags and keywords are derived from these fields.
+
+Owns names, defaults, bounds and one-line descriptions. Everyone reads it, nobody writes it: facts
+found at start (block count, chosen backend) come back in `protocol.WorkerInfo` instead.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+AttentionBackendName = Literal["auto", "torch"]
+AtLeast1 = Annotated[int, Meta(ge=1)]
+AtLeast2 = Annotated[int, Meta(ge=2)]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What runs, where and in which precision."""
+
+    model: Annotated[
+        str, Meta(description="alias (smollm2), directory, .gguf file or Hugging Face id")
+    ] = "smollm2"
+    tokenizer: Annotated[
+        str | None, Meta(description="tokenizer to use instead of the model's own")
+    ] = None
+    skip_tokenizer_init: Annotated[
+        bool, Meta(description="load no tokenizer; prompts and outputs are token ids only")
+    ] = False
+    dtype: Annotated[
+        DType, Meta(description="computing precision; auto: what the checkpoint and device favour")
+    ] = "auto"
+    load_format: Annotated[
+        LoadFormat, Meta(description="where weights come from; dummy: random weights")
+    ] = "auto"
+    max_model_len: Annotated[
+        AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
+    ] = None
+    seed: Annotated[int, Meta(description="seed of requests that bring none")] = 0
+    served_model_name: Annotated[
+        str | None, Meta(description="the name clients see; default: the value of model")
+    ] = None
+    device: Annotated[Device, Meta(description="auto: CUDA if there is one, else the CPU")] = "auto"
+    enforce_eager: Annotated[bool, Meta(description="never capture CUDA graphs")] = False
+    attention_backend: Annotated[
+        AttentionBackendName, Meta(description="auto: the fastest that supports the model")
+    ] = "auto"
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paged KV cache."""
+
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    num_gpu_blocks_override: Annotated[
+        AtLeast2 | None, Meta(description="exactly this many KV blocks, measured or not")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="share of device memory the engine may fill")
+    ] = 0.92
+    kv_cache_memory_bytes: Annotated[
+        AtLeast1 | None, Meta(description="exactly this much memory for KV")
+    ] = None
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="reuse the KV of equal leading blocks")
+    ] = True
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one step may hold."""
+
+    max_num_seqs: Annotated[int, Meta(ge=1, description="sequences running at once")] = 256
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="tokens per step")] = 2048
+    long_prefill_token_threshold: Annotated[
+        int, Meta(ge=0, description="most tokens of one prompt per step; 0: no cap of its own")
+    ] = 0
+    scheduling_policy: Annotated[
+        SchedulingPolicy, Meta(description="fcfs, or priority (lower value first)")
+    ] = "fcfs"
+    max_inflight_steps: Annotated[
+        Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="steps under way at once; default: CUDA 2, CPU 1")
+    ] = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
+        """Build from flat keywords (`block_size=32`).
+
+        Raises `ValueError` naming the field and the remedy: unknown names get the nearest known
+        one, wrong types and out-of-range values get the bound they broke.
+        """
+        nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        for name, value in kwargs.items():
+            nested[section_of(name)][name] = value
+        sections = {s: _convert(nested[s], config_type) for s, config_type in SECTIONS.items()}
+        return cls(**sections)
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+}
+_T = TypeVar("_T")
+
+
+def field_names() -> list[str]:
+    """All flat keywords, in the order the sections list them."""
+    return [name for section in SECTIONS.values() for name in section.__struct_fields__]
+
+
+def section_of(name: str) -> str:
+    """The section a flat keyword belongs to; `ValueError` with the nearest name if none."""
+    for section, config_type in SECTIONS.items():
+        if name in config_type.__struct_fields__:
+            return section
+    raise ValueError(unknown_name("config field", name, field_names()))
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """An error text for a name nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown {kind} {name!r}: {remedy}"
+
+
+def _convert(values: dict[str, Any], config_type: type[_T]) -> _T:
+    try:
+        return msgspec.convert(values, config_type)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise ValueError(f"{path.rstrip('`') or config_type.__name__}: {message}") from None

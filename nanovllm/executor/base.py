@@ -1,0 +1,37 @@
+"""The seam between the core and the device: three methods, no torch.
+
+An executor runs plans in submission order; `EngineCore` is its only caller.
+"""
+
+from typing import Protocol
+
+from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
+
+
+class ProgressCallback(Protocol):
+    """Called often while loading: the phase's name and how far it is, in [0, 1]."""
+
+    def __call__(self, phase: str, progress: float) -> None: ...
+
+
+class StepHandle(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepResult:
+        """Block until the step has run. Raises what the step raised."""
+
+
+class Executor(Protocol):
+    """Owns one or more workers."""
+
+    def start(self) -> WorkerInfo:
+        """Load the model, size the KV cache, and report what was found.
+
+        Raises `ValueError` if the user's configuration cannot work (names field and remedy).
+        """
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Queue one step; returns without waiting for the device."""
+
+    def shutdown(self) -> None:
+        """Free the device. Safe to call twice, and after a failed start."""

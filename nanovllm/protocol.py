@@ -1,0 +1,272 @@
+"""Every message that crosses a process: frontend <-> core and core <-> worker.
+
+msgspec structs, encoded as MessagePack; nothing is ever pickled. Frontend messages are tagged
+unions (`ToCore`, `FromCore`); worker messages are positional (`array_like`). No torch here.
+A *number* is a client's own id of one output sequence: a request with `n` outputs owns the
+numbers `number … number + n - 1`.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from nanovllm.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+HEARTBEAT_INTERVAL_S = 2.0
+STATUS_INTERVAL_S = 1.0
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token's own, its rank from 1, and the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+# ---- frontend -> core
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a client; answered by `Loading` (repeatedly) and then one `Welcome`."""
+
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """One request. `output_token_ids` were generated before (preemption, resume, replay).
+
+    `bad_words_token_ids` are the token sequences of `params.bad_words`, encoded by the frontend.
+    `arrival_s`: how long ago, in seconds, the frontend took the request in.
+    """
+
+    number: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []
+    bad_words_token_ids: list[list[int]] = []
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these sequences; each still unfinished one is answered with reason "abort"."""
+
+    numbers: list[int]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Renews the client's lease."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The client leaves; its requests are aborted and nothing more is sent to it."""
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget all cached blocks. Result: True, or False if blocks in use made it partial."""
+
+
+Operation = ResetPrefixCache
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """A typed operation; answered by the `CallResult` with the same `call_id`."""
+
+    call_id: int
+    operation: Operation
+
+
+ToCore = Hello | AddRequest | Abort | Heartbeat | Goodbye | Call
+
+
+# ---- core -> worker and back
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that takes (or, preempted before, takes again) a device row.
+
+    `token_ids` are all known tokens: the prompt, then outputs so far. `block_ids` cover them all.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: list[int]
+    params: SamplingParams
+    seed: int
+    bad_words_token_ids: list[list[int]]
+
+
+class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
+    """`block_id` becomes entry `index` of the row's block table."""
+
+    row: int
+    index: int
+    block_id: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass, in counts. Parallel lists, one entry per row that runs.
+
+    Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
+    `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
+    stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
+    Order of effects: new_rows, block_appends, then the forward pass.
+    """
+
+    step: int
+    new_rows: list[NewRow]
+    block_appends: list[BlockAppend]
+    rows: list[int]
+    num_computed: list[int]
+    num_scheduled: list[int]
+    sampling: list[int]
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """`token_ids[j]` was sampled for `plan.sampling[j]`.
+
+    `logprobs` maps such a j to that token's log-probabilities; `prompt_logprobs` maps an entry i
+    of the plan to those of the prompt tokens at positions `num_computed[i] + 1 …` of this chunk.
+    """
+
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts found at start, by whoever owns the device.
+
+    `num_blocks` includes block 0, which is reserved for padding and never handed out.
+    `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took.
+    """
+
+    device: str
+    dtype: str
+    attention_backend: str
+    architecture: str
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_parameters: int = 0
+    kv_cache_bytes: int = 0
+    notes: list[str] = []
+    phase_seconds: dict[str, float] = {}
+
+
+# ---- core -> frontend
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """The core is not ready yet: what it does, and how far that is in [0, 1]."""
+
+    phase: str
+    progress: float
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The core is ready and knows the client. `epoch` names this life of the core."""
+
+    client_id: int
+    epoch: str
+    model: str
+    served_model_name: str
+    block_size: int
+    max_num_seqs: int
+    worker: WorkerInfo
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ran for the first time."""
+
+    number: int
+    num_cached_tokens: int
+    queued_ms: float
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it."""
+
+    number: int
+    reason: FinishReason
+    stop_reason: int | None
+    num_preemptions: int
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of some next prompt tokens, in order; position 0 has none."""
+
+    number: int
+    logprobs: list[TokenLogprobs]
+
+
+class Outputs(msgspec.Struct, tag=True, omit_defaults=True):
+    """What one step (or several, merged) brought one client.
+
+    `numbers[i]` got the new token `token_ids[i]`; a number may occur more than once. `logprobs`
+    is empty or maps an index i to that token's log-probabilities. `finished` comes after tokens.
+    """
+
+    numbers: list[int] = []
+    token_ids: list[int] = []
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: list[PromptLogprobs] = []
+    started: list[Started] = []
+    finished: list[Finished] = []
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    """Only this sequence failed. `number` is -1 if the frame was too bad to tell which."""
+
+    number: int
+    message: str
+
+
+class CoreStatus(msgspec.Struct, frozen=True, tag=True):
+    """Sent once a second to every client, the same to all. Counters count from the core's start."""
+
+    epoch: str
+    step: int
+    last_step_ms: float
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_clients: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+class CallResult(msgspec.Struct, frozen=True, tag=True):
+    """`error` is None, or why the call failed."""
+
+    call_id: int
+    result: bool | None = None
+    error: str | None = None
+
+
+class CoreFailed(msgspec.Struct, frozen=True, tag=True):
+    """The core dies of this; sent to every client, also while loading.
+
+    `usage`: the user's configuration is at fault (a `ValueError` at the frontend), not the engine.
+    """
+
+    message: str
+    details: str
+    usage: bool = False
+
+
+FromCore = (
+    Loading | Welcome | Outputs | RequestFailed | CoreStatus | CallResult | CoreFailed
+)

@@ -1,0 +1,157 @@
+"""How one request wants its tokens chosen and returned; names, defaults and meanings are vLLM's.
+
+Owns the only validation of these values: it runs when a `SamplingParams` is made, and again when
+one is decoded from a socket. Raises `ValueError` naming the field and what it takes.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+
+OutputKind = Literal["cumulative", "delta", "final_only"]
+GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sampling and stopping of one request.
+
+    n: outputs per prompt. temperature: below 1e-5 is greedy. top_k: 0 or -1 is off.
+    min_p: relative to the largest probability. presence/frequency_penalty act on output tokens,
+    repetition_penalty on prompt and output. seed: same seed, same prompt, same tokens, whatever
+    else runs. stop: text that ends the output (cut off unless include_stop_str_in_output).
+    max_tokens: None means up to max_model_len. min_tokens: before this many, EOS and
+    stop_token_ids cannot be sampled and stop strings are not looked for.
+    logprobs / prompt_logprobs: how many alternatives, besides the token itself; -1 is the whole
+    vocabulary. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
+    all so far in each output, "delta" only what is new, "final_only" yields once.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: OutputKind = "cumulative"
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+
+    def __post_init__(self) -> None:
+        _canonicalize(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+def _canonicalize(params: SamplingParams) -> None:
+    """Accept the spellings vLLM accepts: one stop string, top_k=-1, seed=-1, None for empty."""
+    changed: dict[str, object] = {}
+    if isinstance(params.stop, str):
+        changed["stop"] = [params.stop]
+    for name in ("stop", "stop_token_ids", "bad_words"):
+        if getattr(params, name) is None:
+            changed[name] = []
+    if params.logit_bias is None:
+        changed["logit_bias"] = {}
+    elif params.logit_bias:
+        changed["logit_bias"] = {
+            int(token): max(-100.0, min(100.0, float(bias)))
+            for token, bias in params.logit_bias.items()
+        }
+    if params.top_k == -1:
+        changed["top_k"] = 0
+    if params.seed == -1:
+        changed["seed"] = None
+    for name, value in changed.items():
+        msgspec.structs.force_setattr(params, name, value)
+
+
+def _check_ranges(params: SamplingParams) -> None:
+    for name, low, high in (
+        ("presence_penalty", -2.0, 2.0),
+        ("frequency_penalty", -2.0, 2.0),
+        ("temperature", 0.0, math.inf),
+        ("min_p", 0.0, 1.0),
+    ):
+        _require_number(params, name)
+        value = getattr(params, name)
+        if not low <= value <= high or math.isinf(value):
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}], not {value}")
+    for name in ("repetition_penalty", "top_p"):
+        _require_number(params, name)
+        value = getattr(params, name)
+        if not value > 0 or math.isinf(value):
+            raise ValueError(f"{name} must be greater than 0, not {value}")
+    if params.top_p > 1:
+        raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
+    for name, least in (("n", 1), ("top_k", 0), ("min_tokens", 0)):
+        _require_int(name, getattr(params, name), least)
+    if params.max_tokens is not None:
+        _require_int("max_tokens", params.max_tokens, 1)
+    if params.seed is not None:
+        _require_int("seed", params.seed, -(2**63), most=2**63 - 1)
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if value is not None:
+            _require_int(name, value, -1)
+            if value > MAX_LOGPROBS:
+                raise ValueError(f"{name} must be at most {MAX_LOGPROBS}, or -1 for all: {value}")
+    for token, bias in params.logit_bias.items():
+        if math.isnan(bias):
+            raise ValueError(f"logit_bias of token {token} is not a number")
+
+
+def _check_combinations(params: SamplingParams) -> None:
+    if params.greedy and params.n > 1:
+        raise ValueError(f"n must be 1 with temperature 0 (all would be equal), not {params.n}")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise ValueError(
+            f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens})"
+        )
+    if any(not isinstance(text, str) or not text for text in params.stop):
+        raise ValueError("stop must hold non-empty strings only")
+    if params.stop and not params.detokenize:
+        raise ValueError("stop strings need detokenize=True; or use stop_token_ids")
+    if any(not isinstance(text, str) or not text for text in params.bad_words):
+        raise ValueError("bad_words must hold non-empty strings only")
+    if params.allowed_token_ids is not None and not params.allowed_token_ids:
+        raise ValueError("allowed_token_ids is empty: nothing could be sampled; leave it None")
+    if params.output_kind not in ("cumulative", "delta", "final_only"):
+        raise ValueError(
+            f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
+        )
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        for token in getattr(params, name) or ():
+            _require_int(name, token, 0)
+
+
+def _require_number(params: SamplingParams, name: str) -> None:
+    value = getattr(params, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+
+
+def _require_int(name: str, value: object, least: int, *, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, not {value}")

@@ -1,0 +1,49 @@
+"""The attention seam: four members per backend, one table, one choice made at start.
+
+A backend only reads the paged cache: the step's own keys and values are already in it
+(`Kernels.rope_and_cache` wrote them), so one maths serves decode, chunks and mixed batches.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanovllm.worker.forward_batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What the model asks of attention; head counts are those of this rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    block_size: int
+    sliding_window: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+class AttentionBackend(Protocol):
+    """Causal paged attention with grouped queries (Dao et al. 2022; Kwon et al. 2023)."""
+
+    @staticmethod
+    def unsupported(spec: AttentionSpec) -> str | None:
+        """Why this backend cannot serve `spec`, or None if it can."""
+
+    @staticmethod
+    def kv_shape(spec: AttentionSpec, *, num_layers: int, num_blocks: int) -> tuple[int, ...]:
+        """Shape of the whole cache: [2, layers, blocks, block_size, kv_heads, head_dim]."""
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Once per step, before any layer and outside any CUDA graph."""
+
+    def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
+        """Attend. Capturable in a CUDA graph.
+
+        query: [num_tokens, num_heads, head_dim]; layer_cache: [2, num_blocks, block_size,
+        num_kv_heads, head_dim], keys then values. Returns a tensor of query's shape.
+        """
