@@ -81,7 +81,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         SchedulingPolicy, Meta(description="fcfs, or priority (lower value first)")
     ] = "fcfs"
     max_inflight_steps: Annotated[
-        Annotated[int, Meta(ge=1, le=8)] | None, Meta(description="steps under way at once; default: CUDA 2, CPU 1")
+        Annotated[int, Meta(ge=1, le=8)] | None,
+        Meta(description="steps under way at once; default: CUDA 2, CPU 1"),
     ] = None
 
 

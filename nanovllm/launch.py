@@ -1,0 +1,112 @@
+"""Composition root: configuration → executor → core process → handle.
+
+`start_core` is what frontends call; `core_main` is the program it starts, and, as the console
+script `nanovllm-core`, what an operator runs to have a core that many clients share.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.process import CoreServer, stop_on_signals, watch_owner
+from nanovllm.executor.base import Executor, ProgressCallback
+from nanovllm.flags import add_config_flags, config_values
+
+EXECUTORS = {"inline": "nanovllm.executor.inline:InlineExecutor"}
+USAGE_ERROR = 2
+
+
+@dataclass
+class CoreHandle:
+    """A core process owned by this one; it ends when `close` is called or this process dies."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    _owner_end: socket.socket
+    _directory: Path | None = field(default=None)
+
+    def close(self, timeout_s: float = 10.0) -> int:
+        """End the core: politely, then by SIGTERM, then by SIGKILL. Returns its exit code."""
+        self._owner_end.close()
+        for insist in (self.process.terminate, self.process.kill):
+            try:
+                self.process.wait(timeout_s / 2)
+                break
+            except subprocess.TimeoutExpired:
+                insist()
+        code = self.process.wait()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        return code
+
+
+def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandle:
+    """Start a core as a program of its own and return at once; clients see it load.
+
+    address: where it binds; by default a socket in a fresh directory only this user can enter.
+    """
+    directory = None
+    if address is None:
+        directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
+        address = f"ipc://{directory}/core.sock"
+    owner_end, core_end = socket.socketpair()
+    command = [sys.executable, "-m", "nanovllm.launch", "--address", address]
+    command += ["--owner-fd", str(core_end.fileno())]
+    command += ["--config-json", msgspec.json.encode(config).decode()]
+    # A session of its own, so that Ctrl-C at the owner's terminal is the owner's affair.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        pass_fds=[core_end.fileno()],
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    core_end.close()
+    return CoreHandle(address, process, owner_end, directory)
+
+
+def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
+    """The executor this configuration asks for."""
+    module, _, name = EXECUTORS["inline"].partition(":")
+    executor: Executor = getattr(import_module(module), name)(config, on_progress)
+    return executor
+
+
+def core_main(argv: list[str] | None = None) -> int:
+    """Run a core in this process until it is told to stop. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="nanovllm-core", description="Run an engine core alone; clients attach to its address."
+    )
+    parser.add_argument("--address", required=True, help="ipc://PATH or tcp://HOST:PORT to bind")
+    parser.add_argument("--owner-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--config-json", help=argparse.SUPPRESS)
+    add_config_flags(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.config_json is not None:
+            config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
+        else:
+            config = EngineConfig.from_kwargs(**config_values(arguments))
+        server = CoreServer(config, arguments.address)
+        stop_on_signals(server.stop)
+        if arguments.owner_fd is not None:
+            watch_owner(arguments.owner_fd, server.stop)
+        server.run(make_executor(config, server.on_progress))
+    except ValueError as error:
+        print(f"nanovllm-core: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(core_main())

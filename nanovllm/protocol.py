@@ -267,6 +267,4 @@ class CoreFailed(msgspec.Struct, frozen=True, tag=True):
     usage: bool = False
 
 
-FromCore = (
-    Loading | Welcome | Outputs | RequestFailed | CoreStatus | CallResult | CoreFailed
-)
+FromCore = Loading | Welcome | Outputs | RequestFailed | CoreStatus | CallResult | CoreFailed

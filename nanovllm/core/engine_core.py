@@ -1,0 +1,155 @@
+"""The straight line of the engine: requests in, steps through the executor, outputs out.
+
+Owns the sequences by (client, number) and the steps in flight; `process.CoreServer` calls it from
+its busy loop. Synchronous and overlapped execution differ in one integer, `max_inflight_steps`.
+"""
+
+import random
+import time
+from collections import deque
+
+import msgspec
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.scheduler import ScheduledStep, Scheduler, StepOutputs
+from nanovllm.core.sequence import Sequence
+from nanovllm.executor.base import Executor, StepHandle
+from nanovllm.protocol import AddRequest, CoreStatus, WorkerInfo
+
+Key = tuple[int, int]
+
+
+class EngineCore:
+    """Runs sequences on `executor`, which has been started and reported `info`."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo) -> None:
+        default_depth = 2 if info.device.startswith("cuda") else 1
+        self._max_inflight = config.scheduler.max_inflight_steps or default_depth
+        self._executor = executor
+        self._info = info
+        self._blocks = BlockManager(
+            num_blocks=info.num_blocks,
+            block_size=config.cache.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._blocks,
+            max_model_len=info.max_model_len,
+            eos_token_ids=frozenset(info.eos_token_ids),
+        )
+        self._seeds = random.Random(config.model.seed)
+        self._sequences: dict[Key, Sequence] = {}
+        self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._num_steps = 0
+        self._last_step_s = 0.0
+        self._last_result_at = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._sequences or self._inflight)
+
+    def add(self, client_id: int, request: AddRequest) -> None:
+        """Queue all `n` sequences of a request.
+
+        Raises `ValueError` naming the field; nothing is queued then. Frontends check the same
+        before they send: this guards the core against those that do not.
+        """
+        self._check(client_id, request)
+        params = request.params
+        leader: Sequence | None = None
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        for index in range(params.n):
+            number = request.number + index
+            sequence = Sequence(client_id, number, request.prompt_token_ids.copy(), params)
+            sequence.token_ids += request.output_token_ids
+            sequence.bad_words_token_ids = request.bad_words_token_ids
+            sequence.cache_salt = request.cache_salt
+            sequence.seed = (seed + index) & (2**63 - 1)
+            if leader is not None:
+                sequence.leader = leader
+                if params.prompt_logprobs is not None:  # the leader reports them for all
+                    sequence.params = msgspec.structs.replace(params, prompt_logprobs=None)
+            leader = leader or sequence
+            self._sequences[client_id, number] = sequence
+            self._scheduler.add(sequence, priority=request.priority)
+
+    def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
+        """End those of `numbers` that still run; returns them, finished."""
+        aborted = []
+        for number in numbers:
+            sequence = self._sequences.pop((client_id, number), None)
+            if sequence is not None:
+                self._scheduler.finish(sequence, "abort")
+                aborted.append(sequence)
+        return aborted
+
+    def abort_client(self, client_id: int) -> None:
+        """End everything a client still has running."""
+        self.abort(client_id, [number for client, number in self._sequences if client == client_id])
+
+    def step(self) -> StepOutputs | None:
+        """Submit the next step if there is one; take in the oldest result if it is time to."""
+        step = self._scheduler.schedule()
+        if step is not None:
+            self._inflight.append((step, self._executor.submit(step.plan)))
+        if not self._inflight or (step is not None and len(self._inflight) < self._max_inflight):
+            return None
+        step, handle = self._inflight.popleft()
+        result = handle.result()
+        self._count_step()
+        outputs = self._scheduler.update(step, result)
+        for sequence in outputs.finished:
+            del self._sequences[sequence.client_id, sequence.number]
+        return outputs
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; True if none was in use."""
+        return self._blocks.reset_prefix_cache()
+
+    def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
+        """Counts and counters of this moment."""
+        scheduler, blocks = self._scheduler, self._blocks
+        return CoreStatus(
+            epoch=epoch,
+            step=self._num_steps,
+            last_step_ms=self._last_step_s * 1e3,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=blocks.num_blocks - 1,
+            num_free_blocks=blocks.num_free_blocks,
+            num_clients=num_clients,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_generation_tokens=scheduler.num_generation_tokens,
+            prefix_cache_queries=blocks.num_queries,
+            prefix_cache_hits=blocks.num_hits,
+        )
+
+    def _count_step(self) -> None:
+        now = time.monotonic()
+        self._last_step_s = now - self._last_result_at
+        self._last_result_at = now
+        self._num_steps += 1
+
+    def _check(self, client_id: int, request: AddRequest) -> None:
+        prompt, info = request.prompt_token_ids, self._info
+        num_known = len(prompt) + len(request.output_token_ids)
+        if not prompt:
+            raise ValueError("prompt_token_ids is empty: send at least one token")
+        if num_known >= info.max_model_len:
+            raise ValueError(
+                f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
+                f"max_model_len is {info.max_model_len}"
+            )
+        max_tokens = request.params.max_tokens
+        if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
+            raise ValueError("output_token_ids: max_tokens were generated already")
+        for token_ids in (prompt, request.output_token_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
+                raise ValueError(f"token ids must be in [0, {info.vocab_size})")
+        for index in range(request.params.n):
+            if (client_id, request.number + index) in self._sequences:
+                raise ValueError(f"number {request.number + index} is in use: count upwards")

@@ -1,0 +1,94 @@
+"""One output being generated, as the core sees it: counts, known tokens and what it holds.
+
+Owned by `Scheduler`, which alone changes it. Invariants: `num_computed` counts positions whose KV
+is written or will be by a submitted step; `num_pending` counts sampled ids not yet back from the
+device; `len(token_ids) + num_pending` is the length by count, `len(token_ids)` what is known.
+"""
+
+import sys
+from enum import Enum
+
+from nanovllm.protocol import FinishReason
+from nanovllm.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence is. FINISHED is final; RUNNING and WAITING alternate by preemption."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+class Sequence:
+    """`number` is the client's own id of this output; `order` ranks it: lower runs first."""
+
+    __slots__ = (
+        "bad_words_token_ids",
+        "block_ids",
+        "block_keys",
+        "cache_salt",
+        "capacity",
+        "client_id",
+        "finish_reason",
+        "forks",
+        "leader",
+        "max_total",
+        "min_total",
+        "next_registration",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "number",
+        "order",
+        "params",
+        "queued_at",
+        "row",
+        "seed",
+        "started_at",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self, client_id: int, number: int, token_ids: list[int], params: SamplingParams
+    ) -> None:
+        self.client_id = client_id
+        self.number = number
+        self.token_ids = token_ids
+        self.params = params
+        self.num_prompt_tokens = len(token_ids)
+        self.num_computed = 0
+        self.num_pending = 0
+        self.max_total = sys.maxsize  # length by count at which it ends with reason "length"
+        self.min_total = 0  # known length below which no stop counts
+        self.stop_ids: frozenset[int] = frozenset()
+        self.seed = 0
+        self.order = (0, 0)  # (priority, arrival)
+        self.bad_words_token_ids: list[list[int]] = []
+        self.cache_salt: str | None = None
+        self.leader: Sequence | None = None  # the sibling whose prompt blocks it may share
+        self.forks: list[Sequence] = []  # siblings that wait for this prompt to be computed
+        self.row = -1
+        self.block_ids: list[int] = []
+        self.capacity = 0  # tokens that fit into block_ids
+        self.block_keys: list[bytes] = []  # prefix keys of leading full blocks, as far as needed
+        self.next_registration = sys.maxsize  # tokens that must be computed to register one more
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.queued_at = 0.0
+        self.started_at = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.client_id}:{self.number} {self.status.name} row={self.row} "
+            f"known={len(self.token_ids)} pending={self.num_pending} "
+            f"computed={self.num_computed} blocks={len(self.block_ids)})"
+        )

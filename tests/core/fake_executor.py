@@ -1,0 +1,136 @@
+"""An executor without a device that still has KV: it models what every cache slot holds.
+
+A token's "KV" is a digest of all tokens up to it, so the id sampled at a position proves that every
+slot the sequence may attend to was written by the right tokens, in the right order, and by nobody
+since. Steps run when their result is asked for, or all before it, in submission order: as late as
+a device could be.
+"""
+
+from collections import deque
+
+import xxhash
+
+from nanovllm.config import EngineConfig
+from nanovllm.protocol import NewRow, StepPlan, StepResult, WorkerInfo
+
+VOCAB_SIZE = 1000
+
+
+def digest(parent: bytes, token_id: int) -> bytes:
+    return xxhash.xxh3_64_digest(parent + token_id.to_bytes(4, "little"))
+
+
+def sample(digest_: bytes, seed: int) -> int:
+    return int.from_bytes(xxhash.xxh3_64_digest(digest_, seed=seed), "little") % VOCAB_SIZE
+
+
+def reference(prompt: list[int], seed: int, num_outputs: int, stop: frozenset[int]) -> list[int]:
+    """What one sequence alone must produce."""
+    state = b""
+    for token_id in prompt:
+        state = digest(state, token_id)
+    outputs: list[int] = []
+    while len(outputs) < num_outputs and not (outputs and outputs[-1] in stop):
+        outputs.append(sample(state, seed))
+        state = digest(state, outputs[-1])
+    return outputs
+
+
+class FakeHandle:
+    def __init__(self, executor: "FakeExecutor", plan: StepPlan) -> None:
+        self._executor = executor
+        self._plan = plan
+
+    def result(self) -> StepResult:
+        return self._executor.run_until(self._plan.step)
+
+
+class FakeExecutor:
+    """`submit` only queues; the device's rows and slots change when a step is run."""
+
+    def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int) -> None:
+        self._block_size = config.cache.block_size
+        self._max_seqs = config.scheduler.max_num_seqs
+        self._budget = config.scheduler.max_num_batched_tokens
+        self._num_blocks = num_blocks
+        self._max_model_len = max_model_len
+        self._queue: deque[StepPlan] = deque()
+        self._results: dict[int, StepResult] = {}
+        self._slots: list[bytes | None] = [None] * (num_blocks * self._block_size)
+        self._rows: dict[int, NewRow] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int]] = {}
+
+    def start(self) -> WorkerInfo:
+        return WorkerInfo(
+            device="fake",
+            dtype="none",
+            attention_backend="none",
+            architecture="Fake",
+            num_blocks=self._num_blocks,
+            max_model_len=self._max_model_len,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=[0],
+        )
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        assert len(plan.rows) == len(set(plan.rows)) <= self._max_seqs
+        assert 0 < sum(plan.num_scheduled) <= self._budget
+        self._queue.append(plan)
+        return FakeHandle(self, plan)
+
+    def shutdown(self) -> None:
+        self._queue.clear()
+
+    def run_until(self, step: int) -> StepResult:
+        while step not in self._results:
+            plan = self._queue.popleft()
+            self._results[plan.step] = self._run(plan)
+        return self._results.pop(step)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        for new in plan.new_rows:
+            assert 0 <= new.row < self._max_seqs
+            self._rows[new.row] = new
+            self._tokens[new.row] = list(new.token_ids)
+            self._tables[new.row] = list(new.block_ids)
+        for append in plan.block_appends:
+            assert append.index == len(self._tables[append.row])
+            self._tables[append.row].append(append.block_id)
+        entries = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))
+        written: set[int] = set()
+        # Two passes, as a layer does it: every row writes its KV before any row attends.
+        for row, start, count in entries:
+            for position in range(start, start + count):
+                slot = self._slot(row, position)
+                assert slot not in written, "two rows write one slot in one step"
+                written.add(slot)
+        for row, start, count in entries:
+            state = self._slots[self._slot(row, start - 1)] if start else b""
+            for position in range(start, start + count):
+                assert state is not None, "the KV before this token was never written"
+                state = digest(state, self._tokens[row][position])
+                self._slots[self._slot(row, position)] = state
+        sampled = []
+        for entry in plan.sampling:
+            row, start, count = entries[entry]
+            end = start + count
+            assert end == len(self._tokens[row]), "sampled before the last known token"
+            state = self._attend(row, end)
+            token_id = sample(state, self._rows[row].seed)
+            self._tokens[row].append(token_id)
+            sampled.append(token_id)
+        return StepResult(plan.step, sampled)
+
+    def _attend(self, row: int, end: int) -> bytes:
+        """Check every slot of the context, not only the last, and return the last."""
+        state = b""
+        for position in range(end):
+            state = digest(state, self._tokens[row][position])
+            assert self._slots[self._slot(row, position)] == state, f"wrong KV at {position}"
+        return state
+
+    def _slot(self, row: int, position: int) -> int:
+        block_id = self._tables[row][position // self._block_size]
+        assert 0 < block_id < self._num_blocks, "block 0 is for padding only"
+        return block_id * self._block_size + position % self._block_size

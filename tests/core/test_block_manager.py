@@ -1,0 +1,150 @@
+"""Blocks: allocation, sharing, order of reuse, and the verified prefix cache."""
+
+import pytest
+
+from nanovllm.core.block_manager import BlockManager, FreeList
+from nanovllm.core.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+BLOCK_SIZE = 4
+
+
+def make_sequence(token_ids: list[int], *, salt: str | None = None) -> Sequence:
+    sequence = Sequence(0, 0, token_ids, SamplingParams())
+    sequence.cache_salt = salt
+    return sequence
+
+
+def make_blocks(num_blocks: int = 10, *, caching: bool = True) -> BlockManager:
+    return BlockManager(
+        num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=caching
+    )
+
+
+def run(blocks: BlockManager, sequence: Sequence) -> None:
+    """Hold, compute all known tokens, register."""
+    shared = blocks.cached_prefix(sequence)
+    blocks.hold(sequence, shared)
+    sequence.num_computed = len(sequence.token_ids)
+    blocks.register(sequence)
+
+
+def test_free_list_keeps_its_order() -> None:
+    free = FreeList(6)
+    assert list(free) == [1, 2, 3, 4, 5]
+    free.remove(3)
+    assert [free.pop_first(), free.pop_first()] == [1, 2]
+    free.append(1)
+    free.prepend(3)
+    assert list(free) == [3, 4, 5, 1] and len(free) == 4
+
+
+def test_block_0_is_never_handed_out() -> None:
+    blocks = make_blocks(4)
+    sequence = make_sequence(list(range(12)))
+    assert blocks.can_hold(sequence, [])
+    blocks.hold(sequence, [])
+    assert sorted(sequence.block_ids) == [1, 2, 3]
+    assert blocks.num_free_blocks == 0
+    assert not blocks.can_hold(make_sequence([1]), [])
+
+
+def test_full_blocks_are_found_again_short_of_the_last_token() -> None:
+    blocks = make_blocks()
+    first = make_sequence(list(range(10)))
+    run(blocks, first)
+    assert blocks.cached_prefix(make_sequence(list(range(10)))) == first.block_ids[:2]
+    assert blocks.cached_prefix(make_sequence(list(range(9)))) == first.block_ids[:2]
+    assert blocks.cached_prefix(make_sequence(list(range(8)))) == first.block_ids[:1]
+    assert blocks.cached_prefix(make_sequence([9, *range(1, 10)])) == []
+    assert blocks.cached_prefix(make_sequence([0, 1, 2, 3, 9, 9, 9, 9, 9])) == first.block_ids[:1]
+
+
+def test_cached_blocks_survive_their_holder_and_are_shared() -> None:
+    blocks = make_blocks()
+    first = make_sequence(list(range(10)))
+    run(blocks, first)
+    held = list(first.block_ids)
+    blocks.release(first)
+    second, third = make_sequence(list(range(10))), make_sequence(list(range(10)))
+    run(blocks, second)
+    run(blocks, third)
+    assert second.block_ids[:2] == third.block_ids[:2] == held[:2]
+    assert second.block_ids[2] != third.block_ids[2]
+    blocks.check_invariants([second, third])
+
+
+def test_reuse_order_is_hashless_first_then_oldest_release_tail_first() -> None:
+    blocks = make_blocks(8)
+    old, new = make_sequence(list(range(8))), make_sequence(list(range(50, 59)))
+    run(blocks, old)
+    run(blocks, new)
+    old_ids, new_ids = list(old.block_ids), list(new.block_ids)
+    blocks.release(old)
+    blocks.release(new)
+    untouched = [b for b in range(1, 8) if b not in old_ids + new_ids]
+    order = [blocks._free.pop_first() for _ in range(7)]
+    assert order == [new_ids[2], *untouched, old_ids[1], old_ids[0], new_ids[1], new_ids[0]]
+
+
+def test_eviction_drops_the_key_only_when_the_block_is_handed_out() -> None:
+    blocks = make_blocks(4)
+    first = make_sequence(list(range(8)))
+    run(blocks, first)
+    blocks.release(first)
+    assert len(blocks.cached_prefix(make_sequence(list(range(9))))) == 2
+    other = make_sequence(list(range(90, 98)))
+    run(blocks, other)  # takes the free block and the tail of the cached ones
+    assert len(blocks.cached_prefix(make_sequence(list(range(9))))) == 1
+    blocks.check_invariants([other])
+
+
+def test_salts_share_nothing_and_equal_salts_share() -> None:
+    blocks = make_blocks()
+    run(blocks, make_sequence(list(range(9)), salt="a"))
+    assert len(blocks.cached_prefix(make_sequence(list(range(9)), salt="a"))) == 2
+    assert blocks.cached_prefix(make_sequence(list(range(9)), salt="b")) == []
+    assert blocks.cached_prefix(make_sequence(list(range(9)))) == []
+
+
+def test_a_key_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "nanovllm.core.block_manager.xxhash.xxh3_128_digest", lambda message, seed: b"same" * 4
+    )
+    blocks = make_blocks()
+    first = make_sequence(list(range(5)))
+    run(blocks, first)
+    assert blocks.cached_prefix(make_sequence(list(range(5)))) == first.block_ids[:1]
+    assert blocks.cached_prefix(make_sequence([7, *range(1, 5)])) == []
+
+
+def test_equal_blocks_computed_twice_keep_one_key() -> None:
+    blocks = make_blocks()
+    first, second = make_sequence(list(range(5))), make_sequence(list(range(5)))
+    for sequence in (first, second):
+        blocks.hold(sequence, [])
+        sequence.num_computed = 5
+    blocks.register(first)
+    blocks.register(second)
+    blocks.check_invariants([first, second])
+    assert blocks.cached_prefix(make_sequence(list(range(5)))) == first.block_ids[:1]
+
+
+def test_reset_forgets_everything_and_tells_whether_anything_was_in_use() -> None:
+    blocks = make_blocks()
+    sequence = make_sequence(list(range(9)))
+    run(blocks, sequence)
+    assert not blocks.reset_prefix_cache()
+    assert blocks.cached_prefix(make_sequence(list(range(9)))) == []
+    blocks.release(sequence)
+    assert blocks.reset_prefix_cache()
+    blocks.check_invariants([])
+
+
+def test_without_caching_nothing_is_registered() -> None:
+    blocks = make_blocks(caching=False)
+    sequence = make_sequence(list(range(9)))
+    blocks.hold(sequence, [])
+    sequence.num_computed = 9
+    assert sequence.next_registration > 9
+    assert blocks.cached_prefix(make_sequence(list(range(9)))) == []

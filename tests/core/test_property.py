@@ -1,0 +1,248 @@
+"""DESIGN §4's property: whatever arrives, aborts, preempts or overlaps, every output is the one the
+sequence would have produced alone, and no block or row leaks. And the property has teeth: each
+deliberately broken invariant makes it fail."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.core import scheduler as scheduler_module
+from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.scheduler import ScheduledStep, Scheduler
+from nanovllm.core.sequence import Sequence, Status
+from nanovllm.protocol import AddRequest, StepResult
+from nanovllm.sampling_params import SamplingParams
+from tests.core.fake_executor import FakeExecutor, reference
+
+NUM_SEEDS = 360
+
+
+class Simulation:
+    """One random life of a core: its limits, its arrivals, its aborts."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = rng = random.Random(seed)
+        block_size = rng.choice([1, 2, 4, 8])
+        max_model_len = rng.choice([16, 40, 64])
+        least = -(-max_model_len // block_size) + 1
+        self.config = EngineConfig.from_kwargs(
+            block_size=block_size,
+            max_num_seqs=rng.randint(1, 6),
+            max_num_batched_tokens=rng.choice([1, 3, 8, 64]),
+            long_prefill_token_threshold=rng.choice([0, 0, 1, 5]),
+            scheduling_policy=rng.choice(["fcfs", "priority"]),
+            enable_prefix_caching=rng.random() < 0.75,
+            max_inflight_steps=1 + seed % 4,
+        )
+        self.max_model_len = max_model_len
+        executor = FakeExecutor(
+            self.config,
+            num_blocks=least + rng.choice([0, 1, 4, 40]),
+            max_model_len=max_model_len,
+        )
+        self.core = EngineCore(self.config, executor, executor.start())
+        self.prefixes = [
+            [rng.randrange(1, 1000) for _ in range(rng.randint(4, 12))] for _ in range(2)
+        ]
+        self.expected: dict[int, list[int]] = {}
+        self.got: dict[int, list[int]] = {}
+        self.finished: dict[int, str] = {}
+        self.next_number = 0
+        self.num_preemptions = 0
+
+    def run(self, num_requests: int = 12) -> None:
+        rng = self.random
+        for _ in range(5000):
+            if num_requests and rng.random() < 0.25:
+                num_requests -= 1
+                self.add()
+            if rng.random() < 0.03 and self.expected:
+                self.abort(rng.choice(list(self.expected)))
+            if rng.random() < 0.01:
+                self.core.reset_prefix_cache()
+            self.step()
+            if not num_requests and not self.core.busy:
+                break
+        assert not self.core.busy, "the core never came to rest"
+        self.check_outputs()
+        status = self.core.status(epoch="", num_clients=0)
+        assert status.num_free_blocks == status.num_blocks
+        assert (status.num_running, status.num_waiting) == (0, 0)
+        self.num_preemptions = status.num_preemptions
+
+    def add(self) -> None:
+        rng = self.random
+        shared = rng.choice([[], *self.prefixes])
+        room = self.max_model_len - 1 - len(shared)
+        prompt = shared + [rng.randrange(1, 1000) for _ in range(rng.randint(1, max(1, room // 2)))]
+        params = SamplingParams(
+            n=rng.choice([1, 1, 1, 3]),
+            max_tokens=rng.choice([None, 1, 4, self.max_model_len]),
+            seed=rng.randrange(100),
+            stop_token_ids=rng.sample(range(1, 1000), 40),
+            min_tokens=0,
+        )
+        request = AddRequest(
+            self.next_number,
+            prompt,
+            params,
+            priority=rng.randint(0, 2),
+            cache_salt=rng.choice([None, None, "a"]),
+        )
+        self.core.add(1, request)
+        length = self.max_model_len - len(prompt)
+        num_outputs = min(length, params.max_tokens or length)
+        stop = frozenset(params.stop_token_ids) | {0}
+        for index in range(params.n):
+            number = self.next_number + index
+            assert params.seed is not None
+            self.expected[number] = reference(prompt, params.seed + index, num_outputs, stop)
+            self.got[number] = []
+        self.next_number += params.n
+
+    def abort(self, number: int) -> None:
+        for sequence in self.core.abort(1, [number]):
+            assert sequence.number == number
+            self.finished[number] = "abort"
+
+    def step(self) -> None:
+        outputs = self.core.step()
+        scheduler_of(self.core).check_invariants()
+        if outputs is None:
+            return
+        for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
+            assert sequence.number not in self.finished, "output after the end"
+            self.got[sequence.number].append(token_id)
+        for sequence in outputs.finished:
+            assert sequence.finish_reason is not None
+            self.finished[sequence.number] = sequence.finish_reason
+
+    def check_outputs(self) -> None:
+        assert self.finished.keys() == self.expected.keys()
+        for number, expected in self.expected.items():
+            got = self.got[number]
+            if self.finished[number] == "abort":
+                assert got == expected[: len(got)]
+            else:
+                assert got == expected
+
+
+def scheduler_of(core: EngineCore) -> Scheduler:
+    return core._scheduler
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
+    num_preemptions = 0
+    for seed in range(depth - 1, NUM_SEEDS, 4):
+        simulation = Simulation(seed)
+        assert simulation.config.scheduler.max_inflight_steps == depth
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        num_preemptions += simulation.num_preemptions
+    assert num_preemptions > 50, "the simulations must preempt to mean something"
+
+
+def keep_results_of_the_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: results of finished sequences are dropped."""
+    update = Scheduler.update
+
+    def broken(self: Scheduler, step: ScheduledStep, result: StepResult) -> object:
+        for sequence in step.sampled:
+            if sequence.status is Status.FINISHED:
+                sequence.status = Status.RUNNING
+        return update(self, step, result)
+
+    monkeypatch.setattr(Scheduler, "update", broken)
+
+
+def readmit_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: a preempted sequence waits until nothing of it is pending."""
+    push = Scheduler._push_waiting
+
+    def broken(self: Scheduler, sequence: Sequence) -> None:
+        sequence.num_pending = 0
+        push(self, sequence)
+
+    monkeypatch.setattr(Scheduler, "_push_waiting", broken)
+
+
+def register_uncomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 3: only computed blocks are entered in the prefix map."""
+    hold = BlockManager.hold
+
+    def broken(self: BlockManager, sequence: Sequence, shared: list[int]) -> None:
+        hold(self, sequence, shared)
+        if self.enable_prefix_caching:
+            sequence.num_computed = len(sequence.token_ids)
+            self.register(sequence)
+
+    monkeypatch.setattr(BlockManager, "hold", broken)
+
+
+def hit_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hit is capped at num_tokens - 1: something must be left to sample from."""
+
+    def broken(self: BlockManager, sequence: Sequence) -> list[int]:
+        sequence.token_ids.append(1)
+        found = cached_prefix(self, sequence)
+        sequence.token_ids.pop()
+        return found
+
+    cached_prefix = BlockManager.cached_prefix
+    monkeypatch.setattr(BlockManager, "cached_prefix", broken)
+
+
+def believe_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hits compare tokens: with a hash that always collides, trusting it must go wrong."""
+    collide(monkeypatch)
+    monkeypatch.setattr(BlockManager, "_message", lambda self, sequence, index: b"")
+
+
+def collide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(message: bytes, seed: int) -> bytes:
+        return bytes([sum(message) % 2]) * 16
+
+    monkeypatch.setattr("nanovllm.core.block_manager.xxhash.xxh3_128_digest", digest)
+
+
+def forget_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function frees blocks and row: without it they leak."""
+    monkeypatch.setattr(BlockManager, "release", lambda self, sequence: None)
+
+
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        keep_results_of_the_finished,
+        readmit_early,
+        register_uncomputed_blocks,
+        hit_whole_prompts,
+        believe_every_key,
+        forget_to_free,
+    ],
+)
+def test_a_broken_invariant_is_noticed(
+    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch)
+    with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
+        for seed in range(NUM_SEEDS):
+            Simulation(seed).run()
+
+
+def test_colliding_keys_cost_misses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    collide(monkeypatch)
+    for seed in range(60):
+        Simulation(seed).run()
+
+
+def test_the_simulation_uses_the_real_scheduler() -> None:
+    assert isinstance(scheduler_of(Simulation(0).core), scheduler_module.Scheduler)

@@ -1,0 +1,229 @@
+"""What a step holds: budget, order, chunks, preemption, forks, and how sequences end."""
+
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.scheduler import ScheduledStep, Scheduler, StepOutputs
+from nanovllm.core.sequence import Sequence, Status
+from nanovllm.protocol import StepResult
+from nanovllm.sampling_params import SamplingParams
+
+EOS = 0
+
+
+def make_scheduler(*, num_blocks: int = 100, max_model_len: int = 64, **limits: Any) -> Scheduler:
+    config = EngineConfig.from_kwargs(block_size=4, **limits)
+    blocks = BlockManager(
+        num_blocks=num_blocks,
+        block_size=4,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
+    return Scheduler(
+        config.scheduler, blocks, max_model_len=max_model_len, eos_token_ids=frozenset([EOS])
+    )
+
+
+def add(
+    scheduler: Scheduler, prompt: list[int], *, number: int = 0, priority: int = 0, **params: Any
+) -> Sequence:
+    params = {"max_tokens": 8, **params}
+    sequence = Sequence(0, number, list(prompt), SamplingParams(**params))
+    scheduler.add(sequence, priority=priority)
+    return sequence
+
+
+def answer(scheduler: Scheduler, step: ScheduledStep, *token_ids: int) -> StepOutputs:
+    outputs = scheduler.update(step, StepResult(step.plan.step, list(token_ids)))
+    scheduler.check_invariants()
+    return outputs
+
+
+def schedule(scheduler: Scheduler) -> ScheduledStep:
+    step = scheduler.schedule()
+    assert step is not None
+    scheduler.check_invariants()
+    return step
+
+
+def test_a_long_prompt_is_chunked_because_the_budget_ends() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    sequence = add(scheduler, list(range(1, 26)))
+    counts, samples = [], []
+    for _ in range(3):
+        step = schedule(scheduler)
+        counts.append(step.plan.num_scheduled)
+        samples.append(step.plan.sampling)
+        answer(scheduler, step, *[5] * len(step.sampled))
+    assert counts == [[10], [10], [5]]
+    assert samples == [[], [], [0]]
+    assert sequence.token_ids[-1] == 5
+
+
+def test_decodes_and_chunks_share_a_step_running_first() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    add(scheduler, [1, 2, 3])
+    answer(scheduler, schedule(scheduler), 9)
+    add(scheduler, list(range(1, 21)), number=1)
+    step = schedule(scheduler)
+    assert step.plan.num_scheduled == [1, 7]
+    assert step.plan.sampling == [0]
+
+
+def test_the_share_of_one_prompt_can_be_capped() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16, long_prefill_token_threshold=6)
+    add(scheduler, list(range(1, 21)))
+    add(scheduler, list(range(31, 51)), number=1)
+    assert schedule(scheduler).plan.num_scheduled == [6, 6]
+
+
+def test_seats_are_limited() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for number in range(3):
+        add(scheduler, [number + 1], number=number)
+    step = schedule(scheduler)
+    assert len(step.plan.rows) == 2 and scheduler.num_waiting == 1
+
+
+def test_counts_run_ahead_of_ids_and_limits_hold() -> None:
+    scheduler = make_scheduler()
+    sequence = add(scheduler, [1, 2, 3], max_tokens=2)
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert second.plan.num_computed == [3] and sequence.num_pending == 2
+    assert scheduler.schedule() is None, "max_tokens are under way: there is no third step"
+    answer(scheduler, first, 7)
+    outputs = answer(scheduler, second, 8)
+    assert outputs.finished == [sequence] and sequence.finish_reason == "length"
+    assert sequence.token_ids == [1, 2, 3, 7, 8]
+
+
+def test_results_after_the_end_are_dropped() -> None:
+    scheduler = make_scheduler()
+    sequence = add(scheduler, [1, 2, 3])
+    first, second = schedule(scheduler), schedule(scheduler)
+    assert answer(scheduler, first, EOS).finished == [sequence]
+    late = answer(scheduler, second, 9)
+    assert late.token_ids == [] and late.finished == []
+    assert sequence.token_ids == [1, 2, 3, EOS]
+
+
+def test_eos_has_no_stop_reason_and_stop_token_ids_have() -> None:
+    scheduler = make_scheduler()
+    by_eos = add(scheduler, [1], number=0, stop_token_ids=[9])
+    by_id = add(scheduler, [1], number=1, stop_token_ids=[9])
+    ignoring = add(scheduler, [1], number=2, ignore_eos=True)
+    answer(scheduler, schedule(scheduler), EOS, 9, EOS)
+    assert (by_eos.finish_reason, by_eos.stop_reason) == ("stop", None)
+    assert (by_id.finish_reason, by_id.stop_reason) == ("stop", 9)
+    assert ignoring.finish_reason is None
+
+
+def test_nothing_stops_before_min_tokens() -> None:
+    scheduler = make_scheduler()
+    sequence = add(scheduler, [1], min_tokens=2)
+    answer(scheduler, schedule(scheduler), EOS)
+    assert sequence.status is Status.RUNNING
+    answer(scheduler, schedule(scheduler), EOS)
+    assert sequence.finish_reason == "stop"
+
+
+def test_max_model_len_ends_what_max_tokens_does_not() -> None:
+    scheduler = make_scheduler(max_model_len=6)
+    sequence = add(scheduler, [1, 2, 3, 4], max_tokens=None)
+    answer(scheduler, schedule(scheduler), 5)
+    assert answer(scheduler, schedule(scheduler), 5).finished == [sequence]
+    assert sequence.finish_reason == "length"
+
+
+def test_the_last_to_come_is_preempted_and_recomputed() -> None:
+    # 5 usable blocks of 4: two sequences of 7 and 8 tokens fit until both have grown.
+    scheduler = make_scheduler(num_blocks=6, max_model_len=16, enable_prefix_caching=False)
+    old = add(scheduler, list(range(1, 8)), number=0)
+    young = add(scheduler, list(range(11, 18)), number=1)
+    while young.num_preemptions == 0:
+        step = schedule(scheduler)
+        answer(scheduler, step, *[5] * len(step.sampled))
+    assert old.status is Status.RUNNING and young.status is Status.WAITING
+    assert young.block_ids == [] and young.num_computed == 0
+    generated = list(young.token_ids)
+    while old.status is Status.RUNNING:
+        step = schedule(scheduler)
+        answer(scheduler, step, *[5] * len(step.sampled))
+    step = schedule(scheduler)
+    assert step.plan.new_rows[0].token_ids == generated
+    assert step.plan.new_rows[0].num_prompt_tokens == 7
+
+
+def test_a_preempted_sequence_waits_for_its_pending_ids() -> None:
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority")
+    sequence = add(scheduler, [1, 2], priority=1)
+    inflight = schedule(scheduler)
+    urgent = add(scheduler, [3, 4], number=1, priority=0, max_tokens=1)
+    step = schedule(scheduler)
+    assert step.sequences == [urgent] and sequence.num_pending == 1
+    answer(scheduler, inflight, 7)
+    answer(scheduler, step, 7)
+    assert schedule(scheduler).plan.new_rows[0].token_ids == [1, 2, 7]
+
+
+def test_a_higher_priority_preempts_and_an_equal_one_waits() -> None:
+    scheduler = make_scheduler(max_num_seqs=1, scheduling_policy="priority")
+    low = add(scheduler, [1], priority=5)
+    answer(scheduler, schedule(scheduler), 7)
+    same = add(scheduler, [2], number=1, priority=5)
+    answer(scheduler, schedule(scheduler), 7)
+    assert same.status is Status.WAITING
+    high = add(scheduler, [3], number=2, priority=1)
+    assert schedule(scheduler).sequences == [high]
+    assert low.status is Status.WAITING and low.num_preemptions == 1
+
+
+def test_fcfs_ignores_priority() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    first = add(scheduler, [1], priority=5)
+    add(scheduler, [2], number=1, priority=0)
+    assert schedule(scheduler).sequences == [first]
+
+
+def test_forks_share_the_full_blocks_of_the_prompt_even_without_the_cache() -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False, max_num_batched_tokens=8)
+    leader = add(scheduler, list(range(1, 11)))
+    fork = Sequence(0, 1, list(range(1, 11)), SamplingParams(max_tokens=8))
+    fork.leader = leader
+    scheduler.add(fork)
+    answer(scheduler, schedule(scheduler))
+    assert fork.row == -1, "the prompt is not computed yet"
+    step = schedule(scheduler)
+    assert step.sequences == [leader, fork]
+    assert fork.block_ids[:2] == leader.block_ids[:2] and fork.block_ids[2] != leader.block_ids[2]
+    assert step.plan.num_computed == [8, 8]
+
+
+def test_forks_go_on_without_their_leader() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    leader = add(scheduler, list(range(1, 11)))
+    fork = Sequence(0, 1, list(range(1, 11)), SamplingParams(max_tokens=8))
+    fork.leader = leader
+    scheduler.add(fork)
+    step = schedule(scheduler)
+    scheduler.finish(leader, "abort")
+    answer(scheduler, step)
+    assert schedule(scheduler).sequences == [fork]
+
+
+def test_prefix_hits_need_no_result_and_are_counted_once() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, list(range(1, 11)))
+    add(scheduler, list(range(1, 11)), number=1)
+    step = schedule(scheduler)
+    assert step.plan.num_computed == [0, 8] and step.plan.num_scheduled == [10, 2]
+    assert [s.num_cached_tokens for s in answer(scheduler, step, 5, 5).started] == [0, 8]
+
+
+def test_prompt_logprobs_compute_every_position() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, list(range(1, 11)))
+    schedule(scheduler)
+    add(scheduler, list(range(1, 11)), number=1, prompt_logprobs=0)
+    step = schedule(scheduler)
+    assert step.plan.num_computed == [10, 0]
