@@ -103,8 +103,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         for name, value in kwargs.items():
             nested[section_of(name)][name] = value
-        sections = {s: _convert(nested[s], config_type) for s, config_type in SECTIONS.items()}
-        return cls(**sections)
+        return cls(
+            model=_convert(nested["model"], ModelConfig),
+            cache=_convert(nested["cache"], CacheConfig),
+            scheduler=_convert(nested["scheduler"], SchedulerConfig),
+        )
 
 
 SECTIONS: dict[str, type[msgspec.Struct]] = {

@@ -32,7 +32,7 @@ def add_struct_flags(group: Any, struct: type[msgspec.Struct]) -> None:
     for field in info.fields:
         description, options = _options(field.type)
         default = (
-            "" if field.default in (None, inspect.NODEFAULT) else f" (default: {field.default})"
+            "" if field.default in (None, msgspec.NODEFAULT) else f" (default: {field.default})"
         )
         group.add_argument(
             "--" + field.name.replace("_", "-"),

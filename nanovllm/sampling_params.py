@@ -12,6 +12,7 @@ import msgspec
 OutputKind = Literal["cumulative", "delta", "final_only"]
 GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
+OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -92,29 +93,23 @@ def _check_ranges(params: SamplingParams) -> None:
         ("temperature", 0.0, math.inf),
         ("min_p", 0.0, 1.0),
     ):
-        _require_number(params, name)
-        value = getattr(params, name)
-        if not low <= value <= high or math.isinf(value):
+        value = _number(params, name)
+        if not low <= value <= high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], not {value}")
-    for name in ("repetition_penalty", "top_p"):
-        _require_number(params, name)
-        value = getattr(params, name)
-        if not value > 0 or math.isinf(value):
-            raise ValueError(f"{name} must be greater than 0, not {value}")
-    if params.top_p > 1:
+    if _number(params, "repetition_penalty") <= 0:
+        raise ValueError(f"repetition_penalty must be above 0, not {params.repetition_penalty}")
+    if not 0 < _number(params, "top_p") <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
-    for name, least in (("n", 1), ("top_k", 0), ("min_tokens", 0)):
-        _require_int(name, getattr(params, name), least)
-    if params.max_tokens is not None:
-        _require_int("max_tokens", params.max_tokens, 1)
-    if params.seed is not None:
-        _require_int("seed", params.seed, -(2**63), most=2**63 - 1)
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(params, name)
-        if value is not None:
-            _require_int(name, value, -1)
-            if value > MAX_LOGPROBS:
-                raise ValueError(f"{name} must be at most {MAX_LOGPROBS}, or -1 for all: {value}")
+    for name, least, most in (
+        ("n", 1, 16384),
+        ("top_k", 0, None),
+        ("min_tokens", 0, None),
+        ("max_tokens", 1, None),
+        ("seed", -(2**63), 2**63 - 1),
+        ("logprobs", -1, MAX_LOGPROBS),
+        ("prompt_logprobs", -1, MAX_LOGPROBS),
+    ):
+        _require_int(name, getattr(params, name), least, most=most)
     for token, bias in params.logit_bias.items():
         if math.isnan(bias):
             raise ValueError(f"logit_bias of token {token} is not a number")
@@ -144,13 +139,16 @@ def _check_combinations(params: SamplingParams) -> None:
             _require_int(name, token, 0)
 
 
-def _require_number(params: SamplingParams, name: str) -> None:
+def _number(params: SamplingParams, name: str) -> float:
     value = getattr(params, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(f"{name} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return value
 
 
 def _require_int(name: str, value: object, least: int, *, most: int | None = None) -> None:
+    if value is None and name in OPTIONAL_INTS:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     if most is not None and value > most:

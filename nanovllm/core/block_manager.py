@@ -20,8 +20,8 @@ class FreeList:
     """Doubly linked list of block ids over two arrays; all operations O(1). Entry 0 is the head."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._next = [*range(1, num_blocks), 0]
-        self._previous = [num_blocks - 1, *range(num_blocks - 1)]
+        self._next: list[int] = [*range(1, num_blocks), 0]
+        self._previous: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
         self._count = num_blocks - 1
 
     def __len__(self) -> int:

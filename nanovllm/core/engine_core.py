@@ -7,6 +7,7 @@ its busy loop. Synchronous and overlapped execution differ in one integer, `max_
 import random
 import time
 from collections import deque
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -86,9 +87,10 @@ class EngineCore:
                 aborted.append(sequence)
         return aborted
 
-    def abort_client(self, client_id: int) -> None:
-        """End everything a client still has running."""
-        self.abort(client_id, [number for client, number in self._sequences if client == client_id])
+    def abort_client(self, client_id: int) -> list[Sequence]:
+        """End everything a client still has running; returns it, finished."""
+        numbers = [number for client, number in self._sequences if client == client_id]
+        return self.abort(client_id, numbers)
 
     def step(self) -> StepOutputs | None:
         """Submit the next step if there is one; take in the oldest result if it is time to."""
@@ -135,21 +137,33 @@ class EngineCore:
         self._num_steps += 1
 
     def _check(self, client_id: int, request: AddRequest) -> None:
-        prompt, info = request.prompt_token_ids, self._info
-        num_known = len(prompt) + len(request.output_token_ids)
-        if not prompt:
+        info, params = self._info, request.params
+        num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if not request.prompt_token_ids:
             raise ValueError("prompt_token_ids is empty: send at least one token")
         if num_known >= info.max_model_len:
             raise ValueError(
                 f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
                 f"max_model_len is {info.max_model_len}"
             )
-        max_tokens = request.params.max_tokens
-        if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
+        if params.max_tokens is not None and len(request.output_token_ids) >= params.max_tokens:
             raise ValueError("output_token_ids: max_tokens were generated already")
-        for token_ids in (prompt, request.output_token_ids):
-            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
-                raise ValueError(f"token ids must be in [0, {info.vocab_size})")
-        for index in range(request.params.n):
+        for index in range(params.n):
             if (client_id, request.number + index) in self._sequences:
                 raise ValueError(f"number {request.number + index} is in use: count upwards")
+        for name, token_ids in _named_token_ids(request):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
+                raise ValueError(f"{name}: token ids must be in [0, {info.vocab_size})")
+        if not all(request.bad_words_token_ids):
+            raise ValueError("bad_words_token_ids: a word of no tokens")
+
+
+def _named_token_ids(request: AddRequest) -> Iterator[tuple[str, Collection[int]]]:
+    """Everything in a request that the worker will use as an index."""
+    yield "prompt_token_ids", request.prompt_token_ids
+    yield "output_token_ids", request.output_token_ids
+    yield "stop_token_ids", request.params.stop_token_ids
+    yield "logit_bias", request.params.logit_bias
+    yield "allowed_token_ids", request.params.allowed_token_ids or ()
+    for word in request.bad_words_token_ids:
+        yield "bad_words_token_ids", word

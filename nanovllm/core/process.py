@@ -92,8 +92,16 @@ class CoreServer:
 
     def stop(self) -> None:
         """Ask the loop to end; callable from signal handlers and other threads."""
+        if not self._stopping:
+            self._stopping = True
+            self._waker.send(b"\0")
+
+    def close(self) -> None:
+        """Release the address. Nothing can be served afterwards."""
         self._stopping = True
-        self._waker.send(b"\0")
+        self._socket.close(LINGER_MS)
+        self._wakeup.close()
+        self._waker.close()
 
     def on_progress(self, phase: str, progress: float) -> None:
         """Answer clients while the executor loads; called by the loading code, often."""
@@ -125,9 +133,7 @@ class CoreServer:
             raise
         finally:
             executor.shutdown()
-            self._socket.close(LINGER_MS)
-            self._wakeup.close()
-            self._waker.close()
+            self.close()
 
     # ---- the busy loop
 
@@ -141,7 +147,7 @@ class CoreServer:
         if core.busy:
             self._receive_all()
         else:
-            self._poller.poll((self._status_due - now) * 1e3)
+            self._poller.poll(int((self._status_due - now) * 1e3) + 1)
             self._receive_all()
         if core.busy and not self._stopping:
             outputs = core.step()
@@ -342,10 +348,10 @@ def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="owner-watch", daemon=True).start()
 
 
-def _bind(address: str) -> "zmq.Socket[bytes]":
+def _bind(address: str) -> zmq.Socket[bytes]:
     """A ROUTER bound to `address`, with finite queues and an error for clients that are gone."""
     _check_free(address)
-    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     router.set(zmq.SNDHWM, HIGH_WATER_MARK)
     router.set(zmq.RCVHWM, HIGH_WATER_MARK)
     router.set(zmq.ROUTER_MANDATORY, 1)

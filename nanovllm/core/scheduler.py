@@ -1,4 +1,4 @@
-"""Decides which tokens run next. Owns waiting and running order and rows; blocks are BlockManager's.
+"""Decides which tokens run next. Owns waiting and running order and rows, not the blocks.
 
 There is no prefill and no decode: `num_computed` chases the length under one token budget.
 `num_computed` and `num_pending` advance when a step is scheduled, so several may be in flight; a

@@ -16,9 +16,7 @@ def make_sequence(token_ids: list[int], *, salt: str | None = None) -> Sequence:
 
 
 def make_blocks(num_blocks: int = 10, *, caching: bool = True) -> BlockManager:
-    return BlockManager(
-        num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=caching
-    )
+    return BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, enable_prefix_caching=caching)
 
 
 def run(blocks: BlockManager, sequence: Sequence) -> None:

@@ -216,8 +216,6 @@ def forget_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockManager, "release", lambda self, sequence: None)
 
 
-
-
 @pytest.mark.parametrize(
     "sabotage",
     [

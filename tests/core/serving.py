@@ -1,0 +1,67 @@
+"""A core server in a thread, and the smallest possible client of it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.process import CoreServer
+from nanovllm.executor.base import Executor
+from nanovllm.protocol import FromCore, Hello, ToCore, Welcome
+from tests.core.fake_executor import FakeExecutor
+
+M = TypeVar("M", bound=msgspec.Struct)
+TIMEOUT_S = 10.0
+
+
+class RawClient:
+    """Sends frames, and reads until a message of the type asked for comes."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.connect(address)
+        self._decoder = msgspec.msgpack.Decoder(FromCore)
+
+    def send(self, message: ToCore) -> None:
+        self.send_frames(msgspec.msgpack.encode(message))
+
+    def send_frames(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def receive(self, kind: type[M], *, timeout_s: float = TIMEOUT_S) -> M:
+        deadline = time.monotonic() + timeout_s
+        while self.socket.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            message = self._decoder.decode(self.socket.recv())
+            if isinstance(message, kind):
+                return message
+        raise TimeoutError(f"no {kind.__name__} within {timeout_s} s")
+
+    def greet(self) -> Welcome:
+        self.send(Hello())
+        return self.receive(Welcome)
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+@contextmanager
+def serving(
+    address: str, executor: Executor | None = None, **settings: Any
+) -> Iterator[CoreServer]:
+    """A server on a fake executor; stopped, and joined, at the end."""
+    config = EngineConfig.from_kwargs(**settings)
+    server = CoreServer(config, address)
+    chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
+    thread = threading.Thread(target=server.run, args=(chosen,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), "the server did not stop"
