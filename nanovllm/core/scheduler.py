@@ -138,8 +138,12 @@ class Scheduler:
         outputs = StepOutputs(started=self._started)
         self._started = []
         for index, logprobs in result.prompt_logprobs.items():
-            if step.sequences[index].status is not Status.FINISHED:
-                outputs.prompt_logprobs.append((step.sequences[index], logprobs))
+            sequence = step.sequences[index]
+            # A preempted sequence runs its prompt again: what was reported is not repeated.
+            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+            if new and sequence.status is not Status.FINISHED:
+                sequence.num_prompt_logprobs += len(new)
+                outputs.prompt_logprobs.append((sequence, new))
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)

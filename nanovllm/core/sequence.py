@@ -40,6 +40,7 @@ class Sequence:
         "num_computed",
         "num_pending",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
         "number",
         "order",
@@ -83,6 +84,7 @@ class Sequence:
         self.stop_reason: int | None = None
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_prompt_logprobs = 0  # of prompt tokens reported so far
         self.queued_at = 0.0
         self.started_at = 0.0
 

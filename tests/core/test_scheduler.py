@@ -6,7 +6,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.scheduler import ScheduledStep, Scheduler, StepOutputs
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.protocol import StepResult
+from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 EOS = 0
@@ -227,3 +227,31 @@ def test_prompt_logprobs_compute_every_position() -> None:
     add(scheduler, list(range(1, 11)), number=1, prompt_logprobs=0)
     step = schedule(scheduler)
     assert step.plan.num_computed == [10, 0]
+
+
+def test_prompt_logprobs_are_not_repeated_after_preemption() -> None:
+    scheduler = make_scheduler(
+        max_num_seqs=1, max_num_batched_tokens=4, scheduling_policy="priority"
+    )
+    sequence = add(scheduler, [1, 2, 3, 4, 5, 6], priority=1, prompt_logprobs=0)
+    reported: list[int] = []
+
+    def run(step: ScheduledStep) -> None:
+        """Answer as a worker would: one entry per prompt token that the chunk predicts."""
+        (start,), (count,) = step.plan.num_computed, step.plan.num_scheduled
+        entries = [
+            TokenLogprobs(position, -1.0, 1, [], [])
+            for position in range(start + 1, min(start + count, 5) + 1)
+        ]
+        mine = {0: entries} if step.sequences == [sequence] else {}
+        result = StepResult(step.plan.step, [9] * len(step.sampled), prompt_logprobs=mine)
+        for owner, logprobs in scheduler.update(step, result).prompt_logprobs:
+            assert owner is sequence
+            reported.extend(entry.token_id for entry in logprobs)
+
+    run(schedule(scheduler))
+    add(scheduler, [7], number=1, priority=0, max_tokens=1)
+    for _ in range(4):
+        run(schedule(scheduler))
+    assert sequence.num_preemptions == 1
+    assert reported == [1, 2, 3, 4, 5]

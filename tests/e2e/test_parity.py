@@ -1,0 +1,136 @@
+"""Greedy ids in fp32 equal transformers', whatever the batch, the chunks, the cache, the overlap.
+
+Small random-weight models go through every variation; the real model through the main ones.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from nanovllm.sampling_params import SamplingParams
+from tests.e2e.engine import Engine
+
+ARCHITECTURES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+# Each is a way to run the same requests differently; none may change a single id.
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "chunks_of_7": {"long_prefill_token_threshold": 7},
+    "chunks_of_64": {"max_num_batched_tokens": 64},
+    "chunks_of_2048": {"max_num_batched_tokens": 2048},
+    "no_prefix_cache": {"enable_prefix_caching": False},
+    "two_steps_in_flight": {"max_inflight_steps": 2},
+    "blocks_of_5": {"block_size": 5},
+    "one_seat": {"max_num_seqs": 1},
+}
+
+
+def mixed_prompts(vocab_size: int, count: int = 32, longest: int = 90) -> list[list[int]]:
+    rng = random.Random(0)
+    return [
+        [rng.randrange(3, vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(count)
+    ]
+
+
+def reference_ids(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers.generate, one prompt at a time, so that no padding is involved."""
+    outputs = []
+    for prompt in prompts:
+        ids = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            pad_token_id=0,
+        )
+        outputs.append(ids[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
+) -> tuple[Path, list[list[int]], list[list[int]]]:
+    path = tiny_checkpoint(request.param)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = mixed_prompts(model.config.vocab_size)
+    return path, prompts, reference_ids(model, prompts)
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_tiny_models_equal_transformers(tiny: Any, variation: str) -> None:
+    path, prompts, expected = tiny
+    engine = Engine(model=str(path), max_model_len=256, **VARIATIONS[variation])
+    assert engine.generate(prompts, GREEDY) == expected
+    assert engine.generate(prompts, GREEDY) == expected, "with a warm prefix cache"
+    engine.close()
+
+
+def test_preemption_changes_nothing(tiny: Any) -> None:
+    path, prompts, expected = tiny
+    engine = Engine(model=str(path), max_model_len=192, num_gpu_blocks_override=24)
+    assert engine.generate(prompts, GREEDY) == expected
+    assert engine.status().num_preemptions > 0
+    engine.close()
+
+
+def test_aborted_neighbours_change_nothing(tiny: Any) -> None:
+    path, prompts, expected = tiny
+    engine = Engine(model=str(path), max_model_len=256, max_inflight_steps=2)
+    aborted = frozenset(range(0, len(prompts), 3))
+    outputs = engine.generate(prompts, GREEDY, abort=aborted)
+    for index, ids in enumerate(outputs):
+        assert ids == (expected[index][:5] if index in aborted else expected[index])
+    engine.close()
+
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "1, 2, 3, 4,",
+    "The quick brown fox",
+    "In 1969, humans first",
+    "My favourite recipe for bread starts with",
+    "SELECT name FROM",
+    "Dear Sir or Madam,",
+    "The opposite of hot is",
+    "E = mc^2 means that",
+    "Les misérables est un roman de",
+    "To be, or not to be,",
+    "import numpy as np\n",
+    "The mitochondria is",
+    "Question: What is 12 times 12?\nAnswer:",
+    "A haiku about the sea:\n",
+    "Photosynthesis is the process by which",
+    "Roses are red,",
+    "The three laws of robotics are",
+    "日本の首都は",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path, hf_smollm2: Any) -> Iterator[tuple[Path, Any, Any]]:
+    model, tokenizer = hf_smollm2
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    yield smollm2_path, prompts, reference_ids(model, prompts)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("variation", ["chunks_of_7", "two_steps_in_flight"])
+def test_smollm2_equals_transformers(smollm2: Any, variation: str) -> None:
+    path, prompts, expected = smollm2
+    engine = Engine(model=str(path), max_model_len=512, **VARIATIONS[variation])
+    assert engine.generate(prompts, GREEDY) == expected
+    few = slice(0, 4)
+    assert engine.generate(prompts[few], GREEDY) == expected[few], "with a warm prefix cache"
+    assert engine.generate(prompts[:1], GREEDY) == expected[:1], "alone"
+    engine.close()
