@@ -9,7 +9,6 @@ The second part times request → first output through both sockets of an idle, 
 """
 
 import argparse
-import asyncio
 import time
 
 import msgspec
@@ -86,7 +85,7 @@ def timed(
 
 async def round_trip(num_requests: int = 200) -> float:
     """Median seconds from generate() to the first output, idle smollm2-sized dummy left out."""
-    from nanovllm.frontend.async_llm import AsyncLLM  # noqa: PLC0415
+    from nanovllm.frontend.async_llm import AsyncLLM
 
     raise NotImplementedError(AsyncLLM)
 

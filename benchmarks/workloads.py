@@ -1,0 +1,82 @@
+"""The workloads every engine is measured on, and the least time they could take.
+
+A workload is (prompt token ids, output lengths); generation ignores EOS, so every engine does the
+same work. `floor_seconds` is a roofline: the bytes and operations no engine can avoid.
+"""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+Workload = tuple[list[list[int]], list[int]]
+H200_BYTES_PER_S = 4.3e12  # measured by a large copy, reads and writes counted
+H200_FLOP_PER_S = 790e12  # measured by a large bf16 product on random data
+NUM_IDS = 10_000  # prompts draw their ids from [0, NUM_IDS]
+
+
+def mixed(num_requests: int) -> Workload:
+    """nano-vllm's benchmark: 100–1024 tokens in, 100–1024 out, one stream of random numbers."""
+    rng = Random(0)
+    prompts = [
+        [rng.randint(0, NUM_IDS) for _ in range(rng.randint(100, 1024))]
+        for _ in range(num_requests)
+    ]
+    return prompts, [rng.randint(100, 1024) for _ in range(num_requests)]
+
+
+def fixed(num_requests: int, num_in: int, num_out: int) -> Workload:
+    """All requests of one shape."""
+    rng = Random(1)
+    prompts = [[rng.randint(0, NUM_IDS) for _ in range(num_in)] for _ in range(num_requests)]
+    return prompts, [num_out] * num_requests
+
+
+def shared_prefix(num_requests: int, num_shared: int, num_in: int, num_out: int) -> Workload:
+    """Requests that begin alike and then differ."""
+    rng = Random(2)
+    prefix = [rng.randint(0, NUM_IDS) for _ in range(num_shared)]
+    prompts = [
+        prefix + [rng.randint(0, NUM_IDS) for _ in range(num_in)] for _ in range(num_requests)
+    ]
+    return prompts, [num_out] * num_requests
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "nano256": lambda: mixed(256),
+    "nano1024": lambda: mixed(1024),
+    "decode_bs1": lambda: fixed(1, 128, 512),
+    "decode_bs8": lambda: fixed(8, 128, 512),
+    "decode_bs64": lambda: fixed(64, 128, 512),
+    "prefill": lambda: fixed(64, 4096 - 8, 1),
+    "prefix": lambda: shared_prefix(256, 2048, 64, 64),
+}
+
+
+def keeps_cache(name: str) -> bool:
+    """Whether a workload is measured with a warm prefix cache; all others start cold."""
+    return name == "prefix"
+
+
+def floor_seconds(config: dict[str, Any], workload: Workload) -> float:
+    """Weights once per decode step + all KV once per token, at memory speed; prefill at peak rate.
+
+    config: a Hugging Face config.json. Every sequence decodes from the first step on.
+    """
+    prompts, num_out = workload
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim, inner = config["head_dim"], config["intermediate_size"]
+    attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
+    linear = layers * (attention + 3 * hidden * inner)  # parameters in linear layers
+    weight_bytes = max(num_out) * (linear + config["vocab_size"] * hidden) * 2
+    kv_bytes_per_token = layers * 2 * kv_heads * head_dim * 2
+    num_kv_reads = sum(
+        len(prompt) * count + count * (count - 1) // 2
+        for prompt, count in zip(prompts, num_out, strict=True)
+    )
+    prefill_flop = sum(
+        2 * linear * len(prompt) + 2 * layers * heads * head_dim * len(prompt) ** 2
+        for prompt in prompts
+    )
+    memory_s = (weight_bytes + num_kv_reads * kv_bytes_per_token) / H200_BYTES_PER_S
+    return memory_s + prefill_flop / H200_FLOP_PER_S

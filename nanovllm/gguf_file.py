@@ -1,0 +1,228 @@
+"""Reads GGUF files: metadata as plain values, tensors as memory-mapped blocks to dequantize.
+
+The metadata is parsed here, not by `gguf.GGUFReader`: that makes a numpy array per vocabulary entry
+and takes 2.2 s for a 49k vocabulary, which alone would be a third of the start-up budget. Block
+formats and dequantization are the `gguf` package's. Used by `checkpoint`, tokenizer and weights.
+"""
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+SUPPORTED_VERSIONS = (2, 3)
+ALIGNMENT_KEY = "general.alignment"
+DEFAULT_ALIGNMENT = 32
+
+# GGUF metadata value types (ggml/docs/gguf.md): id → struct format of the scalar ones
+SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of a file. `shape` is torch's order, outermost first (GGUF stores it reversed)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    raw: npt.NDArray[np.uint8]  # [rows, bytes per row], memory-mapped
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """All values as float32, in `shape`. Raises `ValueError` for types gguf cannot decode."""
+        try:
+            values = gguf.quants.dequantize(self.raw, self.type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"tensor {self.name!r} has type {self.type.name}, which cannot be dequantized: "
+                "use another quantization of the model"
+            ) from error
+        return values.astype(np.float32, copy=False).reshape(self.shape)
+
+
+class GGUFFile:
+    """A GGUF file, version 2 or 3, little endian.
+
+    metadata: key → int, float, bool, str or list of these. tensors: name → `GGUFTensor`.
+    Raises `ValueError` naming the file if it is foreign or truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if path.stat().st_size < 24:
+                raise ValueError(f"{path} is too short to be a GGUF file: fetch it again")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._at = 0
+        try:
+            num_tensors, num_entries = self._header()
+            self.metadata = dict(self._entry() for _ in range(num_entries))
+            infos = [self._tensor_info() for _ in range(num_tensors)]
+        except (struct.error, IndexError) as error:
+            raise ValueError(f"{path} is truncated in its metadata: fetch it again") from error
+        alignment = int(self.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT))
+        start = -(-self._at // alignment) * alignment
+        self.tensors = {
+            name: self._tensor(name, shape, type_id, start + offset)
+            for name, shape, type_id, offset in infos
+        }
+
+    # ---- parsing, at `self._at`
+
+    def _header(self) -> tuple[int, int]:
+        magic, version = self._map[:4], self._unpack("I", 4)[0]
+        if magic != b"GGUF":
+            raise ValueError(f"{self.path} is not a GGUF file (it begins with {magic!r})")
+        if version not in SUPPORTED_VERSIONS:
+            raise ValueError(
+                f"{self.path} is GGUF version {version}: supported are {SUPPORTED_VERSIONS}, "
+                "little endian"
+            )
+        num_tensors, num_entries = self._unpack("QQ", 8)
+        return num_tensors, num_entries
+
+    def _unpack(self, code: str, at: int | None = None) -> tuple[Any, ...]:
+        start = self._at if at is None else at
+        layout = struct.Struct("<" + code)
+        self._at = start + layout.size
+        return layout.unpack_from(self._map, start)
+
+    def _string(self) -> str:
+        (length,) = self._unpack("Q")
+        start = self._at
+        self._at += length
+        if self._at > len(self._map):
+            raise IndexError(self._at)
+        return str(self._map[start : self._at], "utf-8", "replace")
+
+    def _entry(self) -> tuple[str, Any]:
+        key = self._string()
+        (type_id,) = self._unpack("I")
+        return key, self._value(type_id)
+
+    def _value(self, type_id: int) -> Any:
+        if type_id == STRING:
+            return self._string()
+        if type_id == ARRAY:
+            item_type, count = self._unpack("IQ")
+            if item_type == STRING:
+                return self._strings(count)
+            if item_type == ARRAY:
+                return [self._value(ARRAY) for _ in range(count)]
+            return list(self._unpack(f"{count}{self._scalar(item_type)}"))
+        return self._unpack(self._scalar(type_id))[0]
+
+    def _scalar(self, type_id: int) -> str:
+        if type_id not in SCALARS:
+            raise ValueError(f"{self.path} has a metadata value of unknown type {type_id}")
+        return SCALARS[type_id]
+
+    def _strings(self, count: int) -> list[str]:
+        """Many strings at once: vocabularies are most of the metadata, and start-up waits."""
+        data, at = self._map, self._at
+        lengths: Callable[[mmap.mmap, int], tuple[int]] = struct.Struct("<Q").unpack_from
+        strings = []
+        for _ in range(count):
+            (length,) = lengths(data, at)
+            end = at + 8 + length
+            strings.append(str(data[at + 8 : end], "utf-8", "replace"))
+            at = end
+        if at > len(data):
+            raise IndexError(at)
+        self._at = at
+        return strings
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        (num_dims,) = self._unpack("I")
+        shape = self._unpack(f"{num_dims}Q")[::-1]
+        type_id, offset = self._unpack("IQ")
+        return name, shape, type_id, offset
+
+    def _tensor(self, name: str, shape: tuple[int, ...], type_id: int, start: int) -> GGUFTensor:
+        try:
+            tensor_type = gguf.GGMLQuantizationType(type_id)
+        except ValueError:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has unknown type {type_id}: "
+                "install a newer gguf package"
+            ) from None
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+        row_bytes = shape[-1] // block_size * block_bytes
+        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
+        end = start + num_rows * row_bytes
+        if end > len(self._map):
+            raise ValueError(
+                f"{self.path} is truncated: tensor {name!r} ends at byte {end}, "
+                f"the file at {len(self._map)}: fetch it again"
+            )
+        raw = np.frombuffer(self._map, np.uint8, count=end - start, offset=start)
+        return GGUFTensor(name, shape, tensor_type, raw.reshape(num_rows, row_bytes))
+
+
+# ---- Hugging Face's names for the same facts
+
+# general.architecture → (architecture, model_type)
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """A file's metadata in the form of a Hugging Face config.json.
+
+    llama.cpp stores Mistral as "llama" too. Its llama3 rope scaling comes as a tensor of factors
+    (`rope_freqs.weight`); that and other scalings raise `ValueError`.
+    """
+    metadata = file.metadata
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path}: architecture {name!r} is not supported: "
+            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    if "rope_freqs.weight" in file.tensors or f"{name}.rope.scaling.type" in metadata:
+        scaling = metadata.get(f"{name}.rope.scaling.type", "llama3")
+        if scaling != "none":
+            raise ValueError(
+                f"{file.path}: rope scaling {scaling!r} is not supported from GGUF: "
+                "use the model's safetensors"
+            )
+    architecture, model_type = ARCHITECTURES[name]
+
+    def fact(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{name}.{key}", default)
+        if value is None:
+            raise ValueError(f"{file.path}: metadata {name}.{key} is missing: fetch it again")
+        return value
+
+    num_heads = fact("attention.head_count")
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": fact("embedding_length"),
+        "intermediate_size": fact("feed_forward_length"),
+        "num_hidden_layers": fact("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": fact("attention.head_count_kv", num_heads),
+        "head_dim": fact("attention.key_length", fact("embedding_length") // num_heads),
+        "rms_norm_eps": fact("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fact("rope.freq_base", 10000.0),
+        "max_position_embeddings": fact("context_length"),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    }

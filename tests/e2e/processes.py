@@ -1,0 +1,48 @@
+"""Finding and watching real processes, through /proc."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def core_children(owner: int) -> list[int]:
+    """Pids of the core programs that `owner` has started."""
+    return [
+        pid
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if _parent(pid) == owner and b"nanovllm.launch" in _command(pid)
+    ]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) -> float:
+    """Seconds until `condition` held; fails the test if that takes longer than `timeout_s`."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat after the name: state, parent, …; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _parent(pid: int) -> int:
+    return int((_stat(pid) or ["", "-1"])[1])
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
