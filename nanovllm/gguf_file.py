@@ -5,6 +5,7 @@ and takes 2.2 s for a 49k vocabulary, which alone would be a third of the start-
 formats and dequantization are the `gguf` package's. Used by `checkpoint`, tokenizer and weights.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import numpy.typing as npt
 SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+# What counts, lengths and alignments that are not what they should be run into.
+NONSENSE = (OverflowError, MemoryError, TypeError, ZeroDivisionError)
 
 # GGUF metadata value types (ggml/docs/gguf.md): id → struct format of the scalar ones
 SCALARS = {
@@ -51,8 +55,10 @@ class GGUFTensor:
 class GGUFFile:
     """A GGUF file, version 2 or 3, little endian.
 
-    metadata: key → int, float, bool, str or list of these. tensors: name → `GGUFTensor`.
-    Raises `ValueError` naming the file if it is foreign or truncated.
+    metadata: key → int, float, bool, str or list of these. tensors: name → `GGUFTensor`, as stored:
+    of architecture "llama" (Llama, Mistral, SmolLM2 …) llama.cpp has permuted the rows of
+    `attn_q` and `attn_k` within each head for its interleaved rotary embedding; `worker.weights`
+    undoes that. Raises `ValueError` naming the file if it is foreign or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,10 +72,12 @@ class GGUFFile:
             num_tensors, num_entries = self._header()
             self.metadata = dict(self._entry() for _ in range(num_entries))
             infos = [self._tensor_info() for _ in range(num_tensors)]
-        except (struct.error, IndexError) as error:
-            raise ValueError(f"{path} is truncated in its metadata: fetch it again") from error
-        alignment = int(self.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT))
-        start = -(-self._at // alignment) * alignment
+            alignment = self.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+            start = -(-self._at // alignment) * alignment
+        except (struct.error, IndexError, *NONSENSE) as error:
+            raise ValueError(
+                f"{path} is truncated or damaged in its metadata: fetch it again"
+            ) from error
         self.tensors = {
             name: self._tensor(name, shape, type_id, start + offset)
             for name, shape, type_id, offset in infos
@@ -115,8 +123,6 @@ class GGUFFile:
             item_type, count = self._unpack("IQ")
             if item_type == STRING:
                 return self._strings(count)
-            if item_type == ARRAY:
-                return [self._value(ARRAY) for _ in range(count)]
             return list(self._unpack(f"{count}{self._scalar(item_type)}"))
         return self._unpack(self._scalar(type_id))[0]
 
@@ -143,6 +149,8 @@ class GGUFFile:
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
         (num_dims,) = self._unpack("I")
+        if not 1 <= num_dims <= MAX_DIMS:
+            raise IndexError(num_dims)
         shape = self._unpack(f"{num_dims}Q")[::-1]
         type_id, offset = self._unpack("IQ")
         return name, shape, type_id, offset
@@ -150,25 +158,28 @@ class GGUFFile:
     def _tensor(self, name: str, shape: tuple[int, ...], type_id: int, start: int) -> GGUFTensor:
         try:
             tensor_type = gguf.GGMLQuantizationType(type_id)
-        except ValueError:
+            block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+        except (ValueError, KeyError):
             raise ValueError(
                 f"{self.path}: tensor {name!r} has unknown type {type_id}: "
-                "install a newer gguf package"
+                "install a newer gguf package, or use another quantization of the model"
             ) from None
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
         row_bytes = shape[-1] // block_size * block_bytes
-        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
+        num_rows = math.prod(shape[:-1])
         end = start + num_rows * row_bytes
-        if end > len(self._map):
+        if shape[-1] % block_size or end > len(self._map):
             raise ValueError(
-                f"{self.path} is truncated: tensor {name!r} ends at byte {end}, "
-                f"the file at {len(self._map)}: fetch it again"
+                f"{self.path} is truncated or damaged: tensor {name!r} of shape {shape} "
+                f"would end at byte {end}, the file ends at {len(self._map)}: fetch it again"
             )
         raw = np.frombuffer(self._map, np.uint8, count=end - start, offset=start)
         return GGUFTensor(name, shape, tensor_type, raw.reshape(num_rows, row_bytes))
 
 
 # ---- Hugging Face's names for the same facts
+
+# What Llama 3.1, 3.2 and 3.3 share of their rope scaling.
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 # general.architecture → (architecture, model_type)
 ARCHITECTURES = {
@@ -181,8 +192,8 @@ ARCHITECTURES = {
 def hf_config(file: GGUFFile) -> dict[str, Any]:
     """A file's metadata in the form of a Hugging Face config.json.
 
-    llama.cpp stores Mistral as "llama" too. Its llama3 rope scaling comes as a tensor of factors
-    (`rope_freqs.weight`); that and other scalings raise `ValueError`.
+    llama.cpp stores Mistral as "llama" too. Raises `ValueError` naming the file for architectures
+    and rope scalings that are not supported, and for facts that are missing.
     """
     metadata = file.metadata
     name = metadata.get("general.architecture")
@@ -191,13 +202,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: architecture {name!r} is not supported: "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
         )
-    if "rope_freqs.weight" in file.tensors or f"{name}.rope.scaling.type" in metadata:
-        scaling = metadata.get(f"{name}.rope.scaling.type", "llama3")
-        if scaling != "none":
-            raise ValueError(
-                f"{file.path}: rope scaling {scaling!r} is not supported from GGUF: "
-                "use the model's safetensors"
-            )
+    if metadata.get(f"{name}.expert_count"):
+        raise ValueError(f"{file.path}: mixtures of experts are not supported from GGUF")
     architecture, model_type = ARCHITECTURES[name]
 
     def fact(key: str, default: Any = None) -> Any:
@@ -206,7 +212,10 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             raise ValueError(f"{file.path}: metadata {name}.{key} is missing: fetch it again")
         return value
 
-    num_heads = fact("attention.head_count")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path} holds no token_embd.weight: name the model's first part")
+    num_heads, theta = fact("attention.head_count"), fact("rope.freq_base", 10000.0)
+    head_dim = fact("attention.key_length", fact("embedding_length") // num_heads)
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -215,14 +224,53 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "num_hidden_layers": fact("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": fact("attention.head_count_kv", num_heads),
-        "head_dim": fact("attention.key_length", fact("embedding_length") // num_heads),
+        "head_dim": head_dim,
         "rms_norm_eps": fact("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fact("rope.freq_base", 10000.0),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(file, name, theta=theta, head_dim=head_dim),
         "max_position_embeddings": fact("context_length"),
+        "sliding_window": metadata.get(f"{name}.attention.sliding_window"),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
+    }
+
+
+def _rope_scaling(
+    file: GGUFFile, name: str, *, theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """The rope scaling as config.json would give it; None if there is none.
+
+    llama.cpp stores Llama 3's as a tensor of divisors, one per frequency. Its four parameters are
+    not stored: all released models share three of them and the fourth is the largest divisor, so
+    they are recovered here, and believed only if they give the stored tensor back.
+    """
+    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
+    if kind != "none":
+        raise ValueError(
+            f"{file.path}: rope scaling {kind!r} is not supported from GGUF: "
+            "use the model's safetensors"
+        )
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    stored = file.tensors["rope_freqs.weight"].dequantize()  # [head_dim / 2]
+    factor = float(stored.max())
+    periods = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # in positions
+    blend = np.clip((LLAMA3_CONTEXT / periods - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    expected = 1 / ((1 - blend) / factor + blend)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+        raise ValueError(
+            f"{file.path}: the rope frequencies are scaled in an unknown way: "
+            "use the model's safetensors"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
     }

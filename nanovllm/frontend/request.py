@@ -1,0 +1,331 @@
+"""Requests under way: what the core has sent is merged here until the caller asks for it.
+
+`RequestTable.apply` takes every `Outputs` message, `Request.next_output` gives to the caller. There
+is no queue in between: a slow caller finds one merged output, however much has come.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopStrings
+from nanovllm.frontend.inputs import Prompt
+from nanovllm.frontend.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenAlternatives,
+)
+from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.protocol import FinishReason, Finished, Outputs, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+
+
+class Completion:
+    """One output sequence. `arrived` are tokens the core has sent that are not yet text."""
+
+    __slots__ = (
+        "arrived",
+        "arrived_logprobs",
+        "cumulative_logprob",
+        "detokenizer",
+        "finish_reason",
+        "has_news",
+        "index",
+        "logprobs",
+        "num_tokens",
+        "request",
+        "stop_reason",
+        "stops",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, request: "Request", index: int, detokenizer: Detokenizer | None) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.detokenizer = detokenizer
+        self.stops: StopStrings | None = None
+        if params.stop:
+            self.stops = StopStrings(
+                params.stop, include_in_output=params.include_stop_str_in_output
+            )
+        self.arrived: list[int] = []
+        self.arrived_logprobs: list[TokenLogprobs] = []
+        self.num_tokens = 0
+        self.text = ""  # this and the next two: not yet given out, if output_kind is "delta"
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenAlternatives] | None = None if params.logprobs is None else []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.has_news = False
+
+    def advance(self, end: Finished | None) -> bool:
+        """Turn what has arrived into text. True if a stop string ended it before the core did."""
+        arrived, self.arrived = self.arrived, []
+        stopped = False
+        if self.detokenizer is not None:
+            # The token that ended it is not text, be it EOS or one of stop_token_ids.
+            params = self.request.params
+            cut = end is not None and end.reason == "stop" and not params.include_stop_str_in_output
+            text_ids = arrived[:-1] if cut else arrived
+            if self.stops is None:
+                self.text += self.detokenizer.feed(text_ids)
+            else:
+                num_used = self._feed_until_stop(self.detokenizer, self.stops, text_ids)
+                stopped = self.finish_reason is not None
+                if stopped:
+                    del arrived[num_used:]
+        self.num_tokens += len(arrived)
+        self.token_ids += arrived
+        if self.logprobs is not None:
+            self._take_logprobs(len(arrived))
+        if end is not None and not stopped:
+            self.finish_reason, self.stop_reason = end.reason, end.stop_reason
+            if self.detokenizer is not None:
+                self._flush_text(self.detokenizer)
+        self.has_news = True
+        return stopped and end is None
+
+    def take(self) -> CompletionOutput:
+        """What the caller gets now."""
+        output = CompletionOutput(
+            self.index,
+            self.text,
+            self.token_ids,
+            self.cumulative_logprob,
+            self.logprobs,
+            self.finish_reason,
+            self.stop_reason,
+        )
+        if self.request.params.output_kind == "delta":
+            self.text, self.token_ids = "", []
+            self.logprobs = None if self.logprobs is None else []
+        else:
+            self.token_ids = self.token_ids.copy()
+            self.logprobs = None if self.logprobs is None else self.logprobs.copy()
+        self.has_news = False
+        return output
+
+    def _feed_until_stop(
+        self, detokenizer: Detokenizer, stops: StopStrings, token_ids: list[int]
+    ) -> int:
+        """One token at a time, so that tokens after a match are known. Returns how many it took."""
+        min_tokens = self.request.params.min_tokens
+        for index, token_id in enumerate(token_ids):
+            look = self.num_tokens + index >= min_tokens
+            text, stop = stops.feed(detokenizer.feed((token_id,)), look=look)
+            self.text += text
+            if stop is not None:
+                self.finish_reason, self.stop_reason = "stop", stop
+                return index + 1
+        return len(token_ids)
+
+    def _flush_text(self, detokenizer: Detokenizer) -> None:
+        """The end: what was held back is text after all. (A stop string cannot appear here: only
+        U+FFFD is new.)"""
+        text = detokenizer.flush()
+        if self.stops is not None:
+            text = self.stops.feed(text, look=False)[0] + self.stops.flush()
+        self.text += text
+
+    def _take_logprobs(self, num_tokens: int) -> None:
+        assert self.logprobs is not None and self.cumulative_logprob is not None
+        arrived, self.arrived_logprobs = self.arrived_logprobs[:num_tokens], []
+        for logprobs in arrived:
+            self.logprobs.append(alternatives(logprobs, self.request.tokenizer))
+            self.cumulative_logprob += logprobs.logprob
+
+
+class Request:
+    """One call of `generate`, with its `n` completions, numbered from `number` on."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        number: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        detokenizers: DetokenizerFactory | None,
+    ) -> None:
+        self.request_id = request_id
+        self.number = number
+        self.prompt = prompt
+        self.params = params
+        self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
+        self.metrics = RequestMetrics(arrival_time=time.time())
+        self.num_cached_tokens: int | None = None
+        self.prompt_logprobs: list[TokenAlternatives | None] | None = None
+        self.final_only = params.output_kind == "final_only"
+        self.completions = [
+            Completion(
+                self,
+                index,
+                None
+                if detokenizers is None or not params.detokenize
+                else detokenizers.make(skip_special_tokens=params.skip_special_tokens),
+            )
+            for index in range(params.n)
+        ]
+        self.num_unfinished = params.n
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more will come for it."""
+        return self.num_unfinished == 0 or self._error is not None
+
+    @property
+    def numbers(self) -> range:
+        return range(self.number, self.number + self.params.n)
+
+    def fail(self, error: Exception) -> None:
+        """Make the caller's next (or present) `next_output` raise `error`."""
+        self._error = error
+        self._news.set()
+
+    def announce(self) -> None:
+        """Wake the caller, if it is waiting for something like this."""
+        if not self.final_only or self.num_unfinished == 0:
+            self._news.set()
+
+    async def next_output(self) -> RequestOutput:
+        """All that has come since the last call; waits until something has.
+
+        Raises what the request was failed with.
+        """
+        await self._news.wait()
+        if self._error is not None:
+            raise self._error
+        self._news.clear()
+        delta = self.params.output_kind == "delta"
+        output = RequestOutput(
+            self.request_id,
+            self.prompt.text,
+            self.prompt.token_ids,
+            [one.take() for one in self.completions if one.has_news or not delta],
+            self.num_unfinished == 0,
+            msgspec.structs.replace(self.metrics),
+            self.prompt_logprobs,
+            self.num_cached_tokens,
+        )
+        if delta:
+            self.prompt_logprobs = None
+        return output
+
+
+class RequestTable:
+    """The live requests of one client, by id, and their completions, by number."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, Request] = {}
+        self._completions: dict[int, Completion] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests.values()))
+
+    def add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        for number, completion in zip(request.numbers, request.completions, strict=True):
+            self._completions[number] = completion
+
+    def find(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def owner_of(self, number: int) -> Request | None:
+        completion = self._completions.get(number)
+        return None if completion is None else completion.request
+
+    def remove(self, request: Request) -> list[int]:
+        """Forget a request. Returns the numbers that the core may still be working on."""
+        self._requests.pop(request.request_id, None)
+        return [n for n in request.numbers if self._completions.pop(n, None) is not None]
+
+    def apply(self, outputs: Outputs) -> list[int]:
+        """Take in a message from the core; returns the numbers that stop strings have ended."""
+        self._apply_starts(outputs)
+        completions = self._completions
+        touched: dict[int, Completion] = {}
+        for index, number in enumerate(outputs.numbers):
+            completion = completions.get(number)
+            if completion is None:
+                continue  # ended here, which the core did not know yet
+            touched[number] = completion
+            completion.arrived.append(outputs.token_ids[index])
+            if outputs.logprobs and index in outputs.logprobs:
+                completion.arrived_logprobs.append(outputs.logprobs[index])
+        ends: dict[int, Finished] = {}
+        for end in outputs.finished:
+            completion = completions.get(end.number)
+            if completion is not None:
+                ends[end.number] = end
+                touched[end.number] = completion
+        return self._advance(touched, ends)
+
+    def _apply_starts(self, outputs: Outputs) -> None:
+        for started in outputs.started:
+            request = self.owner_of(started.number)
+            if request is not None and started.number == request.number:
+                request.num_cached_tokens = started.num_cached_tokens
+                request.metrics.queued_ms = started.queued_ms
+        for some in outputs.prompt_logprobs:
+            request = self.owner_of(some.number)
+            if request is not None:
+                request.prompt_logprobs = request.prompt_logprobs or [None]
+                request.prompt_logprobs += [
+                    alternatives(logprobs, request.tokenizer) for logprobs in some.logprobs
+                ]
+
+    def _advance(self, touched: dict[int, Completion], ends: dict[int, Finished]) -> list[int]:
+        stopped: list[int] = []
+        now = time.time()
+        for number, completion in touched.items():
+            request = completion.request
+            metrics = request.metrics
+            end = ends.get(number) if ends else None
+            if metrics.first_token_time is None and completion.arrived:
+                metrics.first_token_time = now
+            if end is None and request.final_only and completion.stops is None:
+                continue  # nobody asks for the text before the end
+            num_tokens = completion.num_tokens
+            if completion.advance(end):
+                stopped.append(number)
+            metrics.num_generation_tokens += completion.num_tokens - num_tokens
+            if completion.finish_reason is not None:
+                self._finish(completion, end, now)
+            request.announce()
+        return stopped
+
+    def _finish(self, completion: Completion, end: Finished | None, now: float) -> None:
+        request = completion.request
+        del self._completions[request.number + completion.index]
+        request.num_unfinished -= 1
+        if end is not None:
+            request.metrics.num_preemptions += end.num_preemptions
+        if request.num_unfinished == 0:
+            request.metrics.finished_time = now
+            del self._requests[request.request_id]
+
+
+def alternatives(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenAlternatives:
+    """The token itself first, then the most probable ones in order."""
+
+    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
+        text = None if tokenizer is None else tokenizer.token_text(token_id)
+        return Logprob(logprob, rank, text)
+
+    found = {logprobs.token_id: entry(logprobs.token_id, logprobs.logprob, logprobs.rank)}
+    for index, token_id in enumerate(logprobs.top_ids):
+        if token_id not in found:
+            found[token_id] = entry(token_id, logprobs.top_logprobs[index], index + 1)
+    return found

@@ -1,0 +1,43 @@
+"""How every Triton kernel here is launched: on which device, and overlapping its predecessor.
+
+Programmatic dependent launch (PDL, compute capability ≥ 9.0) lets a kernel start while the one
+before it still runs. The rule that keeps it safe: a kernel launched so reads nothing but its
+arguments and model weights, and writes nothing, before `gdc_wait()`, and every one of them waits.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in NumPy, on a CPU
+MIN_CAPABILITY = (8, 0)
+PDL_CAPABILITY = (9, 0)
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`, or None if they can."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0 (Ampere)"
+    return None
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the device; a small odd number in the interpreter, so that loops over work are walked."""
+    if INTERPRETED:
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keywords of every launch: `PDL`, which kernels read, and `launch_pdl`, which Triton does."""
+    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}

@@ -1,0 +1,161 @@
+"""One step, from plan to pending result; orchestration only.
+
+`Worker.execute` calls it with plans in order. On CUDA nothing here waits for the device: work and
+copies are queued on one stream, and `PendingStep.result` waits for that step's event.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.protocol import StepPlan, StepResult
+from nanovllm.worker.attention.base import AttentionBackend
+from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan, build_batch
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.columns import NO_LOGPROBS
+from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
+
+MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
+
+
+class Model(Protocol):
+    """What the runner asks of a model (`models.decoder.Decoder`)."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Hidden states after the final norm, [num_tokens, hidden_size]."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step under way (an `executor.base.StepHandle`). Tensors arrive in host memory.
+
+    `prompt_logprobs`: entry of the plan → (alternatives wanted, its prompt positions).
+    """
+
+    step: int
+    token_ids: Tensor | None = None  # [num_samples] int64
+    logprobs: LogprobTensors | None = None
+    logprob_indices: list[int] = field(default_factory=list)
+    num_top_logprobs: list[int] = field(default_factory=list)
+    prompt_logprobs: dict[int, tuple[int, LogprobTensors]] = field(default_factory=dict)
+    done: torch.Event | None = None
+
+    def result(self) -> StepResult:
+        """Wait for this step, and for nothing queued after it."""
+        if self.done is not None:
+            self.done.synchronize()
+        logprobs = {}
+        if self.logprobs is not None:
+            unpacked = self.logprobs.unpack(self.num_top_logprobs)
+            logprobs = dict(zip(self.logprob_indices, unpacked, strict=True))
+        return StepResult(
+            step=self.step,
+            token_ids=[] if self.token_ids is None else self.token_ids.tolist(),
+            logprobs=logprobs,
+            prompt_logprobs={
+                entry: tensors.unpack([num_top] * len(tensors.ranks))
+                for entry, (num_top, tensors) in self.prompt_logprobs.items()
+            },
+        )
+
+
+class ModelRunner:
+    """Runs plans on `model`; `kv_cache` is [2, layers, blocks, block_size, kv_heads, head_dim]."""
+
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        *,
+        rows: RequestRows,
+        kv_cache: Tensor,
+        max_inflight_steps: int,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._rows = rows
+        self._kv_cache = kv_cache
+        self._block_size = kv_cache.shape[3]
+        self._device = kv_cache.device
+        self._sampler = Sampler(rows)
+        self._staging = PlanStaging(
+            max_num_rows=rows.num_rows,
+            num_buffers=max_inflight_steps + 1,
+            device=self._device,
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Queue one step. The plan before it must have been queued, but need not be done."""
+        staged = self._staging.stage(plan, self._rows.record(plan))
+        self._rows.write(staged.writes)
+        batch = build_batch(staged, self._rows, block_size=self._block_size)
+        self._attention.prepare(batch)
+        hidden = self._model.forward(batch, self._kv_cache)  # [num_tokens, hidden_size]
+        pending = PendingStep(plan.step)
+        self._collect_prompt_logprobs(pending, staged, hidden)
+        if plan.sampling:
+            self._collect_samples(pending, self._sample(staged, batch, hidden))
+        if self._device.type == "cuda":
+            pending.done = torch.Event(self._device)
+            pending.done.record()
+        return pending
+
+    def _sample(self, staged: StagedPlan, batch: ForwardBatch, hidden: Tensor) -> Sampled:
+        """Sample for the plan's entries and let the device remember the tokens."""
+        entries = staged.sampling.long()
+        targets = SamplingTargets(
+            rows=staged.rows[entries].long(),
+            positions=batch.seq_lens[entries].long(),
+            host_rows=staged.host_rows[staged.host_sampling],
+            host_positions=staged.host_seq_lens[staged.host_sampling],
+        )
+        if len(entries) < batch.num_tokens:
+            hidden = hidden[batch.query_start_loc[entries + 1].long() - 1]
+        sampled = self._sampler.sample(self._model.compute_logits(hidden), targets)
+        self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
+        return sampled
+
+    def _collect_samples(self, pending: PendingStep, sampled: Sampled) -> None:
+        pending.token_ids = sampled.token_ids.to("cpu", non_blocking=True)
+        if sampled.logprobs is not None:
+            pending.logprobs = sampled.logprobs.to_host()
+            pending.logprob_indices = sampled.logprob_indices
+            pending.num_top_logprobs = sampled.num_top_logprobs
+
+    def _collect_prompt_logprobs(
+        self, pending: PendingStep, staged: StagedPlan, hidden: Tensor
+    ) -> None:
+        """For each entry that wants them, the log-probabilities of the prompt's next tokens.
+
+        The token at position p predicts the one at p + 1, which the row knows. Logits are made for
+        `MAX_LOGIT_ROWS` positions at a time, so memory does not grow with the prompt.
+        """
+        host = self._rows.host[staged.host_rows]
+        starts = staged.host_query_start_loc
+        for entry in np.flatnonzero(host["prompt_logprobs"] != NO_LOGPROBS).tolist():
+            seq_len, num_prompt = int(staged.host_seq_lens[entry]), host["num_prompt_tokens"][entry]
+            num_new = int(starts[entry + 1] - starts[entry])
+            first = seq_len - num_new + 1
+            end = min(seq_len + 1, int(num_prompt))
+            if first >= end:
+                continue
+            num_top = int(host["prompt_logprobs"][entry])
+            wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end].long()
+            states = hidden[starts[entry] : starts[entry] + end - first]
+            parts = [
+                gather_logprobs(self._model.compute_logits(some), token_ids, num_top=num_top)
+                for some, token_ids in zip(
+                    torch.split(states, MAX_LOGIT_ROWS),
+                    torch.split(wanted, MAX_LOGIT_ROWS),
+                    strict=True,
+                )
+            ]
+            pending.prompt_logprobs[entry] = num_top, LogprobTensors.concatenate(parts).to_host()

@@ -1,0 +1,117 @@
+"""What the device remembers of each running sequence, and the host's mirror of its parameters.
+
+Rows 0 … num_rows - 1 belong to sequences, row `num_rows` to padding. A row is one record of 32-bit
+words (sampling columns, block table, tokens), so that everything a plan brings is one scatter.
+Tokens are written at admission and by the sampler: the host never needs an id still on its way.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.protocol import StepPlan
+from nanovllm.worker.sampling.columns import (
+    COLUMNS,
+    NEUTRAL,
+    NUM_WORDS,
+    TORCH_DTYPES,
+    encode,
+    word_offset,
+)
+from nanovllm.worker.sampling.edits import RowEdits, prepare_edits
+
+Int32Array = npt.NDArray[np.int32]
+_NEUTRAL_WORDS = NEUTRAL.view(np.int32)
+
+
+class RequestRows:
+    """`ModelRunner` writes plans in, in order; batches and the sampler read by row.
+
+    token_ids: [num_rows + 1, max_model_len] int32; block_tables: [num_rows + 1, max_num_blocks]
+    int32; seeds: [num_rows + 1] int64; num_prompt_tokens: [num_rows + 1] int32; columns: name →
+    [num_rows + 1]. All are views of one tensor. `host` mirrors the record's fixed part.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        eos_token_ids: list[int],
+        device: torch.device,
+    ) -> None:
+        max_num_blocks = -(-max_model_len // block_size)
+        self._tokens_at = NUM_WORDS + max_num_blocks
+        width = self._tokens_at + max_model_len
+        self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
+        if (num_rows + 1) * self._width >= 2**31:
+            raise ValueError(
+                f"max_num_seqs ({num_rows}) times max_model_len ({max_model_len}) is over 2^31: "
+                "lower one of them"
+            )
+        state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
+        self._words = state.view(-1)
+        self.block_tables = state[:, NUM_WORDS : self._tokens_at]
+        self.token_ids = state[:, self._tokens_at : width]
+        self.seeds = state[:, :2].view(torch.int64)[:, 0]
+        self.num_prompt_tokens = state[:, word_offset("num_prompt_tokens")]
+        self.columns: dict[str, Tensor] = {
+            column.name: state[:, word_offset(column.name)].view(TORCH_DTYPES[column.kind])
+            for column in COLUMNS
+        }
+        self.num_rows = num_rows
+        self.host = np.repeat(NEUTRAL, num_rows + 1)
+        self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
+        self.edits: dict[int, RowEdits] = {}
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+
+    def record(self, plan: StepPlan) -> Int32Array:
+        """Take the plan's new rows and blocks into the mirror, and return what `write` needs.
+
+        Returns [2, num_words]: places in the state and their new values.
+        """
+        places: list[Int32Array] = []
+        values: list[Int32Array] = []
+        for new in plan.new_rows:
+            record = encode(new)
+            self.host[new.row] = record[0]
+            edits = prepare_edits(
+                new,
+                vocab_size=self._vocab_size,
+                eos_token_ids=self._eos_token_ids,
+                device=self._device,
+            )
+            self.edits.pop(new.row, None)
+            if edits is not None:
+                self.edits[new.row] = edits
+            start = new.row * self._width
+            for offset, words in (
+                (0, record.view(np.int32)),
+                (NUM_WORDS, np.array(new.block_ids, np.int32)),
+                (self._tokens_at, np.array(new.token_ids, np.int32)),
+            ):
+                at = start + offset
+                places.append(np.arange(at, at + len(words), dtype=np.int32))
+                values.append(words)
+        if plan.block_appends:
+            appends = np.array([(a.row, a.index, a.block_id) for a in plan.block_appends], np.int32)
+            places.append(appends[:, 0] * self._width + appends[:, 1] + NUM_WORDS)
+            values.append(appends[:, 2])
+        if not places:
+            return np.empty((2, 0), np.int32)
+        return np.stack((np.concatenate(places), np.concatenate(values)))
+
+    def write(self, writes: Tensor) -> None:
+        """Bring the device up to what `record` returned (writes: [2, num_words] int32)."""
+        if writes.shape[1]:
+            self._words[writes[0].long()] = writes[1]
+
+    def active_columns(self, rows: Int32Array) -> set[str]:
+        """Names of the columns that are not neutral in all of `rows`."""
+        active = (self._host_words[rows] != _NEUTRAL_WORDS).any(0)
+        return {column.name for column in COLUMNS if active[word_offset(column.name)]}

@@ -1,0 +1,113 @@
+"""From logits to one id per row: temperature, min-p, top-k, top-p, inverse CDF.
+
+`sampler` calls it for the rows that are not greedy. Every truncation is a floor: probabilities that
+equal it all stay, so what survives does not hang on how a sort breaks ties. Truncated rows are not
+renormalized; mass is compared with their own total. No result depends on the other rows.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 64  # tokens summed at once when a cumulative sum is searched
+NUM_CANDIDATES = 128  # most likely tokens looked at before a nucleus is searched in all of them
+
+
+def to_probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(logits / temperature), padded with zeros to whole blocks; overwrites `logits`.
+
+    logits: [n, vocab_size] float32; temperature: [n]. Returns [n, num_blocks * BLOCK].
+    """
+    probs = logits.div_(temperature[:, None]).softmax(-1)
+    padding = -probs.shape[1] % BLOCK
+    return pad(probs, (0, padding)) if padding else probs
+
+
+def truncate_min_p(probs: Tensor, min_p: Tensor) -> Tensor:
+    """Keep tokens at least `min_p` times as likely as the likeliest (min_p: [n])."""
+    return _keep_from(probs, probs.amax(-1, keepdim=True) * min_p[:, None])
+
+
+def truncate_top_k(probs: Tensor, top_k: Tensor, *, most: int) -> Tensor:
+    """Keep the `top_k` likeliest tokens of each row (top_k: [n]; 0 is off; `most`: the largest)."""
+    values = _largest(probs, min(most, probs.shape[1]))
+    rank = top_k.long().clamp(1, values.shape[1])[:, None] - 1
+    return _keep_from(probs, values.gather(1, rank) * (top_k > 0)[:, None])
+
+
+def truncate_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the fewest likeliest tokens that hold `top_p` ([n]) of a row's mass: the nucleus.
+
+    Holtzman et al., "The curious case of neural text degeneration", 2020.
+    """
+    needed = top_p.double() * _cumulative_mass(probs)[:, -1]  # [n]
+    # A look at the top settles most rows. CUDA sorts all: asking whether it did would wait.
+    on_cpu = probs.device.type == "cpu"
+    values = _largest(probs, NUM_CANDIDATES if on_cpu else probs.shape[1])
+    mass = values.cumsum(-1, dtype=torch.float64)
+    last = torch.searchsorted(mass, needed[:, None]).clamp_(max=values.shape[1] - 1)
+    floors = values.gather(1, last) * (top_p < 1)[:, None]
+    if on_cpu:
+        unsettled = (mass[:, -1] < needed) & (values[:, -1] > 0) & (top_p < 1)
+        for row in unsettled.nonzero()[:, 0].tolist():
+            floors[row] = _nucleus_floor(probs[row], needed[row].item(), top_p[row].item())
+    return _keep_from(probs, floors)
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index whose cumulative probability exceeds `uniforms` times the total, [n] int64.
+
+    probs: [n, num_blocks * BLOCK]; uniforms: [n] float64 in (0, 1). The search is in two levels,
+    blocks and then one block, so that only block sums are accumulated over the whole vocabulary.
+    """
+    mass = _cumulative_mass(probs)  # [n, num_blocks]
+    target = uniforms[:, None] * mass[:, -1:]
+    # The clamp matters for rows of NaN only: whatever they get must be an index.
+    block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[1] - 1)
+    before = pad(mass, (1, 0)).gather(1, block)
+    inside = _blocks(probs).gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    inside = inside.cumsum(-1, dtype=torch.float64)  # [n, BLOCK]
+    # fp32 block sums and this sum differ in their last bits: never look beyond the last token.
+    rest = torch.minimum(target - before, inside[:, -1:].nextafter(torch.zeros_like(target)))
+    offset = torch.searchsorted(inside, rest, right=True).clamp_(max=BLOCK - 1)
+    return (block * BLOCK + offset)[:, 0]
+
+
+def _blocks(probs: Tensor) -> Tensor:
+    return probs.view(probs.shape[0], -1, BLOCK)
+
+
+def _cumulative_mass(probs: Tensor) -> Tensor:
+    """[n, num_blocks] float64: the mass up to and including each block."""
+    return _blocks(probs).sum(-1).cumsum(-1, dtype=torch.float64)
+
+
+def _keep_from(probs: Tensor, floors: Tensor) -> Tensor:
+    """Zero what lies below its row's floor, in place. floors: [n, 1]."""
+    # Compared into floats: on a CPU several times faster than through a mask of booleans.
+    return probs.mul_(torch.ge(probs, floors, out=torch.empty_like(probs)))
+
+
+def _largest(probs: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, descending, [n, min(count, width)].
+
+    They lie in the `count` blocks of largest maximum: looking only there saves most of the work.
+    """
+    num_rows, width = probs.shape
+    if 4 * count * BLOCK > width:
+        return probs.topk(min(count, width), dim=-1).values
+    blocks = _blocks(probs)
+    chosen = blocks.amax(-1).topk(count, dim=-1, sorted=False).indices
+    inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).view(num_rows, -1)
+    return inside.topk(count, dim=-1).values
+
+
+def _nucleus_floor(probs: Tensor, needed: float, top_p: float) -> float:
+    """The smallest probability in one row's nucleus, however wide it is. probs: [width]."""
+    values = probs.numpy()
+    # All below this hold less than 1 - top_p of the mass together: none is in the nucleus.
+    negligible = needed / top_p * (1 - top_p) / len(values)
+    values = np.sort(values[values >= negligible])[::-1]
+    mass = np.cumsum(values, dtype=np.float64)
+    return float(values[min(int(np.searchsorted(mass, needed)), len(values) - 1)])

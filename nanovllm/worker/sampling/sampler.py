@@ -1,0 +1,143 @@
+"""Chooses the next token of every row that samples; `ModelRunner` calls it once per step.
+
+Owns the order of operations, which is vLLM's: raw log-probabilities; allowed ids, bad words,
+min_tokens, logit_bias; penalties; greedy choice, or temperature, min-p, top-k, top-p and a draw.
+An operation runs only if some row of the batch asks for it, as the host's mirror knows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.worker.request_rows import Int32Array, RequestRows
+from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS
+from nanovllm.worker.sampling.distribution import (
+    draw,
+    to_probabilities,
+    truncate_min_p,
+    truncate_top_k,
+    truncate_top_p,
+)
+from nanovllm.worker.sampling.edits import apply_edits
+from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.penalties import penalize
+from nanovllm.worker.sampling.philox import uniforms
+
+IndexArray = npt.NDArray[np.intp]
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTargets:
+    """Which rows sample, and the positions their new tokens take: on the device and the host."""
+
+    rows: Tensor  # [n] int64
+    positions: Tensor  # [n] int64
+    host_rows: Int32Array
+    host_positions: Int32Array
+
+    def select(self, chosen: IndexArray) -> tuple["SamplingTargets", Tensor]:
+        """Some of the targets, and their indices on the device."""
+        indices = torch.from_numpy(chosen).to(self.rows.device, non_blocking=True)
+        on_host = self.host_rows[chosen], self.host_positions[chosen]
+        return SamplingTargets(self.rows[indices], self.positions[indices], *on_host), indices
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`logprobs` are those of the targets `logprob_indices`, if there are any."""
+
+    token_ids: Tensor  # [n] int64
+    logprobs: LogprobTensors | None
+    logprob_indices: list[int]
+    num_top_logprobs: list[int]
+
+
+class Sampler:
+    """Reads `rows`; keeps nothing from step to step."""
+
+    def __init__(self, rows: RequestRows) -> None:
+        self._rows = rows
+
+    def sample(self, logits: Tensor, targets: SamplingTargets) -> Sampled:
+        """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32)."""
+        active = self._rows.active_columns(targets.host_rows)
+        raw = None
+        if "logprobs" in active:
+            num_top = self._rows.host["logprobs"][targets.host_rows]
+            wanted = np.flatnonzero(num_top != NO_LOGPROBS)
+            indices = targets.select(wanted)[1]
+            raw = logits[indices]  # a copy: what follows edits the logits
+        if self._rows.edits:
+            self._apply_edits(logits, targets)
+        if not active.isdisjoint(PENALTIES):
+            self._penalize(logits, targets)
+        token_ids = self._choose(logits, targets, active)
+        if raw is None:
+            return Sampled(token_ids, None, [], [])
+        most = -1 if -1 in num_top else int(num_top.max())
+        logprobs = gather_logprobs(raw, token_ids[indices], num_top=most)
+        return Sampled(token_ids, logprobs, wanted.tolist(), num_top[wanted].tolist())
+
+    def _apply_edits(self, logits: Tensor, targets: SamplingTargets) -> None:
+        rows = self._rows
+        for index, row in enumerate(targets.host_rows.tolist()):
+            edits = rows.edits.get(row)
+            if edits is not None:
+                length = int(targets.host_positions[index])
+                num_outputs = length - int(rows.host["num_prompt_tokens"][row])
+                outputs = rows.token_ids[row, length - num_outputs : length]
+                apply_edits(logits[index], edits, outputs)
+
+    def _penalize(self, logits: Tensor, targets: SamplingTargets) -> None:
+        rows = self._rows
+        host = rows.host[targets.host_rows]
+        asking = np.logical_or.reduce([host[name] != NEUTRAL[name] for name in PENALTIES])
+        some, indices = targets.select(np.flatnonzero(asking))
+        width = int(some.host_positions.max())
+        tokens = rows.token_ids[:, :width][some.rows].long()  # [n, width]
+        places = torch.arange(width, device=tokens.device)
+        known = places < some.positions[:, None]
+        penalized = penalize(
+            logits[indices],
+            torch.where(known, tokens, tokens[:, :1]),
+            known & (places >= rows.num_prompt_tokens[some.rows][:, None]),
+            repetition=rows.columns["repetition_penalty"][some.rows],
+            presence=rows.columns["presence_penalty"][some.rows],
+            frequency=rows.columns["frequency_penalty"][some.rows],
+        )
+        logits.index_copy_(0, indices, penalized)
+
+    def _choose(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
+        """Greedy rows take the largest logit, the others draw. Returns [n] int64."""
+        if "temperature" not in active:
+            return _argmax(logits)
+        drawing = self._rows.host["temperature"][targets.host_rows] > 0
+        if drawing.all():
+            return self._draw(logits, targets, active)
+        some, indices = targets.select(np.flatnonzero(drawing))
+        token_ids = _argmax(logits)
+        token_ids[indices] = self._draw(logits[indices], some, active)
+        return token_ids
+
+    def _draw(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
+        columns, rows = self._rows.columns, targets.rows
+        probs = to_probabilities(logits, columns["temperature"][rows])
+        if "min_p" in active:
+            probs = truncate_min_p(probs, columns["min_p"][rows])
+        if "top_k" in active:
+            most = int(self._rows.host["top_k"][targets.host_rows].max())
+            probs = truncate_top_k(probs, columns["top_k"][rows], most=most)
+        if "top_p" in active:
+            probs = truncate_top_p(probs, columns["top_p"][rows])
+        return draw(probs, uniforms(self._rows.seeds[rows], targets.positions))
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The largest of each row, [n] int64. On a CPU, NumPy's is many times faster."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)

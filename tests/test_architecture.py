@@ -1,0 +1,156 @@
+"""The rules of the layout, as tests: who may import whom, how long things are, what is banned."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nanovllm"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 7
+MAX_DOCSTRING_LINES = 6
+
+# What everyone may import.
+SHARED = {"checkpoint", "config", "fetch", "gguf_file", "protocol", "sampling_params"}
+
+# folder (or top-level module) → what it may import besides itself and SHARED
+ARROWS = {
+    "": {"frontend"},  # nanovllm/__init__.py: the public names
+    "cli": {"flags", "frontend", "launch"},
+    "config": set(),
+    "core": {"executor.base"},
+    "executor": {"worker"},
+    "flags": set(),
+    "frontend": {"launch"},
+    "launch": {"core.process", "executor", "flags"},
+    "protocol": set(),
+    "sampling_params": set(),
+    "worker": {"executor.base"},
+    **{name: set() for name in ("checkpoint", "fetch", "gguf_file")},
+}
+
+
+def module_name(path: Path) -> str:
+    """'core.scheduler' for nanovllm/core/scheduler.py; '' for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Modules of this package that a file imports anywhere in it, without the leading name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            if (node.module or "").split(".")[0] == "nanovllm":
+                yield (node.module or "").removeprefix("nanovllm").lstrip(".")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "nanovllm":
+                    yield alias.name.removeprefix("nanovllm").lstrip(".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_one_way(path: Path) -> None:
+    home = module_name(path).split(".")[0]
+    assert home in ARROWS, f"{home} has no place in the import rules"
+    allowed = ARROWS[home] | SHARED | {home}
+    for target in imported_modules(path):
+        prefixes = {".".join(target.split(".")[:n]) for n in (1, 2)}
+        assert prefixes & allowed, f"{home} must not import {target}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nanovllm",
+        "nanovllm.cli",
+        "nanovllm.launch",
+        "nanovllm.core.scheduler",
+        "nanovllm.core.process",
+        "nanovllm.frontend.async_llm",
+        "nanovllm.frontend.llm",
+        "nanovllm.executor.base",
+    ],
+)
+def test_importing_loads_no_torch(module: str) -> None:
+    program = f"import {module}, sys; print(sorted(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for heavy in ("'torch'", "'transformers'", "'triton'"):
+        assert heavy not in out, f"{module} must not load {heavy}"
+
+
+def test_importing_the_package_loads_nothing_of_it() -> None:
+    program = "import nanovllm, sys; print([m for m in sys.modules if m.startswith('nanovllm.')])"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", ALL_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+            arguments = node.args
+            count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+            is_method = arguments.args[:1] and arguments.args[0].arg in ("self", "cls")
+            # A Triton kernel's parameters are its launch interface: pointers, strides, constants.
+            if not _is_triton(node):
+                assert count - bool(is_method) <= MAX_PARAMETERS, f"{node.name}: {count}"
+
+
+def _is_triton(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_modules_say_what_they_own(path: Path) -> None:
+    source = path.read_text()
+    if path.name == "__init__.py" and path.parent != PACKAGE:
+        assert source == "", "subpackages have empty __init__.py files"
+        return
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring, "a module docstring says what the module owns and who calls it"
+    assert docstring.count("\n") < MAX_DOCSTRING_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_banned_things_are_absent(path: Path) -> None:
+    assert path.name not in ("utils.py", "helpers.py", "common.py")
+    source = path.read_text()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), "no global state"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & {"pickle", "cloudpickle", "dill"}, "nothing is ever pickled"
+        if isinstance(node, ast.ExceptHandler):
+            swallowed = node.type is None and not any(
+                isinstance(inner, ast.Raise) for inner in ast.walk(node)
+            )
+            assert not swallowed, "a bare except must raise"
+    assert not re.search(r"/(root|home|work|tmp/m)/", source), "no machine paths"
+
+
+def test_public_names_are_sorted_and_real() -> None:
+    import nanovllm
+
+    assert sorted(nanovllm.__all__) == sorted(set(nanovllm.__all__))
+    assert set(nanovllm.__all__) == set(nanovllm._HOMES)
+    for name in nanovllm.__all__:
+        assert getattr(nanovllm, name).__name__ == name

@@ -1,0 +1,81 @@
+"""Configuration: flat keywords, nearest names, bounds, and the JSON that crosses to the core."""
+
+import argparse
+from typing import Any
+
+import msgspec
+import pytest
+
+from nanovllm.config import SECTIONS, EngineConfig, field_names
+from nanovllm.flags import add_config_flags, config_values
+
+
+def test_keywords_find_their_section() -> None:
+    config = EngineConfig.from_kwargs(model="m", block_size=32, max_num_seqs=7)
+    assert (config.model.model, config.cache.block_size, config.scheduler.max_num_seqs) == (
+        "m",
+        32,
+        7,
+    )
+    assert EngineConfig.from_kwargs() == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"blok_size": 16}, "'blok_size': did you mean 'block_size'"),
+        ({"max_seqs": 4}, "did you mean 'max_num_seqs'"),
+        ({"zzzzzz": 1}, "known: .*block_size"),
+        ({"block_size": "16"}, "block_size: Expected `int`, got `str`"),
+        ({"block_size": 0}, "block_size: Expected `int` >= 1"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: Expected `float` <= 1"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
+        ({"dtype": "int4"}, "dtype: Invalid enum value 'int4'"),
+        ({"max_inflight_steps": 0}, "max_inflight_steps: Expected `int` >= 1"),
+        ({"max_model_len": 1}, "max_model_len"),
+    ],
+)
+def test_mistakes_name_the_field_and_the_remedy(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.from_kwargs(**keywords)
+
+
+def test_configuration_is_frozen_and_survives_json() -> None:
+    config = EngineConfig.from_kwargs(model="m", max_model_len=100, gpu_memory_utilization=0.5)
+    with pytest.raises(AttributeError):
+        config.cache.block_size = 3  # type: ignore[misc]
+    assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
+    with pytest.raises(msgspec.ValidationError, match="unknown field"):
+        msgspec.json.decode(b'{"cache": {"blok_size": 1}}', type=EngineConfig)
+
+
+def test_field_names_are_unique_across_sections() -> None:
+    assert len(field_names()) == len(set(field_names()))
+
+
+def test_every_field_is_described_and_has_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    helped = {action.dest: action.help for action in parser._actions}
+    for name in field_names():
+        assert helped[name] and not helped[name].startswith(" (default"), name
+
+
+def test_flags_become_keywords_only_when_given() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    arguments = parser.parse_args(
+        ["--max-model-len", "128", "--no-enable-prefix-caching", "--dtype", "float32"]
+    )
+    assert config_values(arguments) == {
+        "max_model_len": 128,
+        "enable_prefix_caching": False,
+        "dtype": "float32",
+    }
+    assert config_values(parser.parse_args([])) == {}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "int3"])
+
+
+def test_sections_cover_the_engine_config() -> None:
+    assert tuple(SECTIONS) == EngineConfig.__struct_fields__

@@ -1,0 +1,107 @@
+"""SamplingParams: vLLM's spellings are accepted, and every mistake names its field."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from nanovllm.sampling_params import SamplingParams
+
+
+def test_defaults_are_vllm_s() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (
+        1,
+        1.0,
+        1.0,
+        0,
+        0.0,
+    )
+    assert (params.max_tokens, params.min_tokens, params.output_kind) == (16, 0, "cumulative")
+    assert (params.repetition_penalty, params.seed, params.logprobs) == (1.0, None, None)
+
+
+def test_other_spellings_are_canonicalized() -> None:
+    params = SamplingParams(
+        stop="END",  # type: ignore[arg-type]
+        top_k=-1,
+        seed=-1,
+        stop_token_ids=None,  # type: ignore[arg-type]
+        logit_bias={5: 500},
+    )
+    assert (params.stop, params.top_k, params.seed, params.stop_token_ids) == (["END"], 0, None, [])
+    assert params.logit_bias == {5: 100.0}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "greedy"), [(0, True), (1e-6, True), (1e-4, False), (1, False)]
+)
+def test_tiny_temperatures_are_greedy(temperature: float, greedy: bool) -> None:
+    assert SamplingParams(temperature=temperature).greedy is greedy
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", NAN),
+        ("temperature", INFINITY),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", NAN),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", NAN),
+        ("n", 0),
+        ("max_tokens", 0),
+        ("max_tokens", 1.0),
+        ("min_tokens", -1),
+        ("seed", 2**64),
+        ("logprobs", -2),
+        ("logprobs", 1000),
+        ("prompt_logprobs", 1000),
+        ("stop", [""]),
+        ("stop", [3]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-5]),
+        ("bad_words", [""]),
+        ("logit_bias", {3: NAN}),
+        ("output_kind", "stream"),
+    ],
+)
+def test_values_out_of_range_name_their_field(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**{field: value})
+
+
+def test_combinations_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="n must be 1 with temperature 0"):
+        SamplingParams(temperature=0, n=2)
+    with pytest.raises(ValueError, match=r"min_tokens \(9\) must not exceed max_tokens \(8\)"):
+        SamplingParams(min_tokens=9, max_tokens=8)
+    with pytest.raises(ValueError, match="detokenize"):
+        SamplingParams(stop=["x"], detokenize=False)
+
+
+def test_it_is_frozen_and_is_validated_again_when_decoded() -> None:
+    params = SamplingParams(temperature=0.5, stop=["a"], logit_bias={3: 1.5})
+    with pytest.raises(AttributeError):
+        params.top_k = 3  # type: ignore[misc]
+    encoded = msgspec.msgpack.encode(params)
+    assert msgspec.msgpack.decode(encoded, type=SamplingParams) == params
+    with pytest.raises(msgspec.ValidationError, match="top_p"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode({"top_p": 7.0}), type=SamplingParams)
+    with pytest.raises(TypeError):
+        SamplingParams(temprature=0)  # type: ignore[call-arg]

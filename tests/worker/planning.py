@@ -1,0 +1,81 @@
+"""Hand-made rows and plans for tests of the worker."""
+
+import torch
+
+from nanovllm.protocol import BlockAppend, NewRow, StepPlan
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.request_rows import RequestRows
+
+BLOCK_SIZE = 4
+VOCAB_SIZE = 200
+EOS = 0
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def make_rows(num_rows: int = 8, *, vocab_size: int = VOCAB_SIZE) -> RequestRows:
+    return RequestRows(
+        num_rows=num_rows,
+        max_model_len=64,
+        block_size=BLOCK_SIZE,
+        vocab_size=vocab_size,
+        eos_token_ids=[EOS],
+        device=torch.device("cpu"),
+    )
+
+
+def new_row(
+    row: int,
+    token_ids: list[int],
+    params: SamplingParams = GREEDY,
+    *,
+    num_prompt_tokens: int | None = None,
+    block_ids: list[int] | None = None,
+    seed: int = 0,
+    bad_words_token_ids: list[list[int]] | None = None,
+) -> NewRow:
+    """A row whose blocks, unless given, are those of `blocks_of(row)` that its tokens need."""
+    if block_ids is None:
+        block_ids = blocks_of(row)[: -(-len(token_ids) // BLOCK_SIZE)]
+    return NewRow(
+        row=row,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids) if num_prompt_tokens is None else num_prompt_tokens,
+        block_ids=block_ids,
+        params=params,
+        seed=seed,
+        bad_words_token_ids=bad_words_token_ids or [],
+    )
+
+
+def blocks_of(row: int) -> list[int]:
+    """Sixteen blocks of the row's own, in no simple order."""
+    return [1 + row * 16 + (index * 5) % 16 for index in range(16)]
+
+
+def make_plan(
+    step: int,
+    entries: list[tuple[int, int, int]],
+    *,
+    new_rows: list[NewRow] | None = None,
+    sampling: list[int] | None = None,
+) -> StepPlan:
+    """entries: (row, num_computed, num_scheduled); all sample unless `sampling` says otherwise.
+
+    Rows get the blocks their tokens need beyond those a new row brings: one whenever a step starts
+    a block.
+    """
+    brought = {new.row for new in new_rows or ()}
+    appends = [
+        BlockAppend(row, start // BLOCK_SIZE, blocks_of(row)[start // BLOCK_SIZE])
+        for row, start, count in entries
+        if row not in brought and count == 1 and start % BLOCK_SIZE == 0
+    ]
+    return StepPlan(
+        step=step,
+        new_rows=new_rows or [],
+        block_appends=appends,
+        rows=[row for row, _, _ in entries],
+        num_computed=[start for _, start, _ in entries],
+        num_scheduled=[count for _, _, count in entries],
+        sampling=list(range(len(entries))) if sampling is None else sampling,
+    )

@@ -1,0 +1,88 @@
+"""From a plan's integers to flat tokens."""
+
+import numpy as np
+import torch
+
+from nanovllm.protocol import StepPlan
+from nanovllm.worker.forward_batch import ROOM_FOR_WRITES, ForwardBatch, PlanStaging, build_batch
+from nanovllm.worker.request_rows import RequestRows
+from tests.worker.planning import BLOCK_SIZE, blocks_of, make_plan, make_rows, new_row
+
+
+def make_staging(rows: RequestRows) -> PlanStaging:
+    return PlanStaging(max_num_rows=rows.num_rows, num_buffers=2, device=torch.device("cpu"))
+
+
+def run(rows: RequestRows, staging: PlanStaging, plan: StepPlan) -> ForwardBatch:
+    staged = staging.stage(plan, rows.record(plan))
+    rows.write(staged.writes)
+    return build_batch(staged, rows, block_size=BLOCK_SIZE)
+
+
+def slots_of(row: int, positions: range) -> list[int]:
+    return [blocks_of(row)[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in positions]
+
+
+def test_mixed_step() -> None:
+    rows = make_rows()
+    staging = make_staging(rows)
+    first, second = list(range(10, 21)), list(range(30, 33))
+    run(rows, staging, make_plan(0, [(6, 0, 4)], new_rows=[new_row(6, first)], sampling=[]))
+    batch = run(rows, staging, make_plan(1, [(6, 4, 7), (1, 0, 3)], new_rows=[new_row(1, second)]))
+    assert batch.input_ids.tolist() == first[4:] + second
+    assert batch.positions.tolist() == [*range(4, 11), *range(3)]
+    assert batch.slot_mapping.tolist() == slots_of(6, range(4, 11)) + slots_of(1, range(3))
+    assert batch.query_start_loc.tolist() == [0, 7, 10]
+    assert batch.seq_lens.tolist() == [11, 3]
+    assert batch.block_tables.shape == (2, 3)
+    assert batch.block_tables[0].tolist() == blocks_of(6)[:3]
+    assert (batch.num_tokens, batch.num_rows) == (10, 2)
+    assert (batch.max_query_len, batch.max_seq_len) == (7, 11)
+    assert batch.input_ids.dtype == batch.positions.dtype == batch.slot_mapping.dtype == torch.int64
+    assert batch.query_start_loc.dtype == batch.seq_lens.dtype == torch.int32
+
+
+def test_decode_step_reads_tokens_from_the_device() -> None:
+    rows = make_rows()
+    staging = make_staging(rows)
+    new_rows = [new_row(2, [3, 4, 5, 6]), new_row(0, [7])]
+    run(rows, staging, make_plan(0, [(2, 0, 4), (0, 0, 1)], new_rows=new_rows))
+    rows.token_ids[2, 4], rows.token_ids[0, 1] = 50, 51  # as the sampler would
+    batch = run(rows, staging, make_plan(1, [(2, 4, 1), (0, 1, 1)]))
+    assert batch.max_query_len == 1
+    assert batch.input_ids.tolist() == [50, 51]
+    assert batch.slot_mapping.tolist() == slots_of(2, range(4, 5)) + slots_of(0, range(1, 2))
+    assert batch.seq_lens.tolist() == [5, 2]
+
+
+def test_padding_entries_point_at_block_zero() -> None:
+    rows = make_rows()
+    plan = StepPlan(
+        0, [], [], rows=[rows.num_rows], num_computed=[0], num_scheduled=[1], sampling=[]
+    )
+    batch = run(rows, make_staging(rows), plan)
+    assert batch.input_ids.tolist() == [0] and batch.slot_mapping.tolist() == [0]
+    assert batch.seq_lens.tolist() == [1] and batch.block_tables.tolist() == [[0]]
+
+
+def test_staging_carries_more_writes_than_it_has_room_for() -> None:
+    rows = make_rows()
+    writes = np.stack((np.arange(ROOM_FOR_WRITES + 1), np.ones(ROOM_FOR_WRITES + 1)))
+    writes = writes.astype(np.int32)
+    staging = make_staging(rows)
+    for num_writes in (ROOM_FOR_WRITES + 1, ROOM_FOR_WRITES, 0):
+        staged = staging.stage(make_plan(0, [(0, 0, 1)]), writes[:, :num_writes])
+        assert np.array_equal(staged.writes.numpy(), writes[:, :num_writes])
+
+
+def test_host_arrays_survive_later_plans() -> None:
+    rows = make_rows()
+    staging = make_staging(rows)
+    empty = np.empty((2, 0), np.int32)
+    staged = staging.stage(make_plan(0, [(4, 2, 3), (5, 0, 1)], sampling=[1]), empty)
+    for step in range(1, 4):
+        staging.stage(make_plan(step, [(0, 0, 1)]), empty)
+    assert staged.host_rows.tolist() == [4, 5]
+    assert staged.host_seq_lens.tolist() == [5, 1]
+    assert staged.host_query_start_loc.tolist() == [0, 3, 4]
+    assert staged.host_sampling.tolist() == [1]

@@ -1,0 +1,175 @@
+"""Steps on a model whose every logit is known: what the device remembers, and what comes back."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.protocol import StepResult, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker import model_runner
+from nanovllm.worker.model_runner import ModelRunner
+from tests.worker.fake_model import (
+    FakeAttention,
+    FakeModel,
+    make_kv_cache,
+    reference,
+    reference_logits,
+)
+from tests.worker.planning import make_plan, make_rows, new_row
+
+PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
+
+
+def make_runner(model: FakeModel | None = None) -> ModelRunner:
+    return ModelRunner(
+        model or FakeModel(),
+        FakeAttention(),
+        rows=make_rows(),
+        kv_cache=make_kv_cache(),
+        max_inflight_steps=2,
+    )
+
+
+def run(runner: ModelRunner, *args: object, **kwargs: object) -> StepResult:
+    return runner.execute(make_plan(*args, **kwargs)).result()  # type: ignore[arg-type]
+
+
+def test_prefill_and_decode_of_mixed_rows() -> None:
+    runner = make_runner()
+    new_rows = [new_row(row, prompt) for row, prompt in PROMPTS.items()]
+    entries = [(row, 0, len(prompt)) for row, prompt in PROMPTS.items()]
+    outputs = [run(runner, 0, entries, new_rows=new_rows).token_ids]
+    for step in range(1, 9):
+        entries = [(row, len(prompt) + step - 1, 1) for row, prompt in PROMPTS.items()]
+        outputs.append(run(runner, step, entries).token_ids)
+    for column, prompt in enumerate(PROMPTS.values()):
+        assert [ids[column] for ids in outputs] == reference(prompt, 9)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
+def test_chunks_equal_one_shot(chunk: int) -> None:
+    prompt = PROMPTS[3]
+    runner = make_runner()
+    for start in range(0, len(prompt), chunk):
+        size = min(chunk, len(prompt) - start)
+        done = start + size == len(prompt)
+        new_rows = [new_row(3, prompt)] if start == 0 else []
+        sampling = [0] if done else []
+        result = run(runner, start, [(3, start, size)], new_rows=new_rows, sampling=sampling)
+        assert len(result.token_ids) == done
+    assert result.token_ids == reference(prompt, 1)
+
+
+def test_steps_submitted_before_earlier_results_are_read() -> None:
+    runner = make_runner()
+    first, late = PROMPTS[3], PROMPTS[0]
+    handles = [
+        runner.execute(make_plan(0, [(3, 0, 9)], new_rows=[new_row(3, first)])),
+        runner.execute(make_plan(1, [(3, 9, 1), (0, 0, 3)], new_rows=[new_row(0, late)])),
+        runner.execute(make_plan(2, [(0, 3, 1), (3, 10, 1)])),
+        runner.execute(make_plan(3, [(3, 11, 1), (0, 4, 1)])),
+    ]
+    results = [handle.result() for handle in handles]
+    assert [result.step for result in results] == [0, 1, 2, 3]
+    ids = [result.token_ids for result in results]
+    assert [ids[0][0], ids[1][0], ids[2][1], ids[3][0]] == reference(first, 4)
+    assert [ids[1][1], ids[2][0], ids[3][1]] == reference(late, 3)
+
+
+def test_a_row_is_taken_again_while_its_old_step_is_unread() -> None:
+    runner = make_runner()
+    old, new = PROMPTS[3], PROMPTS[0]
+    handles = [
+        runner.execute(make_plan(0, [(3, 0, 9)], new_rows=[new_row(3, old)])),
+        runner.execute(make_plan(1, [(3, 0, 3)], new_rows=[new_row(3, new)])),
+        runner.execute(make_plan(2, [(3, 3, 1)])),
+    ]
+    ids = [handle.result().token_ids[0] for handle in handles]
+    assert ids == reference(old, 1) + reference(new, 2)
+
+
+def test_preempted_sequence_continues_where_it_was() -> None:
+    prompt = PROMPTS[3]
+    expected = reference(prompt, 6)
+    runner = make_runner()
+    resumed = new_row(1, prompt + expected[:3], num_prompt_tokens=len(prompt))
+    ids = run(runner, 0, [(1, 0, 12)], new_rows=[resumed]).token_ids
+    for step, start in enumerate((12, 13), 1):
+        ids += run(runner, step, [(1, start, 1)]).token_ids
+    assert ids == expected[3:]
+
+
+def check(logprobs: TokenLogprobs, context: list[int], token_id: int, num_top: int) -> None:
+    expected = reference_logits(context).double().log_softmax(0)
+    assert logprobs.token_id == token_id
+    assert logprobs.logprob == pytest.approx(expected[token_id].item(), abs=1e-4)
+    assert logprobs.rank == 1 + int((expected > expected[token_id]).sum())
+    assert len(logprobs.top_ids) == num_top
+    assert np.allclose(logprobs.top_logprobs, expected.topk(num_top).values, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 9])
+def test_prompt_logprobs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 4)
+    prompt = PROMPTS[3]
+    model = FakeModel()
+    runner = make_runner(model)
+    params = SamplingParams(temperature=0.0, prompt_logprobs=2)
+    found: list[TokenLogprobs] = []
+    neighbour = new_row(0, PROMPTS[0])
+    for start in range(0, len(prompt), chunk):
+        # The entry that asks is the second, so that its tokens are not the first of the batch.
+        new_rows = [new_row(3, prompt, params)] if start == 0 else []
+        result = run(
+            runner,
+            start,
+            [(0, 0, 3), (3, start, chunk)],
+            new_rows=[neighbour, *new_rows],
+            sampling=[0, 1] if start + chunk == len(prompt) else [0],
+        )
+        assert set(result.prompt_logprobs) == {1}
+        found += result.prompt_logprobs[1]
+    assert len(found) == len(prompt) - 1
+    for position, logprobs in enumerate(found, 1):
+        check(logprobs, prompt[:position], prompt[position], 2)
+    assert model.max_logit_rows <= 4
+    assert not run(runner, 99, [(3, len(prompt), 1)]).prompt_logprobs
+
+
+def test_sampled_logprobs_are_keyed_by_sample() -> None:
+    runner = make_runner()
+    params = SamplingParams(temperature=0.0, logprobs=3)
+    new_rows = [new_row(0, PROMPTS[0]), new_row(3, PROMPTS[3], params), new_row(5, PROMPTS[5])]
+    entries = [(0, 0, 2), (5, 0, 1), (3, 0, 9)]  # the first is a chunk and does not sample
+    result = run(runner, 0, entries, new_rows=new_rows, sampling=[1, 2])
+    assert set(result.logprobs) == {1}
+    check(result.logprobs[1], PROMPTS[3], reference(PROMPTS[3], 1)[0], 3)
+
+
+def test_seeded_draws_do_not_hang_on_chunks_rows_or_overlap() -> None:
+    params = SamplingParams(temperature=500.0, seed=9)  # its logits are in the thousands
+    prompt = PROMPTS[3]
+
+    def generate(row: int, chunk: int) -> list[int]:
+        runner = make_runner()
+        handles = []
+        new_rows = [new_row(row, prompt, params, seed=9)]
+        for start in range(0, len(prompt), chunk):
+            done = start + chunk >= len(prompt)
+            entry = (row, start, min(chunk, len(prompt) - start))
+            plan = make_plan(start, [entry], new_rows=new_rows, sampling=[0] if done else [])
+            handles.append(runner.execute(plan))
+            new_rows = []
+        for position in range(len(prompt), len(prompt) + 8):
+            handles.append(runner.execute(make_plan(position, [(row, position, 1)])))
+        return [token_id for handle in handles for token_id in handle.result().token_ids]
+
+    outputs = generate(0, 9)
+    assert len(set(outputs)) > 4
+    assert generate(6, 2) == outputs
+
+
+def test_result_is_host_data_only() -> None:
+    result = run(make_runner(), 0, [(5, 0, 1)], new_rows=[new_row(5, PROMPTS[5])])
+    assert all(type(token_id) is int for token_id in result.token_ids)
+    assert not torch.is_inference_mode_enabled()
