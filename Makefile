@@ -5,7 +5,8 @@ PYTHON ?= python3
 MODEL ?= smollm2
 PROMPT ?= Explain in two sentences what a KV cache is.
 PY := .venv/bin/python
-# Without an NVIDIA GPU a constraints file keeps the gigabytes of CUDA libraries away.
+# Without an NVIDIA GPU, PyTorch comes from its index of CPU builds: the one on PyPI would bring
+# gigabytes of CUDA libraries on Linux. The constraints file then keeps pip from replacing it.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -34,15 +35,15 @@ setup: .venv/installed
 .venv/installed: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "nanovllm needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip
+	@echo "Setting up .venv (once; a minute or two)"
+	@$(PYTHON) -m venv .venv
 ifeq ($(HAS_GPU),yes)
-	$(PY) -m pip install --quiet -e '.[dev]'
+	@$(PY) -m pip install -q -e '.[dev]'
 else
-	@echo "No NVIDIA GPU found: installing a CPU build of PyTorch."
-	$(PY) -m pip install --quiet --no-deps --timeout 5 --retries 0 --index-url $(CPU_INDEX) \
-		-r constraints-cpu.txt 2>/dev/null || true
-	$(PY) -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	@echo "No NVIDIA GPU found: taking a CPU build of PyTorch"
+	@$(PY) -m pip install --no-deps --timeout 15 --retries 1 --index-url $(CPU_INDEX) \
+		-r constraints-cpu.txt || echo "$(CPU_INDEX) is out of reach: trying the ordinary index"
+	@$(PY) -m pip install -qq -c constraints-cpu.txt -e '.[dev]'
 endif
 	@touch $@
 

@@ -54,10 +54,10 @@ def _run(
     llm: LLM, arguments: argparse.Namespace, num_prompts: int, *, seed: int
 ) -> list[RequestOutput]:
     rng = random.Random(seed)
-    vocab_size = llm.vocab_size
+    vocab_size = llm.info.worker.vocab_size
     prompts = [
-        {"prompt_token_ids": [rng.randrange(FIRST_ID, vocab_size) for _ in range(length)]}
-        for length in [arguments.input_len] * num_prompts
+        [rng.randrange(FIRST_ID, vocab_size) for _ in range(arguments.input_len)]
+        for _ in range(num_prompts)
     ]
     params = SamplingParams(
         temperature=0, max_tokens=arguments.output_len, ignore_eos=True, detokenize=False
@@ -66,13 +66,13 @@ def _run(
 
 
 def _latencies(outputs: list[RequestOutput]) -> str:
-    first = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs]
-    between = [
-        (o.metrics.finished_time - o.metrics.first_token_time)
-        / (o.metrics.num_generation_tokens - 1)
-        for o in outputs
-        if o.metrics.num_generation_tokens > 1
-    ]
+    first, between = [], []
+    for metrics in (output.metrics for output in outputs):
+        assert metrics.first_token_time is not None and metrics.finished_time is not None
+        first.append(metrics.first_token_time - metrics.arrival_time)
+        if metrics.num_generation_tokens > 1:
+            decoding = metrics.finished_time - metrics.first_token_time
+            between.append(decoding / (metrics.num_generation_tokens - 1))
     lines = [f"time to first token: {_spread(first)}"]
     if between:
         lines.append(f"time per later token: {_spread(between)}")

@@ -104,38 +104,48 @@ async def _generate(arguments: argparse.Namespace) -> int:
         use_template = arguments.chat
         if use_template is None:
             use_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
-        for index, prompt in enumerate(prompts):
-            if len(prompts) > 1:
-                print(f"{'' if index == 0 else chr(10)}>>> {prompt}")
-            messages = [{"role": "user", "content": prompt}]
-            stream = llm.chat(messages, params) if use_template else llm.generate(prompt, params)
-            last = await show(stream)
-            print(figures(last), file=sys.stderr)
+        streams = [
+            llm.chat([{"role": "user", "content": prompt}], params)
+            if use_template
+            else llm.generate(prompt, params)
+            for prompt in prompts
+        ]
+        # All run together from here on, and are shown one after the other.
+        first_outputs = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        try:
+            for prompt, stream, first in zip(prompts, streams, first_outputs, strict=True):
+                if len(prompts) > 1:
+                    print(f">>> {prompt}")
+                print(figures(await _show(await first, stream)), file=sys.stderr)
+        finally:
+            for first in first_outputs:
+                first.cancel()
+            await asyncio.gather(*first_outputs, return_exceptions=True)
     return 0
 
 
-async def show(stream: "AsyncIterator[RequestOutput]") -> "RequestOutput":
-    """Print the text of a stream of deltas as it comes; returns the last output."""
-    last = None
-    async for last in stream:
-        print(last.outputs[0].text, end="", flush=True)
+async def _show(output: "RequestOutput", stream: "AsyncIterator[RequestOutput]") -> "RequestOutput":
+    """Print the text of `output` and of the deltas that follow, as they come; returns the last."""
+    print(output.outputs[0].text, end="", flush=True)
+    async for output in stream:
+        print(output.outputs[0].text, end="", flush=True)
     print(flush=True)
-    assert last is not None, "a stream ends with an output that says so"
-    return last
+    return output
 
 
 def figures(output: "RequestOutput") -> str:
     """One line of what the answer cost."""
     metrics = output.metrics
-    first = metrics.first_token_time - metrics.arrival_time
-    whole = metrics.finished_time - metrics.arrival_time
-    num_later = metrics.num_generation_tokens - 1
-    rate = num_later / (whole - first) if whole > first else 0.0
-    return (
-        f"[{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens or 0} cached"
-        f" | {metrics.num_generation_tokens} tokens, {output.outputs[0].finish_reason}"
-        f" | first token {first * 1e3:.0f} ms | {rate:.1f} tokens/s]"
-    )
+    line = f"{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens or 0} cached"
+    line += f" | {metrics.num_generation_tokens} tokens, {output.outputs[0].finish_reason}"
+    if metrics.first_token_time is None or metrics.finished_time is None:
+        return f"[{line}]"
+    first_s = metrics.first_token_time - metrics.arrival_time
+    later_s = metrics.finished_time - metrics.first_token_time
+    line += f" | first token {first_s * 1e3:.0f} ms"
+    if later_s > 0:
+        line += f" | {(metrics.num_generation_tokens - 1) / later_s:.1f} tokens/s"
+    return f"[{line}]"
 
 
 # ---- chat
@@ -151,6 +161,8 @@ async def _chat(arguments: argparse.Namespace) -> int:
     messages = list(opening)
     read = _line_reader()
     async with open_llm(arguments) as llm:
+        if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+            raise ValueError("model: it has no chat template: try `nanovllm generate --no-chat`")
         print(CHAT_HELP, file=sys.stderr)
         while (line := await read()) is not None:
             match line.strip():
@@ -178,26 +190,26 @@ async def _chat(arguments: argparse.Namespace) -> int:
 async def _answer(
     llm: "AsyncLLM", messages: list[dict[str, str]], params: SamplingParams
 ) -> str | None:
-    """Stream one answer; Ctrl-C keeps what has come so far. None if it could not be asked."""
+    """Stream one answer; Ctrl-C keeps what has come so far. None if it could not be given."""
+    from nanovllm.frontend.errors import RequestFailedError
+
     said: list[str] = []
 
     async def stream() -> None:
-        last = None
-        async for last in llm.chat(messages, params):
-            said.append(last.outputs[0].text)
+        async for output in llm.chat(messages, params):
+            said.append(output.outputs[0].text)
             print(said[-1], end="", flush=True)
-        print()
-        if last is not None:
-            print(figures(last), file=sys.stderr)
+            if output.finished:
+                print(f"\n{figures(output)}", file=sys.stderr)
 
     task = asyncio.ensure_future(stream())
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, task.cancel)
     try:
         await task
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # the stream has aborted its request
         print("\n(stopped)", file=sys.stderr)
-    except ValueError as error:  # the conversation no longer fits, say
+    except (ValueError, RequestFailedError) as error:  # the conversation no longer fits, say
         print(f"{error}. /reset starts afresh.", file=sys.stderr)
         return None
     finally:
@@ -259,9 +271,9 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """From the flags given, else the command line's own defaults."""
-    given = {name: getattr(arguments, name, None) for name in SamplingFlags.__struct_fields__}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    values = {**msgspec.structs.asdict(SamplingFlags()), **chosen}
+    names = (*SamplingFlags.__struct_fields__, "seed")
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    values = {**msgspec.structs.asdict(SamplingFlags()), **given}
     return SamplingParams(**values, output_kind="delta")
 
 
@@ -270,11 +282,15 @@ async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
     """A core of our own, with its progress shown while it loads, or the one at --address."""
     from nanovllm.frontend.async_llm import AsyncLLM
 
+    settings = config_values(arguments)
     with Progress() as progress:
         if arguments.address:
+            if idle := sorted(settings.keys() - {"seed"}):
+                flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+                raise ValueError(f"{flags}: the core at --address has settings of its own: omit it")
             llm = await AsyncLLM.connect(arguments.address, on_progress=progress)
         else:
-            llm = AsyncLLM(on_progress=progress, **config_values(arguments))
+            llm = AsyncLLM(on_progress=progress, **settings)
             await llm.start()
     try:
         yield llm

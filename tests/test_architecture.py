@@ -25,7 +25,8 @@ SHARED = {"checkpoint", "config", "fetch", "gguf_file", "protocol", "sampling_pa
 # folder (or top-level module) → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
-    "cli": {"flags", "frontend", "launch"},
+    "bench": {"frontend"},
+    "cli": {"bench", "flags", "frontend"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},

@@ -5,12 +5,11 @@ woken when the core dies, which is noticed by the broken connection however the 
 """
 
 import asyncio
-import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import zmq
@@ -39,13 +38,15 @@ from nanovllm.protocol import (
 CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
 SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
 CALL_TIMEOUT_S = 60.0
-LAST_WORDS_S = 0.3  # for a CoreFailed or an exit code, after the connection has broken
+LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
+EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.2
 HIGH_WATER_MARK = 1000
 LINGER_MS = 500
-RECONNECT_MS = 20  # while the core has not bound its address yet
+RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 
+T = TypeVar("T")
 ProgressCallback = Callable[[str, float], None]
 
 
@@ -89,10 +90,9 @@ class CoreClient:
         self._failure: CoreFailed | None = None
         self._error: EngineDeadError | None = None
         self._closed = False
-        loop = asyncio.get_running_loop()
-        self._welcome: asyncio.Future[Welcome] = loop.create_future()
-        self._first_status: asyncio.Future[None] = loop.create_future()
+        self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
+        self._status_or_death = asyncio.Event()
 
     @property
     def is_alive(self) -> bool:
@@ -112,8 +112,8 @@ class CoreClient:
                 f"address {self.address!r} cannot be connected to ({error}): "
                 "use ipc://PATH or tcp://HOST:PORT"
             ) from None
-        for work in (self._receive(), self._watch_connection(), self._watch_silence(timeout_s)):
-            self._tasks.append(asyncio.create_task(work))
+        for work in (self._receive(), self._watch_connection(), self._watch_clock(timeout_s)):
+            self._tasks.append(asyncio.create_task(self._guard(work)))
         self.send(Hello())
         return await asyncio.shield(self._welcome)
 
@@ -128,7 +128,8 @@ class CoreClient:
         `RuntimeError` with the core's reason."""
         call_id = self._num_calls
         self._num_calls += 1
-        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
         try:
             self.send(Call(call_id, operation))
             async with asyncio.timeout(timeout_s):
@@ -141,9 +142,11 @@ class CoreClient:
 
     async def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> CoreStatus:
         """The latest the core has sent, which it does once a second."""
-        self._check_alive()
-        async with asyncio.timeout(timeout_s):
-            await asyncio.shield(self._first_status)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._status_or_death.wait()
+        except TimeoutError:
+            raise TimeoutError(f"the core sent no status within {timeout_s:g} s") from None
         self._check_alive()
         assert self._status is not None
         return self._status
@@ -165,32 +168,47 @@ class CoreClient:
 
     # ---- what comes in
 
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task that fails must not leave others waiting for what it would have brought."""
+        try:
+            await work
+        except Exception as error:
+            self._die(EngineDeadError(f"the connection to the core failed: {error!r}"))
+            raise
+
     async def _receive(self) -> None:
         while True:
             frame = await self._socket.recv()
             self._last_heard = time.monotonic()
-            match self._decoder.decode(frame):
-                case Outputs() as outputs:
-                    self._listener.on_outputs(outputs)
-                case CoreStatus() as status:
-                    self._status = status
-                    _resolve(self._first_status, None)
-                case Loading(phase, progress):
-                    if self._on_progress is not None:
-                        self._on_progress(phase, progress)
-                case Welcome() as welcome:
-                    _resolve(self._welcome, welcome)
-                case RequestFailed() as failure:
-                    self._listener.on_request_failed(failure)
-                case CallResult(call_id, result, error):
-                    future = self._calls.get(call_id)
-                    if future is not None and error is None:
-                        _resolve(future, result)
-                    elif future is not None:
-                        _reject(future, RuntimeError(error))
-                case CoreFailed() as failed:
-                    self._failure = failed
-                    self._die(EngineDeadError(failed.message, failed.details))
+            self._dispatch(self._decoder.decode(frame))
+
+    def _dispatch(self, message: FromCore) -> None:
+        match message:
+            case Outputs():
+                self._listener.on_outputs(message)
+            case CoreStatus():
+                self._status = message
+                self._status_or_death.set()
+            case RequestFailed():
+                self._listener.on_request_failed(message)
+            case CallResult():
+                self._finish_call(message)
+            case Loading(phase, progress) if self._on_progress is not None:
+                self._on_progress(phase, progress)
+            case Welcome():
+                _resolve(self._welcome, message)
+            case CoreFailed(text, details):
+                self._failure = message
+                self._die(EngineDeadError(text, details))
+
+    def _finish_call(self, answer: CallResult) -> None:
+        future = self._calls.get(answer.call_id)
+        if future is None:
+            return  # it has timed out here
+        if answer.error is None:
+            _resolve(future, answer.result)
+        else:
+            _reject(future, RuntimeError(answer.error))
 
     async def _watch_connection(self) -> None:
         """The kernel closes a dead process's sockets at once: no connection, no core."""
@@ -202,33 +220,43 @@ class CoreClient:
             else:
                 await self._bury(f"the core at {self.address} closed the connection")
 
-    async def _watch_silence(self, connect_timeout_s: float) -> None:
+    async def _watch_clock(self, connect_timeout_s: float) -> None:
         """Notice an owned process that ends, and silence before Welcome; send heartbeats."""
         started = last_beat = time.monotonic()
-        while True:
+        while self._error is None:
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = time.monotonic()
             if self._process is not None and self._process.poll() is not None:
                 await self._bury("the core ended")
             elif self._welcome.done():
-                if now - last_beat >= HEARTBEAT_INTERVAL_S:
+                if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())
             elif now - self._last_heard > SILENCE_S:
-                self._die(EngineDeadError(f"the core at {self.address} was silent for too long"))
-            elif self._process is None and not self._connected:
-                if now - started > connect_timeout_s:
-                    self._die(EngineDeadError(_nobody(self.address, connect_timeout_s)))
+                self._die(
+                    EngineDeadError(f"the core at {self.address} was silent for {SILENCE_S:g} s")
+                )
+            elif (
+                not self._connected and self._process is None and now - started > connect_timeout_s
+            ):
+                self._die(
+                    EngineDeadError(
+                        f"no core answers at {self.address} (waited {connect_timeout_s:g} s): "
+                        f"start one with nanovllm-core --address {self.address}"
+                    )
+                )
 
     # ---- death
 
     async def _bury(self, what: str) -> None:
         """Wait a moment for the root cause, then declare the core dead."""
-        deadline = time.monotonic() + LAST_WORDS_S
+        deadline = time.monotonic() + (LAST_WORDS_S if self._process is None else EXIT_S)
         while time.monotonic() < deadline and self._error is None:
             await asyncio.sleep(0.02)
+            if self._process is not None and self._process.poll() is not None:
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
         ending = None if self._process is None else _ending(self._process.poll())
-        self._die(EngineDeadError(f"{what}: {ending}" if ending else what))
+        self._die(EngineDeadError(ending or what))
 
     def _die(self, error: EngineDeadError) -> None:
         """Fail everything pending with `error`; the first cause stands."""
@@ -237,7 +265,7 @@ class CoreClient:
         self._error = error
         usage = self._failure is not None and self._failure.usage
         _reject(self._welcome, ValueError(str(error)) if usage else self.dead_error())
-        _reject(self._first_status, self.dead_error())
+        self._status_or_death.set()
         for future in self._calls.values():
             _reject(future, self.dead_error())
         self._listener.on_core_dead(error)
@@ -250,3 +278,38 @@ class CoreClient:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise self.dead_error()
+
+
+def _dealer(address: str) -> zmq.asyncio.Socket:
+    """A DEALER with finite queues that tries its peer often."""
+    dealer = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)
+    dealer.set(zmq.RCVHWM, HIGH_WATER_MARK)
+    dealer.set(zmq.LINGER, LINGER_MS)
+    dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+    dealer.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    if address.startswith("tcp:"):
+        dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
+        dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+    return dealer
+
+
+def _ending(exit_code: int | None) -> str | None:
+    """How a process ended, in words."""
+    if exit_code is None:
+        return None
+    if exit_code < 0:
+        return f"the core was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
+    return f"the core exited with code {exit_code}"
+
+
+def _resolve(future: "asyncio.Future[T]", result: T) -> None:
+    """The waiter may have been cancelled, or failed, in the meantime."""
+    if not future.done():
+        future.set_result(result)
+
+
+def _reject(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # marks it as seen: there may be no waiter any more

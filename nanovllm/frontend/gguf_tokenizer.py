@@ -64,7 +64,7 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> FastTokenizer:
     tokenizer = FastTokenizer(
         models.BPE(
             vocab={token: token_id for token_id, token in enumerate(tokens)},
-            merges=merges,  # type: ignore[arg-type]  # tuples of two, as str.split cannot promise
+            merges=merges,
             ignore_merges=split in WHOLE_WORDS_FIRST,
         )
     )
@@ -74,7 +74,9 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> FastTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", [])
     added_kinds = (CONTROL, USER_DEFINED)
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in added_kinds]
+    added = [
+        (token, kind) for token, kind in zip(tokens, types, strict=False) if kind in added_kinds
+    ]
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False) for token, kind in added if kind == CONTROL]
     )
@@ -92,8 +94,9 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
         ]
         return pre_tokenizers.Sequence(steps)
     if split not in GPT2_STYLE:
+        known = ", ".join([*GPT2_STYLE, *SPLITS])
         raise ValueError(
-            f"tokenizer.ggml.pre {split!r} is unknown (known: {', '.join([*GPT2_STYLE, *SPLITS])}): "
+            f"tokenizer.ggml.pre {split!r} is unknown (known: {known}): "
             "name the original tokenizer with tokenizer=<directory or id>"
         )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -103,7 +106,7 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _through_transformers(path: Path, kind: str) -> FastTokenizer:
-    import transformers  # noqa: PLC0415 - takes seconds, and few files need it
+    import transformers  # takes seconds, and few files need it
 
     try:
         slow = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

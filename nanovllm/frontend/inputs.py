@@ -3,7 +3,7 @@
 Called by `AsyncLLM`. Every mistake is a `ValueError` naming the field and the remedy.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 from nanovllm.config import unknown_name
@@ -20,6 +20,7 @@ class PromptDict(TypedDict, total=False):
 
 
 PromptInput = str | list[int] | PromptDict
+NeedTokenizer = Callable[[], Tokenizer]  # raises `ValueError` if there is none
 PROMPT_KEYS = ["prompt", "prompt_token_ids"]
 
 
@@ -30,35 +31,23 @@ class Prompt(NamedTuple):
     token_ids: list[int]
 
 
-def make_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
-    """Encode a text; copy token ids. `ValueError`: neither, both, or text without a tokenizer."""
+def make_prompt(prompt: PromptInput, need_tokenizer: NeedTokenizer) -> Prompt:
+    """Encode a text, or copy token ids. `ValueError`: neither, both, or empty."""
     content = _content(prompt)
     if not isinstance(content, str):
         return Prompt(None, _token_ids(content))
     if not content:
         raise ValueError("prompt is empty: pass at least one character")
-    tokenizer = require_tokenizer(tokenizer, "prompt is text")
-    return Prompt(content, tokenizer.encode(content))
+    return Prompt(content, need_tokenizer().encode(content))
 
 
-def require_tokenizer(tokenizer: Tokenizer | None, why: str) -> Tokenizer:
-    """`ValueError` if there is none."""
-    if tokenizer is None:
-        raise ValueError(
-            f"{why}, but no tokenizer is loaded (skip_tokenizer_init): "
-            "pass token ids as {'prompt_token_ids': [...]}, or load a tokenizer"
-        )
-    return tokenizer
-
-
-def encode_bad_words(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+def encode_bad_words(words: list[str], need_tokenizer: NeedTokenizer) -> list[list[int]]:
     """Each word as it is spelled at the start of a text and after a space."""
     encoded: list[list[int]] = []
     for word in words:
-        tokenizer = require_tokenizer(tokenizer, "bad_words are text")
         bare = word.lstrip() or word
         for spelling in (bare, " " + bare):
-            token_ids = tokenizer.encode(spelling, add_special_tokens=False)
+            token_ids = need_tokenizer().encode(spelling, add_special_tokens=False)
             if token_ids and token_ids not in encoded:
                 encoded.append(token_ids)
     return encoded
@@ -86,13 +75,26 @@ def check_request(
         wrong = [token_id for token_id in token_ids if not 0 <= token_id < info.vocab_size]
         if wrong:
             raise ValueError(
-                f"{name} holds {wrong[0]}, but token ids of this model are in "
-                f"[0, {info.vocab_size})"
+                f"{name} holds {wrong[0]}, which is outside the model's vocabulary: "
+                f"token ids are in [0, {info.vocab_size})"
             )
     if params.stop and not has_tokenizer:
         raise ValueError(
-            "stop strings need a tokenizer (skip_tokenizer_init is set): use stop_token_ids"
+            "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
         )
+
+
+def check_options(
+    params: SamplingParams, request_id: str | None, priority: int, cache_salt: str | None
+) -> None:
+    """Types that the core could not decode, and would answer with a bad frame."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
+    if type(priority) is not int or not -(2**63) <= priority < 2**63:
+        raise ValueError(f"priority must be an integer of 64 bits, not {priority!r}")
+    for name, value in (("request_id", request_id), ("cache_salt", cache_salt)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, not {value!r}")
 
 
 def _content(prompt: PromptInput) -> Any:
@@ -126,7 +128,9 @@ def _describe(content: Any) -> str:
     return type(content).__name__
 
 
-def _named_token_ids(prompt: Prompt, params: SamplingParams) -> Iterator[tuple[str, Collection[int]]]:
+def _named_token_ids(
+    prompt: Prompt, params: SamplingParams
+) -> Iterator[tuple[str, Collection[int]]]:
     yield "prompt_token_ids", prompt.token_ids
     yield "stop_token_ids", params.stop_token_ids
     yield "logit_bias", params.logit_bias

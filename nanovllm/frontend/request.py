@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import msgspec
 
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopStrings
-from nanovllm.frontend.inputs import Prompt
 from nanovllm.frontend.outputs import (
     CompletionOutput,
     Logprob,
@@ -20,8 +19,7 @@ from nanovllm.frontend.outputs import (
     TokenAlternatives,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol import FinishReason, Finished, Outputs, TokenLogprobs
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.protocol import AddRequest, Finished, FinishReason, Outputs, TokenLogprobs
 
 
 class Completion:
@@ -147,17 +145,19 @@ class Request:
 
     def __init__(
         self,
-        *,
         request_id: str,
-        number: int,
-        prompt: Prompt,
-        params: SamplingParams,
+        prompt: str | None,
+        message: AddRequest,
         detokenizers: DetokenizerFactory | None,
     ) -> None:
+        """prompt: as text, if it was one. detokenizers: None if outputs are token ids only."""
+        params = message.params
         self.request_id = request_id
-        self.number = number
         self.prompt = prompt
+        self.message = message
         self.params = params
+        self.number = message.number
+        self.numbers = range(message.number, message.number + params.n)
         self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
         self.metrics = RequestMetrics(arrival_time=time.time())
         self.num_cached_tokens: int | None = None
@@ -178,13 +178,9 @@ class Request:
         self._news = asyncio.Event()
 
     @property
-    def finished(self) -> bool:
-        """Nothing more will come for it."""
-        return self.num_unfinished == 0 or self._error is not None
-
-    @property
-    def numbers(self) -> range:
-        return range(self.number, self.number + self.params.n)
+    def has_begun(self) -> bool:
+        """Whether the core has said anything of it."""
+        return self.num_cached_tokens is not None
 
     def fail(self, error: Exception) -> None:
         """Make the caller's next (or present) `next_output` raise `error`."""
@@ -208,8 +204,8 @@ class Request:
         delta = self.params.output_kind == "delta"
         output = RequestOutput(
             self.request_id,
-            self.prompt.text,
-            self.prompt.token_ids,
+            self.prompt,
+            self.message.prompt_token_ids,
             [one.take() for one in self.completions if one.has_news or not delta],
             self.num_unfinished == 0,
             msgspec.structs.replace(self.metrics),

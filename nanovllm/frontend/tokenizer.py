@@ -18,6 +18,8 @@ from nanovllm.frontend.chat_template import ChatTemplate, Message
 from nanovllm.gguf_file import GGUFFile
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What transformers may make a tokenizer of, if there is no tokenizer.json.
+OTHER_FORMS = ("tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 GGUF_SPECIAL_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -58,13 +60,18 @@ class Tokenizer:
 
         Raises `ValueError` with the remedy if there is none.
         """
-        path = Path(name).expanduser()
-        return cls.from_path(path if path.is_dir() else locate(name).path)
+        directory = Path(name).expanduser()  # perhaps one with a tokenizer and nothing else
+        has_one = (directory / "tokenizer.json").is_file()
+        return cls.from_path(directory if has_one else locate(name).path)
 
     @classmethod
     def from_path(cls, path: Path) -> "Tokenizer":
         """From a GGUF file, or a directory with tokenizer.json or what transformers can read."""
         return _from_directory(path) if path.is_dir() else _from_gguf(path)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source is not None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -153,8 +160,10 @@ def _from_directory(path: Path) -> Tokenizer:
             fast = FastTokenizer.from_file(str(source))
         except Exception as error:  # the Rust library raises nothing more specific
             raise ValueError(f"{source} cannot be read: {error}") from None
-    else:
+    elif any((path / name).is_file() for name in OTHER_FORMS):
         fast = _through_transformers(path)
+    else:
+        raise ValueError(f"{path} holds no tokenizer: name one with tokenizer=<directory or id>")
     special_tokens = {
         name: value["content"] if isinstance(value, dict) else value
         for name in SPECIAL_TOKENS
@@ -193,14 +202,14 @@ def _add_around_prompts(
 
 
 def _through_transformers(path: Path) -> FastTokenizer:
-    import transformers  # noqa: PLC0415 - takes seconds, and few models need it
+    import transformers  # takes seconds, and few models need it
 
     try:
         slow = transformers.AutoTokenizer.from_pretrained(path)
         fast: FastTokenizer = slow.backend_tokenizer
     except Exception as error:
         raise ValueError(
-            f"{path} holds no tokenizer.json, and transformers cannot make one of it ({error}): "
+            f"{path} holds no tokenizer.json, and transformers cannot make one ({error}): "
             "name another with tokenizer=<directory or id>"
         ) from error
     return fast

@@ -19,7 +19,7 @@ READOUT = torch.randint(-3, 4, (WIDTH, VOCAB_SIZE), generator=_generator).float(
 
 def key_of(token_ids: Tensor, positions: Tensor) -> Tensor:
     """[n, WIDTH], small integers, so that sums of them are exact in any order."""
-    return KEYS[token_ids] * (1 + positions % 7)[:, None]
+    return KEYS.to(token_ids.device)[token_ids] * (1 + positions % 7)[:, None]
 
 
 def reference_logits(token_ids: list[int]) -> Tensor:
@@ -36,9 +36,9 @@ def reference(prompt: list[int], num_outputs: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def make_kv_cache() -> Tensor:
+def make_kv_cache(device: str = "cpu") -> Tensor:
     """Full of NaN: whatever is read must have been written."""
-    return torch.full((2, 1, NUM_BLOCKS, BLOCK_SIZE, 1, WIDTH), torch.nan)
+    return torch.full((2, 1, NUM_BLOCKS, BLOCK_SIZE, 1, WIDTH), torch.nan, device=device)
 
 
 class FakeAttention:
@@ -71,11 +71,11 @@ class FakeModel:
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         slots = kv_cache[0, 0].view(-1, WIDTH)
         slots[batch.slot_mapping] = key_of(batch.input_ids, batch.positions)
-        hidden = torch.empty(batch.num_tokens, WIDTH)
+        hidden = kv_cache.new_empty(batch.num_tokens, WIDTH)
         starts = batch.query_start_loc.tolist()
         for row in range(batch.num_rows):
             end = int(batch.seq_lens[row])
-            places = torch.arange(end)
+            places = torch.arange(end, device=kv_cache.device)
             block_ids = batch.block_tables[row, places // BLOCK_SIZE].long()
             context = slots[block_ids * BLOCK_SIZE + places % BLOCK_SIZE].cumsum(0)  # [end, WIDTH]
             num_new = starts[row + 1] - starts[row]
@@ -84,4 +84,4 @@ class FakeModel:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.max_logit_rows = max(self.max_logit_rows, len(hidden))
-        return hidden @ READOUT
+        return hidden @ READOUT.to(hidden.device)

@@ -1,5 +1,6 @@
 """Hand-made rows and plans for tests of the worker."""
 
+import pytest
 import torch
 
 from nanovllm.protocol import BlockAppend, NewRow, StepPlan
@@ -10,16 +11,23 @@ BLOCK_SIZE = 4
 VOCAB_SIZE = 200
 EOS = 0
 GREEDY = SamplingParams(temperature=0.0)
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ],
+)
 
 
-def make_rows(num_rows: int = 8, *, vocab_size: int = VOCAB_SIZE) -> RequestRows:
+def make_rows(*, vocab_size: int = VOCAB_SIZE, device: str = "cpu") -> RequestRows:
     return RequestRows(
-        num_rows=num_rows,
+        num_rows=8,
         max_model_len=64,
         block_size=BLOCK_SIZE,
         vocab_size=vocab_size,
         eos_token_ids=[EOS],
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 

@@ -15,17 +15,22 @@ from tests.worker.fake_model import (
     reference,
     reference_logits,
 )
-from tests.worker.planning import make_plan, make_rows, new_row
+from tests.worker.planning import CUDA, make_plan, make_rows, new_row
 
 PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
 
-def make_runner(model: FakeModel | None = None) -> ModelRunner:
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def make_runner(device: str, model: FakeModel | None = None) -> ModelRunner:
     return ModelRunner(
         model or FakeModel(),
         FakeAttention(),
-        rows=make_rows(),
-        kv_cache=make_kv_cache(),
+        rows=make_rows(device=device),
+        kv_cache=make_kv_cache(device),
         max_inflight_steps=2,
     )
 
@@ -34,8 +39,8 @@ def run(runner: ModelRunner, *args: object, **kwargs: object) -> StepResult:
     return runner.execute(make_plan(*args, **kwargs)).result()  # type: ignore[arg-type]
 
 
-def test_prefill_and_decode_of_mixed_rows() -> None:
-    runner = make_runner()
+def test_prefill_and_decode_of_mixed_rows(device: str) -> None:
+    runner = make_runner(device)
     new_rows = [new_row(row, prompt) for row, prompt in PROMPTS.items()]
     entries = [(row, 0, len(prompt)) for row, prompt in PROMPTS.items()]
     outputs = [run(runner, 0, entries, new_rows=new_rows).token_ids]
@@ -47,9 +52,9 @@ def test_prefill_and_decode_of_mixed_rows() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 5])
-def test_chunks_equal_one_shot(chunk: int) -> None:
+def test_chunks_equal_one_shot(device: str, chunk: int) -> None:
     prompt = PROMPTS[3]
-    runner = make_runner()
+    runner = make_runner(device)
     for start in range(0, len(prompt), chunk):
         size = min(chunk, len(prompt) - start)
         done = start + size == len(prompt)
@@ -60,8 +65,8 @@ def test_chunks_equal_one_shot(chunk: int) -> None:
     assert result.token_ids == reference(prompt, 1)
 
 
-def test_steps_submitted_before_earlier_results_are_read() -> None:
-    runner = make_runner()
+def test_steps_submitted_before_earlier_results_are_read(device: str) -> None:
+    runner = make_runner(device)
     first, late = PROMPTS[3], PROMPTS[0]
     handles = [
         runner.execute(make_plan(0, [(3, 0, 9)], new_rows=[new_row(3, first)])),
@@ -76,8 +81,8 @@ def test_steps_submitted_before_earlier_results_are_read() -> None:
     assert [ids[1][1], ids[2][0], ids[3][1]] == reference(late, 3)
 
 
-def test_a_row_is_taken_again_while_its_old_step_is_unread() -> None:
-    runner = make_runner()
+def test_a_row_is_taken_again_while_its_old_step_is_unread(device: str) -> None:
+    runner = make_runner(device)
     old, new = PROMPTS[3], PROMPTS[0]
     handles = [
         runner.execute(make_plan(0, [(3, 0, 9)], new_rows=[new_row(3, old)])),
@@ -88,10 +93,10 @@ def test_a_row_is_taken_again_while_its_old_step_is_unread() -> None:
     assert ids == reference(old, 1) + reference(new, 2)
 
 
-def test_preempted_sequence_continues_where_it_was() -> None:
+def test_preempted_sequence_continues_where_it_was(device: str) -> None:
     prompt = PROMPTS[3]
     expected = reference(prompt, 6)
-    runner = make_runner()
+    runner = make_runner(device)
     resumed = new_row(1, prompt + expected[:3], num_prompt_tokens=len(prompt))
     ids = run(runner, 0, [(1, 0, 12)], new_rows=[resumed]).token_ids
     for step, start in enumerate((12, 13), 1):
@@ -109,11 +114,11 @@ def check(logprobs: TokenLogprobs, context: list[int], token_id: int, num_top: i
 
 
 @pytest.mark.parametrize("chunk", [3, 9])
-def test_prompt_logprobs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_logprobs(device: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runner, "MAX_LOGIT_ROWS", 4)
     prompt = PROMPTS[3]
     model = FakeModel()
-    runner = make_runner(model)
+    runner = make_runner(device, model)
     params = SamplingParams(temperature=0.0, prompt_logprobs=2)
     found: list[TokenLogprobs] = []
     neighbour = new_row(0, PROMPTS[0])
@@ -136,8 +141,8 @@ def test_prompt_logprobs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not run(runner, 99, [(3, len(prompt), 1)]).prompt_logprobs
 
 
-def test_sampled_logprobs_are_keyed_by_sample() -> None:
-    runner = make_runner()
+def test_sampled_logprobs_are_keyed_by_sample(device: str) -> None:
+    runner = make_runner(device)
     params = SamplingParams(temperature=0.0, logprobs=3)
     new_rows = [new_row(0, PROMPTS[0]), new_row(3, PROMPTS[3], params), new_row(5, PROMPTS[5])]
     entries = [(0, 0, 2), (5, 0, 1), (3, 0, 9)]  # the first is a chunk and does not sample
@@ -146,12 +151,12 @@ def test_sampled_logprobs_are_keyed_by_sample() -> None:
     check(result.logprobs[1], PROMPTS[3], reference(PROMPTS[3], 1)[0], 3)
 
 
-def test_seeded_draws_do_not_hang_on_chunks_rows_or_overlap() -> None:
+def test_seeded_draws_do_not_hang_on_chunks_rows_or_overlap(device: str) -> None:
     params = SamplingParams(temperature=500.0, seed=9)  # its logits are in the thousands
     prompt = PROMPTS[3]
 
     def generate(row: int, chunk: int) -> list[int]:
-        runner = make_runner()
+        runner = make_runner(device)
         handles = []
         new_rows = [new_row(row, prompt, params, seed=9)]
         for start in range(0, len(prompt), chunk):
@@ -169,7 +174,7 @@ def test_seeded_draws_do_not_hang_on_chunks_rows_or_overlap() -> None:
     assert generate(6, 2) == outputs
 
 
-def test_result_is_host_data_only() -> None:
-    result = run(make_runner(), 0, [(5, 0, 1)], new_rows=[new_row(5, PROMPTS[5])])
+def test_result_is_host_data_only(device: str) -> None:
+    result = run(make_runner(device), 0, [(5, 0, 1)], new_rows=[new_row(5, PROMPTS[5])])
     assert all(type(token_id) is int for token_id in result.token_ids)
     assert not torch.is_inference_mode_enabled()

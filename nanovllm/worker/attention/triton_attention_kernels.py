@@ -65,15 +65,23 @@ def plan_kernel(
 
 
 @triton.jit
-def _key_tile(
-    cache, block_table, places, last, lanes,
-    SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def _key_and_value(
+    keys, value_offset, block_table, start, end,
+    SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Pointers of cached vectors, [places, lanes]; places beyond `last` repeat it."""
-    places = tl.minimum(places, last)
+    """Cached vectors of one head from place `start` on, [BLOCK_N, BLOCK_D] each.
+
+    Places beyond the end repeat the last one: finite numbers, which masked scores cancel.
+    """
+    places = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
     slots = tl.load(block_table + places // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
-    slots += places % BLOCK_SIZE
-    return cache + slots[:, None] * SLOT + lanes[None, :]
+    lanes = tl.arange(0, BLOCK_D)
+    pointers = keys + ((slots + places % BLOCK_SIZE) * SLOT)[:, None] + lanes[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers), tl.load(pointers + value_offset)
+    real = (lanes < HEAD_DIM)[None, :]
+    return tl.load(pointers, real, other=0.0), tl.load(pointers + value_offset, real, other=0.0)
 
 
 @triton.jit
@@ -163,7 +171,6 @@ def _attend_one(
     BLOCK_G: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SWAP: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK_D)
     peak = tl.full([BLOCK_G], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     if SWAP:
@@ -173,13 +180,7 @@ def _attend_one(
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         places = start + tl.arange(0, BLOCK_N)
-        pointers = _key_tile(keys, block_table, places, end - 1, lanes, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D)
-        if HEAD_DIM == BLOCK_D:
-            k = tl.load(pointers)
-            v = tl.load(pointers + value_offset)
-        else:
-            k = tl.load(pointers, (lanes < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(pointers + value_offset, (lanes < HEAD_DIM)[None, :], other=0.0)
+        k, v = _key_and_value(keys, value_offset, block_table, start, end, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N)
         visible = places < end
         if WINDOW > 0:
             visible = visible & (places + WINDOW >= num_keys)
@@ -218,92 +219,161 @@ def _combine(partial_out, partial_max, partial_sum, place, num_splits, MAX_SPLIT
 
 
 @triton.jit
+def _absorb(scores, scale, value, acc, peak, total):
+    """One step of online softmax (Milakov & Gimelshein 2018): scores [M, N], unscaled."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_peak, total
+
+
+@triton.jit
+def _query_tile(tile_rows, query_start_loc, seq_lens, index, TOKENS: tl.constexpr):
+    """Which TOKENS queries the index-th tile holds; of one row, the longest tiles first.
+
+    Row i owns tiles query_start_loc[i] // TOKENS + i and on, at least as many as it needs. A tile
+    too many, or one of a row that decodes, has num_queries 0.
+    """
+    row = tl.load(tile_rows + index)
+    first_token = tl.load(query_start_loc + row)
+    num_queries = tl.load(query_start_loc + row + 1) - first_token
+    num_tiles = tl.cdiv(num_queries, TOKENS)
+    tile = num_tiles - 1 - (index - first_token // TOKENS - row)
+    absent = (tile < 0) | (num_queries == 1)
+    context = tl.load(seq_lens + row) - num_queries
+    first_query = tl.where(absent, 0, tile * TOKENS)
+    return row, first_token, tl.where(absent, 0, num_queries), context, first_query
+
+
+@triton.jit
 def prefill_kernel(
-    query, query_stride, cache, value_offset, key_desc, value_desc, out,
-    block_tables, table_stride, seq_lens, query_start_loc, num_rows, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, TMA: tl.constexpr, WS: tl.constexpr,
-):  # fmt: skip
-    """A program attends for BLOCK_M // GROUP tokens of one row and the heads of one KV head."""
+    query,  # as in decode_kernel, like all that follow
+    query_stride,
+    cache,
+    value_offset,
+    out,
+    block_tables,
+    table_stride,
+    seq_lens,
+    query_start_loc,
+    tile_rows,  # [number of tiles] int32
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     TOKENS: tl.constexpr = BLOCK_M // GROUP
+    SLOT: tl.constexpr = KV_HEADS * HEAD_DIM
     kv_head = tl.program_id(0)
-    rows = tl.arange(0, BLOCK_ROWS)
-    starts = tl.load(query_start_loc + rows, rows < num_rows, other=2**30)
-    row = tl.sum((starts // TOKENS + rows <= tl.program_id(1)).to(tl.int32)) - 1
-    first_token = tl.load(query_start_loc + row)
-    num_queries = tl.load(query_start_loc + row + 1) - first_token
-    tile = tl.program_id(1) - first_token // TOKENS - row
-    num_tiles = tl.cdiv(num_queries, TOKENS)
-    absent = (tile >= num_tiles) | (num_queries == 1)
-    tile = num_tiles - 1 - tile  # the longest first
-    num_keys = tl.load(seq_lens + row)
-    context = num_keys - num_queries
-    members = tl.arange(0, BLOCK_M)
+    row, first_token, num_queries, context, first_query = _query_tile(
+        tile_rows, query_start_loc, seq_lens, tl.program_id(1), TOKENS
+    )
+    members = tl.arange(0, BLOCK_M)  # token-major: the heads of a token lie together
     lanes = tl.arange(0, BLOCK_D)
-    local = tile * TOKENS + members // GROUP
-    head = kv_head * GROUP + members % GROUP
-    real = (local < tl.where(absent, 0, num_queries)) & (members < TOKENS * GROUP)
+    local = first_query + members // GROUP
+    heads = kv_head * GROUP + members % GROUP
+    real = ((local < num_queries) & (members < TOKENS * GROUP))[:, None] & (lanes < HEAD_DIM)
     tokens = (first_token + local).to(tl.int64)
-    q = tl.load(
-        query + (tokens * query_stride + head * HEAD_DIM)[:, None] + lanes[None, :],
-        real[:, None] & (lanes < HEAD_DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    positions = context + local
+    places = (tokens * query_stride + heads * HEAD_DIM)[:, None] + lanes
+    q = tl.load(query + places, real, other=0.0)
     table = block_tables + row.to(tl.int64) * table_stride
     keys = cache + kv_head * HEAD_DIM
-    SLOT: tl.constexpr = KV_HEADS * HEAD_DIM
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.where(absent, 0, tl.minimum(context + (tile + 1) * TOKENS, num_keys))
-    begin = _first_visible(context + tile * TOKENS, WINDOW, BLOCK_N)
-    if WINDOW == 0:
-        full_end = tl.where(absent, 0, (context + tile * TOKENS + 1) // BLOCK_N * BLOCK_N)
-        for start in tl.range(0, full_end, BLOCK_N, num_stages=STAGES, warp_specialize=WS):
-            if TMA:
-                slot = tl.load(table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
-                k = key_desc.load([slot, kv_head * HEAD_DIM])
-                v = value_desc.load([slot, kv_head * HEAD_DIM])
-            else:
-                places = start + tl.arange(0, BLOCK_N)
-                slots = tl.load(table + places // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
-                pointers = keys + slots[:, None] * SLOT + lanes[None, :]
-                if HEAD_DIM == BLOCK_D:
-                    k = tl.load(pointers)
-                    v = tl.load(pointers + value_offset)
-                else:
-                    k = tl.load(pointers, (lanes < HEAD_DIM)[None, :], other=0.0)
-                    v = tl.load(pointers + value_offset, (lanes < HEAD_DIM)[None, :], other=0.0)
+    end = tl.minimum(context + first_query + TOKENS, context + num_queries)
+    end = tl.where(num_queries == 0, 0, end)
+    begin = _first_visible(context + first_query, WINDOW, BLOCK_N)
+    if WINDOW == 0:  # all these tokens see all these keys
+        begin = tl.where(num_queries == 0, 0, (context + first_query + 1) // BLOCK_N * BLOCK_N)
+        for start in tl.range(0, begin, BLOCK_N, num_stages=STAGES):
+            k, v = _key_and_value(
+                keys, value_offset, table, start, begin, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N
+            )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-            weights = tl.exp2(scores * scale - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            peak = new_peak
-        begin = full_end
-    for start in tl.range(begin, end, BLOCK_N, num_stages=1):
-        places = start + tl.arange(0, BLOCK_N)
-        pointers = _key_tile(keys, table, places, end - 1, lanes, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D)
-        k = tl.load(pointers, (lanes < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(pointers + value_offset, (lanes < HEAD_DIM)[None, :], other=0.0)
-        visible = places[None, :] <= positions[:, None]
+            acc, peak, total = _absorb(scores, scale, v, acc, peak, total)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES if WINDOW else 1):
+        k, v = _key_and_value(
+            keys, value_offset, table, start, end, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N
+        )
+        ahead = context + local[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
+        visible = ahead >= 0
         if WINDOW > 0:
-            visible = visible & (places[None, :] + WINDOW > positions[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            visible &= ahead < WINDOW
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        peak = new_peak
-    result = acc / total[:, None]
-    tl.store(
-        out + (tokens * (SLOT * GROUP) + head * HEAD_DIM)[:, None] + lanes[None, :],
-        result.to(out.dtype.element_ty), real[:, None] & (lanes < HEAD_DIM)[None, :],
-    )  # fmt: skip
+        acc, peak, total = _absorb(scores, scale, v, acc, peak, total)
+    total = tl.maximum(total, 1e-30)  # a tile without queries divides by it, too
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    places = (tokens * (SLOT * GROUP) + heads * HEAD_DIM)[:, None] + lanes
+    tl.store(out + places, result, real)
+
+
+@triton.jit
+def prefill_pages_kernel(
+    query_desc,  # [num_tokens, KV_HEADS * GROUP * HEAD_DIM], boxes [BLOCK_M, HEAD_DIM]
+    key_desc,  # [num_slots, KV_HEADS * HEAD_DIM], boxes [BLOCK_N, HEAD_DIM]
+    value_desc,
+    out,
+    block_tables,
+    table_stride,
+    seq_lens,
+    query_start_loc,
+    tile_rows,  # [number of tiles] int32
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Like prefill_kernel, where a block holds whole tiles: the copy engine (TMA) fetches them.
+
+    Here a program attends for BLOCK_M tokens of one head. One loop, masked throughout: it is what
+    the compiler can give to a producer warp and two groups of consumers.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head = tl.program_id(0)
+    column = head // GROUP * HEAD_DIM
+    row, first_token, num_queries, context, first_query = _query_tile(
+        tile_rows, query_start_loc, seq_lens, tl.program_id(1), BLOCK_M
+    )
+    q = query_desc.load([first_token + first_query, head * HEAD_DIM])
+    table = block_tables + row.to(tl.int64) * table_stride
+    local = first_query + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    peak = tl.full([BLOCK_M], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.minimum(context + first_query + BLOCK_M, context + num_queries)
+    end = tl.where(num_queries == 0, 0, end)
+    for start in tl.range(0, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        slot = tl.load(table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+        k = key_desc.load([slot, column])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        visible = tl.arange(0, BLOCK_N)[None, :] <= (context + local - start)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        v = value_desc.load([slot, column])
+        acc, peak, total = _absorb(scores, scale, v, acc, peak, total)
+    total = tl.maximum(total, 1e-30)  # a tile without queries divides by it, too
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tokens = (first_token + local).to(tl.int64)
+    places = (tokens * (KV_HEADS * GROUP) + head)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(out + places, result, (local < num_queries)[:, None])

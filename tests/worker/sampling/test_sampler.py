@@ -1,6 +1,7 @@
 """Every sampling parameter through the sampler, on rows admitted by a plan."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from nanovllm.protocol import NewRow
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
-from tests.worker.planning import EOS, GREEDY, VOCAB_SIZE, make_plan, make_rows, new_row
+from tests.worker.planning import CUDA, EOS, GREEDY, VOCAB_SIZE, make_plan, make_rows, new_row
 
 TOP = VOCAB_SIZE - 1  # the likeliest token under `ramp`
 
@@ -18,10 +19,10 @@ def ramp(num_rows: int) -> Tensor:
     return torch.linspace(-4, 4, VOCAB_SIZE).repeat(num_rows, 1)
 
 
-def admit(*new_rows: NewRow) -> RequestRows:
-    rows = make_rows()
+def admit(*new_rows: NewRow, device: str = "cpu") -> RequestRows:
+    rows = make_rows(device=device)
     plan = make_plan(0, [], new_rows=list(new_rows))
-    rows.write(torch.from_numpy(rows.record(plan)))
+    rows.write(torch.from_numpy(rows.record(plan)).to(device))
     return rows
 
 
@@ -30,8 +31,8 @@ def sample(rows: RequestRows, logits: Tensor, lengths: dict[int, int]) -> Sample
     host_rows = np.array(list(lengths), np.int32)
     positions = np.array(list(lengths.values()), np.int32)
     targets = SamplingTargets(
-        rows=torch.from_numpy(host_rows).long(),
-        positions=torch.from_numpy(positions).long(),
+        rows=torch.from_numpy(host_rows).long().to(logits.device),
+        positions=torch.from_numpy(positions).long().to(logits.device),
         host_rows=host_rows,
         host_positions=positions,
     )
@@ -149,8 +150,9 @@ def test_sampled_rows_follow_the_softmax() -> None:
     assert chi_square < 16.3  # 99.9 % of a chi-square of 3 degrees of freedom
 
 
-def test_a_draw_depends_on_seed_position_and_logits_only() -> None:
-    """Same ids in any row, in any company, in any order; other ids with another seed."""
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_draw_depends_on_seed_position_and_logits_only(device: str) -> None:
+    """Same ids in any row, in any company, in any order, on any device; others for other seeds."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, VOCAB_SIZE, generator=generator)
     every = [
@@ -163,23 +165,21 @@ def test_a_draw_depends_on_seed_position_and_logits_only() -> None:
     ]
     lengths = [3, 9, 4, 5, 3, 7]
 
-    def run(order: list[int], shift: int, seed: int = 0) -> dict[int, int]:
-        """order: request per batch place, in row `(request + shift) % 8`."""
+    def run(order: list[int], shift: int, *, seed: int = 40, on: str = device) -> dict[int, int]:
+        """order: the request at each place of the batch; request i is in row `(i + shift) % 8`."""
         row = {request: (request + shift) % 8 for request in order}
-        rows = admit(
-            *(
-                new_row(row[i], list(range(lengths[i])), every[i], seed=(40 + i) << seed)
-                for i in order
-            )
-        )
-        result = sample(rows, logits[order], {row[i]: lengths[i] for i in order})
+        new_rows = [
+            new_row(row[i], list(range(lengths[i])), every[i], seed=seed + i) for i in order
+        ]
+        rows = admit(*new_rows, device=on)
+        result = sample(rows, logits[order].to(on), {row[i]: lengths[i] for i in order})
         return dict(zip(order, result.token_ids.tolist(), strict=True))
 
-    together = run(list(range(6)), 0)
+    together = run(list(range(6)), 0, on="cpu")
     assert run([5, 2, 0, 3, 1, 4], 3) == together
     for request in range(6):
         assert run([request], 7) == {request: together[request]}
-    assert run(list(range(6)), 0, seed=33) != together
+    assert run(list(range(6)), 0, seed=40 + 2**33) != together
 
 
 def test_logprobs_are_raw_and_only_for_rows_that_ask() -> None:

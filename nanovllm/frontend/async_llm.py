@@ -1,0 +1,353 @@
+"""The asynchronous engine: encode, send, stream.
+
+What servers and `LLM` are built on. Owns the live requests, the tokenizer, the line to the core
+and, unless it was attached with `connect`, the core process itself.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from nanovllm.checkpoint import locate
+from nanovllm.config import EngineConfig
+from nanovllm.frontend.chat_template import Message
+from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, CoreClient, ProgressCallback
+from nanovllm.frontend.detokenizer import DetokenizerFactory
+from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.inputs import (
+    Prompt,
+    PromptInput,
+    check_options,
+    check_request,
+    encode_bad_words,
+    make_prompt,
+)
+from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.request import Request, RequestTable
+from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.launch import CoreHandle, start_core
+from nanovllm.protocol import (
+    Abort,
+    AddRequest,
+    CoreStatus,
+    Outputs,
+    RequestFailed,
+    ResetPrefixCache,
+    Welcome,
+)
+from nanovllm.sampling_params import SamplingParams
+
+
+class AsyncLLM:
+    """An engine with a core of its own, between `start` and `close` (or in an `async with`).
+
+    Keywords are the fields of `EngineConfig`; `ValueError` if one is unknown or out of range.
+    on_progress(phase, fraction) is called while the model is fetched and loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        on_progress: ProgressCallback | None = None,
+        **config_fields: Any,
+    ) -> None:
+        self.config = EngineConfig.from_kwargs(model=model, **config_fields)
+        self._on_progress = on_progress
+        self._handle: CoreHandle | None = None
+        self._client: CoreClient | None = None
+        self._welcome: Welcome | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._why_no_tokenizer = "skip_tokenizer_init is set"
+        self._detokenizers: DetokenizerFactory | None = None
+        self._requests = RequestTable()
+        self._next_number = 0
+
+    # ---- life
+
+    @classmethod
+    async def connect(
+        cls,
+        address: str,
+        *,
+        tokenizer: str | Tokenizer | None = None,
+        skip_tokenizer_init: bool = False,
+        on_progress: ProgressCallback | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> "AsyncLLM":
+        """Attach to a running core; any number of frontends may. `close` leaves it running.
+
+        tokenizer: by default that of the core's model, if it can be had on this machine; without
+        one, only token ids can be sent. connect_timeout_s: for somebody to answer at the address;
+        a core that still loads is waited for. Raises `EngineDeadError`, `ValueError`.
+        """
+        llm = cls(skip_tokenizer_init=skip_tokenizer_init, on_progress=on_progress)
+        try:
+            welcome = await llm._greet(address, connect_timeout_s=connect_timeout_s)
+            if tokenizer is not None:
+                await llm._load_tokenizer(tokenizer)
+            elif not skip_tokenizer_init:
+                await llm._try_tokenizer(welcome.model)
+        except BaseException:
+            await llm.close()
+            raise
+        return llm
+
+    async def start(self) -> None:
+        """Start the core and load the tokenizer beside it.
+
+        Raises `ValueError` if the configuration cannot work, `EngineDeadError` if the core dies.
+        """
+        if self._client is not None:
+            raise RuntimeError("this engine has been started before: make a new one")
+        model = self.config.model
+        try:
+            if model.load_format != "dummy":  # fetch it here, where the user sees the progress
+                await asyncio.to_thread(locate, model.model, on_progress=self._thread_progress())
+            self._handle = start_core(self.config)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._greet(self._handle.address))
+                if not model.skip_tokenizer_init:
+                    group.create_task(self._load_tokenizer(model.tokenizer or model.model))
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, BaseExceptionGroup):  # the first failure cancelled the other task
+                raise error.exceptions[0] from None
+            raise
+
+    async def close(self) -> None:
+        """Abort what runs, say goodbye, and end the core if it is owned. May be called twice."""
+        handle = await self.leave()
+        if handle is not None:
+            await asyncio.to_thread(handle.close)
+
+    async def leave(self) -> CoreHandle | None:
+        """`close`, but for the blocking end of an owned core: the caller closes its handle."""
+        if self._client is not None:
+            await self._client.close()
+        handle, self._handle = self._handle, None
+        return handle
+
+    async def __aenter__(self) -> "AsyncLLM":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Ready for requests."""
+        return self._welcome is not None and self._line.is_alive
+
+    @property
+    def info(self) -> Welcome:
+        """What the core said of itself and its model: limits, sizes, choices made."""
+        if self._welcome is None:
+            raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
+        return self._welcome
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model; token ids are below it."""
+        return self.info.worker.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None with skip_tokenizer_init, or if none could be had when attaching."""
+        return self._tokenizer
+
+    # ---- requests
+
+    def generate(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Stream the outputs of one prompt: a text, token ids, or a dict of one of them.
+
+        Ends after the output that is `finished`. Leaving the loop early, or being cancelled, aborts
+        the request. A caller slower than the model gets several steps in one output.
+        priority: lower runs first, with scheduling_policy="priority". cache_salt: share cached
+        prefixes only with requests of the same salt.
+        Raises `ValueError` before anything is sent, `RequestFailedError`, `EngineDeadError`.
+        """
+        made = self.make_prompt(prompt)
+        return self._stream(
+            self.prepare(
+                made, sampling_params, request_id, priority=priority, cache_salt=cache_salt
+            )
+        )
+
+    def chat(
+        self,
+        messages: list[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **template_variables: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """`generate`, from the prompt that the model's chat template makes of `messages`."""
+        made = self.chat_prompt(messages, **template_variables)
+        return self._stream(
+            self.prepare(
+                made, sampling_params, request_id, priority=priority, cache_salt=cache_salt
+            )
+        )
+
+    def apply_chat_template(self, messages: list[Message], **template_variables: Any) -> str:
+        """The text of `chat`'s prompt. Raises `ValueError` if the template refuses the messages."""
+        return self._need_tokenizer().apply_chat_template(messages, **template_variables)
+
+    def make_prompt(self, prompt: PromptInput) -> Prompt:
+        """Encode a text, or copy token ids."""
+        return make_prompt(prompt, self._need_tokenizer)
+
+    def chat_prompt(self, messages: list[Message], **template_variables: Any) -> Prompt:
+        """The template writes its special tokens itself, so none are added in encoding."""
+        text = self.apply_chat_template(messages, **template_variables)
+        return Prompt(text, self._need_tokenizer().encode(text, add_special_tokens=False))
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests early: their last output has finish_reason "abort". Unknown ids are fine:
+        they may just have finished."""
+        names = [request_id] if isinstance(request_id, str) else request_id
+        found = [self._requests.find(name) for name in names]
+        numbers = [number for request in found if request for number in request.numbers]
+        if numbers:
+            self._line.send(Abort(numbers))
+
+    async def stats(self) -> CoreStatus:
+        """What the core does, all clients together; at most a second (or a step) old."""
+        return await self._line.status()
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. False if blocks in use made it partial."""
+        return bool(await self._line.call(ResetPrefixCache()))
+
+    # ---- one request in steps, as `LLM` needs it
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """Check everything and give it a number; nothing is sent yet. Raises `ValueError`."""
+        params = SamplingParams() if params is None else params
+        check_options(params, request_id, priority, cache_salt)
+        check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
+        message = AddRequest(
+            number=self._next_number,
+            prompt_token_ids=prompt.token_ids,
+            params=params,
+            bad_words_token_ids=encode_bad_words(params.bad_words, self._need_tokenizer),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self._next_number += params.n
+        name = f"request-{message.number}" if request_id is None else request_id
+        return Request(name, prompt.text, message, self._detokenizers)
+
+    def submit(self, request: Request) -> None:
+        """Send it; from here on `request.next_output` brings what the core answers."""
+        if request.request_id in self._requests:
+            raise ValueError(
+                f"request_id {request.request_id!r} is in use: choose another, or wait for it"
+            )
+        self._line.send(request.message)
+        self._requests.add(request)
+
+    def discard(self, request: Request) -> None:
+        """Nobody waits for it any more: abort what still runs of it."""
+        numbers = self._requests.remove(request)
+        if numbers and self._line.is_alive:
+            self._line.send(Abort(numbers))
+
+    async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        self.submit(request)
+        try:
+            while True:
+                output = await request.next_output()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self.discard(request)
+
+    # ---- the line to the core
+
+    @property
+    def _line(self) -> CoreClient:
+        if self._client is None:
+            raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
+        return self._client
+
+    async def _greet(
+        self, address: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> Welcome:
+        process = None if self._handle is None else self._handle.process
+        self._client = CoreClient(address, self, process=process, on_progress=self._on_progress)
+        self._welcome = await self._client.connect(timeout_s=connect_timeout_s)
+        return self._welcome
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(
+                f"text needs a tokenizer, and there is none ({self._why_no_tokenizer}): "
+                "pass token ids as {'prompt_token_ids': [...]}, or name a tokenizer"
+            )
+        return self._tokenizer
+
+    async def _try_tokenizer(self, name: str) -> None:
+        """The core may run without one, or know the model by a path of another machine."""
+        try:
+            await self._load_tokenizer(name)
+        except ValueError as error:
+            self._why_no_tokenizer = str(error)
+
+    async def _load_tokenizer(self, tokenizer: str | Tokenizer) -> None:
+        if isinstance(tokenizer, str):
+            tokenizer = await asyncio.to_thread(Tokenizer.load, tokenizer)
+        self._tokenizer = tokenizer
+        self._detokenizers = DetokenizerFactory(tokenizer)
+
+    def _thread_progress(self) -> ProgressCallback | None:
+        """`on_progress` for another thread to call: it runs in the event loop all the same."""
+        if self._on_progress is None:
+            return None
+        loop, on_progress = asyncio.get_running_loop(), self._on_progress
+
+        def report(phase: str, progress: float) -> None:
+            loop.call_soon_threadsafe(on_progress, phase, progress)
+
+        return report
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        """`CoreClient`: tokens have come."""
+        stopped = self._requests.apply(outputs)
+        if stopped:
+            self._line.send(Abort(stopped))
+
+    def on_request_failed(self, failure: RequestFailed) -> None:
+        """`CoreClient`: a request failed; if it is not said which, one that has not begun."""
+        owner = self._requests.owner_of(failure.number)
+        hit = [request for request in self._requests if not request.has_begun]
+        for request in [owner] if owner else hit:
+            request.fail(RequestFailedError(failure.message))
+            self.discard(request)
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        """`CoreClient`: nothing more will come."""
+        for request in self._requests:
+            self._requests.remove(request)
+            request.fail(EngineDeadError(str(error), error.details))

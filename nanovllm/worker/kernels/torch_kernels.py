@@ -1,0 +1,63 @@
+"""The elementwise maths in plain torch: for CPUs, and the oracle for faster kernels.
+
+Handed to every layer by `worker`. Casts are where transformers has them, so that token ids agree;
+a decode step on a CPU is many small calls, so each method makes few of them.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from nanovllm.worker.kernels.base import QKNorm
+
+
+class TorchKernels:
+    """Implements `kernels.base.Kernels`, where the shapes are."""
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return normed.to(hidden.dtype).mul_(weight)
+
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual = hidden.add_(residual)
+        return self.rms_norm(residual, weight, eps), residual
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        *,
+        cos_sin: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        layer_cache: Tensor,
+        qk_norm: QKNorm | None,
+    ) -> Tensor:
+        num_tokens, (num_kv_heads, head_dim) = len(qkv), layer_cache.shape[-2:]
+        heads = qkv.view(num_tokens, -1, head_dim)
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        queries, keys_values = heads.split((num_heads, 2 * num_kv_heads), dim=1)
+        if qk_norm is not None:
+            keys = keys_values[:, :num_kv_heads]
+            queries.copy_(self.rms_norm(queries, qk_norm.q_weight, qk_norm.eps))
+            keys.copy_(self.rms_norm(keys, qk_norm.k_weight, qk_norm.eps))
+
+        # Queries and keys, each head as its two halves: [num_tokens, heads, 2, head_dim / 2]
+        rotating = heads[:, : num_heads + num_kv_heads].unflatten(-1, (2, -1))
+        cos, sin = cos_sin[positions].view(num_tokens, 1, 2, -1).unbind(2)
+        first, second = rotating.unbind(2)
+        rotated = rotating * cos.unsqueeze(2)  # fp32, as the table
+        rotated[:, :, 0].addcmul_(second, sin, value=-1)
+        rotated[:, :, 1].addcmul_(first, sin)
+        rotating.copy_(rotated)
+
+        slots = layer_cache.view(2, -1, num_kv_heads, head_dim)
+        keys_values = keys_values.unflatten(1, (2, num_kv_heads))
+        slots.index_copy_(1, slot_mapping, keys_values.transpose(0, 1))
+        return queries

@@ -1,0 +1,277 @@
+"""Linear layers for a handful of tokens: products bound by how fast weights stream in.
+
+Layers call `skinny_linear` where `suits` says that it beats cuBLAS. A program loads its whole
+first weight tile before it waits for the kernel before it (see triton_launch), so weights stream
+while that kernel still runs; what surrounds the product (norm, gate, residual) rides along.
+"""
+# ruff: noqa: N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.worker.kernels.triton_launch import launch_options
+
+MAX_TOKENS = 64
+MAX_TILES = 65536  # output tiles whose splits can be counted
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program computes: block_n outputs over num_tiles * block_k inputs."""
+
+    block_n: int
+    block_k: int
+    num_tiles: int  # along the inputs
+    warps: int
+    stages: int = 2
+
+
+@triton.jit
+def _silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _finish(acc, up, bias, residual, out, places, outputs, real, num_outputs,
+            GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Bias, gate and residual, then the store. acc, up, places, real: any one shape."""
+    dtype = out.dtype.element_ty
+    if BIAS:
+        acc += tl.load(bias + outputs, outputs < num_outputs, other=0.0)
+    if GATED:
+        if BIAS:
+            up += tl.load(bias + num_outputs + outputs, outputs < num_outputs, other=0.0)
+        acc = _silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
+    if RESIDUAL:
+        acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
+    tl.store(out + places, acc.to(dtype), real)
+
+
+@triton.jit
+def _vector_kernel(
+    x,  # [K]
+    weight,  # [num_outputs, K]; if GATED [2 * num_outputs, K], gates first
+    bias,  # [num_outputs], twice as many if GATED
+    residual,  # [num_outputs]
+    norm_weight,  # [K]
+    out,  # [num_outputs]
+    num_outputs,
+    eps,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token: products and sums in fp32, without tensor cores."""
+    if PDL:
+        gdc_launch_dependents()
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    real = (outputs < num_outputs)[:, None]
+    rows = weight + outputs.to(tl.int64)[:, None] * K
+    up_offset = num_outputs.to(tl.int64) * K
+    w = tl.load(rows + columns, real & (columns < K), other=0.0)
+    if GATED:
+        up_w = tl.load(rows + up_offset + columns, real & (columns < K), other=0.0)
+    if PDL:
+        gdc_wait()
+    scale = 1.0
+    if NORM:
+        whole = tl.arange(0, NORM_BLOCK)
+        all_x = tl.load(x + whole, whole < K, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(all_x * all_x, 0) / K + eps)
+    inputs = _input_tile(x, norm_weight, scale, columns, K, NORM)
+    acc = w.to(tl.float32) * inputs
+    up = acc
+    if GATED:
+        up = up_w.to(tl.float32) * inputs
+    for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        ks = start + columns
+        inputs = _input_tile(x, norm_weight, scale, ks, K, NORM)
+        acc += tl.load(rows + ks, real & (ks < K), other=0.0).to(tl.float32) * inputs
+        if GATED:
+            up_w = tl.load(rows + up_offset + ks, real & (ks < K), other=0.0)
+            up += up_w.to(tl.float32) * inputs
+    acc = tl.sum(acc, 1)
+    if GATED:
+        up = tl.sum(up, 1)
+    _finish(acc, up, bias, residual, out, outputs, outputs, outputs < num_outputs, num_outputs,
+            GATED, BIAS, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def _input_tile(x, norm_weight, scale, ks, K: tl.constexpr, NORM: tl.constexpr):
+    """Inputs `ks` of one token, normed if asked for; [1, BLOCK_K] fp32."""
+    dtype = x.dtype.element_ty
+    inputs = tl.load(x + ks, ks < K, other=0.0).to(tl.float32)
+    if NORM:
+        factors = tl.load(norm_weight + ks, ks < K, other=0.0).to(tl.float32)
+        inputs = ((inputs * scale).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
+    return inputs[None, :]
+
+
+@triton.jit
+def _matrix_kernel(
+    x_desc,  # [num_tokens, K], boxes [BLOCK_M, BLOCK_K]
+    weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
+    bias,
+    residual,  # [num_tokens, num_outputs]
+    out,  # [num_tokens, num_outputs]
+    partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
+    arrivals,  # [tiles] int32, zero before and after
+    num_tokens,
+    num_outputs,
+    NUM_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Up to BLOCK_M tokens; programs of one output tile share out K, the last one adds up."""
+    if PDL:
+        gdc_launch_dependents()
+    output = tl.program_id(0) * BLOCK_N
+    first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
+    w = weight_desc.load([output, first])
+    if GATED:
+        up_w = weight_desc.load([num_outputs + output, first])
+    if PDL:
+        gdc_wait()
+    a = x_desc.load([0, first])
+    acc = tl.dot(a, tl.trans(w), input_precision="ieee")
+    up = acc
+    if GATED:
+        up = tl.dot(a, tl.trans(up_w), input_precision="ieee")
+    for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
+        k = first + tile * BLOCK_K
+        a = x_desc.load([0, k])
+        w = weight_desc.load([output, k])
+        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+        if GATED:
+            up_w = weight_desc.load([num_outputs + output, k])
+            up = tl.dot(a, tl.trans(up_w), up, input_precision="ieee")
+    tokens = tl.arange(0, BLOCK_M)
+    outputs = output + tl.arange(0, BLOCK_N)
+    present = (tokens < num_tokens)[:, None]
+    real = present & (outputs < num_outputs)[None, :]
+    places = tokens[:, None] * num_outputs + outputs[None, :]
+    if SPLITS == 1:
+        _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
+                GATED, BIAS, RESIDUAL)  # fmt: skip
+    else:
+        PART: tl.constexpr = BLOCK_M * BLOCK_N
+        lanes = tokens[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = partial + tl.program_id(0) * (SPLITS * PART * (2 if GATED else 1))
+        mine = parts + tl.program_id(1) * PART
+        tl.store(mine + lanes, acc, present)
+        if GATED:
+            tl.store(mine + SPLITS * PART + lanes, up, present)
+        tl.debug_barrier()  # all threads' parts are written before one thread says so
+        arrival = arrivals + tl.program_id(0)
+        if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
+            acc = _sum_parts(parts, lanes, present, SPLITS, PART)
+            up = acc
+            if GATED:
+                up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
+            _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
+                    GATED, BIAS, RESIDUAL)  # fmt: skip
+            tl.store(arrival, 0)
+
+
+@triton.jit
+def _sum_parts(parts, lanes, present, SPLITS: tl.constexpr, PART: tl.constexpr):
+    """In the order of the splits, whichever came last."""
+    total = tl.load(parts + lanes, present, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * PART + lanes, present, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters that every launch leaves at zero. Launches of one stream may share them."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def tile_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Tile:
+    """A tile that fills the device once with programs of about 32 KiB of weights each."""
+    if num_tokens == 1:
+        block_k = min(triton.next_power_of_2(num_inputs), 4096)
+        return Tile(max(16384 // block_k, 1), block_k, -(-num_inputs // block_k), warps=8)
+    block_n, block_k = (64, 256) if num_tokens > 16 else (32, 512)
+    return Tile(block_n, block_k, 1, warps=4)
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x @ weight.T + bias + residual for up to 64 tokens, [num_tokens, num_outputs].
+
+    x: [num_tokens, num_inputs]. norm: RMSNorm weight and eps, applied to x first (one token only).
+    gated: weight holds gate rows, then up rows, and the result is silu(gate) * up. Sums are fp32
+    in an order fixed by the shapes.
+    """
+    num_tokens, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    assert norm is None or num_tokens == 1
+    tile = tile or tile_for(num_tokens, num_outputs, num_inputs)
+    out = x.new_empty(num_tokens, num_outputs)
+    nothing = out  # stands for tensors a kernel will not touch
+    flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    bias, residual = (nothing if t is None else t for t in (bias, residual))
+    shape = {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+    options = flags | shape | launch_options(x.device)
+    num_n = triton.cdiv(num_outputs, tile.block_n)
+    if num_tokens == 1:
+        norm_weight, eps = norm or (nothing, 0.0)
+        _vector_kernel[(num_n,)](
+            x, weight, bias, residual, norm_weight, out, num_outputs, eps,
+            K=num_inputs, NORM=norm is not None, NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
+        )  # fmt: skip
+        return out
+    splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
+    block_m = max(16, triton.next_power_of_2(num_tokens))
+    assert num_n <= MAX_TILES
+    parts = num_n * splits * (1 + gated) * block_m * tile.block_n if splits > 1 else 0
+    _matrix_kernel[(num_n, splits)](
+        TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+        bias, residual, out,
+        torch.empty(parts, dtype=torch.float32, device=x.device), _arrivals(x.device),
+        num_tokens, num_outputs,
+        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
+    )  # fmt: skip
+    return out

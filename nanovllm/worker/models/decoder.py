@@ -1,0 +1,209 @@
+"""The dense decoder all supported models are: a specification, and its straight-line forward pass.
+
+Built by `worker`, run by `model_runner`. It knows no phases and no request: a `ForwardBatch` says
+which tokens, `Kernels` and `AttentionBackend` do the maths that depends on the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.layers.rotary import Rope, cos_sin_table
+from nanovllm.worker.models.weight_names import WeightNames
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """Everything that tells one dense decoder from another.
+
+    sliding_window: tokens a query sees, itself included; None sees all. max_position_embeddings:
+    rows of the rotary table; whoever needs fewer positions replaces it.
+    """
+
+    architecture: str
+    names: WeightNames
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    max_position_embeddings: int
+    tied_embeddings: bool
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def attention_spec(
+        self, *, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> AttentionSpec:
+        """What this model asks of an attention backend."""
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            block_size=block_size,
+            sliding_window=self.sliding_window,
+            dtype=dtype,
+            device=device,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class PerHeadNorm:
+    """Weights of Qwen3's norms of queries and keys (a `kernels.base.QKNorm`)."""
+
+    q_weight: Tensor  # [head_dim]
+    k_weight: Tensor  # [head_dim]
+    eps: float
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind an RMS norm, added to the residual stream."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._kernels = kernels
+        self._attention = attention
+        self._eps = spec.rms_norm_eps
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        outputs = partial(Linear.empty, shard_axis=0, dtype=dtype, device=device)
+        inputs = partial(Linear.empty, shard_axis=1, dtype=dtype, device=device)
+        self.qkv = outputs(hidden, {"q": q, "k": kv, "v": kv}, bias=spec.qkv_bias)
+        self.o = inputs(q, {"o": hidden}, bias=spec.o_bias)
+        self.gate_up = outputs(hidden, {"gate": inner, "up": inner}, bias=spec.mlp_bias)
+        self.down = inputs(inner, {"down": hidden}, bias=spec.mlp_bias)
+        ones = partial(torch.ones, dtype=dtype, device=device)
+        self.input_norm = ones(hidden)
+        self.post_norm = ones(hidden)
+        self.qk_norm: PerHeadNorm | None = None
+        if spec.qk_norm:
+            self.qk_norm = PerHeadNorm(ones(spec.head_dim), ones(spec.head_dim), spec.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        *,
+        cos_sin: Tensor,
+        batch: ForwardBatch,
+        layer_cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden, residual and both results: [num_tokens, hidden_size]; their sum is the stream."""
+        kernels = self._kernels
+        hidden, residual = kernels.add_rms_norm(hidden, residual, self.input_norm, self._eps)
+        queries = kernels.rope_and_cache(
+            self.qkv(hidden),
+            cos_sin=cos_sin,
+            positions=batch.positions,
+            slot_mapping=batch.slot_mapping,
+            layer_cache=layer_cache,
+            qk_norm=self.qk_norm,
+        )
+        attended = self._attention.forward(queries, layer_cache, batch)
+        hidden = self.o(attended.flatten(1))
+        hidden, residual = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
+        return self.down(kernels.silu_and_mul(self.gate_up(hidden))), residual
+
+    def linears(self) -> Iterator[Linear]:
+        yield from (self.qkv, self.o, self.gate_up, self.down)
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for linear in self.linears():
+            yield from linear.slots(layer)
+        norms = {"input_norm": self.input_norm, "post_norm": self.post_norm}
+        if self.qk_norm is not None:
+            norms |= {"q_norm": self.qk_norm.q_weight, "k_norm": self.qk_norm.k_weight}
+        for part, weight in norms.items():
+            yield WeightSlot(part, "weight", layer, weight, None)
+
+
+class Decoder:
+    """Embedding, layers, final norm and head. Weights are unset until `weights.load_weights`."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.attention = attention
+        self._kernels = kernels
+        shape = spec.vocab_size, spec.hidden_size
+        self.embedding = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = [
+            DecoderLayer(spec, kernels=kernels, attention=attention, dtype=dtype, device=device)
+            for _ in range(spec.num_layers)
+        ]
+        self.final_norm = torch.ones(spec.hidden_size, dtype=dtype, device=device)
+        head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
+        self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
+        self.cos_sin = cos_sin_table(
+            spec.rope,
+            head_dim=spec.head_dim,
+            max_positions=spec.max_position_embeddings,
+            device=device,
+        )
+        self.num_parameters = sum(slot.target.numel() for slot in self.slots())
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """One step. `attention.prepare(batch)` must have run.
+
+        kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. Returns the
+        states after the final norm, [num_tokens, hidden_size].
+        """
+        hidden = F.embedding(batch.input_ids, self.embedding)
+        residual = torch.zeros_like(hidden)  # so that the first layer is like all others
+        for layer, layer_cache in zip(self.layers, kv_cache.unbind(1), strict=True):
+            hidden, residual = layer.forward(
+                hidden, residual, cos_sin=self.cos_sin, batch=batch, layer_cache=layer_cache
+            )
+        eps = self.spec.rms_norm_eps
+        return self._kernels.add_rms_norm(hidden, residual, self.final_norm, eps)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
+        return self.lm_head(hidden).float()
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, for passes that change how they multiply."""
+        for layer in self.layers:
+            yield from layer.linears()
+        yield self.lm_head
+
+    def slots(self) -> Iterator[WeightSlot]:
+        """Every tensor a checkpoint must bring, and where it goes. A tied head brings none."""
+        yield WeightSlot("embedding", "weight", None, self.embedding, 0)
+        for index, layer in enumerate(self.layers):
+            yield from layer.slots(index)
+        yield WeightSlot("final_norm", "weight", None, self.final_norm, None)
+        if not self.spec.tied_embeddings:
+            yield from self.lm_head.slots(None)

@@ -1,0 +1,300 @@
+"""The asynchronous engine against a scripted core: leaving early, mistakes, death, owning it."""
+
+import asyncio
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from nanovllm.frontend import async_llm
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.protocol import (
+    Abort,
+    AddRequest,
+    Call,
+    CallResult,
+    CoreFailed,
+    Finished,
+    FromCore,
+    Goodbye,
+    Hello,
+    Outputs,
+    RequestFailed,
+    Started,
+    ToCore,
+)
+from nanovllm.sampling_params import SamplingParams
+from tests.frontend.attached import Handle, attached, last_of, says, settled
+from tests.frontend.fake_core import STATUS, WELCOME, FakeCore, echo, silent
+from tests.frontend.vocabulary import EOS
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+# ---- leaving early
+
+
+async def test_leaving_the_loop_aborts_all_outputs(address: str) -> None:
+    async with attached(address, says("A", end=None)) as (llm, core):
+        async for _ in llm.generate("a", SamplingParams(n=2)):
+            break
+        gc.collect()
+        assert (await asyncio.to_thread(core.wait_for, Abort)).numbers == [0, 1]
+
+
+async def test_cancelling_aborts(address: str) -> None:
+    async with attached(address) as (llm, core):
+        task = asyncio.create_task(last_of(llm.generate("a")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await asyncio.to_thread(core.wait_for, Abort)).numbers == [0]
+
+
+async def test_a_finished_request_is_not_aborted(address: str) -> None:
+    async with attached(address, says("A")) as (llm, core):
+        await last_of(llm.generate("a"))
+        await settled(llm, core)
+        assert core.all_of(Abort) == []
+
+
+async def test_abort_by_id_ends_the_stream(address: str) -> None:
+    def script(message: ToCore) -> Iterable[FromCore]:
+        match message:
+            case AddRequest(number):
+                yield Outputs([number], [65])
+            case Abort(numbers):
+                yield Outputs(finished=[Finished(n, "abort", None, 0) for n in numbers])
+            case _:
+                yield from silent(message)
+
+    async with attached(address, script) as (llm, core):
+        streams = [llm.generate("a", request_id=name) for name in ("one", "two", "three")]
+        for stream in streams:
+            assert (await anext(stream)).outputs[0].text == "A"
+        await llm.abort("one")
+        await llm.abort(["two", "unknown"])
+        await llm.abort("unknown")
+        for stream in streams[:2]:
+            assert (await last_of(stream)).outputs[0].finish_reason == "abort"
+        assert [abort.numbers for abort in core.all_of(Abort)] == [[0], [1]]
+        await streams[2].aclose()
+
+
+# ---- mistakes and failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": {"prompt_token_ids": []}}, "prompt_token_ids is empty"),
+        ({"prompt": {"prompt_token_ids": [300]}}, "vocabulary"),
+        ({"prompt": "a" * 64}, "max_model_len"),
+        ({"prompt": "a", "sampling_params": SamplingParams(max_tokens=64)}, "max_tokens"),
+        ({"prompt": "a", "sampling_params": {"n": 1}}, "sampling_params must be"),
+        ({"prompt": "a", "priority": "high"}, "priority"),
+        ({"prompt": "a", "priority": 2**63}, "priority"),
+        ({"prompt": "a", "cache_salt": 1}, "cache_salt"),
+        ({"prompt": "a", "request_id": 1}, "request_id"),
+    ],
+)
+async def test_mistakes_are_told_and_nothing_is_sent(
+    address: str, arguments: dict[str, Any], complaint: str
+) -> None:
+    async with attached(address, echo) as (llm, core):
+        with pytest.raises(ValueError, match=complaint):
+            await last_of(llm.generate(**arguments))
+        assert (await last_of(llm.generate("ok"))).outputs[0].text == "ok"
+        assert len(core.all_of(AddRequest)) == 1
+
+
+async def test_a_live_request_id_cannot_be_used_again(address: str) -> None:
+    async with attached(address) as (llm, core):
+        first = asyncio.create_task(last_of(llm.generate("a", request_id="same")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        with pytest.raises(ValueError, match="'same' is in use"):
+            await last_of(llm.generate("b", request_id="same"))
+        core.push(Outputs([0], [65], finished=[Finished(0, "length", None, 0)]))
+        assert (await first).outputs[0].text == "A"
+        again = asyncio.create_task(last_of(llm.generate("c", request_id="same")))
+        request = await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        core.push(Outputs(finished=[Finished(request.number, "length", None, 0)]))
+        await again
+
+
+async def test_options_reach_the_core(address: str) -> None:
+    async with attached(address, echo) as (llm, core):
+        params = SamplingParams(bad_words=["b"])
+        await last_of(llm.generate("a", params, priority=-3, cache_salt="tenant"))
+        (request,) = core.all_of(AddRequest)
+    assert (request.priority, request.cache_salt) == (-3, "tenant")
+    assert request.bad_words_token_ids == [[98], [32, 98]] and request.params == params
+
+
+async def test_one_failed_request_costs_the_others_nothing(address: str) -> None:
+    async with attached(address) as (llm, core):
+        params = SamplingParams(n=2)
+        bad = asyncio.create_task(last_of(llm.generate("a", params)))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        good = asyncio.create_task(last_of(llm.generate("b")))
+        await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        core.push(RequestFailed(0, "grammar exploded"))
+        with pytest.raises(RequestFailedError, match="grammar exploded"):
+            await bad
+        assert (await asyncio.to_thread(core.wait_for, Abort)).numbers == [0, 1]
+        core.push(Outputs([2], [65], finished=[Finished(2, "length", None, 0)]))
+        assert (await good).outputs[0].text == "A"
+
+
+async def test_a_failure_nobody_can_place_fails_what_has_not_begun(address: str) -> None:
+    async with attached(address) as (llm, core):
+        begun = asyncio.create_task(last_of(llm.generate("a")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        core.push(Outputs([0], [65], started=[Started(0, 0, 0.0)]))
+        await settled(llm, core)
+        waiting = asyncio.create_task(last_of(llm.generate("b")))
+        await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        core.push(RequestFailed(-1, "bad frame"))
+        with pytest.raises(RequestFailedError, match="bad frame"):
+            await waiting
+        core.push(Outputs(finished=[Finished(0, "length", None, 0)]))
+        assert (await begun).outputs[0].text == "A"
+
+
+async def test_death_fails_every_stream_with_its_cause(address: str) -> None:
+    async with attached(address, says("A", end=None)) as (llm, core):
+        streams = [llm.generate("a") for _ in range(3)]
+        for stream in streams:
+            await anext(stream)
+        pending = [asyncio.ensure_future(anext(stream)) for stream in streams[:2]]
+        core.push(CoreFailed("out of memory", ""))
+        found = await asyncio.gather(*pending, return_exceptions=True)
+        assert [str(error) for error in found] == ["out of memory"] * 2
+        assert found[0] is not found[1] and isinstance(found[0], EngineDeadError)
+        for late in (streams[2], llm.generate("b")):
+            with pytest.raises(EngineDeadError, match="out of memory"):
+                await anext(late)
+        assert not llm.is_running
+        for call in (llm.stats(), llm.reset_prefix_cache()):
+            with pytest.raises(EngineDeadError, match="out of memory"):
+                await call
+
+
+async def test_before_the_start_nothing_works() -> None:
+    llm = AsyncLLM("smollm2")
+    assert not llm.is_running
+    with pytest.raises(RuntimeError, match="not started"):
+        llm.generate([1])
+    with pytest.raises(RuntimeError, match="not started"):
+        await llm.stats()
+    await llm.close()
+    with pytest.raises(ValueError, match="did you mean 'max_num_seqs'"):
+        AsyncLLM(max_num_seq=3)
+
+
+# ---- the rest of the surface
+
+
+async def test_chat_uses_the_template_and_adds_no_tokens(address: str) -> None:
+    async with attached(address, echo) as (llm, core):
+        assert llm.apply_chat_template(MESSAGES) == "user:hi|"
+        output = await last_of(llm.chat(MESSAGES * 2))
+        assert output.prompt == "user:hi<eos>user:hi|"
+        expected = [*b"user:hi", EOS, *b"user:hi|"]
+        assert core.all_of(AddRequest)[0].prompt_token_ids == expected
+        shorter = await last_of(llm.chat(MESSAGES, add_generation_prompt=False))
+        assert shorter.prompt == "user:hi"
+
+
+async def test_stats_and_reset(address: str) -> None:
+    def script(message: ToCore) -> Iterable[FromCore]:
+        match message:
+            case Hello():
+                yield from (WELCOME, STATUS)
+            case Call(call_id):
+                yield CallResult(call_id, result=True)
+
+    async with attached(address, script) as (llm, core):
+        assert await llm.stats() == STATUS
+        assert await llm.reset_prefix_cache() is True
+        assert llm.is_running and llm.info == WELCOME and llm.vocab_size == 300
+        await llm.close()
+        await llm.close()
+        assert not llm.is_running
+        await asyncio.to_thread(core.wait_for, Goodbye)
+
+
+async def test_attaching_without_a_tokenizer_serves_token_ids(address: str) -> None:
+    with FakeCore(address, echo):
+        llm = await AsyncLLM.connect(address)  # the core's "no-such-model" is not to be found
+        assert llm.tokenizer is None
+        output = await last_of(llm.generate([65, 66]))
+        assert (output.outputs[0].token_ids, output.outputs[0].text) == ([65, 66], "")
+        with pytest.raises(ValueError, match="no-such-model"):
+            llm.generate("text")
+        with pytest.raises(ValueError, match="no-such-model"):
+            llm.chat(MESSAGES)
+        await llm.close()
+        with pytest.raises(ValueError, match="no-such-tokenizer"):
+            await AsyncLLM.connect(address, tokenizer="no-such-tokenizer")
+
+
+# ---- owning a core
+
+
+async def test_an_owned_core_lives_as_long_as_the_block(address: str, handle: Handle) -> None:
+    with FakeCore(address, echo):
+        async with AsyncLLM("m", load_format="dummy") as llm:
+            assert (await last_of(llm.generate("ok"))).outputs[0].text == "ok"
+            assert handle.closed == 0
+            with pytest.raises(RuntimeError, match="started before"):
+                await llm.start()
+        assert handle.closed == 1
+
+
+async def test_an_owned_core_that_is_killed(address: str, handle: Handle) -> None:
+    with FakeCore(address):
+        async with AsyncLLM("m", load_format="dummy") as llm:
+            pending = asyncio.create_task(last_of(llm.generate("ok")))
+            await asyncio.sleep(0.05)
+            handle.process.kill()
+            async with asyncio.timeout(2.0):
+                with pytest.raises(EngineDeadError, match="signal 9"):
+                    await pending
+
+
+@pytest.mark.parametrize(("usage", "kind"), [(True, ValueError), (False, EngineDeadError)])
+async def test_a_start_that_fails_leaves_nothing(
+    address: str, handle: Handle, usage: bool, kind: type[Exception]
+) -> None:
+    def fail(message: ToCore) -> Iterable[FromCore]:
+        yield CoreFailed("no room", "", usage)
+
+    with FakeCore(address, fail):
+        with pytest.raises(kind, match="no room"):
+            await AsyncLLM("m", load_format="dummy").start()
+        assert handle.closed == 1
+
+
+async def test_a_tokenizer_that_fails_stops_the_start(
+    address: str, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> None:
+        raise ValueError(f"{name} has none")
+
+    monkeypatch.setattr(async_llm.Tokenizer, "load", load)
+    with FakeCore(address, lambda message: []):
+        with pytest.raises(ValueError, match="other has none"):
+            await AsyncLLM("m", load_format="dummy", tokenizer="other").start()
+        assert handle.closed == 1
+
+
+async def test_an_unknown_model_starts_no_core(handle: Handle) -> None:
+    with pytest.raises(ValueError, match="smollm2"):
+        await AsyncLLM("smollm3").start()
+    assert handle.closed == 0 and handle.process.poll() is None
+    handle.close()

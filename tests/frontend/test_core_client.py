@@ -1,0 +1,304 @@
+"""The line to the core: greeting, calls, and that nothing waits for ever when the core dies."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nanovllm.frontend import core_client
+from nanovllm.frontend.core_client import CoreClient
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.protocol import (
+    Call,
+    CallResult,
+    CoreFailed,
+    FromCore,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Loading,
+    Outputs,
+    RequestFailed,
+    ResetPrefixCache,
+    ToCore,
+)
+from tests.frontend.fake_core import STATUS, WELCOME, FakeCore
+
+DEATH_S = 2.0  # within which a death must be noticed
+
+
+class Recorder:
+    """A listener that keeps everything."""
+
+    def __init__(self) -> None:
+        self.heard: list[Outputs | RequestFailed | EngineDeadError] = []
+        self.dead = asyncio.Event()
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        self.heard.append(outputs)
+
+    def on_request_failed(self, failure: RequestFailed) -> None:
+        self.heard.append(failure)
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        self.heard.append(error)
+        self.dead.set()
+
+
+async def connected(address: str) -> tuple[CoreClient, Recorder]:
+    recorder = Recorder()
+    client = CoreClient(address, recorder)
+    await client.connect()
+    return client, recorder
+
+
+async def fails_within(awaitable: "asyncio.Future[object]", seconds: float) -> EngineDeadError:
+    with pytest.raises(EngineDeadError) as caught:
+        async with asyncio.timeout(seconds):
+            await awaitable
+    return caught.value
+
+
+# ---- greeting
+
+
+async def test_progress_while_loading_then_the_facts(address: str) -> None:
+    def load(message: ToCore) -> Iterable[FromCore]:
+        assert isinstance(message, Hello | Goodbye)
+        if isinstance(message, Hello):
+            yield from (Loading("weights", 0.25), Loading("weights", 1.0), WELCOME)
+
+    seen: list[tuple[str, float]] = []
+    with FakeCore(address, load) as core:
+        client = CoreClient(
+            address, Recorder(), on_progress=lambda phase, done: seen.append((phase, done))
+        )
+        assert not client.is_alive
+        assert await client.connect() == WELCOME
+        assert client.is_alive
+        await client.close()
+        assert not client.is_alive
+        await asyncio.to_thread(core.wait_for, Goodbye)
+    assert seen == [("weights", 0.25), ("weights", 1.0)]
+
+
+@pytest.mark.parametrize(("usage", "kind"), [(True, ValueError), (False, EngineDeadError)])
+async def test_a_failed_start_brings_the_root_cause(
+    address: str, usage: bool, kind: type[Exception]
+) -> None:
+    def fail(message: ToCore) -> Iterable[FromCore]:
+        yield CoreFailed("max_model_len is too large", "Traceback …", usage)
+
+    with FakeCore(address, fail):
+        client = CoreClient(address, Recorder())
+        with pytest.raises(kind, match="max_model_len is too large") as caught:
+            await client.connect()
+        await client.close()
+    if isinstance(caught.value, EngineDeadError):
+        assert caught.value.details == "Traceback …"
+
+
+async def test_nobody_at_the_address(address: str) -> None:
+    client = CoreClient(address, Recorder())
+    started = time.monotonic()
+    with pytest.raises(EngineDeadError, match=address):
+        await client.connect(timeout_s=0.3)
+    assert time.monotonic() - started < 1.0
+    await client.close()
+
+
+async def test_a_core_that_binds_late_is_found(address: str) -> None:
+    client = CoreClient(address, Recorder())
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0.3)
+    with FakeCore(address):
+        assert await connecting == WELCOME
+        await client.close()
+
+
+async def test_somebody_else_at_the_address(tmp_path: Path) -> None:
+    path = str(tmp_path / "other.sock")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        client = CoreClient(f"ipc://{path}", Recorder())
+        with pytest.raises(EngineDeadError, match=r"other\.sock"):
+            await client.connect(timeout_s=0.3)
+        await client.close()
+
+
+@pytest.mark.parametrize(
+    "address", ["core.sock", "smoke://x", "tcp://nowhere", "ipc://" + "x" * 200]
+)
+async def test_impossible_addresses(address: str) -> None:
+    client = CoreClient(address, Recorder())
+    with pytest.raises(ValueError, match="address"):
+        await client.connect()
+    await client.close()
+
+
+async def test_silence_while_loading_has_a_bound(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_client, "SILENCE_S", 0.3)
+    with FakeCore(address, lambda message: []):
+        client = CoreClient(address, Recorder())
+        with pytest.raises(EngineDeadError, match="silent"):
+            await client.connect()
+        await client.close()
+
+
+# ---- calls and messages
+
+
+async def test_calls_are_matched_with_their_results(address: str) -> None:
+    def answer(message: ToCore) -> Iterable[FromCore]:
+        match message:
+            case Hello():
+                yield WELCOME
+            case Call(0):
+                pass
+            case Call(1):
+                yield CallResult(1, result=True)
+                yield CallResult(0, result=False)
+            case Call(call_id):
+                yield CallResult(call_id, error="not now")
+
+    with FakeCore(address, answer):
+        client, _ = await connected(address)
+        calls = [client.call(ResetPrefixCache()), client.call(ResetPrefixCache())]
+        assert await asyncio.gather(*calls) == [False, True]
+        with pytest.raises(RuntimeError, match="not now"):
+            await client.call(ResetPrefixCache())
+        await client.close()
+
+
+async def test_an_unanswered_call_times_out(address: str) -> None:
+    with FakeCore(address) as core:
+        client, _ = await connected(address)
+        with pytest.raises(TimeoutError, match=r"ResetPrefixCache within 0\.1 s"):
+            await client.call(ResetPrefixCache(), timeout_s=0.1)
+        core.push(CallResult(0, result=True), STATUS)  # late, and for nobody
+        assert await client.status() == STATUS
+        await client.close()
+
+
+async def test_status_is_the_latest(address: str) -> None:
+    with FakeCore(address) as core:
+        client, _ = await connected(address)
+        with pytest.raises(TimeoutError, match="status"):
+            await client.status(timeout_s=0.05)
+        waiting = asyncio.create_task(client.status())
+        core.push(STATUS)
+        assert await waiting == STATUS == await client.status()
+        await client.close()
+
+
+async def test_outputs_and_failures_reach_the_listener_in_order(address: str) -> None:
+    with FakeCore(address) as core:
+        client, recorder = await connected(address)
+        sent = [Outputs([1], [2]), RequestFailed(3, "no"), Outputs([1], [3])]
+        core.push(*sent, STATUS)
+        await client.status()
+        assert recorder.heard == sent
+        await client.close()
+
+
+async def test_the_lease_is_renewed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_client, "HEARTBEAT_INTERVAL_S", 0.2)
+    with FakeCore(address) as core:
+        client, _ = await connected(address)
+        await asyncio.to_thread(core.wait_for, Heartbeat, 2)
+        await client.close()
+
+
+# ---- death
+
+
+async def test_a_vanished_core_fails_everything_pending(address: str) -> None:
+    core = FakeCore(address).__enter__()
+    client, recorder = await connected(address)
+    call = asyncio.create_task(client.call(ResetPrefixCache()))
+    status = asyncio.create_task(client.status())
+    await asyncio.to_thread(core.wait_for, Call)
+    core.die()
+    error = await fails_within(call, DEATH_S)
+    assert "closed the connection" in str(error)
+    await fails_within(status, 0.1)
+    assert [str(one) for one in recorder.heard] == [str(error)]
+    for late in (client.call(ResetPrefixCache()), client.status()):
+        await fails_within(asyncio.ensure_future(late), 0.1)
+    with pytest.raises(EngineDeadError):
+        client.send(Heartbeat())
+    await client.close()
+
+
+async def test_last_words_are_the_root_cause(address: str) -> None:
+    core = FakeCore(address).__enter__()
+    client, recorder = await connected(address)
+    core.push(CoreFailed("CUDA error 700", "where it was"))
+    await recorder.dead.wait()
+    core.die()
+    error = await fails_within(asyncio.ensure_future(client.status()), 0.1)
+    assert (str(error), error.details) == ("CUDA error 700", "where it was")
+    await client.close()
+    assert len(recorder.heard) == 1, "said once"
+
+
+async def test_closing_fails_what_is_pending(address: str) -> None:
+    with FakeCore(address) as core:
+        client, recorder = await connected(address)
+        call = asyncio.create_task(client.call(ResetPrefixCache()))
+        await asyncio.to_thread(core.wait_for, Call)
+        await client.close()
+        await client.close()
+        assert "closed" in str(await fails_within(call, 0.1))
+        assert recorder.dead.is_set()
+
+
+async def test_a_message_nobody_can_read_ends_the_line(address: str) -> None:
+    with FakeCore(address) as core:
+        client, recorder = await connected(address)
+        core.push(Hello())  # type: ignore[arg-type]
+        async with asyncio.timeout(DEATH_S):
+            await recorder.dead.wait()
+        assert "connection to the core failed" in str(recorder.heard[0])
+        await client.close()
+
+
+@pytest.fixture
+def process(address: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "tests.frontend.fake_core", address]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()}) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, "signal 9"), (signal.SIGSEGV, "signal 11")]
+)
+async def test_an_owned_process_that_is_killed(
+    address: str, process: "subprocess.Popen[bytes]", number: int, words: str
+) -> None:
+    client = CoreClient(address, Recorder(), process=process)
+    await client.connect()
+    call = asyncio.create_task(client.call(ResetPrefixCache()))
+    await asyncio.sleep(0.1)
+    process.send_signal(number)
+    assert words in str(await fails_within(call, DEATH_S))
+    await client.close()
+
+
+async def test_an_owned_process_that_ends_before_it_binds(address: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        client = CoreClient(address, Recorder(), process=process)
+        with pytest.raises(EngineDeadError, match="exited with code 3"):
+            await client.connect()
+        await client.close()

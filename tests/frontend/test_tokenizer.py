@@ -1,0 +1,273 @@
+"""Ids, text and chat prompts equal those of tokenizer.json, transformers and published facts."""
+
+# ruff: noqa: RUF001 - odd characters are the point
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+
+from nanovllm.checkpoint import locate
+from nanovllm.frontend.detokenizer import DetokenizerFactory
+from nanovllm.frontend.gguf_tokenizer import build
+from nanovllm.frontend.tokenizer import Tokenizer
+from tests.frontend.vocabulary import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    NAMED,
+    byte_tokenizer,
+    fast_tokenizer,
+    save,
+)
+from tests.gguf_writing import write_gguf
+
+CORPUS = [
+    "",
+    "Hello world",
+    "  two  spaces\t\ttabs\n\n\nnewlines   ",
+    "def f(x):\n    return x**2 + 3.14159  # 2 spaces\n",
+    "1234567890 12 3   4",
+    "m² + ½ cup, ٣ items, Ⅷ, ①, 五",
+    "日本語のテキスト 中文 한국어 ไทย हिन्दी العربية עברית",
+    "👩‍👩‍👧‍👦 🇩🇪 😀😂 ❤️",
+    "<|im_start|>user\nhi<|im_end|>\n <|endoftext|>x",
+    "I'll don't we've THEY'RE it'S",
+    "\u00a0nbsp \u2003em \u200bzwsp \ufeffbom",
+    "e\u0301 é Å A\u030a",
+    "\x00\x01\x7f",
+    "a" * 300,
+    "https://x.y/z?q=1&r=%20",
+    "price: $1,234.56 (−7%)",
+    "\r\n\r\n\t \n x",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀",
+]
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 < 3 & 'x'?"},
+    {"role": "assistant", "content": "True"},
+    {"role": "user", "content": "Thanks ✓"},
+]
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    ranges = [(32, 127), (0xA0, 0x600), (0x2000, 0x2200), (0x3000, 0xD000), (0x1F300, 0x1F700)]
+
+    def character() -> str:
+        return rng.choice(
+            ["  ", " ", rng.choice("0123456789"), chr(rng.randrange(*rng.choice(ranges)))]
+        )
+
+    return ["".join(character() for _ in range(rng.randrange(1, 12))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    return Tokenizer.load("smollm2")
+
+
+@pytest.mark.model
+def test_smollm2_equals_transformers_with_the_published_pre_tokenizer(smollm2: Tokenizer) -> None:
+    import transformers
+
+    path = locate("smollm2").path
+    other = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers 5.23 knows no "smollm" split and lets digits join what stands before them.
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )
+    for text in [*CORPUS, *random_texts(3000)]:
+        ids = smollm2.encode(text)
+        assert ids == other(text).input_ids, repr(text)
+        assert smollm2.decode(ids, skip_special_tokens=False) == text
+    assert smollm2.vocab_size == len(other)
+    special = {i for i, token in other.added_tokens_decoder.items() if token.special}
+    assert smollm2.special_ids == special
+    assert (smollm2.bos_token_id, smollm2.eos_token_id) == (1, 2)
+    for messages in (MESSAGES, MESSAGES[1:], MESSAGES[1:2]):
+        expected = other.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert smollm2.apply_chat_template(messages) == expected
+
+
+@pytest.mark.model
+def test_smollm2_random_ids_stream_to_what_decoding_gives(smollm2: Tokenizer) -> None:
+    factory = DetokenizerFactory(smollm2)
+    rng = random.Random(1)
+    for _ in range(500):
+        ids = [rng.randrange(smollm2.vocab_size) for _ in range(30)]
+        for skip in (True, False):
+            one = factory.make(skip_special_tokens=skip)
+            text = "".join(one.feed([token_id]) for token_id in ids) + one.flush()
+            assert text == smollm2.decode(ids, skip_special_tokens=skip)
+
+
+# ---- directories
+
+
+def test_a_directory_with_a_tokenizer_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path)
+    tokenizer = Tokenizer.load(str(tmp_path))
+    assert tokenizer.encode("aé") == [97, *"é".encode()]
+    assert tokenizer.decode([97, EOS, *"é".encode(), NAMED]) == "aé<named ⊕>"
+    assert tokenizer.token_bytes(0xC3) == b"\xc3" and tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.token_bytes(NAMED) == "<named ⊕>".encode()
+    assert tokenizer.token_text(EOS) == "<eos>" and tokenizer.token_text(0xC3) == "\ufffd"
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_tokenizer_config_adds_bos_and_brings_a_template(tmp_path: Path) -> None:
+    save(tmp_path)
+    config = {
+        "bos_token": {"content": "<bos>"},
+        "eos_token": "<eos>",
+        "add_bos_token": True,
+        "chat_template": [
+            {"name": "tool_use", "template": "tools"},
+            {"name": "default", "template": CHAT_TEMPLATE},
+        ],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_path(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    assert tokenizer.encode("a") == [BOS, 97]
+    assert tokenizer.encode("a", add_special_tokens=False) == [97]
+    prompt = tokenizer.apply_chat_template(MESSAGES[1:3])
+    assert prompt == "user:What is 2 < 3 & 'x'?<eos>assistant:True|"
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert Tokenizer.from_path(tmp_path).apply_chat_template(MESSAGES) == "from the file"
+
+
+def test_truncation_and_padding_saved_in_tokenizer_json_do_not_apply(tmp_path: Path) -> None:
+    fast = fast_tokenizer()
+    fast.enable_truncation(3)
+    fast.enable_padding(length=8)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_path(tmp_path).encode("hello")) == 5
+
+
+def test_directories_without_a_usable_tokenizer_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no tokenizer.*tokenizer="):
+        Tokenizer.from_path(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_path(tmp_path)
+
+
+# ---- GGUF
+
+
+def gguf_facts(**facts: object) -> dict[str, Any]:
+    alphabet = [chr(c) for c in range(0x100, 0x144)]  # not the whole, but ASCII letters are in it
+    tokens = [*map(chr, range(33, 127)), "Ġ", "Ċ", "ab", "Ġab", "11", "<ctl>", "<think>", "word"]
+    tokens += [c for c in alphabet if c not in tokens]
+    types = [{"<ctl>": 3, "<think>": 4}.get(token, 1) for token in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["a b", "Ġ ab", "1 1"],
+        "tokenizer.ggml.bos_token_id": tokens.index("<ctl>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("Ċ"),
+        **facts,
+    }
+
+
+def texts(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [tokenizer.token_text(token_id) for token_id in tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("default", ["ab", " ab", "11", "1", "<think>", "<ctl>"]),
+        ("gpt-2", ["ab", " ab", "11", "1", "<think>", "<ctl>"]),
+        ("smollm", ["ab", " ab", "1", "1", "1", "<think>", "<ctl>"]),
+        ("qwen2", ["ab", " ab", "1", "1", "1", "<think>", "<ctl>"]),
+        ("llama-bpe", ["<ctl>", "ab", " ab", "11", "1", "<think>", "<ctl>"]),
+        ("tekken", ["<ctl>", "ab", " ab", "1", "1", "1", "<think>", "<ctl>"]),
+    ],
+)
+def test_gguf_splits_as_the_file_names_it(tmp_path: Path, split: str, expected: list[str]) -> None:
+    facts = gguf_facts(**{"tokenizer.ggml.pre": split})
+    tokenizer = Tokenizer.from_path(write_gguf(tmp_path / "t.gguf", facts=facts))
+    assert texts(tokenizer, "ab ab111<think><ctl>") == expected
+    assert tokenizer.special_ids == {tokenizer.bos_token_id}
+    whole = ["word"] if split in ("llama-bpe", "tekken") else list("word")
+    assert texts(tokenizer, "word")[-len(whole) :] == whole, "ignore_merges"
+
+
+def test_gguf_says_whether_bos_goes_in_front(tmp_path: Path) -> None:
+    for number, wanted in enumerate((True, False)):
+        facts = gguf_facts(
+            **{"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": wanted}
+        )
+        tokenizer = Tokenizer.from_path(write_gguf(tmp_path / f"{number}.gguf", facts=facts))
+        assert (tokenizer.encode("ab")[0] == tokenizer.bos_token_id) is wanted
+
+
+def test_qwen2_composes_characters(tmp_path: Path) -> None:
+    facts = gguf_facts(**{"tokenizer.ggml.pre": "qwen2"})
+    fast = build(tmp_path, facts)
+    assert fast.normalizer is not None and fast.normalizer.normalize_str("e\u0301") == "é"
+
+
+def test_gguf_tokenizers_nobody_can_build_say_what_to_do(tmp_path: Path) -> None:
+    for number, (facts, complaint) in enumerate(
+        [
+            (gguf_facts(**{"tokenizer.ggml.pre": "martian"}), "martian.*known: default"),
+            ({"tokenizer.ggml.model": None}, "holds no tokenizer"),
+        ]
+    ):
+        path = write_gguf(tmp_path / f"{number}.gguf", facts=facts)
+        with pytest.raises(ValueError, match=f"{complaint}.*tokenizer="):
+            Tokenizer.from_path(path)
+
+
+# ---- chat templates
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}\n{% if loop.index > 2 %}{% break %}{% endif %}\n  {{ m.role }}\n"
+        "{% endfor %}",
+        "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }} {{ strftime_now('%Y') }} {{ extra }} {{ undefined_name }}",
+    ],
+)
+def test_templates_render_as_in_transformers(source: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    ours = Tokenizer(fast_tokenizer(), chat_template=source)
+    (theirs,), _ = render_jinja_template([MESSAGES], chat_template=source, extra="x")
+    assert ours.apply_chat_template(MESSAGES, add_generation_prompt=False, extra="x") == theirs
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "does not compile"),
+        ("{{ messages.append(1) }}", "not suit"),
+        ("{{ ''.__class__.__mro__ }}", "not suit"),
+        ("{{ messages[0].content + 1 }}", "not suit"),
+    ],
+)
+def test_a_template_that_refuses_is_a_value_error(source: str, complaint: str) -> None:
+    tokenizer = Tokenizer(fast_tokenizer(), chat_template=source)
+    with pytest.raises(ValueError, match=complaint):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_special_tokens_reach_the_template() -> None:
+    assert byte_tokenizer().apply_chat_template(MESSAGES[:2]).count("<eos>") == 1

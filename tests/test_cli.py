@@ -1,0 +1,293 @@
+"""The commands against a scripted engine: what is asked of it, printed where, and answered how."""
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+WAITS_FOREVER = "wait"  # a prompt whose answer begins and never ends
+
+
+class ScriptedLLM:
+    """Answers every prompt by repeating it word by word; what happened to it is on the class."""
+
+    asked: ClassVar[list[Any]]
+    params: ClassVar[list[SamplingParams]]
+    settings: ClassVar[dict[str, Any]]
+    events: ClassVar[list[str]]
+    fails_with: ClassVar[Exception | None] = None
+    tokenizer = SimpleNamespace(has_chat_template=True)
+
+    def __init__(self, *, on_progress: Any, **settings: Any) -> None:
+        type(self).settings = settings
+        self._on_progress = on_progress
+
+    @classmethod
+    async def connect(cls, address: str, *, on_progress: Any) -> "ScriptedLLM":
+        cls.events.append(f"connect {address}")
+        return cls(on_progress=on_progress)
+
+    async def start(self) -> None:
+        for progress in (0.0, 0.5, 1.0):
+            self._on_progress("weights", progress)
+        self.events.append("start")
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+    def generate(self, prompt: str, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        self.asked.append(prompt)
+        self.params.append(params)
+        if self.fails_with is not None:
+            raise self.fails_with
+        return self._stream(prompt)
+
+    def chat(self, messages: list[Any], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        self.generate(messages[-1]["content"], params)
+        self.asked[-1] = [(message["role"], message["content"]) for message in messages]
+        return self._stream(messages[-1]["content"])
+
+    async def _stream(self, text: str) -> AsyncIterator[RequestOutput]:
+        self.events.append(f"begin {text}")
+        await asyncio.sleep(0)
+        words = [word + " " for word in text.split()]
+        for index, word in enumerate(words):
+            yield output(word, finished=index == len(words) - 1 and text != WAITS_FOREVER)
+        if text == WAITS_FOREVER:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)  # the user presses Ctrl-C
+                await asyncio.sleep(30)
+            finally:
+                self.events.append("aborted")
+
+
+def output(text: str, *, finished: bool) -> RequestOutput:
+    reason = "stop" if finished else None
+    metrics = RequestMetrics(arrival_time=100.0, first_token_time=100.25, num_generation_tokens=11)
+    metrics.finished_time = 101.25 if finished else None
+    return RequestOutput(
+        request_id="r",
+        prompt=None,
+        prompt_token_ids=[1, 2, 3],
+        outputs=[CompletionOutput(0, text, [7], finish_reason=reason)],  # type: ignore[arg-type]
+        finished=finished,
+        metrics=metrics,
+        num_cached_tokens=2,
+    )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedLLM]:
+    class Fresh(ScriptedLLM):
+        asked: ClassVar[list[Any]] = []
+        params: ClassVar[list[SamplingParams]] = []
+        events: ClassVar[list[str]] = []
+
+    monkeypatch.setattr("nanovllm.frontend.async_llm.AsyncLLM", Fresh)
+    return Fresh
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+
+
+# ---- generate
+
+
+def test_generate_streams_text_to_stdout_and_the_rest_to_stderr(
+    engine: type[ScriptedLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "tell me", "--max-model-len", "512", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "tell me \n"
+    assert "weights …" in err and "ready after" in err
+    assert "[3 prompt tokens, 2 cached | 11 tokens, stop | first token 250 ms | 10.0 tok" in err
+    assert engine.asked == [[("user", "tell me")]]
+    assert engine.settings == {"max_model_len": 512}
+    (params,) = engine.params
+    assert (params.temperature, params.output_kind, params.max_tokens) == (0.0, "delta", 256)
+    assert engine.events == ["start", "begin tell me", "close"]
+
+
+def test_prompts_run_together_and_are_shown_in_order(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "from stdin")
+    assert cli.main(["generate", "--no-chat", "one", "-", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == ">>> one\none \n>>> from stdin\n\nfrom stdin \n"
+    assert engine.asked == ["one", "from stdin\n"]
+    assert [params.seed for params in engine.params] == [5, 5]
+    assert engine.events == ["start", "begin one", "begin from stdin\n", "close"]
+
+
+@pytest.mark.parametrize(("has_template", "asked"), [(True, [("user", "hi")]), (False, "hi")])
+def test_the_chat_template_is_used_if_there_is_one(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, has_template: bool, asked: Any
+) -> None:
+    monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(has_chat_template=has_template))
+    assert cli.main(["generate", "hi"]) == 0
+    assert engine.asked == [asked]
+
+
+def test_an_address_attaches_and_refuses_settings(
+    engine: type[ScriptedLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "hi", "--address", "ipc://x", "--seed", "1"]) == 0
+    assert engine.events == ["connect ipc://x", "begin hi", "close"]
+    flags = ["--address", "ipc://x", "--block-size", "8", "--model", "m"]
+    assert cli.main(["generate", "hi", *flags]) == cli.USAGE_ERROR
+    assert "--block-size, --model: the core at --address has settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("temperature: no"), 2),
+        (RequestFailedError("lost"), 1),
+        (EngineDeadError("core died of hunger"), 1),
+    ],
+)
+def test_failures_are_one_line_and_an_exit_code(
+    engine: type[ScriptedLLM],
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+) -> None:
+    engine.fails_with = error
+    assert cli.main(["generate", "hi"]) == code
+    assert capsys.readouterr().err.endswith(f"nanovllm: {error}\n")
+    assert engine.events == ["start", "close"]
+
+
+def test_bad_sampling_flags_cost_no_start(
+    engine: type[ScriptedLLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "hi", "--top-p", "2"]) == cli.USAGE_ERROR
+    assert "top_p must be in (0, 1], not 2.0" in capsys.readouterr().err
+    assert engine.events == []
+
+
+# ---- chat
+
+
+def test_chat_remembers_until_reset(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, "one", "", "two", "/reset", "three", "/help", "/nonsense", "/exit", "four")
+    assert cli.main(["chat", "--system", "be kind"]) == 0
+    system = ("system", "be kind")
+    first = [system, ("user", "one")]
+    assert engine.asked == [
+        first,
+        [*first, ("assistant", "one "), ("user", "two")],
+        [system, ("user", "three")],
+    ]
+    out, err = capsys.readouterr()
+    assert out == "one two three "
+    assert "unknown command /nonsense" in err and err.count(cli.CHAT_HELP) == 3
+    assert engine.events[-1] == "close"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, WAITS_FOREVER, "again")
+    assert cli.main(["chat"]) == 0  # the end of the input ends it, as Ctrl-D does
+    assert engine.events == ["start", "begin wait", "aborted", "begin again", "close"]
+    heard = [("user", "wait"), ("assistant", "wait "), ("user", "again")]
+    assert engine.asked[1] == heard
+    assert "(stopped)" in capsys.readouterr().err
+
+
+def test_what_cannot_be_asked_is_forgotten(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.fails_with = ValueError("prompt is longer than max_model_len")
+    type_in(monkeypatch, "long", "longer")
+    assert cli.main(["chat"]) == 0
+    assert engine.asked == ["long", "longer"]
+    assert "longer than max_model_len. /reset starts afresh." in capsys.readouterr().err
+
+
+def test_chat_needs_a_template(
+    engine: type[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(has_chat_template=False))
+    assert cli.main(["chat"]) == cli.USAGE_ERROR
+    assert "no chat template" in capsys.readouterr().err
+
+
+# ---- the rest
+
+
+def test_fetch_prints_the_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(alias: str, *, on_progress: Any) -> Path:
+        on_progress("download", 0.5)
+        return Path("/cache") / alias
+
+    monkeypatch.setattr(cli, "fetch", fetch)
+    assert cli.main(["fetch", "smollm2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "/cache/smollm2\n" and "download …" in err
+
+
+@pytest.mark.parametrize("what", ["throughput", "latency"])
+def test_bench_passes_lengths_and_settings_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def run(arguments: Any, settings: dict[str, Any]) -> str:
+        settings.pop("on_progress")
+        return f"{what} {arguments.input_len} {arguments.output_len} {settings}"
+
+    monkeypatch.setattr(f"nanovllm.bench.{what}", run)
+    assert cli.main(["bench", what, "--input-len", "9", "--block-size", "32"]) == 0
+    assert capsys.readouterr().out == f"{what} 9 64 {{'block_size': 32}}\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "fetch"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: nanovllm {command}" in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from nanovllm.cli import make_parser; make_parser().format_help(); "
+        "print({'numpy', 'zmq', 'rich', 'uvloop', 'tokenizers', 'torch'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with cli.Progress() as progress:
+        progress("download", 0.25)
+        progress("weights", 0.5)
+        progress("weights", 0.75)
+        assert [task.description for task in progress._bar.tasks] == ["weights"]
+        assert progress._bar.tasks[0].completed == 0.75
+    assert "ready after" in sys.stderr.getvalue()

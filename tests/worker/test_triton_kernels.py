@@ -1,0 +1,84 @@
+"""The fused elementwise kernels against their definitions in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
+
+from nanovllm.worker.kernels.triton_kernels import TritonKernels
+
+KERNELS = TritonKernels()
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Norms:
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+
+
+def rotated(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x: [num_tokens, num_heads, head_dim]; cos_sin: [num_tokens, head_dim]."""
+    cos, sin = (half[:, None].double() for half in cos_sin.chunk(2, dim=-1))
+    first, second = x.double().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def close(out: Tensor, expected: Tensor) -> None:
+    assert (out.double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [64, 576])
+def test_rms_norms(size: int) -> None:
+    hidden, residual = torch.randn(2, 3, size, device=DEVICE)
+    weight = torch.randn(size, device=DEVICE)
+    close(KERNELS.rms_norm(hidden.clone(), weight, EPS), normed(hidden, weight, EPS))
+    total = hidden.double() + residual.double()
+    out, new_residual = KERNELS.add_rms_norm(hidden, residual, weight, EPS)
+    close(out, normed(total, weight, EPS))
+    close(new_residual, total)
+
+
+@pytest.mark.parametrize("size", [96, 1536])
+def test_silu_and_mul(size: int) -> None:
+    gate_up = torch.randn(3, 2 * size, device=DEVICE)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    close(KERNELS.silu_and_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rope_and_cache(head_dim: int, norm: bool) -> None:
+    num_tokens, num_heads, num_kv_heads, block_size = 3, 6, 3, 4
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    qkv = torch.randn(num_tokens, sum(sizes), device=DEVICE)
+    q, k, v = (t.unflatten(1, (-1, head_dim)).double() for t in qkv.split(sizes, dim=1))
+    norms = Norms(*torch.randn(2, head_dim, device=DEVICE), EPS) if norm else None
+    if norms is not None:
+        q, k = normed(q, norms.q_weight, EPS), normed(k, norms.k_weight, EPS)
+    angles = torch.randn(20, head_dim // 2, device=DEVICE)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    positions, slots = torch.tensor([[17, 0, 5], [23, 4, 9]], device=DEVICE)
+    cache = torch.full((2, 2, 6, block_size, num_kv_heads, head_dim), torch.nan, device=DEVICE)
+    layer_cache = cache[:, 1]
+    queries = KERNELS.rope_and_cache(
+        qkv,
+        cos_sin=cos_sin,
+        positions=positions,
+        slot_mapping=slots,
+        layer_cache=layer_cache,
+        qk_norm=norms,
+    )
+    close(queries, rotated(q, cos_sin[positions]))
+    close(layer_cache[0].flatten(0, 1)[slots], rotated(k, cos_sin[positions]))
+    assert torch.equal(layer_cache[1].flatten(0, 1)[slots].double(), v)
+    assert cache.isfinite().sum() == 2 * v.numel()  # nothing else was written

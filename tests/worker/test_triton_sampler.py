@@ -1,0 +1,140 @@
+"""The fused sampler against the plain one (`sampling.distribution`), token by token."""
+
+import torch
+from torch import Tensor
+
+from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
+
+from nanovllm.worker.kernels.triton_sampler import sample_tokens
+from nanovllm.worker.sampling.distribution import (
+    draw,
+    to_probabilities,
+    truncate_min_p,
+    truncate_top_k,
+    truncate_top_p,
+)
+from nanovllm.worker.sampling.philox import uniforms
+
+VOCAB_SIZE = 1000
+
+
+def columns_of(
+    temperature: list[float], top_k: list[int], top_p: list[float], min_p: list[float]
+) -> dict[str, Tensor]:
+    """Columns as the rows hold them: one word each of wider records."""
+    words = torch.zeros(len(temperature), 5, dtype=torch.int32, device=DEVICE)
+    columns = {
+        name: words[:, place].view(torch.int32 if name == "top_k" else torch.float32)
+        for place, name in enumerate(("temperature", "top_k", "top_p", "min_p"))
+    }
+    for name, values in zip(columns, (temperature, top_k, top_p, min_p), strict=True):
+        columns[name].copy_(torch.tensor(values))
+    return columns
+
+
+def plain(logits: Tensor, columns: dict[str, Tensor], seeds: Tensor, positions: Tensor) -> Tensor:
+    """One row at a time, through the plain torch sampler."""
+    tokens = []
+    for row, line in enumerate(logits.float()):
+        temperature, top_k, top_p, min_p = (column[row : row + 1] for column in columns.values())
+        if temperature == 0:
+            tokens.append(int(line.argmax()))
+            continue
+        probs = truncate_min_p(to_probabilities(line[None].clone(), temperature), min_p)
+        probs = truncate_top_k(probs, top_k, most=max(int(top_k), 1))
+        probs = truncate_top_p(probs, top_p)
+        number = uniforms(seeds[row : row + 1], positions[row : row + 1])
+        tokens.append(int(draw(probs, number)))
+    return torch.tensor(tokens, device=logits.device)
+
+
+def check(
+    logits: Tensor,
+    temperature: list[float],
+    top_k: list[int] | None = None,
+    top_p: list[float] | None = None,
+    min_p: list[float] | None = None,
+    *,
+    truncates: bool = True,
+) -> None:
+    n = len(temperature)
+    columns = columns_of(temperature, top_k or [0] * n, top_p or [1.0] * n, min_p or [0.0] * n)
+    seeds = torch.randint(-(2**62), 2**62, (n, 3), device=DEVICE)[:, 1]
+    positions = torch.randint(2**40, (n,), device=DEVICE)
+    expected = plain(logits, columns, seeds, positions)
+    order = torch.randperm(n, device=DEVICE)  # lines of logits are not in the rows' order
+    tokens = sample_tokens(
+        logits[order],
+        rows=order,
+        positions=positions[order],
+        columns=columns,
+        seeds=seeds,
+        truncates=truncates,
+    )
+    assert tokens.tolist() == expected[order].tolist()
+
+
+def random_logits(n: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(n, VOCAB_SIZE, device=DEVICE) * 3
+
+
+def test_temperature_and_greedy() -> None:
+    logits = random_logits(8)
+    logits[3, 700:] = float("-inf")
+    check(logits, [0.0, 0.6, 1.0, 0.8, 5.0, 0.0, 1e-3, 1.0], truncates=False)
+
+
+def test_first_of_equal_maxima() -> None:
+    logits = random_logits(3)
+    logits[:, [77, 130, 900]] = 20.0
+    check(logits, [0.0, 0.0, 0.7], truncates=False)
+
+
+def test_each_truncation_alone() -> None:
+    n = 6
+    logits = random_logits(n)
+    check(logits, [1.0] * n, top_k=[1, 2, 7, 40, 999, 5000])
+    check(logits, [1.0] * n, top_p=[0.01, 0.3, 0.5, 0.9, 0.99, 1.0])
+    check(logits, [1.0] * n, min_p=[1.0, 0.5, 0.1, 1e-3, 1e-6, 0.0])
+
+
+def test_truncations_together_and_mixed_with_others() -> None:
+    check(
+        random_logits(6),
+        [0.7, 1.0, 0.0, 2.0, 1.3, 0.9],
+        top_k=[50, 0, 0, 20, 500, 0],
+        top_p=[0.95, 1.0, 1.0, 0.5, 0.999, 0.8],
+        min_p=[0.0, 0.0, 0.0, 0.05, 0.01, 0.1],
+    )
+
+
+def test_flat_and_tied_logits() -> None:
+    logits = random_logits(4)
+    logits[0] = 1.0
+    logits[1] = (logits[1] * 2).round() / 2  # every value many times: ties at the cut all stay
+    logits[2] = -5.0
+    logits[2, 123] = 0.0
+    check(logits, [1.0] * 4, top_k=[10, 30, 5, 0], top_p=[1.0, 1.0, 1.0, 0.9])
+    check(logits, [1.0] * 4, top_p=[0.5, 0.7, 0.5, 0.9])
+
+
+def test_half_precision_logits() -> None:
+    check(random_logits(3).half(), [0.0, 0.6, 1.0], top_k=[0, 0, 20], top_p=[1.0, 1.0, 0.9])
+
+
+def test_random_numbers_are_those_of_the_plain_sampler() -> None:
+    """Over a uniform distribution the token is the random number."""
+    n = 16
+    torch.manual_seed(5)
+    seeds = torch.randint(-(2**62), 2**62, (n,), device=DEVICE)
+    positions = torch.randint(2**40, (n,), device=DEVICE)
+    tokens = sample_tokens(
+        torch.zeros(n, 4096, device=DEVICE),
+        rows=torch.arange(n, device=DEVICE),
+        positions=positions,
+        columns=columns_of([1.0] * n, [0] * n, [1.0] * n, [0.0] * n),
+        seeds=seeds,
+        truncates=False,
+    )
+    assert tokens.tolist() == (uniforms(seeds, positions) * 4096).long().tolist()
