@@ -1,4 +1,4 @@
-"""Two streams at once from one engine: tokens are printed as they come."""
+"""Two answers stream at once from one engine, each in its own column."""
 
 import asyncio
 
@@ -10,7 +10,8 @@ PARAMS = SamplingParams(temperature=0, max_tokens=60, output_kind="delta")
 async def tell(llm: AsyncLLM, column: int, subject: str) -> None:
     messages = [{"role": "user", "content": f"Tell me one fact about {subject}."}]
     async for output in llm.chat(messages, PARAMS):
-        print(f"{' ' * column}{output.outputs[0].text!r}")
+        if word := output.outputs[0].text.strip():
+            print(f"{' ' * column}{word}")
 
 
 async def main() -> None:

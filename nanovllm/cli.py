@@ -190,7 +190,7 @@ async def _chat(arguments: argparse.Namespace) -> int:
 async def _answer(
     llm: "AsyncLLM", messages: list[dict[str, str]], params: SamplingParams
 ) -> str | None:
-    """Stream one answer; Ctrl-C keeps what has come so far. None if it could not be given."""
+    """Stream one answer; Ctrl-C keeps what has come so far. None if there is none."""
     from nanovllm.frontend.errors import RequestFailedError
 
     said: list[str] = []
@@ -214,7 +214,7 @@ async def _answer(
         return None
     finally:
         loop.remove_signal_handler(signal.SIGINT)
-    return "".join(said)
+    return "".join(said) or None
 
 
 def _line_reader() -> Callable[[], Coroutine[Any, Any, str | None]]:

@@ -129,7 +129,8 @@ class AsyncLLM:
         return handle
 
     async def __aenter__(self) -> "AsyncLLM":
-        await self.start()
+        if self._client is None:  # else it comes from `connect`: `async with await …connect(…)`
+            await self.start()
         return self
 
     async def __aexit__(self, *exception: object) -> None:

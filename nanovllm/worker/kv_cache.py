@@ -6,6 +6,7 @@ padding reads and writes it.
 
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ def block_bytes(spec: AttentionSpec, *, num_layers: int) -> int:
 
 
 def cpu_memory_budget() -> int:
-    """Bytes a CPU engine gives to KV by default: a quarter of free memory, at most 4 GiB."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(CPU_MAX_BYTES, int(free * CPU_SHARE_OF_FREE))
+    """Bytes a CPU engine gives to KV by default: a quarter of free memory, at most 4 GiB.
+
+    The system takes memory only as blocks are first written, so this is a limit, not a cost.
+    """
+    return min(CPU_MAX_BYTES, int(_free_memory() * CPU_SHARE_OF_FREE))
 
 
 def fit_blocks(
@@ -55,13 +58,14 @@ def fit_blocks(
         num_blocks = min(num_blocks, NUM_RESERVED + max_num_seqs * blocks_per_sequence)
     usable = num_blocks - NUM_RESERVED
     if usable < blocks_per_sequence:
+        num_bytes = bytes_per_block * (blocks_per_sequence + NUM_RESERVED)
         fits = max(0, usable) * config.block_size
-        gib = bytes_per_block * (blocks_per_sequence + NUM_RESERVED) / 2**30
+        shorter = f"set max_model_len to at most {fits}, or " if fits >= 2 else ""
         raise ValueError(
-            f"max_model_len: one sequence of {max_model_len} tokens needs {blocks_per_sequence} "
-            f"KV blocks ({gib:.2f} GiB with the reserved one), and there is room for "
-            f"{max(0, usable)}: set max_model_len to at most {fits}, or raise "
-            "kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
+            f"max_model_len: a sequence of {max_model_len} tokens needs {blocks_per_sequence} KV "
+            f"blocks (with the reserved one {num_bytes:,} bytes), and {max(0, usable)} fit: "
+            f"{shorter}raise kv_cache_memory_bytes, gpu_memory_utilization or "
+            "num_gpu_blocks_override"
         )
     return num_blocks
 
@@ -76,3 +80,14 @@ def allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
         num_bytes = math.prod(shape) * dtype.itemsize
         return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _free_memory() -> int:
+    """Bytes that programs could still take; all the machine's where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, amount = line.partition(":")
+            if name == "MemAvailable":
+                return int(amount.removesuffix("kB")) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

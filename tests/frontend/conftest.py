@@ -1,31 +1,15 @@
-"""Runs `async def` tests, each in an event loop of its own, and gives them addresses."""
+"""An address for a fake core, and a process to own beside it."""
 
-import asyncio
-import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nanovllm.frontend import async_llm
 from tests.frontend.attached import Handle
 from tests.frontend.vocabulary import byte_tokenizer
-
-ASYNC_TIMEOUT_S = 30.0
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
-    """A test that waits for ever fails instead."""
-    if not inspect.iscoroutinefunction(pyfuncitem.obj):
-        return None
-    names = pyfuncitem._fixtureinfo.argnames
-    test = pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names})
-    asyncio.run(asyncio.wait_for(test, ASYNC_TIMEOUT_S))
-    return True
 
 
 @pytest.fixture

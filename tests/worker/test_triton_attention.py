@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
-
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import TritonAttention, Tuning
 from nanovllm.worker.forward_batch import ForwardBatch
+from tests.worker.triton_device import DEVICE
 
 SPEC = AttentionSpec(
     num_heads=4,

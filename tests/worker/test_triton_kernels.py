@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
-
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from tests.worker.triton_device import DEVICE
 
 KERNELS = TritonKernels()
 EPS = 1e-5

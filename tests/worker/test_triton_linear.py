@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
-
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+from tests.worker.triton_device import DEVICE
 
 VECTOR_TILES = [Tile(8, 64, 3, warps=4), Tile(16, 256, 1, warps=4)]
 MATRIX_TILES = [Tile(16, 256, 1, warps=4), Tile(16, 64, 1, warps=4), Tile(32, 32, 2, warps=4)]

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from tests.worker.triton_device import DEVICE  # isort: skip  (before any kernel is defined)
-
 from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.sampling.distribution import (
     draw,
@@ -14,6 +12,7 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_p,
 )
 from nanovllm.worker.sampling.philox import uniforms
+from tests.worker.triton_device import DEVICE
 
 VOCAB_SIZE = 1000
 

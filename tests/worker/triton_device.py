@@ -1,15 +1,6 @@
-"""Where Triton's tests run: on CUDA if there is any, else in Triton's interpreter on the CPU.
-
-Imported before any module that defines kernels: `triton.jit` looks at the variable when it is used.
-"""
-
-import os
+"""Where Triton's tests run: on CUDA if there is any, else in Triton's interpreter on the CPU."""
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from triton.runtime import interpreter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -174,7 +174,7 @@ class TorchAttention:
                 self._parts.append(chunk)
         window = self._spec.sliding_window
         lengths = [min(n, window) if window else n for n in seq_lens]
-        for rows in _alike(singles, lengths):
+        for rows in group_by_length(singles, lengths):
             self._parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
 
     def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
@@ -202,7 +202,7 @@ def _slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return blocks * block_size + positions % block_size
 
 
-def _alike(rows: list[int], lengths: list[int]) -> list[list[int]]:
+def group_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:
     """Group rows so that padding a group to its longest adds few tokens; in order within each."""
     groups: list[list[int]] = []
     room = longest = 0

@@ -144,7 +144,8 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
     largest = tl.max(maxima, 0)
     sharpness = _sharpness(temperature)
     lowest = tl.min(tl.where(present, maxima, largest), 0)
-    floor = tl.where(min_p > 0, largest + tl.log2(min_p) / sharpness, float("-inf"))
+    span = tl.log2(tl.maximum(min_p, 1e-37)) / sharpness
+    floor = tl.where(min_p > 0, largest + span, float("-inf"))
     bound = float("-inf")
     if top_k > 0:
         bound = _floor_of_maxima(maxima, tl.where(present, 1.0, 0.0), top_k, lowest, largest)
@@ -175,8 +176,8 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
     for start in range(0, num_chosen, LOOK):
         x = _look(row_logits, chosen, start, num_chosen, vocab_size, SEGMENT, LOOK)
         weights = tl.where(x >= floor, tl.exp2((x - largest) * sharpness), 0.0)
-        places = start + tl.arange(0, LOOK)
-        tl.store(chosen_masses + places, tl.sum(weights, 1), places < num_chosen)
+        looked = start + tl.arange(0, LOOK)
+        tl.store(chosen_masses + looked, tl.sum(weights, 1), looked < num_chosen)
     tl.debug_barrier()
     return floor, num_chosen
 

@@ -1,0 +1,326 @@
+"""Every way weights come in, and every way a checkpoint can be wrong."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nanovllm.checkpoint import Checkpoint
+from nanovllm.config import LoadFormat
+from nanovllm.worker import weights
+from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import spec_from_config
+from nanovllm.worker.weights import load_weights
+from tests.gguf_writing import QuantizationType, write_gguf
+
+CPU = torch.device("cpu")
+TensorFile = dict[str, Tensor]
+Build = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights as they were loaded, to be looked at."""
+    monkeypatch.setattr(weights, "can_prepack", lambda dtype, device: False)
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+) -> Decoder:
+    spec = spec_from_config(checkpoint.config())
+    wanted = spec.attention_spec(block_size=16, dtype=dtype, device=CPU)
+    attention, _ = select_backend("auto", wanted)
+    model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
+    progress: list[tuple[str, float]] = []
+    load_weights(
+        model,
+        checkpoint,
+        load_format=load_format,
+        seed=seed,
+        on_progress=lambda phase, done: progress.append((phase, done)),
+    )
+    assert {phase for phase, _ in progress} == {"weights"}
+    fractions = [done for _, done in progress]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    return model
+
+
+def parameters(model: Decoder) -> TensorFile:
+    """By the names a safetensors checkpoint has."""
+    names = model.spec.names.safetensors
+    return {f"{names[s.part].format(s.layer)}.{s.kind}": s.target for s in model.slots()}
+
+
+def assert_equal(found: TensorFile, expected: TensorFile) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values.to(found[name].dtype)), name
+
+
+# ---- safetensors
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_linear", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_file(name: str, dtype: torch.dtype, tiny_checkpoint: Build) -> None:
+    path = tiny_checkpoint(name)
+    model = load(Checkpoint(path, "safetensors"), dtype=dtype)
+    expected = load_file(path / "model.safetensors")
+    assert_equal(parameters(model), expected)
+    assert model.num_parameters == sum(values.numel() for values in expected.values())
+    assert all(values.dtype == dtype for values in parameters(model).values())
+
+
+def test_merged_projections_are_stacked_in_order(tiny_checkpoint: Build) -> None:
+    path = tiny_checkpoint("qwen2")
+    layer = load(Checkpoint(path, "safetensors")).layers[1]
+    file, prefix = load_file(path / "model.safetensors"), "model.layers.1."
+    qkv = [file[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
+    biases = [file[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"]
+    gate_up = [file[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(layer.qkv.weight, torch.cat(qkv))
+    assert layer.qkv.bias is not None and torch.equal(layer.qkv.bias, torch.cat(biases))
+    assert torch.equal(layer.gate_up.weight, torch.cat(gate_up))
+    axes = {slot.part: slot.shard_axis for slot in layer.slots(1) if slot.kind == "weight"}
+    assert axes == {
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), 0),
+        **dict.fromkeys(("o", "down"), 1),
+        **dict.fromkeys(("input_norm", "post_norm"), None),
+    }
+
+
+def test_sharded(tiny_checkpoint: Build, tmp_path: Path) -> None:
+    whole = tiny_checkpoint("llama")
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = load(Checkpoint(tmp_path, "safetensors"))
+    assert_equal(parameters(model), load_file(whole / "model.safetensors"))
+
+
+@pytest.fixture
+def editable(
+    tiny_checkpoint: Build, tmp_path: Path
+) -> Callable[[Callable[[TensorFile], Any]], Checkpoint]:
+    """A copy of the tied llama3 checkpoint, its tensors changed by a function."""
+
+    def edit(change: Callable[[TensorFile], Any]) -> Checkpoint:
+        source = tiny_checkpoint("llama3")
+        (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+        tensors = load_file(source / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+        return Checkpoint(tmp_path, "safetensors")
+
+    return edit
+
+
+Edit = Callable[[Callable[[TensorFile], Any]], Checkpoint]
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_tied_head_and_derived_tensors_are_passed_over(editable: Edit) -> None:
+    def add(tensors: TensorFile) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+
+    model = load(editable(add))
+    assert model.lm_head.weight is model.embedding
+
+
+WRONG: dict[str, tuple[Callable[[TensorFile], Any], str]] = {
+    "missing": (lambda t: t.pop(Q_PROJ), rf"lacks 1 tensors .*{Q_PROJ}"),
+    "extra": (lambda t: t.update(odd=torch.ones(2)), r"has over 1 tensors .*\(odd\)"),
+    "shape": (
+        lambda t: t.update({Q_PROJ: torch.ones(48, 40)}),
+        rf"model.safetensors: tensor {Q_PROJ} has shape \(48, 40\).*asks for \(48, 48\)",
+    ),
+    "int8": (
+        lambda t: t.update({Q_PROJ: torch.ones(48, 48, dtype=torch.int8)}),
+        rf"tensor {Q_PROJ} is torch.int8.*use an unquantized",
+    ),
+    "fp8": (
+        lambda t: t.update({Q_PROJ: torch.ones(48, 48).to(torch.float8_e4m3fn)}),
+        rf"tensor {Q_PROJ} is torch.float8_e4m3fn.*use an unquantized",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_tensors(
+    editable: Edit, change: Callable[[TensorFile], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(editable(change))
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.01, 0.0])
+def test_truncated_file(editable: Edit, keep: float) -> None:
+    checkpoint = editable(lambda tensors: None)
+    file = checkpoint.path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged .*again"):
+        load(checkpoint)
+
+
+def test_missing_files(editable: Edit) -> None:
+    checkpoint = editable(lambda tensors: None)
+    file = checkpoint.path / "model.safetensors"
+    names = dict.fromkeys(load_file(file), "model-00001-of-00001.safetensors")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"holds no .safetensors file"):
+        load(checkpoint)
+    index = checkpoint.path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match=r"model-00001-of-00001.safetensors is missing"):
+        load(checkpoint)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index.json is damaged"):
+        load(checkpoint)
+
+
+# ---- GGUF
+
+
+def permuted(values: np.ndarray, num_heads: int) -> np.ndarray:
+    """As llama.cpp stores q and k of Llama: the two halves of each head interleaved."""
+    halves = values.reshape(num_heads, 2, -1, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def as_gguf(
+    source: Path, path: Path, *, architecture: str, kind: QuantizationType
+) -> tuple[Checkpoint, TensorFile]:
+    """A safetensors checkpoint written as GGUF, matrices as `kind`; and what it holds then."""
+    spec = spec_from_config(Checkpoint(source, "safetensors").config())
+    names = spec.names.safetensors, spec.names.gguf
+    gguf_names = {
+        f"{names[0][part].format(i)}.{kind_}": (part, f"{names[1][part].format(i)}.{kind_}")
+        for part in names[0]
+        for i in range(spec.num_layers)
+        for kind_ in ("weight", "bias")
+    }
+    tensors, expected = {}, load_file(source / "model.safetensors")
+    for name, values in expected.items():
+        part, gguf_name = gguf_names[name]
+        stored = values.numpy()
+        stored_as = kind if values.dim() == 2 else QuantizationType.F32
+        if spec.names.gguf_interleaved and part in "qk":
+            stored = permuted(stored, spec.num_heads if part == "q" else spec.num_kv_heads)
+        tensors[gguf_name] = stored, stored_as
+        rounded = gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), stored_as), stored_as)
+        expected[name] = torch.from_numpy(rounded.copy())
+    facts = {
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": spec.intermediate_size,
+        "block_count": spec.num_layers,
+        "attention.head_count": spec.num_heads,
+        "attention.head_count_kv": spec.num_kv_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "rope.freq_base": spec.rope.theta,
+    }
+    write_gguf(
+        path,
+        architecture=architecture,
+        facts={f"{architecture}.{key}": value for key, value in facts.items()},
+        tensors=tensors,
+    )
+    return Checkpoint(path, "gguf"), expected
+
+
+@pytest.fixture(params=[2**18, 700], ids=["whole", "in pieces"])
+def piece_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(weights, "PIECE_VALUES", request.param)
+    yield request.param
+
+
+@pytest.mark.parametrize("kind", [QuantizationType.F32, QuantizationType.F16, QuantizationType.Q8_0])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.usefixtures("piece_values")
+def test_gguf(
+    name: str, kind: QuantizationType, tiny_checkpoint: Build, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(name) if kind != QuantizationType.Q8_0 else wider(name, tmp_path)
+    checkpoint, expected = as_gguf(source, tmp_path / "m.gguf", architecture=name, kind=kind)
+    with torch.inference_mode():  # as a caller may
+        assert_equal(parameters(load(checkpoint)), expected)
+
+
+def wider(name: str, path: Path) -> Path:
+    """A model whose rows are whole blocks of 32 values, which quantized types need."""
+    from tests.conftest import SIZES, TINY
+
+    model_class, config_class, changes = TINY[name]
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96} | changes
+    model_class(config_class(**sizes)).save_pretrained(path)
+    return path
+
+
+def test_gguf_that_is_wrong(tiny_checkpoint: Build, tmp_path: Path) -> None:
+    checkpoint, _ = as_gguf(
+        tiny_checkpoint("llama"), tmp_path / "m.gguf", architecture="llama", kind=QuantizationType.F32
+    )
+    tensors = checkpoint.gguf.tensors
+    odd = tensors.pop("blk.1.attn_k.weight")
+    with pytest.raises(ValueError, match=r"m.gguf lacks 1 tensors .*blk.1.attn_k.weight"):
+        load(checkpoint)
+    tensors["blk.1.attn_k.weight"] = tensors["blk.1.attn_q.weight"]
+    with pytest.raises(ValueError, match=r"blk.1.attn_k.weight has shape \(64, 48\)"):
+        load(checkpoint)
+    tensors["blk.1.attn_k.weight"] = odd
+    load(checkpoint)
+
+
+# ---- dummy, formats, layout
+
+
+def test_dummy_is_seeded(tiny_checkpoint: Build) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
+    one, same, other = (load(checkpoint, load_format="dummy", seed=seed) for seed in (1, 1, 2))
+    assert_equal(parameters(one), parameters(same))
+    assert not torch.equal(one.embedding, other.embedding)
+    assert 0.018 < one.embedding.std() < 0.022 and one.embedding.mean().abs() < 0.002
+    assert (one.final_norm == 1).all() and (one.layers[2].input_norm == 1).all()
+    assert one.layers[0].qk_norm is not None and (one.layers[0].qk_norm.k_weight == 1).all()
+
+
+def test_format_must_be_the_checkpoints(tiny_checkpoint: Build) -> None:
+    with pytest.raises(ValueError, match=r"load_format: .* is safetensors, not gguf: use 'auto'"):
+        load(Checkpoint(tiny_checkpoint("llama"), "safetensors"), load_format="gguf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+@torch.inference_mode()
+def test_prepacking_changes_no_result(
+    name: str, dtype: torch.dtype, tiny_checkpoint: Build
+) -> None:
+    if not can_prepack(dtype, CPU):
+        pytest.skip(f"oneDNN does not multiply {dtype} on this CPU")
+    model = load(Checkpoint(tiny_checkpoint(name), "safetensors"), dtype=dtype)
+    embedding = model.embedding.clone()
+    inputs = {n: torch.randn(n, 48).to(dtype) for n in (1, 8, 33)}
+    before = {n: (model.layers[0].qkv(x), model.compute_logits(x)) for n, x in inputs.items()}
+    prepack(model.linears())
+    assert isinstance(model.lm_head.method, Prepacked)
+    assert torch.equal(model.embedding, embedding), "the embedding lives on"
+    for n, x in inputs.items():
+        after = model.layers[0].qkv(x), model.compute_logits(x)
+        for ours, plain in zip(after, before[n], strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5)
