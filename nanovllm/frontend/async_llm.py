@@ -340,10 +340,13 @@ class AsyncLLM:
             self._line.send(Abort(stopped))
 
     def on_request_failed(self, failure: RequestFailed) -> None:
-        """`CoreClient`: a request failed; if it is not said which, one that has not begun."""
-        owner = self._requests.owner_of(failure.number)
-        hit = [request for request in self._requests if not request.has_begun]
-        for request in [owner] if owner else hit:
+        """`CoreClient`: a request failed; -1 is some request, so one that has not begun."""
+        if failure.number == -1:
+            failed = [request for request in self._requests if not request.has_begun]
+        else:
+            owner = self._requests.owner_of(failure.number)
+            failed = [] if owner is None else [owner]
+        for request in failed:
             request.fail(RequestFailedError(failure.message))
             self.discard(request)
 

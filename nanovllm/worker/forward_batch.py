@@ -66,6 +66,7 @@ class PlanStaging:
         cuda = device.type == "cuda"
         self._device = device
         self._section = max_num_rows + 1
+        self._padding_row = max_num_rows
         num_words = 4 * self._section + 2 * ROOM_FOR_WRITES
         self._ring = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
@@ -74,8 +75,13 @@ class PlanStaging:
         self._resident = torch.zeros_like(self._ring[0], device=device)
         self._turn = 0
 
-    def stage(self, plan: StepPlan, writes: Int32Array) -> StagedPlan:
-        """Start the one copy that brings a plan and what `RequestRows.record` made of it."""
+    def stage(
+        self, plan: StepPlan, writes: Int32Array, *, padded_to: int | None = None
+    ) -> StagedPlan:
+        """Start the one copy that brings a plan and what `RequestRows.record` made of it.
+
+        padded_to: put entries of the padding row behind the plan's, for `decode_view` to include.
+        """
         section, num_rows, num_samples = self._section, len(plan.rows), len(plan.sampling)
         self._turn = (self._turn + 1) % len(self._ring)
         if self._copied:
@@ -88,6 +94,9 @@ class PlanStaging:
         starts[0] = 0
         np.cumsum(plan.num_scheduled, out=starts[1 : num_rows + 1])
         sampling[:num_samples] = plan.sampling
+        if padded_to is not None:
+            rows[num_rows:padded_to] = self._padding_row
+            num_computed[num_rows:padded_to] = 0
         num_sent = 4 * section
         if writes.size <= 2 * ROOM_FOR_WRITES:
             words[num_sent : num_sent + writes.size] = writes.reshape(-1)
@@ -108,6 +117,26 @@ class PlanStaging:
             host_seq_lens=num_computed[:num_rows] + np.diff(starts[: num_rows + 1]),
             host_query_start_loc=starts[: num_rows + 1].copy(),
             host_sampling=sampling[:num_samples].copy(),
+        )
+
+    def decode_view(self, num_rows: int, *, max_seq_len: int) -> StagedPlan:
+        """The first `num_rows` entries on the device as a pure decode step of whatever is staged.
+
+        Its tensors are the persistent buffer itself and constants; its arrays are upper bounds.
+        """
+        sections = self._resident[: 4 * self._section].view(4, self._section)
+        bounds = np.arange(num_rows + 1, dtype=np.int32)
+        starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        return StagedPlan(
+            rows=sections[0, :num_rows],
+            num_computed=sections[1, :num_rows],
+            query_start_loc=starts,
+            sampling=starts[:-1],
+            writes=starts.new_empty(2, 0),
+            host_rows=np.full(num_rows, self._padding_row, np.int32),
+            host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
+            host_query_start_loc=bounds,
+            host_sampling=bounds[:-1],
         )
 
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from nanovllm.protocol import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
+from nanovllm.worker.cuda_graph import DecodeGraphs
 from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan, build_batch
-from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.kernels.select import SampleTokens
+from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
+TRUNCATING_COLUMNS = {"top_k", "top_p", "min_p"}
+GRAPH_COLUMNS = {"temperature", *TRUNCATING_COLUMNS}  # what a fused sampler does by itself
 
 
 class Model(Protocol):
@@ -30,6 +34,9 @@ class Model(Protocol):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """`compute_logits` in the model's own precision, as a fused sampler takes them."""
 
 
 @dataclass(slots=True)
@@ -77,14 +84,22 @@ class ModelRunner:
         rows: RequestRows,
         kv_cache: Tensor,
         max_inflight_steps: int,
+        sample_tokens: SampleTokens | None = None,
+        captures: bool = False,
     ) -> None:
+        """sample_tokens: the device's fused sampler, if it has one. captures: decode by graphs,
+        which needs a fused sampler."""
         self._model = model
         self._attention = attention
         self._rows = rows
         self._kv_cache = kv_cache
         self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
-        self._sampler = Sampler(rows)
+        self._sampler = Sampler(rows, sample_tokens)
+        self._sample_tokens = sample_tokens
+        self._graphs: DecodeGraphs | None = None
+        if captures:
+            self._graphs = DecodeGraphs(self._decode_step, max_num_rows=rows.num_rows)
         self._staging = PlanStaging(
             max_num_rows=rows.num_rows,
             num_buffers=max_inflight_steps + 1,
@@ -94,7 +109,51 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Queue one step. The plan before it must have been queued, but need not be done."""
-        staged = self._staging.stage(plan, self._rows.record(plan))
+        if self._graphs is not None and max(plan.num_scheduled) == 1:
+            return self._decode(plan, self._graphs)
+        return self._run(plan)
+
+    def _decode(self, plan: StepPlan, graphs: DecodeGraphs) -> PendingStep:
+        """A step of one token per row, by graph if the sampler needs nothing special."""
+        writes = self._rows.record(plan)
+        active = self._rows.active_columns(np.array(plan.rows, np.int32))
+        plain = len(plan.sampling) == len(plan.rows) and active <= GRAPH_COLUMNS
+        if not plain or not self._rows.edits.keys().isdisjoint(plan.rows):
+            return self._run(plan, writes)
+        bucket = graphs.bucket_for(len(plan.rows))
+        staged = self._staging.stage(plan, writes, padded_to=bucket)
+        self._rows.write(staged.writes)
+        token_ids = graphs.run(bucket, truncates=not active.isdisjoint(TRUNCATING_COLUMNS))
+        pending = PendingStep(plan.step)
+        pending.token_ids = token_ids[: len(plan.rows)].to("cpu", non_blocking=True)
+        return self._mark(pending)
+
+    def _decode_step(self, num_rows: int, truncates: bool) -> Tensor:
+        """One token for each of the first staged entries; ids [num_rows]. Capturable."""
+        assert self._sample_tokens is not None
+        rows = self._rows
+        max_seq_len = rows.token_ids.shape[1]
+        staged = self._staging.decode_view(num_rows, max_seq_len=max_seq_len)
+        batch = build_batch(staged, rows, block_size=self._block_size)
+        self._attention.prepare(batch)
+        hidden = self._model.forward(batch, self._kv_cache)
+        row_ids, positions = staged.rows.long(), batch.positions + 1
+        token_ids = self._sample_tokens(
+            self._model.raw_logits(hidden),
+            rows=row_ids,
+            positions=positions,
+            columns=rows.columns,
+            seeds=rows.seeds,
+            truncates=truncates,
+        )
+        rows.token_ids[row_ids, positions] = token_ids.int()
+        return token_ids
+
+    def _run(self, plan: StepPlan, writes: Int32Array | None = None) -> PendingStep:
+        """Any step, eagerly. writes: what `record` returned, if that is done already."""
+        if writes is None:
+            writes = self._rows.record(plan)
+        staged = self._staging.stage(plan, writes)
         self._rows.write(staged.writes)
         batch = build_batch(staged, self._rows, block_size=self._block_size)
         self._attention.prepare(batch)
@@ -103,6 +162,10 @@ class ModelRunner:
         self._collect_prompt_logprobs(pending, staged, hidden)
         if plan.sampling:
             self._collect_samples(pending, self._sample(staged, batch, hidden))
+        return self._mark(pending)
+
+    def _mark(self, pending: PendingStep) -> PendingStep:
+        """Let `pending` know when all that has been queued is done."""
         if self._device.type == "cuda":
             pending.done = torch.Event(self._device)
             pending.done.record()

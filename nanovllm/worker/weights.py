@@ -100,7 +100,9 @@ def _fill_from_gguf(model: Decoder, checkpoint: Checkpoint) -> Iterator[int]:
     @torch.inference_mode()  # is per thread, and the caller may have made the model in it
     def fill(piece: tuple[GGUFTensor, Tensor]) -> int:
         tensor, target = piece
-        values = np.require(tensor.dequantize(), requirements="W")  # fp32 comes as the read-only map
+        values = np.require(
+            tensor.dequantize(), requirements="W"
+        )  # fp32 comes as the read-only map
         target.copy_(torch.from_numpy(values).view(target.shape))
         return target.numel()
 
@@ -155,12 +157,15 @@ def _files_of_tensors(directory: Path) -> dict[str, Path]:
     """Tensor name → file, from the index if there is one, else from the files themselves."""
     index = directory / INDEX_NAME
     if index.is_file():
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        except (json.JSONDecodeError, KeyError):
+            raise ValueError(f"{index} is damaged: fetch it again") from None
         return {name: directory / file for name, file in weight_map.items()}
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{directory} holds no .safetensors file: convert or fetch the weights")
-    files = {}
+    files: dict[str, Path] = {}
     for path in paths:
         with _opened(path) as file:
             files |= dict.fromkeys(file.keys(), path)

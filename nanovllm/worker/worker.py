@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, fit_blocks
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
@@ -31,6 +32,17 @@ from nanovllm.worker.weights import load_weights
 DEFAULT_INFLIGHT_STEPS = 2
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a runner is put together from, but for the KV cache."""
+
+    model: Decoder
+    rows: RequestRows
+    kernels: DeviceKernels
+    attention: AttentionBackend
+    attention_spec: AttentionSpec
 
 
 class Worker:
@@ -60,7 +72,8 @@ class Worker:
             block_size=self._config.cache.block_size, dtype=dtype, device=device
         )
         attention, why_attention = select_backend(wanted.attention_backend, attention_spec)
-        model = self._load(spec, checkpoint, attention, attention_spec)
+        kernels = select_kernels(device)
+        model = self._load(spec, checkpoint, kernels.layers, attention, attention_spec)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -69,9 +82,10 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             device=device,
         )
+        parts = Parts(model, rows, kernels, attention, attention_spec)
         with self._phase("kv cache"):
-            kv_cache = self._size_cache(model, rows, attention, attention_spec)
-            self._runner = self._make_runner(model, rows, attention, kv_cache)
+            kv_cache = self._size_cache(parts)
+            self._runner = self._make_runner(parts, kv_cache)
         return WorkerInfo(
             device=describe(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -83,7 +97,7 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention],
+            notes=[why_dtype, why_attention, kernels.why],
             phase_seconds=self._phase_seconds,
         )
 
@@ -102,13 +116,14 @@ class Worker:
         self,
         spec: DecoderSpec,
         checkpoint: Checkpoint,
+        kernels: Kernels,
         attention: AttentionBackend,
         attention_spec: AttentionSpec,
     ) -> Decoder:
         with self._phase("build"):
             model = Decoder(
                 spec,
-                kernels=TorchKernels(),
+                kernels=kernels,
                 attention=attention,
                 dtype=attention_spec.dtype,
                 device=attention_spec.device,
@@ -123,45 +138,40 @@ class Worker:
             )
         return model
 
-    def _make_runner(
-        self, model: Decoder, rows: RequestRows, attention: AttentionBackend, kv_cache: Tensor
-    ) -> ModelRunner:
+    def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
+        fused = parts.kernels.sample_tokens
         return ModelRunner(
-            model,
-            attention,
-            rows=rows,
+            parts.model,
+            parts.attention,
+            rows=parts.rows,
             kv_cache=kv_cache,
             max_inflight_steps=self._config.scheduler.max_inflight_steps or DEFAULT_INFLIGHT_STEPS,
+            sample_tokens=fused,
+            captures=fused is not None and not self._config.model.enforce_eager,
         )
 
-    def _size_cache(
-        self,
-        model: Decoder,
-        rows: RequestRows,
-        attention: AttentionBackend,
-        attention_spec: AttentionSpec,
-    ) -> Tensor:
+    def _size_cache(self, parts: Parts) -> Tensor:
         """The KV cache, [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]."""
-        num_layers, device = model.spec.num_layers, attention_spec.device
+        num_layers, spec = parts.model.spec.num_layers, parts.attention_spec
 
         def allocate_blocks(num_blocks: int) -> Tensor:
-            shape = attention.kv_shape(attention_spec, num_layers=num_layers, num_blocks=num_blocks)
-            return allocate(shape, dtype=attention_spec.dtype, device=device)
+            shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
+            return allocate(shape, dtype=spec.dtype, device=spec.device)
 
         cache = self._config.cache
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
         memory_bytes = 0
-        if measured and device.type == "cuda":
-            self._run_heaviest_step(self._make_runner(model, rows, attention, allocate_blocks(1)))
-            memory_bytes = cuda_memory_budget(device, share=cache.gpu_memory_utilization)
+        if measured and spec.device.type == "cuda":
+            self._run_heaviest_step(self._make_runner(parts, allocate_blocks(1)))
+            memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
             memory_bytes = cpu_memory_budget()
         num_blocks = fit_blocks(
             cache,
-            bytes_per_block=block_bytes(attention_spec, num_layers=num_layers),
+            bytes_per_block=block_bytes(spec, num_layers=num_layers),
             memory_bytes=memory_bytes,
-            max_model_len=model.spec.max_position_embeddings,
-            max_num_seqs=rows.num_rows,
+            max_model_len=parts.model.spec.max_position_embeddings,
+            max_num_seqs=parts.rows.num_rows,
         )
         return allocate_blocks(num_blocks)
 

@@ -34,9 +34,7 @@ SCALING = Llama3Scaling(8.0, 1.0, 4.0, original_context=64)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_config_as_transformers_reads_it(
-    name: str, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     path = tiny_checkpoint(name)
     spec = spec_from_config(json.loads((path / "config.json").read_text()))
     theirs = AutoConfig.from_pretrained(path)
@@ -98,8 +96,22 @@ def test_frequencies_equal_transformers() -> None:
         ({"use_sliding_window": False, "sliding_window": 32}, None),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 4}, None),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, 32),
-        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 4}, 8),
-        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention"] * 4,
+            },
+            8,
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention"] * 4,
+            },
+            None,
+        ),
     ],
 )
 def test_qwen2_windows(fields: dict[str, Any], window: int | None) -> None:

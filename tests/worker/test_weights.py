@@ -161,9 +161,7 @@ WRONG: dict[str, tuple[Callable[[TensorFile], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_tensors(
-    editable: Edit, change: Callable[[TensorFile], Any], message: str
-) -> None:
+def test_wrong_tensors(editable: Edit, change: Callable[[TensorFile], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(editable(change))
 
@@ -250,12 +248,12 @@ def piece_values(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield request.param
 
 
-@pytest.mark.parametrize("kind", [QuantizationType.F32, QuantizationType.F16, QuantizationType.Q8_0])
+@pytest.mark.parametrize(
+    "kind", [QuantizationType.F32, QuantizationType.F16, QuantizationType.Q8_0]
+)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 @pytest.mark.usefixtures("piece_values")
-def test_gguf(
-    name: str, kind: QuantizationType, tiny_checkpoint: Build, tmp_path: Path
-) -> None:
+def test_gguf(name: str, kind: QuantizationType, tiny_checkpoint: Build, tmp_path: Path) -> None:
     source = tiny_checkpoint(name) if kind != QuantizationType.Q8_0 else wider(name, tmp_path)
     checkpoint, expected = as_gguf(source, tmp_path / "m.gguf", architecture=name, kind=kind)
     with torch.inference_mode():  # as a caller may
@@ -274,7 +272,10 @@ def wider(name: str, path: Path) -> Path:
 
 def test_gguf_that_is_wrong(tiny_checkpoint: Build, tmp_path: Path) -> None:
     checkpoint, _ = as_gguf(
-        tiny_checkpoint("llama"), tmp_path / "m.gguf", architecture="llama", kind=QuantizationType.F32
+        tiny_checkpoint("llama"),
+        tmp_path / "m.gguf",
+        architecture="llama",
+        kind=QuantizationType.F32,
     )
     tensors = checkpoint.gguf.tensors
     odd = tensors.pop("blk.1.attn_k.weight")
@@ -323,4 +324,6 @@ def test_prepacking_changes_no_result(
     for n, x in inputs.items():
         after = model.layers[0].qkv(x), model.compute_logits(x)
         for ours, plain in zip(after, before[n], strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5)
+            torch.testing.assert_close(
+                ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5
+            )

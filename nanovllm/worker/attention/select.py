@@ -10,10 +10,12 @@ from typing import Protocol
 from nanovllm.config import AttentionBackendName, unknown_name
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 
-# "auto" takes the first that supports the model and the device.
 BACKENDS = {
     "torch": "nanovllm.worker.attention.torch_ref:TorchAttention",
+    "triton": "nanovllm.worker.attention.triton_attention:TritonAttention",
 }
+# "auto" takes the first that supports the model.
+PREFERENCES = {"cpu": ("torch",), "cuda": ("triton", "torch")}
 
 
 class BackendClass(Protocol):
@@ -24,17 +26,15 @@ class BackendClass(Protocol):
     def unsupported(self, spec: AttentionSpec) -> str | None: ...
 
 
-def select_backend(
-    name: AttentionBackendName, spec: AttentionSpec
-) -> tuple[AttentionBackend, str]:
+def select_backend(name: AttentionBackendName, spec: AttentionSpec) -> tuple[AttentionBackend, str]:
     """The backend for `spec` and, in one sentence, why it is that one.
 
     Raises `ValueError` with every reason if none of those allowed supports `spec`.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(unknown_name("attention_backend", name, ["auto", *BACKENDS]))
-    refusals = []
-    for candidate in BACKENDS if name == "auto" else [name]:
+    refusals: list[str] = []
+    for candidate in PREFERENCES[spec.device.type] if name == "auto" else (name,):
         backend_class = _backend_class(candidate)
         reason = backend_class.unsupported(spec)
         if reason is None:

@@ -5,7 +5,6 @@ with one new token, of like lengths, go together; rows with more go one by one.
 """
 
 import warnings
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -98,7 +97,7 @@ class StreamedRows:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
         self._scale = spec.scale
-        num_rows, length = slots.shape
+        length = slots.shape[1]
         kv_heads = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
         # Rows of the cache seen as [num_slots * num_kv_heads, head_dim]: [rows * num_heads, length]
         index = (slots[:, None, :] * spec.num_kv_heads + kv_heads[:, None]).flatten(0, 1)

@@ -32,6 +32,7 @@ class Tuning:
     decode_keys: int = 64
     decode_stages: int = 3
     decode_warps: int = 4
+    decode_swap: bool = False
     programs_per_sm: int = 4
     min_split: int = 128  # keys
     max_splits: int = 32  # of one row, however long
@@ -140,7 +141,9 @@ class TritonAttention:
     def _tile_tokens(self) -> int:
         return self._tuning.queries // self._group
 
-    def _prefill(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor) -> None:
+    def _prefill(
+        self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor
+    ) -> None:
         assert self._tile_rows is not None
         tuning = self._tuning
         prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows))](
@@ -190,7 +193,7 @@ class TritonAttention:
             MAX_SPLITS=tuning.max_splits,
             BLOCK_N=tuning.decode_keys,
             STAGES=tuning.decode_stages,
-            SWAP=False,
+            SWAP=tuning.decode_swap,
             num_warps=tuning.decode_warps,
             **self._options,
         )

@@ -151,7 +151,11 @@ def decode_kernel(
         else:
             place = (row.to(tl.int64) * KV_HEADS + kv_head) * GROUP * MAX_SPLITS + split
             parts = place + heads * MAX_SPLITS
-            tl.store(partial_out + parts[:, None] * BLOCK_D + lanes[None, :], acc, (heads < GROUP)[:, None])
+            tl.store(
+                partial_out + parts[:, None] * BLOCK_D + lanes[None, :],
+                acc,
+                (heads < GROUP)[:, None],
+            )
             tl.store(partial_max + parts, peak, heads < GROUP)
             tl.store(partial_sum + parts, total, heads < GROUP)
             tl.debug_barrier()  # all threads' parts are written before one thread says so
@@ -159,8 +163,20 @@ def decode_kernel(
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_splits - 1:
                 for head in range(GROUP):
                     place = ((row.to(tl.int64) * KV_HEADS + kv_head) * GROUP + head) * MAX_SPLITS
-                    result = _combine(partial_out, partial_max, partial_sum, place, num_splits, MAX_SPLITS, BLOCK_D)
-                    tl.store(out_row + head * HEAD_DIM + lanes, result.to(out.dtype.element_ty), lanes < HEAD_DIM)
+                    result = _combine(
+                        partial_out,
+                        partial_max,
+                        partial_sum,
+                        place,
+                        num_splits,
+                        MAX_SPLITS,
+                        BLOCK_D,
+                    )
+                    tl.store(
+                        out_row + head * HEAD_DIM + lanes,
+                        result.to(out.dtype.element_ty),
+                        lanes < HEAD_DIM,
+                    )
                 tl.store(arrival, 0)
 
 
@@ -180,7 +196,18 @@ def _attend_one(
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         places = start + tl.arange(0, BLOCK_N)
-        k, v = _key_and_value(keys, value_offset, block_table, start, end, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k, v = _key_and_value(
+            keys,
+            value_offset,
+            block_table,
+            start,
+            end,
+            SLOT,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+        )
         visible = places < end
         if WINDOW > 0:
             visible = visible & (places + WINDOW >= num_keys)
@@ -191,7 +218,9 @@ def _attend_one(
             weights = tl.exp2(scores - new_peak[None, :])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(weights, 0)
-            acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
+            acc = tl.dot(
+                tl.trans(v), weights.to(v.dtype), acc * shrink[None, :], input_precision="ieee"
+            )
         else:
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_G, BLOCK_N]
             scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -207,7 +236,15 @@ def _attend_one(
 
 
 @triton.jit
-def _combine(partial_out, partial_max, partial_sum, place, num_splits, MAX_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine(
+    partial_out,
+    partial_max,
+    partial_sum,
+    place,
+    num_splits,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     splits = tl.arange(0, MAX_SPLITS)
     present = splits < num_splits
     peaks = tl.load(partial_max + place + splits, present, other=FLOOR, cache_modifier=".cg")
@@ -301,7 +338,16 @@ def prefill_kernel(
         begin = tl.where(num_queries == 0, 0, (context + first_query + 1) // BLOCK_N * BLOCK_N)
         for start in tl.range(0, begin, BLOCK_N, num_stages=STAGES):
             k, v = _key_and_value(
-                keys, value_offset, table, start, begin, SLOT, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N
+                keys,
+                value_offset,
+                table,
+                start,
+                begin,
+                SLOT,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
             )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc, peak, total = _absorb(scores, scale, v, acc, peak, total)

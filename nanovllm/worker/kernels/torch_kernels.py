@@ -42,14 +42,14 @@ class TorchKernels:
         num_tokens, (num_kv_heads, head_dim) = len(qkv), layer_cache.shape[-2:]
         heads = qkv.view(num_tokens, -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
-        queries, keys_values = heads.split((num_heads, 2 * num_kv_heads), dim=1)
+        queries, keys_values = heads[:, :num_heads], heads[:, num_heads:]
         if qk_norm is not None:
             keys = keys_values[:, :num_kv_heads]
             queries.copy_(self.rms_norm(queries, qk_norm.q_weight, qk_norm.eps))
             keys.copy_(self.rms_norm(keys, qk_norm.k_weight, qk_norm.eps))
 
         # Queries and keys, each head as its two halves: [num_tokens, heads, 2, head_dim / 2]
-        rotating = heads[:, : num_heads + num_kv_heads].unflatten(-1, (2, -1))
+        rotating = heads[:, :-num_kv_heads].view(num_tokens, -1, 2, head_dim // 2)
         cos, sin = cos_sin[positions].view(num_tokens, 1, 2, -1).unbind(2)
         first, second = rotating.unbind(2)
         rotated = rotating * cos.unsqueeze(2)  # fp32, as the table
@@ -58,6 +58,6 @@ class TorchKernels:
         rotating.copy_(rotated)
 
         slots = layer_cache.view(2, -1, num_kv_heads, head_dim)
-        keys_values = keys_values.unflatten(1, (2, num_kv_heads))
+        keys_values = keys_values.view(num_tokens, 2, num_kv_heads, head_dim)
         slots.index_copy_(1, slot_mapping, keys_values.transpose(0, 1))
         return queries

@@ -28,7 +28,8 @@ class Prepacked:
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN is there and multiplies in `dtype` on this CPU."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not has_onednn:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -57,9 +57,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
             return torch.where(wavelengths < original_context / high, plain, scaled)
 
 
-def cos_sin_table(
-    rope: Rope, *, head_dim: int, max_positions: int, device: torch.device
-) -> Tensor:
+def cos_sin_table(rope: Rope, *, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
     """Row p: the cosines, then the sines, of p times each frequency. [max_positions, head_dim]."""
     positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))

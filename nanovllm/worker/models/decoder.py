@@ -191,7 +191,11 @@ class Decoder:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
-        return self.lm_head(hidden).float()
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """`compute_logits` in the model's own precision."""
+        return self.lm_head(hidden)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""

@@ -57,7 +57,7 @@ def required(config: Config, field: str) -> Any:
 
 def rope(config: Config) -> Rope:
     """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    values = {"rope_theta": config.get("rope_theta") or 10000.0}
+    values: Config = {"rope_theta": config.get("rope_theta") or 10000.0}
     values |= config.get("rope_parameters") or config.get("rope_scaling") or {}
     if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanovllm.worker.kernels.select import SampleTokens
 from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS
 from nanovllm.worker.sampling.distribution import (
@@ -57,10 +58,11 @@ class Sampled:
 
 
 class Sampler:
-    """Reads `rows`; keeps nothing from step to step."""
+    """Reads `rows`; keeps nothing from step to step. sample_tokens: a fused choice, if there is one."""
 
-    def __init__(self, rows: RequestRows) -> None:
+    def __init__(self, rows: RequestRows, sample_tokens: SampleTokens | None = None) -> None:
         self._rows = rows
+        self._sample_tokens = sample_tokens
 
     def sample(self, logits: Tensor, targets: SamplingTargets) -> Sampled:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32)."""
@@ -113,6 +115,15 @@ class Sampler:
 
     def _choose(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
         """Greedy rows take the largest logit, the others draw. Returns [n] int64."""
+        if self._sample_tokens is not None:
+            return self._sample_tokens(
+                logits,
+                rows=targets.rows,
+                positions=targets.positions,
+                columns=self._rows.columns,
+                seeds=self._rows.seeds,
+                truncates=not active.isdisjoint(("min_p", "top_k", "top_p")),
+            )
         if "temperature" not in active:
             return _argmax(logits)
         drawing = self._rows.host["temperature"][targets.host_rows] > 0

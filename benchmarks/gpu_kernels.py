@@ -1,0 +1,533 @@
+"""Checks and times every Triton kernel on the GPU at hand, several variants each.
+
+    python benchmarks/gpu_kernels.py [--only decode,prefill,linear,layer,elementwise,sampler]
+
+Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
+graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
+over 4.3 TB/s or operations over 790 TFLOP/s, both as measured on an H200.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.triton_attention import LOG2E, TritonAttention, Tuning
+from nanovllm.worker.attention.triton_attention_kernels import prefill_pages_kernel
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels import triton_sampler
+from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.kernels.triton_launch import launch_options
+from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+
+BANDWIDTH, RATE = 4.3e12, 790e12
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+KERNELS = TritonKernels()
+NUM_COMPILERS = 14
+
+
+@dataclass(frozen=True)
+class Case:
+    """`build` returns what to time, how often it does the work, and a measure of its error."""
+
+    group: str
+    shape: str
+    variant: str
+    num_bytes: float  # of one time
+    num_operations: float
+    build: Callable[[], tuple[Callable[[], object], int, Callable[[], float] | None]]
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=BF16).mul_(scale)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@lru_cache(maxsize=1)
+def attention_inputs(
+    query_lens: tuple[int, ...], seq_lens: tuple[int, ...], heads: tuple[int, int], block_size: int
+) -> tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]:
+    """Rows on scattered blocks; as many layers as make the keys and values 200 MB."""
+    spec = AttentionSpec(
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=128,
+        scale=128**-0.5,
+        block_size=block_size,
+        sliding_window=None,
+        dtype=BF16,
+        device=CUDA,
+    )
+    num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
+    blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
+    nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
+    batch = ForwardBatch(
+        input_ids=nothing,
+        positions=nothing,
+        slot_mapping=nothing,
+        query_start_loc=torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int(),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=CUDA),
+        block_tables=blocks.view(num_rows, width),
+        num_tokens=sum(query_lens),
+        num_rows=num_rows,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+    layer_bytes = (num_rows * width + 1) * block_size * heads[1] * 512
+    layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
+    shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
+    cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_()
+    return spec, batch, randn(batch.num_tokens, *heads[:1], 128), cache
+
+
+def attention_error(out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]) -> float:
+    """Of the last layer's result: the first, a middle and the last row, at most 64 queries each."""
+    spec, batch, query, cache = inputs
+    starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    errors = []
+    for row in {0, batch.num_rows // 2, batch.num_rows - 1}:
+        table = batch.block_tables[row].long()
+        keys, values = (
+            half[table].flatten(0, 1)[: lens[row]].double().repeat_interleave(
+                spec.num_heads // spec.num_kv_heads, dim=1
+            )
+            for half in cache[:, -1]
+        )  # fmt: skip
+        begin, end = max(starts[row], starts[row + 1] - 64), starts[row + 1]
+        positions = torch.arange(lens[row] - (end - begin), lens[row], device=CUDA)[:, None]
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end].double(), keys) * spec.scale
+        hidden = torch.arange(lens[row], device=CUDA) > positions
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, values)
+        errors.append(relative_error(out[begin:end], expected))
+    return max(errors)
+
+
+def build_attention(tuning: Tuning, *args):
+    inputs = attention_inputs(*args)
+    spec, batch, query, cache = inputs
+    backend = TritonAttention(spec, tuning)
+
+    def run() -> Tensor:
+        backend.prepare(batch)
+        for layer in range(cache.shape[1]):
+            out = backend.forward(query, cache[:, layer], batch)
+        return out
+
+    return run, cache.shape[1], lambda: attention_error(run(), inputs)
+
+
+def build_pages(block_m: int, block_n: int, stages: int, warps: int, specialize: bool, *args):
+    """The kernel that fetches whole tiles from large blocks through the copy engine."""
+    inputs = attention_inputs(*args)
+    spec, batch, query, cache = inputs
+    rows = torch.arange(batch.num_rows, device=CUDA, dtype=torch.int32)
+    tiles = torch.arange(batch.num_tokens // block_m + batch.num_rows, device=CUDA).int()
+    starts = batch.query_start_loc[:-1] // block_m + rows
+    tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
+    out = torch.empty_like(query)
+
+    def run() -> Tensor:
+        for layer in range(cache.shape[1]):
+            keys, values = cache[:, layer].flatten(1, 2).flatten(2, 3)
+            prefill_pages_kernel[(spec.num_heads, len(tiles))](
+                TensorDescriptor.from_tensor(query.flatten(1), [block_m, 128]),
+                TensorDescriptor.from_tensor(keys, [block_n, 128]),
+                TensorDescriptor.from_tensor(values, [block_n, 128]),
+                out, batch.block_tables, batch.block_tables.stride(0), batch.seq_lens,
+                batch.query_start_loc, tile_rows, spec.scale * LOG2E,
+                KV_HEADS=spec.num_kv_heads, GROUP=spec.num_heads // spec.num_kv_heads,
+                HEAD_DIM=128, BLOCK_SIZE=spec.block_size, BLOCK_M=block_m, BLOCK_N=block_n,
+                WARP_SPECIALIZE=specialize, num_warps=warps, num_stages=stages,
+                **launch_options(CUDA),
+            )  # fmt: skip
+        return out
+
+    return run, cache.shape[1], lambda: attention_error(run(), inputs)
+
+
+def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, int]):
+    q, k, v = (randn(rows, h, length, 128) for h in (heads[0], heads[1], heads[1]))
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return run, 1, None
+
+
+def decode_cases() -> Iterator[Case]:
+    base = Tuning()
+    variants = {
+        "n64 s3 p4 k128": base,
+        "n64 s3 p4 k128 swap": replace(base, decode_swap=True),
+        "n64 s3 p3 k128 swap": replace(base, decode_swap=True, programs_per_sm=3),
+        "n64 s3 p6 k128": replace(base, programs_per_sm=6),
+        "n64 s3 p3 k256 swap": replace(
+            base, decode_swap=True, programs_per_sm=3, min_split=256, max_splits=32
+        ),
+        "n64 s3 p4 k256": replace(base, min_split=256),
+        "n64 s4 p3 k256": replace(base, decode_stages=4, programs_per_sm=3, min_split=256),
+        "n128 s2 p3 k128": replace(base, decode_keys=128, decode_stages=2, programs_per_sm=3),
+        "n128 s2 p2 k256 w8": replace(
+            base, decode_keys=128, decode_stages=2, programs_per_sm=2, min_split=256, decode_warps=8
+        ),
+        "n32 s4 p6 k128": replace(base, decode_keys=32, decode_stages=4, programs_per_sm=6),
+    }
+    shapes = [(1, 512, 16), (1, 4096, 16), (8, 1024, 16), (64, 384, 16), (64, 1024, 16)]
+    shapes += [(256, 1024, 16), (64, 1024, 32), (1, 4096, 32), (2, 32768, 16)]
+    for rows, length, heads in shapes:
+        num_bytes = rows * length * 8 * 512
+        for name, tuning in variants.items():
+            args = ((1,) * rows, (length,) * rows, (heads, 8), 16)
+            build = partial(build_attention, tuning, *args)
+            yield Case("decode", f"{rows}×{length} h{heads}/8", name, num_bytes, 0, build)
+
+
+def prefill_cases() -> Iterator[Case]:
+    variants = [(128, 128, 2, 8), (128, 64, 3, 8), (128, 64, 2, 8), (64, 64, 3, 4), (64, 64, 2, 4),
+                (128, 64, 4, 8), (128, 128, 3, 8), (128, 32, 4, 8)]  # fmt: skip
+    shapes = [((4096,) * 4, (4096,) * 4), ((1024,) * 16, (1024,) * 16), ((2048,), (10240,))]
+    shapes += [((64,) * 64, (2112,) * 64)]
+    for queries, keys in shapes:
+        pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
+        shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
+        for m, n, stages, warps in variants:
+            tuning = Tuning(queries=m, keys=n, stages=stages, warps=warps)
+            build = partial(build_attention, tuning, queries, keys, (16, 8), 16)
+            yield Case("prefill", shape, f"m{m} n{n} s{stages} w{warps}", 0, pairs * 8192, build)
+        for block_size, m, n, stages, warps, specialize in (
+            (128, 128, 128, 2, 8, False), (128, 128, 64, 3, 8, False), (64, 64, 64, 3, 4, False),
+            (64, 128, 64, 2, 8, False), (128, 128, 128, 2, 4, True), (64, 128, 64, 2, 4, True),
+            (64, 128, 64, 3, 4, True),
+        ):  # fmt: skip
+            build = partial(build_pages, m, n, stages, warps, specialize, queries, keys, (16, 8), block_size)
+            name = f"pages{block_size} m{m} n{n} s{stages} w{warps}{' ws' * specialize}"
+            yield Case("specialized" if specialize else "prefill", shape, name, 0, pairs * 8192, build)
+        if queries == keys:
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))
+                yield Case("prefill", shape, f"torch {backend.name}", 0, pairs * 8192, build)
+
+
+# ---------------------------------------------------------------- linear layers
+
+QWEN3_06B = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
+QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+LM_HEAD = {"lm_head": (151936, 1024)}
+
+
+@lru_cache(maxsize=1)
+def weights_of(num_outputs: int, num_inputs: int) -> list[Tensor]:
+    count = min(max(2, math.ceil(2.5e8 / (num_outputs * num_inputs * 2))), 28)
+    return [randn(num_outputs, num_inputs, scale=num_inputs**-0.5) for _ in range(count)]
+
+
+def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int, int]):
+    weights, x = weights_of(*size), randn(num_tokens, size[1])
+    gated = name == "gate_up"
+
+    def run() -> Tensor:
+        for weight in weights:
+            if tile is None:
+                out = F.linear(x, weight)
+                out = KERNELS.silu_and_mul(out) if gated else out
+            else:
+                out = skinny_linear(x, weight, gated=gated, tile=tile)
+        return out
+
+    def error() -> float:
+        expected = x.double() @ weights[-1].double().T
+        if gated:
+            gate, up = expected.chunk(2, dim=1)
+            expected = F.silu(gate) * up
+        return relative_error(run(), expected)
+
+    return run, len(weights), error
+
+
+def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
+    if num_tokens == 1:
+        for block_n, block_k, warps in product((4, 8, 16), (1024, 2048, 4096), (4, 8)):
+            if 8192 <= block_n * block_k <= 32768 and block_k < 2 * num_inputs:
+                yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
+        return
+    for block_n, block_k, num_tiles in product((16, 32, 64, 128), (128, 256, 512), (1, 2, 4, 8)):
+        splits = num_inputs / (block_k * num_tiles)
+        programs = splits * num_outputs / block_n
+        size = block_n * block_k
+        small_enough = (num_tokens + block_n * (2 if num_outputs in (6144, 24576) else 1)) * block_k < 90e3
+        if splits == int(splits) <= 16 and 8192 <= size <= 32768 and 96 <= programs <= 800:
+            if small_enough and (num_tokens > 16 or block_n <= 64):
+                yield Tile(block_n, block_k, num_tiles, warps=4, stages=3)
+
+
+def linear_cases() -> Iterator[Case]:
+    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 64)] + [("large", 1, QWEN3_8B | LM_HEAD)]
+    for group, num_tokens, model in wanted:
+        for name, size in model.items():
+            shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
+            for tile in (None, *tiles_for(num_tokens, *size)):
+                label = "cuBLAS"
+                if tile is not None:
+                    label = f"n{tile.block_n} k{tile.block_k}×{tile.num_tiles} w{tile.warps}"
+                build = partial(build_linear, tile, num_tokens, name, size)
+                yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
+
+
+def build_layer(num_tokens: int, tiles: dict[str, Tile] | None, num_layers: int = 28):
+    """One layer's products with all that lies between them but attention and RoPE."""
+    layers = [
+        {name: randn(n, k, scale=k**-0.5) for name, (n, k) in QWEN3_06B.items()}
+        for _ in range(num_layers)
+    ]
+    factors = randn(1024)
+    start = randn(num_tokens, 1024)
+
+    def plain() -> Tensor:
+        hidden, residual = start.clone(), torch.zeros_like(start)
+        for layer in layers:
+            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
+            hidden = F.linear(F.linear(hidden, layer["qkv"])[:, :2048], layer["o"])
+            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
+            hidden = KERNELS.silu_and_mul(F.linear(hidden, layer["gate_up"]))
+            hidden = F.linear(hidden, layer["down"])
+        return hidden + residual
+
+    def fused() -> Tensor:
+        assert tiles is not None
+        residual, norm = start, (factors, 1e-6)
+        for layer in layers:
+            qkv = skinny_linear(residual, layer["qkv"], norm=norm, tile=tiles["qkv"])
+            residual = skinny_linear(
+                qkv[:, :2048], layer["o"], residual=residual, tile=tiles["o"]
+            )  # fmt: skip
+            x = skinny_linear(
+                residual, layer["gate_up"], norm=norm, gated=True, tile=tiles["gate_up"]
+            )
+            residual = skinny_linear(x, layer["down"], residual=residual, tile=tiles["down"])
+        return residual
+
+    def skinny() -> Tensor:
+        assert tiles is not None
+        hidden, residual = start.clone(), torch.zeros_like(start)
+        for layer in layers:
+            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
+            qkv = skinny_linear(hidden, layer["qkv"], tile=tiles["qkv"])
+            heads = qkv.view(-1)[: num_tokens * 2048].view(num_tokens, 2048)  # contiguous
+            hidden = skinny_linear(heads, layer["o"], tile=tiles["o"])
+            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
+            x = skinny_linear(hidden, layer["gate_up"], gated=True, tile=tiles["gate_up"])
+            hidden = skinny_linear(x, layer["down"], tile=tiles["down"])
+        return hidden + residual
+
+    if tiles is not None:
+        return (fused if num_tokens == 1 else skinny), num_layers, None
+    return plain, num_layers, None
+
+
+# ---------------------------------------------------------------- elementwise and sampling
+
+
+def build_elementwise(name: str, num_tokens: int):
+    copies = max(2, min(28, int(2e8 // (num_tokens * 4096))))
+    hidden, residual = randn(copies, num_tokens, 1024), randn(copies, num_tokens, 1024)
+    factors, gate_up = randn(1024), randn(max(2, copies // 6), num_tokens, 6144)
+    qkv = randn(max(2, copies // 4), num_tokens, 4096)
+    cache = randn(2, num_tokens // 16 + 1, 16, 8, 128)
+    cos_sin = torch.randn(4096, 128, device=CUDA)
+    positions = torch.randint(4096, (num_tokens,), device=CUDA)
+    slots = torch.randperm(num_tokens, device=CUDA)
+    norms = argparse.Namespace(q_weight=randn(128), k_weight=randn(128), eps=1e-6)
+
+    def rope(x: Tensor) -> Tensor:
+        return KERNELS.rope_and_cache(
+            x, cos_sin=cos_sin, positions=positions, slot_mapping=slots, layer_cache=cache,
+            qk_norm=norms,
+        )  # fmt: skip
+
+    runs = {
+        "add_rms_norm": (
+            lambda i: KERNELS.add_rms_norm(hidden[i], residual[i], factors, 1e-6), copies),
+        "silu_and_mul": (lambda i: KERNELS.silu_and_mul(gate_up[i]), len(gate_up)),
+        "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
+    }  # fmt: skip
+    one, count = runs[name]
+    return (lambda: [one(i) for i in range(count)]), count, None
+
+
+def elementwise_cases() -> Iterator[Case]:
+    token_bytes = {"add_rms_norm": 8192, "silu_and_mul": 18432, "rope_and_cache": 16384}
+    for name, num_tokens in product(token_bytes, (1, 256, 16384)):
+        build = partial(build_elementwise, name, num_tokens)
+        num_bytes = token_bytes[name] * num_tokens
+        yield Case("elementwise", f"{num_tokens} tokens", name, num_bytes, 0, build)
+
+
+def build_sampler(n: int, dtype: torch.dtype, spread: float, top_k: int, top_p: float, num: int):
+    vocab = 151936
+    logits = [torch.randn(n, vocab, device=CUDA).mul_(spread).to(dtype) for _ in range(2 if n > 64 else 8)]
+    columns = {
+        "temperature": torch.full((n,), 0.6, device=CUDA),
+        "top_k": torch.full((n,), top_k, dtype=torch.int32, device=CUDA),
+        "top_p": torch.full((n,), top_p, device=CUDA),
+        "min_p": torch.zeros(n, device=CUDA),
+    }
+    rows = torch.arange(n, device=CUDA)
+    seeds, positions = torch.randint(2**40, (2, n), device=CUDA)
+
+    def run() -> Tensor:
+        triton_sampler.SEGMENTS_PER_PROGRAM = num
+        for line in logits:
+            out = triton_sampler.sample_tokens(
+                line, rows=rows, positions=positions, columns=columns, seeds=seeds,
+                truncates=top_k > 0 or top_p < 1,
+            )  # fmt: skip
+        return out
+
+    def error() -> float:
+        """The share of rows whose token differs from the plain sampler's."""
+        from nanovllm.worker.sampling import distribution as d
+        from nanovllm.worker.sampling.philox import uniforms
+
+        probs = d.to_probabilities(logits[-1].float().clone(), columns["temperature"])
+        if top_k:
+            probs = d.truncate_top_k(probs, columns["top_k"], most=top_k)
+        if top_p < 1:
+            probs = d.truncate_top_p(probs, columns["top_p"])
+        return float((d.draw(probs, uniforms(seeds, positions)) != run()).double().mean())
+
+    return run, len(logits), error
+
+
+def sampler_cases() -> Iterator[Case]:
+    for n, dtype in product((1, 64, 256), (torch.float32, torch.bfloat16)):
+        for num in (16, 32, 64):
+            build = partial(build_sampler, n, dtype, 3.0, 0, 1.0, num)
+            num_bytes = n * 151936 * dtype.itemsize
+            yield Case("sampler", f"{n} rows {dtype}", f"temperature {num}", num_bytes, 0, build)
+        for spread, top_k, top_p in ((3.0, 50, 1.0), (3.0, 20, 0.95), (3.0, 0, 0.95), (0.5, 0, 0.95)):
+            build = partial(build_sampler, n, dtype, spread, top_k, top_p, 32)
+            label = f"k{top_k} p{top_p} spread {spread}"
+            yield Case("sampler", f"{n} rows {dtype}", label, num_bytes, 0, build)
+
+
+# ---------------------------------------------------------------- running
+
+
+def median_time(run: Callable[[], object], times: int) -> float:
+    """Seconds of one time: the median of graph replays."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(13)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    spans = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return spans[len(spans) // 2] / times * 1e-3
+
+
+def measure(case: Case) -> float:
+    """Print one line; returns seconds, infinite on failure."""
+    head = f"{case.group:11} {case.shape:24} {case.variant:30}"
+    try:
+        run, times, error = case.build()
+        wrong = error() if error is not None else 0.0
+        seconds = median_time(run, times)
+    except Exception as failure:  # one variant must not end the others
+        print(f"{head} failed: {type(failure).__name__} {str(failure)[:110]!r}", flush=True)
+        return math.inf
+    floor = max(case.num_bytes / BANDWIDTH, case.num_operations / RATE)
+    rate = (
+        f"{case.num_operations / seconds * 1e-12:6.0f} TFLOP/s"
+        if case.num_operations
+        else f"{case.num_bytes / seconds * 1e-12:6.2f} TB/s   "
+    )
+    note = f"  error {wrong:.1e}" + ("  WRONG" if not wrong < 1e-2 else "")
+    print(f"{head} {seconds * 1e6:9.1f} µs {rate} {floor / seconds:5.2f} of floor{note}", flush=True)
+    return seconds if wrong < 1e-2 else math.inf
+
+
+def all_cases(groups: list[str]) -> list[Case]:
+    makers = (elementwise_cases, decode_cases, prefill_cases, linear_cases, sampler_cases)
+    return [case for make in makers for case in make() if case.group in groups]
+
+
+def compile_all(groups: list[str], shard: int | None) -> None:
+    """Compile in parallel: each shard launches its share of the cases once, into Triton's cache."""
+    if shard is None:
+        command = [sys.executable, __file__, "--only", ",".join(groups), "--shard"]
+        shards = [subprocess.Popen([*command, str(i)]) for i in range(NUM_COMPILERS)]
+        for process in shards:
+            process.wait(timeout=300)
+        return
+    for case in all_cases(groups)[shard::NUM_COMPILERS]:
+        try:
+            case.build()[0]()
+            torch.cuda.synchronize()
+        except triton.runtime.errors.OutOfResources:
+            continue
+        except Exception as failure:  # reported where it is measured
+            print(f"shard {shard}: {case.shape} {case.variant}: {str(failure)[:200]!r}", flush=True)
+            if "CUDA error" in str(failure):
+                return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="elementwise,decode,prefill,linear,large,sampler")
+    parser.add_argument("--shard", type=int)
+    arguments = parser.parse_args()
+    groups = arguments.only.split(",")
+    torch.manual_seed(0)
+    if arguments.shard is not None or len(groups) > 1:
+        compile_all(groups, arguments.shard)
+        if arguments.shard is not None:
+            return
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    tiles: dict[str, tuple[float, Tile]] = {}
+    for case in all_cases(groups):
+        seconds = measure(case)
+        key = (case.group, case.shape)
+        best[key] = min(best.get(key, (math.inf, "")), (seconds, case.variant))
+        if case.group == "linear" and (tile := case.build.args[0]) is not None:
+            tiles[case.shape] = min(tiles.get(case.shape, (math.inf, tile)), (seconds, tile), key=lambda t: t[0])
+    floor = sum(n * k * 2 for n, k in QWEN3_06B.values())
+    for num_tokens in (1, 8, 64) if tiles else ():
+        chosen = {name: tiles[f"m{num_tokens} {name} {n}×{k}"][1] for name, (n, k) in QWEN3_06B.items()}
+        for label, some in (("cuBLAS", None), ("ours", chosen)):
+            build = partial(build_layer, num_tokens, some)
+            measure(Case("layer", f"m{num_tokens}", label, floor, 0, build))
+    print("\nbest of each:")
+    for (group, shape), (seconds, variant) in best.items():
+        print(f"{group:11} {shape:24} {variant:30} {seconds * 1e6:9.1f} µs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Which kernels a device gets; `worker` asks once, at start.
+
+Modules are imported only when chosen, so a CPU never loads Triton.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanovllm.worker.kernels.base import Kernels
+
+
+class SampleTokens(Protocol):
+    """A sampler for all rows at once (`triton_sampler.sample_tokens`)."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        rows: Tensor,
+        positions: Tensor,
+        columns: Mapping[str, Tensor],
+        seeds: Tensor,
+        truncates: bool,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKernels:
+    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch."""
+
+    layers: Kernels
+    sample_tokens: SampleTokens | None
+    why: str
+
+
+def select_kernels(device: torch.device) -> DeviceKernels:
+    """Triton's on a GPU that runs them, else plain torch's."""
+    reason = f"{device.type} device"
+    if device.type == "cuda":
+        reason = _load("triton_launch:unusable")(device)
+        if reason is None:
+            return DeviceKernels(
+                layers=_load("triton_kernels:TritonKernels")(),
+                sample_tokens=_load("triton_sampler:sample_tokens"),
+                why="fused Triton kernels",
+            )
+    return DeviceKernels(
+        layers=_load("torch_kernels:TorchKernels")(),
+        sample_tokens=None,
+        why=f"plain torch kernels ({reason})",
+    )
+
+
+def _load(place: str):  # type: ignore[no-untyped-def]  # whatever stands there
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"nanovllm.worker.kernels.{module}"), name)
