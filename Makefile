@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 MODEL ?= smollm2
-PROMPT ?= Explain in two sentences what a KV cache is.
+PROMPT ?= Tell me a very short story about a lighthouse keeper.
 PY := .venv/bin/python
 # Without an NVIDIA GPU, PyTorch comes from its index of CPU builds: the one on PyPI would bring
 # gigabytes of CUDA libraries on Linux. The constraints file then keeps pip from replacing it.

@@ -15,7 +15,8 @@ import msgspec
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.process import Client, CoreServer
+from nanovllm.core.process import Client, CoreServer, stop_on_signals
+from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.protocol import AddRequest, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
@@ -83,19 +84,49 @@ def timed(
     return (time.perf_counter() - started) / num_steps
 
 
-async def round_trip(num_requests: int = 200) -> float:
-    """Median seconds from generate() to the first output, idle smollm2-sized dummy left out."""
-    from nanovllm.frontend.async_llm import AsyncLLM
+async def round_trip(address: str, *, num_requests: int = 300) -> list[float]:
+    """Seconds from `generate()` to its first output, one request at a time, sorted."""
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True)
+    params = SamplingParams(max_tokens=1, detokenize=False)
+    seconds = []
+    for _ in range(num_requests):
+        await asyncio.sleep(0.002)  # let the core fall asleep: this is about an idle one
+        started = time.perf_counter()
+        async for _output in llm.generate({"prompt_token_ids": [5, 6, 7]}, params):
+            break
+        seconds.append(time.perf_counter() - started)
+    await llm.close()
+    return sorted(seconds)
 
-    raise NotImplementedError(AsyncLLM)
+
+def serve(address: str) -> None:
+    """A core process without a device, for `round_trip`."""
+    server = CoreServer(EngineConfig(), address)
+    stop_on_signals(server.stop)
+    server.run(InstantExecutor)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--serve", metavar="ADDRESS", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve)
+        return
     for num_running in (8, 256):
         for depth in (1, 2):
             seconds = step_time(num_running, depth=depth)
             print(f"{num_running:4d} running, {depth} in flight: {seconds * 1e6:6.1f} µs a step")
+    with tempfile.TemporaryDirectory() as directory:
+        address = f"ipc://{directory}/core.sock"
+        core = subprocess.Popen([sys.executable, __file__, "--serve", address])
+        try:
+            seconds_each = uvloop.run(round_trip(address))
+        finally:
+            core.terminate()
+            core.wait()
+    p50, p90 = (seconds_each[int(len(seconds_each) * q)] * 1e3 for q in (0.5, 0.9))
+    print(f"request to first output, both sockets, idle: p50 {p50:.2f} ms, p90 {p90:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,9 @@ def attention_inputs(
     return spec, batch, randn(batch.num_tokens, *heads[:1], 128), cache
 
 
-def attention_error(out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]) -> float:
+def attention_error(
+    out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]
+) -> float:
     """Of the last layer's result: the first, a middle and the last row, at most 64 queries each."""
     spec, batch, query, cache = inputs
     starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
@@ -220,9 +222,13 @@ def prefill_cases() -> Iterator[Case]:
             (64, 128, 64, 2, 8, False), (128, 128, 128, 2, 4, True), (64, 128, 64, 2, 4, True),
             (64, 128, 64, 3, 4, True),
         ):  # fmt: skip
-            build = partial(build_pages, m, n, stages, warps, specialize, queries, keys, (16, 8), block_size)
+            build = partial(
+                build_pages, m, n, stages, warps, specialize, queries, keys, (16, 8), block_size
+            )
             name = f"pages{block_size} m{m} n{n} s{stages} w{warps}{' ws' * specialize}"
-            yield Case("specialized" if specialize else "prefill", shape, name, 0, pairs * 8192, build)
+            yield Case(
+                "specialized" if specialize else "prefill", shape, name, 0, pairs * 8192, build
+            )
         if queries == keys:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))
@@ -275,7 +281,9 @@ def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Ti
         splits = num_inputs / (block_k * num_tiles)
         programs = splits * num_outputs / block_n
         size = block_n * block_k
-        small_enough = (num_tokens + block_n * (2 if num_outputs in (6144, 24576) else 1)) * block_k < 90e3
+        small_enough = (
+            num_tokens + block_n * (2 if num_outputs in (6144, 24576) else 1)
+        ) * block_k < 90e3
         if splits == int(splits) <= 16 and 8192 <= size <= 32768 and 96 <= programs <= 800:
             if small_enough and (num_tokens > 16 or block_n <= 64):
                 yield Tile(block_n, block_k, num_tiles, warps=4, stages=3)
@@ -385,7 +393,9 @@ def elementwise_cases() -> Iterator[Case]:
 
 def build_sampler(n: int, dtype: torch.dtype, spread: float, top_k: int, top_p: float, num: int):
     vocab = 151936
-    logits = [torch.randn(n, vocab, device=CUDA).mul_(spread).to(dtype) for _ in range(2 if n > 64 else 8)]
+    logits = [
+        torch.randn(n, vocab, device=CUDA).mul_(spread).to(dtype) for _ in range(2 if n > 64 else 8)
+    ]
     columns = {
         "temperature": torch.full((n,), 0.6, device=CUDA),
         "top_k": torch.full((n,), top_k, dtype=torch.int32, device=CUDA),
@@ -425,7 +435,12 @@ def sampler_cases() -> Iterator[Case]:
             build = partial(build_sampler, n, dtype, 3.0, 0, 1.0, num)
             num_bytes = n * 151936 * dtype.itemsize
             yield Case("sampler", f"{n} rows {dtype}", f"temperature {num}", num_bytes, 0, build)
-        for spread, top_k, top_p in ((3.0, 50, 1.0), (3.0, 20, 0.95), (3.0, 0, 0.95), (0.5, 0, 0.95)):
+        for spread, top_k, top_p in (
+            (3.0, 50, 1.0),
+            (3.0, 20, 0.95),
+            (3.0, 0, 0.95),
+            (0.5, 0, 0.95),
+        ):
             build = partial(build_sampler, n, dtype, spread, top_k, top_p, 32)
             label = f"k{top_k} p{top_p} spread {spread}"
             yield Case("sampler", f"{n} rows {dtype}", label, num_bytes, 0, build)
@@ -470,7 +485,9 @@ def measure(case: Case) -> float:
         else f"{case.num_bytes / seconds * 1e-12:6.2f} TB/s   "
     )
     note = f"  error {wrong:.1e}" + ("  WRONG" if not wrong < 1e-2 else "")
-    print(f"{head} {seconds * 1e6:9.1f} µs {rate} {floor / seconds:5.2f} of floor{note}", flush=True)
+    print(
+        f"{head} {seconds * 1e6:9.1f} µs {rate} {floor / seconds:5.2f} of floor{note}", flush=True
+    )
     return seconds if wrong < 1e-2 else math.inf
 
 
@@ -503,13 +520,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="elementwise,decode,prefill,linear,large,sampler")
     parser.add_argument("--shard", type=int)
+    parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")
     arguments = parser.parse_args()
     groups = arguments.only.split(",")
     torch.manual_seed(0)
-    if arguments.shard is not None or len(groups) > 1:
+    if arguments.compile or arguments.shard is not None:
         compile_all(groups, arguments.shard)
-        if arguments.shard is not None:
-            return
+        return
     best: dict[tuple[str, str], tuple[float, str]] = {}
     tiles: dict[str, tuple[float, Tile]] = {}
     for case in all_cases(groups):
@@ -517,10 +534,14 @@ def main() -> None:
         key = (case.group, case.shape)
         best[key] = min(best.get(key, (math.inf, "")), (seconds, case.variant))
         if case.group == "linear" and (tile := case.build.args[0]) is not None:
-            tiles[case.shape] = min(tiles.get(case.shape, (math.inf, tile)), (seconds, tile), key=lambda t: t[0])
+            tiles[case.shape] = min(
+                tiles.get(case.shape, (math.inf, tile)), (seconds, tile), key=lambda t: t[0]
+            )
     floor = sum(n * k * 2 for n, k in QWEN3_06B.values())
     for num_tokens in (1, 8, 64) if tiles else ():
-        chosen = {name: tiles[f"m{num_tokens} {name} {n}×{k}"][1] for name, (n, k) in QWEN3_06B.items()}
+        chosen = {
+            name: tiles[f"m{num_tokens} {name} {n}×{k}"][1] for name, (n, k) in QWEN3_06B.items()
+        }
         for label, some in (("cuBLAS", None), ("ours", chosen)):
             build = partial(build_layer, num_tokens, some)
             measure(Case("layer", f"m{num_tokens}", label, floor, 0, build))

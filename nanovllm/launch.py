@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def core_main(argv: list[str] | None = None) -> int:
         stop_on_signals(server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
-        server.run(make_executor(config, server.on_progress))
+        server.run(partial(make_executor, config, server.on_progress))
     except ValueError as error:
         print(f"nanovllm-core: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -116,10 +116,12 @@ class CoreServer:
             for client in list(self._clients.values()):
                 self._send(client, self._last_loading)
 
-    def run(self, executor: Executor) -> None:
+    def run(self, make_executor: Callable[[], Executor]) -> None:
         """Load, then serve until stopped. Whatever goes wrong is told to every client first."""
+        executor: Executor | None = None
         try:
             self.on_progress("starting", 0.0)
+            executor = make_executor()
             self._info = executor.start()
             self._core = EngineCore(self._config, executor, self._info)
             for client in list(self._clients.values()):
@@ -132,7 +134,8 @@ class CoreServer:
             self._tell_failure(error)
             raise
         finally:
-            executor.shutdown()
+            if executor is not None:
+                executor.shutdown()
             self.close()
 
     # ---- the busy loop

@@ -57,7 +57,7 @@ def serving(
     config = EngineConfig.from_kwargs(**settings)
     server = CoreServer(config, address)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
-    thread = threading.Thread(target=server.run, args=(chosen,))
+    thread = threading.Thread(target=server.run, args=(lambda: chosen,))
     thread.start()
     try:
         yield server

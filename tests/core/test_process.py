@@ -232,7 +232,7 @@ def test_clients_that_come_while_loading_see_progress_then_welcome(address: str)
     executor = SlowStart(EngineConfig())
     server = CoreServer(EngineConfig(), address)
     executor.server = server
-    thread = threading.Thread(target=server.run, args=(executor,))
+    thread = threading.Thread(target=server.run, args=(lambda: executor,))
     thread.start()
     client = RawClient(address)
     client.send(Hello())
@@ -286,7 +286,7 @@ def failure_of(
 
     def run() -> None:
         try:
-            server.run(executor)
+            server.run(lambda: executor)
         except kind as error:
             raised.append(error)
 

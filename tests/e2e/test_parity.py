@@ -47,7 +47,7 @@ def reference_ids(model: PreTrainedModel, prompts: list[list[int]]) -> list[list
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             do_sample=False,
             max_new_tokens=NUM_TOKENS,
-            min_new_tokens=NUM_TOKENS,
+            eos_token_id=-1,  # never: min_new_tokens would mask EOS, which ignore_eos does not
             pad_token_id=0,
         )
         outputs.append(ids[0, len(prompt) :].tolist())

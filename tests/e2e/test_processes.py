@@ -122,9 +122,7 @@ def start_standalone(model: str, address: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "nanovllm.launch", "--address", address, "--model", model]
     command += ["--skip-tokenizer-init", "--dtype", "float32", "--device", "cpu"]
     command += ["--max-model-len", "256"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 async def collect(llm: AsyncLLM) -> list[int]:
