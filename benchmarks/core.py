@@ -9,9 +9,14 @@ The second part times request → first output through both sockets of an idle, 
 """
 
 import argparse
+import asyncio
+import subprocess
+import sys
+import tempfile
 import time
 
 import msgspec
+import uvloop
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore

@@ -53,14 +53,15 @@ def add(number: int = 0, **params: object) -> AddRequest:
 
 
 def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dict[int, Finished]]:
-    """Read until all `numbers` have ended."""
+    """Read until all `numbers` have ended; others are passed over."""
     token_ids: dict[int, list[int]] = {number: [] for number in numbers}
     finished: dict[int, Finished] = {}
     while finished.keys() != token_ids.keys():
         outputs = client.receive(Outputs)
         for number, token_id in zip(outputs.numbers, outputs.token_ids, strict=True):
-            token_ids[number].append(token_id)
-        finished.update((end.number, end) for end in outputs.finished)
+            if number in token_ids:
+                token_ids[number].append(token_id)
+        finished.update((end.number, end) for end in outputs.finished if end.number in token_ids)
     return token_ids, finished
 
 
@@ -128,7 +129,8 @@ def test_a_bad_request_fails_alone(client: RawClient, request_: AddRequest, fiel
     client.send(request_)
     failure = client.receive(RequestFailed)
     assert failure.number == 1 and field in failure.message
-    assert collect(client, 0)[1][0].reason == "length"
+    client.send(add(2))
+    assert collect(client, 2)[1][2].reason == "length"
 
 
 def test_bad_sampling_values_do_not_decode(client: RawClient) -> None:
