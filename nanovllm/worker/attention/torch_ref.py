@@ -17,18 +17,22 @@ from nanovllm.worker.forward_batch import ForwardBatch
 
 # Padding a group may hold, in tokens; more than this costs more than the calls of another group.
 MAX_GROUP_PADDING = 512
+# In half precision oneDNN compiles a kernel for each shape: lengths are rounded up to share them.
+HALF_LENGTH_STEP = 32
 
 
 class Part(Protocol):
-    """Some of a batch's tokens, and how they attend.
+    """Some of a batch's tokens, and how they attend."""
 
-    keys and values: [num_slots, num_kv_heads, head_dim], the layer's whole cache.
-    """
-
-    tokens: Tensor | slice  # which of the batch's tokens
+    @property
+    def tokens(self) -> Tensor | slice:
+        """Which of the batch's tokens."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query: that of `tokens`, [n, num_heads, head_dim]. Returns a tensor of its shape."""
+        """query: that of `tokens`, [n, num_heads, head_dim]. Returns a tensor of its shape.
+
+        keys and values: [num_slots, num_kv_heads, head_dim], the layer's whole cache.
+        """
 
 
 class Chunk:
@@ -39,22 +43,20 @@ class Chunk:
     ) -> None:
         self.tokens = tokens
         self._scale = spec.scale
-        device = block_table.device
         start = seq_len - (tokens.stop - tokens.start)
         window = spec.sliding_window or seq_len
-        first = max(0, start - window + 1)
-        seen = torch.arange(first, seq_len, device=device)
+        seen = torch.arange(max(0, start - window + 1), seq_len, device=block_table.device)
         self._slots = _slots(block_table[None], seen[None], spec.block_size)[0]  # [length]
         self._mask: Tensor | None = None  # [num_tokens, length]; None: plain causal
         if start > 0 or window < seq_len:
-            distance = torch.arange(start, seq_len, device=device)[:, None] - seen
+            distance = torch.arange(start, seq_len, device=seen.device)[:, None] - seen
             self._mask = (distance >= 0) & (distance < window)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
-            keys[self._slots].transpose(0, 1)[None],
-            values[self._slots].transpose(0, 1)[None],
+            keys.index_select(0, self._slots).transpose(0, 1)[None],
+            values.index_select(0, self._slots).transpose(0, 1)[None],
             attn_mask=self._mask,
             is_causal=self._mask is None,
             scale=self._scale,
@@ -64,18 +66,18 @@ class Chunk:
 
 
 class GatheredRows:
-    """One new token of each of several rows; keys and values are copied side by side first."""
+    """One new token of each of several rows: keys and values are copied side by side first."""
 
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
+        self._spec = spec
         self._slots = slots
         self._mask = mask[:, None, None, :]
-        self._spec = spec
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         spec, num_rows = self._spec, len(query)
-        # The queries that share a key head stand where a longer prompt's would.
+        # The queries that share a key head stand where those of a longer prompt would.
         attended = F.scaled_dot_product_attention(
             query.reshape(num_rows, spec.num_kv_heads, -1, spec.head_dim),
             keys[self._slots].transpose(1, 2),
@@ -87,48 +89,58 @@ class GatheredRows:
 
 
 class StreamedRows:
-    """One new token of each of several rows; keys and values are read once, where they lie.
+    """As `GatheredRows`, on CPUs: keys and values are read where they lie, which is what it costs.
 
-    Both products of attention exist in torch with a gather built in: Q · Kᵀ where an index says
-    so is a sampled matrix product, and weighted sums of rows of V are an embedding bag.
+    Both products of attention exist in torch with the gathering built in: q · k at the entries of
+    a sparse matrix is a sampled matrix product, and weighted sums of rows of v are an embedding
+    bag. The former exists in fp32 only; else the keys, but not the values, are gathered.
     """
 
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
-        self._scale = spec.scale
-        length = slots.shape[1]
-        kv_heads = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
-        # Rows of the cache seen as [num_slots * num_kv_heads, head_dim]: [rows * num_heads, length]
-        index = (slots[:, None, :] * spec.num_kv_heads + kv_heads[:, None]).flatten(0, 1)
-        self._index = index.flatten()
-        self._starts = torch.arange(0, len(self._index) + 1, length)
-        self._num_seen = int(slots.max() + 1) * spec.num_kv_heads
-        self._scores = torch.sparse_csr_tensor(
-            self._starts,
-            self._index,
-            torch.zeros(len(self._index)),
-            size=(len(index), self._num_seen),
-            check_invariants=False,
+        self._spec = spec
+        num_rows, length = slots.shape
+        # The cache seen as [num_slots * num_kv_heads, head_dim], and which of its rows to read:
+        per_kv_head = (
+            slots[:, None, :] * spec.num_kv_heads + torch.arange(spec.num_kv_heads)[:, None]
         )
-        bias = torch.zeros_like(mask, dtype=spec.dtype).masked_fill_(~mask, -torch.inf)
-        self._bias = bias.repeat_interleave(spec.num_heads, 0)  # [rows * num_heads, length]
+        self._key_index = per_kv_head.flatten()  # [rows * num_kv_heads * length]
+        group_size = spec.num_heads // spec.num_kv_heads
+        self._index = per_kv_head.repeat_interleave(group_size, 1).flatten()
+        self._starts = torch.arange(num_rows * spec.num_heads + 1) * length
+        bias = torch.zeros(mask.shape, dtype=spec.dtype).masked_fill_(~mask, -torch.inf)
+        # [rows * num_kv_heads, 1, length]: one row of it per head of keys
+        self._bias = bias.repeat_interleave(spec.num_kv_heads, 0)[:, None]
+        self._num_seen = int(slots.max() + 1) * spec.num_kv_heads
+        self._products: Tensor | None = None
+        if spec.dtype == torch.float32:
+            self._products = torch.sparse_csr_tensor(
+                self._starts,
+                self._index,
+                torch.zeros(len(self._index)),
+                size=(num_rows * spec.num_heads, self._num_seen),
+                check_invariants=False,
+            )
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        torch.sparse.sampled_addmm(
-            self._scores,
-            query.flatten(0, 1),
-            keys[: self._num_seen].t(),
-            beta=0.0,
-            alpha=self._scale,
-            out=self._scores,
-        )
-        scores = self._scores.values().view_as(self._bias)
-        weights = (scores + self._bias).softmax(-1).flatten()
-        starts = self._starts[:-1]
+        scores = self._scores(query.flatten(0, 1), keys.flatten(0, 1))
+        weights = scores.softmax(-1).flatten()
+        values, starts = values.flatten(0, 1), self._starts[:-1]
         attended = torch.embedding_bag(values, self._index, starts, False, 0, False, weights)[0]
         return attended.view(query.shape)
+
+    def _scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """query: [rows * num_heads, head_dim]. Returns [rows * kv_heads, group, length]."""
+        scale, (num_groups, _, length) = self._spec.scale, self._bias.shape
+        if self._products is None:
+            keys = keys.index_select(0, self._key_index).view(num_groups, length, -1)
+            query = query.view(num_groups, -1, self._spec.head_dim)
+            return torch.baddbmm(self._bias, query, keys.transpose(1, 2), alpha=scale)
+        seen = keys[: self._num_seen].t()
+        products = self._products
+        torch.sparse.sampled_addmm(products, query, seen, beta=0.0, alpha=scale, out=products)
+        return products.values().view(num_groups, -1, length) + self._bias
 
 
 class TorchAttention:
@@ -137,14 +149,12 @@ class TorchAttention:
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._parts: list[Part] = []
-        self._rows_class: type[GatheredRows | StreamedRows] = GatheredRows
-        # torch multiplies where an index says so in fp32 and fp64 only.
-        if spec.device.type == "cpu" and spec.dtype == torch.float32:
-            self._rows_class = StreamedRows
-            with warnings.catch_warnings():
-                # torch says once per process that its sparse tensors are in beta; let it say it now
-                warnings.simplefilter("ignore")
-                torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
+        self._covers_all = False
+        self._length_step = 1 if spec.dtype == torch.float32 else HALF_LENGTH_STEP
+        with warnings.catch_warnings():
+            # torch says once per process that sparse tensors are in beta: let it be here.
+            warnings.simplefilter("ignore")
+            torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -155,54 +165,57 @@ class TorchAttention:
         return 2, num_layers, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Waits for the device: the reference wants lengths on the host."""
-        starts = batch.query_start_loc.tolist()
+        """Waits for the device: this backend wants lengths on the host."""
         seq_lens = batch.seq_lens.clamp(min=1).tolist()  # a padding row may have none
-        self._parts = []
         singles: list[int] = []
-        for row, (start, end) in enumerate(pairwise(starts)):
+        self._parts = []
+        for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist())):
             if end - start == 1:
                 singles.append(row)
             elif end > start:
-                chunk = Chunk(
-                    self._spec,
-                    batch.block_tables[row],
-                    tokens=slice(start, end),
-                    seq_len=seq_lens[row],
-                )
-                self._parts.append(chunk)
+                table, tokens = batch.block_tables[row], slice(start, end)
+                self._parts.append(Chunk(self._spec, table, tokens=tokens, seq_len=seq_lens[row]))
         window = self._spec.sliding_window
-        lengths = [min(n, window) if window else n for n in seq_lens]
+        lengths = [min(seq_len, window or seq_len) for seq_len in seq_lens]
         for rows in group_by_length(singles, lengths):
             self._parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
+        self._covers_all = len(self._parts) == 1 and len(singles) in (0, batch.num_tokens)
 
     def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
         keys, values = layer_cache.flatten(1, 2).unbind(0)  # each [num_slots, kv_heads, head_dim]
-        output = torch.zeros_like(query)  # padding tokens belong to no part
+        if self._covers_all:
+            return self._parts[0].attend(query, keys, values)
+        output = torch.zeros_like(query)  # tokens of padding may belong to no part
         for part in self._parts:
             output[part.tokens] = part.attend(query[part.tokens], keys, values)
         return output
 
-    def _single_token_rows(self, batch: ForwardBatch, rows: list[int], length: int) -> Part:
-        device = batch.seq_lens.device
+    def _single_token_rows(self, batch: ForwardBatch, rows: list[int], longest: int) -> Part:
+        """rows: with one new token each; longest: the most tokens any of them sees."""
+        spec, device = self._spec, batch.seq_lens.device
         row_index = torch.tensor(rows, device=device)
-        seq_lens = batch.seq_lens[row_index].clamp(min=1)[:, None]  # [rows, 1]
-        positions = torch.arange(length, device=device) + (seq_lens - length).clamp(min=0)
-        mask = positions < seq_lens
-        positions = positions.minimum(seq_lens - 1)
-        slots = _slots(batch.block_tables[row_index], positions, self._spec.block_size)
+        ends = batch.seq_lens[row_index].clamp(min=1)[:, None]  # [rows, 1]
+        firsts = (ends - (spec.sliding_window or longest)).clamp(min=0)
+        length = -(-longest // self._length_step) * self._length_step
+        positions = firsts + torch.arange(length, device=device)
+        mask = positions < ends
+        # Padding repeats a slot of the row's own: any other might hold NaN, which 0 does not mask.
+        slots = _slots(batch.block_tables[row_index], positions.minimum(ends - 1), spec.block_size)
         tokens = batch.query_start_loc[row_index].long()
-        return self._rows_class(self._spec, tokens=tokens, slots=slots, mask=mask)
+        if device.type == "cpu":
+            return StreamedRows(spec, tokens=tokens, slots=slots, mask=mask)
+        return GatheredRows(spec, tokens=tokens, slots=slots, mask=mask)
 
 
 def _slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """block_tables: [rows, max_num_blocks]; positions and result: [rows, length] int64."""
-    blocks = block_tables.long().gather(1, (positions // block_size).long())
-    return blocks * block_size + positions % block_size
+    positions = positions.long()
+    block_ids = block_tables.long().gather(1, positions // block_size)
+    return block_ids * block_size + positions % block_size
 
 
 def group_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:
-    """Group rows so that padding a group to its longest adds few tokens; in order within each."""
+    """Group rows so that padding each to its group's longest adds few tokens; rows in order."""
     groups: list[list[int]] = []
     room = longest = 0
     for row in sorted(rows, key=lambda row: -lengths[row]):
