@@ -312,14 +312,13 @@ def build_layer(num_tokens: int, tiles: dict[str, Tile] | None, num_layers: int 
     start = randn(num_tokens, 1024)
 
     def plain() -> Tensor:
-        hidden, residual = start.clone(), torch.zeros_like(start)
+        stream = start.clone()
         for layer in layers:
-            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
-            hidden = F.linear(F.linear(hidden, layer["qkv"])[:, :2048], layer["o"])
-            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
-            hidden = KERNELS.silu_and_mul(F.linear(hidden, layer["gate_up"]))
-            hidden = F.linear(hidden, layer["down"])
-        return hidden + residual
+            heads = F.linear(KERNELS.rms_norm(stream, factors, 1e-6), layer["qkv"])[:, :2048]
+            stream = stream.addmm_(heads, layer["o"].t())
+            inner = F.linear(KERNELS.rms_norm(stream, factors, 1e-6), layer["gate_up"])
+            stream = stream.addmm_(KERNELS.silu_and_mul(inner), layer["down"].t())
+        return stream
 
     def fused() -> Tensor:
         assert tiles is not None
@@ -337,16 +336,16 @@ def build_layer(num_tokens: int, tiles: dict[str, Tile] | None, num_layers: int 
 
     def skinny() -> Tensor:
         assert tiles is not None
-        hidden, residual = start.clone(), torch.zeros_like(start)
+        stream = start
         for layer in layers:
-            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
-            qkv = skinny_linear(hidden, layer["qkv"], tile=tiles["qkv"])
+            normed = KERNELS.rms_norm(stream, factors, 1e-6)
+            qkv = skinny_linear(normed, layer["qkv"], tile=tiles["qkv"])
             heads = qkv.view(-1)[: num_tokens * 2048].view(num_tokens, 2048)  # contiguous
-            hidden = skinny_linear(heads, layer["o"], tile=tiles["o"])
-            hidden, residual = KERNELS.add_rms_norm(hidden, residual, factors, 1e-6)
-            x = skinny_linear(hidden, layer["gate_up"], gated=True, tile=tiles["gate_up"])
-            hidden = skinny_linear(x, layer["down"], tile=tiles["down"])
-        return hidden + residual
+            stream = skinny_linear(heads, layer["o"], residual=stream, tile=tiles["o"])
+            normed = KERNELS.rms_norm(stream, factors, 1e-6)
+            x = skinny_linear(normed, layer["gate_up"], gated=True, tile=tiles["gate_up"])
+            stream = skinny_linear(x, layer["down"], residual=stream, tile=tiles["down"])
+        return stream
 
     if tiles is not None:
         return (fused if num_tokens == 1 else skinny), num_layers, None
@@ -358,7 +357,7 @@ def build_layer(num_tokens: int, tiles: dict[str, Tile] | None, num_layers: int 
 
 def build_elementwise(name: str, num_tokens: int):
     copies = max(2, min(28, int(2e8 // (num_tokens * 4096))))
-    hidden, residual = randn(copies, num_tokens, 1024), randn(copies, num_tokens, 1024)
+    hidden = randn(copies, num_tokens, 1024)
     factors, gate_up = randn(1024), randn(max(2, copies // 6), num_tokens, 6144)
     qkv = randn(max(2, copies // 4), num_tokens, 4096)
     cache = randn(2, num_tokens // 16 + 1, 16, 8, 128)
@@ -374,8 +373,7 @@ def build_elementwise(name: str, num_tokens: int):
         )  # fmt: skip
 
     runs = {
-        "add_rms_norm": (
-            lambda i: KERNELS.add_rms_norm(hidden[i], residual[i], factors, 1e-6), copies),
+        "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], factors, 1e-6), copies),
         "silu_and_mul": (lambda i: KERNELS.silu_and_mul(gate_up[i]), len(gate_up)),
         "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
     }  # fmt: skip
@@ -384,7 +382,7 @@ def build_elementwise(name: str, num_tokens: int):
 
 
 def elementwise_cases() -> Iterator[Case]:
-    token_bytes = {"add_rms_norm": 8192, "silu_and_mul": 18432, "rope_and_cache": 16384}
+    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 16384}
     for name, num_tokens in product(token_bytes, (1, 256, 16384)):
         build = partial(build_elementwise, name, num_tokens)
         num_bytes = token_bytes[name] * num_tokens

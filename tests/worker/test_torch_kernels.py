@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rope, cos_sin_table
 
 KERNELS = TorchKernels()
@@ -43,12 +44,19 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_rms_norm(dtype: torch.dtype) -> None:
-    hidden, residual = random(NUM_TOKENS, 48, dtype=dtype), random(NUM_TOKENS, 48, dtype=dtype) * 3
-    weight, total = random(48, dtype=dtype), hidden + residual
-    normed, new_residual = KERNELS.add_rms_norm(hidden.clone(), residual.clone(), weight, 1e-6)
-    assert torch.equal(new_residual, total)
-    assert torch.equal(normed, reference_norm(total, weight, 1e-6))
+def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
+    stream, factors = random(NUM_TOKENS, 48, dtype=dtype), random(48, dtype=dtype)
+    linear = Linear.empty(
+        48, {"gate": 20, "up": 28}, bias=False, shard_axis=0, dtype=dtype, device=CPU
+    )
+    linear.weight.copy_(random(48, 48, dtype=dtype))
+    before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
+    product = normed @ linear.weight.T
+    assert torch.equal(KERNELS.norm_linear(stream, factors, 1e-6, linear), product)
+    gated = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
+    assert torch.equal(KERNELS.norm_gate_up(stream, factors, 1e-6, linear), gated)
+    assert torch.equal(stream, before), "the stream goes on"
+    assert torch.equal(KERNELS.linear_add(normed, linear, stream), before + product)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

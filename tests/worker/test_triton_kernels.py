@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.layers.linear import Linear
 from tests.worker.triton_device import DEVICE
 
 KERNELS = TritonKernels()
@@ -37,14 +38,30 @@ def close(out: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 576])
-def test_rms_norms(size: int) -> None:
-    hidden, residual = torch.randn(2, 3, size, device=DEVICE)
-    weight = torch.randn(size, device=DEVICE)
-    close(KERNELS.rms_norm(hidden.clone(), weight, EPS), normed(hidden, weight, EPS))
-    total = hidden.double() + residual.double()
-    out, new_residual = KERNELS.add_rms_norm(hidden, residual, weight, EPS)
-    close(out, normed(total, weight, EPS))
-    close(new_residual, total)
+def test_rms_norm(size: int) -> None:
+    hidden, weight = torch.randn(3, size, device=DEVICE), torch.randn(size, device=DEVICE)
+    close(KERNELS.rms_norm(hidden, weight, EPS), normed(hidden, weight, EPS))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
+    stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    linear = Linear.empty(
+        64, {"o": 64}, bias=bias, shard_axis=0, dtype=stream.dtype, device=stream.device
+    )
+    linear.weight.normal_()
+    if linear.bias is not None:
+        linear.bias.normal_()
+    product = normed(stream, weight, EPS) @ linear.weight.double().T
+    plain = stream.double() @ linear.weight.double().T
+    if linear.bias is not None:
+        product, plain = product + linear.bias.double(), plain + linear.bias.double()
+    gate, up = product.chunk(2, dim=-1)
+    close(KERNELS.norm_linear(stream, weight, EPS, linear), product)
+    close(KERNELS.norm_gate_up(stream, weight, EPS, linear), gate * gate.sigmoid() * up)
+    total = stream.double() + plain
+    close(KERNELS.linear_add(stream.clone(), linear, stream), total)
 
 
 @pytest.mark.parametrize("size", [96, 1536])

@@ -166,10 +166,11 @@ class TorchAttention:
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Waits for the device: this backend wants lengths on the host."""
+        starts = batch.query_start_loc.tolist()
         seq_lens = batch.seq_lens.clamp(min=1).tolist()  # a padding row may have none
         singles: list[int] = []
         self._parts = []
-        for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist())):
+        for row, (start, end) in enumerate(pairwise(starts)):
             if end - start == 1:
                 singles.append(row)
             elif end > start:
@@ -179,7 +180,7 @@ class TorchAttention:
         lengths = [min(seq_len, window or seq_len) for seq_len in seq_lens]
         for rows in group_by_length(singles, lengths):
             self._parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
-        self._covers_all = len(self._parts) == 1 and len(singles) in (0, batch.num_tokens)
+        self._covers_all = len(self._parts) == 1 and starts[-1] == batch.num_tokens
 
     def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
         keys, values = layer_cache.flatten(1, 2).unbind(0)  # each [num_slots, kv_heads, head_dim]

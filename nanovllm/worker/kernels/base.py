@@ -1,27 +1,32 @@
-"""The elementwise maths of a decoder, as a seam: plain torch here, fused Triton on CUDA.
+"""The maths of a decoder layer but for attention, as a seam: plain torch, or fused Triton on CUDA.
 
-One object, chosen once at start and handed to every layer. Each method may write its result over
-its first argument; callers use only what is returned.
+One object, chosen once at start (`select`) and handed to every layer.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
+from nanovllm.worker.layers.linear import Linear
+
 
 class Kernels(Protocol):
-    """What layers ask for besides matrix products and attention."""
+    """What layers ask for besides attention. `stream` is the residual stream of the decoder.
+
+    Products with what surrounds them are one call each, so that a device may fuse them.
+    """
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """hidden, result: [num_tokens, hidden_size]; mean square in fp32 (Zhang & Sennrich 2019)."""
+        """hidden: [num_tokens, hidden_size], kept. Mean square in fp32 (Zhang & Sennrich 2019)."""
 
-    def add_rms_norm(
-        self, hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """residual += hidden, then its norm. Returns (normed, residual)."""
+    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        """linear(rms_norm(stream)), new memory; stream is kept."""
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up: [num_tokens, 2 * intermediate], gate first. Returns silu(gate) * up."""
+    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        """silu(gate) * up of linear(rms_norm(stream)), whose outputs are gate first, then up."""
+
+    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
+        """stream + linear(hidden), perhaps written over stream."""
 
     def rope_and_cache(
         self,
@@ -37,7 +42,7 @@ class Kernels(Protocol):
 
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin: [max_positions,
         head_dim] fp32, cosines then sines; layer_cache as in `AttentionBackend.forward`. Returns
-        the queries, [num_tokens, num_heads, head_dim].
+        the queries, [num_tokens, num_heads, head_dim], perhaps in the memory of qkv.
         """
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.worker.kernels.base import QKNorm
+from nanovllm.worker.layers.linear import Linear
 
 
 class TorchKernels:
@@ -19,13 +20,17 @@ class TorchKernels:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return normed.to(hidden.dtype).mul_(weight)
 
-    def add_rms_norm(
-        self, hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        residual = hidden.add_(residual)
-        return self.rms_norm(residual, weight, eps), residual
+    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return linear(self.rms_norm(stream, weight, eps))
+
+    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return self.silu_and_mul(linear(self.rms_norm(stream, weight, eps)))
+
+    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
+        return linear(hidden).add_(stream)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up: [num_tokens, 2 * intermediate], gate first; overwritten."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
@@ -50,9 +55,11 @@ class TorchKernels:
 
         # Queries and keys, each head as its two halves: [num_tokens, heads, 2, head_dim / 2]
         rotating = heads[:, :-num_kv_heads].view(num_tokens, -1, 2, head_dim // 2)
-        cos, sin = cos_sin[positions].view(num_tokens, 1, 2, -1).unbind(2)
-        first, second = rotating.unbind(2)
-        rotated = rotating * cos.unsqueeze(2)  # fp32, as the table
+        cos_sin = cos_sin.index_select(0, positions).view(num_tokens, 1, 2, -1)
+        cos, sin = cos_sin.unbind(2)
+        wide = rotating.float()
+        first, second = wide.unbind(2)
+        rotated = wide * cos.unsqueeze(2)
         rotated[:, :, 0].addcmul_(second, sin, value=-1)
         rotated[:, :, 1].addcmul_(first, sin)
         rotating.copy_(rotated)

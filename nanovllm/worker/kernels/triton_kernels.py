@@ -14,19 +14,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm
 from nanovllm.worker.kernels.triton_launch import launch_options
+from nanovllm.worker.kernels.triton_linear import skinny_linear
+from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 
 ROPE_HEADS = 8  # heads per program
 SILU_BLOCK = 1024
+SKINNY_TOKENS = 1  # up to so many, our own products beat cuBLAS (benchmarks/gpu_kernels.py)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    hidden,  # [num_tokens, size], overwritten with the norm
-    residual,  # like hidden; read, added to and written back if ADD
+    hidden,  # [num_tokens, size]
     weight,  # [size]
+    out,  # like hidden
     eps,
     size,
-    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -37,15 +39,11 @@ def _rms_norm_kernel(
         gdc_launch_dependents()
         gdc_wait()
     places = tl.program_id(0).to(tl.int64) * size + columns
-    x = tl.load(hidden + places, inside, other=0.0)
-    if ADD:
-        x = (x.to(tl.float32) + tl.load(residual + places, inside, other=0.0)).to(x.dtype)
-        tl.store(residual + places, x, inside)
-    x = x.to(tl.float32)
+    x = tl.load(hidden + places, inside, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     # Rounded before the weight, as Hugging Face's norms are.
     x = x.to(hidden.dtype.element_ty).to(tl.float32) * scale
-    tl.store(hidden + places, x.to(hidden.dtype.element_ty), inside)
+    tl.store(out + places, x.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -140,37 +138,59 @@ def _rope_and_cache_kernel(
     tl.store(target + HALF, new_second.to(cache.dtype.element_ty), real & ~is_query)
 
 
+def _is_skinny(x: Tensor, linear: Linear, *, fuses_norm: bool = False) -> bool:
+    """Whether our own product beats cuBLAS, and if it can take a norm along."""
+    limit = 1 if fuses_norm else SKINNY_TOKENS
+    return len(x) <= limit and linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
+
+
 class TritonKernels:
-    """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous."""
+    """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous.
+
+    A few tokens go through our own products, which take norm, gate and residual along; more go
+    through cuBLAS, which takes the residual along. Quantized layers multiply their own way.
+    """
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Overwrites `hidden`."""
-        self._norm(hidden, None, weight, eps)
-        return hidden
-
-    def add_rms_norm(
-        self, hidden: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Overwrites both tensors and returns them."""
-        self._norm(hidden, residual, weight, eps)
-        return hidden, residual
-
-    @staticmethod
-    def _norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
+        """Returns new memory."""
         num_tokens, size = hidden.shape
-        assert hidden.is_contiguous() and (residual is None or residual.is_contiguous())
+        assert hidden.is_contiguous()
+        out = torch.empty_like(hidden)
         block = triton.next_power_of_2(size)
         _rms_norm_kernel[(num_tokens,)](
             hidden,
-            hidden if residual is None else residual,
             weight,
+            out,
             eps,
             size,
-            ADD=residual is not None,
             BLOCK=block,
             num_warps=min(max(block // 256, 1), 16),  # 8 elements (16 bytes) a thread and load
             **launch_options(hidden.device),
         )
+        return out
+
+    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        if _is_skinny(stream, linear, fuses_norm=True):
+            return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps))
+        normed = self.rms_norm(stream, weight, eps)
+        if _is_skinny(normed, linear):
+            return skinny_linear(normed, linear.weight, linear.bias)
+        return linear(normed)
+
+    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        if _is_skinny(stream, linear, fuses_norm=True):
+            return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps), gated=True)
+        normed = self.rms_norm(stream, weight, eps)
+        if _is_skinny(normed, linear):
+            return skinny_linear(normed, linear.weight, linear.bias, gated=True)
+        return self.silu_and_mul(linear(normed))
+
+    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
+        if _is_skinny(hidden, linear):
+            return skinny_linear(hidden, linear.weight, linear.bias, residual=stream)
+        if linear.method is UNQUANTIZED and linear.bias is None:
+            return stream.addmm_(hidden, linear.weight.t())
+        return stream.add_(linear(hidden))
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """Returns new memory."""

@@ -103,19 +103,12 @@ class DecoderLayer:
             self.qk_norm = PerHeadNorm(ones(spec.head_dim), ones(spec.head_dim), spec.rms_norm_eps)
 
     def forward(
-        self,
-        hidden: Tensor,
-        residual: Tensor,
-        *,
-        cos_sin: Tensor,
-        batch: ForwardBatch,
-        layer_cache: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden, residual and both results: [num_tokens, hidden_size]; their sum is the stream."""
+        self, stream: Tensor, *, cos_sin: Tensor, batch: ForwardBatch, layer_cache: Tensor
+    ) -> Tensor:
+        """stream and the result: [num_tokens, hidden_size]."""
         kernels = self._kernels
-        hidden, residual = kernels.add_rms_norm(hidden, residual, self.input_norm, self._eps)
         queries = kernels.rope_and_cache(
-            self.qkv(hidden),
+            kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv),
             cos_sin=cos_sin,
             positions=batch.positions,
             slot_mapping=batch.slot_mapping,
@@ -123,9 +116,9 @@ class DecoderLayer:
             qk_norm=self.qk_norm,
         )
         attended = self._attention.forward(queries, layer_cache, batch)
-        hidden = self.o(attended.flatten(1))
-        hidden, residual = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
-        return self.down(kernels.silu_and_mul(self.gate_up(hidden))), residual
+        stream = kernels.linear_add(attended.flatten(1), self.o, stream)
+        inner = kernels.norm_gate_up(stream, self.post_norm, self._eps, self.gate_up)
+        return kernels.linear_add(inner, self.down, stream)
 
     def linears(self) -> Iterator[Linear]:
         yield from (self.qkv, self.o, self.gate_up, self.down)
@@ -180,14 +173,12 @@ class Decoder:
         kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. Returns the
         states after the final norm, [num_tokens, hidden_size].
         """
-        hidden = F.embedding(batch.input_ids, self.embedding)
-        residual = torch.zeros_like(hidden)  # so that the first layer is like all others
+        stream = F.embedding(batch.input_ids, self.embedding)
         for layer, layer_cache in zip(self.layers, kv_cache.unbind(1), strict=True):
-            hidden, residual = layer.forward(
-                hidden, residual, cos_sin=self.cos_sin, batch=batch, layer_cache=layer_cache
+            stream = layer.forward(
+                stream, cos_sin=self.cos_sin, batch=batch, layer_cache=layer_cache
             )
-        eps = self.spec.rms_norm_eps
-        return self._kernels.add_rms_norm(hidden, residual, self.final_norm, eps)[0]
+        return self._kernels.rms_norm(stream, self.final_norm, self.spec.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
