@@ -73,7 +73,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """What one step may hold."""
 
     max_num_seqs: Annotated[int, Meta(ge=1, description="sequences running at once")] = 256
-    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="tokens per step")] = 2048
+    max_num_batched_tokens: Annotated[
+        AtLeast1 | None, Meta(description="tokens per step; default: CUDA 8192, CPU 2048")
+    ] = None
     long_prefill_token_threshold: Annotated[
         int, Meta(ge=0, description="most tokens of one prompt per step; 0: no cap of its own")
     ] = 0
@@ -84,6 +86,27 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Annotated[int, Meta(ge=1, le=8)] | None,
         Meta(description="steps under way at once; default: CUDA 2, CPU 1"),
     ] = None
+
+    def limits(self, device: str) -> "StepLimits":
+        """With the defaults of that device ("cuda…", or any other)."""
+        on_gpu = device.startswith("cuda")
+        return StepLimits(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            scheduling_policy=self.scheduling_policy,
+            max_inflight_steps=self.max_inflight_steps or (2 if on_gpu else 1),
+        )
+
+
+class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """`SchedulerConfig` once the device is known."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int
+    scheduling_policy: SchedulingPolicy
+    max_inflight_steps: int
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -25,8 +25,8 @@ class EngineCore:
     """Runs sequences on `executor`, which has been started and reported `info`."""
 
     def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo) -> None:
-        default_depth = 2 if info.device.startswith("cuda") else 1
-        self._max_inflight = config.scheduler.max_inflight_steps or default_depth
+        limits = config.scheduler.limits(info.device)
+        self._max_inflight = limits.max_inflight_steps
         self._executor = executor
         self._info = info
         self._blocks = BlockManager(
@@ -35,7 +35,7 @@ class EngineCore:
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
         self._scheduler = Scheduler(
-            config.scheduler,
+            limits,
             self._blocks,
             max_model_len=info.max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),

@@ -11,7 +11,7 @@ import time
 from bisect import insort
 from dataclasses import dataclass, field
 
-from nanovllm.config import SchedulerConfig
+from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.protocol import (
@@ -50,7 +50,7 @@ class Scheduler:
 
     def __init__(
         self,
-        limits: SchedulerConfig,
+        limits: StepLimits,
         block_manager: BlockManager,
         *,
         max_model_len: int,

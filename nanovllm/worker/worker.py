@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint import Checkpoint, locate
-from nanovllm.config import Device, DType, EngineConfig
+from nanovllm.config import Device, DType, EngineConfig, StepLimits
 from nanovllm.executor.base import ProgressCallback
 from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
@@ -29,7 +29,6 @@ from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
-DEFAULT_INFLIGHT_STEPS = 2
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
 
@@ -145,7 +144,7 @@ class Worker:
             parts.attention,
             rows=parts.rows,
             kv_cache=kv_cache,
-            max_inflight_steps=self._config.scheduler.max_inflight_steps or DEFAULT_INFLIGHT_STEPS,
+            max_inflight_steps=self._limits(parts).max_inflight_steps,
             sample_tokens=fused,
             captures=fused is not None and not self._config.model.enforce_eager,
         )
@@ -162,7 +161,8 @@ class Worker:
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
         memory_bytes = 0
         if measured and spec.device.type == "cuda":
-            self._run_heaviest_step(self._make_runner(parts, allocate_blocks(1)))
+            runner = self._make_runner(parts, allocate_blocks(1))
+            self._run_heaviest_step(runner, self._limits(parts))
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
             memory_bytes = cpu_memory_budget()
@@ -175,9 +175,11 @@ class Worker:
         )
         return allocate_blocks(num_blocks)
 
-    def _run_heaviest_step(self, runner: ModelRunner) -> None:
+    def _limits(self, parts: Parts) -> StepLimits:
+        return self._config.scheduler.limits(parts.attention_spec.device.type)
+
+    def _run_heaviest_step(self, runner: ModelRunner, limits: StepLimits) -> None:
         """Let the allocator take what the largest step needs. Only the padding row is touched."""
-        limits = self._config.scheduler
         num_entries = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         num_tokens = limits.max_num_batched_tokens // num_entries
         padding = limits.max_num_seqs

@@ -51,7 +51,7 @@ class FakeExecutor:
     def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int) -> None:
         self._block_size = config.cache.block_size
         self._max_seqs = config.scheduler.max_num_seqs
-        self._budget = config.scheduler.max_num_batched_tokens
+        self._budget = config.scheduler.limits("fake").max_num_batched_tokens
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._queue: deque[StepPlan] = deque()

@@ -20,7 +20,10 @@ def make_scheduler(*, num_blocks: int = 100, max_model_len: int = 64, **limits: 
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     return Scheduler(
-        config.scheduler, blocks, max_model_len=max_model_len, eos_token_ids=frozenset([EOS])
+        config.scheduler.limits("cpu"),
+        blocks,
+        max_model_len=max_model_len,
+        eos_token_ids=frozenset([EOS]),
     )
 
 

@@ -30,11 +30,11 @@ class Tuning:
     """Tile sizes: keys and queries (times grouped heads) per tile, pipeline stages, warps."""
 
     decode_keys: int = 64
-    decode_stages: int = 3
+    decode_stages: int = 4
     decode_warps: int = 4
     decode_swap: bool = False
-    programs_per_sm: int = 4
-    min_split: int = 128  # keys
+    programs_per_sm: int = 3
+    min_split: int = 256  # keys; half of it for rows of at most twice as many
     max_splits: int = 32  # of one row, however long
     queries: int = 128
     keys: int = 64

@@ -27,7 +27,8 @@ def _first_visible(last_position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 def _split_size(num_keys, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys per split of a row with that many visible keys: whole tiles, at most MAX_SPLITS."""
     per_split = tl.cdiv(tl.cdiv(num_keys, MAX_SPLITS), BLOCK_N) * BLOCK_N
-    return tl.maximum(per_split, MIN_SPLIT)
+    least = tl.where(num_keys <= 2 * MIN_SPLIT, MIN_SPLIT // 2, MIN_SPLIT)
+    return tl.maximum(per_split, least)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 
 ROPE_HEADS = 8  # heads per program
 SILU_BLOCK = 1024
-SKINNY_TOKENS = 1  # up to so many, our own products beat cuBLAS (benchmarks/gpu_kernels.py)
+SKINNY_TOKENS = 16  # up to so many, our own products beat cuBLAS (benchmarks/gpu_kernels.py)
 
 
 @triton.jit
