@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--num-prompts", type=int, default=48)
+    parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8, help="of transformers")
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()

@@ -16,8 +16,14 @@ from nanovllm.sampling_params import SamplingParams
 from tests.e2e.engine import Engine
 
 ARCHITECTURES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
-NUM_TOKENS = 64
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+
+
+GREEDY, TINY_GREEDY = greedy(NUM_TOKENS), greedy(NUM_TINY_TOKENS)
 
 # Each is a way to run the same requests differently; none may change a single id.
 VARIATIONS: dict[str, dict[str, Any]] = {
@@ -38,16 +44,19 @@ def mixed_prompts(vocab_size: int, count: int = 32, longest: int = 90) -> list[l
     ]
 
 
-def reference_ids(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+def reference_ids(
+    model: PreTrainedModel, prompts: list[list[int]], num_tokens: int
+) -> list[list[int]]:
     """transformers.generate, one prompt at a time, so that no padding is involved."""
     outputs = []
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # never ends early, and no logit is masked for it
     for prompt in prompts:
         ids = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             do_sample=False,
-            max_new_tokens=NUM_TOKENS,
-            eos_token_id=-1,  # never: min_new_tokens would mask EOS, which ignore_eos does not
+            max_new_tokens=num_tokens,
             pad_token_id=0,
         )
         outputs.append(ids[0, len(prompt) :].tolist())
@@ -61,22 +70,22 @@ def tiny(
     path = tiny_checkpoint(request.param)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = mixed_prompts(model.config.vocab_size)
-    return path, prompts, reference_ids(model, prompts)
+    return path, prompts, reference_ids(model, prompts, NUM_TINY_TOKENS)
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_tiny_models_equal_transformers(tiny: Any, variation: str) -> None:
     path, prompts, expected = tiny
     engine = Engine(model=str(path), max_model_len=256, **VARIATIONS[variation])
-    assert engine.generate(prompts, GREEDY) == expected
-    assert engine.generate(prompts, GREEDY) == expected, "with a warm prefix cache"
+    assert engine.generate(prompts, TINY_GREEDY) == expected
+    assert engine.generate(prompts, TINY_GREEDY) == expected, "with a warm prefix cache"
     engine.close()
 
 
 def test_preemption_changes_nothing(tiny: Any) -> None:
     path, prompts, expected = tiny
-    engine = Engine(model=str(path), max_model_len=192, num_gpu_blocks_override=24)
-    assert engine.generate(prompts, GREEDY) == expected
+    engine = Engine(model=str(path), max_model_len=160, num_gpu_blocks_override=20)
+    assert engine.generate(prompts, TINY_GREEDY) == expected
     assert engine.status().num_preemptions > 0
     engine.close()
 
@@ -85,7 +94,7 @@ def test_aborted_neighbours_change_nothing(tiny: Any) -> None:
     path, prompts, expected = tiny
     engine = Engine(model=str(path), max_model_len=256, max_inflight_steps=2)
     aborted = frozenset(range(0, len(prompts), 3))
-    outputs = engine.generate(prompts, GREEDY, abort=aborted)
+    outputs = engine.generate(prompts, TINY_GREEDY, abort=aborted)
     for index, ids in enumerate(outputs):
         assert ids == (expected[index][:5] if index in aborted else expected[index])
     engine.close()
@@ -121,7 +130,7 @@ PROMPTS = [
 def smollm2(smollm2_path: Path, hf_smollm2: Any) -> Iterator[tuple[Path, Any, Any]]:
     model, tokenizer = hf_smollm2
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    yield smollm2_path, prompts, reference_ids(model, prompts)
+    yield smollm2_path, prompts, reference_ids(model, prompts, NUM_TOKENS)
 
 
 @pytest.mark.model

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.worker.attention import select
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.torch_ref import MAX_GROUP_PADDING, TorchAttention, group_by_length
 from nanovllm.worker.forward_batch import ForwardBatch
@@ -131,12 +132,13 @@ def pad_with_tokens(batch: ForwardBatch) -> ForwardBatch:
 
 
 @pytest.mark.parametrize("pad", [pad_with_rows, pad_with_tokens])
+@pytest.mark.parametrize("name", ["mixed", "decode", "decode of many", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_is_harmless(
-    pad: Callable[[ForwardBatch], ForwardBatch], dtype: torch.dtype
+    pad: Callable[[ForwardBatch], ForwardBatch], dtype: torch.dtype, name: str
 ) -> None:
     spec = replace(SPEC, dtype=dtype)
-    batch, query, cache = random_case(spec, BATCHES["mixed"])
+    batch, query, cache = random_case(spec, BATCHES[name])
     alone = attend(spec, query, cache, batch)
     padding = torch.randn(2, spec.num_heads, spec.head_dim).to(dtype)
     output = attend(spec, torch.cat((query, padding)), cache, pad(batch))
@@ -167,3 +169,23 @@ def test_grouping_bounds_padding_and_keeps_every_row() -> None:
         assert sum(longest - lengths[row] for row in group) <= MAX_GROUP_PADDING
     assert group_by_length([3, 1, 2], [9, 9, 9, 9]) == [[1, 2, 3]]
     assert group_by_length([], []) == []
+
+
+class Picky(TorchAttention):
+    @staticmethod
+    def unsupported(spec: AttentionSpec) -> str | None:
+        return "it likes head_dim 1 only"
+
+
+def test_selection_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(select.BACKENDS, "triton", f"{__name__}:Picky")
+    monkeypatch.setitem(select.PREFERENCES, "cpu", ("triton", "torch"))
+    backend, why = select.select_backend("auto", SPEC)
+    assert type(backend) is TorchAttention
+    assert why == "attention by torch (first that fits; not triton: it likes head_dim 1 only)"
+    _, why = select.select_backend("torch", SPEC)
+    assert why == "attention by torch (as attention_backend asks)"
+    with pytest.raises(ValueError, match=r"attention_backend 'triton' .*not triton: it likes head"):
+        select.select_backend("triton", SPEC)
+    with pytest.raises(ValueError, match=r"unknown attention_backend 'torhc': .* 'torch'"):
+        select.select_backend("torhc", SPEC)  # type: ignore[arg-type]

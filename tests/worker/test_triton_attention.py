@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention import TritonAttention, Tuning
+from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch
 from tests.worker.triton_device import DEVICE
 
@@ -22,7 +22,16 @@ SPEC = AttentionSpec(
     device=DEVICE,
 )
 # Small tiles, so that short rows have several splits and tiles.
-TUNING = Tuning(decode_keys=16, min_split=32, max_splits=4, queries=16, keys=16)
+TUNING = Tuning(
+    decode=Tiling(keys=16, stages=2, warps=1, tma=False),
+    prefill=Tiling(keys=16, stages=2, warps=4, tma=False),
+    queries=16,
+    min_split=32,
+    max_splits=4,
+)
+TMA_TUNING = replace(
+    TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
+)
 
 
 def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> ForwardBatch:
@@ -89,16 +98,19 @@ def attend(
     return first
 
 
-def check(spec: AttentionSpec, query_lens: list[int], seq_lens: list[int]) -> None:
+def check(
+    spec: AttentionSpec, query_lens: list[int], seq_lens: list[int], tuning: Tuning = TUNING
+) -> None:
     torch.manual_seed(0)
     batch = batch_of(query_lens, seq_lens, spec.block_size)
     query, cache = inputs_for(spec, batch)
-    out = attend(spec, query, cache, batch)
+    out = attend(spec, query, cache, batch, tuning)
     expected = dense(spec, query, cache, batch)
     error = (out.double() - expected).norm() / expected.norm()
     assert error < (1e-5 if spec.dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"),
     [
@@ -108,8 +120,19 @@ def check(spec: AttentionSpec, query_lens: list[int], seq_lens: list[int]) -> No
         pytest.param([1, 20, 1, 2, 1], [70, 20, 5, 34, 129], id="mixed"),
     ],
 )
-def test_equals_dense_attention(query_lens: list[int], seq_lens: list[int]) -> None:
-    check(SPEC, query_lens, seq_lens)
+def test_equals_dense_attention(
+    query_lens: list[int], seq_lens: list[int], tuning: Tuning
+) -> None:
+    check(SPEC, query_lens, seq_lens, tuning)
+
+
+def test_chosen_tuning() -> None:
+    for spec in (SPEC, replace(SPEC, block_size=64), replace(SPEC, head_dim=80)):
+        check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
+
+
+def test_more_rows_than_one_program_plans() -> None:
+    check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 128])
@@ -129,7 +152,8 @@ def test_any_block_size(block_size: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 24, 100])
 def test_sliding_window(window: int) -> None:
-    check(replace(SPEC, sliding_window=window), [1, 30, 1], [90, 61, 10])
+    for tuning in (TUNING, TMA_TUNING):
+        check(replace(SPEC, sliding_window=window), [1, 30, 1], [90, 61, 10], tuning)
 
 
 def test_half_precision() -> None:
