@@ -7,7 +7,6 @@ once, or a `ValueError` says what the checkpoint lacks or has over.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +27,7 @@ from nanovllm.worker.models.decoder import Decoder
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
 INDEX_NAME = "model.safetensors.index.json"
 DUMMY_STD = 0.02  # what models are commonly initialized with
-GGUF_THREADS = 2  # numpy lets go of the GIL while it dequantizes
-PIECE_VALUES = 2**18  # of a GGUF tensor at a time: fp32 temporaries stay in the L2 cache
+PIECE_VALUES = 2**18  # of a GGUF tensor at a time: what numpy makes on the way stays in the cache
 NUM_NAMES_SHOWN = 3
 
 
@@ -91,28 +89,15 @@ def _fill_from_safetensors(model: Decoder, directory: Path) -> Iterator[int]:
 
 
 def _fill_from_gguf(model: Decoder, checkpoint: Checkpoint) -> Iterator[int]:
-    """Dequantized by a few threads. Yields the size of each piece."""
+    """Dequantized piece by piece. Yields the size of each."""
     tensors = checkpoint.gguf.tensors
     slots = _match(model, model.spec.names.gguf, tensors, where=checkpoint.path)
     for name, slot in slots.items():
         _check_shape(slot, tensors[name].shape, name=name, where=checkpoint.path)
-
-    @torch.inference_mode()  # is per thread, and the caller may have made the model in it
-    def fill(piece: tuple[GGUFTensor, Tensor]) -> int:
-        tensor, target = piece
-        values = np.require(
-            tensor.dequantize(), requirements="W"
-        )  # fp32 comes as the read-only map
-        target.copy_(torch.from_numpy(values).view(target.shape))
-        return target.numel()
-
-    with ThreadPoolExecutor(GGUF_THREADS) as pool:
-        pieces = [
-            piece
-            for name, slot in slots.items()
-            for piece in _pieces(tensors[name], _in_file_order(model, slot))
-        ]
-        yield from pool.map(fill, pieces)
+        for tensor, target in _pieces(tensors[name], _in_file_order(model, slot)):
+            values = np.require(tensor.dequantize(), requirements="W")  # fp32 is a read-only map
+            target.copy_(torch.from_numpy(values).view(target.shape))
+            yield target.numel()
 
 
 def _in_file_order(model: Decoder, slot: WeightSlot) -> Tensor:

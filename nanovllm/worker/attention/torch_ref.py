@@ -17,8 +17,6 @@ from nanovllm.worker.forward_batch import ForwardBatch
 
 # Padding a group may hold, in tokens; more than this costs more than the calls of another group.
 MAX_GROUP_PADDING = 512
-# In half precision oneDNN compiles a kernel for each shape: lengths are rounded up to share them.
-HALF_LENGTH_STEP = 32
 
 
 class Part(Protocol):
@@ -71,76 +69,66 @@ class GatheredRows:
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
-        self._spec = spec
-        self._slots = slots
+        self._scale = spec.scale
+        self._slots = slots.flatten()
         self._mask = mask[:, None, None, :]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        spec, num_rows = self._spec, len(query)
-        # The queries that share a key head stand where those of a longer prompt would.
+        num_rows, (num_kv_heads, head_dim) = len(query), keys.shape[1:]
+        shape = num_rows, -1, num_kv_heads, head_dim
         attended = F.scaled_dot_product_attention(
-            query.reshape(num_rows, spec.num_kv_heads, -1, spec.head_dim),
-            keys[self._slots].transpose(1, 2),
-            values[self._slots].transpose(1, 2),
+            # The queries that share a head of keys stand where those of a longer prompt would.
+            query.reshape(num_rows, num_kv_heads, -1, head_dim),
+            keys.index_select(0, self._slots).view(shape).transpose(1, 2),
+            values.index_select(0, self._slots).view(shape).transpose(1, 2),
             attn_mask=self._mask,
-            scale=spec.scale,
+            scale=self._scale,
         )
         return attended.reshape(query.shape)
 
 
 class StreamedRows:
-    """As `GatheredRows`, on CPUs: keys and values are read where they lie, which is what it costs.
+    """As `GatheredRows`, in fp32 on a CPU: keys and values are read once, from where they lie.
 
-    Both products of attention exist in torch with the gathering built in: q · k at the entries of
-    a sparse matrix is a sampled matrix product, and weighted sums of rows of v are an embedding
-    bag. The former exists in fp32 only; else the keys, but not the values, are gathered.
+    Decoding costs what reading them costs, so a copy would double it. Both products of attention
+    exist in torch with the gathering built in: q · k at the entries of a sparse matrix is a sampled
+    matrix product, and weighted sums of rows of v are an embedding bag.
     """
 
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
-        self._spec = spec
-        num_rows, length = slots.shape
-        # The cache seen as [num_slots * num_kv_heads, head_dim], and which of its rows to read:
-        per_kv_head = (
-            slots[:, None, :] * spec.num_kv_heads + torch.arange(spec.num_kv_heads)[:, None]
-        )
-        self._key_index = per_kv_head.flatten()  # [rows * num_kv_heads * length]
-        group_size = spec.num_heads // spec.num_kv_heads
-        self._index = per_kv_head.repeat_interleave(group_size, 1).flatten()
-        self._starts = torch.arange(num_rows * spec.num_heads + 1) * length
-        bias = torch.zeros(mask.shape, dtype=spec.dtype).masked_fill_(~mask, -torch.inf)
-        # [rows * num_kv_heads, 1, length]: one row of it per head of keys
-        self._bias = bias.repeat_interleave(spec.num_kv_heads, 0)[:, None]
+        self._scale = spec.scale
         self._num_seen = int(slots.max() + 1) * spec.num_kv_heads
-        self._products: Tensor | None = None
-        if spec.dtype == torch.float32:
-            self._products = torch.sparse_csr_tensor(
-                self._starts,
-                self._index,
-                torch.zeros(len(self._index)),
-                size=(num_rows * spec.num_heads, self._num_seen),
-                check_invariants=False,
-            )
+        # Rows of the cache seen as [num_slots * num_kv_heads, head_dim], for each row and head.
+        heads = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
+        index = slots[:, None, :] * spec.num_kv_heads + heads[:, None]  # [rows, num_heads, length]
+        self._index = index.flatten()
+        self._starts = torch.arange(0, len(self._index) + 1, index.shape[2])
+        self._products = torch.sparse_csr_tensor(
+            self._starts,
+            self._index,
+            torch.zeros(len(self._index)),
+            size=(len(self._starts) - 1, self._num_seen),
+            check_invariants=False,
+        )
+        self._bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        scores = self._scores(query.flatten(0, 1), keys.flatten(0, 1))
+        torch.sparse.sampled_addmm(
+            self._products,
+            query.flatten(0, 1),
+            keys.flatten(0, 1)[: self._num_seen].t(),
+            beta=0.0,
+            alpha=self._scale,
+            out=self._products,
+        )
+        num_rows, _, length = self._bias.shape
+        scores = self._products.values().view(num_rows, -1, length) + self._bias
         weights = scores.softmax(-1).flatten()
         values, starts = values.flatten(0, 1), self._starts[:-1]
         attended = torch.embedding_bag(values, self._index, starts, False, 0, False, weights)[0]
         return attended.view(query.shape)
-
-    def _scores(self, query: Tensor, keys: Tensor) -> Tensor:
-        """query: [rows * num_heads, head_dim]. Returns [rows * kv_heads, group, length]."""
-        scale, (num_groups, _, length) = self._spec.scale, self._bias.shape
-        if self._products is None:
-            keys = keys.index_select(0, self._key_index).view(num_groups, length, -1)
-            query = query.view(num_groups, -1, self._spec.head_dim)
-            return torch.baddbmm(self._bias, query, keys.transpose(1, 2), alpha=scale)
-        seen = keys[: self._num_seen].t()
-        products = self._products
-        torch.sparse.sampled_addmm(products, query, seen, beta=0.0, alpha=scale, out=products)
-        return products.values().view(num_groups, -1, length) + self._bias
 
 
 class TorchAttention:
@@ -150,11 +138,13 @@ class TorchAttention:
         self._spec = spec
         self._parts: list[Part] = []
         self._covers_all = False
-        self._length_step = 1 if spec.dtype == torch.float32 else HALF_LENGTH_STEP
-        with warnings.catch_warnings():
-            # torch says once per process that sparse tensors are in beta: let it be here.
-            warnings.simplefilter("ignore")
-            torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
+        self._rows_class: type[GatheredRows | StreamedRows] = GatheredRows
+        if spec.device.type == "cpu" and spec.dtype == torch.float32:
+            self._rows_class = StreamedRows
+            with warnings.catch_warnings():
+                # torch says once per process that sparse tensors are in beta: let it be here.
+                warnings.simplefilter("ignore")
+                torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -197,15 +187,12 @@ class TorchAttention:
         row_index = torch.tensor(rows, device=device)
         ends = batch.seq_lens[row_index].clamp(min=1)[:, None]  # [rows, 1]
         firsts = (ends - (spec.sliding_window or longest)).clamp(min=0)
-        length = -(-longest // self._length_step) * self._length_step
-        positions = firsts + torch.arange(length, device=device)
+        positions = firsts + torch.arange(longest, device=device)
         mask = positions < ends
         # Padding repeats a slot of the row's own: any other might hold NaN, which 0 does not mask.
         slots = _slots(batch.block_tables[row_index], positions.minimum(ends - 1), spec.block_size)
         tokens = batch.query_start_loc[row_index].long()
-        if device.type == "cpu":
-            return StreamedRows(spec, tokens=tokens, slots=slots, mask=mask)
-        return GatheredRows(spec, tokens=tokens, slots=slots, mask=mask)
+        return self._rows_class(spec, tokens=tokens, slots=slots, mask=mask)
 
 
 def _slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
