@@ -12,24 +12,21 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
+from itertools import pairwise, product
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention import LOG2E, TritonAttention, Tuning
-from nanovllm.worker.attention.triton_attention_kernels import prefill_pages_kernel
+from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_launch import launch_options
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
 
 BANDWIDTH, RATE = 4.3e12, 790e12
@@ -62,12 +59,8 @@ def randn(*shape: int, scale: float = 1.0) -> Tensor:
 # ---------------------------------------------------------------- attention
 
 
-@lru_cache(maxsize=1)
-def attention_inputs(
-    query_lens: tuple[int, ...], seq_lens: tuple[int, ...], heads: tuple[int, int], block_size: int
-) -> tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]:
-    """Rows on scattered blocks; as many layers as make the keys and values 200 MB."""
-    spec = AttentionSpec(
+def attention_spec(heads: tuple[int, int], block_size: int) -> AttentionSpec:
+    return AttentionSpec(
         num_heads=heads[0],
         num_kv_heads=heads[1],
         head_dim=128,
@@ -77,6 +70,14 @@ def attention_inputs(
         dtype=BF16,
         device=CUDA,
     )
+
+
+@lru_cache(maxsize=1)
+def attention_inputs(
+    query_lens: tuple[int, ...], seq_lens: tuple[int, ...], heads: tuple[int, int], block_size: int
+) -> tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]:
+    """Rows on scattered blocks; as many layers as make the keys and values 200 MB."""
+    spec = attention_spec(heads, block_size)
     num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
     nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
@@ -124,47 +125,26 @@ def attention_error(
     return max(errors)
 
 
-def build_attention(tuning: Tuning, *args):
+def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = False):
     inputs = attention_inputs(*args)
     spec, batch, query, cache = inputs
+    if num_shared:
+        blocks = num_shared // spec.block_size
+        batch.block_tables[:, :blocks] = batch.block_tables[0, :blocks].clone()
     backend = TritonAttention(spec, tuning)
+    backend.shares_prefix = shares
+
+    layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
+    between = torch.empty(1, device=CUDA)
 
     def run() -> Tensor:
         backend.prepare(batch)
-        for layer in range(cache.shape[1]):
-            out = backend.forward(query, cache[:, layer], batch)
+        between.zero_()
+        for layer in layers:
+            out = backend.forward(query, layer, batch)
         return out
 
-    return run, cache.shape[1], lambda: attention_error(run(), inputs)
-
-
-def build_pages(block_m: int, block_n: int, stages: int, warps: int, specialize: bool, *args):
-    """The kernel that fetches whole tiles from large blocks through the copy engine."""
-    inputs = attention_inputs(*args)
-    spec, batch, query, cache = inputs
-    rows = torch.arange(batch.num_rows, device=CUDA, dtype=torch.int32)
-    tiles = torch.arange(batch.num_tokens // block_m + batch.num_rows, device=CUDA).int()
-    starts = batch.query_start_loc[:-1] // block_m + rows
-    tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
-    out = torch.empty_like(query)
-
-    def run() -> Tensor:
-        for layer in range(cache.shape[1]):
-            keys, values = cache[:, layer].flatten(1, 2).flatten(2, 3)
-            prefill_pages_kernel[(spec.num_heads, len(tiles))](
-                TensorDescriptor.from_tensor(query.flatten(1), [block_m, 128]),
-                TensorDescriptor.from_tensor(keys, [block_n, 128]),
-                TensorDescriptor.from_tensor(values, [block_n, 128]),
-                out, batch.block_tables, batch.block_tables.stride(0), batch.seq_lens,
-                batch.query_start_loc, tile_rows, spec.scale * LOG2E,
-                KV_HEADS=spec.num_kv_heads, GROUP=spec.num_heads // spec.num_kv_heads,
-                HEAD_DIM=128, BLOCK_SIZE=spec.block_size, BLOCK_M=block_m, BLOCK_N=block_n,
-                WARP_SPECIALIZE=specialize, num_warps=warps, num_stages=stages,
-                **launch_options(CUDA),
-            )  # fmt: skip
-        return out
-
-    return run, cache.shape[1], lambda: attention_error(run(), inputs)
+    return run, len(layers), lambda: attention_error(run(), inputs)
 
 
 def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, int]):
@@ -178,57 +158,59 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 
 
 def decode_cases() -> Iterator[Case]:
-    base = Tuning()
-    variants = {
-        "n64 s3 p4 k128": base,
-        "n64 s3 p4 k128 swap": replace(base, decode_swap=True),
-        "n64 s3 p3 k128 swap": replace(base, decode_swap=True, programs_per_sm=3),
-        "n64 s3 p6 k128": replace(base, programs_per_sm=6),
-        "n64 s3 p3 k256 swap": replace(
-            base, decode_swap=True, programs_per_sm=3, min_split=256, max_splits=32
-        ),
-        "n64 s3 p4 k256": replace(base, min_split=256),
-        "n64 s4 p3 k256": replace(base, decode_stages=4, programs_per_sm=3, min_split=256),
-        "n128 s2 p3 k128": replace(base, decode_keys=128, decode_stages=2, programs_per_sm=3),
-        "n128 s2 p2 k256 w8": replace(
-            base, decode_keys=128, decode_stages=2, programs_per_sm=2, min_split=256, decode_warps=8
-        ),
-        "n32 s4 p6 k128": replace(base, decode_keys=32, decode_stages=4, programs_per_sm=6),
-    }
+    prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
+    gather = Tiling(keys=64, stages=3, warps=4, tma=False)
+    variants = {"gather n64 s3 p3": Tuning(gather, prefill, 128, programs_per_sm=3)}
+    cuts = ((6, 7, 128), (5, 7, 128), (6, 6, 128), (6, 8, 128), (6, 7, 256))
+    for stages, programs, split in cuts:
+        tiling = Tiling(keys=16, stages=stages, warps=1, tma=True)
+        name = f"tma s{stages} p{programs} k{split}"
+        variants[name] = Tuning(tiling, prefill, 128, programs, split)
+    two = Tiling(keys=16, stages=6, warps=2, tma=True)
+    variants["tma s6 p7 k128 w2"] = Tuning(two, prefill, 128, 7, 128)
     shapes = [(1, 512, 16), (1, 4096, 16), (8, 1024, 16), (64, 384, 16), (64, 1024, 16)]
     shapes += [(256, 1024, 16), (64, 1024, 32), (1, 4096, 32), (2, 32768, 16)]
+    spec = attention_spec((16, 8), 16)
+    args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
+    for label, shares in (("each row alone", False), ("read once", True)):
+        build = partial(build_attention, tuning_for(spec), *args, num_shared=2048, shares=shares)
+        yield Case("prefix", "256×2112, 2048 shared", label, (256 * 64 + 2048) * 4096, 0, build)
+    for num_shared in (0, 1024):
+        args = ((1,) * 64, (1088,) * 64, (16, 8), 16)
+        build = partial(
+            build_attention, tuning_for(spec), *args, num_shared=num_shared, shares=True
+        )
+        num_bytes = (64 * (1088 - num_shared) + num_shared) * 4096
+        yield Case("prefix", f"64×1088, {num_shared} shared", "read once", num_bytes, 0, build)
     for rows, length, heads in shapes:
         num_bytes = rows * length * 8 * 512
+        args = ((1,) * rows, (length,) * rows, (heads, 8))
         for name, tuning in variants.items():
-            args = ((1,) * rows, (length,) * rows, (heads, 8), 16)
-            build = partial(build_attention, tuning, *args)
+            build = partial(build_attention, tuning, *args, 16)
             yield Case("decode", f"{rows}×{length} h{heads}/8", name, num_bytes, 0, build)
+        tiling = Tiling(keys=32, stages=4, warps=1, tma=True)
+        build = partial(build_attention, Tuning(tiling, prefill, 128, 7, 128), *args, 32)
+        yield Case("decode", f"{rows}×{length} h{heads}/8", "blocks32 n32 s4", num_bytes, 0, build)
 
 
 def prefill_cases() -> Iterator[Case]:
-    variants = [(128, 128, 2, 8), (128, 64, 3, 8), (128, 64, 2, 8), (64, 64, 3, 4), (64, 64, 2, 4),
-                (128, 64, 4, 8), (128, 128, 3, 8), (128, 32, 4, 8)]  # fmt: skip
+    decode = Tiling(keys=64, stages=3, warps=4, tma=False)
+    variants = [
+        (16, 128, Tiling(64, 3, 8, False, 128)), (16, 128, Tiling(64, 2, 8, False, 128)),
+        (64, 128, Tiling(64, 2, 8, True, 128)), (128, 128, Tiling(64, 3, 8, True, 128)),
+    ]  # fmt: skip
     shapes = [((4096,) * 4, (4096,) * 4), ((1024,) * 16, (1024,) * 16), ((2048,), (10240,))]
     shapes += [((64,) * 64, (2112,) * 64)]
     for queries, keys in shapes:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
         shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
-        for m, n, stages, warps in variants:
-            tuning = Tuning(queries=m, keys=n, stages=stages, warps=warps)
-            build = partial(build_attention, tuning, queries, keys, (16, 8), 16)
-            yield Case("prefill", shape, f"m{m} n{n} s{stages} w{warps}", 0, pairs * 8192, build)
-        for block_size, m, n, stages, warps, specialize in (
-            (128, 128, 128, 2, 8, False), (128, 128, 64, 3, 8, False), (64, 64, 64, 3, 4, False),
-            (64, 128, 64, 2, 8, False), (128, 128, 128, 2, 4, True), (64, 128, 64, 2, 4, True),
-            (64, 128, 64, 3, 4, True),
-        ):  # fmt: skip
+        for block_size, m, tiling in variants:
             build = partial(
-                build_pages, m, n, stages, warps, specialize, queries, keys, (16, 8), block_size
+                build_attention, Tuning(decode, tiling, m), queries, keys, (16, 8), block_size
             )
-            name = f"pages{block_size} m{m} n{n} s{stages} w{warps}{' ws' * specialize}"
-            yield Case(
-                "specialized" if specialize else "prefill", shape, name, 0, pairs * 8192, build
-            )
+            name = f"b{block_size} m{m} n{tiling.keys} s{tiling.stages} w{tiling.warps}"
+            name += f"{' tma' * tiling.tma} {tiling.max_registers or ''}"
+            yield Case("prefill", shape, name, 0, pairs * 8192, build)
         if queries == keys:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))
@@ -272,25 +254,33 @@ def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int,
 
 
 def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
+    """Candidates around what `tile_for` chooses."""
+    gated = num_outputs in (6144, 24576) and num_inputs in (1024, 4096)
     if num_tokens == 1:
-        for block_n, block_k, warps in product((4, 8, 16), (1024, 2048, 4096), (4, 8)):
-            if 8192 <= block_n * block_k <= 32768 and block_k < 2 * num_inputs:
+        for block_n, block_k, warps in ((8, 1024, 8), (8, 1024, 4), (4, 2048, 8), (4, 4096, 8)):
+            if block_k < 2 * num_inputs:
                 yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
         return
-    for block_n, block_k, num_tiles in product((16, 32, 64, 128), (128, 256, 512), (1, 2, 4, 8)):
-        splits = num_inputs / (block_k * num_tiles)
-        programs = splits * num_outputs / block_n
-        size = block_n * block_k
-        small_enough = (
-            num_tokens + block_n * (2 if num_outputs in (6144, 24576) else 1)
-        ) * block_k < 90e3
-        if splits == int(splits) <= 16 and 8192 <= size <= 32768 and 96 <= programs <= 800:
-            if small_enough and (num_tokens > 16 or block_n <= 64):
-                yield Tile(block_n, block_k, num_tiles, warps=4, stages=3)
+    if num_tokens <= 16:
+        for block_n, block_k, num_tiles, stages in (
+            (32, 512, 1, 2), (64, 512, 1, 2), (32, 512, 2, 3), (64, 512, 2, 2), (32, 256, 4, 4),
+            (32, 256, 8, 4), (16, 512, 2, 4), (16, 512, 4, 4), (64, 256, 4, 4), (64, 256, 8, 4),
+        ):  # fmt: skip
+            if num_inputs % (block_k * num_tiles) == 0:
+                yield Tile(block_n, block_k, num_tiles, 4, stages)
+        return
+    for block_n, block_k, num_tiles, stages in (
+        (16, 512, 1, 2), (16, 256, 6, 4), (16, 256, 8, 4), (32, 256, 4, 3), (64, 512, 1, 2),
+        (16, 256, 4, 4), (32, 512, 1, 2),
+    ):  # fmt: skip
+        size = (num_tokens + block_n * (1 + gated)) * block_k * 2
+        if num_inputs % (block_k * num_tiles) == 0 and size * (stages - 1) < 200_000:
+            yield Tile(block_n, block_k, num_tiles, 4, stages)
 
 
 def linear_cases() -> Iterator[Case]:
-    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 64)] + [("large", 1, QWEN3_8B | LM_HEAD)]
+    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 16, 32, 64)]
+    wanted += [("large", m, QWEN3_8B | LM_HEAD) for m in (1, 8, 16)]
     for group, num_tokens, model in wanted:
         for name, size in model.items():
             shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
@@ -298,6 +288,7 @@ def linear_cases() -> Iterator[Case]:
                 label = "cuBLAS"
                 if tile is not None:
                     label = f"n{tile.block_n} k{tile.block_k}×{tile.num_tiles} w{tile.warps}"
+                    label += f" s{tile.stages} m{tile.block_m}"
                 build = partial(build_linear, tile, num_tokens, name, size)
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
 
@@ -462,7 +453,7 @@ def median_time(run: Callable[[], object], times: int) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    spans = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    spans = sorted(a.elapsed_time(b) for a, b in pairwise(events))
     return spans[len(spans) // 2] / times * 1e-3
 
 
@@ -516,7 +507,7 @@ def compile_all(groups: list[str], shard: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="elementwise,decode,prefill,linear,large,sampler")
+    parser.add_argument("--only", default="elementwise,decode,prefix,prefill,linear,large,sampler")
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")
     arguments = parser.parse_args()
@@ -536,7 +527,7 @@ def main() -> None:
                 tiles.get(case.shape, (math.inf, tile)), (seconds, tile), key=lambda t: t[0]
             )
     floor = sum(n * k * 2 for n, k in QWEN3_06B.values())
-    for num_tokens in (1, 8, 64) if tiles else ():
+    for num_tokens in (1, 8, 16, 32, 64) if tiles else ():
         chosen = {
             name: tiles[f"m{num_tokens} {name} {n}×{k}"][1] for name, (n, k) in QWEN3_06B.items()
         }

@@ -120,9 +120,7 @@ def check(
         pytest.param([1, 20, 1, 2, 1], [70, 20, 5, 34, 129], id="mixed"),
     ],
 )
-def test_equals_dense_attention(
-    query_lens: list[int], seq_lens: list[int], tuning: Tuning
-) -> None:
+def test_equals_dense_attention(query_lens: list[int], seq_lens: list[int], tuning: Tuning) -> None:
     check(SPEC, query_lens, seq_lens, tuning)
 
 
@@ -176,6 +174,29 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
         max_query_len=1,
     )
     assert torch.equal(together[8:], attend(SPEC, query[8:], cache, alone))
+
+
+def attend_sharing(tuning: Tuning, *, num_shared_blocks: int) -> Tensor:
+    """Error per row of a batch whose rows start with the same blocks, but for padding and chunk."""
+    torch.manual_seed(3)
+    batch = batch_of([1, 1, 1, 7, 1, 1], [330, 300, 345, 340, 1, 321], SPEC.block_size)
+    batch.block_tables[:, :num_shared_blocks] = batch.block_tables[0, :num_shared_blocks].clone()
+    batch.block_tables[4] = 0  # padding
+    query, cache = inputs_for(SPEC, batch)
+    backend = TritonAttention(SPEC, tuning)
+    backend.shares_prefix = True
+    backend.prepare(batch)
+    out = backend.forward(query, cache, batch)
+    scratch = backend._scratch_for(batch.num_rows)
+    expected_keys = num_shared_blocks * SPEC.block_size // 64 * 64
+    assert int(scratch.shared[0]) == (expected_keys if expected_keys >= 256 else 0)
+    return (out.double() - dense(SPEC, query, cache, batch)).norm(dim=(1, 2))
+
+
+@pytest.mark.parametrize("num_shared_blocks", [18, 17, 3])
+def test_shared_prefix(num_shared_blocks: int) -> None:
+    for tuning in (TUNING, TMA_TUNING):
+        assert attend_sharing(tuning, num_shared_blocks=num_shared_blocks).max() < 1e-5
 
 
 def test_padding_rows_do_no_harm() -> None:

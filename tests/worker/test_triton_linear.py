@@ -7,7 +7,11 @@ from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
 from tests.worker.triton_device import DEVICE
 
 VECTOR_TILES = [Tile(8, 64, 3, warps=4), Tile(16, 256, 1, warps=4)]
-MATRIX_TILES = [Tile(16, 256, 1, warps=4), Tile(16, 64, 1, warps=4), Tile(32, 32, 2, warps=4, block_m=16)]
+MATRIX_TILES = [
+    Tile(16, 256, 1, warps=4),
+    Tile(16, 64, 1, warps=4),
+    Tile(32, 32, 2, warps=4, block_m=16),
+]
 CASES = [(1, tile) for tile in VECTOR_TILES] + [(m, tile) for m in (2, 17) for tile in MATRIX_TILES]
 
 

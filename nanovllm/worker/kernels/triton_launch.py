@@ -1,8 +1,8 @@
 """How every Triton kernel here is launched: on which device, and overlapping its predecessor.
 
 Programmatic dependent launch (PDL, compute capability ≥ 9.0) lets a kernel start while the one
-before it still runs. The rule that keeps it safe: a kernel launched so reads nothing but its
-arguments and model weights, and writes nothing, before `gdc_wait()`, and every one of them waits.
+before it still runs. What keeps it safe: every program of a kernel launched so calls `gdc_wait()`,
+and before that writes nothing and reads nothing but arguments, weights and a step's finished lists.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in NumPy, on a CPU
 MIN_CAPABILITY = (8, 0)
-PDL_CAPABILITY = (9, 0)
+HOPPER = (9, 0)
 
 
 def unusable(device: torch.device) -> str | None:
@@ -37,7 +37,13 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @cache
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    """Whether tiles can be fetched by descriptor, without a thread's help (Hopper and later)."""
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= HOPPER
+
+
+@cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keywords of every launch: `PDL`, which kernels read, and `launch_pdl`, which Triton does."""
-    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= HOPPER
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}

@@ -25,13 +25,17 @@ MAX_TILES = 65536  # output tiles whose splits can be counted
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program computes: block_n outputs over num_tiles * block_k inputs."""
+    """What one program computes: block_n outputs over num_tiles * block_k inputs.
+
+    Of up to block_m tokens, where there are several.
+    """
 
     block_n: int
     block_k: int
     num_tiles: int  # along the inputs
     warps: int
-    stages: int = 2
+    stages: int = 3
+    block_m: int = 64
 
 
 @triton.jit
@@ -125,7 +129,7 @@ def _input_tile(x, norm_weight, scale, ks, K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _matrix_kernel(
+def _matrix_kernel(  # noqa: C901
     x_desc,  # [num_tokens, K], boxes [BLOCK_M, BLOCK_K]
     weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
     bias,
@@ -146,30 +150,31 @@ def _matrix_kernel(
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to BLOCK_M tokens; programs of one output tile share out K, the last one adds up."""
+    """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     if PDL:
         gdc_launch_dependents()
     output = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
+    token = tl.program_id(2) * BLOCK_M
     w = weight_desc.load([output, first])
     if GATED:
         up_w = weight_desc.load([num_outputs + output, first])
     if PDL:
         gdc_wait()
-    a = x_desc.load([0, first])
+    a = x_desc.load([token, first])
     acc = tl.dot(a, tl.trans(w), input_precision="ieee")
     up = acc
     if GATED:
         up = tl.dot(a, tl.trans(up_w), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        a = x_desc.load([0, k])
+        a = x_desc.load([token, k])
         w = weight_desc.load([output, k])
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
             up = tl.dot(a, tl.trans(up_w), up, input_precision="ieee")
-    tokens = tl.arange(0, BLOCK_M)
+    tokens = token + tl.arange(0, BLOCK_M)
     outputs = output + tl.arange(0, BLOCK_N)
     present = (tokens < num_tokens)[:, None]
     real = present & (outputs < num_outputs)[None, :]
@@ -178,15 +183,16 @@ def _matrix_kernel(
         _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
                 GATED, BIAS, RESIDUAL)  # fmt: skip
     else:
-        PART: tl.constexpr = BLOCK_M * BLOCK_N
-        lanes = tokens[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        parts = partial + tl.program_id(0) * (SPLITS * PART * (2 if GATED else 1))
+        PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
+        lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tile_id = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        parts = partial + tile_id * (SPLITS * PART * (2 if GATED else 1))
         mine = parts + tl.program_id(1) * PART
         tl.store(mine + lanes, acc, present)
         if GATED:
             tl.store(mine + SPLITS * PART + lanes, up, present)
         tl.debug_barrier()  # all threads' parts are written before one thread says so
-        arrival = arrivals + tl.program_id(0)
+        arrival = arrivals + tile_id
         if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
             acc = _sum_parts(parts, lanes, present, SPLITS, PART)
             up = acc
@@ -212,13 +218,17 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
-def tile_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Tile:
-    """A tile that fills the device once with programs of about 32 KiB of weights each."""
+def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Measured on an H200 with the layers of Qwen3-0.6B and 8B (benchmarks/gpu_kernels.py)."""
     if num_tokens == 1:
-        block_k = min(triton.next_power_of_2(num_inputs), 4096)
-        return Tile(max(16384 // block_k, 1), block_k, -(-num_inputs // block_k), warps=8)
-    block_n, block_k = (64, 256) if num_tokens > 16 else (32, 512)
-    return Tile(block_n, block_k, 1, warps=4)
+        block_k = 1024 if num_inputs <= 1024 else 2048
+        warps = 8 if num_inputs <= 4096 else 4
+        return Tile(8192 // block_k, block_k, -(-num_inputs // block_k), warps)
+    if num_tokens <= 16:
+        # All programs of a layer fit on the device at once, with their weights on the way.
+        wide = not gated and num_outputs * num_inputs >= 96 * 64 * 512
+        return Tile(64 if wide else 32, 512, 1, warps=4)
+    return Tile(32, 256, 4, warps=4)
 
 
 def skinny_linear(
@@ -242,7 +252,7 @@ def skinny_linear(
     assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
     assert norm is None or num_tokens == 1
-    tile = tile or tile_for(num_tokens, num_outputs, num_inputs)
+    tile = tile or tile_for(num_tokens, num_outputs, num_inputs, gated=gated)
     out = x.new_empty(num_tokens, num_outputs)
     nothing = out  # stands for tensors a kernel will not touch
     flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
@@ -259,14 +269,16 @@ def skinny_linear(
         norm_weight, eps = norm or (nothing, 0.0)
         _vector_kernel[(num_n,)](
             x, weight, bias, residual, norm_weight, out, num_outputs, eps,
-            K=num_inputs, NORM=norm is not None, NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
+            K=num_inputs, NORM=norm is not None,
+            NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
         )  # fmt: skip
         return out
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
-    block_m = max(16, triton.next_power_of_2(num_tokens))
-    assert num_n <= MAX_TILES
-    parts = num_n * splits * (1 + gated) * block_m * tile.block_n if splits > 1 else 0
-    _matrix_kernel[(num_n, splits)](
+    block_m = min(max(16, triton.next_power_of_2(num_tokens)), tile.block_m)
+    num_m = triton.cdiv(num_tokens, block_m)
+    assert num_n * num_m <= MAX_TILES
+    parts = num_n * num_m * splits * (1 + gated) * block_m * tile.block_n if splits > 1 else 0
+    _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
         bias, residual, out,

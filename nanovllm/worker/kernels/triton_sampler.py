@@ -76,33 +76,39 @@ def _value(key):
 
 
 @triton.jit
-def _floor_of_maxima(maxima, weights, needed, low, high):
-    """The largest value in [low, high] such that segments whose maximum reaches it weigh `needed`.
-
-    `low` if none does. Bisection on the order of floating-point numbers: at most 32 steps.
-    """
-    low_key, high_key = _key(low), _key(high)
-    while low_key < high_key:
-        middle = low_key + (high_key - low_key + 1) // 2
-        if tl.sum(tl.where(maxima >= _value(middle), weights, 0.0), 0) >= needed:
-            low_key = middle
-        else:
-            high_key = middle - 1
-    return _value(low_key)
+def _narrow(low, high, first, second, third):
+    """Next bounds of a search by quarters, given which of the three keys between still do."""
+    step = (high - low + 3) // 4
+    num_passed = first.to(tl.int64) + second.to(tl.int64) + third.to(tl.int64)
+    failed = tl.minimum(low + (num_passed + 1) * step, high)
+    new_high = tl.where(num_passed < 3, failed - 1, high)
+    return tl.minimum(low + num_passed * step, high), new_high
 
 
 @triton.jit
-def _mass_from(row_logits, chosen, num_chosen, floor, largest, sharpness, vocab_size,
-               SEGMENT: tl.constexpr, LOOK: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
-    """How many logits of the chosen segments reach `floor`, or their mass."""
-    mass = 0.0
-    for start in range(0, num_chosen, LOOK):
-        x = _look(row_logits, chosen, start, num_chosen, vocab_size, SEGMENT, LOOK)
-        weights = 1.0
-        if not COUNT:
-            weights = tl.exp2((x - largest) * sharpness)
-        mass += tl.sum(tl.where(x >= floor, weights, 0.0))
-    return mass
+def _quarters(low, high):
+    """The three values that cut the keys low … high in four."""
+    step = (high - low + 3) // 4
+    first, second = tl.minimum(low + step, high), tl.minimum(low + 2 * step, high)
+    return _value(first), _value(second), _value(tl.minimum(low + 3 * step, high))
+
+
+@triton.jit
+def _largest_maximum(maxima, count, lowest, largest):
+    """The count-th largest of the segments' maxima; the lowest if there are fewer."""
+    low, high = _key(lowest), _key(largest)
+    while low < high:
+        first, second, third = _quarters(low, high)
+        # Three counts of at most 2^20 in one sum.
+        passed = (maxima >= first).to(tl.int64) + ((maxima >= second).to(tl.int64) << 20)
+        counts = tl.sum(passed + ((maxima >= third).to(tl.int64) << 40), 0)
+        low, high = _narrow(
+            low, high,
+            (counts & 0xFFFFF) >= count,
+            ((counts >> 20) & 0xFFFFF) >= count,
+            (counts >> 40) >= count,
+        )  # fmt: skip
+    return _value(low)
 
 
 @triton.jit
@@ -117,19 +123,88 @@ def _look(row_logits, chosen, start, num_chosen, vocab_size,
 
 
 @triton.jit
-def _floor(row_logits, chosen, num_chosen, needed, low, high, sharpness, vocab_size,
+def _masses_from(x, row_logits, chosen, num_chosen, first, second, third, largest, sharpness,
+                 vocab_size, SEGMENT: tl.constexpr, LOOK: tl.constexpr,
+                 COUNT: tl.constexpr):  # fmt: skip
+    """The mass of those logits of the chosen segments that reach each floor, or their number.
+
+    x: the first look, which mostly is the only one; it stays in registers.
+    """
+    weights = _weights(x, largest, sharpness, COUNT)
+    first_mass = tl.where(x >= first, weights, 0.0)
+    second_mass = tl.where(x >= second, weights, 0.0)
+    third_mass = tl.where(x >= third, weights, 0.0)
+    for start in range(LOOK, num_chosen, LOOK):
+        more = _look(row_logits, chosen, start, num_chosen, vocab_size, SEGMENT, LOOK)
+        weights = _weights(more, largest, sharpness, COUNT)
+        first_mass += tl.where(more >= first, weights, 0.0)
+        second_mass += tl.where(more >= second, weights, 0.0)
+        third_mass += tl.where(more >= third, weights, 0.0)
+    return tl.sum(first_mass), tl.sum(second_mass), tl.sum(third_mass)
+
+
+@triton.jit
+def _weights(x, largest, sharpness, COUNT: tl.constexpr):
+    weights = tl.where(x > float("-inf"), 1.0, 0.0)
+    if not COUNT:
+        weights = tl.exp2((x - largest) * sharpness)
+    return weights
+
+
+@triton.jit
+def _floor(x, row_logits, chosen, num_chosen, needed, lowest, largest, sharpness, vocab_size,
            SEGMENT: tl.constexpr, LOOK: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
-    """The largest value in [low, high] that logits of mass (or number) `needed` reach."""
-    low_key, high_key = _key(low), _key(high)
-    while low_key < high_key:
-        middle = low_key + (high_key - low_key + 1) // 2
-        mass = _mass_from(row_logits, chosen, num_chosen, _value(middle), high, sharpness,
-                          vocab_size, SEGMENT, LOOK, COUNT)  # fmt: skip
-        if mass >= needed:
-            low_key = middle
-        else:
-            high_key = middle - 1
-    return _value(low_key)
+    """The largest value that logits of mass (or number) `needed` reach; `lowest` if none is.
+
+    A search by quarters in the order of floating-point numbers: at most 16 looks.
+    """
+    low, high = _key(lowest), _key(largest)
+    while low < high:
+        first, second, third = _quarters(low, high)
+        first_mass, second_mass, third_mass = _masses_from(
+            x, row_logits, chosen, num_chosen, first, second, third, largest, sharpness,
+            vocab_size, SEGMENT, LOOK, COUNT,
+        )  # fmt: skip
+        low, high = _narrow(
+            low, high, first_mass >= needed, second_mass >= needed, third_mass >= needed
+        )
+    return _value(low)
+
+
+@triton.jit
+def _choose_segments(row_logits, chosen, maxima, segments, present, floor, wanted, needed,
+                     sharpness, vocab_size,
+                     SEGMENT: tl.constexpr, LOOK: tl.constexpr):  # fmt: skip
+    """List the segments with the `wanted` largest maxima, or more until they hold mass `needed`.
+
+    Returns a value that no listed segment's maximum is below, and the length of the list.
+    """
+    largest = tl.max(maxima, 0)
+    lowest = tl.min(tl.where(present, maxima, largest), 0)
+    num_segments = tl.sum(present.to(tl.int32), 0)
+    bound = floor
+    num_chosen = 0
+    enough = False
+    while not enough:
+        bound = float("-inf")
+        if wanted < num_segments:
+            bound = _largest_maximum(maxima, wanted, lowest, largest)
+        bound = tl.maximum(bound, floor)
+        candidate = present & (maxima >= bound)
+        ends = tl.cumsum(candidate.to(tl.int32), 0)
+        tl.debug_barrier()  # the list may be rewritten: all have read it
+        tl.store(chosen + ends - 1, segments, candidate)
+        tl.debug_barrier()
+        num_chosen = tl.max(ends, 0)
+        enough = (needed <= 0) | (bound <= floor)
+        if not enough:
+            x = _look(row_logits, chosen, 0, num_chosen, vocab_size, SEGMENT, LOOK)
+            mass, _, _ = _masses_from(x, row_logits, chosen, num_chosen, bound, bound, bound,
+                                      largest, sharpness, vocab_size,
+                                      SEGMENT, LOOK, False)  # fmt: skip
+            enough = mass >= needed
+        wanted = wanted * 8
+    return bound, num_chosen
 
 
 @triton.jit
@@ -138,40 +213,30 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
               SEGMENT: tl.constexpr, LOOK: tl.constexpr):  # fmt: skip
     """Returns the floor that kept logits reach; lists the segments that have some, and their mass.
 
-    What is kept lies in segments whose maximum reaches a lower bound of the floor: usually few, and
-    only they are read again.
+    What is kept lies in the segments of the largest maxima: usually few, and only they are read.
     """
     largest = tl.max(maxima, 0)
     sharpness = _sharpness(temperature)
-    lowest = tl.min(tl.where(present, maxima, largest), 0)
     span = tl.log2(tl.maximum(min_p, 1e-37)) / sharpness
     floor = tl.where(min_p > 0, largest + span, float("-inf"))
-    bound = float("-inf")
+    # The k-th largest logit is not below the k-th largest maximum; of a nucleus one can but guess.
+    wanted = tl.where(top_k > 0, top_k, tl.where(top_p < 1, LOOK, 2**30))
+    needed = tl.where(top_k > 0, 0.0, tl.sum(masses, 0) * top_p)
+    bound, num_chosen = _choose_segments(row_logits, chosen, maxima, segments, present, floor,
+                                         wanted, needed, sharpness, vocab_size,
+                                         SEGMENT, LOOK)  # fmt: skip
+    x = _look(row_logits, chosen, 0, num_chosen, vocab_size, SEGMENT, LOOK)
     if top_k > 0:
-        bound = _floor_of_maxima(maxima, tl.where(present, 1.0, 0.0), top_k, lowest, largest)
-        bound = tl.where(top_k > tl.sum(present.to(tl.int32)), float("-inf"), bound)
-    elif top_p < 1:
-        # Every segment has its maximum, at least: if those suffice, the floor is not lower.
-        peaks = tl.exp2((maxima - largest) * sharpness)
-        needed = tl.sum(masses, 0) * top_p
-        bound = _floor_of_maxima(maxima, peaks, needed, lowest, largest)
-        bound = tl.where(tl.sum(peaks, 0) < needed, float("-inf"), bound)
-    bound = tl.maximum(bound, floor)
-    candidate = present & (maxima >= bound)
-    places = tl.cumsum(candidate.to(tl.int32), 0) - 1
-    num_chosen = tl.sum(candidate.to(tl.int32), 0)
-    tl.store(chosen + places, segments, candidate)
-    tl.debug_barrier()
-    if top_k > 0:
-        kth = _floor(row_logits, chosen, num_chosen, top_k, bound, largest, sharpness,
+        kth = _floor(x, row_logits, chosen, num_chosen, top_k, bound, largest, sharpness,
                      vocab_size, SEGMENT, LOOK, True)  # fmt: skip
         floor = tl.maximum(floor, kth)
     if top_p < 1:
-        whole = _mass_from(row_logits, chosen, num_chosen, floor, largest, sharpness,
-                           vocab_size, SEGMENT, LOOK, False)  # fmt: skip
-        if (top_k <= 0) & (min_p <= 0):
-            whole = tl.sum(masses, 0)
-        floor = _floor(row_logits, chosen, num_chosen, whole * top_p, tl.maximum(floor, bound),
+        whole = tl.sum(masses, 0)
+        if (top_k > 0) | (min_p > 0):
+            whole, _, _ = _masses_from(x, row_logits, chosen, num_chosen, floor, floor, floor,
+                                       largest, sharpness, vocab_size,
+                                       SEGMENT, LOOK, False)  # fmt: skip
+        floor = _floor(x, row_logits, chosen, num_chosen, whole * top_p, tl.maximum(floor, bound),
                        largest, sharpness, vocab_size, SEGMENT, LOOK, False)  # fmt: skip
     for start in range(0, num_chosen, LOOK):
         x = _look(row_logits, chosen, start, num_chosen, vocab_size, SEGMENT, LOOK)
@@ -309,6 +374,6 @@ def sample_tokens(
         seeds, seeds.stride(0), maxima, masses, chosen, chosen_masses, token_ids,
         vocab_size, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), LOOK=SEGMENTS_PER_LOOK,
-        TRUNCATE=truncates, num_warps=8, **options,
+        TRUNCATE=truncates, num_warps=16 if truncates else 8, **options,
     )  # fmt: skip
     return token_ids
