@@ -91,7 +91,7 @@ async def test_a_killed_core_fails_every_pending_call_within_2_s(model: str) -> 
         os.kill(core, signal.SIGKILL)
         killed = time.monotonic()
         for stream in streams:
-            with pytest.raises(EngineDeadError, match="signal 9|SIGKILL"):
+            with pytest.raises(EngineDeadError, match=r"signal 9|SIGKILL"):
                 async for _ in stream:
                     pass
         assert time.monotonic() - killed < 2.0
@@ -104,7 +104,7 @@ async def test_a_killed_core_fails_every_pending_call_within_2_s(model: str) -> 
 def test_the_root_cause_of_a_failed_start_reaches_the_user(tmp_path: Path, model: str) -> None:
     with pytest.raises(ValueError, match="max_model_len"):
         LLM(model, skip_tokenizer_init=True, device="cpu", max_model_len=10**9)
-    with pytest.raises(ValueError, match="no-such-model|no such"):
+    with pytest.raises(ValueError, match=r"no-such-model|no such"):
         LLM(str(tmp_path / "no-such-model"), skip_tokenizer_init=True)
     assert core_children(os.getpid()) == []
 
@@ -176,7 +176,7 @@ async def test_an_address_in_use_is_refused_and_its_holder_lives(
 
 async def test_connecting_to_nobody_fails_in_bounded_time(tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises((EngineDeadError, ValueError), match="nobody.sock"):
+    with pytest.raises((EngineDeadError, ValueError), match=r"nobody\.sock"):
         await AsyncLLM.connect(f"ipc://{tmp_path}/nobody.sock", connect_timeout_s=1.0)
     assert time.monotonic() - started < 5.0
 

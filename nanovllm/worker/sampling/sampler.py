@@ -58,7 +58,7 @@ class Sampled:
 
 
 class Sampler:
-    """Reads `rows`; keeps nothing from step to step. sample_tokens: a fused choice, if there is one."""
+    """Reads `rows`; keeps nothing from step to step. sample_tokens: a fused choice, if any."""
 
     def __init__(self, rows: RequestRows, sample_tokens: SampleTokens | None = None) -> None:
         self._rows = rows
