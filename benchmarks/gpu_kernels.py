@@ -467,17 +467,19 @@ def measure(case: Case) -> float:
     except Exception as failure:  # one variant must not end the others
         print(f"{head} failed: {type(failure).__name__} {str(failure)[:110]!r}", flush=True)
         return math.inf
+    # Of sampled tokens, a few lie on the border between two: sums there round differently.
+    allowed = 3e-2 if case.group == "sampler" else 1e-2
     floor = max(case.num_bytes / BANDWIDTH, case.num_operations / RATE)
     rate = (
         f"{case.num_operations / seconds * 1e-12:6.0f} TFLOP/s"
         if case.num_operations
         else f"{case.num_bytes / seconds * 1e-12:6.2f} TB/s   "
     )
-    note = f"  error {wrong:.1e}" + ("  WRONG" if not wrong < 1e-2 else "")
+    note = f"  error {wrong:.1e}" + ("" if wrong < allowed else "  WRONG")
     print(
         f"{head} {seconds * 1e6:9.1f} µs {rate} {floor / seconds:5.2f} of floor{note}", flush=True
     )
-    return seconds if wrong < 1e-2 else math.inf
+    return seconds if wrong < allowed else math.inf
 
 
 def all_cases(groups: list[str]) -> list[Case]:

@@ -14,12 +14,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm
 from nanovllm.worker.kernels.triton_launch import launch_options
-from nanovllm.worker.kernels.triton_linear import skinny_linear
+from nanovllm.worker.kernels.triton_linear import beats_cublas, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 
 ROPE_HEADS = 8  # heads per program
 SILU_BLOCK = 1024
-SKINNY_TOKENS = 16  # up to so many, our own products beat cuBLAS (benchmarks/gpu_kernels.py)
 
 
 @triton.jit
@@ -138,10 +137,10 @@ def _rope_and_cache_kernel(
     tl.store(target + HALF, new_second.to(cache.dtype.element_ty), real & ~is_query)
 
 
-def _is_skinny(x: Tensor, linear: Linear, *, fuses_norm: bool = False) -> bool:
-    """Whether our own product beats cuBLAS, and if it can take a norm along."""
-    limit = 1 if fuses_norm else SKINNY_TOKENS
-    return len(x) <= limit and linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
+def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
+    """Whether our own product can take this one over, and is faster."""
+    ours = linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
+    return ours and beats_cublas(len(x), linear.weight, gated=gated)
 
 
 class TritonKernels:
@@ -170,7 +169,7 @@ class TritonKernels:
         return out
 
     def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if _is_skinny(stream, linear, fuses_norm=True):
+        if len(stream) == 1 and _is_skinny(stream, linear):
             return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps))
         normed = self.rms_norm(stream, weight, eps)
         if _is_skinny(normed, linear):
@@ -178,10 +177,10 @@ class TritonKernels:
         return linear(normed)
 
     def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if _is_skinny(stream, linear, fuses_norm=True):
+        if len(stream) == 1 and _is_skinny(stream, linear):
             return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps), gated=True)
         normed = self.rms_norm(stream, weight, eps)
-        if _is_skinny(normed, linear):
+        if _is_skinny(normed, linear, gated=True):
             return skinny_linear(normed, linear.weight, linear.bias, gated=True)
         return self.silu_and_mul(linear(normed))
 
