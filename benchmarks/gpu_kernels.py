@@ -1,6 +1,6 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefill,linear,layer,elementwise,sampler]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,layer,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
@@ -28,6 +28,7 @@ from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+from nanovllm.worker.layers.linear import Linear
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -293,54 +294,45 @@ def linear_cases() -> Iterator[Case]:
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
 
 
-def build_layer(num_tokens: int, tiles: dict[str, Tile] | None, num_layers: int = 28):
+def build_layer(num_tokens: int, *, ours: bool, num_layers: int = 28):
     """One layer's products with all that lies between them but attention and RoPE."""
     layers = [
-        {name: randn(n, k, scale=k**-0.5) for name, (n, k) in QWEN3_06B.items()}
+        {
+            name: Linear(randn(n, k, scale=k**-0.5), None, {}, 0)
+            for name, (n, k) in QWEN3_06B.items()
+        }
         for _ in range(num_layers)
     ]
-    factors = randn(1024)
-    start = randn(num_tokens, 1024)
+    factors, start = randn(1024), randn(num_tokens, 1024)
 
-    def plain() -> Tensor:
+    def cublas() -> Tensor:
         stream = start.clone()
         for layer in layers:
-            heads = F.linear(KERNELS.rms_norm(stream, factors, 1e-6), layer["qkv"])[:, :2048]
-            stream = stream.addmm_(heads, layer["o"].t())
-            inner = F.linear(KERNELS.rms_norm(stream, factors, 1e-6), layer["gate_up"])
-            stream = stream.addmm_(KERNELS.silu_and_mul(inner), layer["down"].t())
+            heads = layer["qkv"](KERNELS.rms_norm(stream, factors, 1e-6))[:, :2048]
+            stream = stream.addmm_(heads, layer["o"].weight.t())
+            inner = layer["gate_up"](KERNELS.rms_norm(stream, factors, 1e-6))
+            stream = stream.addmm_(KERNELS.silu_and_mul(inner), layer["down"].weight.t())
         return stream
 
-    def fused() -> Tensor:
-        assert tiles is not None
-        residual, norm = start, (factors, 1e-6)
+    def chosen() -> Tensor:
+        stream = start.clone()
         for layer in layers:
-            qkv = skinny_linear(residual, layer["qkv"], norm=norm, tile=tiles["qkv"])
-            residual = skinny_linear(
-                qkv[:, :2048], layer["o"], residual=residual, tile=tiles["o"]
-            )  # fmt: skip
-            x = skinny_linear(
-                residual, layer["gate_up"], norm=norm, gated=True, tile=tiles["gate_up"]
-            )
-            residual = skinny_linear(x, layer["down"], residual=residual, tile=tiles["down"])
-        return residual
-
-    def skinny() -> Tensor:
-        assert tiles is not None
-        stream = start
-        for layer in layers:
-            normed = KERNELS.rms_norm(stream, factors, 1e-6)
-            qkv = skinny_linear(normed, layer["qkv"], tile=tiles["qkv"])
+            qkv = KERNELS.norm_linear(stream, factors, 1e-6, layer["qkv"])
             heads = qkv.view(-1)[: num_tokens * 2048].view(num_tokens, 2048)  # contiguous
-            stream = skinny_linear(heads, layer["o"], residual=stream, tile=tiles["o"])
-            normed = KERNELS.rms_norm(stream, factors, 1e-6)
-            x = skinny_linear(normed, layer["gate_up"], gated=True, tile=tiles["gate_up"])
-            stream = skinny_linear(x, layer["down"], residual=stream, tile=tiles["down"])
+            stream = KERNELS.linear_add(heads, layer["o"], stream)
+            inner = KERNELS.norm_gate_up(stream, factors, 1e-6, layer["gate_up"])
+            stream = KERNELS.linear_add(inner, layer["down"], stream)
         return stream
 
-    if tiles is not None:
-        return (fused if num_tokens == 1 else skinny), num_layers, None
-    return plain, num_layers, None
+    return (chosen if ours else cublas), num_layers, None
+
+
+def layer_cases() -> Iterator[Case]:
+    num_bytes = sum(n * k * 2 for n, k in QWEN3_06B.values())
+    for num_tokens in (1, 4, 8, 16, 32, 64, 128):
+        for label, ours in (("cuBLAS", False), ("as the engine runs it", True)):
+            build = partial(build_layer, num_tokens, ours=ours)
+            yield Case("layer", f"m{num_tokens}", label, num_bytes, 0, build)
 
 
 # ---------------------------------------------------------------- elementwise and sampling
@@ -483,7 +475,14 @@ def measure(case: Case) -> float:
 
 
 def all_cases(groups: list[str]) -> list[Case]:
-    makers = (elementwise_cases, decode_cases, prefill_cases, linear_cases, sampler_cases)
+    makers = (
+        elementwise_cases,
+        decode_cases,
+        prefill_cases,
+        linear_cases,
+        layer_cases,
+        sampler_cases,
+    )
     return [case for make in makers for case in make() if case.group in groups]
 
 
@@ -509,7 +508,9 @@ def compile_all(groups: list[str], shard: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="elementwise,decode,prefix,prefill,linear,large,sampler")
+    parser.add_argument(
+        "--only", default="elementwise,decode,prefix,prefill,layer,linear,large,sampler"
+    )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")
     arguments = parser.parse_args()
@@ -519,23 +520,10 @@ def main() -> None:
         compile_all(groups, arguments.shard)
         return
     best: dict[tuple[str, str], tuple[float, str]] = {}
-    tiles: dict[str, tuple[float, Tile]] = {}
     for case in all_cases(groups):
         seconds = measure(case)
         key = (case.group, case.shape)
         best[key] = min(best.get(key, (math.inf, "")), (seconds, case.variant))
-        if case.group == "linear" and (tile := case.build.args[0]) is not None:
-            tiles[case.shape] = min(
-                tiles.get(case.shape, (math.inf, tile)), (seconds, tile), key=lambda t: t[0]
-            )
-    floor = sum(n * k * 2 for n, k in QWEN3_06B.values())
-    for num_tokens in (1, 8, 16, 32, 64) if tiles else ():
-        chosen = {
-            name: tiles[f"m{num_tokens} {name} {n}×{k}"][1] for name, (n, k) in QWEN3_06B.items()
-        }
-        for label, some in (("cuBLAS", None), ("ours", chosen)):
-            build = partial(build_layer, num_tokens, some)
-            measure(Case("layer", f"m{num_tokens}", label, floor, 0, build))
     print("\nbest of each:")
     for (group, shape), (seconds, variant) in best.items():
         print(f"{group:11} {shape:24} {variant:30} {seconds * 1e6:9.1f} µs")

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -92,8 +93,8 @@ class CoreServer:
 
     def stop(self) -> None:
         """Ask the loop to end; callable from signal handlers and other threads."""
-        if not self._stopping:
-            self._stopping = True
+        self._stopping = True
+        with suppress(OSError):  # the loop may have seen it and closed everything by now
             self._waker.send(b"\0")
 
     def close(self) -> None:

@@ -132,7 +132,7 @@ def _input_tile(x, norm_weight, scale, ks, K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _matrix_kernel(  # noqa: C901
+def _matrix_kernel(
     x_desc,  # [num_tokens, K], boxes [BLOCK_M, BLOCK_K]
     weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
     bias,
@@ -140,43 +140,18 @@ def _matrix_kernel(  # noqa: C901
     out,  # [num_tokens, num_outputs]
     partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
     arrivals,  # [tiles] int32, zero before and after
-    num_tokens,
-    num_outputs,
-    NUM_TILES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    num_tokens, num_outputs,
+    NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
-    if PDL:
-        gdc_launch_dependents()
     output = tl.program_id(0) * BLOCK_N
-    first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
     token = tl.program_id(2) * BLOCK_M
-    w = weight_desc.load([output, first])
-    if GATED:
-        up_w = weight_desc.load([num_outputs + output, first])
-    if PDL:
-        gdc_wait()
-    a = x_desc.load([token, first])
-    acc = tl.dot(a, tl.trans(w), input_precision="ieee")
-    up = acc
-    if GATED:
-        up = tl.dot(a, tl.trans(up_w), input_precision="ieee")
-    for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
-        k = first + tile * BLOCK_K
-        a = x_desc.load([token, k])
-        w = weight_desc.load([output, k])
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-        if GATED:
-            up_w = weight_desc.load([num_outputs + output, k])
-            up = tl.dot(a, tl.trans(up_w), up, input_precision="ieee")
+    acc, up = _products(
+        x_desc, weight_desc, token, output, tl.program_id(1) * (NUM_TILES * BLOCK_K), num_outputs,
+        NUM_TILES, BLOCK_K, STAGES, GATED, PDL,
+    )  # fmt: skip
     tokens = token + tl.arange(0, BLOCK_M)
     outputs = output + tl.arange(0, BLOCK_N)
     present = (tokens < num_tokens)[:, None]
@@ -204,6 +179,36 @@ def _matrix_kernel(  # noqa: C901
             _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
                     GATED, BIAS, RESIDUAL)  # fmt: skip
             tl.store(arrival, 0)
+
+
+@triton.jit
+def _products(
+    x_desc, weight_desc, token, output, first, num_outputs,
+    NUM_TILES: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of outputs over inputs from `first` on, and of their ups if GATED."""
+    if PDL:
+        gdc_launch_dependents()
+    w = weight_desc.load([output, first])
+    if GATED:
+        up_w = weight_desc.load([num_outputs + output, first])
+    if PDL:
+        gdc_wait()
+    x = x_desc.load([token, first])
+    acc = tl.dot(x, tl.trans(w), input_precision="ieee")
+    up = acc
+    if GATED:
+        up = tl.dot(x, tl.trans(up_w), input_precision="ieee")
+    for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
+        k = first + tile * BLOCK_K
+        x = x_desc.load([token, k])
+        w = weight_desc.load([output, k])
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if GATED:
+            up_w = weight_desc.load([num_outputs + output, k])
+            up = tl.dot(x, tl.trans(up_w), up, input_precision="ieee")
+    return acc, up
 
 
 @triton.jit

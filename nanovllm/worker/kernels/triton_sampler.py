@@ -257,54 +257,74 @@ def _uniform(seed, position):
 
 
 @triton.jit
+def _segment_at(ends, mass, target, places):
+    """Where a cumulative sum first exceeds `target`, but never beyond the last place with mass."""
+    index = tl.sum((ends <= target).to(tl.int32), 0)
+    return tl.minimum(index, tl.max(tl.where(mass > 0, places, 0), 0))
+
+
+@triton.jit
+def _draw(row_logits, peaks, mass, segments, chosen, truncated, floor, sharpness, uniform,
+          vocab_size, SEGMENT: tl.constexpr):  # fmt: skip
+    """Inverse CDF in two levels: the segment, then the token. mass: per segment, or per chosen."""
+    ends = tl.cumsum(mass.to(tl.float64), 0)
+    target = uniform * tl.max(ends, 0)
+    index = _segment_at(ends, mass, target, segments)
+    target -= tl.sum(tl.where(segments < index, mass.to(tl.float64), 0.0), 0)
+    segment = index
+    if truncated:
+        segment = tl.load(chosen + index)
+    inside = tl.arange(0, SEGMENT)
+    tokens = segment * SEGMENT + inside
+    x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    weights = tl.where(x >= floor, tl.exp2((x - tl.max(peaks, 0)) * sharpness), 0.0)
+    ends = tl.cumsum(weights.to(tl.float64), 0)
+    return segment * SEGMENT + _segment_at(ends, weights, target, inside)
+
+
+@triton.jit
+def _greedy(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT: tl.constexpr):
+    """The first of the largest logits."""
+    largest = tl.max(peaks, 0)
+    segment = tl.min(tl.where(peaks == largest, segments, num_segments - 1), 0)
+    tokens = segment * SEGMENT + tl.arange(0, SEGMENT)
+    x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.where(x == largest, tokens, vocab_size - 1), 0)
+
+
+@triton.jit
 def _choose_kernel(
-    logits,
-    logits_stride,
-    rows,
+    logits, logits_stride, rows,
     positions,  # [n] int64
     temperature,
     top_k,  # [num_rows] int32; this and the next two like temperature
-    top_p,
-    min_p,
-    column_stride,
+    top_p, min_p, column_stride,
     seeds,  # [num_rows] int64, stride seed_stride
-    seed_stride,
-    maxima,
-    masses,
+    seed_stride, maxima, masses,
     chosen,  # [n, num_segments] int32, scratch
     chosen_masses,  # [n, num_segments] fp32, scratch
     token_ids,  # [n] int64, out
-    vocab_size,
-    num_segments,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOK: tl.constexpr,
-    TRUNCATE: tl.constexpr,
+    vocab_size, num_segments,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, TRUNCATE: tl.constexpr,
     PDL: tl.constexpr,
-):
-    """One program per row finds the segment, then the token."""
+):  # fmt: skip
+    """One program per row chooses its token."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + entry)
     warmth = tl.load(temperature + row * column_stride)
-    sharpness = _sharpness(warmth)
     row_logits = logits + entry * logits_stride
     segments = tl.arange(0, BLOCK)
     present = segments < num_segments
     place = entry * num_segments
     peaks = tl.load(maxima + place + segments, present, other=float("-inf"))
-    largest = tl.max(peaks, 0)
-    inside = tl.arange(0, SEGMENT)
     if warmth <= 0:
-        segment = tl.min(tl.where(peaks == largest, segments, num_segments - 1), 0)
-        tokens = segment * SEGMENT + inside
-        x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
-        token = tl.min(tl.where(x == largest, tokens, vocab_size - 1), 0)
+        token = _greedy(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT)
     else:
         mass = tl.load(masses + place + segments, present, other=0.0)
-        mass *= tl.exp2((peaks - largest) * sharpness)
+        mass *= tl.exp2((peaks - tl.max(peaks, 0)) * _sharpness(warmth))
         floor = float("-inf")
         truncated = False
         if TRUNCATE:
@@ -318,22 +338,9 @@ def _choose_kernel(
                     present, k, p, least, warmth, vocab_size, SEGMENT, LOOK,
                 )  # fmt: skip
                 mass = tl.load(chosen_masses + place + segments, segments < num_chosen, other=0.0)
-        ends = tl.cumsum(mass.to(tl.float64), 0)
         uniform = _uniform(tl.load(seeds + row * seed_stride), tl.load(positions + entry))
-        # Sums round: the target must stay under the last segment's end, and below in the segment.
-        target = uniform * tl.max(ends, 0)
-        index = tl.sum((ends <= target).to(tl.int32), 0)
-        index = tl.minimum(index, tl.max(tl.where(mass > 0, segments, 0), 0))
-        target -= tl.sum(tl.where(segments < index, mass.to(tl.float64), 0.0), 0)
-        segment = index
-        if truncated:
-            segment = tl.load(chosen + place + index)
-        tokens = segment * SEGMENT + inside
-        x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
-        weights = tl.where(x >= floor, tl.exp2((x - largest) * sharpness), 0.0)
-        ends = tl.cumsum(weights.to(tl.float64), 0)
-        offset = tl.sum((ends <= target).to(tl.int32), 0)
-        token = segment * SEGMENT + tl.minimum(offset, tl.max(tl.where(weights > 0, inside, 0), 0))
+        token = _draw(row_logits, peaks, mass, segments, chosen + place, truncated, floor,
+                      _sharpness(warmth), uniform, vocab_size, SEGMENT)  # fmt: skip
     tl.store(token_ids + entry, token.to(tl.int64))
 
 
