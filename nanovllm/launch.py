@@ -104,7 +104,8 @@ def core_main(argv: list[str] | None = None) -> int:
             watch_owner(arguments.owner_fd, server.stop)
         server.run(partial(make_executor, config, server.on_progress))
     except ValueError as error:
-        print(f"nanovllm-core: {error}", file=sys.stderr)
+        if arguments.owner_fd is None:  # an owner has been told, and tells its user
+            print(f"nanovllm-core: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
 
