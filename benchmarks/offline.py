@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,39 +21,23 @@ from workloads import WORKLOADS, Workload, floor_seconds, keeps_cache
 
 MAX_MODEL_LEN = 4096
 TEMPERATURE = 0.6
+ENGINES = ("nanovllm", "vllm")
 
 
-def nanovllm_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from nanovllm import LLM, SamplingParams
-
-    llm = LLM(
+def make_engine(engine: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """An engine's `LLM`, set up like the other's, and its `SamplingParams`."""
+    module = import_module(engine)
+    own = {"disable_log_stats": True} if engine == "vllm" else json.loads(arguments.config)
+    llm = module.LLM(
         arguments.model,
         load_format=arguments.load_format,
         skip_tokenizer_init=True,
         dtype=arguments.dtype,
         max_model_len=MAX_MODEL_LEN,
         gpu_memory_utilization=0.85,
-        **json.loads(arguments.config),
+        **own,
     )
-    return llm, SamplingParams
-
-
-def vllm_engine(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        arguments.model,
-        load_format=arguments.load_format,
-        skip_tokenizer_init=True,
-        dtype=arguments.dtype,
-        max_model_len=MAX_MODEL_LEN,
-        gpu_memory_utilization=0.85,
-        disable_log_stats=True,
-    )
-    return llm, SamplingParams
-
-
-ENGINES = {"nanovllm": nanovllm_engine, "vllm": vllm_engine}
+    return llm, module.SamplingParams
 
 
 def run_workload(llm: Any, params_type: Any, name: str, repeats: int) -> tuple[float, Workload]:
@@ -81,7 +66,7 @@ def measure(engine: str, arguments: argparse.Namespace) -> None:
     """Run all workloads on one engine in this process."""
     config = json.loads((Path(arguments.model) / "config.json").read_text())
     started = time.perf_counter()
-    llm, params_type = ENGINES[engine](arguments)
+    llm, params_type = make_engine(engine, arguments)
     print(f"{engine:9s} start {time.perf_counter() - started:.1f} s", flush=True)
     for name in arguments.workload.split(","):
         seconds, workload = run_workload(llm, params_type, name, arguments.repeats)
@@ -103,7 +88,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--config", default="{}", help="further nanovllm settings, as JSON")
-    parser.add_argument("--engine", choices=list(ENGINES), help="only this one, in this process")
+    parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
     arguments = parser.parse_args()
     unknown = set(arguments.workload.split(",")) - set(WORKLOADS)
     if unknown:
