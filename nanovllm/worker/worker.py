@@ -162,7 +162,8 @@ class Worker:
         memory_bytes = 0
         if measured and spec.device.type == "cuda":
             runner = self._make_runner(parts, allocate_blocks(1))
-            self._run_heaviest_step(runner, self._limits(parts))
+            max_model_len = parts.model.spec.max_position_embeddings
+            run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
             memory_bytes = cpu_memory_budget()
@@ -178,21 +179,6 @@ class Worker:
     def _limits(self, parts: Parts) -> StepLimits:
         return self._config.scheduler.limits(parts.attention_spec.device.type)
 
-    def _run_heaviest_step(self, runner: ModelRunner, limits: StepLimits) -> None:
-        """Let the allocator take what the largest step needs. Only the padding row is touched."""
-        num_entries = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-        num_tokens = limits.max_num_batched_tokens // num_entries
-        padding = limits.max_num_seqs
-        entries = [padding] * num_entries
-        zeros, counts = [0] * num_entries, [num_tokens] * num_entries
-        heavy, neutral = (
-            NewRow(padding, [0], 1, [], params, 0, [])
-            for params in (HEAVY, SamplingParams(temperature=0.0))
-        )
-        sampling = list(range(num_entries))
-        runner.execute(StepPlan(0, [heavy], [], entries, zeros, counts, sampling)).result()
-        runner.execute(StepPlan(1, [neutral], [], [padding], [0], [1], [0])).result()
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self._on_progress(name, 0.0)
@@ -200,6 +186,24 @@ class Worker:
         yield
         self._phase_seconds[name] = time.perf_counter() - started
         self._on_progress(name, 1.0)
+
+
+def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:
+    """Let the allocator take what the largest step needs. Only the padding row is touched."""
+    num_entries = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    # Fewer rows than the budget could fill: the largest step is all of them at full length, with
+    # room for the sampled token.
+    num_tokens = min(limits.max_num_batched_tokens // num_entries, max_model_len - 1)
+    padding = limits.max_num_seqs
+    entries = [padding] * num_entries
+    zeros, counts = [0] * num_entries, [num_tokens] * num_entries
+    heavy, neutral = (
+        NewRow(padding, [0], 1, [], params, 0, [])
+        for params in (HEAVY, SamplingParams(temperature=0.0))
+    )
+    sampling = list(range(num_entries))
+    runner.execute(StepPlan(0, [heavy], [], entries, zeros, counts, sampling)).result()
+    runner.execute(StepPlan(1, [neutral], [], [padding], [0], [1], [0])).result()
 
 
 def choose_device(device: Device) -> torch.device:

@@ -9,7 +9,13 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.protocol import WorkerInfo
-from nanovllm.worker.worker import Worker, choose_device, choose_dtype, choose_max_model_len
+from nanovllm.worker.worker import (
+    Worker,
+    choose_device,
+    choose_dtype,
+    choose_max_model_len,
+    run_heaviest_step,
+)
 from tests.worker.planning import CUDA, make_plan, new_row
 
 TINY_LLAMA = {
@@ -85,6 +91,20 @@ def test_blocks_are_sized_by_memory_and_capped_by_use(model: str, device: str) -
     block_bytes = info.kv_cache_bytes // info.num_blocks
     few = start(model, num_gpu_blocks_override=None, kv_cache_memory_bytes=20 * block_bytes)
     assert few.num_blocks == 20
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 8])
+def test_the_heaviest_step_stays_within_the_rows(model: str, max_num_seqs: int) -> None:
+    config = EngineConfig.from_kwargs(
+        model=model, load_format="dummy", device="cpu", max_num_seqs=max_num_seqs, block_size=4
+    )
+    worker = Worker(config, lambda phase, progress: None)
+    info = worker.start()
+    assert worker._runner is not None
+    # The budget alone would be 2048 tokens, many times what the rows hold.
+    run_heaviest_step(
+        worker._runner, config.scheduler.limits("cpu"), max_model_len=info.max_model_len
+    )
 
 
 @pytest.mark.parametrize(
