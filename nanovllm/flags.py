@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from nanovllm.config import SECTIONS
+from nanovllm.config import SECTIONS, field_names
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 def config_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config fields that were given on the command line."""
     values = vars(arguments)
-    names = (name for section in SECTIONS.values() for name in section.__struct_fields__)
-    return {name: values[name] for name in names if name in values}
+    return {name: values[name] for name in field_names() if name in values}
 
 
 def add_struct_flags(group: Any, struct: type[msgspec.Struct]) -> None:

@@ -13,8 +13,6 @@ import xxhash
 
 from nanovllm.core.sequence import Sequence
 
-KEY_BYTES = 16
-
 
 class FreeList:
     """Doubly linked list of block ids over two arrays; all operations O(1). Entry 0 is the head."""

@@ -148,11 +148,9 @@ class CoreServer:
             status = core.status(epoch=self._epoch, num_clients=len(self._clients))
             for client in list(self._clients.values()):
                 self._send(client, status)
-        if core.busy:
-            self._receive_all()
-        else:
+        if not core.busy:
             self._poller.poll(int((self._status_due - now) * 1e3) + 1)
-            self._receive_all()
+        self._receive_all()
         if core.busy and not self._stopping:
             outputs = core.step()
             if outputs is not None:

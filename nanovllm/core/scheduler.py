@@ -250,16 +250,18 @@ class Scheduler:
         while self._waiting and self._running:
             urgent = self._waiting[0][1]
             outranks = urgent.order[0] < self._running[-1].order[0]
-            if not outranks or urgent.num_pending or self._has_room_for(urgent):
+            if not outranks or urgent.num_pending or self._blocks_to_share(urgent) is not None:
                 return
             self._preempt(self._running[-1])
 
-    def _has_room_for(self, sequence: Sequence) -> bool:
+    def _blocks_to_share(self, sequence: Sequence) -> list[int] | None:
+        """What `sequence` may reuse if it is admitted now; None if there is no room for it."""
         if not self._free_rows:
-            return False
+            return None
         shared = self._reusable_blocks(sequence)
         # Each running sequence will soon want one block more: leave them that much.
-        return self._blocks.can_hold(sequence, shared, reserve=len(self._running))
+        has_room = self._blocks.can_hold(sequence, shared, reserve=len(self._running))
+        return shared if has_room else None
 
     def _admit_waiting(self, step: ScheduledStep, budget: int) -> None:
         cap = self._limits.long_prefill_token_threshold or budget
@@ -267,16 +269,16 @@ class Scheduler:
             sequence = self._waiting[0][1]
             if sequence.num_pending:
                 break  # preempted with steps in flight: its last ids are not known yet
-            if not self._has_room_for(sequence):
+            shared = self._blocks_to_share(sequence)
+            if shared is None:
                 break
             heapq.heappop(self._waiting)
-            self._admit(step, sequence)
+            self._admit(step, sequence, shared)
             num_new = min(len(sequence.token_ids) - sequence.num_computed, cap, budget)
             self._advance(step, sequence, num_new)
             budget -= num_new
 
-    def _admit(self, step: ScheduledStep, sequence: Sequence) -> None:
-        shared = self._reusable_blocks(sequence)
+    def _admit(self, step: ScheduledStep, sequence: Sequence, shared: list[int]) -> None:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
         sequence.row = self._free_rows.pop()
