@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise, product
 
@@ -24,11 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.rotary import Rotary
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -91,6 +92,7 @@ def attention_inputs(
         block_tables=blocks.view(num_rows, width),
         num_tokens=sum(query_lens),
         num_rows=num_rows,
+        num_decode_rows=query_lens.count(1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
@@ -98,14 +100,15 @@ def attention_inputs(
     layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
     shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
     cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_()
-    return spec, batch, randn(batch.num_tokens, *heads[:1], 128), cache
+    return spec, batch, randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128), cache
 
 
 def attention_error(
     out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]
 ) -> float:
     """Of the last layer's result: the first, a middle and the last row, at most 64 queries each."""
-    spec, batch, query, cache = inputs
+    spec, batch, qkv, cache = inputs
+    query = qkv.view(batch.num_tokens, -1, 128)[:, : spec.num_heads]
     starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     errors = []
     for row in {0, batch.num_rows // 2, batch.num_rows - 1}:
@@ -126,14 +129,27 @@ def attention_error(
     return max(errors)
 
 
+class Rotated(Rotary):
+    """The queries are rotated already, and the cache is full."""
+
+    def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
+        return qkv.view(batch.num_tokens, -1, 128)[:, : -2 * layer_cache.shape[3]]
+
+
 def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = False):
+    """Decoding is timed with rotation and cache writes, all else without."""
     inputs = attention_inputs(*args)
-    spec, batch, query, cache = inputs
+    spec, batch, qkv, cache = inputs
     if num_shared:
         blocks = num_shared // spec.block_size
         batch.block_tables[:, :blocks] = batch.block_tables[0, :blocks].clone()
+        if shares:
+            num_keys = torch.full((batch.num_rows,), num_shared, dtype=torch.int32, device=CUDA)
+            prefix = SharedPrefix(num_keys, torch.zeros(1, dtype=torch.int32, device=CUDA))
+            batch = replace(batch, prefix=prefix)
     backend = TritonAttention(spec, tuning)
-    backend.shares_prefix = shares
+    cos_sin = torch.cat((torch.ones(16384, 64), torch.zeros(16384, 64)), dim=1).to(CUDA)
+    rotary = Rotated(KERNELS, cos_sin, None)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
     between = torch.empty(1, device=CUDA)
@@ -142,7 +158,7 @@ def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = F
         backend.prepare(batch)
         between.zero_()
         for layer in layers:
-            out = backend.forward(query, layer, batch)
+            out = backend.forward(qkv, rotary, layer, batch)
         return out
 
     return run, len(layers), lambda: attention_error(run(), inputs)
@@ -176,7 +192,7 @@ def decode_cases() -> Iterator[Case]:
     for label, shares in (("each row alone", False), ("read once", True)):
         build = partial(build_attention, tuning_for(spec), *args, num_shared=2048, shares=shares)
         yield Case("prefix", "256×2112, 2048 shared", label, (256 * 64 + 2048) * 4096, 0, build)
-    for num_shared in (0, 1024):
+    for num_shared in (1024,):
         args = ((1,) * 64, (1088,) * 64, (16, 8), 16)
         build = partial(
             build_attention, tuning_for(spec), *args, num_shared=num_shared, shares=True

@@ -8,11 +8,20 @@ by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DecodeStep = Callable[[int, bool], Tensor]
+
+class Variant(NamedTuple):
+    """What besides the batch size is part of what is captured."""
+
+    truncates: bool  # the sampler looks at top-k, top-p and min-p
+    shares_prefix: bool  # attention reads keys that rows share apart
+
+
+DecodeStep = Callable[[int, Variant], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +39,33 @@ def buckets_up_to(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """`step(bucket, truncates)` must be a decode step on persistent buffers; it returns the ids.
-
-    truncates: whether the sampler looks at top-k, top-p and min-p; it is part of what is captured.
-    """
+    """`step(bucket, variant)` must be a decode step on persistent buffers; it returns the ids."""
 
     def __init__(self, step: DecodeStep, *, max_num_rows: int) -> None:
         self._step = step
         self._buckets = buckets_up_to(max_num_rows)
-        self._captured: dict[tuple[int, bool], CapturedStep] = {}
+        self._captured: dict[tuple[int, Variant], CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def bucket_for(self, num_rows: int) -> int:
         """The least bucket that holds so many rows."""
         return self._buckets[bisect_left(self._buckets, num_rows)]
 
-    def run(self, bucket: int, *, truncates: bool) -> Tensor:
+    def run(self, bucket: int, variant: Variant) -> Tensor:
         """Run the step for the staged plan; returns ids [bucket], good until the next call.
 
         The first time it runs eagerly, which also compiles and warms up, and is then captured.
         """
-        captured = self._captured.get((bucket, truncates))
+        captured = self._captured.get((bucket, variant))
         if captured is not None:
             captured.graph.replay()
             return captured.token_ids
-        token_ids = self._step(bucket, truncates)
-        self._captured[bucket, truncates] = self._capture(bucket, truncates)
+        token_ids = self._step(bucket, variant)
+        self._captured[bucket, variant] = self._capture(bucket, variant)
         return token_ids
 
-    def _capture(self, bucket: int, truncates: bool) -> CapturedStep:
+    def _capture(self, bucket: int, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            token_ids = self._step(bucket, truncates)
+            token_ids = self._step(bucket, variant)
         return CapturedStep(graph, token_ids)
