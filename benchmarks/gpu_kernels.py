@@ -85,8 +85,9 @@ def attention_inputs(
     nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
     batch = ForwardBatch(
         input_ids=nothing,
-        positions=nothing,
-        slot_mapping=nothing,
+        positions=torch.tensor(seq_lens, device=CUDA) - 1,  # as decoding has them
+        slot_mapping=blocks[width - 1 :: width].long() * block_size
+        + (seq_lens[0] - 1) % block_size,
         query_start_loc=torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int(),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=CUDA),
         block_tables=blocks.view(num_rows, width),
@@ -148,8 +149,9 @@ def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = F
             prefix = SharedPrefix(num_keys, torch.zeros(1, dtype=torch.int32, device=CUDA))
             batch = replace(batch, prefix=prefix)
     backend = TritonAttention(spec, tuning)
-    cos_sin = torch.cat((torch.ones(16384, 64), torch.zeros(16384, 64)), dim=1).to(CUDA)
-    rotary = Rotated(KERNELS, cos_sin, None)  # angles of zero
+    cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
+    decodes = batch.max_query_len == 1 and batch.prefix is None
+    rotary = (Rotary if decodes else Rotated)(KERNELS, cos_sin, None)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
     between = torch.empty(1, device=CUDA)
@@ -176,17 +178,19 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-    gather = Tiling(keys=64, stages=3, warps=4, tma=False)
-    variants = {"gather n64 s3 p3": Tuning(gather, prefill, 128, programs_per_sm=3)}
-    cuts = ((6, 7, 128), (5, 7, 128), (6, 6, 128), (6, 8, 128), (6, 7, 256))
-    for stages, programs, split in cuts:
-        tiling = Tiling(keys=16, stages=stages, warps=1, tma=True)
-        name = f"tma s{stages} p{programs} k{split}"
-        variants[name] = Tuning(tiling, prefill, 128, programs, split)
-    two = Tiling(keys=16, stages=6, warps=2, tma=True)
-    variants["tma s6 p7 k128 w2"] = Tuning(two, prefill, 128, 7, 128)
-    shapes = [(1, 512, 16), (1, 4096, 16), (8, 1024, 16), (64, 384, 16), (64, 1024, 16)]
-    shapes += [(256, 1024, 16), (64, 1024, 32), (1, 4096, 32), (2, 32768, 16)]
+    many = Tiling(keys=16, stages=6, warps=1, tma=True)
+    variants = {"many": Tuning(many, prefill, 128, few_rows=0)}
+    for keys, warps, split, programs, tma in (
+        (64, 4, 64, 4, False), (64, 4, 128, 4, False), (64, 8, 64, 4, False),
+        (32, 2, 64, 6, False), (32, 4, 32, 4, False), (16, 1, 64, 7, True), (64, 2, 64, 4, False),
+    ):  # fmt: skip
+        few = Tiling(keys=keys, stages=6 if tma else 2, warps=warps, tma=tma)
+        name = f"fused n{keys} w{warps} k{split}{' tma' * tma}"
+        variants[name] = Tuning(
+            many, prefill, 128, few=few, few_rows=64, few_split=split, few_programs_per_sm=programs
+        )
+    shapes = [(1, 512, 16), (1, 4096, 16), (8, 384, 16), (8, 1024, 16), (16, 384, 16)]
+    shapes += [(64, 384, 16), (256, 1024, 16), (1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
     spec = attention_spec((16, 8), 16)
     args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
     for label, shares in (("each row alone", False), ("read once", True)):
@@ -205,9 +209,6 @@ def decode_cases() -> Iterator[Case]:
         for name, tuning in variants.items():
             build = partial(build_attention, tuning, *args, 16)
             yield Case("decode", f"{rows}×{length} h{heads}/8", name, num_bytes, 0, build)
-        tiling = Tiling(keys=32, stages=4, warps=1, tma=True)
-        build = partial(build_attention, Tuning(tiling, prefill, 128, 7, 128), *args, 32)
-        yield Case("decode", f"{rows}×{length} h{heads}/8", "blocks32 n32 s4", num_bytes, 0, build)
 
 
 def prefill_cases() -> Iterator[Case]:

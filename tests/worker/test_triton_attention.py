@@ -33,10 +33,21 @@ TUNING = Tuning(
     queries=16,
     min_split=32,
     max_splits=4,
+    few=Tiling(keys=16, stages=2, warps=4, tma=False),
+    few_rows=0,
+    few_split=32,
 )
+FUSED_TUNING = replace(TUNING, few_rows=8)
 TMA_TUNING = replace(
     TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
 )
+FUSED_TMA_TUNING = replace(FUSED_TUNING, few=replace(FUSED_TUNING.few, tma=True))
+TUNINGS = {
+    "gather": TUNING,
+    "tma": TMA_TUNING,
+    "fused": FUSED_TUNING,
+    "fused tma": FUSED_TMA_TUNING,
+}
 
 
 def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> ForwardBatch:
@@ -139,7 +150,7 @@ def check(
     torch.testing.assert_close(cache, before)  # keys and values are where later steps read them
 
 
-@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"),
     [

@@ -18,6 +18,7 @@ from nanovllm.worker.attention.triton_attention_kernels import prefill_kernel
 from nanovllm.worker.attention.triton_decode_kernels import (
     PLANNED_ROWS,
     RECORD,
+    combine_kernel,
     decode_kernel,
     plan_kernel,
 )
@@ -63,7 +64,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How rows are cut up, and the tiles of both kernels."""
+    """How rows are cut up, and the tiles of the kernels."""
 
     decode: Tiling
     prefill: Tiling
@@ -71,7 +72,11 @@ class Tuning:
     programs_per_sm: int = 7
     min_split: int = 128  # keys; half as many for rows of up to twice that
     max_splits: int = 32  # of one row, however long
-    prefix_splits: int = 16  # of the keys all rows share
+    prefix_splits: int = 16  # of the keys that rows share
+    few: Tiling = Tiling(keys=64, stages=2, warps=4, tma=False)  # of few rows, as all the next
+    few_rows: int = 8  # one fused kernel for up to so many
+    few_split: int = 64  # keys
+    few_programs_per_sm: int = 4
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
@@ -136,12 +141,6 @@ class TritonAttention:
             "BLOCK_SIZE": spec.block_size,
             "WINDOW": spec.sliding_window or 0,
         }
-        self._cuts = {
-            "WINDOW": spec.sliding_window or 0,
-            "MIN_SPLIT": self._tuning.min_split,
-            "MAX_SPLITS": self._tuning.max_splits,
-            "BLOCK_N": self._tuning.decode.keys,
-        }
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
         self._tile_rows: Tensor | None = None  # [number of query tiles] int32
@@ -176,7 +175,7 @@ class TritonAttention:
                 scratch.num_work,
                 batch.num_rows,
                 SHARED=batch.prefix is not None,
-                **self._cuts,
+                **self._cuts(batch),
                 BLOCK_ROWS=triton.next_power_of_2(batch.num_rows),
             )
         if batch.max_query_len > 1:
@@ -192,15 +191,12 @@ class TritonAttention:
     def forward(
         self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        """Rows with one token are split over their keys, the others tiled over their queries.
-
-        A pure decode step without a shared prefix rotates in the attention kernel itself.
-        """
+        """Rows with one token are split over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
         spec = self._spec
         shape = batch.num_tokens, spec.num_heads, spec.head_dim
         out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-        if batch.max_query_len == 1 and batch.prefix is None:
+        if self._fuses(batch):
             assert qkv.stride(1) == 1
             self._decode(qkv, layer_cache, batch, out, rotary=rotary)
             return out
@@ -212,7 +208,25 @@ class TritonAttention:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
             self._decode(query, layer_cache, batch, out)
+            if batch.max_seq_len > self._tuning.min_split // 2:
+                self._combine(batch, out)
         return out
+
+    def _fuses(self, batch: ForwardBatch) -> bool:
+        """Whether one kernel does it all, from rotating to joining splits."""
+        few = batch.num_rows <= self._tuning.few_rows
+        return few and batch.max_query_len == 1 and batch.prefix is None
+
+    def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
+        """How `plan_kernel` cuts rows up, and `combine_kernel` knows."""
+        tuning, few = self._tuning, self._fuses(batch)
+        return {
+            "WINDOW": self._spec.sliding_window or 0,
+            "MIN_SPLIT": tuning.few_split if few else tuning.min_split,
+            "SHORT_SPLIT": tuning.few_split if few else tuning.min_split // 2,
+            "MAX_SPLITS": tuning.max_splits,
+            "BLOCK_N": (tuning.few if few else tuning.decode).keys,
+        }
 
     @property
     def _tile_tokens(self) -> int:
@@ -263,12 +277,14 @@ class TritonAttention:
         """query: rotated, [num_tokens, num_heads, head_dim]; with `rotary`, qkv as it came."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
         norm = None if rotary is None else rotary.qk_norm
+        tiling, per_sm = tuning.decode, tuning.programs_per_sm
+        if rotary is not None:
+            tiling, per_sm = tuning.few, tuning.few_programs_per_sm
         most = batch.num_rows * spec.num_kv_heads * tuning.max_splits
-        resident = num_multiprocessors(spec.device) * tuning.programs_per_sm
-        decode_kernel[(min(most, resident),)](
+        decode_kernel[(min(most, num_multiprocessors(spec.device) * per_sm),)](
             query,
             query.stride(0),
-            *self._keys_and_values(layer_cache, tuning.decode),
+            *self._keys_and_values(layer_cache, tiling),
             out,
             *scratch.partials,
             scratch.arrivals,
@@ -287,9 +303,28 @@ class TritonAttention:
             BLOCK_G=max(16, triton.next_power_of_2(self._group)),
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
-            ROTATE=rotary is not None,
+            FUSED=rotary is not None,
             NORM=norm is not None,
-            **tuning.decode.options,
+            **tiling.options,
+            **self._options,
+        )
+
+    def _combine(self, batch: ForwardBatch, out: Tensor) -> None:
+        spec, prefix = self._spec, batch.prefix
+        combine_kernel[(batch.num_rows, spec.num_heads)](
+            out,
+            *self._scratch_for(batch.num_rows).partials,
+            batch.seq_lens,
+            batch.query_start_loc,
+            batch.num_rows,
+            None if prefix is None else prefix.num_keys,
+            HEADS=spec.num_heads,
+            HEAD_DIM=spec.head_dim,
+            BLOCK_D=self._shape["BLOCK_D"],
+            SHARED=prefix is not None,
+            SLOTS=self._slots,
+            **self._cuts(batch),
+            num_warps=2,
             **self._options,
         )
 

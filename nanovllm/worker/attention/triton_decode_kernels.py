@@ -1,8 +1,9 @@
 """Triton kernels of rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
 
-`triton_attention` launches them. `plan_kernel` cuts rows into splits once a step; `decode_kernel`
-attends in every layer, and whichever split of a row ends last joins the row's parts, in their
-order. In pure decode steps it also rotates queries and writes the new keys and values itself.
+`triton_attention` launches them. `plan_kernel` cuts rows into splits once a step; in every layer
+`decode_kernel` attends and `combine_kernel` joins the splits of a row, in their order. For a few
+rows, where latency is all, one kernel (FUSED) also does what lies before and behind: it rotates
+queries, writes the new keys and values, and the last split of a row to end joins them all.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -19,15 +20,17 @@ from nanovllm.worker.attention.triton_attention_kernels import (
 )
 
 # Words of the work list per split: row, split, number of the row's own splits (0: it is all there
-# is), first key, end, token of the query, its position, number of keys others attend to.
+# is), first key, end, token of the query, its position; one unused.
 RECORD = tl.constexpr(8)
 PLANNED_ROWS = tl.constexpr(32)  # per program of plan_kernel
 JOINED = tl.constexpr(8)  # parts that are joined at once
 
 
 @triton.jit
-def _splits_of(num_keys, num_shared, WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr,
-               MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _splits_of(
+    num_keys, num_shared, WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    SHORT_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """First key, keys per split (whole tiles) and number of splits of decoding rows.
 
     num_shared: leading keys that shared_prefix_kernel attends to.
@@ -35,7 +38,7 @@ def _splits_of(num_keys, num_shared, WINDOW: tl.constexpr, MIN_SPLIT: tl.constex
     first = tl.maximum(first_visible(num_keys - 1, WINDOW, BLOCK_N), num_shared)
     per_split = tl.cdiv(tl.cdiv(num_keys - first, MAX_SPLITS), BLOCK_N) * BLOCK_N
     # Short rows mostly come in small batches, which leave most of the device idle.
-    least = tl.where(num_keys - first <= 2 * MIN_SPLIT, MIN_SPLIT // 2, MIN_SPLIT)
+    least = tl.where(num_keys - first <= 2 * MIN_SPLIT, SHORT_SPLIT, MIN_SPLIT)
     per_split = tl.maximum(per_split, least)
     return first, per_split, tl.cdiv(num_keys - first, per_split)
 
@@ -51,6 +54,7 @@ def plan_kernel(
     SHARED: tl.constexpr,
     WINDOW: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    SHORT_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -59,7 +63,7 @@ def plan_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     _, _, _, _, _, num_splits = _cut(
         rows, num_rows, seq_lens, query_start_loc, shared_keys,
-        SHARED, WINDOW, MIN_SPLIT, MAX_SPLITS, BLOCK_N,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
     )  # fmt: skip
     tl.store(num_work, tl.sum(num_splits))
     mine = tl.program_id(0) * PLANNED_ROWS
@@ -67,7 +71,7 @@ def plan_kernel(
     rows = mine + tl.arange(0, PLANNED_ROWS)[:, None]
     num_keys, token, num_shared, first, per_split, num_splits = _cut(
         rows, num_rows, seq_lens, query_start_loc, shared_keys,
-        SHARED, WINDOW, MIN_SPLIT, MAX_SPLITS, BLOCK_N,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
     )  # fmt: skip
     splits = tl.arange(0, MAX_SPLITS)[None, :]
     record = work + (before + tl.cumsum(num_splits, 0) - num_splits + splits) * RECORD
@@ -81,13 +85,12 @@ def plan_kernel(
     tl.store(record + 4, tl.minimum(begin + per_split, num_keys), real)
     tl.store(record + 5, token + splits * 0, real)
     tl.store(record + 6, num_keys - 1 + splits * 0, real)
-    tl.store(record + 7, num_shared + splits * 0, real)
 
 
 @triton.jit
 def _cut(rows, num_rows, seq_lens, query_start_loc, shared_keys, SHARED: tl.constexpr,
-         WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-         BLOCK_N: tl.constexpr):  # fmt: skip
+         WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
+         MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Lengths, tokens and splits of `rows`; rows that do not decode have no splits."""
     present = rows < num_rows
     num_keys = tl.load(seq_lens + rows, present, other=0)
@@ -97,14 +100,14 @@ def _cut(rows, num_rows, seq_lens, query_start_loc, shared_keys, SHARED: tl.cons
     if SHARED:
         num_shared = tl.load(shared_keys + rows, present, other=0)
     first, per_split, num_splits = _splits_of(
-        num_keys, num_shared, WINDOW, MIN_SPLIT, MAX_SPLITS, BLOCK_N
+        num_keys, num_shared, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N
     )
     return num_keys, token, num_shared, first, per_split, tl.where(decodes, num_splits, 0)
 
 
 @triton.jit
 def decode_kernel(
-    query,  # [num_tokens, num_heads, HEAD_DIM], token stride query_stride; if ROTATE all of qkv
+    query,  # [num_tokens, num_heads, HEAD_DIM], token stride query_stride; if FUSED all of qkv
     query_stride,
     keys,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; values lie `values` elements behind.
     values,  # If TMA: descriptors, both [num_slots, KV_HEADS * HEAD_DIM], boxes [BLOCK_N, HEAD_DIM]
@@ -115,13 +118,13 @@ def decode_kernel(
     arrivals,  # [num_rows, KV_HEADS] int32, zero before and after
     work, num_work, block_tables, table_stride,
     scale,  # softmax scale * log2(e)
-    cache, value_offset,  # keys, and how far behind them values lie, for ROTATE to write to
+    cache, value_offset,  # keys, and how far behind them values lie, for FUSED to write to
     cos_sin,  # [max_positions, HEAD_DIM] fp32
     q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    ROTATE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs share out the work list: (split, KV head) each, all heads of the group at once."""
     if PDL:
@@ -135,7 +138,7 @@ def decode_kernel(
             arrivals, work + item // KV_HEADS * RECORD, block_tables, table_stride,
             item % KV_HEADS, scale, cache, value_offset, cos_sin, q_weight, k_weight, eps,
             KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_G, MAX_SPLITS, SLOTS,
-            BLOCK_N, TMA, ROTATE, NORM, PDL,
+            BLOCK_N, TMA, FUSED, NORM, PDL,
         )  # fmt: skip
     if PDL:  # also where there was nothing to do
         gdc_wait()
@@ -149,7 +152,7 @@ def _decode_item(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    ROTATE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one row, for the heads of one KV head: into `out` if it is the last to end."""
     row, split, num_splits = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
@@ -164,7 +167,7 @@ def _decode_item(
     peak = tl.full([BLOCK_G], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW > 0 else 0
-    if ROTATE:
+    if FUSED:
         # The row's last key is that of this token: not in the cache yet.
         is_last = end > position
         cached_end = tl.minimum(end, position)
@@ -212,19 +215,50 @@ def _decode_item(
         tl.store(partial_out + part_lanes, acc, (heads < GROUP)[:, None])
         tl.store(partial_max + parts, peak, heads < GROUP)
         tl.store(partial_sum + parts, total, heads < GROUP)
-        tl.debug_barrier()  # all threads' parts are written before one thread says so
-        if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
-            num_prefix = prefix_splits(tl.load(record + 7), SLOTS - MAX_SPLITS)
-            for head in tl.range(GROUP):
-                first_part = (row_head * GROUP + head) * SLOTS
+        if FUSED:
+            tl.debug_barrier()  # all threads' parts are written before one thread says so
+            if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
+                first_part = row_head * GROUP * SLOTS
                 joined = _join(
                     partial_out + first_part * BLOCK_D, partial_max + first_part,
-                    partial_sum + first_part, num_splits, num_prefix,
-                    BLOCK_D, MAX_SPLITS, SLOTS,
+                    partial_sum + first_part, num_splits, 0,
+                    GROUP, BLOCK_D, MAX_SPLITS, SLOTS,
                 )  # fmt: skip
-                place = (kv_head * GROUP + head) * HEAD_DIM + lanes
-                tl.store(out_row + place, joined.to(out.dtype.element_ty), lanes < HEAD_DIM)
-            tl.store(arrivals + row_head, 0)
+                members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
+                places = (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
+                real = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
+                tl.store(out_row + places, joined.to(out.dtype.element_ty), real)
+                tl.store(arrivals + row_head, 0)
+
+
+@triton.jit
+def combine_kernel(
+    out, partial_out, partial_max, partial_sum, seq_lens, query_start_loc, num_rows,
+    shared_keys,  # [num_rows] int32, if SHARED
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr,
+    WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program joins the parts of one head of one row, if that row decodes in several."""
+    if PDL:
+        gdc_launch_dependents()
+    row, head = tl.program_id(0), tl.program_id(1)
+    _, token, num_shared, _, _, num_splits = _cut(
+        row, num_rows, seq_lens, query_start_loc, shared_keys,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
+    )  # fmt: skip
+    num_prefix = prefix_splits(num_shared, SLOTS - MAX_SPLITS)
+    if PDL:
+        gdc_wait()
+    if (num_splits > 0) & (num_splits + num_prefix > 1):
+        first_part = (row.to(tl.int64) * HEADS + head) * SLOTS
+        joined = _join(
+            partial_out + first_part * BLOCK_D, partial_max + first_part, partial_sum + first_part,
+            num_splits, num_prefix, 1, BLOCK_D, MAX_SPLITS, SLOTS,
+        )  # fmt: skip
+        lanes = tl.arange(0, BLOCK_D)[None, :]
+        places = (token.to(tl.int64) * HEADS + head) * HEAD_DIM + lanes
+        tl.store(out + places, joined.to(out.dtype.element_ty), lanes < HEAD_DIM)
 
 
 @triton.jit
@@ -293,36 +327,43 @@ def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _join(parts, peaks, sums, num_splits, num_prefix, BLOCK_D: tl.constexpr,
+def _join(parts, peaks, sums, num_splits, num_prefix, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
           MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """One head's parts, [BLOCK_D]: its own splits, then those of the prefix it shares."""
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    peak = tl.full([], FLOOR, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    acc, peak, total = _join_some(parts, peaks, sums, 0, num_splits, acc, peak, total, BLOCK_D)
+    """Parts of GROUP heads, [heads, BLOCK_D]: own splits, then those of a shared prefix."""
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+    acc = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+    peak = tl.full([MEMBERS], FLOOR, tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    acc, peak, total = _join_some(
+        parts, peaks, sums, 0, num_splits, acc, peak, total, GROUP, MEMBERS, BLOCK_D, SLOTS
+    )
     if SLOTS > MAX_SPLITS:
         acc, peak, total = _join_some(
-            parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total, BLOCK_D
-        )
-    return acc / total
+            parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total,
+            GROUP, MEMBERS, BLOCK_D, SLOTS,
+        )  # fmt: skip
+    return acc / total[:, None]
 
 
 @triton.jit
-def _join_some(parts, peaks, sums, begin, end, acc, peak, total, BLOCK_D: tl.constexpr):
+def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.constexpr,
+               MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
     """Joins the parts in slots begin … end, written by other programs: past the L1 cache."""
+    members = tl.arange(0, MEMBERS)[:, None]
     lanes = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, JOINED):
-        slots = start + tl.arange(0, JOINED)
-        present = slots < end
-        some_peaks = tl.load(peaks + slots, present, other=FLOOR, cache_modifier=".cg")
-        some_sums = tl.load(sums + slots, present, other=0.0, cache_modifier=".cg")
-        some = tl.load(parts + slots[:, None] * BLOCK_D + lanes[None, :], present[:, None],
-                       other=0.0, cache_modifier=".cg")  # fmt: skip
-        new_peak = tl.maximum(peak, tl.max(some_peaks, 0))
-        weights = tl.where(present, tl.exp2(some_peaks - new_peak), 0.0)
+        slots = start + tl.arange(0, JOINED)[None, :]
+        present = (slots < end) & (members < GROUP)
+        places = members * SLOTS + slots  # [MEMBERS, JOINED]
+        some_peaks = tl.load(peaks + places, present, other=FLOOR, cache_modifier=".cg")
+        some_sums = tl.load(sums + places, present, other=0.0, cache_modifier=".cg")
+        some = tl.load(parts + places[:, :, None] * BLOCK_D + lanes[None, None, :],
+                       present[:, :, None], other=0.0, cache_modifier=".cg")  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(some_peaks, 1))
+        weights = tl.where(present, tl.exp2(some_peaks - new_peak[:, None]), 0.0)
         shrink = tl.exp2(peak - new_peak)
-        acc = acc * shrink + tl.sum(some * weights[:, None], 0)
-        total = total * shrink + tl.sum(some_sums * weights, 0)
+        acc = acc * shrink[:, None] + tl.sum(some * weights[:, :, None], 1)
+        total = total * shrink + tl.sum(some_sums * weights, 1)
         peak = new_peak
     return acc, peak, total
 
