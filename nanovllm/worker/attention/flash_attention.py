@@ -90,10 +90,10 @@ class FlashAttention(TritonAttention):
             self._gathered = torch.empty(shape, dtype=layer_cache.dtype, device=spec.device)
         for half, gathered in zip(layer_cache, self._gathered, strict=True):
             torch.index_select(half.flatten(0, 1).flatten(1), 0, slots, out=gathered[: len(slots)])
-        shape = 2, len(slots), spec.num_kv_heads, spec.head_dim
+        heads = 2, len(slots), spec.num_kv_heads, spec.head_dim
         attended = self._attend(
             query,
-            *self._gathered[:, : len(slots)].view(shape),
+            *self._gathered[:, : len(slots)].view(heads),
             cu_seqlens_q=batch.query_start_loc,
             cu_seqlens_k=self._gathering.starts,
             max_seqlen_q=batch.max_query_len,
