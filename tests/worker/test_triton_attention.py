@@ -34,10 +34,10 @@ TUNING = Tuning(
     min_split=32,
     max_splits=4,
     few=Tiling(keys=16, stages=2, warps=4, tma=False),
-    few_rows=0,
-    few_split=32,
+    few_programs_per_sm=14,
+    min_few_splits=100,
 )
-FUSED_TUNING = replace(TUNING, few_rows=8)
+FUSED_TUNING = replace(TUNING, min_few_splits=1)
 TMA_TUNING = replace(
     TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
 )

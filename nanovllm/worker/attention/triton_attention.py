@@ -73,10 +73,10 @@ class Tuning:
     min_split: int = 128  # keys; half as many for rows of up to twice that
     max_splits: int = 32  # of one row, however long
     prefix_splits: int = 16  # of the keys that rows share
-    few: Tiling = Tiling(keys=64, stages=2, warps=4, tma=False)  # of few rows, as all the next
-    few_rows: int = 8  # one fused kernel for up to so many
-    few_split: int = 64  # keys
-    few_programs_per_sm: int = 4
+    # Of few rows, in one fused kernel of which all programs fit on the device at once:
+    few: Tiling = Tiling(keys=64, stages=2, warps=4, tma=False)
+    few_programs_per_sm: int = 3
+    min_few_splits: int = 6  # rows that could not be cut into so many are too many
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
@@ -120,8 +120,8 @@ class TritonAttention:
     """One per model: layers call it one after the other and share its scratch.
 
     The cache must hold finite numbers everywhere (it starts as zeros): keys beyond a row's end are
-    read and then weighted with zero. A row's bits do not depend on its neighbours, but for the last
-    of them where rows share a prefix: their sums are then in another order.
+    read and then weighted with zero. A row's bits do not depend on its neighbours, but for how many
+    they are (a few rows are cut up more finely) and whether they share a prefix.
     """
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
@@ -218,18 +218,24 @@ class TritonAttention:
 
     def _fuses(self, batch: ForwardBatch) -> bool:
         """Whether one kernel does it all, from rotating to joining splits."""
-        few = batch.num_rows <= self._tuning.few_rows
+        few = self._num_few_splits(batch) >= self._tuning.min_few_splits
         return few and batch.max_query_len == 1 and batch.prefix is None
+
+    def _num_few_splits(self, batch: ForwardBatch) -> int:
+        """Of each row, where one kernel does it all."""
+        programs = num_multiprocessors(self._spec.device) * self._tuning.few_programs_per_sm
+        return min(programs // (batch.num_rows * self._spec.num_kv_heads), self._tuning.max_splits)
 
     def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
         """How `plan_kernel` cuts rows up, and `combine_kernel` knows."""
-        tuning, few = self._tuning, self._fuses(batch)
+        tuning, fused = self._tuning, self._fuses(batch)
+        least = tuning.few.keys if fused else tuning.min_split
         return {
             "WINDOW": self._spec.sliding_window or 0,
-            "MIN_SPLIT": tuning.few_split if few else tuning.min_split,
-            "SHORT_SPLIT": tuning.few_split if few else tuning.min_split // 2,
-            "MAX_SPLITS": tuning.max_splits,
-            "BLOCK_N": (tuning.few if few else tuning.decode).keys,
+            "MIN_SPLIT": least,
+            "SHORT_SPLIT": least if fused else least // 2,
+            "MAX_SPLITS": self._num_few_splits(batch) if fused else tuning.max_splits,
+            "BLOCK_N": (tuning.few if fused else tuning.decode).keys,
         }
 
     @property

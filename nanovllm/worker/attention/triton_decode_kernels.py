@@ -23,7 +23,7 @@ from nanovllm.worker.attention.triton_attention_kernels import (
 # is), first key, end, token of the query, its position; one unused.
 RECORD = tl.constexpr(8)
 PLANNED_ROWS = tl.constexpr(32)  # per program of plan_kernel
-JOINED = tl.constexpr(8)  # parts that are joined at once
+JOINED = tl.constexpr(64)  # parts that are joined at once, of all heads together
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def plan_kernel(
         rows, num_rows, seq_lens, query_start_loc, shared_keys,
         SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
     )  # fmt: skip
-    splits = tl.arange(0, MAX_SPLITS)[None, :]
+    splits = tl.arange(0, triton.next_power_of_2(MAX_SPLITS))[None, :]
     record = work + (before + tl.cumsum(num_splits, 0) - num_splits + splits) * RECORD
     real = splits < num_splits
     begin = first + splits * per_split
@@ -129,36 +129,55 @@ def decode_kernel(
     """Programs share out the work list: (split, KV head) each, all heads of the group at once."""
     if PDL:
         gdc_launch_dependents()
+    item, stride = tl.program_id(0), tl.num_programs(0)
     num_items = tl.load(num_work) * KV_HEADS
-    # Records are not read ahead: Triton 3.6 takes a bound that a loop carries for the first
-    # item's (its pass that removes layout conversions).
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
+    row, split, num_splits, begin, end, token, position = _record(work, item // KV_HEADS)
+    if PDL and not FUSED:
+        gdc_wait()
+    if item < num_items:
         _decode_item(
             query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
-            arrivals, work + item // KV_HEADS * RECORD, block_tables, table_stride,
-            item % KV_HEADS, scale, cache, value_offset, cos_sin, q_weight, k_weight, eps,
-            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_G, MAX_SPLITS, SLOTS,
-            BLOCK_N, TMA, FUSED, NORM, PDL,
+            arrivals, block_tables + row * table_stride, item % KV_HEADS,
+            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
+            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
         )  # fmt: skip
-    if PDL:  # also where there was nothing to do
+    elif PDL and FUSED:
         gdc_wait()
+    # The other records are not read ahead: Triton 3.6 takes a bound that a loop carries for the
+    # first one's (its pass that removes layout conversions).
+    for later in tl.range(item + stride, num_items, stride):
+        row, split, num_splits, begin, end, token, position = _record(work, later // KV_HEADS)
+        _decode_item(
+            query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
+            arrivals, block_tables + row * table_stride, later % KV_HEADS,
+            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
+            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _record(work, index):
+    """A line of the work list; see RECORD."""
+    record = work + index * RECORD
+    row, split, num_splits = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    begin, end, token = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
+    position = tl.load(record + 6)
+    return row.to(tl.int64), split, num_splits, begin, end, token.to(tl.int64), position
 
 
 @triton.jit
 def _decode_item(
     query, query_stride, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
-    record, block_tables, table_stride, kv_head, scale, cache, value_offset, cos_sin,
-    q_weight, k_weight, eps,
+    block_table, kv_head, row, split, num_splits, begin, end, token, position, scale,
+    cache, value_offset, cos_sin, q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row, for the heads of one KV head: into `out` if it is the last to end."""
-    row, split, num_splits = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
-    begin, end = tl.load(record + 3), tl.load(record + 4)
-    token, position = tl.load(record + 5).to(tl.int64), tl.load(record + 6)
-    block_table = block_tables + row * table_stride
+    """One split of one row, for the heads of one KV head: into `out` if it is all there is."""
     heads = tl.arange(0, BLOCK_G)
     lanes = tl.arange(0, BLOCK_D)
     real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
@@ -195,8 +214,6 @@ def _decode_item(
         begin += BLOCK_N
     else:
         cached_end = end
-        if PDL:
-            gdc_wait()
         q = tl.load(query + token * query_stride + places, real, other=0.0)
     for start in tl.range(begin, cached_end, BLOCK_N):
         k, v = key_and_value(
@@ -351,8 +368,8 @@ def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.const
     """Joins the parts in slots begin … end, written by other programs: past the L1 cache."""
     members = tl.arange(0, MEMBERS)[:, None]
     lanes = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, JOINED):
-        slots = start + tl.arange(0, JOINED)[None, :]
+    for start in tl.range(begin, end, JOINED // MEMBERS):
+        slots = start + tl.arange(0, JOINED // MEMBERS)[None, :]
         present = (slots < end) & (members < GROUP)
         places = members * SLOTS + slots  # [MEMBERS, JOINED]
         some_peaks = tl.load(peaks + places, present, other=FLOOR, cache_modifier=".cg")
