@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.flash_attention import FlashAttention
-from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
+from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.attention.triton_tuning import Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
@@ -183,17 +184,22 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
     many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    variants = {"many": Tuning(many, prefill, 128, min_few_splits=100)}
-    for keys, warps, programs, tma in (
-        (64, 4, 3, False), (64, 4, 2, False), (32, 2, 5, False), (16, 1, 7, True),
-    ):  # fmt: skip
-        few = Tiling(keys=keys, stages=6 if tma else 2, warps=warps, tma=tma)
-        name = f"fused n{keys} w{warps} p{programs}{' tma' * tma}"
-        variants[name] = Tuning(
-            many, prefill, 128, few=few, few_programs_per_sm=programs, min_few_splits=1
+    variants = {"16 keys, TMA": Tuning(many, prefill, 128, few=())}
+    wide = Tiling(keys=32, stages=2, warps=2, tma=False)
+    for split, programs in ((256, 5), (256, 6), (256, 7)):
+        variants[f"32 keys p{programs} k{split}"] = Tuning(
+            wide, prefill, 128, min_split=split, programs_per_sm=programs, few=()
         )
-    shapes = [(1, 512, 16), (1, 4096, 16), (4, 1024, 16), (8, 384, 16), (8, 1024, 16)]
-    shapes += [(8, 4096, 16), (16, 384, 16), (16, 1024, 16), (64, 384, 16), (256, 1024, 16)]
+    variants["chosen"] = tuning_for(attention_spec((16, 8), 16))
+    shapes = [(1, 512, 16), (8, 1024, 16)]
+    shapes += [
+        (8, 4096, 16),
+        (16, 384, 16),
+        (16, 1024, 16),
+        (64, 384, 16),
+        (80, 640, 16),
+        (256, 1024, 16),
+    ]
     shapes += [(1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
     spec = attention_spec((16, 8), 16)
     args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
