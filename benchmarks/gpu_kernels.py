@@ -184,11 +184,11 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
     many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    variants = {"16 keys, TMA": Tuning(many, prefill, 128, few=())}
+    variants = {"16 keys, TMA": Tuning(many, prefill, 128, programs_per_sm=7, min_split=128)}
     wide = Tiling(keys=32, stages=2, warps=2, tma=False)
     for split, programs in ((256, 5), (256, 6), (256, 7)):
         variants[f"32 keys p{programs} k{split}"] = Tuning(
-            wide, prefill, 128, min_split=split, programs_per_sm=programs, few=()
+            wide, prefill, 128, min_split=split, programs_per_sm=programs
         )
     variants["chosen"] = tuning_for(attention_spec((16, 8), 16))
     shapes = [(1, 512, 16), (8, 1024, 16)]

@@ -1,8 +1,8 @@
-"""Whole decode steps as CUDA graphs: one per batch-size bucket, captured when first needed.
+"""Whole steps as CUDA graphs: one per bucket of tokens and rows, captured when it comes again.
 
 `ModelRunner` owns one. Eager steps, capture and replay read the same persistent buffers, so a graph
-is only a faster way to say the same; a smaller batch is padded with the padding row. Inputs arrive
-by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
+is only a faster way to say the same; a smaller step is padded with tokens of the padding row.
+Inputs arrive by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
 """
 
 from bisect import bisect_left
@@ -14,14 +14,21 @@ import torch
 from torch import Tensor
 
 
+class StepShape(NamedTuple):
+    """A step's size, padding included; as many tokens as rows make it a pure decode step."""
+
+    num_tokens: int
+    num_rows: int
+
+
 class Variant(NamedTuple):
-    """What besides the batch size is part of what is captured."""
+    """What besides its shape is part of what is captured."""
 
     truncates: bool  # the sampler looks at top-k, top-p and min-p
     shares_prefix: bool  # attention reads keys that rows share apart
 
 
-DecodeStep = Callable[[int, Variant], Tensor]
+Step = Callable[[StepShape, Variant], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +36,75 @@ class CapturedStep:
     """A graph, and where it puts its ids."""
 
     graph: torch.cuda.CUDAGraph
-    token_ids: Tensor  # [bucket] int64
+    token_ids: Tensor  # [num_rows] int64
 
 
-def buckets_up_to(most: int) -> list[int]:
+def decode_buckets(most: int) -> list[int]:
     """Batch sizes worth a graph: dense where a step is short, within 7 % of any size later."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 32), most]
     return sorted({size for size in sizes if size <= most})
 
 
-class DecodeGraphs:
-    """`step(bucket, variant)` must be a decode step on persistent buffers; it returns the ids."""
+def token_buckets(most: int) -> list[int]:
+    """Sizes of steps with prompts: an eighth or a quarter apart, as padding is computed in vain."""
+    sizes = [
+        *range(16, 64, 16),
+        *range(64, 256, 32),
+        *range(256, 1024, 64),
+        *range(1024, 2048, 128),
+        *range(2048, 4096, 256),
+        *range(4096, most, 512),
+        most,
+    ]
+    return sorted({size for size in sizes if size <= most})
 
-    def __init__(self, step: DecodeStep, *, max_num_rows: int) -> None:
+
+def row_buckets(most: int) -> list[int]:
+    """Rows of steps with prompts: they only cost attention's lists, and rows of logits."""
+    sizes = [16, 32, 64, 128, *range(256, most, 128), most]
+    return sorted({size for size in sizes if size <= most})
+
+
+class StepGraphs:
+    """`step(shape, variant)` must be a step on persistent buffers; it returns the ids."""
+
+    def __init__(self, step: Step, *, max_num_rows: int, max_num_tokens: int) -> None:
         self._step = step
-        self._buckets = buckets_up_to(max_num_rows)
-        self._captured: dict[tuple[int, Variant], CapturedStep] = {}
+        self._decode = decode_buckets(max_num_rows)
+        self._rows = row_buckets(max_num_rows)
+        self._tokens = token_buckets(max_num_tokens)
+        self._seen: set[tuple[StepShape, Variant]] = set()
+        self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def bucket_for(self, num_rows: int) -> int:
-        """The least bucket that holds so many rows."""
-        return self._buckets[bisect_left(self._buckets, num_rows)]
+    def shape_for(self, num_tokens: int, num_rows: int) -> StepShape:
+        """The least shape that holds so many; they are within the bounds given at the start."""
+        if num_tokens == num_rows:
+            bucket = self._decode[bisect_left(self._decode, num_rows)]
+            return StepShape(bucket, bucket)
+        rows = self._rows[bisect_left(self._rows, num_rows)]
+        # Never as many as rows, which would be a decode step.
+        tokens = self._tokens[bisect_left(self._tokens, max(num_tokens, rows + 1))]
+        return StepShape(tokens, rows)
 
-    def run(self, bucket: int, variant: Variant) -> Tensor:
-        """Run the step for the staged plan; returns ids [bucket], good until the next call.
+    def run(self, shape: StepShape, variant: Variant) -> Tensor:
+        """Run the step for the staged plan; returns ids [num_rows], good until the next call.
 
-        The first time it runs eagerly, which also compiles and warms up, and is then captured.
+        The first time it runs eagerly, which also compiles and warms up. Decode steps are then
+        captured at once, as they always come again; others when they do.
         """
-        captured = self._captured.get((bucket, variant))
+        captured = self._captured.get((shape, variant))
         if captured is not None:
             captured.graph.replay()
             return captured.token_ids
-        token_ids = self._step(bucket, variant)
-        self._captured[bucket, variant] = self._capture(bucket, variant)
+        token_ids = self._step(shape, variant)
+        if shape.num_tokens == shape.num_rows or (shape, variant) in self._seen:
+            self._captured[shape, variant] = self._capture(shape, variant)
+        self._seen.add((shape, variant))
         return token_ids
 
-    def _capture(self, bucket: int, variant: Variant) -> CapturedStep:
+    def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            token_ids = self._step(bucket, variant)
+            token_ids = self._step(shape, variant)
         return CapturedStep(graph, token_ids)

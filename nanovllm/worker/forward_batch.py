@@ -16,6 +16,7 @@ from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.shared_prefix import SharingRows
 
 ROOM_FOR_WRITES = 8192  # row state, in writes, that travels in the same copy as the plan
+NOT_CACHED = -1  # the slot of a token whose key and value are not kept
 NUM_SECTIONS = 5  # of a staged plan, each with a word per entry
 
 
@@ -32,7 +33,8 @@ class ForwardBatch:
     """One step. Tokens of a row are consecutive; `max_query_len == 1` is a pure decode step.
 
     Slot `s` of the KV cache is offset `s % block_size` of block `s // block_size`. Padding tokens
-    and rows point at block 0, which no sequence owns.
+    and rows point at block 0, which no sequence owns, or at no slot (`NOT_CACHED`). The counts of a
+    padded batch are upper bounds.
     """
 
     input_ids: Tensor  # [num_tokens] int64
@@ -79,7 +81,7 @@ class PlanStaging:
     def __init__(self, *, max_num_rows: int, num_buffers: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         self._device = device
-        self._section = max_num_rows + 1
+        self._section = max_num_rows + 2
         self._padding_row = max_num_rows
         num_words = NUM_SECTIONS * self._section + 2 * ROOM_FOR_WRITES
         self._ring = [
@@ -95,11 +97,10 @@ class PlanStaging:
         writes: Int32Array,
         *,
         sharing: SharingRows | None = None,
-        padded_to: int | None = None,
     ) -> StagedPlan:
         """Start the one copy that brings a plan and what `RequestRows.record` made of it.
 
-        padded_to: put entries of the padding row behind the plan's, for `decode_view` to include.
+        Behind the plan's entries lie entries of the padding row, for the views to include.
         """
         section, num_rows, num_samples = self._section, len(plan.rows), len(plan.sampling)
         self._turn = (self._turn + 1) % len(self._ring)
@@ -109,17 +110,16 @@ class PlanStaging:
         words: Int32Array = buffer.numpy()
         sections = words[: NUM_SECTIONS * section].reshape(NUM_SECTIONS, section)
         rows, num_computed, starts, sampling, shared_keys = sections
-        rows[:num_rows] = plan.rows
-        num_computed[:num_rows] = plan.num_computed
+        rows[:num_rows], rows[num_rows:] = plan.rows, self._padding_row
+        num_computed[:num_rows], num_computed[num_rows:] = plan.num_computed, 0
         starts[0] = 0
         np.cumsum(plan.num_scheduled, out=starts[1 : num_rows + 1])
-        sampling[:num_samples] = plan.sampling
+        starts[num_rows + 1 :] = starts[num_rows]
+        sampling[:num_samples], sampling[num_samples:] = plan.sampling, num_rows
         if sharing is not None:
             shared_keys[:num_rows] = np.where(sharing.members, sharing.num_keys, 0)
+            shared_keys[num_rows:] = 0
             shared_keys[-1] = sharing.leader
-        if padded_to is not None:
-            rows[num_rows:padded_to] = self._padding_row
-            num_computed[num_rows:padded_to] = shared_keys[num_rows:padded_to] = 0
         num_sent = NUM_SECTIONS * section
         if writes.size <= 2 * ROOM_FOR_WRITES:
             words[num_sent : num_sent + writes.size] = writes.reshape(-1)
@@ -164,9 +164,32 @@ class PlanStaging:
             prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
         )
 
+    def padded_view(
+        self, num_tokens: int, num_rows: int, *, max_seq_len: int, shares_prefix: bool
+    ) -> StagedPlan:
+        """The first `num_rows` entries, with any numbers of tokens, of whatever is staged.
+
+        Its tensors are the persistent buffer itself; its arrays are upper bounds, as of one row
+        with `num_tokens` tokens. Tokens beyond the entries' are padding (`expand_padded`).
+        """
+        sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
+        return StagedPlan(
+            rows=sections[0, : num_rows + 1],
+            num_computed=sections[1, : num_rows + 1],
+            query_start_loc=sections[2, : num_rows + 2],
+            sampling=sections[3, :num_rows],
+            writes=sections.new_empty(2, 0),
+            host_rows=np.full(num_rows, self._padding_row, np.int32),
+            host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
+            host_query_start_loc=np.array([0, num_tokens], np.int32),
+            host_sampling=np.arange(num_rows, dtype=np.int32),
+            prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
+        )
+
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:
         """The buffer's first words, on the device. On the CPU they are there already."""
         if not self._copied:
+            self._resident = buffer
             return buffer[:num_words]
         sent = self._resident[:num_words].copy_(buffer[:num_words], non_blocking=True)
         self._copied[self._turn].record()
@@ -216,6 +239,39 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         num_decode_rows=int((counts == 1).sum()),
         num_chunk_keys=int(lens[counts > 1].sum()),
         max_query_len=int(counts.max()),
+        max_seq_len=max_seq_len,
+        prefix=staged.prefix,
+    )
+
+
+def expand_padded(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """`build_batch` for a `PlanStaging.padded_view`: shapes are bounds, so it can be captured.
+
+    Padding tokens are the padding row's first, belong to no row of the batch and are not cached.
+    """
+    num_rows, num_tokens = len(staged.host_rows), int(staged.host_query_start_loc[-1])
+    starts, max_seq_len = staged.query_start_loc, int(staged.host_seq_lens[0])
+    row_ids = staged.rows.long()
+    tokens = torch.arange(num_tokens, device=row_ids.device, dtype=torch.int32)
+    entries = torch.searchsorted(starts[1:-1], tokens, right=True)  # num_rows if beyond all
+    real = entries < num_rows
+    entries = entries.clamp_(max=num_rows)
+    positions = torch.where(real, tokens - starts[entries] + staged.num_computed[entries], 0).long()
+    token_rows = row_ids[entries]
+    block_ids = rows.block_tables[token_rows, positions // block_size].long()
+    slots = block_ids * block_size + positions % block_size
+    return ForwardBatch(
+        input_ids=rows.token_ids[token_rows, positions].long(),
+        positions=positions,
+        slot_mapping=torch.where(real, slots, NOT_CACHED),
+        query_start_loc=starts[:-1],
+        seq_lens=(staged.num_computed + starts.diff())[:-1],
+        block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids[:-1]],
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        num_decode_rows=num_rows,
+        num_chunk_keys=num_rows * max_seq_len,
+        max_query_len=num_tokens,
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )

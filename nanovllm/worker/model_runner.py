@@ -11,10 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.config import StepLimits
 from nanovllm.protocol import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
-from nanovllm.worker.cuda_graph import DecodeGraphs, Variant
-from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan, build_batch
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.forward_batch import (
+    ForwardBatch,
+    PlanStaging,
+    StagedPlan,
+    build_batch,
+    expand_padded,
+)
 from nanovllm.worker.kernels.select import SampleTokens
 from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
@@ -84,12 +91,12 @@ class ModelRunner:
         *,
         rows: RequestRows,
         kv_cache: Tensor,
-        max_inflight_steps: int,
+        limits: StepLimits,
         sample_tokens: SampleTokens | None = None,
         captures: bool = False,
     ) -> None:
-        """sample_tokens: the device's fused sampler, if it has one. captures: decode by graphs,
-        which needs a fused sampler."""
+        """sample_tokens: the device's fused sampler, if it has one. captures: run by graphs, which
+        needs a fused sampler."""
         self._model = model
         self._attention = attention
         self._rows = rows
@@ -99,56 +106,74 @@ class ModelRunner:
         self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
         self._sampler = Sampler(rows, sample_tokens)
         self._sample_tokens = sample_tokens
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if captures:
-            self._graphs = DecodeGraphs(self._decode_step, max_num_rows=rows.num_rows)
+            self._graphs = StepGraphs(
+                self._graph_step,
+                max_num_rows=rows.num_rows,
+                max_num_tokens=limits.max_num_batched_tokens,
+            )
         self._staging = PlanStaging(
             max_num_rows=rows.num_rows,
-            num_buffers=max_inflight_steps + 1,
+            num_buffers=limits.max_inflight_steps + 1,
             device=self._device,
         )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Queue one step. The plan before it must have been queued, but need not be done."""
-        if self._graphs is not None and max(plan.num_scheduled) == 1:
-            return self._decode(plan, self._graphs)
-        return self._run(plan)
-
-    def _decode(self, plan: StepPlan, graphs: DecodeGraphs) -> PendingStep:
-        """A step of one token per row, by graph if the sampler needs nothing special."""
         writes = self._rows.record(plan)
-        active = self._rows.active_columns(np.array(plan.rows, np.int32))
-        plain = len(plan.sampling) == len(plan.rows) and active <= GRAPH_COLUMNS
-        if not plain or not self._rows.edits.keys().isdisjoint(plan.rows):
-            return self._run(plan, writes)
-        bucket = graphs.bucket_for(len(plan.rows))
+        if self._graphs is not None:
+            active = self._rows.active_columns(np.array(plan.rows, np.int32))
+            plain = active <= GRAPH_COLUMNS and self._rows.edits.keys().isdisjoint(plan.rows)
+            decodes = max(plan.num_scheduled) == 1
+            if plain and (len(plan.sampling) == len(plan.rows) or not decodes):
+                truncates = not active.isdisjoint(TRUNCATING_COLUMNS)
+                return self._replay(plan, writes, self._graphs, truncates=truncates)
+        return self._run(plan, writes)
+
+    def _replay(
+        self, plan: StepPlan, writes: Int32Array, graphs: StepGraphs, *, truncates: bool
+    ) -> PendingStep:
+        """A step whose sampler needs nothing special, by graph."""
         sharing = self._sharing_rows(plan)
-        staged = self._staging.stage(plan, writes, sharing=sharing, padded_to=bucket)
+        staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
-        variant = Variant(
-            truncates=not active.isdisjoint(TRUNCATING_COLUMNS), shares_prefix=sharing is not None
-        )
-        token_ids = graphs.run(bucket, variant)
+        shape = graphs.shape_for(sum(plan.num_scheduled), len(plan.rows))
+        token_ids = graphs.run(shape, Variant(truncates, shares_prefix=sharing is not None))
         pending = PendingStep(plan.step)
-        pending.token_ids = token_ids[: len(plan.rows)].to("cpu", non_blocking=True)
+        if plan.sampling:
+            pending.token_ids = token_ids[: len(plan.sampling)].to("cpu", non_blocking=True)
         return self._mark(pending)
 
     def _sharing_rows(self, plan: StepPlan) -> SharingRows | None:
         return self._prefixes.find(plan) if self._attention.shares_prefix else None
 
-    def _decode_step(self, num_rows: int, variant: Variant) -> Tensor:
-        """One token for each of the first staged entries; ids [num_rows]. Capturable."""
+    def _graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
+        """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
         assert self._sample_tokens is not None
-        rows = self._rows
-        max_seq_len = rows.token_ids.shape[1]
-        staged = self._staging.decode_view(
-            num_rows, max_seq_len=max_seq_len, shares_prefix=variant.shares_prefix
-        )
-        batch = build_batch(staged, rows, block_size=self._block_size)
+        rows, staging = self._rows, self._staging
+        max_seq_len, shares_prefix = rows.token_ids.shape[1], variant.shares_prefix
+        if shape.num_tokens == shape.num_rows:
+            staged = staging.decode_view(
+                shape.num_rows, max_seq_len=max_seq_len, shares_prefix=shares_prefix
+            )
+            batch = build_batch(staged, rows, block_size=self._block_size)
+        else:
+            staged = staging.padded_view(
+                *shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix
+            )
+            batch = expand_padded(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
         hidden = self._model.forward(batch, self._kv_cache)
-        row_ids, positions = staged.rows.long(), batch.positions + 1
+        row_ids, positions = staged.rows.long(), staged.num_computed + 1
+        if shape.num_tokens > shape.num_rows:
+            entries = staged.sampling.long()
+            ends = staged.query_start_loc[entries + 1]
+            hidden = hidden[(ends - 1).long()]
+            positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
+            row_ids = row_ids[entries]
+        positions = positions.long()
         token_ids = self._sample_tokens(
             self._model.raw_logits(hidden),
             rows=row_ids,
@@ -160,10 +185,8 @@ class ModelRunner:
         rows.token_ids[row_ids, positions] = token_ids.int()
         return token_ids
 
-    def _run(self, plan: StepPlan, writes: Int32Array | None = None) -> PendingStep:
-        """Any step, eagerly. writes: what `record` returned, if that is done already."""
-        if writes is None:
-            writes = self._rows.record(plan)
+    def _run(self, plan: StepPlan, writes: Int32Array) -> PendingStep:
+        """Any step, eagerly. writes: what `record` returned."""
         staged = self._staging.stage(plan, writes, sharing=self._sharing_rows(plan))
         self._rows.write(staged.writes)
         batch = build_batch(staged, self._rows, block_size=self._block_size)

@@ -144,7 +144,7 @@ class Worker:
             parts.attention,
             rows=parts.rows,
             kv_cache=kv_cache,
-            max_inflight_steps=self._limits(parts).max_inflight_steps,
+            limits=self._limits(parts),
             sample_tokens=fused,
             captures=fused is not None and not self._config.model.enforce_eager,
         )

@@ -4,10 +4,14 @@ It writes each token's "key" to the paged cache and sums keys over the row's con
 through the block table, so a wrong slot, position, block or token shows in the logits.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.sampling.distribution import draw, to_probabilities
+from nanovllm.worker.sampling.philox import uniforms
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
 WIDTH = 64
@@ -87,3 +91,23 @@ class FakeModel:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.max_logit_rows = max(self.max_logit_rows, len(hidden))
         return hidden @ READOUT.to(hidden.device)
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        return self.compute_logits(hidden)
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    rows: Tensor,
+    positions: Tensor,
+    columns: Mapping[str, Tensor],
+    seeds: Tensor,
+    truncates: bool,
+) -> Tensor:
+    """A fused sampler (`kernels.select.SampleTokens`) that knows temperature and seeds."""
+    assert not truncates
+    temperature = columns["temperature"][rows]
+    probabilities = to_probabilities(logits, temperature.clamp(min=1e-3))
+    drawn = draw(probabilities, uniforms(seeds[rows], positions))
+    return torch.where(temperature > 0, drawn, logits.argmax(1))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.config import SchedulerConfig
 from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
+from nanovllm.worker.cuda_graph import Step, StepGraphs, StepShape, Variant
 from nanovllm.worker.model_runner import ModelRunner
 from tests.worker.fake_model import (
     FakeAttention,
@@ -14,24 +16,42 @@ from tests.worker.fake_model import (
     make_kv_cache,
     reference,
     reference_logits,
+    sample_tokens,
 )
 from tests.worker.planning import CUDA, make_plan, make_rows, new_row
 
 PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> str:
+class UncapturedGraphs(StepGraphs):
+    """Steps in their padded shapes, but run eagerly each time."""
+
+    def __init__(self, step: Step, **bounds: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+            super().__init__(step, **bounds)
+
+    def run(self, shape: StepShape, variant: Variant) -> torch.Tensor:
+        return self._step(shape, variant)
+
+
+@pytest.fixture(params=["cpu", "cpu, padded", CUDA])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where to run; "padded" runs steps in the shapes of CUDA graphs."""
+    monkeypatch.setattr(model_runner, "StepGraphs", UncapturedGraphs)
     return str(request.param)
 
 
 def make_runner(device: str, model: FakeModel | None = None) -> ModelRunner:
+    device, _, padded = device.partition(", ")
     return ModelRunner(
         model or FakeModel(),
         FakeAttention(),
         rows=make_rows(device=device),
         kv_cache=make_kv_cache(device),
-        max_inflight_steps=2,
+        limits=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24).limits("cuda"),
+        sample_tokens=sample_tokens if padded else None,
+        captures=bool(padded),
     )
 
 

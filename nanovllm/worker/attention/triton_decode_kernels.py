@@ -100,8 +100,7 @@ def _decode_item(
     real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
     places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_G], FLOOR, tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    peak, total = tl.full([BLOCK_G], FLOOR, tl.float32), tl.zeros([BLOCK_G], tl.float32)
     first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW > 0 else 0
     if FUSED:
         # The row's last key is that of this token: not in the cache yet.
@@ -119,10 +118,8 @@ def _decode_item(
         )  # fmt: skip
         if is_last:
             slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
-            slot += position % BLOCK_SIZE
-            target = cache + slot * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + lanes
-            tl.store(target, new_k.to(cache.dtype.element_ty), lanes < HEAD_DIM)
-            tl.store(target + value_offset, new_v.to(cache.dtype.element_ty), lanes < HEAD_DIM)
+            slot = (slot + position % BLOCK_SIZE) * KV_HEADS + kv_head
+            _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
             peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
             total = tl.full([BLOCK_G], 1.0, tl.float32)
             acc += new_v.to(tl.float32)[None, :]
@@ -148,6 +145,14 @@ def _decode_item(
             row * KV_HEADS + kv_head, kv_head, split, num_splits,
             GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_SPLITS, SLOTS, FUSED,
         )  # fmt: skip
+
+
+@triton.jit
+def _keep(place, value_offset, key, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cache a key, and its value `value_offset` elements behind."""
+    lanes = tl.arange(0, BLOCK_D)
+    tl.store(place + lanes, key.to(place.dtype.element_ty), lanes < HEAD_DIM)
+    tl.store(place + value_offset + lanes, value.to(place.dtype.element_ty), lanes < HEAD_DIM)
 
 
 @triton.jit

@@ -53,14 +53,11 @@ class Tuning:
     decode: Tiling
     prefill: Tiling
     queries: int  # times grouped heads, in one tile of the prefill kernel
-    programs_per_sm: int = 7
-    min_split: int = 128  # keys; half as many for rows of up to twice that
+    few: tuple[Fitting, ...] = ()
+    programs_per_sm: int = 6
+    min_split: int = 256  # keys; half as many for rows of up to twice that
     max_splits: int = 32  # of one row, however long
     prefix_splits: int = 16  # of the keys that rows share
-    few: tuple[Fitting, ...] = (
-        Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
-        Fitting(Tiling(keys=32, stages=2, warps=2, tma=False), programs_per_sm=5),
-    )
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
@@ -70,14 +67,16 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         and spec.head_dim == triton.next_power_of_2(spec.head_dim)
         and spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize % 16 == 0
     )
-    large = spec.head_dim > 128
-    decode = Tiling(keys=32 if large else 64, stages=3, warps=4, tma=False)
-    if can_copy and spec.block_size % 16 == 0:
-        decode = Tiling(keys=16, stages=6, warps=1, tma=True)
-    if large:
+    if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-    elif can_copy and spec.block_size % 64 == 0:
+        return Tuning(Tiling(keys=32, stages=3, warps=4, tma=False), prefill, queries=128)
+    if can_copy and spec.block_size % 64 == 0:
         prefill = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
     else:
         prefill = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
-    return Tuning(decode, prefill, queries=128)
+    decode = Tiling(keys=32, stages=2, warps=2, tma=False)
+    few = (
+        Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
+        Fitting(decode, programs_per_sm=4),
+    )
+    return Tuning(decode, prefill, queries=128, few=few)

@@ -130,11 +130,12 @@ def _rope_and_cache_kernel(
     tl.store(source, new_first, real & is_query)
     tl.store(source + HALF, new_second, real & is_query)
     kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
-    slot = tl.load(slot_mapping + token)
+    slot = tl.load(slot_mapping + token)  # negative: not to be cached
+    kept = real & ~is_query & (slot >= 0)
     target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
     target += tl.where(rotates, 0, value_offset)
-    tl.store(target, new_first.to(cache.dtype.element_ty), real & ~is_query)
-    tl.store(target + HALF, new_second.to(cache.dtype.element_ty), real & ~is_query)
+    tl.store(target, new_first.to(cache.dtype.element_ty), kept)
+    tl.store(target + HALF, new_second.to(cache.dtype.element_ty), kept)
 
 
 def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:

@@ -1,0 +1,39 @@
+"""Which shapes steps are padded to."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, token_buckets
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return StepGraphs(lambda *_: torch.empty(0), max_num_rows=100, max_num_tokens=3000)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "shape"),
+    [
+        (1, 1, (1, 1)),
+        (9, 9, (16, 16)),
+        (100, 100, (100, 100)),
+        (2, 1, (32, 16)),
+        (600, 40, (640, 64)),
+        (3000, 100, (3000, 100)),
+        (101, 100, (128, 100)),
+    ],
+)
+def test_least_shape_that_holds_a_step(
+    graphs: StepGraphs, num_tokens: int, num_rows: int, shape: tuple[int, int]
+) -> None:
+    assert graphs.shape_for(num_tokens, num_rows) == StepShape(*shape)
+
+
+def test_little_is_computed_in_vain() -> None:
+    buckets = token_buckets(8192)
+    assert buckets[-1] == 8192
+    for smaller, larger in pairwise(buckets):
+        assert larger - smaller <= max(32, smaller / 4)
