@@ -29,6 +29,8 @@ class Variant(NamedTuple):
 
 
 Step = Callable[[StepShape, Variant], Tensor]
+# Larger steps keep a GPU busy for longer than the host needs to launch them.
+MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,7 @@ def token_buckets(most: int) -> list[int]:
         *range(64, 256, 32),
         *range(256, 1024, 64),
         *range(1024, 2048, 128),
-        *range(2048, 4096, 256),
-        *range(4096, most, 512),
+        *range(2048, most, 256),
         most,
     ]
     return sorted({size for size in sizes if size <= most})
@@ -72,20 +73,22 @@ class StepGraphs:
         self._step = step
         self._decode = decode_buckets(max_num_rows)
         self._rows = row_buckets(max_num_rows)
-        self._tokens = token_buckets(max_num_tokens)
+        self._tokens = token_buckets(min(max_num_tokens, MAX_TOKENS))
         self._seen: set[tuple[StepShape, Variant]] = set()
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def shape_for(self, num_tokens: int, num_rows: int) -> StepShape:
-        """The least shape that holds so many; they are within the bounds given at the start."""
+    def shape_for(self, num_tokens: int, num_rows: int) -> StepShape | None:
+        """The least shape that holds so many; None if the step is too large to gain by a graph."""
         if num_tokens == num_rows:
             bucket = self._decode[bisect_left(self._decode, num_rows)]
             return StepShape(bucket, bucket)
         rows = self._rows[bisect_left(self._rows, num_rows)]
         # Never as many as rows, which would be a decode step.
-        tokens = self._tokens[bisect_left(self._tokens, max(num_tokens, rows + 1))]
-        return StepShape(tokens, rows)
+        num_tokens = max(num_tokens, rows + 1)
+        if num_tokens > self._tokens[-1]:
+            return None
+        return StepShape(self._tokens[bisect_left(self._tokens, num_tokens)], rows)
 
     def run(self, shape: StepShape, variant: Variant) -> Tensor:
         """Run the step for the staged plan; returns ids [num_rows], good until the next call.

@@ -123,24 +123,37 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> PendingStep:
         """Queue one step. The plan before it must have been queued, but need not be done."""
         writes = self._rows.record(plan)
-        if self._graphs is not None:
-            active = self._rows.active_columns(np.array(plan.rows, np.int32))
-            plain = active <= GRAPH_COLUMNS and self._rows.edits.keys().isdisjoint(plan.rows)
-            decodes = max(plan.num_scheduled) == 1
-            if plain and (len(plan.sampling) == len(plan.rows) or not decodes):
-                truncates = not active.isdisjoint(TRUNCATING_COLUMNS)
-                return self._replay(plan, writes, self._graphs, truncates=truncates)
-        return self._run(plan, writes)
+        planned = self._graph_for(plan)
+        return self._run(plan, writes) if planned is None else self._replay(plan, writes, *planned)
+
+    def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs, StepShape, Variant] | None:
+        """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""
+        graphs = self._graphs
+        if graphs is None or not self._rows.edits.keys().isdisjoint(plan.rows):
+            return None
+        active = self._rows.active_columns(np.array(plan.rows, np.int32))
+        shape = graphs.shape_for(sum(plan.num_scheduled), len(plan.rows))
+        if shape is None or not active <= GRAPH_COLUMNS:
+            return None
+        if shape.num_tokens == shape.num_rows and len(plan.sampling) < len(plan.rows):
+            return None  # a decode graph samples for all of its rows
+        variant = Variant(
+            truncates=not active.isdisjoint(TRUNCATING_COLUMNS),
+            shares_prefix=self._sharing_rows(plan) is not None,
+        )
+        return graphs, shape, variant
 
     def _replay(
-        self, plan: StepPlan, writes: Int32Array, graphs: StepGraphs, *, truncates: bool
+        self,
+        plan: StepPlan,
+        writes: Int32Array,
+        graphs: StepGraphs,
+        shape: StepShape,
+        variant: Variant,
     ) -> PendingStep:
-        """A step whose sampler needs nothing special, by graph."""
-        sharing = self._sharing_rows(plan)
-        staged = self._staging.stage(plan, writes, sharing=sharing)
+        staged = self._staging.stage(plan, writes, sharing=self._sharing_rows(plan))
         self._rows.write(staged.writes)
-        shape = graphs.shape_for(sum(plan.num_scheduled), len(plan.rows))
-        token_ids = graphs.run(shape, Variant(truncates, shares_prefix=sharing is not None))
+        token_ids = graphs.run(shape, variant)
         pending = PendingStep(plan.step)
         if plan.sampling:
             pending.token_ids = token_ids[: len(plan.sampling)].to("cpu", non_blocking=True)
