@@ -44,7 +44,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.details = ErrorDetails(
-            message, TYPES.get(status, "server_error"), param or None, code or status
+            message, TYPES.get(status, "server_error"), param or None, code
         )
         self.headers = headers or {}
         if status in (429, 503):

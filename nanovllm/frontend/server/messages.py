@@ -16,7 +16,7 @@ class ErrorDetails(msgspec.Struct):
     message: str
     type: str
     param: str | None
-    code: str | int | None
+    code: str | None
 
 
 class ErrorReply(msgspec.Struct):

@@ -50,13 +50,14 @@ class Serving:
         self.state: State = "loading"
         self.phase, self.progress = "starting", 0.0
         self.failure: Exception | None = None
-        self.ended = asyncio.Event()
+        self.opened, self.ended = asyncio.Event(), asyncio.Event()
         self.reply_format = ReplyFormat.of(None, settings)
         self._open_llm = open_llm
         self._llm: AsyncLLM | None = None
         self._status: CoreStatus | None = None
         self._heard_at = time.monotonic()
         self.num_requests = 0
+        self._live: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
     # ---- life
@@ -76,6 +77,11 @@ class Serving:
         if self.state in ("loading", "ready"):
             self.state = "draining"
 
+    async def abort_all(self) -> None:
+        """End what is under way; each client is told."""
+        if self._llm is not None and self._llm.is_running:
+            await self._llm.abort(list(self._live))
+
     async def _run(self) -> None:
         """Open the engine, then watch it. `ended` is set when it has died, or never began."""
         try:
@@ -84,6 +90,7 @@ class Serving:
             self._heard_at = time.monotonic()
             if self.state == "loading":
                 self.state = "ready"
+            self.opened.set()
             while llm.is_running:
                 status = await llm.stats()
                 if status is not self._status:
@@ -162,7 +169,8 @@ class Serving:
             priority=options.priority,
             cache_salt=options.cache_salt,
         )
-        return Generation(stream, params, RequestTimes(self.metrics, self.model_name))
+        times = RequestTimes(self.metrics, self.model_name)
+        return Generation(stream, params, times, self._live, options.request_id)
 
 
 class Generation:
@@ -173,17 +181,25 @@ class Generation:
         stream: AsyncGenerator[RequestOutput, None],
         params: SamplingParams,
         times: RequestTimes,
+        live: set[str],
+        request_id: str,
     ) -> None:
         self.params = params
         self._stream = stream
         self._times = times
+        self._live = live
+        self._request_id = request_id
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
-        async with contextlib.aclosing(self._stream) as stream:
-            async for output in stream:
-                self._times.on_output(output, self.params)
-                for completion in output.outputs:
-                    if completion.finish_reason not in ANSWERED:
-                        raise from_finish(str(completion.finish_reason))
-                yield output
+        self._live.add(self._request_id)
+        try:
+            async with contextlib.aclosing(self._stream) as stream:
+                async for output in stream:
+                    self._times.on_output(output, self.params)
+                    for completion in output.outputs:
+                        if completion.finish_reason not in ANSWERED:
+                            raise from_finish(str(completion.finish_reason))
+                    yield output
+        finally:
+            self._live.discard(self._request_id)
