@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | serve | bench | fetch`. Flags come from the config fields.
+"""The command line: `nanovllm generate | chat | serve | bench | fetch`; flags are config fields.
 
 Everything a command needs is imported inside it, so that `--help` is instant. What a user should
 read goes to stdout; progress and figures go to stderr.

@@ -100,7 +100,9 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(Gate, settings=settings, metrics=serving.metrics, paths=PATHS, open=OPEN_PATHS)
+    app.add_middleware(
+        Gate, settings=settings, metrics=serving.metrics, paths=PATHS, open=OPEN_PATHS
+    )
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -90,7 +90,9 @@ async def _serve_many(
             )
             environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory}
             frontends = Frontends(setup, environment, core=process)
-            return await frontends.run(lambda: on_ready(f"{settings.frontends} frontends"))
+            return await frontends.run(
+                lambda: on_ready(f"the engine of {settings.frontends} frontends")
+            )
 
 
 @contextlib.asynccontextmanager
@@ -129,5 +131,3 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
 def _url(settings: ServerSettings) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{settings.port}"
-
-

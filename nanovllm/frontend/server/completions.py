@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -97,9 +98,7 @@ class CompletionAnswer:
                 if continuous:
                     usage = self._usage(latest)
                 events = [
-                    event(
-                        self._completion([self._choice(prompt_index, output, completion)], usage)
-                    )
+                    event(self._completion([self._choice(prompt_index, output, completion)], usage))
                     for completion in output.outputs
                 ]
                 if events:
@@ -210,28 +209,32 @@ async def _merged(
         async for output in generations[0]:
             yield 0, output
         return
-    queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=1)
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, generation: Generation) -> None:
-        async for output in generation:
-            await queue.put((index, output))
+        try:
+            async for output in generation:
+                await queue.put((index, output))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
 
     tasks = [asyncio.ensure_future(pump(i, one)) for i, one in enumerate(generations)]
-    whole = asyncio.gather(*tasks)
+    num_running = len(tasks)
     try:
-        while not (whole.done() and queue.empty()):
-            taking = asyncio.ensure_future(queue.get())
-            await asyncio.wait([taking, whole], return_when=asyncio.FIRST_COMPLETED)
-            if not taking.done():
-                taking.cancel()
-                continue
-            yield taking.result()
-        await whole
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
     finally:
-        await _cancel([*tasks, whole])
+        await _cancel(tasks)
 
 
-async def _cancel(tasks: Sequence["asyncio.Future[object]"]) -> None:
+async def _cancel(tasks: Sequence["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

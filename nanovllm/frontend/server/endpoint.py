@@ -1,4 +1,4 @@
-"""What the endpoints have in common: reading a body, finding the server's engine, counting tokens."""
+"""What endpoints have in common: reading a body, finding the engine, counting tokens."""
 
 import contextlib
 import secrets

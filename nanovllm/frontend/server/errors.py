@@ -43,9 +43,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.details = ErrorDetails(
-            message, TYPES.get(status, "server_error"), param or None, code
-        )
+        self.details = ErrorDetails(message, TYPES.get(status, "server_error"), param or None, code)
         self.headers = headers or {}
         if status in (429, 503):
             self.headers.setdefault("retry-after", str(RETRY_AFTER_S))
@@ -106,7 +104,9 @@ def from_engine(error: Exception) -> ApiError:
 def from_finish(reason: str) -> ApiError:
     """A request that ended in a way no client asked for."""
     if reason == "timeout":
-        return ApiError(504, "deadline_ms has passed", param="deadline_ms", code="deadline_exceeded")
+        return ApiError(
+            504, "deadline_ms has passed", param="deadline_ms", code="deadline_exceeded"
+        )
     if reason == "abort":
         return ApiError(503, "the request was aborted: the server shuts down", code="aborted")
     return ApiError(500, "the engine failed this request", code="request_failed")

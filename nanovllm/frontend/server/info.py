@@ -85,7 +85,10 @@ async def metrics(request: Request) -> Response:
 def _card(serving: Serving) -> ModelCard:
     info = serving.llm.info
     return ModelCard(
-        serving.model_name, serving.created, root=info.model, max_model_len=info.worker.max_model_len
+        serving.model_name,
+        serving.created,
+        root=info.model,
+        max_model_len=info.worker.max_model_len,
     )
 
 

@@ -73,7 +73,7 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint], *, has_keys: bool) -> 
     """The whole, made once."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        structs = [ErrorReply]
+        structs: list[Struct] = [ErrorReply]
         for one in endpoints:
             structs += [kind for kind in (one.body, one.answer, one.event) if kind is not None]
         _, schemas = msgspec.json.schema_components(structs, ref_template=REF)

@@ -55,10 +55,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def chat_params(body: ChatBody, constraint: dict[str, Any] | None) -> SamplingParams:
     """Unless limited, an answer may be as long as the model's context allows."""
-    if body.max_completion_tokens is not None and body.max_tokens is not None:
-        if body.max_completion_tokens != body.max_tokens:
-            raise refused("max_tokens", "differs from max_completion_tokens: send only the latter")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if body.max_tokens not in (None, limit):
+        raise refused("max_tokens", "differs from max_completion_tokens: send only the latter")
     logprobs = None
     if body.logprobs:
         logprobs = body.top_logprobs or 0

@@ -18,14 +18,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="0: any free one")] = 8000
     frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes on one core")] = 1
-    connect: Annotated[
-        str | None, Meta(description="serve the core that runs at this address")
-    ] = None
+    connect: Annotated[str | None, Meta(description="serve the core that runs at this address")] = (
+        None
+    )
     api_key: Annotated[
         list[str], Meta(description="clients must send this key; may be given repeatedly")
     ] = []
     allowed_origins: Annotated[
-        list[str], Meta(description="origin of web pages that may call (CORS); * is any; repeatable")
+        list[str],
+        Meta(description="origin of web pages that may call (CORS); * is any; repeatable"),
     ] = []
     tool_call_parser: Annotated[
         ToolCallFormat, Meta(description="how the model writes tool calls; auto: by its template")

@@ -1,7 +1,7 @@
 """Tools for models whose chat template knows none: the Hermes way, written into the messages.
 
-Called by `prompts.py`. The text is that of Qwen2.5's template (NousResearch's Hermes-Function-Calling
-convention), which instruction-tuned models follow best.
+Called by `prompts.py`. The text is that of Qwen2.5's template, which follows NousResearch's
+Hermes-Function-Calling.
 """
 
 import json
