@@ -11,7 +11,7 @@ from starlette.requests import Request
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.errors import from_decoding, from_value_error
 from nanovllm.frontend.server.messages import PromptTokensDetails, Usage
-from nanovllm.frontend.server.requests import Body, GenerationBody
+from nanovllm.frontend.server.requests import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.serving import Options, Serving
 
 B = TypeVar("B", bound=Body)
@@ -38,7 +38,8 @@ def blaming(body: Body) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise from_value_error(error, body.__struct_fields__) from None
+        names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
+        raise from_value_error(error, body.__struct_fields__, names) from None
 
 
 def options_of(body: GenerationBody, prefix: str) -> Options:

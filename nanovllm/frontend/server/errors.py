@@ -4,7 +4,7 @@ Endpoints raise `ApiError`; `from_engine` says what an engine's own errors mean 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 from starlette.responses import Response
@@ -60,11 +60,17 @@ def refused(field: str, reason: str) -> ApiError:
     return ApiError(400, f"{field}: {reason}", param=field, code="unsupported_field")
 
 
-def from_value_error(error: ValueError, fields: Collection[str]) -> ApiError:
-    """A caller's mistake. Such texts begin with the name of the field, if it is about one."""
+def from_value_error(
+    error: ValueError, fields: Collection[str], names: Mapping[str, str]
+) -> ApiError:
+    """A caller's mistake. Such texts begin with the name of the field, if it is about one.
+
+    names: of `SamplingParams`, and what the request calls them.
+    """
     message = str(error)
     name = re.match(r"\w*", message)
-    param = REQUEST_NAMES.get(name[0], name[0]) if name else ""
+    param = name[0] if name else ""
+    param = names.get(param) or REQUEST_NAMES.get(param, param)
     too_long = "max_model_len" in message
     code = "context_length_exceeded" if too_long else None
     return ApiError(400, message, param=param if param in fields else None, code=code)

@@ -15,7 +15,7 @@ from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.server.errors import ApiError, from_finish
+from nanovllm.frontend.server.errors import ApiError, from_finish, refused
 from nanovllm.frontend.server.messages import Health
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
@@ -192,6 +192,8 @@ class Generation:
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
+        if self._request_id in self._live:
+            raise refused("request_id", "is in use: choose another, or wait for its answer")
         self._live.add(self._request_id)
         try:
             async with contextlib.aclosing(self._stream) as stream:

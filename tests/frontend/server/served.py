@@ -20,7 +20,7 @@ from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol import FromCore, Hello, ToCore
-from tests.frontend.fake_core import INFO, WELCOME, FakeCore, Script, echo
+from tests.frontend.fake_core import INFO, WELCOME, FakeCore, M, Script, echo
 from tests.frontend.vocabulary import SPECIAL_TOKENS, byte_tokenizer, fast_tokenizer
 
 ROOMY = msgspec.structs.replace(
@@ -84,9 +84,12 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def make_app(
-    address: str, settings: ServerSettings, tokenizer: Tokenizer | None
-) -> FastAPI:
+async def message_of(core: FakeCore, kind: type[M], count: int = 1) -> M:
+    """The `count`-th message of a kind, waited for without holding the server up."""
+    return await asyncio.to_thread(core.wait_for, kind, count)
+
+
+def make_app(address: str, settings: ServerSettings, tokenizer: Tokenizer | None) -> FastAPI:
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
         return await AsyncLLM.connect(
             address, tokenizer=tokenizer or byte_tokenizer(), on_progress=on_progress

@@ -192,8 +192,11 @@ async def test_text_parts_are_joined_and_developers_become_the_system(address: s
 async def test_the_last_message_can_be_continued(address: str) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer"}]
     prompt = await sent_prompt(
-        address, CHAT_TEMPLATE.replace("eos_token", "'!'"), messages=messages,
-        continue_final_message=True, add_generation_prompt=False,
+        address,
+        CHAT_TEMPLATE.replace("eos_token", "'!'"),
+        messages=messages,
+        continue_final_message=True,
+        add_generation_prompt=False,
     )
     assert prompt.endswith("assistant:The answer")
 
