@@ -7,7 +7,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 
-from nanovllm.protocol import AddRequest, Finished, Outputs, TokenLogprobs, ToCore
+from nanovllm.protocol import AddRequest, Finished, Outputs, ToCore, TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import TOOL_TEMPLATE, listening, roomy, tokenizer_with

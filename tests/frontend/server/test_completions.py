@@ -10,8 +10,8 @@ from nanovllm.protocol import (
     Outputs,
     PromptLogprobs,
     RequestFailed,
-    TokenLogprobs,
     ToCore,
+    TokenLogprobs,
 )
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent

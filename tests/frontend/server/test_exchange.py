@@ -62,7 +62,7 @@ async def test_a_crowd_that_vanishes_leaves_nothing_behind(address: str) -> None
 
     async def visit(host: str, port: str) -> None:
         _, writer = await asyncio.open_connection(host, int(port))
-        text = '{"prompt":"x","stream":%s}' % rng.choice(["true", "false"])
+        text = '{{"prompt":"x","stream":{}}}'.format(rng.choice(["true", "false"]))
         request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(text)}\r\n\r\n"
         whole = (request + text).encode()
         writer.write(whole[: rng.choice([0, 20, len(request), len(whole), len(whole)])])
