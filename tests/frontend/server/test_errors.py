@@ -108,11 +108,8 @@ async def test_bodies_that_cannot_be_read(address: str, content: bytes, words: s
 
 async def test_deeply_nested_values(address: str) -> None:
     deep = "[" * 50_000 + "]" * 50_000
-    body = (
-        '{{"messages":[{{"role":"user","content":"x"}}],"chat_template_kwargs":{{"a":{}}}}}'.format(
-            deep
-        )
-    )
+    messages = '"messages":[{"role":"user","content":"x"}]'
+    body = "{" + messages + ',"chat_template_kwargs":{"a":' + deep + "}}"
     async with served(address) as server:
         response = await server.client.post("/v1/chat/completions", content=body)
     assert response.status_code == 400

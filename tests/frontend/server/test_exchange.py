@@ -95,17 +95,19 @@ async def test_a_crowd_that_vanishes_leaves_nothing_behind(address: str) -> None
 
 
 async def test_a_drain_lets_requests_finish(address: str) -> None:
-    async with listening(address, begin) as (url, core, serving):
-        async with httpx.AsyncClient(base_url=url) as client:
-            task = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
-            number = (await message_of(core, AddRequest)).number
-            serving.drain()
-            refusal = await client.post("/v1/chat/completions", json=CHAT)
-            assert refusal.status_code == 503 and "shuts down" in refusal.text
-            assert (await client.get("/ready")).status_code == 503
-            assert (await client.get("/health")).status_code == 200
-            core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
-            assert (await task).status_code == 200
+    async with (
+        listening(address, begin) as (url, core, serving),
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        task = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+        number = (await message_of(core, AddRequest)).number
+        serving.drain()
+        refusal = await client.post("/v1/chat/completions", json=CHAT)
+        assert refusal.status_code == 503 and "shuts down" in refusal.text
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
+        core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
+        assert (await task).status_code == 200
 
 
 async def test_a_drain_does_not_wait_for_ever(address: str) -> None:

@@ -146,12 +146,14 @@ def test_frontends_end_with_their_parent(address: str, tokenizer: str) -> None:
 
 
 def test_it_ends_with_its_core(address: str, tokenizer: str) -> None:
-    with FakeCore(address) as core:
-        with program("--connect", address, "--tokenizer", tokenizer) as server:
-            server.hear("ready after")
-            core.die()
-            assert server.wait() == 1
-            assert "closed the connection" in server.said
+    with (
+        FakeCore(address) as core,
+        program("--connect", address, "--tokenizer", tokenizer) as server,
+    ):
+        server.hear("ready after")
+        core.die()
+        assert server.wait() == 1
+        assert "closed the connection" in server.said
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What HTTP costs: streamed tokens per second, and time to first token beyond `AsyncLLM`'s.
 
-    python benchmarks/http.py [--frontends 2]
+    python benchmarks/http_server.py [--frontends 2]
 
 The core is a synthetic one in a process of its own: every STEP_MS it sends one token to each
 request, over the real sockets and in the real messages. The load comes from processes of its own,
@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import uvloop
@@ -31,6 +32,7 @@ from nanovllm.protocol import (
     AddRequest,
     CoreStatus,
     Finished,
+    FromCore,
     Hello,
     Outputs,
     Started,
@@ -48,52 +50,67 @@ STATUS = CoreStatus("bench", 0, 0.0, 0, 0, 1000, 1000, 1, 0, 0, 0, 0, 0)
 # ---- the synthetic core
 
 
-def run_core(address: str, step_s: float) -> None:
+INFO = WorkerInfo(
+    device="none",
+    dtype="none",
+    attention_backend="none",
+    architecture="none",
+    num_blocks=1001,
+    max_model_len=8192,
+    vocab_size=49152,
+    eos_token_ids=[2],
+)
+WELCOME = Welcome(0, "bench", "smollm2", "smollm2", 16, 1024, INFO)
+
+
+class SyntheticCore:
     """One token for every request per step, until killed."""
-    info = WorkerInfo(
-        device="none",
-        dtype="none",
-        attention_backend="none",
-        architecture="none",
-        num_blocks=1001,
-        max_model_len=8192,
-        vocab_size=49152,
-        eos_token_ids=[2],
-    )
-    router = zmq.Context.instance().socket(zmq.ROUTER)
-    router.bind(address)
-    encode = msgspec.msgpack.Encoder().encode
-    decode = msgspec.msgpack.Decoder(ToCore).decode
-    running: dict[bytes, dict[int, list[int]]] = {}  # client → number → [done, wanted]
-    next_step, next_status = time.monotonic(), 0.0
-    while True:
-        busy = any(running.values())
-        wait_s = (next_step - time.monotonic()) if busy else 0.5
-        while router.poll(max(0, int(wait_s * 1000))):
-            client, frame = router.recv_multipart()
-            match decode(frame):
+
+    def __init__(self, address: str, step_s: float) -> None:
+        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router.bind(address)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToCore).decode
+        self._step_s = step_s
+        self._next_step = 0.0
+        self._running: dict[bytes, dict[int, list[int]]] = {}  # number → [done, wanted]
+
+    def run(self) -> None:
+        next_status = 0.0
+        while True:
+            self._receive()
+            now = time.monotonic()
+            if now >= next_status:
+                next_status = now + 1.0
+                for client in self._running:
+                    self._send(client, STATUS)
+            if now >= self._next_step:
+                self._next_step = max(self._next_step + self._step_s, now)
+                for client, requests in self._running.items():
+                    if requests:
+                        self._send(client, step(requests))
+
+    def _receive(self) -> None:
+        """Until the next step is due."""
+        while self._router.poll(self._wait_ms()):
+            client, frame = self._router.recv_multipart()
+            match self._decode(frame):
                 case Hello():
-                    running[client] = {}
-                    welcome = Welcome(0, "bench", "smollm2", "smollm2", 16, 1024, info)
-                    router.send_multipart([client, encode(welcome)])
+                    self._running[client] = {}
+                    self._send(client, WELCOME)
                 case AddRequest(number, params=params):
-                    running[client][number] = [0, params.max_tokens or 128]
-                    if not busy:
-                        next_step, busy = time.monotonic(), True
+                    self._running[client][number] = [0, params.max_tokens or 128]
                 case Abort(numbers):
                     for number in numbers:
-                        running[client].pop(number, None)
-            wait_s = (next_step - time.monotonic()) if busy else 0.5
-        now = time.monotonic()
-        if now >= next_status:
-            next_status = now + 1.0
-            for client in running:
-                router.send_multipart([client, encode(msgspec.structs.replace(STATUS))])
-        if busy and now >= next_step:
-            next_step = max(next_step + step_s, now)
-            for client, requests in running.items():
-                if requests:
-                    router.send_multipart([client, encode(step(requests))])
+                        self._running[client].pop(number, None)
+
+    def _wait_ms(self) -> float:
+        if not any(self._running.values()):
+            return 500
+        return max(0.0, (self._next_step - time.monotonic()) * 1e3)
+
+    def _send(self, client: bytes, message: FromCore) -> None:
+        self._router.send_multipart([client, self._encode(message)])
 
 
 def step(requests: dict[int, list[int]]) -> Outputs:
@@ -127,8 +144,7 @@ class Stream(asyncio.Protocol):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by class
         self._ask()
 
     def data_received(self, data: bytes) -> None:
@@ -287,7 +303,7 @@ async def measure(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["core"]:
-        run_core(sys.argv[2], float(sys.argv[3]))
+        SyntheticCore(sys.argv[2], float(sys.argv[3])).run()
     elif sys.argv[1:2] == ["load"]:
         uvloop.run(load(*map(int, sys.argv[2:6])))
     else:
