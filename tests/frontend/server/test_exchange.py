@@ -76,7 +76,7 @@ async def test_a_crowd_that_vanishes_leaves_nothing_behind(address: str) -> None
         await visit(host, port)
         await wait_until_idle(serving)
         num_tasks, num_files = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-        for _ in range(5):
+        for _ in range(20):
             await asyncio.gather(*[visit(host, port) for _ in range(50)])
         await wait_until_idle(serving)
         async with asyncio.timeout(TIMEOUT_S):  # connections without a request end as well
