@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | bench | fetch`. Flags come from the config fields.
+"""The command line: `nanovllm generate | chat | serve | bench | fetch`; flags are config fields.
 
 Everything a command needs is imported inside it, so that `--help` is instant. What a user should
 read goes to stdout; progress and figures go to stderr.
@@ -17,6 +17,7 @@ import msgspec
 
 from nanovllm.fetch import ALIASES, fetch
 from nanovllm.flags import add_config_flags, add_struct_flags, config_values
+from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--address", help="attach to a running core instead of starting one")
         add_struct_flags(command.add_argument_group("sampling"), SamplingFlags)
         add_config_flags(command)
+
+    serving = add("serve", run_serve, "answer HTTP requests as OpenAI's API does")
+    serving.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL")
+    add_struct_flags(serving.add_argument_group("server"), ServerSettings)
+    add_config_flags(serving)
 
     bench = add("bench", run_bench, "measure this machine, with random prompts")
     bench.add_argument("what", choices=["throughput", "latency"])
@@ -240,7 +246,13 @@ def _line_reader() -> Callable[[], Coroutine[Any, Any, str | None]]:
     return read_pipe
 
 
-# ---- bench and fetch
+# ---- serve, bench and fetch
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    from nanovllm.frontend.server.command import run
+
+    return _run(run(arguments, config_values(arguments)))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -54,6 +54,8 @@ def _options(field_type: inspect.Type) -> tuple[str, dict[str, Any]]:
         return "", {"action": argparse.BooleanOptionalAction}
     if isinstance(field_type, inspect.LiteralType):
         return "", {"choices": field_type.values}
+    if isinstance(field_type, inspect.ListType):
+        return "", {**_options(field_type.item_type)[1], "action": "append"}
     kinds = {inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
     return "", {
         "type": kinds[type(field_type)],

@@ -12,6 +12,7 @@ import msgspec
 OutputKind = Literal["cumulative", "delta", "final_only"]
 GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
+INT32_MAX = 2**31 - 1  # the device's integers
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
@@ -102,9 +103,9 @@ def _check_ranges(params: SamplingParams) -> None:
         raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
     for name, least, most in (
         ("n", 1, 16384),
-        ("top_k", 0, None),
-        ("min_tokens", 0, None),
-        ("max_tokens", 1, None),
+        ("top_k", 0, INT32_MAX),
+        ("min_tokens", 0, INT32_MAX),
+        ("max_tokens", 1, INT32_MAX),
         ("seed", -(2**63), 2**63 - 1),
         ("logprobs", -1, MAX_LOGPROBS),
         ("prompt_logprobs", -1, MAX_LOGPROBS),

@@ -79,6 +79,7 @@ def test_imports_point_one_way(path: Path) -> None:
         "nanovllm.core.process",
         "nanovllm.frontend.async_llm",
         "nanovllm.frontend.llm",
+        "nanovllm.frontend.server.run",
         "nanovllm.executor.base",
     ],
 )

@@ -74,6 +74,11 @@ class Tokenizer:
         return self._template_source is not None
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's own text: what it mentions tells how the model writes."""
+        return self._template_source
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._special_id("bos_token")
 

@@ -1,0 +1,131 @@
+"""The HTTP application: endpoints, errors and what stands before them.
+
+`create_app` is called by `run.py` and by tests. One row of `ENDPOINTS` per endpoint: the route and
+its entry in the OpenAPI document both come from it.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.frontend.server import chat, completions, info
+from nanovllm.frontend.server.errors import ApiError
+from nanovllm.frontend.server.gate import Gate
+from nanovllm.frontend.server.messages import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Health,
+    ModelCard,
+    ModelList,
+    Text,
+    Tokens,
+    Version,
+)
+from nanovllm.frontend.server.openapi import Endpoint, document, operation
+from nanovllm.frontend.server.requests import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
+from nanovllm.frontend.server.serving import Opener, Serving
+from nanovllm.frontend.server.settings import ServerSettings
+
+GENERATING = (400, 404, 413, 429, 500, 503, 504)
+READING = (400, 404, 413, 503)
+ENDPOINTS = [
+    Endpoint(
+        "POST",
+        "/v1/chat/completions",
+        chat.chat_completions,
+        body=ChatBody,
+        answer=ChatCompletion,
+        event=ChatCompletionChunk,
+        errors=GENERATING,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/completions",
+        completions.completions,
+        body=CompletionBody,
+        answer=Completion,
+        event=Completion,
+        errors=GENERATING,
+    ),
+    Endpoint("GET", "/v1/models", info.list_models, answer=ModelList, errors=(503,)),
+    Endpoint("GET", "/v1/models/{model}", info.show_model, answer=ModelCard, errors=(404, 503)),
+    Endpoint("POST", "/tokenize", info.tokenize, body=TokenizeBody, answer=Tokens, errors=READING),
+    Endpoint(
+        "POST", "/detokenize", info.detokenize, body=DetokenizeBody, answer=Text, errors=READING
+    ),
+    Endpoint("GET", "/version", info.show_version, answer=Version),
+    Endpoint("GET", "/health", info.health, answer=Health, also=503, is_open=True),
+    Endpoint("GET", "/ready", info.ready, answer=Health, also=503, is_open=True),
+    Endpoint("GET", "/metrics", info.metrics, is_open=True),
+]
+OPEN_PATHS = {one.path for one in ENDPOINTS if one.is_open} | {"/docs", "/openapi.json"}
+PATHS = {one.path for one in ENDPOINTS}
+
+
+def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
+    """An application whose engine is opened when it starts up, and closed when it shuts down."""
+    serving = Serving(settings, open_llm)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        serving.start()
+        try:
+            yield
+        finally:
+            await serving.close()
+
+    app = FastAPI(title="nanovllm", lifespan=lifespan, redoc_url=None)
+    app.state.serving = serving
+    for one in ENDPOINTS:
+        app.add_api_route(
+            one.path.replace("{model}", "{model:path}"),
+            one.run,
+            methods=[one.method],
+            response_model=None,
+            openapi_extra=operation(one, has_keys=bool(settings.api_key)),
+        )
+    app.openapi = lambda: document(app, ENDPOINTS, has_keys=bool(settings.api_key))  # type: ignore[method-assign]
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(
+        Gate, settings=settings, metrics=serving.metrics, paths=PATHS, open=OPEN_PATHS
+    )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """The framework's own: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    headers: dict[str, Any] = dict(error.headers or {})
+    return ApiError(error.status_code, f"{where}: {error.detail}", headers=headers).response()
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The traceback goes to the log, by the framework."""
+    return ApiError(500, "internal error: the server's log says more").response()

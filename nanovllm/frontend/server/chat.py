@@ -1,0 +1,260 @@
+"""POST /v1/chat/completions.
+
+The whole path of a chat request over HTTP: body → prompt and parameters → `Generation` → message or
+events. Words, reasoning and tool calls are told apart by `reply_format.ReplyParser`.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
+from nanovllm.frontend.server.endpoint import blaming, options_of, read, serving_of, usage_of
+from nanovllm.frontend.server.errors import refused
+from nanovllm.frontend.server.exchange import EventStream, Whole, event
+from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from nanovllm.frontend.server.messages import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    Delta,
+    FinishReasonName,
+    Function,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+from nanovllm.frontend.server.prompts import chat_prompt, truncated
+from nanovllm.frontend.server.reply_format import ReplyFormat, ReplyParser
+from nanovllm.frontend.server.requests import ChatBody
+from nanovllm.frontend.server.sampling import chat_params, constraint_of
+from nanovllm.frontend.server.serving import Generation, Serving
+from nanovllm.frontend.server.tool_parsers.pieces import (
+    CallArguments,
+    CallBegin,
+    Content,
+    Piece,
+    Reasoning,
+)
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    serving = serving_of(request)
+    body = await read(request, ChatBody)
+    serving.check_model(body.model)
+    with blaming(body):
+        answer = await _prepare(serving, body)
+    if body.stream:
+        return EventStream(serving, answer.events())
+    return Whole(serving, answer.whole)
+
+
+async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
+    """Everything that can be wrong with a request is found here."""
+    tokenizer = serving.llm.tokenizer
+    if tokenizer is None:
+        raise refused("messages", "text needs a tokenizer, and there is none")
+    if body.tools and serving.reply_format.tools is None and body.tool_choice in (None, "auto"):
+        raise refused("tools", "unknown how this model writes calls: set --tool-call-parser")
+    params = chat_params(body, constraint_of(body))
+    prompt = truncated(await chat_prompt(tokenizer, body), body.truncate_prompt_tokens)
+    form = serving.reply_format
+    parsers = [form.make_parser(body, prompt.text or "") for _ in range(params.n)]
+    if form.keeps_special_tokens and parsers[0] is not None:
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
+    options = options_of(body, "chatcmpl")
+    generation = serving.begin(prompt, params, options)
+    names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
+    choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]
+    return ChatAnswer(
+        options.request_id, serving.model_name, body, generation, choices, form, names
+    )
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    """One choice under way. call_ids: of the calls begun so far."""
+
+    index: int
+    parser: ReplyParser | None
+    begun: bool = False
+    call_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ChatAnswer:
+    """One request's answer, as a whole or as events."""
+
+    request_id: str
+    model: str
+    body: ChatBody
+    generation: Generation
+    choices: list[ChoiceState]
+    form: ReplyFormat
+    names: TokenNames
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    # ---- whole
+
+    async def whole(self) -> ChatCompletion:
+        last: RequestOutput | None = None
+        async for output in self.generation:
+            last = output
+        assert last is not None
+        prompt_ids, prompt_lps = last.prompt_token_ids, last.prompt_logprobs
+        return ChatCompletion(
+            id=self.request_id,
+            created=self.created,
+            model=self.model,
+            choices=[self._choice(completion) for completion in last.outputs],
+            usage=usage_of([last]),
+            prompt_token_ids=prompt_ids if self.body.return_token_ids else UNSET,
+            prompt_logprobs=UNSET if prompt_lps is None else prompt_logprobs(prompt_lps),
+        )
+
+    def _choice(self, completion: CompletionOutput) -> ChatChoice:
+        state = self.choices[completion.index]
+        message = AssistantMessage(content=completion.text)
+        if state.parser is not None:
+            pieces = state.parser.feed(completion.text) + state.parser.finish()
+            message = self._message(state, pieces)
+        return ChatChoice(
+            index=completion.index,
+            message=message,
+            logprobs=self._logprobs(completion),
+            finish_reason=_finish_reason(state, completion),
+            stop_reason=completion.stop_reason,
+            token_ids=self._token_ids(completion),
+        )
+
+    def _message(self, state: ChoiceState, pieces: list[Piece]) -> AssistantMessage:
+        content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        calls: list[ToolCall] = []
+        for piece in pieces:
+            if isinstance(piece, CallBegin):
+                state.call_ids.append(self.form.new_call_id())
+                calls.append(ToolCall(state.call_ids[-1], Function(piece.name, "")))
+            elif isinstance(piece, CallArguments):
+                calls[-1].function.arguments += piece.text
+        return AssistantMessage(
+            content=None if calls and not content else content,
+            reasoning_content=reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        )
+
+    # ---- as events
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        continuous = options is not None and options.continuous_usage_stats
+        with_usage = options is not None and options.include_usage
+        usage: Usage | UnsetType | None = None if with_usage else UNSET
+        last: RequestOutput | None = None
+        async for output in self.generation:
+            last = output
+            if continuous:
+                usage = usage_of([output])
+            events = [
+                event(self._chunk(choice, usage, output))
+                for completion in output.outputs
+                for choice in self._deltas(completion)
+            ]
+            if events:
+                yield events[0] if len(events) == 1 else b"".join(events)
+        if with_usage:
+            yield event(
+                ChatCompletionChunk(
+                    self.request_id, self.created, self.model, [], usage=usage_of([last])
+                )
+            )
+
+    def _chunk(
+        self, choice: ChatChunkChoice, usage: Usage | UnsetType | None, output: RequestOutput
+    ) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(
+            self.request_id, self.created, self.model, [choice], usage=usage
+        )
+        if self.body.return_token_ids and choice.delta.role is not UNSET:
+            chunk.prompt_token_ids = output.prompt_token_ids
+        return chunk
+
+    def _deltas(self, completion: CompletionOutput) -> list[ChatChunkChoice]:
+        """What is new of one choice; log-probabilities and token ids go with the first of it."""
+        state, finished = self.choices[completion.index], completion.finish_reason is not None
+        deltas: list[Delta] = []
+        if not state.begun:
+            state.begun = True
+            deltas.append(Delta(role="assistant", content=""))
+        if state.parser is None:
+            if completion.text or not (finished or deltas):
+                deltas.append(Delta(content=completion.text))
+        else:
+            pieces = state.parser.feed(completion.text) if completion.text else []
+            if finished:
+                pieces += state.parser.finish()
+            for piece in pieces:
+                deltas.append(self._delta(state, piece))
+        choices = [ChatChunkChoice(completion.index, delta) for delta in deltas]
+        if finished:
+            reason = _finish_reason(state, completion)
+            choices.append(
+                ChatChunkChoice(
+                    completion.index,
+                    Delta(),
+                    finish_reason=reason,
+                    stop_reason=completion.stop_reason,
+                )
+            )
+        carries = completion.token_ids and (self.body.return_token_ids or self.body.logprobs)
+        if carries and not choices:
+            choices.append(ChatChunkChoice(completion.index, Delta()))
+        if carries:
+            first = choices[1 if len(choices) > 1 and choices[0].delta.role is not UNSET else 0]
+            first.logprobs = self._logprobs(completion)
+            first.token_ids = self._token_ids(completion)
+        return choices
+
+    def _delta(self, state: ChoiceState, piece: Piece) -> Delta:
+        match piece:
+            case Content(text):
+                return Delta(content=text)
+            case Reasoning(text):
+                return Delta(reasoning_content=text)
+            case CallBegin(name):
+                state.call_ids.append(self.form.new_call_id())
+                function = FunctionDelta(name, "")
+                index, call_id = len(state.call_ids) - 1, state.call_ids[-1]
+                return Delta(tool_calls=[ToolCallDelta(index, function, call_id, "function")])
+            case CallArguments(text):
+                function = FunctionDelta(arguments=text)
+                return Delta(tool_calls=[ToolCallDelta(len(state.call_ids) - 1, function)])
+
+    # ---- both
+
+    def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
+        if completion.logprobs is None:
+            return None
+        return chat_logprobs(completion.logprobs, self.body.top_logprobs or 0, self.names)
+
+    def _token_ids(self, completion: CompletionOutput) -> Any:
+        return completion.token_ids if self.body.return_token_ids else UNSET
+
+
+def _finish_reason(state: ChoiceState, completion: CompletionOutput) -> FinishReasonName:
+    reason = completion.finish_reason
+    if reason == "stop" and state.call_ids:
+        return "tool_calls"
+    assert reason in ("stop", "length")
+    return reason

@@ -1,0 +1,133 @@
+"""`nanovllm serve`: one HTTP process with a core of its own, or several on one core.
+
+Called by `cli`. With `--frontends N` this process is the parent: it owns the core and the port,
+starts the others, and starts them again should one die.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from nanovllm.checkpoint import locate
+from nanovllm.config import EngineConfig
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.server.frontends import Frontends
+from nanovllm.frontend.server.run import FrontendSetup, bind, freeze, log_to_stderr, serve
+from nanovllm.frontend.server.serving import Serving
+from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.launch import start_core
+
+CONNECT_FIELDS = {"tokenizer", "skip_tokenizer_init"}  # what a frontend without a core can use
+KEY_VARIABLE = "NANOVLLM_API_KEY"
+
+
+async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> int:
+    """Serve until told to stop. Returns the exit code; `ValueError` for what a user must mend."""
+    log_to_stderr()
+    settings = _settings(arguments)
+    if settings.connect is not None and (idle := engine_fields.keys() - CONNECT_FIELDS):
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))
+        raise ValueError(f"{flags}: the core at --connect has settings of its own: omit it")
+    started = time.monotonic()
+    # Bound without sharing first: another server on the same port would silently get half of ours.
+    listener = bind(settings, shared=False)
+    settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
+    if settings.frontends > 1:
+        listener.close()
+        listener = bind(settings, shared=True)
+
+    def on_ready(model: str) -> None:
+        seconds = time.monotonic() - started
+        print(f"{model} is ready after {seconds:.1f} s: {_url(settings)}/v1", file=sys.stderr)
+
+    print(f"listening on {_url(settings)} (Ctrl-C ends it)", file=sys.stderr)
+    if settings.frontends > 1:
+        return await _serve_many(settings, engine_fields, listener, on_ready)
+
+    async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
+        if settings.connect is not None:
+            setup = FrontendSetup(settings=settings, address=settings.connect, **engine_fields)
+            return await setup.open_llm(on_progress)
+        llm = AsyncLLM(on_progress=on_progress, **engine_fields)
+        await llm.start()
+        return llm
+
+    if settings.connect is None:
+        EngineConfig.from_kwargs(**engine_fields)  # complains before anybody waits for it
+
+    def on_open(serving: Serving) -> None:
+        freeze()
+        on_ready(serving.model_name)
+
+    return await serve(settings, open_llm, listener, on_open)
+
+
+async def _serve_many(
+    settings: ServerSettings,
+    engine_fields: dict[str, Any],
+    reservation: socket.socket,
+    on_ready: Callable[[str], None],
+) -> int:
+    """`reservation` keeps the port ours; it never listens."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reservation)
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanovllm-metrics-"))
+        async with _core(settings, engine_fields) as (address, process):
+            setup = FrontendSetup(
+                settings=settings,
+                address=address,
+                **{name: engine_fields[name] for name in CONNECT_FIELDS & engine_fields.keys()},
+            )
+            environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory}
+            frontends = Frontends(setup, environment, core=process)
+            return await frontends.run(
+                lambda: on_ready(f"the engine of {settings.frontends} frontends")
+            )
+
+
+@contextlib.asynccontextmanager
+async def _core(
+    settings: ServerSettings, engine_fields: dict[str, Any]
+) -> AsyncIterator[tuple[str, Any]]:
+    """The address of a running core, and its process if it is ours."""
+    if settings.connect is not None:
+        yield settings.connect, None
+        return
+    config = EngineConfig.from_kwargs(**engine_fields)
+    if config.model.load_format != "dummy":
+        await asyncio.to_thread(locate, config.model.model)
+    handle = start_core(config)
+    try:
+        yield handle.address, handle.process
+    finally:
+        await asyncio.to_thread(handle.close)
+
+
+def _settings(arguments: argparse.Namespace) -> ServerSettings:
+    given = vars(arguments)
+    values = {name: given[name] for name in ServerSettings.__struct_fields__ if name in given}
+    if KEY_VARIABLE in os.environ:
+        values.setdefault("api_key", [os.environ[KEY_VARIABLE]])
+    try:
+        settings = msgspec.convert(values, ServerSettings)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise ValueError(f"--{path.rstrip('`').replace('_', '-')}: {message}") from None
+    if "" in settings.api_key:
+        raise ValueError("--api-key: an empty key would let everybody in: leave it out")
+    return settings
+
+
+def _url(settings: ServerSettings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"

@@ -1,0 +1,240 @@
+"""POST /v1/completions: plain prompts, in batches if wanted.
+
+A request of several prompts is several requests to the engine; choice i of prompt p has the index
+p * n + i. Events of all of them share one stream.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.frontend.outputs import CompletionOutput, RequestOutput, TokenAlternatives
+from nanovllm.frontend.server.endpoint import blaming, options_of, read, serving_of, usage_of
+from nanovllm.frontend.server.exchange import EventStream, Whole, event
+from nanovllm.frontend.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
+from nanovllm.frontend.server.messages import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReasonName,
+    Usage,
+)
+from nanovllm.frontend.server.prompts import ServedPrompt, text_prompts, truncated
+from nanovllm.frontend.server.requests import CompletionBody
+from nanovllm.frontend.server.sampling import completion_params, constraint_of
+from nanovllm.frontend.server.serving import Generation, Serving
+
+
+async def completions(request: Request) -> Response:
+    """Continue texts or token ids."""
+    serving = serving_of(request)
+    body = await read(request, CompletionBody)
+    serving.check_model(body.model)
+    with blaming(body):
+        answer = await _prepare(serving, body)
+    if body.stream:
+        return EventStream(serving, answer.events())
+    return Whole(serving, answer.whole)
+
+
+async def _prepare(serving: Serving, body: CompletionBody) -> "CompletionAnswer":
+    """Everything that can be wrong with a request is found here."""
+    params = completion_params(body, constraint_of(body))
+    tokenizer = serving.llm.tokenizer
+    options = options_of(body, "cmpl")
+    prompts = [
+        truncated(prompt, body.truncate_prompt_tokens)
+        for prompt in await text_prompts(tokenizer, body)
+    ]
+    generations = [
+        serving.begin(prompt, params, options._replace(request_id=f"{options.request_id}-{index}"))
+        for index, prompt in enumerate(prompts)
+    ]
+    names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
+    return CompletionAnswer(
+        options.request_id, serving.model_name, body, prompts, generations, names
+    )
+
+
+@dataclass(slots=True)
+class CompletionAnswer:
+    """One request's answer, as a whole or as events. text_ends: characters sent, per choice."""
+
+    request_id: str
+    model: str
+    body: CompletionBody
+    prompts: list[ServedPrompt]
+    generations: list[Generation]
+    names: TokenNames
+    created: int = field(default_factory=lambda: int(time.time()))
+    text_ends: dict[int, int] = field(default_factory=dict)
+
+    async def whole(self) -> Completion:
+        finals = await _gather(self.generations)
+        choices = [
+            self._choice(prompt_index, output, completion)
+            for prompt_index, output in enumerate(finals)
+            for completion in output.outputs
+        ]
+        return self._completion(choices, self._usage(finals))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        continuous = options is not None and options.continuous_usage_stats
+        with_usage = options is not None and options.include_usage
+        usage: Usage | UnsetType | None = None if with_usage else UNSET
+        latest: list[RequestOutput | None] = [None] * len(self.generations)
+        async with contextlib.aclosing(_merged(self.generations)) as outputs:
+            async for prompt_index, output in outputs:
+                latest[prompt_index] = output
+                if continuous:
+                    usage = self._usage(latest)
+                events = [
+                    event(self._completion([self._choice(prompt_index, output, completion)], usage))
+                    for completion in output.outputs
+                ]
+                if events:
+                    yield events[0] if len(events) == 1 else b"".join(events)
+        if with_usage:
+            yield event(self._completion([], self._usage(latest)))
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
+    ) -> Completion:
+        return Completion(self.request_id, self.created, self.model, choices, usage=usage)
+
+    def _choice(
+        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
+    ) -> CompletionChoice:
+        """One choice, or, in a stream, what is new of it."""
+        index = prompt_index * (self.body.n or 1) + completion.index
+        first = index not in self.text_ends
+        shown = completion if self.body.max_tokens != 0 else _unshown(completion)
+        echoed = self._prompt_text(prompt_index, output) if self.body.echo and first else ""
+        choice = CompletionChoice(
+            index=index,
+            text=echoed + shown.text,
+            logprobs=self._logprobs(output, shown, self.text_ends.get(index, 0), first=first),
+            finish_reason=_finish_reason(shown),
+            stop_reason=shown.stop_reason,
+        )
+        self.text_ends[index] = self.text_ends.get(index, 0) + len(choice.text)
+        if self.body.return_token_ids:
+            choice.token_ids = shown.token_ids
+            if first:
+                choice.prompt_token_ids = output.prompt_token_ids
+        if self.body.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        return choice
+
+    def _prompt_text(self, prompt_index: int, output: RequestOutput) -> str:
+        text, tokenizer = self.prompts[prompt_index].text, self.names.tokenizer
+        if text is None and tokenizer is not None:
+            return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        return text or ""
+
+    def _logprobs(
+        self, output: RequestOutput, shown: CompletionOutput, offset: int, *, first: bool
+    ) -> CompletionLogprobs | None:
+        """With echo those of the prompt come first."""
+        if self.body.logprobs is None or shown.logprobs is None:
+            return None
+        tokens: list[TokenAlternatives | None] = [*shown.logprobs]
+        token_ids = shown.token_ids
+        if self.body.echo and first and output.prompt_logprobs is not None:
+            tokens = [*output.prompt_logprobs, *tokens]
+            token_ids = output.prompt_token_ids + token_ids
+        return completion_logprobs(tokens, token_ids, self.names, offset=offset)
+
+    def _usage(self, outputs: Sequence[RequestOutput | None]) -> Usage:
+        usage = usage_of(outputs)
+        if self.body.max_tokens == 0:
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+
+def _unshown(completion: CompletionOutput) -> CompletionOutput:
+    """max_tokens 0: the prompt was to be scored, and nothing to be generated."""
+    return msgspec.structs.replace(
+        completion,
+        text="",
+        token_ids=[],
+        logprobs=None if completion.logprobs is None else [],
+        finish_reason=completion.finish_reason and "length",
+        stop_reason=None,
+    )
+
+
+def _finish_reason(completion: CompletionOutput) -> FinishReasonName | None:
+    reason = completion.finish_reason
+    assert reason in (None, "stop", "length")
+    return reason
+
+
+async def _last(generation: Generation) -> RequestOutput:
+    last: RequestOutput | None = None
+    async for output in generation:
+        last = output
+    assert last is not None
+    return last
+
+
+async def _gather(generations: list[Generation]) -> list[RequestOutput]:
+    """The last outputs of all; the first failure ends the others."""
+    if len(generations) == 1:
+        return [await _last(generations[0])]
+    tasks = [asyncio.ensure_future(_last(generation)) for generation in generations]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _merged(
+    generations: list[Generation],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Outputs of all, each with its prompt's index, as they come. The first failure ends all.
+
+    A reader that lags finds merged outputs: each generation waits until its last one was taken.
+    """
+    if len(generations) == 1:
+        async for output in generations[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async for output in generation:
+                await queue.put((index, output))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(pump(i, one)) for i, one in enumerate(generations)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

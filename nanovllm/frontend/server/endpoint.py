@@ -1,0 +1,59 @@
+"""What endpoints have in common: reading a body, finding the engine, counting tokens."""
+
+import contextlib
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.server.errors import from_decoding, from_value_error
+from nanovllm.frontend.server.messages import PromptTokensDetails, Usage
+from nanovllm.frontend.server.requests import Body, ChatBody, GenerationBody
+from nanovllm.frontend.server.serving import Options, Serving
+
+B = TypeVar("B", bound=Body)
+
+
+def serving_of(request: Request) -> Serving:
+    serving = request.app.state.serving
+    assert isinstance(serving, Serving)
+    return serving
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body, checked. Raises `ApiError` 400."""
+    content = await request.body()
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise from_decoding(error) from None
+
+
+@contextlib.contextmanager
+def blaming(body: Body) -> Iterator[None]:
+    """A `ValueError` inside is the client's mistake: 400, with the field to mend."""
+    try:
+        yield
+    except ValueError as error:
+        names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
+        raise from_value_error(error, body.__struct_fields__, names) from None
+
+
+def options_of(body: GenerationBody, prefix: str) -> Options:
+    request_id = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
+    return Options(request_id, body.priority or 0, body.cache_salt)
+
+
+def usage_of(outputs: Iterable[RequestOutput | None]) -> Usage:
+    """Of the latest outputs of all prompts of a request."""
+    num_prompt = num_cached = num_generated = 0
+    for output in outputs:
+        if output is not None:
+            num_prompt += len(output.prompt_token_ids)
+            num_cached += output.num_cached_tokens or 0
+            num_generated += output.metrics.num_generation_tokens
+    details = PromptTokensDetails(num_cached)
+    return Usage(num_prompt, num_prompt + num_generated, num_generated, details)

@@ -1,0 +1,99 @@
+"""The small endpoints: models, tokenizing, version, health and metrics."""
+
+from importlib.metadata import version
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.frontend.server.endpoint import blaming, read, serving_of
+from nanovllm.frontend.server.errors import refused
+from nanovllm.frontend.server.exchange import JsonAnswer
+from nanovllm.frontend.server.messages import ModelCard, ModelList, Text, Tokens, Version
+from nanovllm.frontend.server.prompts import chat_prompt, plain_prompt
+from nanovllm.frontend.server.requests import DetokenizeBody, TokenizeBody
+from nanovllm.frontend.server.serving import Serving
+from nanovllm.frontend.tokenizer import Tokenizer
+
+ALIVE = ("ready", "draining")
+
+
+async def list_models(request: Request) -> Response:
+    """The one model that is served."""
+    return JsonAnswer(ModelList([_card(serving_of(request))]))
+
+
+async def show_model(request: Request) -> Response:
+    """Facts of the served model."""
+    serving = serving_of(request)
+    serving.check_model(request.path_params["model"])
+    return JsonAnswer(_card(serving))
+
+
+async def tokenize(request: Request) -> Response:
+    """A prompt's token ids, or those of the prompt that the chat template makes of messages."""
+    serving = serving_of(request)
+    body = await read(request, TokenizeBody)
+    serving.check_model(body.model)
+    tokenizer = _tokenizer(serving)
+    if (body.prompt is None) == (body.messages is None):
+        raise refused("prompt", "give exactly one of prompt and messages")
+    with blaming(body):
+        if body.prompt is None:
+            token_ids = (await chat_prompt(tokenizer, body)).token_ids
+        else:
+            add = body.add_special_tokens is not False
+            token_ids = await plain_prompt(tokenizer, body.prompt, add_special_tokens=add)
+    texts = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+    limit = serving.llm.info.worker.max_model_len
+    return JsonAnswer(Tokens(len(token_ids), limit, token_ids, texts))
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids, special tokens included."""
+    serving = serving_of(request)
+    body = await read(request, DetokenizeBody)
+    serving.check_model(body.model)
+    for token_id in body.tokens:
+        if not 0 <= token_id < serving.llm.vocab_size:
+            raise refused("tokens", f"{token_id} is not in [0, {serving.llm.vocab_size})")
+    return JsonAnswer(Text(_tokenizer(serving).decode(body.tokens, skip_special_tokens=False)))
+
+
+async def show_version(request: Request) -> Response:
+    """Of nanovllm."""
+    return JsonAnswer(Version(version("nanovllm")))
+
+
+async def health(request: Request) -> Response:
+    """200 while the core shows progress, however busy; 503 while it loads, stalls or is gone."""
+    found = serving_of(request).health()
+    return JsonAnswer(found, 200 if found.status in ALIVE else 503)
+
+
+async def ready(request: Request) -> Response:
+    """200 if new requests are welcome: also not while the server drains."""
+    found = serving_of(request).health()
+    return JsonAnswer(found, 200 if found.status == "ready" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus's text format."""
+    return Response(serving_of(request).metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _card(serving: Serving) -> ModelCard:
+    info = serving.llm.info
+    return ModelCard(
+        serving.model_name,
+        serving.created,
+        root=info.model,
+        max_model_len=info.worker.max_model_len,
+    )
+
+
+def _tokenizer(serving: Serving) -> Tokenizer:
+    tokenizer = serving.llm.tokenizer
+    if tokenizer is None:
+        raise refused("model", "has no tokenizer here")
+    return tokenizer

@@ -1,0 +1,192 @@
+"""Prometheus metrics under vLLM's names, with the prefix `nanovllm:`.
+
+The core's own counters come from its `CoreStatus`, so they are equal from every frontend. What HTTP
+clients saw is measured here, and summed over all processes of `--frontends` by prometheus_client's
+multiprocess mode (`PROMETHEUS_MULTIPROC_DIR`, set before this module is imported).
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.protocol import CoreStatus, Welcome
+from nanovllm.sampling_params import SamplingParams
+
+LABELS = ("model_name", "engine")
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
+    *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+COUNT_BUCKETS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
+N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
+# Field of `CoreStatus` → (metric, what it is)
+CORE_GAUGES = {
+    "num_running": ("num_requests_running", "Sequences in the running batch."),
+    "num_waiting": ("num_requests_waiting", "Sequences waiting to be scheduled."),
+    "num_clients": ("num_clients", "Frontends attached to the core."),
+}
+CORE_COUNTERS = {
+    "num_preemptions": ("num_preemptions", "Sequences preempted."),
+    "num_prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
+    "num_generation_tokens": ("generation_tokens", "Tokens generated."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
+    "step": ("engine_steps", "Forward passes."),
+}
+StatusSource = Callable[[], tuple[Welcome, CoreStatus] | None]
+
+
+class ServerMetrics:
+    """All metrics of one server process; `status` gives the core's latest word, if there is one."""
+
+    def __init__(self, status: StatusSource) -> None:
+        self._registry = CollectorRegistry()
+        self._status = status
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"nanovllm:{name}", text, LABELS, buckets=buckets, registry=self._registry
+            )
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"nanovllm:{name}", text, labels, registry=self._registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Time between tokens of a stream.", TOKEN_BUCKETS
+        )
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean time per further token.", TOKEN_BUCKETS
+        )
+        self.latency = histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_BUCKETS
+        )
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "Time waiting in the core.", REQUEST_BUCKETS
+        )
+        self.prompt_tokens = histogram(
+            "request_prompt_tokens", "Prompt tokens per request.", COUNT_BUCKETS
+        )
+        self.generation_tokens = histogram(
+            "request_generation_tokens", "Generated tokens per request.", COUNT_BUCKETS
+        )
+        self.params_n = histogram("request_params_n", "The n of requests.", N_BUCKETS)
+        self.params_max_tokens = histogram(
+            "request_params_max_tokens", "The max_tokens of requests.", COUNT_BUCKETS
+        )
+        self.success = counter("request_success", "Finished requests.", *LABELS, "finished_reason")
+        self.cached = counter("prompt_tokens_cached", "Prompt tokens reused from cache.", *LABELS)
+        self.http = counter("http_requests", "HTTP answers.", "method", "path", "status")
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        registry = self._registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        core = CollectorRegistry()
+        core.register(CoreCollector(self._status))
+        return generate_latest(core) + generate_latest(registry)
+
+
+class CoreCollector:
+    """The core's counters, read when scraped."""
+
+    def __init__(self, status: StatusSource) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        known = self._status()
+        if known is None:
+            return
+        welcome, status = known
+        labels = [welcome.served_model_name, "0"]
+        for field, (name, text) in CORE_GAUGES.items():
+            yield _gauge(name, text, labels, getattr(status, field))
+        num_used = status.num_blocks - status.num_free_blocks
+        text = "KV blocks in use; 1 is all of them."
+        yield _gauge("kv_cache_usage_perc", text, labels, num_used / max(1, status.num_blocks))
+        yield _gauge("engine_step_seconds", "The last step.", labels, status.last_step_ms / 1e3)
+        for field, (name, text) in CORE_COUNTERS.items():
+            family = CounterMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
+            family.add_metric(labels, getattr(status, field))
+            yield family
+        info = GaugeMetricFamily(
+            "nanovllm:cache_config_info",
+            "Facts of the KV cache.",
+            labels=(*LABELS, "block_size", "num_gpu_blocks"),
+        )
+        info.add_metric([*labels, str(welcome.block_size), str(status.num_blocks)], 1)
+        yield info
+
+
+class RequestTimes:
+    """Measures one request as its outputs come."""
+
+    __slots__ = ("_inter_token", "_labels", "_last", "_metrics", "_started")
+
+    def __init__(self, metrics: ServerMetrics, model: str) -> None:
+        self._metrics = metrics
+        self._labels = (model, "0")
+        self._inter_token = metrics.inter_token.labels(*self._labels)
+        self._started = time.perf_counter()
+        self._last: float | None = None
+
+    def on_output(self, output: RequestOutput, params: SamplingParams) -> None:
+        """In the order in which the client gets them."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._inter_token.observe(now - self._last)
+        elif params.output_kind == "delta":
+            self._metrics.ttft.labels(*self._labels).observe(now - self._started)
+        self._last = now
+        if output.finished:
+            self._on_finish(output, params, now - self._started)
+
+    def _on_finish(self, output: RequestOutput, params: SamplingParams, seconds: float) -> None:
+        metrics, labels, times = self._metrics, self._labels, output.metrics
+        if times.first_token_time is not None and times.finished_time is not None:
+            if params.output_kind != "delta":
+                first_s = times.first_token_time - times.arrival_time
+                metrics.ttft.labels(*labels).observe(max(0.0, first_s))
+            num_later = times.num_generation_tokens // params.n - 1
+            if num_later > 0:
+                later_s = times.finished_time - times.first_token_time
+                metrics.per_token.labels(*labels).observe(max(0.0, later_s) / num_later)
+        if times.queued_ms is not None:
+            metrics.queue_time.labels(*labels).observe(times.queued_ms / 1e3)
+        metrics.latency.labels(*labels).observe(seconds)
+        metrics.prompt_tokens.labels(*labels).observe(len(output.prompt_token_ids))
+        metrics.generation_tokens.labels(*labels).observe(times.num_generation_tokens)
+        metrics.params_n.labels(*labels).observe(params.n)
+        if params.max_tokens is not None:
+            metrics.params_max_tokens.labels(*labels).observe(params.max_tokens)
+        metrics.cached.labels(*labels).inc(output.num_cached_tokens or 0)
+        for completion in output.outputs:
+            if completion.finish_reason is not None:
+                metrics.success.labels(*labels, completion.finish_reason).inc()
+
+
+def _gauge(name: str, text: str, labels: list[str], value: float) -> Metric:
+    family = GaugeMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
+    family.add_metric(labels, value)
+    return family

@@ -1,0 +1,89 @@
+"""The OpenAPI document, derived from the very structs that bodies are decoded into."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.frontend.server.messages import ErrorReply
+
+REF = "#/components/schemas/{name}"
+JSON, EVENTS = "application/json", "text/event-stream"
+MEANINGS = {
+    400: "Something in the request is wrong: `param` names it",
+    401: "No valid API key",
+    404: "No such model",
+    413: "The body is too large",
+    429: "Too many requests: `Retry-After`",
+    500: "The engine failed this request",
+    503: "Loading, draining or down",
+    504: "The deadline has passed",
+}
+Struct = type[msgspec.Struct]
+
+
+class Endpoint(NamedTuple):
+    """body, answer, event: what it takes, answers, and streams. also: a second status with the same
+    answer. errors: the statuses that come with an `ErrorReply`. is_open: it needs no key."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    run: Callable[[Request], Awaitable[Response]]
+    body: Struct | None = None
+    answer: Struct | None = None
+    event: Struct | None = None
+    errors: Sequence[int] = ()
+    also: int | None = None
+    is_open: bool = False
+
+
+def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
+    """What FastAPI cannot see of an endpoint that reads its request itself."""
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if endpoint.answer is not None:
+        content = {JSON: {"schema": _ref(endpoint.answer)}}
+    if endpoint.event is not None:
+        events = f"`data:` lines of {endpoint.event.__name__}, then `[DONE]`"
+        content[EVENTS] = {"schema": {"type": "string", "description": events}}
+    responses: dict[str, Any] = {"200": {"description": "Success", "content": content}}
+    if endpoint.also is not None:
+        responses[str(endpoint.also)] = {"description": MEANINGS[endpoint.also], "content": content}
+    guarded = has_keys and not endpoint.is_open
+    for status in (*endpoint.errors, *((401,) if guarded else ())):
+        error = {JSON: {"schema": _ref(ErrorReply)}}
+        responses[str(status)] = {"description": MEANINGS[status], "content": error}
+    found: dict[str, Any] = {"responses": responses}
+    if endpoint.body is not None:
+        content = {JSON: {"schema": _ref(endpoint.body)}}
+        found["requestBody"] = {"required": True, "content": content}
+    if "{model}" in endpoint.path:
+        found["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if guarded:
+        found["security"] = [{"bearer": []}]
+    return found
+
+
+def document(app: FastAPI, endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]:
+    """The whole, made once."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        structs: list[Struct] = [ErrorReply]
+        for one in endpoints:
+            structs += [kind for kind in (one.body, one.answer, one.event) if kind is not None]
+        _, schemas = msgspec.json.schema_components(structs, ref_template=REF)
+        components = found.setdefault("components", {})
+        components.setdefault("schemas", {}).update(schemas)
+        if has_keys:
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        app.openapi_schema = found
+    return app.openapi_schema
+
+
+def _ref(struct: Struct) -> dict[str, str]:
+    return {"$ref": REF.format(name=struct.__name__)}

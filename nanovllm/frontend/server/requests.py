@@ -1,0 +1,199 @@
+"""What the server takes: OpenAI's request fields and vLLM's additions, as msgspec structs.
+
+Decoding is the check of names and types, so an unknown field is refused by name; values are
+checked by `SamplingParams`, and what only some values of can be honoured by `sampling.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+MAX_CHOICES = 128
+MAX_STOPS = 64
+NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Stops = Annotated[list[str], Meta(max_length=MAX_STOPS)]
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The JSON body of a request."""
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class JsonSchemaFormat(Body):
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's; `json_schema` goes with the type of the same name."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: exactly one of them."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class GenerationBody(Body):
+    """What both completion endpoints take. None is always "not given"."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: NumChoices | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | Stops | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str | None, Meta(description="accepted; has no effect on the answer")] = None
+    service_tier: str | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    priority: int | None = None
+    request_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    # ours
+    deadline_ms: Annotated[float, Meta(gt=0)] | None = None
+    ttft_deadline_ms: Annotated[float, Meta(gt=0)] | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """`prompt`: a text, token ids, or a list of either."""
+
+    prompt: str | list[int | str | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str = "{}"
+
+
+class MadeCall(Body):
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class ChatMessage(Body):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: list[Any] | None = None
+
+
+class FunctionDefinition(Body):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """`logprobs` is a switch here; `top_logprobs` says how many."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    modalities: list[str] | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    # vLLM's
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+
+
+class TokenizeBody(Body):
+    """A prompt, or messages: exactly one of them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: list[int]
+    model: str | None = None

@@ -1,0 +1,200 @@
+"""One HTTP process: a listening socket, uvicorn, and an orderly end.
+
+`command.py` runs it for one frontend; with several, each is this program with its `FrontendSetup`
+on standard input, which stays open as long as the parent lives.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import msgspec
+import uvicorn
+import uvloop
+
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.server.app import create_app
+from nanovllm.frontend.server.serving import Opener, Serving
+from nanovllm.frontend.server.settings import ServerSettings
+
+ABORT_GRACE_S = 5.0  # for clients to be told, after the drain has timed out
+CONNECT_TIMEOUT_S = 60.0
+BACKLOG = 2048
+KEEP_ALIVE_S = 75  # longer than common proxies', or they would reuse connections just closed
+USAGE_ERROR = 2
+READY_LINE = "ready"
+
+
+class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process of `--frontends` is told: where its core is, and how to read text."""
+
+    settings: ServerSettings
+    address: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+
+    async def open_llm(self, on_progress: ProgressCallback) -> AsyncLLM:
+        return await AsyncLLM.connect(
+            self.address,
+            tokenizer=self.tokenizer,
+            skip_tokenizer_init=self.skip_tokenizer_init,
+            on_progress=on_progress,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+        )
+
+
+class HttpServer(uvicorn.Server):
+    """Signals are the caller's affair."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(settings: ServerSettings, *, shared: bool) -> socket.socket:
+    """shared: other processes may bind the same port. `ValueError` if it cannot be had."""
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"port: cannot listen on {host}:{port} ({error.strerror or error}): "
+            "choose another with --port and --host"
+        ) from None
+    return listener
+
+
+async def serve(
+    settings: ServerSettings,
+    open_llm: Opener,
+    listener: socket.socket,
+    on_ready: Callable[[Serving], None],
+    *,
+    lifeline: asyncio.Event | None = None,
+) -> int:
+    """Until a signal, the engine's death, or the end of `lifeline`. Returns the exit code."""
+    app = create_app(settings, open_llm)
+    serving: Serving = app.state.serving
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_timeout + ABORT_GRACE_S),
+    )
+    server = HttpServer(config)
+    ending = Ending(server, serving, settings.drain_timeout)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.on_signal)
+    watches = [
+        asyncio.create_task(_when(serving.opened, lambda: on_ready(serving))),
+        asyncio.create_task(_when(serving.ended, ending.begin)),
+    ]
+    if lifeline is not None:
+        watches.append(asyncio.create_task(_when(lifeline, ending.begin)))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        ending.finish()
+        for watch in watches:
+            watch.cancel()
+    if serving.failure is None:
+        return 0
+    print(f"nanovllm: {serving.failure}", file=sys.stderr)
+    return USAGE_ERROR if isinstance(serving.failure, ValueError) else 1
+
+
+class Ending:
+    """First signal: no new requests, those under way finish, but not for ever. Second: at once."""
+
+    def __init__(self, server: HttpServer, serving: Serving, drain_timeout: float) -> None:
+        self._server = server
+        self._serving = serving
+        self._drain_timeout = drain_timeout
+        self._abort: asyncio.Task[None] | None = None
+
+    def on_signal(self) -> None:
+        if self._abort is not None:
+            self._server.force_exit = True
+        self.begin()
+
+    def begin(self) -> None:
+        self._serving.drain()
+        self._server.should_exit = True
+        if self._abort is None:
+            self._abort = asyncio.create_task(self._abort_later())
+
+    def finish(self) -> None:
+        if self._abort is not None:
+            self._abort.cancel()
+
+    async def _abort_later(self) -> None:
+        await asyncio.sleep(self._drain_timeout)
+        await self._serving.abort_all()
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("nanovllm").setLevel(logging.INFO)
+
+
+def frontend_main() -> int:
+    """The program of one of several frontends."""
+    log_to_stderr()
+    setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=FrontendSetup)
+    return uvloop.run(_run_frontend(setup))
+
+
+async def _run_frontend(setup: FrontendSetup) -> int:
+    listener = bind(setup.settings, shared=True)
+    lifeline = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_input() -> None:  # the parent says nothing more, so this is its end
+        loop.remove_reader(sys.stdin.fileno())
+        lifeline.set()
+
+    def on_ready(serving: Serving) -> None:
+        freeze()
+        print(READY_LINE, flush=True)
+
+    loop.add_reader(sys.stdin.fileno(), on_input)
+    return await serve(setup.settings, setup.open_llm, listener, on_ready, lifeline=lifeline)
+
+
+def freeze() -> None:
+    """What is there once the engine is open stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+async def _when(event: asyncio.Event, run: Callable[[], None]) -> None:
+    await event.wait()
+    run()
+
+
+if __name__ == "__main__":
+    sys.exit(frontend_main())

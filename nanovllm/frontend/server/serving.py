@@ -1,0 +1,207 @@
+"""The engine as the endpoints see it: loading, ready, draining or dead, and its requests.
+
+One per server process, made by `app.create_app`. Owns the `AsyncLLM` once it is there, the count of
+requests under way, and the watch over the core's signs of life.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from typing import Literal, NamedTuple
+
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.server.errors import ApiError, from_finish, refused
+from nanovllm.frontend.server.messages import Health
+from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
+from nanovllm.frontend.server.prompts import ServedPrompt
+from nanovllm.frontend.server.reply_format import ReplyFormat
+from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.protocol import CoreStatus, Welcome
+from nanovllm.sampling_params import SamplingParams
+
+Opener = Callable[[ProgressCallback], Awaitable[AsyncLLM]]
+State = Literal["loading", "ready", "draining", "dead"]
+WATCH_INTERVAL_S = 0.25
+STALLED_AFTER_S = 10.0  # one step of a long prompt on a CPU takes seconds, and the core is silent
+ANSWERED = (None, "stop", "length")
+logger = logging.getLogger(__name__)
+
+
+class Options(NamedTuple):
+    """What a request says beside its prompt and its sampling."""
+
+    request_id: str
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Serving:
+    """Opens the engine in the background: until then, endpoints answer 503."""
+
+    def __init__(self, settings: ServerSettings, open_llm: Opener) -> None:
+        self.settings = settings
+        self.metrics = ServerMetrics(self._core_status)
+        self.created = int(time.time())
+        self.state: State = "loading"
+        self.phase, self.progress = "starting", 0.0
+        self.failure: Exception | None = None
+        self.opened, self.ended = asyncio.Event(), asyncio.Event()
+        self.reply_format = ReplyFormat.of(None, settings)
+        self._open_llm = open_llm
+        self._llm: AsyncLLM | None = None
+        self._status: CoreStatus | None = None
+        self._heard_at = time.monotonic()
+        self.num_requests = 0
+        self._live: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    # ---- life
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._llm is not None:
+            await self._llm.close()
+
+    def drain(self) -> None:
+        """Take no more requests; those under way go on."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+
+    async def abort_all(self) -> None:
+        """End what is under way; each client is told."""
+        if self._llm is not None and self._llm.is_running:
+            await self._llm.abort(list(self._live))
+
+    async def _run(self) -> None:
+        """Open the engine, then watch it. `ended` is set when it has died, or never began."""
+        try:
+            self._llm = llm = await self._open_llm(self._on_progress)
+            self.reply_format = ReplyFormat.of(llm.tokenizer, self.settings)
+            self._heard_at = time.monotonic()
+            if self.state == "loading":
+                self.state = "ready"
+            self.opened.set()
+            while llm.is_running:
+                status = await llm.stats()
+                if status is not self._status:
+                    self._status, self._heard_at = status, time.monotonic()
+                await asyncio.sleep(WATCH_INTERVAL_S)
+            await llm.stats()  # raises why
+        except (EngineDeadError, ValueError, TimeoutError) as error:
+            self.failure = error
+        self.state = "dead"
+        self.ended.set()
+
+    def _on_progress(self, phase: str, progress: float) -> None:
+        if phase != self.phase:
+            logger.info("%s …", phase)
+        self.phase, self.progress = phase, progress
+        self._heard_at = time.monotonic()
+
+    def _core_status(self) -> tuple[Welcome, CoreStatus] | None:
+        return None if self._llm is None or self._status is None else (self.llm.info, self._status)
+
+    # ---- what endpoints ask
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """Raises `ApiError` 503 while it loads or when it is gone."""
+        if self.state == "dead":
+            raise ApiError(503, f"the engine is down: {self.failure}", code="engine_dead")
+        if self._llm is None:
+            what = f"{self.phase}, {self.progress:.0%}"
+            raise ApiError(503, f"the model is still loading ({what})", code="loading")
+        return self._llm
+
+    @property
+    def model_name(self) -> str:
+        return self.llm.info.served_model_name
+
+    def check_model(self, name: str | None) -> None:
+        """None is the one model there is."""
+        if name is not None and name not in (self.model_name, self.llm.info.model):
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist: this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def health(self) -> Health:
+        silent_s = time.monotonic() - self._heard_at
+        stalled = self.state == "ready" and silent_s > STALLED_AFTER_S
+        health = Health("stalled" if stalled else self.state, since_progress_s=round(silent_s, 3))
+        if self.state == "loading":
+            health.phase, health.progress = self.phase, self.progress
+        return health
+
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """One request under way. Raises `ApiError` 429 if there are too many, 503 in a drain."""
+        if self.state == "draining":
+            raise ApiError(503, "the server shuts down and takes no more requests", code="draining")
+        if self.num_requests >= self.settings.max_requests:
+            raise ApiError(
+                429, f"{self.num_requests} requests are under way: try again", code="overloaded"
+            )
+        self.num_requests += 1
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+
+    def begin(self, prompt: ServedPrompt, params: SamplingParams, options: Options) -> "Generation":
+        """Check everything; the request starts when the result is iterated. `ValueError`."""
+        stream = self.llm.generate(
+            {"prompt_token_ids": prompt.token_ids},
+            params,
+            options.request_id,
+            priority=options.priority,
+            cache_salt=options.cache_salt,
+        )
+        times = RequestTimes(self.metrics, self.model_name)
+        return Generation(stream, params, times, self._live, options.request_id)
+
+
+class Generation:
+    """One request to the engine. Iterating starts it, leaving the iteration aborts it."""
+
+    def __init__(
+        self,
+        stream: AsyncGenerator[RequestOutput, None],
+        params: SamplingParams,
+        times: RequestTimes,
+        live: set[str],
+        request_id: str,
+    ) -> None:
+        self.params = params
+        self._stream = stream
+        self._times = times
+        self._live = live
+        self._request_id = request_id
+
+    async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        """Raises `ApiError` if the request ends in a way that the client has not asked for."""
+        if self._request_id in self._live:
+            raise refused("request_id", "is in use: choose another, or wait for its answer")
+        self._live.add(self._request_id)
+        try:
+            async with contextlib.aclosing(self._stream) as stream:
+                async for output in stream:
+                    self._times.on_output(output, self.params)
+                    for completion in output.outputs:
+                        if completion.finish_reason not in ANSWERED:
+                            raise from_finish(str(completion.finish_reason))
+                    yield output
+        finally:
+            self._live.discard(self._request_id)

@@ -1,0 +1,44 @@
+"""What an operator can set about the server: flags of `nanovllm serve` are derived from it.
+
+Frozen; passed as JSON to the processes of `--frontends`.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+ToolCallFormat = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
+ReasoningFormat = Literal["auto", "think", "deepseek_r1", "none"]
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of the HTTP side; the engine's own are in `EngineConfig`."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="0: any free one")] = 8000
+    frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes on one core")] = 1
+    connect: Annotated[str | None, Meta(description="serve the core that runs at this address")] = (
+        None
+    )
+    api_key: Annotated[
+        list[str], Meta(description="clients must send this key; may be given repeatedly")
+    ] = []
+    allowed_origins: Annotated[
+        list[str],
+        Meta(description="origin of web pages that may call (CORS); * is any; repeatable"),
+    ] = []
+    tool_call_parser: Annotated[
+        ToolCallFormat, Meta(description="how the model writes tool calls; auto: by its template")
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningFormat, Meta(description="how the model marks reasoning; auto: by its template")
+    ] = "auto"
+    max_body_bytes: Annotated[int, Meta(ge=1024, description="largest request body")] = 16 << 20
+    max_requests: Annotated[
+        int, Meta(ge=1, description="requests under way per HTTP process; more are answered 429")
+    ] = 4096
+    drain_timeout: Annotated[
+        float, Meta(ge=0, description="seconds for running requests to finish after SIGTERM")
+    ] = 30.0
+    access_log: Annotated[bool, Meta(description="log every HTTP request")] = False

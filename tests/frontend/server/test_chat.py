@@ -1,0 +1,310 @@
+"""Chat completions against a scripted core: shapes, streaming, tools and reasoning."""
+
+from typing import Any
+
+import pytest
+
+from nanovllm.frontend.server.tool_prompt import PREAMBLE
+from nanovllm.protocol import AddRequest, Finished, Outputs, ToCore, TokenLogprobs
+from tests.frontend.attached import says
+from tests.frontend.fake_core import silent
+from tests.frontend.server.served import (
+    TOOL_TEMPLATE,
+    error_of,
+    events,
+    roomy,
+    served,
+    tokenizer_with,
+)
+from tests.frontend.vocabulary import CHAT_TEMPLATE, EOS
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+
+
+def joined(chunks: list[dict[str, Any]], key: str = "content") -> str:
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get(key) or "" for delta in deltas)
+
+
+async def test_a_whole_answer(address: str) -> None:
+    async with served(address, says("hello")) as server:
+        answer = (await server.chat("hi")).json()
+    assert answer["object"] == "chat.completion" and answer["model"] == "fake"
+    assert answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"content": "hello", "role": "assistant", "refusal": None}
+    assert choice["finish_reason"] == "length" and choice["logprobs"] is None
+    assert answer["usage"]["prompt_tokens"] == len("user:hi|")
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+async def test_a_stream_has_the_same_text_and_ends_with_the_usage(address: str) -> None:
+    async with served(address, says("hel", "lo", [EOS], end="stop")) as server:
+        response = await server.chat(stream=True, stream_options={"include_usage": True})
+    chunks = events(response)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert joined(chunks) == "hello"
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 6
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+async def test_cached_tokens_are_reported(address: str) -> None:
+    async with served(address) as server:  # `echo` says that 2 were cached
+        usage = (await server.chat()).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+async def test_continuous_usage_counts_up(address: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with served(address, says("a", "b")) as server:
+        chunks = events(await server.chat(stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_choices(address: str, stream: bool) -> None:
+    async with served(address) as server:
+        response = await server.chat("x", n=3, stream=stream)
+    if stream:
+        parts = [choice for chunk in events(response) for choice in chunk["choices"]]
+        texts = ["", "", ""]
+        for part in parts:
+            texts[part["index"]] += part["delta"].get("content") or ""
+        assert sum(part["finish_reason"] == "length" for part in parts) == 3
+    else:
+        texts = [choice["message"]["content"] for choice in response.json()["choices"]]
+    assert texts == ["user:x|"] * 3
+
+
+async def test_fields_become_sampling_parameters(address: str) -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 3,
+        "stop": "END",
+        "stop_token_ids": [5],
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "min_tokens": 1,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "allowed_token_ids": [1, 2],
+        "bad_words": ["x"],
+    }
+    async with served(address) as server:
+        options = {"priority": 3, "cache_salt": "me", "logit_bias": {"7": 1}, "user": "u"}
+        response = await server.chat(max_completion_tokens=9, **given, **options)
+        assert response.status_code == 200, response.text
+        sent = server.core.wait_for(AddRequest)
+    for name, value in given.items():
+        assert getattr(sent.params, name) == (["END"] if name == "stop" else value)
+    assert sent.params.max_tokens == 9 and sent.params.logit_bias == {7: 1.0}
+    assert (sent.priority, sent.cache_salt) == (3, "me")
+
+
+async def test_unlimited_unless_told(address: str) -> None:
+    async with served(address) as server:
+        await server.chat()
+        assert server.core.wait_for(AddRequest).params.max_tokens is None
+
+
+def with_logprobs(message: ToCore) -> Any:
+    if not isinstance(message, AddRequest):
+        return silent(message)
+    first = TokenLogprobs(65, -0.5, 2, [66, 65], [-0.25, -0.5])
+    second = TokenLogprobs(0xC3, float("-inf"), 9, [66], [-0.25])
+    end = Finished(message.number, "length", None, 0)
+    return [Outputs([message.number] * 2, [65, 0xC3], {0: first, 1: second}, finished=[end])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs(address: str, stream: bool) -> None:
+    async with served(address, with_logprobs) as server:
+        response = await server.chat(logprobs=True, top_logprobs=1, stream=stream)
+    if stream:
+        found = [c["logprobs"] for chunk in events(response) for c in chunk["choices"]]
+        content = [entry for one in found if one for entry in one["content"]]
+    else:
+        content = response.json()["choices"][0]["logprobs"]["content"]
+    top = {"token": "B", "logprob": -0.25, "bytes": [66]}
+    assert content[0] == {"token": "A", "logprob": -0.5, "bytes": [65], "top_logprobs": [top]}
+    assert content[1]["bytes"] == [0xC3] and content[1]["logprob"] == -9999.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_are_returned_on_request(address: str, stream: bool) -> None:
+    async with served(address, says("abc")) as server:
+        response = await server.chat(return_token_ids=True, stream=stream)
+    if stream:
+        chunks = events(response)
+        token_ids = [i for c in chunks for one in c["choices"] for i in one.get("token_ids", [])]
+        prompt_ids = chunks[0]["prompt_token_ids"]
+    else:
+        answer = response.json()
+        token_ids, prompt_ids = answer["choices"][0]["token_ids"], answer["prompt_token_ids"]
+    assert token_ids == list(b"abc") and prompt_ids == list(b"user:hi|")
+
+
+async def test_a_stop_string_is_named(address: str) -> None:
+    async with served(address, says("abcENDdef", end=None)) as server:
+        choice = (await server.chat(stop=["END"])).json()["choices"][0]
+    assert choice["message"]["content"] == "abc"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "END")
+
+
+# ---- messages
+
+
+async def sent_prompt(address: str, template: str, **body: Any) -> str:
+    async with served(address, roomy(says("x")), tokenizer=tokenizer_with(template)) as server:
+        response = await server.chat(**body)
+        assert response.status_code == 200, response.text
+        return bytes(server.core.wait_for(AddRequest).prompt_token_ids).decode()
+
+
+async def test_text_parts_are_joined_and_developers_become_the_system(address: str) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": parts, "name": "me"},
+    ]
+    prompt = await sent_prompt(address, "{{ messages }}", messages=messages)
+    assert "'system'" in prompt and "a\\nb" in prompt and "'me'" in prompt
+
+
+async def test_the_last_message_can_be_continued(address: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer"}]
+    prompt = await sent_prompt(
+        address,
+        CHAT_TEMPLATE.replace("eos_token", "'!'"),
+        messages=messages,
+        continue_final_message=True,
+        add_generation_prompt=False,
+    )
+    assert prompt.endswith("assistant:The answer")
+
+
+async def test_template_variables(address: str) -> None:
+    template = "{{ messages[0].content }}{{ enable_thinking }}{{ reasoning_effort }}"
+    variables = {"enable_thinking": False}
+    prompt = await sent_prompt(
+        address, template, chat_template_kwargs=variables, reasoning_effort="low"
+    )
+    assert prompt == "hiFalselow"
+
+
+async def test_calls_of_earlier_turns_reach_the_template_as_objects(address: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    template = "{{ messages[0].tool_calls[0].function.arguments.x }}{{ messages[1].content }}"
+    assert await sent_prompt(address, template + "{# tools #}", messages=messages) == "12"
+    plain = await sent_prompt(address + "2", "{% for m in messages %}{{ m }}{% endfor %}",
+                              messages=messages)  # fmt: skip
+    assert "tool_response" in plain and '"x": 1' in plain and "'tool'" not in plain
+
+
+async def test_a_template_without_tools_is_told_of_them_in_words(address: str) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompt = await sent_prompt(address, template, tools=[WEATHER])
+    assert prompt.startswith(PREAMBLE[:20]) and '"name": "weather"' in prompt
+
+
+# ---- tools and reasoning
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tool_calls(address: str, stream: bool) -> None:
+    text = f"Let me see. {CALL}\n{CALL}"
+    script = roomy(says(*text, [EOS], end="stop"))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        response = await server.chat(tools=[WEATHER], stream=stream)
+    if stream:
+        chunks = events(response)
+        assert joined(chunks) == "Let me see."
+        calls: list[dict[str, Any]] = []
+        for chunk in chunks:
+            for delta in chunk["choices"][0]["delta"].get("tool_calls", []):
+                if "id" in delta:
+                    calls.append(delta)
+                else:
+                    calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+        reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        assert choice["message"]["content"] == "Let me see."
+        calls, reason = choice["message"]["tool_calls"], choice["finish_reason"]
+    assert reason == "tool_calls"
+    assert [call["function"] for call in calls] == [
+        {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    ] * 2
+    assert len({call["id"] for call in calls}) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_call_if_parallel_ones_are_unwanted(address: str, stream: bool) -> None:
+    script = roomy(says(CALL + CALL, [EOS], end="stop"))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        body = {"tools": [WEATHER], "parallel_tool_calls": False, "stream": stream}
+        text = (await server.chat(**body)).text
+    assert text.count('"name":"weather"') == 1
+
+
+async def test_without_tools_or_with_choice_none_calls_are_text(address: str) -> None:
+    script = roomy(says(CALL))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        for body in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+            answer = (await server.chat(**body)).json()
+            assert answer["choices"][0]["message"]["content"] == CALL
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "nix"}}])
+async def test_forced_calls_need_something_to_call(address: str, choice: Any) -> None:
+    async with served(address) as server:
+        error = error_of(await server.chat(tool_choice=choice))
+        assert error["param"] == "tool_choice" and "tools" in error["message"]
+        if choice != "required":
+            error = error_of(await server.chat(tool_choice=choice, tools=[WEATHER]))
+            assert "nix" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning(address: str, stream: bool) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}"
+    script = says("<thi", "nk>\nHm.\n</th", "ink>\n\nYes.")
+    async with served(address, script, tokenizer=tokenizer_with(template)) as server:
+        response = await server.chat(stream=stream)
+        hidden = await server.chat(stream=stream, include_reasoning=False)
+    if stream:
+        chunks = events(response)
+        assert joined(chunks, "reasoning_content") == "Hm." and joined(chunks) == "Yes."
+    else:
+        message = response.json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+    assert "Hm." not in hidden.text and "Yes." in hidden.text
+
+
+async def test_a_prompt_that_opens_the_thinking_starts_within_it(address: str) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n{# </think> #}"
+    async with served(address, says("Hm.</think>Yes."), tokenizer=tokenizer_with(template)) as one:
+        message = (await one.chat()).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")

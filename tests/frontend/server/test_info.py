@@ -1,0 +1,150 @@
+"""Models, tokens, health and metrics."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanovllm.frontend.server import serving as serving_module
+from tests.frontend.attached import says
+from tests.frontend.fake_core import STATUS
+from tests.frontend.server.served import Served, error_of, served
+
+BUSY = msgspec.structs.replace(
+    STATUS,
+    step=7,
+    num_running=2,
+    num_waiting=3,
+    num_free_blocks=3,
+    num_preemptions=4,
+    num_prompt_tokens=50,
+    num_generation_tokens=60,
+    prefix_cache_queries=70,
+    prefix_cache_hits=35,
+)
+
+
+async def metrics_of(server: Served) -> dict[str, float]:
+    """Name → value of all samples with one set of labels."""
+    text = (await server.client.get("/metrics")).text
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_the_model_is_listed(address: str) -> None:
+    async with served(address) as server:
+        (card,) = (await server.client.get("/v1/models")).json()["data"]
+        assert (card["id"], card["max_model_len"], card["object"]) == ("fake", 64, "model")
+        assert (await server.client.get("/v1/models/fake")).json() == card
+        assert (await server.client.get("/v1/models/no-such-model")).json() == card  # its root
+
+
+async def test_tokenize_and_back(address: str) -> None:
+    async with served(address) as server:
+        body = {"prompt": "h<eos>", "return_token_strs": True}
+        answer = (await server.post("/tokenize", **body)).json()
+        assert answer == {
+            "count": 2,
+            "max_model_len": 64,
+            "tokens": [104, 256],
+            "token_strs": ["h", "<eos>"],
+        }
+        back = await server.post("/detokenize", tokens=answer["tokens"])
+        assert back.json() == {"prompt": "h<eos>"}
+        messages = [{"role": "user", "content": "x"}]
+        answer = (await server.post("/tokenize", messages=messages)).json()
+        assert bytes(answer["tokens"]) == b"user:x|"
+        long = (await server.post("/tokenize", prompt="x" * 20_000)).json()
+        assert long["count"] == 20_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [10**30]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+    ],
+)
+async def test_what_cannot_be_tokenized(
+    address: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    async with served(address) as server:
+        response = await server.post(path, **body)
+    assert response.status_code == 400 and error_of(response)["param"] == param
+
+
+async def test_core_metrics_are_the_cores(address: str) -> None:
+    async with served(address) as server:
+        server.core.push(BUSY)
+        async with asyncio.timeout(5):
+            while (await metrics_of(server)).get("nanovllm:engine_steps_total") != 7:
+                await asyncio.sleep(0.02)
+        found = await metrics_of(server)
+    expected = {
+        "num_requests_running": 2,
+        "num_requests_waiting": 3,
+        "num_preemptions_total": 4,
+        "prompt_tokens_total": 50,
+        "generation_tokens_total": 60,
+        "prefix_cache_queries_total": 70,
+        "prefix_cache_hits_total": 35,
+        "kv_cache_usage_perc": pytest.approx(6 / 9),
+    }
+    for name, value in expected.items():
+        assert found[f"nanovllm:{name}"] == value, name
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_request_metrics(address: str, stream: bool) -> None:
+    async with served(address, says("a", "b", "c")) as server:
+        await server.complete("hello", n=1, max_tokens=9, stream=stream)
+        found = await metrics_of(server)
+        text = (await server.client.get("/metrics")).text
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "request_time_per_output_token_seconds",
+        "request_params_n",
+        "request_params_max_tokens",
+    ):
+        assert found[f"nanovllm:{name}_count"] == 1, name
+    assert found["nanovllm:request_prompt_tokens_sum"] == 5
+    assert found["nanovllm:request_generation_tokens_sum"] == 3
+    labels = 'engine="0",finished_reason="length",model_name="fake"'
+    assert f"nanovllm:request_success_total{{{labels}}} 1.0" in text
+    assert 'method="POST",path="/v1/completions",status="200"} 1.0' in text
+
+
+async def test_paths_nobody_serves_are_counted_as_one(address: str) -> None:
+    async with served(address) as server:
+        for number in range(3):
+            await server.client.get(f"/random/{number}")
+        text = (await server.client.get("/metrics")).text
+    assert 'path="other",status="404"} 3.0' in text
+
+
+async def test_health_wants_fresh_progress(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.2)
+    async with served(address) as server:
+        server.core.push(STATUS)
+        assert (await server.client.get("/health")).status_code == 200
+        assert (await server.client.get("/ready")).status_code == 200
+        await asyncio.sleep(0.6)  # not a word from the core
+        response = await server.client.get("/health")
+        assert response.status_code == 503 and response.json()["status"] == "stalled"
+        assert (await server.client.get("/ready")).status_code == 503
+        async with asyncio.timeout(5):
+            while (await server.client.get("/health")).status_code != 200:
+                server.core.push(msgspec.structs.replace(STATUS))
+                await asyncio.sleep(0.05)

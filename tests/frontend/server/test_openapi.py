@@ -1,0 +1,66 @@
+"""Requests made up from our own OpenAPI document: none may break the server or its promises."""
+
+import asyncio
+import sys
+
+import httpx
+
+from nanovllm.frontend.server.app import ENDPOINTS
+from tests.frontend.fake_core import STATUS, echo
+from tests.frontend.server.served import listening
+
+NUM_EXAMPLES = 10
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance,response_headers_conformance,negative_data_rejection,"
+    "unsupported_method,ignored_auth"
+)
+
+
+async def schemathesis(url: str, *options: str) -> tuple[int, str]:
+    """Its exit code and its report."""
+    command = ["-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", CHECKS]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        *(
+            "--max-examples",
+            str(NUM_EXAMPLES),
+            "--seed",
+            "1",
+            "--no-color",
+            "--phases",
+            "coverage,fuzzing",
+            *options,
+        ),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode()
+
+
+async def test_the_document_describes_every_endpoint(address: str) -> None:
+    async with listening(address) as (url, _, _s), httpx.AsyncClient() as client:
+        document = (await client.get(f"{url}/openapi.json")).json()
+    assert set(document["paths"]) == {endpoint.path for endpoint in ENDPOINTS}
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    body = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+    fields = document["components"]["schemas"][body]["properties"]
+    assert {"messages", "tools", "stream_options", "min_p", "cache_salt"} <= fields.keys()
+
+
+async def test_no_request_breaks_the_server_or_its_promises(address: str) -> None:
+    async with listening(address, echo, api_key=["secret"]) as (url, core, serving):
+
+        async def show_life() -> None:
+            while True:
+                core.push(STATUS)
+                await asyncio.sleep(1)
+
+        living = asyncio.create_task(show_life())
+        code, report = await schemathesis(url, "-H", "Authorization: Bearer secret")
+        living.cancel()
+        assert serving.num_requests == 0
+    assert code == 0, report

@@ -1,0 +1,217 @@
+"""`nanovllm serve` as a program: its port, its processes, its end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from nanovllm.protocol import AddRequest, Finished, Outputs
+from tests.e2e.processes import alive, wait_until
+from tests.frontend.attached import says
+from tests.frontend.fake_core import FakeCore, begin
+from tests.frontend.vocabulary import save
+
+TIMEOUT_S = 60.0
+
+
+class Program:
+    """A running `nanovllm serve`, and what it has said."""
+
+    def __init__(self, *flags: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm.cli", "serve", *flags, "--port", "0"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        self.said = ""
+
+    def hear(self, pattern: str) -> re.Match[str]:
+        assert self._process.stderr is not None
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            line = self._process.stderr.readline()
+            assert line, f"it ended: {self.said}"
+            self.said += line
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(self.said)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        code = self._process.wait(TIMEOUT_S)
+        assert self._process.stderr is not None
+        self.said += self._process.stderr.read()
+        return code
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+@contextmanager
+def program(*flags: str) -> Iterator[Program]:
+    one = Program(*flags)
+    try:
+        yield one
+    finally:
+        one.end()
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    save(tmp_path)
+    return str(tmp_path)
+
+
+def children(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def test_a_running_request_survives_sigterm(address: str, tokenizer: str) -> None:
+    with (
+        FakeCore(address, begin) as core,
+        program("--connect", address, "--tokenizer", tokenizer) as server,
+    ):
+        url = server.hear(r"ready after .*: (http://127.0.0.1:\d+)/v1")[1]
+        body = {"prompt": "x", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as stream:
+            server.signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/health")
+            number = core.wait_for(AddRequest).number
+            end = Finished(number, "length", None, 0)
+            core.push(Outputs([number], [66]), Outputs(finished=[end]))
+            assert "[DONE]" in stream.read().decode()
+        assert server.wait() == 0
+
+
+def test_several_frontends_on_one_core(address: str, tokenizer: str) -> None:
+    flags = ("--connect", address, "--tokenizer", tokenizer, "--frontends", "2")
+    with FakeCore(address, says("hello")) as core, program(*flags) as server:
+        url = server.hear(r"ready after .*: (http://127.0.0.1:\d+)/v1")[1]
+        texts = []
+        for _ in range(20):  # a connection each, so that both get some
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+            texts.append(answer.json()["choices"][0]["text"])
+        assert texts == ["hello"] * 20
+        counts = set()
+        for _ in range(6):
+            text = httpx.get(f"{url}/metrics").text
+            counts.add(re.search(r"request_success_total\{.*\} (.*)", text)[1])  # type: ignore[index]
+        assert counts == {"20.0"}  # whichever is asked
+        before = children(server.pid)
+        os.kill(min(before), signal.SIGKILL)
+        server.hear("ended by signal 9")
+        wait_until(
+            lambda: len(children(server.pid)) == 2 and children(server.pid) != before,
+            timeout_s=TIMEOUT_S,
+            what="a new frontend",
+        )
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert len(core.received) > 20
+
+
+def test_frontends_end_with_their_parent(address: str, tokenizer: str) -> None:
+    flags = ("--connect", address, "--tokenizer", tokenizer, "--frontends", "2")
+    with FakeCore(address), program(*flags) as server:
+        server.hear("ready after")
+        found = children(server.pid)
+        assert len(found) == 2
+        server.signal(signal.SIGKILL)
+        wait_until(
+            lambda: not any(alive(pid) for pid in found), timeout_s=TIMEOUT_S, what="their end"
+        )
+
+
+def test_it_ends_with_its_core(address: str, tokenizer: str) -> None:
+    with (
+        FakeCore(address) as core,
+        program("--connect", address, "--tokenizer", tokenizer) as server,
+    ):
+        server.hear("ready after")
+        core.die()
+        assert server.wait() == 1
+        assert "closed the connection" in server.said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--connect", "ipc:///nowhere", "--max-num-seqs", "2"), "--max-num-seqs: the core at"),
+        (("--connect", "ftp://x"), "address"),
+        (("--block-size", "0"), "block_size"),
+        (("--api-key", ""), "--api-key"),
+        (("--frontends", "0"), "--frontends"),
+        (("--model", "nowhere/at-all"), "nowhere/at-all"),
+        (("--host", "192.0.2.1"), "cannot listen"),
+    ],
+)
+def test_mistakes_are_told_and_named(flags: tuple[str, ...], words: str) -> None:
+    with program(*flags) as server:
+        assert server.wait() == 2
+        assert words in server.said and "Traceback" not in server.said
+
+
+@pytest.mark.parametrize("frontends", ["1", "2"])
+def test_a_port_in_use(frontends: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "nanovllm.cli", "serve", "--port", port]
+        found = subprocess.run([*command, "--frontends", frontends], capture_output=True, text=True)
+    assert found.returncode == 2 and "choose another with --port" in found.stderr
+
+
+@pytest.mark.model
+def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
+    with program("--max-model-len", "1024", "--num-gpu-blocks-override", "256") as server:
+        url = server.hear(r"smollm2 is ready after .*: (http://127.0.0.1:\d+/v1)")[1]
+        with OpenAI(base_url=url, api_key="none", timeout=TIMEOUT_S) as client:
+            asked = [{"role": "user", "content": "What is the capital of France?"}]
+            options = {"model": "smollm2", "temperature": 0, "max_tokens": 24}
+            answer = client.chat.completions.create(messages=asked, **options)  # type: ignore[call-overload]
+            text = answer.choices[0].message.content
+            assert "Paris" in text and answer.choices[0].finish_reason == "stop"
+            stream = client.chat.completions.create(  # type: ignore[call-overload]
+                messages=asked, stream=True, stream_options={"include_usage": True}, **options
+            )
+            chunks = list(stream)
+            parts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+            assert "".join(parts) == text
+            assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0
+            scored = client.completions.create(
+                model="smollm2", prompt="The capital of France is", echo=True, logprobs=2, n=1,
+                max_tokens=2, temperature=0,
+            )  # fmt: skip
+            logprobs = scored.choices[0].logprobs
+            assert logprobs is not None and logprobs.tokens is not None
+            assert "".join(logprobs.tokens) == scored.choices[0].text
+            several = client.completions.create(
+                model="smollm2", prompt="Once", n=4, seed=7, max_tokens=6, temperature=1
+            )
+            assert len({choice.text for choice in several.choices}) > 1
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0

@@ -1,0 +1,180 @@
+"""What models write, in all formats, cut into pieces in all ways."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanovllm.frontend.server.reasoning import ThinkSplitter
+from nanovllm.frontend.server.reply_format import ReplyFormat
+from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.frontend.server.tool_parsers.forced import NamedParser, RequiredParser
+from nanovllm.frontend.server.tool_parsers.hermes import HermesParser
+from nanovllm.frontend.server.tool_parsers.llama3 import Llama3Parser
+from nanovllm.frontend.server.tool_parsers.mistral import MistralParser
+from nanovllm.frontend.server.tool_parsers.pieces import (
+    CallArguments,
+    CallBegin,
+    Content,
+    Piece,
+    Reasoning,
+    ToolParser,
+)
+from tests.frontend.server.served import tokenizer_with
+
+NAMES = {"f", "get_weather"}
+F = ("f", '{"x": 1}')
+TRICKY = ("f", r'{"s": "}]</tool_call>\"{", "l": [1, {"a": []}]}')
+
+
+def call(pair: tuple[str, str], key: str = "arguments") -> str:
+    return f'{{"name": "{pair[0]}", "{key}": {pair[1]}}}'
+
+
+BOTH = ("", [F, TRICKY])
+Expected = tuple[str, list[tuple[str, str]]]
+CASES: list[tuple[Callable[[], ToolParser], str, Expected]] = [
+    (lambda: HermesParser(NAMES), text, expected)
+    for text, expected in [
+        ("plain words", ("plain words", [])),
+        ("a < b and <tool> it", ("a < b and <tool> it", [])),
+        (f"<tool_call>\n{call(F)}\n</tool_call>", ("", [F])),
+        (f"So:\n\n<tool_call>{call(F)}</tool_call>\n", ("So:", [F])),
+        (f"<tool_call>{call(F)}</tool_call>\n<tool_call>{call(TRICKY)}</tool_call>", BOTH),
+        (f"<tool_call>{call(F)}</tool_call> Done.", ("Done.", [F])),
+        (f"<tool_call>[{call(F)}, {call(TRICKY)}]</tool_call>", ("", [F, TRICKY])),
+        (f"<tool_call>{call(F)}", ("", [F])),
+        (f"<tool_call>{call(F)}<tool_call>{call(F)}</tool_call>", ("", [F, F])),
+        ('<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', ("", [F])),
+        ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', ("", [F])),
+        ('<tool_call>{"name": "f"}</tool_call>', ("", [("f", "")])),
+        ('<tool_call>{"name": "new", "arguments": {}}</tool_call>', ("", [("new", "{}")])),
+        ("<tool_call>not JSON</tool_call>", ("<tool_call>not JSON</tool_call>", [])),
+        ('<tool_call>{"x": 1}</tool_call>', ('<tool_call>{"x": 1}</tool_call>', [])),
+        ('<tool_call>{"name": 1}', ('<tool_call>{"name": 1}', [])),
+        ("<tool_call>", ("<tool_call>", [])),
+        ('<tool_call>{"na', ('<tool_call>{"na', [])),
+        ('<tool_call>{"name": "f", "arguments": {"x"', ("", [("f", '{"x"')])),
+    ]
+]  # fmt: skip
+CASES += [
+    (lambda: Llama3Parser(NAMES), text, expected)
+    for text, expected in [
+        ("plain words", ("plain words", [])),
+        (call(F, "parameters"), ("", [F])),
+        ("\n\n" + call(F, "parameters"), ("", [F])),
+        ("<|python_tag|>" + call(F, "parameters"), ("", [F])),
+        (call(F, "parameters") + "; " + call(TRICKY, "parameters"), ("", [F, TRICKY])),
+        (call(("nobody", "{}")), (call(("nobody", "{}")), [])),
+        ('{"answer": 42}', ('{"answer": 42}', [])),
+        ("{not JSON}", ("{not JSON}", [])),
+        ("<|python_tag|>print(1)", ("<|python_tag|>print(1)", [])),
+        ("<|pyth", ("<|pyth", [])),
+        ('{"name": "f", "para', ("", [("f", "")])),
+        ("Use {braces}", ("Use {braces}", [])),
+    ]
+]
+CASES += [
+    (lambda: MistralParser(NAMES), text, expected)
+    for text, expected in [
+        ("plain [TOOL] words", ("plain [TOOL] words", [])),
+        (f"[TOOL_CALLS] [{call(F)}]", ("", [F])),
+        (f"[TOOL_CALLS][{call(F)}, {call(TRICKY)}]", ("", [F, TRICKY])),
+        (f"Well. [TOOL_CALLS][{call(F)}]", ("Well.", [F])),
+        ('[TOOL_CALLS]f[ARGS]{"x": 1}', ("", [F])),
+        ('[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g{"y": 2}', ("", [F, ("g", '{"y": 2}')])),
+        ('[TOOL_CALLS]f[CALL_ID]abc123def[ARGS]{"x": 1}', ("", [F])),
+        ("[TOOL_CALLS] nothing of the kind", ("[TOOL_CALLS] nothing of the kind", [])),
+        ("[TOOL_CALLS][1, 2]", ("[TOOL_CALLS][1, 2]", [])),
+    ]
+]  # fmt: skip
+CASES += [
+    (lambda: NamedParser("f"), '{"x": 1}', ("", [F])),
+    (lambda: RequiredParser(NAMES), f"[{call(F, 'parameters')}, {call(F)}]", ("", [F, F])),
+    (lambda: RequiredParser(NAMES), "no", ("", [])),
+]
+
+
+def collected(pieces: list[Piece]) -> Expected:
+    content, calls = "", []
+    for piece in pieces:
+        match piece:
+            case Content(text):
+                content += text
+            case CallBegin(name):
+                calls.append((name, ""))
+            case CallArguments(text):
+                name, arguments = calls[-1]
+                calls[-1] = (name, arguments + text)
+    return content, calls
+
+
+def cuts(text: str, seed: int) -> list[str]:
+    """Whole, character by character, or at random places."""
+    if seed < 2:
+        return [text] if seed == 0 else list(text)
+    rng = random.Random(seed)
+    places = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 6)))
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize(("make", "text", "expected"), CASES, ids=[case[1] for case in CASES])
+def test_formats(make: Callable[[], ToolParser], text: str, expected: Expected) -> None:
+    for seed in range(12):
+        parser, pieces = make(), []
+        for part in cuts(text, seed):
+            pieces += parser.feed(part)
+        assert collected(pieces + parser.finish()) == expected, cuts(text, seed)
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    parser = HermesParser(NAMES)
+    assert parser.feed('<tool_call>{"name": "f"') == [CallBegin("f")]
+    assert parser.feed(', "arguments": {"ci') == [CallArguments('{"ci')]
+    assert parser.feed('ty": "U') == [CallArguments('ty": "U')]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "reasoning", "content"),
+    [
+        ("<think>Hm.</think>Yes.", False, "Hm.", "Yes."),
+        ("<think>\nHm.\nWell.\n</think>\n\nYes. ", False, "Hm.\nWell.", "Yes. "),
+        ("\n<think>\n\n</think>\n\nYes.", False, "", "Yes."),
+        ("Hm.</think>Yes.", True, "Hm.", "Yes."),
+        ("Just words </think>", False, "", "Just words </think>"),
+        ("<thin", False, "", "<thin"),
+        ("<think>cut off </thi", False, "cut off </thi", ""),
+        (" leading blank", False, "", " leading blank"),
+    ],
+)
+def test_reasoning(text: str, inside: bool, reasoning: str, content: str) -> None:
+    for seed in range(12):
+        splitter = ThinkSplitter(inside=inside)
+        pieces = [piece for part in cuts(text, seed) for piece in splitter.feed(part)]
+        pieces += splitter.finish()
+        assert "".join(p.text for p in pieces if isinstance(p, Reasoning)) == reasoning
+        assert "".join(p.text for p in pieces if isinstance(p, Content)) == content
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "tools", "reasons"),
+    [
+        ("{{ tools }} <tool_call> <think></think>", {}, "hermes", True),
+        ("{{ tools }} [TOOL_CALLS]", {}, "mistral", False),
+        ("{{ tools }} <|python_tag|>", {}, "llama3", False),
+        ("{{ tools }} in some other way", {}, None, False),
+        ("no word of it", {}, "hermes", False),
+        ("{{ tools }} <tool_call></think>", {"tool_call_parser": "none"}, None, True),
+        ("", {"tool_call_parser": "mistral", "reasoning_parser": "think"}, "mistral", True),
+        ("</think>", {"reasoning_parser": "none"}, "hermes", False),
+    ],
+)
+def test_the_template_tells_the_format(
+    template: str, settings: dict[str, Any], tools: str | None, reasons: bool
+) -> None:
+    form = ReplyFormat.of(tokenizer_with(template), ServerSettings(**settings))
+    module = None if form.tools is None else form.tools.make_parser(NAMES).__class__.__module__
+    assert (module or "").endswith(tools or "") and (module is None) == (tools is None)
+    assert form.has_reasoning == reasons
+    assert len(form.new_call_id()) == (9 if tools == "mistral" else 29)
