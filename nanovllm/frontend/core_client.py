@@ -5,6 +5,7 @@ woken when the core dies, which is noticed by the broken connection however the 
 """
 
 import asyncio
+import logging
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
+    STATUS_INTERVAL_S,
     Call,
     CallResult,
     CoreFailed,
@@ -38,6 +40,7 @@ from nanovllm.protocol import (
 CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
 SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
 CALL_TIMEOUT_S = 60.0
+STALL_S = 2.5 * STATUS_INTERVAL_S  # a ready core speaks once a STATUS_INTERVAL_S, or it is stuck
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.2
@@ -47,6 +50,7 @@ RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its add
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[str, float], None]
 
 
@@ -90,6 +94,7 @@ class CoreClient:
         self._failure: CoreFailed | None = None
         self._error: EngineDeadError | None = None
         self._closed = False
+        self._stalled = False
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
         self._status_or_death = asyncio.Event()
@@ -98,6 +103,11 @@ class CoreClient:
     def is_alive(self) -> bool:
         """Welcomed, and neither dead nor closed."""
         return self._welcome.done() and self._error is None and not self._closed
+
+    @property
+    def is_stalled(self) -> bool:
+        """Connected, and yet silent for longer than a core that is well ever is."""
+        return self._stalled
 
     async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Welcome:
         """Greet the core and wait until it is ready, which may take minutes of `Loading`.
@@ -222,13 +232,16 @@ class CoreClient:
 
     async def _watch_clock(self, connect_timeout_s: float) -> None:
         """Notice an owned process that ends, and silence before Welcome; send heartbeats."""
-        started = last_beat = time.monotonic()
+        started = last_beat = now = time.monotonic()
         while self._error is None:
+            asleep_at = now
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = time.monotonic()
             if self._process is not None and self._process.poll() is not None:
                 await self._bury("the core ended")
             elif self._welcome.done():
+                if now - asleep_at < STATUS_INTERVAL_S:  # else it is this process that stood still
+                    self._watch_stall(now - self._last_heard)
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())
@@ -245,6 +258,14 @@ class CoreClient:
                         f"start one with nanovllm-core --address {self.address}"
                     )
                 )
+
+    def _watch_stall(self, silent_s: float) -> None:
+        """Nothing is done about a stall but to tell of it: a core may be stuck, or stopped, or in
+        a very long step, and it loses nothing by being waited for."""
+        if self._stalled != (silent_s > STALL_S):
+            self._stalled = not self._stalled
+            state = f"has been silent for {silent_s:.1f} s" if self._stalled else "goes on"
+            logger.warning("the core at %s %s", self.address, state)
 
     # ---- death
 
