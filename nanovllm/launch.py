@@ -27,6 +27,7 @@ EXECUTORS = {
     "inline": "nanovllm.executor.inline:InlineExecutor",
     "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
 }
+PROGRAM = ["-m", "nanovllm.launch"]
 USAGE_ERROR = 2
 
 
@@ -79,7 +80,7 @@ def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandl
 def _spawn(config: EngineConfig, address: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """The program, and the end of a socket pair whose closing tells it that its owner has gone."""
     owner_end, core_end = socket.socketpair()
-    command = [sys.executable, "-m", "nanovllm.launch", "--address", address]
+    command = [sys.executable, *PROGRAM, "--address", address]
     command += ["--owner-fd", str(core_end.fileno())]
     command += ["--config-json", msgspec.json.encode(config).decode()]
     # A session of its own, so that Ctrl-C at the owner's terminal is the owner's affair.

@@ -1,7 +1,7 @@
 """The asynchronous engine: encode, send, stream.
 
-What servers and `LLM` are built on. Owns the tokenizer, the session with the core (the live requests
-and the line) and, unless it was attached with `connect`, the core process itself.
+What servers and `LLM` are built on. Owns the tokenizer, the session with the core (live requests
+and line) and, unless it was attached with `connect`, the core process itself.
 """
 
 import asyncio
@@ -150,6 +150,11 @@ class AsyncLLM:
         """The core has not been heard of for seconds: it is stuck or stopped, or has died and is
         not back yet. Streams pause; nothing is lost."""
         return self.is_running and self._line.is_stalled
+
+    @property
+    def address(self) -> str:
+        """Where the core is; other frontends may attach there, to an owned core as well."""
+        return self._line.address
 
     @property
     def info(self) -> Welcome:
