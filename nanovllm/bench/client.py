@@ -45,7 +45,7 @@ class ClientReport(msgspec.Struct):
     requests: list[RequestReport]
     gaps: list[int]
     num_tokens_in_time: int  # that came before `duration` was over
-    cpu_s: float
+    cpu_s: float  # after the start
 
 
 class Client:
@@ -61,20 +61,16 @@ class Client:
         self._num_tokens_in_time = 0
 
     async def run(self) -> ClientReport:
-        task = self._task
+        task, before_s = self._task, cpu_seconds()
         work: list[Awaitable[None]]
         if task.load.streams is None:
             work = [self._request(arrival) for arrival in task.arrivals]
         else:
             work = [self._stream(index) for index in range(task.load.streams)]
         await asyncio.gather(*work)
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s = cpu_seconds() - before_s
         return ClientReport(
-            task.client,
-            self._reports,
-            count_gaps(self._gaps),
-            self._num_tokens_in_time,
-            usage.ru_utime + usage.ru_stime,
+            task.client, self._reports, count_gaps(self._gaps), self._num_tokens_in_time, cpu_s
         )
 
     async def _stream(self, index: int) -> None:
@@ -124,6 +120,12 @@ class Client:
         reason = output.outputs[0].finish_reason
         if reason != "length":
             report.error = f"ended with {reason!r} after {report.num_tokens} tokens"
+
+
+def cpu_seconds() -> float:
+    """What this process has used so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def count_gaps(gaps: "array[float]") -> list[int]:

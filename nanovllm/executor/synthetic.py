@@ -6,7 +6,6 @@ differently. Log-probabilities are made up the same way.
 """
 
 import time
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,6 @@ import numpy.typing as npt
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import ProgressCallback
 from nanovllm.protocol import NewRow, StepPlan, StepResult, TokenLogprobs, WorkerInfo
-from nanovllm.sampling_params import SamplingParams
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_NUM_BLOCKS = 65_536
@@ -35,7 +33,7 @@ class SyntheticExecutor:
         num_rows = config.scheduler.max_num_seqs
         self._states = np.zeros(num_rows, np.uint64)
         self._seeds = np.zeros(num_rows, np.uint64)
-        self._rows: dict[int, NewRow] = {}
+        self._rows: dict[int, NewRow] = {}  # those that want log-probabilities
         self._free_at = 0.0  # when the step before will have run
 
     def start(self) -> WorkerInfo:
@@ -56,7 +54,9 @@ class SyntheticExecutor:
     def submit(self, plan: StepPlan) -> "SyntheticStep":
         """Sample at once; the handle gives it out when the step's time has passed."""
         for new in plan.new_rows:
-            self._rows[new.row] = new
+            self._rows.pop(new.row, None)
+            if new.params.logprobs is not None or new.params.prompt_logprobs is not None:
+                self._rows[new.row] = new
             self._states[new.row] = hash_tokens(np.array(new.token_ids, np.uint64))
             # As with a real model, the seed of a greedy request changes nothing.
             self._seeds[new.row] = 0 if new.params.greedy else new.seed
@@ -83,20 +83,21 @@ class SyntheticExecutor:
         self, rows: list[int], token_ids: list[int], noise: UInt64Array
     ) -> dict[int, TokenLogprobs]:
         found: dict[int, TokenLogprobs] = {}
-        for index, row in enumerate(rows):
-            wanted = self._rows[row].params.logprobs
-            if wanted is not None:
+        for index, row in enumerate(rows) if self._rows else ():
+            new = self._rows.get(row)
+            if new is not None and (wanted := new.params.logprobs) is not None:
                 found[index] = self._made_up(token_ids[index], int(noise[index]), wanted)
         return found
 
     def _prompt_logprobs(self, plan: StepPlan) -> dict[int, list[TokenLogprobs]]:
         found: dict[int, list[TokenLogprobs]] = {}
-        for entry, row in enumerate(plan.rows):
-            new = self._rows[row]
-            wanted = new.params.prompt_logprobs
+        for entry, row in enumerate(plan.rows) if self._rows else ():
+            new = self._rows.get(row)
+            if new is None or (wanted := new.params.prompt_logprobs) is None:
+                continue
             start = plan.num_computed[entry] + 1
             end = min(start + plan.num_scheduled[entry], new.num_prompt_tokens)
-            if wanted is not None and start < end:
+            if start < end:
                 found[entry] = [
                     self._made_up(new.token_ids[position], position, wanted)
                     for position in range(start, end)
@@ -143,17 +144,3 @@ def scramble(words: UInt64Array) -> UInt64Array:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
-
-
-def expected_output(
-    prompt_token_ids: list[int], params: SamplingParams, num_tokens: int, **synthetic: Any
-) -> list[int]:
-    """What the synthetic model says to a prompt, without an engine: for checking streams."""
-    config = EngineConfig.from_kwargs(load_format="synthetic", max_num_seqs=1, **synthetic)
-    executor = SyntheticExecutor(config, lambda phase, progress: None)
-    new = NewRow(0, prompt_token_ids, len(prompt_token_ids), [], params, params.seed or 0, [])
-    first = StepPlan(0, [new], [], [0], [0], [len(prompt_token_ids)], [0])
-    ids = executor.submit(first).result().token_ids
-    for position in range(len(prompt_token_ids), len(prompt_token_ids) + num_tokens - 1):
-        ids += executor.submit(StepPlan(0, [], [], [0], [position], [1], [0])).result().token_ids
-    return ids
