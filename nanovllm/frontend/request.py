@@ -7,8 +7,7 @@ is no queue in between: a slow caller finds one merged output, however much has 
 import asyncio
 import time
 from collections.abc import Iterator
-
-import msgspec
+from copy import copy
 
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopStrings
 from nanovllm.frontend.outputs import (
@@ -193,7 +192,8 @@ class Request:
         self.num_unfinished = params.n
         self.is_aborted = False  # asked of the core, which may not have answered yet
         self._error: Exception | None = None
-        self._news = asyncio.Event()
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None  # there is one reader at most
 
     @property
     def has_begun(self) -> bool:
@@ -203,7 +203,7 @@ class Request:
     def fail(self, error: Exception) -> None:
         """Make the caller's next (or present) `next_output` raise `error`."""
         self._error = error
-        self._news.set()
+        self._wake()
 
     def forget_unfinished_prompt_logprobs(self) -> None:
         """The core will send them again, all of them, unless it had when the first token came."""
@@ -213,17 +213,19 @@ class Request:
     def announce(self) -> None:
         """Wake the caller, if it is waiting for something like this."""
         if not self.final_only or self.num_unfinished == 0:
-            self._news.set()
+            self._wake()
 
     async def next_output(self) -> RequestOutput:
         """All that has come since the last call; waits until something has.
 
         Raises what the request was failed with.
         """
-        await self._news.wait()
+        if not self._has_news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._error is not None:
             raise self._error
-        self._news.clear()
+        self._has_news = False
         delta = self.params.output_kind == "delta"
         output = RequestOutput(
             self.request_id,
@@ -231,13 +233,18 @@ class Request:
             self.message.prompt_token_ids,
             [one.take() for one in self.completions if one.has_news or not delta],
             self.num_unfinished == 0,
-            msgspec.structs.replace(self.metrics),
+            copy(self.metrics),
             self.prompt_logprobs,
             self.num_cached_tokens,
         )
         if delta:
             self.prompt_logprobs = None
         return output
+
+    def _wake(self) -> None:
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class RequestTable:
