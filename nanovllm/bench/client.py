@@ -5,6 +5,7 @@ monotonic clock, which all processes of a machine share), and writes a `ClientRe
 """
 
 import asyncio
+import os
 import random
 import resource
 import sys
@@ -23,6 +24,7 @@ from nanovllm.sampling_params import SamplingParams
 
 BUCKETS_PER_E = 50  # buckets of the histogram of gaps are 2 % wide
 SHORTEST_S = 1e-6
+NICENESS = 10  # a load must not take the CPU away from what it measures
 
 
 class RequestReport(msgspec.Struct, array_like=True):
@@ -144,6 +146,7 @@ def gap_of_bucket(bucket: int) -> float:
 
 
 async def main() -> None:
+    os.nice(NICENESS)
     task = msgspec.json.decode(await asyncio.to_thread(sys.stdin.readline), type=ClientTask)
     llm = await AsyncLLM.connect(task.address, skip_tokenizer_init=True)
     try:
