@@ -101,7 +101,7 @@ def spread(seconds: Sequence[float]) -> Spread:
 def add_counts(counts: list[list[int]]) -> list[int]:
     total = np.zeros(max(map(len, counts), default=0), np.int64)
     for one in counts:
-        total[: len(one)] += one
+        total[: len(one)] += np.array(one, np.int64)
     summed: list[int] = total.tolist()
     return summed
 
