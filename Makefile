@@ -28,6 +28,7 @@ types: setup
 bench: setup
 	$(PY) benchmarks/core.py
 	$(PY) benchmarks/frontend.py
+	$(PY) benchmarks/faults.py
 	$(PY) benchmarks/offline_vs_transformers.py
 
 setup: .venv/installed
