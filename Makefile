@@ -29,6 +29,7 @@ bench: setup
 	$(PY) benchmarks/core.py
 	$(PY) benchmarks/frontend.py
 	$(PY) benchmarks/http_server.py
+	$(PY) benchmarks/faults.py
 	$(PY) benchmarks/offline_vs_transformers.py
 
 setup: .venv/installed

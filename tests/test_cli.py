@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from nanovllm import cli
+from nanovllm.bench.load import ClientsLoad
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -254,15 +255,32 @@ def test_bench_passes_lengths_and_settings_on(
         settings.pop("on_progress")
         return f"{what} {arguments.input_len} {arguments.output_len} {settings}"
 
-    monkeypatch.setattr(f"nanovllm.bench.{what}", run)
+    monkeypatch.setattr(f"nanovllm.bench.offline.{what}", run)
     assert cli.main(["bench", what, "--input-len", "9", "--block-size", "32"]) == 0
     assert capsys.readouterr().out == f"{what} 9 64 {{'block_size': 32}}\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench", "fetch"])
+def test_bench_clients_takes_its_load_from_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(load: ClientsLoad, settings: dict[str, Any]) -> str:
+        settings.pop("on_progress")
+        return f"{load.clients} {load.rate} {load.trace} {settings}"
+
+    monkeypatch.setattr("nanovllm.bench.clients.clients", run)
+    command = ["bench", "clients", "--clients", "9", "--rate", "2.5", "--step-ms", "3"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "9 2.5 None {'step_ms': 3.0}\n"
+    assert cli.main(["bench", "clients", "--rate", "0"]) == cli.USAGE_ERROR
+    assert "rate: Expected `float` > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "bench throughput", "bench clients", "fetch"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: nanovllm {command}" in capsys.readouterr().out
 

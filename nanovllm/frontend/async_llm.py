@@ -1,19 +1,21 @@
 """The asynchronous engine: encode, send, stream.
 
-What servers and `LLM` are built on. Owns the live requests, the tokenizer, the line to the core
-and, unless it was attached with `connect`, the core process itself.
+What servers and `LLM` are built on. Owns the tokenizer, the session with the core (live requests
+and line) and, unless it was attached with `connect`, the core process itself.
 """
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
+import msgspec
+
 from nanovllm.checkpoint import locate
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
-from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, CoreClient, ProgressCallback
+from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, ProgressCallback
 from nanovllm.frontend.detokenizer import DetokenizerFactory
-from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.inputs import (
     Prompt,
     PromptInput,
@@ -23,18 +25,12 @@ from nanovllm.frontend.inputs import (
     make_prompt,
 )
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.request import Request, RequestTable
+from nanovllm.frontend.request import Request
+from nanovllm.frontend.session import Session
+from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.launch import CoreHandle, start_core
-from nanovllm.protocol import (
-    Abort,
-    AddRequest,
-    CoreStatus,
-    Outputs,
-    RequestFailed,
-    ResetPrefixCache,
-    Welcome,
-)
+from nanovllm.protocol import AddRequest, CoreStatus, ResetPrefixCache, Welcome
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -55,13 +51,12 @@ class AsyncLLM:
         self.config = EngineConfig.from_kwargs(model=model, **config_fields)
         self._on_progress = on_progress
         self._handle: CoreHandle | None = None
-        self._client: CoreClient | None = None
-        self._welcome: Welcome | None = None
+        self._session: Session | None = None
         self._tokenizer: Tokenizer | None = None
         self._why_no_tokenizer = "skip_tokenizer_init is set"
         self._detokenizers: DetokenizerFactory | None = None
-        self._requests = RequestTable()
         self._next_number = 0
+        self._seeds = random.Random(self.config.model.seed)
 
     # ---- life
 
@@ -74,14 +69,20 @@ class AsyncLLM:
         skip_tokenizer_init: bool = False,
         on_progress: ProgressCallback | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        **supervision: Any,
     ) -> "AsyncLLM":
         """Attach to a running core; any number of frontends may. `close` leaves it running.
 
         tokenizer: by default that of the core's model, if it can be had on this machine; without
         one, only token ids can be sent. connect_timeout_s: for somebody to answer at the address;
-        a core that still loads is waited for. Raises `EngineDeadError`, `ValueError`.
+        a core that still loads is waited for. supervision: fields of `SupervisionConfig`, such as
+        on_core_death. Raises `EngineDeadError`, `ValueError`.
         """
-        llm = cls(skip_tokenizer_init=skip_tokenizer_init, on_progress=on_progress)
+        for name in supervision:
+            if section_of(name) != "supervision":
+                raise ValueError(f"{name}: the core at {address} has settings of its own: omit it")
+        llm = cls(skip_tokenizer_init=skip_tokenizer_init, on_progress=on_progress, **supervision)
+        llm._seeds = random.Random()  # not the core's: its other clients draw seeds as well
         try:
             welcome = await llm._greet(address, connect_timeout_s=connect_timeout_s)
             if tokenizer is not None:
@@ -98,17 +99,19 @@ class AsyncLLM:
 
         Raises `ValueError` if the configuration cannot work, `EngineDeadError` if the core dies.
         """
-        if self._client is not None:
+        if self._session is not None:
             raise RuntimeError("this engine has been started before: make a new one")
         model = self.config.model
+        tokenizer = model.tokenizer or (None if model.load_format == "synthetic" else model.model)
         try:
-            if model.load_format != "dummy":  # fetch it here, where the user sees the progress
+            if model.load_format not in ("dummy", "synthetic"):
+                # Fetch it here, where the user sees the progress.
                 await asyncio.to_thread(locate, model.model, on_progress=self._thread_progress())
             self._handle = start_core(self.config)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._greet(self._handle.address))
-                if not model.skip_tokenizer_init:
-                    group.create_task(self._load_tokenizer(model.tokenizer or model.model))
+                if tokenizer is not None and not model.skip_tokenizer_init:
+                    group.create_task(self._load_tokenizer(tokenizer))
         except BaseException as error:
             await self.close()
             if isinstance(error, BaseExceptionGroup):  # the first failure cancelled the other task
@@ -123,13 +126,13 @@ class AsyncLLM:
 
     async def leave(self) -> CoreHandle | None:
         """`close`, but for the blocking end of an owned core: the caller closes its handle."""
-        if self._client is not None:
-            await self._client.close()
+        if self._session is not None:
+            await self._session.line.close()
         handle, self._handle = self._handle, None
         return handle
 
     async def __aenter__(self) -> "AsyncLLM":
-        if self._client is None:  # else it comes from `connect`: `async with await …connect(…)`
+        if self._session is None:  # else it comes from `connect`: `async with await …connect(…)`
             await self.start()
         return self
 
@@ -138,15 +141,27 @@ class AsyncLLM:
 
     @property
     def is_running(self) -> bool:
-        """Ready for requests."""
-        return self._welcome is not None and self._line.is_alive
+        """Takes requests. (While a dead core is being replaced, they wait for the new one.)"""
+        line = None if self._session is None else self._session.line
+        return line is not None and line.welcome is not None and not line.is_dead
+
+    @property
+    def is_stalled(self) -> bool:
+        """The core has not been heard of for seconds: it is stuck or stopped, or has died and is
+        not back yet. Streams pause; nothing is lost."""
+        return self.is_running and self._line.is_stalled
+
+    @property
+    def address(self) -> str:
+        """Where the core is; other frontends may attach there, to an owned core as well."""
+        return self._line.address
 
     @property
     def info(self) -> Welcome:
         """What the core said of itself and its model: limits, sizes, choices made."""
-        if self._welcome is None:
+        if self._session is None or self._session.line.welcome is None:
             raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
-        return self._welcome
+        return self._session.line.welcome
 
     @property
     def vocab_size(self) -> int:
@@ -218,14 +233,11 @@ class AsyncLLM:
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests early: their last output has finish_reason "abort". Unknown ids are fine:
         they may just have finished."""
-        names = [request_id] if isinstance(request_id, str) else request_id
-        found = [self._requests.find(name) for name in names]
-        numbers = [number for request in found if request for number in request.numbers]
-        if numbers:
-            self._line.send(Abort(numbers))
+        self._running.abort([request_id] if isinstance(request_id, str) else request_id)
 
     async def stats(self) -> CoreStatus:
-        """What the core does, all clients together; at most a second (or a step) old."""
+        """What the core does, all clients together; at most a second (or a step) old, unless the
+        core `is_stalled`. Waits while it is being replaced."""
         return await self._line.status()
 
     async def reset_prefix_cache(self) -> bool:
@@ -247,6 +259,9 @@ class AsyncLLM:
         params = SamplingParams() if params is None else params
         check_options(params, request_id, priority, cache_salt)
         check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
+        if params.seed is None and not params.greedy:
+            # Drawn here and not by the core, so that any other core can continue the request.
+            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         message = AddRequest(
             number=self._next_number,
             prompt_token_ids=prompt.token_ids,
@@ -261,18 +276,11 @@ class AsyncLLM:
 
     def submit(self, request: Request) -> None:
         """Send it; from here on `request.next_output` brings what the core answers."""
-        if request.request_id in self._requests:
-            raise ValueError(
-                f"request_id {request.request_id!r} is in use: choose another, or wait for it"
-            )
-        self._line.send(request.message)
-        self._requests.add(request)
+        self._running.submit(request)
 
     def discard(self, request: Request) -> None:
         """Nobody waits for it any more: abort what still runs of it."""
-        numbers = self._requests.remove(request)
-        if numbers and self._line.is_alive:
-            self._line.send(Abort(numbers))
+        self._running.discard(request)
 
     async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self.submit(request)
@@ -288,18 +296,21 @@ class AsyncLLM:
     # ---- the line to the core
 
     @property
-    def _line(self) -> CoreClient:
-        if self._client is None:
+    def _running(self) -> Session:
+        if self._session is None:
             raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
-        return self._client
+        return self._session
+
+    @property
+    def _line(self) -> Supervisor:
+        return self._running.line
 
     async def _greet(
         self, address: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
     ) -> Welcome:
-        process = None if self._handle is None else self._handle.process
-        self._client = CoreClient(address, self, process=process, on_progress=self._on_progress)
-        self._welcome = await self._client.connect(timeout_s=connect_timeout_s)
-        return self._welcome
+        self._session = Session(self.config.supervision, address, handle=self._handle)
+        line = self._session.line
+        return await line.connect(timeout_s=connect_timeout_s, on_progress=self._on_progress)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -332,26 +343,3 @@ class AsyncLLM:
             loop.call_soon_threadsafe(on_progress, phase, progress)
 
         return report
-
-    def on_outputs(self, outputs: Outputs) -> None:
-        """`CoreClient`: tokens have come."""
-        stopped = self._requests.apply(outputs)
-        if stopped:
-            self._line.send(Abort(stopped))
-
-    def on_request_failed(self, failure: RequestFailed) -> None:
-        """`CoreClient`: a request failed; -1 is some request, so one that has not begun."""
-        if failure.number == -1:
-            failed = [request for request in self._requests if not request.has_begun]
-        else:
-            owner = self._requests.owner_of(failure.number)
-            failed = [] if owner is None else [owner]
-        for request in failed:
-            request.fail(RequestFailedError(failure.message))
-            self.discard(request)
-
-    def on_core_dead(self, error: EngineDeadError) -> None:
-        """`CoreClient`: nothing more will come."""
-        for request in self._requests:
-            self._requests.remove(request)
-            request.fail(EngineDeadError(str(error), error.details))

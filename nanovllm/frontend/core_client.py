@@ -5,6 +5,7 @@ woken when the core dies, which is noticed by the broken connection however the 
 """
 
 import asyncio
+import logging
 import signal
 import subprocess
 import time
@@ -13,12 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
+from nanovllm.frontend.channel import Channel
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
+    STATUS_INTERVAL_S,
     Call,
     CallResult,
     CoreFailed,
@@ -38,15 +39,13 @@ from nanovllm.protocol import (
 CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
 SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
 CALL_TIMEOUT_S = 60.0
+STALL_S = 2.5 * STATUS_INTERVAL_S  # a ready core speaks once a STATUS_INTERVAL_S, or it is stuck
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.2
-HIGH_WATER_MARK = 1000
-LINGER_MS = 500
-RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
-TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[str, float], None]
 
 
@@ -78,10 +77,7 @@ class CoreClient:
         self._on_progress = on_progress
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
-        self._socket = _dealer(address)
-        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
+        self._channel = Channel(address, self)
         self._tasks: list[asyncio.Task[None]] = []
         self._calls: dict[int, asyncio.Future[bool | None]] = {}
         self._num_calls = 0
@@ -90,6 +86,7 @@ class CoreClient:
         self._failure: CoreFailed | None = None
         self._error: EngineDeadError | None = None
         self._closed = False
+        self._stalled = False
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
         self._status_or_death = asyncio.Event()
@@ -99,6 +96,11 @@ class CoreClient:
         """Welcomed, and neither dead nor closed."""
         return self._welcome.done() and self._error is None and not self._closed
 
+    @property
+    def is_stalled(self) -> bool:
+        """Connected, and yet silent for longer than a core that is well ever is."""
+        return self._stalled
+
     async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Welcome:
         """Greet the core and wait until it is ready, which may take minutes of `Loading`.
 
@@ -106,22 +108,20 @@ class CoreClient:
         or the core's configuration is wrong, `EngineDeadError` if the core dies or never answers.
         """
         try:
-            self._socket.connect(self.address)
+            self._channel.connect()
         except zmq.ZMQError as error:
             raise ValueError(
                 f"address {self.address!r} cannot be connected to ({error}): "
                 "use ipc://PATH or tcp://HOST:PORT"
             ) from None
-        for work in (self._receive(), self._watch_connection(), self._watch_clock(timeout_s)):
-            self._tasks.append(asyncio.create_task(self._guard(work)))
+        self._start(self._watch_clock(timeout_s))
         self.send(Hello())
         return await asyncio.shield(self._welcome)
 
     def send(self, message: ToCore) -> None:
         """Queue a message; raises `EngineDeadError` if nobody is there to get it."""
         self._check_alive()
-        # Sends at once, or, when the core lags by HIGH_WATER_MARK messages, in order later.
-        self._socket.send(self._encoder.encode(message))
+        self._channel.send(self._encoder.encode(message))
 
     async def call(self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S) -> bool | None:
         """Have the core do something. Raises `EngineDeadError`, `TimeoutError`, or
@@ -156,31 +156,43 @@ class CoreClient:
         if self._closed:
             return
         if self._error is None:
-            self._socket.send(self._encoder.encode(Goodbye()))
+            self._channel.send(self._encoder.encode(Goodbye()))
             self._die(EngineDeadError("the engine has been closed"))
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(LINGER_MS)
+        self._channel.close()
 
-    # ---- what comes in
+    # ---- what `Channel` tells
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
-        """A task that fails must not leave others waiting for what it would have brought."""
-        try:
-            await work
-        except Exception as error:
-            self._die(EngineDeadError(f"the connection to the core failed: {error!r}"))
-            raise
+    def on_frame(self, frame: bytes) -> None:
+        """`Channel`: a message."""
+        self._last_heard = time.monotonic()
+        self._dispatch(self._decoder.decode(frame))
 
-    async def _receive(self) -> None:
-        while True:
-            frame = await self._socket.recv()
-            self._last_heard = time.monotonic()
-            self._dispatch(self._decoder.decode(frame))
+    def on_connected(self) -> None:
+        """`Channel`: somebody is there."""
+        self._connected = True
+        self._last_heard = time.monotonic()
+
+    def on_disconnected(self) -> None:
+        """`Channel`: the core is gone."""
+        self._start(self._bury(f"the core at {self.address} closed the connection"))
+
+    def on_failure(self, error: Exception) -> None:
+        """Whatever fails must not leave others waiting for what it would have brought."""
+        self._die(EngineDeadError(f"the connection to the core failed: {error!r}"))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_task_done)
+        self._tasks.append(task)
+
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self.on_failure(error)
 
     def _dispatch(self, message: FromCore) -> None:
         match message:
@@ -210,25 +222,18 @@ class CoreClient:
         else:
             _reject(future, RuntimeError(answer.error))
 
-    async def _watch_connection(self) -> None:
-        """The kernel closes a dead process's sockets at once: no connection, no core."""
-        while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connected = True
-                self._last_heard = time.monotonic()
-            else:
-                await self._bury(f"the core at {self.address} closed the connection")
-
     async def _watch_clock(self, connect_timeout_s: float) -> None:
         """Notice an owned process that ends, and silence before Welcome; send heartbeats."""
-        started = last_beat = time.monotonic()
+        started = last_beat = now = time.monotonic()
         while self._error is None:
+            asleep_at = now
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = time.monotonic()
             if self._process is not None and self._process.poll() is not None:
                 await self._bury("the core ended")
             elif self._welcome.done():
+                if now - asleep_at < STATUS_INTERVAL_S:  # else it is this process that stood still
+                    self._watch_stall(now - self._last_heard)
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())
@@ -245,6 +250,14 @@ class CoreClient:
                         f"start one with nanovllm-core --address {self.address}"
                     )
                 )
+
+    def _watch_stall(self, silent_s: float) -> None:
+        """Nothing is done about a stall but to tell of it: a core may be stuck, or stopped, or in
+        a very long step, and it loses nothing by being waited for."""
+        if self._stalled != (silent_s > STALL_S):
+            self._stalled = not self._stalled
+            state = f"has been silent for {silent_s:.1f} s" if self._stalled else "goes on"
+            logger.warning("the core at %s %s", self.address, state)
 
     # ---- death
 
@@ -278,20 +291,6 @@ class CoreClient:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise self.dead_error()
-
-
-def _dealer(address: str) -> zmq.asyncio.Socket:
-    """A DEALER with finite queues that tries its peer often."""
-    dealer = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-    dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)
-    dealer.set(zmq.RCVHWM, HIGH_WATER_MARK)
-    dealer.set(zmq.LINGER, LINGER_MS)
-    dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-    dealer.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    if address.startswith("tcp:"):
-        dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
-        dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
-    return dealer
 
 
 def _ending(exit_code: int | None) -> str | None:

@@ -43,7 +43,10 @@ class CompletionOutput(msgspec.Struct):
 
 
 class RequestMetrics(msgspec.Struct):
-    """Times are seconds since the epoch, as seen by the frontend; queued_ms is the core's."""
+    """Times are seconds since the epoch, as seen by the frontend; queued_ms is the core's.
+
+    num_resumes: how often the request was continued by another core after its own had died.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
@@ -51,6 +54,7 @@ class RequestMetrics(msgspec.Struct):
     queued_ms: float | None = None
     num_preemptions: int = 0
     num_generation_tokens: int = 0
+    num_resumes: int = 0
 
 
 class RequestOutput(msgspec.Struct):

@@ -7,8 +7,7 @@ is no queue in between: a slow caller finds one merged output, however much has 
 import asyncio
 import time
 from collections.abc import Iterator
-
-import msgspec
+from copy import copy
 
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopStrings
 from nanovllm.frontend.outputs import (
@@ -34,7 +33,7 @@ class Completion:
         "has_news",
         "index",
         "logprobs",
-        "num_tokens",
+        "num_given",
         "request",
         "stop_reason",
         "stops",
@@ -54,14 +53,33 @@ class Completion:
             )
         self.arrived: list[int] = []
         self.arrived_logprobs: list[TokenLogprobs] = []
-        self.num_tokens = 0
-        self.text = ""  # this and the next two: not yet given out, if output_kind is "delta"
         self.token_ids: list[int] = []
+        self.num_given = 0  # of token_ids, if output_kind is "delta"
+        self.text = ""  # this and the next: not yet given out, if output_kind is "delta"
         self.logprobs: list[TokenAlternatives] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.has_news = False
+
+    @property
+    def number(self) -> int:
+        """The client's own id of it, as the core knows it."""
+        return self.request.number + self.index
+
+    @property
+    def num_received(self) -> int:
+        """Tokens the core has sent."""
+        return len(self.token_ids) + len(self.arrived)
+
+    @property
+    def last_token_id(self) -> int:
+        """Of those that the core has sent, of which there is one at least."""
+        return (self.arrived or self.token_ids)[-1]
+
+    def received_token_ids(self) -> list[int]:
+        """All that the core has sent."""
+        return self.token_ids + self.arrived
 
     def advance(self, end: Finished | None) -> bool:
         """Turn what has arrived into text. True if a stop string ended it before the core did."""
@@ -79,7 +97,6 @@ class Completion:
                 stopped = self.finish_reason is not None
                 if stopped:
                     del arrived[num_used:]
-        self.num_tokens += len(arrived)
         self.token_ids += arrived
         if self.logprobs is not None:
             self._take_logprobs(len(arrived))
@@ -95,18 +112,17 @@ class Completion:
         output = CompletionOutput(
             self.index,
             self.text,
-            self.token_ids,
+            self.token_ids[self.num_given :],
             self.cumulative_logprob,
-            self.logprobs,
+            None if self.logprobs is None else self.logprobs.copy(),
             self.finish_reason,
             self.stop_reason,
         )
         if self.request.params.output_kind == "delta":
-            self.text, self.token_ids = "", []
-            self.logprobs = None if self.logprobs is None else []
-        else:
-            self.token_ids = self.token_ids.copy()
-            self.logprobs = None if self.logprobs is None else self.logprobs.copy()
+            self.text = ""
+            self.num_given = len(self.token_ids)
+            if self.logprobs is not None:
+                self.logprobs.clear()
         self.has_news = False
         return output
 
@@ -116,7 +132,7 @@ class Completion:
         """One token at a time, so that tokens after a match are known. Returns how many it took."""
         min_tokens = self.request.params.min_tokens
         for index, token_id in enumerate(token_ids):
-            look = self.num_tokens + index >= min_tokens
+            look = len(self.token_ids) + index >= min_tokens
             text, stop = stops.feed(detokenizer.feed((token_id,)), look=look)
             self.text += text
             if stop is not None:
@@ -174,8 +190,10 @@ class Request:
             for index in range(params.n)
         ]
         self.num_unfinished = params.n
+        self.is_aborted = False  # asked of the core, which may not have answered yet
         self._error: Exception | None = None
-        self._news = asyncio.Event()
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None  # there is one reader at most
 
     @property
     def has_begun(self) -> bool:
@@ -185,22 +203,29 @@ class Request:
     def fail(self, error: Exception) -> None:
         """Make the caller's next (or present) `next_output` raise `error`."""
         self._error = error
-        self._news.set()
+        self._wake()
+
+    def forget_unfinished_prompt_logprobs(self) -> None:
+        """The core will send them again, all of them, unless it had when the first token came."""
+        if self.completions[0].num_received == 0:
+            self.prompt_logprobs = None
 
     def announce(self) -> None:
         """Wake the caller, if it is waiting for something like this."""
         if not self.final_only or self.num_unfinished == 0:
-            self._news.set()
+            self._wake()
 
     async def next_output(self) -> RequestOutput:
         """All that has come since the last call; waits until something has.
 
         Raises what the request was failed with.
         """
-        await self._news.wait()
+        if not self._has_news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._error is not None:
             raise self._error
-        self._news.clear()
+        self._has_news = False
         delta = self.params.output_kind == "delta"
         output = RequestOutput(
             self.request_id,
@@ -208,13 +233,18 @@ class Request:
             self.message.prompt_token_ids,
             [one.take() for one in self.completions if one.has_news or not delta],
             self.num_unfinished == 0,
-            msgspec.structs.replace(self.metrics),
+            copy(self.metrics),
             self.prompt_logprobs,
             self.num_cached_tokens,
         )
         if delta:
             self.prompt_logprobs = None
         return output
+
+    def _wake(self) -> None:
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class RequestTable:
@@ -271,7 +301,8 @@ class RequestTable:
     def _apply_starts(self, outputs: Outputs) -> None:
         for started in outputs.started:
             request = self.owner_of(started.number)
-            if request is not None and started.number == request.number:
+            # One that was resumed starts again, with its own output in the cache: not news.
+            if request is not None and started.number == request.number and not request.has_begun:
                 request.num_cached_tokens = started.num_cached_tokens
                 request.metrics.queued_ms = started.queued_ms
         for some in outputs.prompt_logprobs:
@@ -293,10 +324,10 @@ class RequestTable:
                 metrics.first_token_time = now
             if end is None and request.final_only and completion.stops is None:
                 continue  # nobody asks for the text before the end
-            num_tokens = completion.num_tokens
+            num_tokens = len(completion.token_ids)
             if completion.advance(end):
                 stopped.append(number)
-            metrics.num_generation_tokens += completion.num_tokens - num_tokens
+            metrics.num_generation_tokens += len(completion.token_ids) - num_tokens
             if completion.finish_reason is not None:
                 self._finish(completion, end, now)
             request.announce()

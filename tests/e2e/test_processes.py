@@ -82,7 +82,12 @@ def test_a_core_dies_with_an_owner_killed_while_loading(model: str, tmp_path: Pa
 
 async def test_a_killed_core_fails_every_pending_call_within_2_s(model: str) -> None:
     async with AsyncLLM(
-        model, skip_tokenizer_init=True, dtype="float32", device="cpu", max_model_len=256
+        model,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        on_core_death="fail",
     ) as llm:
         (core,) = core_children(os.getpid())
         streams = [llm.generate(PROMPT, LONG) for _ in range(3)]
@@ -150,7 +155,7 @@ async def test_clients_of_a_standalone_core_hear_of_its_death(
     standalone: "tuple[subprocess.Popen[str], str]",
 ) -> None:
     core, address = standalone
-    llm = await AsyncLLM.connect(address)
+    llm = await AsyncLLM.connect(address, on_core_death="fail")
     stream = llm.generate(PROMPT, LONG)
     await anext(stream)
     core.kill()

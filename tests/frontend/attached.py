@@ -1,9 +1,11 @@
 """An `AsyncLLM` attached to a scripted core, or owning it, and ways to read its streams."""
 
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.outputs import RequestOutput
@@ -14,10 +16,10 @@ from tests.frontend.vocabulary import byte_tokenizer
 
 @asynccontextmanager
 async def attached(
-    address: str, script: Script = silent
+    address: str, script: Script = silent, **supervision: Any
 ) -> AsyncIterator[tuple[AsyncLLM, FakeCore]]:
     with FakeCore(address, script) as core:
-        llm = await AsyncLLM.connect(address, tokenizer=byte_tokenizer())
+        llm = await AsyncLLM.connect(address, tokenizer=byte_tokenizer(), **supervision)
         try:
             yield llm, core
         finally:
@@ -61,8 +63,20 @@ class Handle:
     address: str
     process: "subprocess.Popen[bytes]"
     closed: int = 0
+    restarts: int = 0
+
+    def end(self) -> int:
+        self.process.kill()
+        return self.process.wait()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.process = idle_process()
 
     def close(self) -> int:
         self.closed += 1
-        self.process.kill()
-        return self.process.wait()
+        return self.end()
+
+
+def idle_process() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

@@ -1,14 +1,12 @@
 """An address for a fake core, and a process to own beside it."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nanovllm.frontend import async_llm
-from tests.frontend.attached import Handle
+from tests.frontend.attached import Handle, idle_process
 from tests.frontend.vocabulary import byte_tokenizer
 
 
@@ -19,8 +17,7 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture
 def handle(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handle]:
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    handle = Handle(address, subprocess.Popen(command))
+    handle = Handle(address, idle_process())
     monkeypatch.setattr(async_llm, "start_core", lambda config: handle)
     monkeypatch.setattr(async_llm.Tokenizer, "load", lambda name: byte_tokenizer())
     yield handle

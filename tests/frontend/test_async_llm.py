@@ -128,7 +128,7 @@ async def test_a_live_request_id_cannot_be_used_again(address: str) -> None:
 
 async def test_options_reach_the_core(address: str) -> None:
     async with attached(address, echo) as (llm, core):
-        params = SamplingParams(bad_words=["b"])
+        params = SamplingParams(bad_words=["b"], seed=1)
         await last_of(llm.generate("a", params, priority=-3, cache_salt="tenant"))
         (request,) = core.all_of(AddRequest)
     assert (request.priority, request.cache_salt) == (-3, "tenant")
@@ -166,7 +166,8 @@ async def test_a_failure_nobody_can_place_fails_what_has_not_begun(address: str)
 
 
 async def test_death_fails_every_stream_with_its_cause(address: str) -> None:
-    async with attached(address, says("A", end=None)) as (llm, core):
+    script = says("A", end=None)
+    async with attached(address, script, on_core_death="fail") as (llm, core):
         streams = [llm.generate("a") for _ in range(3)]
         for stream in streams:
             await anext(stream)
@@ -258,7 +259,7 @@ async def test_an_owned_core_lives_as_long_as_the_block(address: str, handle: Ha
 
 async def test_an_owned_core_that_is_killed(address: str, handle: Handle) -> None:
     with FakeCore(address):
-        async with AsyncLLM("m", load_format="dummy") as llm:
+        async with AsyncLLM("m", load_format="dummy", on_core_death="fail") as llm:
             pending = asyncio.create_task(last_of(llm.generate("ok")))
             await asyncio.sleep(0.05)
             handle.process.kill()

@@ -219,6 +219,25 @@ async def test_the_lease_is_renewed(address: str, monkeypatch: pytest.MonkeyPatc
         await client.close()
 
 
+async def test_silence_is_a_stall_until_something_is_heard(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(core_client, "STALL_S", 0.4)
+    with FakeCore(address) as core:
+        client, recorder = await connected(address)
+        assert not client.is_stalled
+        async with asyncio.timeout(DEATH_S):
+            while not client.is_stalled:
+                await asyncio.sleep(0.02)
+        assert "has been silent" in caplog.text and client.is_alive and recorder.heard == []
+        core.push(STATUS)
+        async with asyncio.timeout(DEATH_S):
+            while client.is_stalled:
+                await asyncio.sleep(0.02)
+        assert "goes on" in caplog.text
+        await client.close()
+
+
 # ---- death
 
 

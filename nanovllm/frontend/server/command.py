@@ -22,12 +22,20 @@ from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.server.frontends import Frontends
-from nanovllm.frontend.server.run import FrontendSetup, bind, freeze, log_to_stderr, serve
+from nanovllm.frontend.server.run import (
+    SUPERVISION_FIELDS,
+    TOKENIZER_FIELDS,
+    FrontendSetup,
+    bind,
+    freeze,
+    log_to_stderr,
+    serve,
+)
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.launch import start_core
 
-CONNECT_FIELDS = {"tokenizer", "skip_tokenizer_init"}  # what a frontend without a core can use
+CONNECT_FIELDS = TOKENIZER_FIELDS | SUPERVISION_FIELDS
 KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
@@ -56,7 +64,7 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
 
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
         if settings.connect is not None:
-            setup = FrontendSetup(settings=settings, address=settings.connect, **engine_fields)
+            setup = FrontendSetup.of(settings, settings.connect, engine_fields)
             return await setup.open_llm(on_progress)
         llm = AsyncLLM(on_progress=on_progress, **engine_fields)
         await llm.start()
@@ -83,11 +91,7 @@ async def _serve_many(
         stack.enter_context(reservation)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanovllm-metrics-"))
         async with _core(settings, engine_fields) as (address, process):
-            setup = FrontendSetup(
-                settings=settings,
-                address=address,
-                **{name: engine_fields[name] for name in CONNECT_FIELDS & engine_fields.keys()},
-            )
+            setup = FrontendSetup.of(settings, address, engine_fields)
             environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory}
             frontends = Frontends(setup, environment, core=process)
             return await frontends.run(
@@ -104,7 +108,7 @@ async def _core(
         yield settings.connect, None
         return
     config = EngineConfig.from_kwargs(**engine_fields)
-    if config.model.load_format != "dummy":
+    if config.model.load_format not in ("dummy", "synthetic"):
         await asyncio.to_thread(locate, config.model.model)
     handle = start_core(config)
     try:

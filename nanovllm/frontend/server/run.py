@@ -12,11 +12,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import msgspec
 import uvicorn
 import uvloop
 
+from nanovllm.config import EngineConfig, SupervisionConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.server.app import create_app
@@ -29,6 +31,9 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75  # longer than common proxies', or they would reuse connections just closed
 USAGE_ERROR = 2
 READY_LINE = "ready"
+# What a frontend without a core of its own reads of an engine's settings.
+SUPERVISION_FIELDS = frozenset(SupervisionConfig.__struct_fields__)
+TOKENIZER_FIELDS = frozenset({"tokenizer", "skip_tokenizer_init"})
 
 
 class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +43,15 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    @classmethod
+    def of(cls, settings: ServerSettings, address: str, fields: dict[str, Any]) -> Self:
+        """fields: keywords of `EngineConfig`; those that only the core reads are left to it."""
+        supervision = {name: value for name, value in fields.items() if name in SUPERVISION_FIELDS}
+        own = {name: value for name, value in fields.items() if name in TOKENIZER_FIELDS}
+        supervised = EngineConfig.from_kwargs(**supervision).supervision
+        return cls(settings=settings, address=address, supervision=supervised, **own)
 
     async def open_llm(self, on_progress: ProgressCallback) -> AsyncLLM:
         return await AsyncLLM.connect(
@@ -46,6 +60,7 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
             skip_tokenizer_init=self.skip_tokenizer_init,
             on_progress=on_progress,
             connect_timeout_s=CONNECT_TIMEOUT_S,
+            **msgspec.structs.asdict(self.supervision),
         )
 
 

@@ -92,7 +92,10 @@ async def message_of(core: FakeCore, kind: type[M], count: int = 1) -> M:
 def make_app(address: str, settings: ServerSettings, tokenizer: Tokenizer | None) -> FastAPI:
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
         return await AsyncLLM.connect(
-            address, tokenizer=tokenizer or byte_tokenizer(), on_progress=on_progress
+            address,
+            tokenizer=tokenizer or byte_tokenizer(),
+            on_progress=on_progress,
+            on_core_death="fail",
         )
 
     return create_app(settings, open_llm)

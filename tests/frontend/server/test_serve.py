@@ -148,7 +148,9 @@ def test_frontends_end_with_their_parent(address: str, tokenizer: str) -> None:
 def test_it_ends_with_its_core(address: str, tokenizer: str) -> None:
     with (
         FakeCore(address) as core,
-        program("--connect", address, "--tokenizer", tokenizer) as server,
+        program(
+            "--connect", address, "--tokenizer", tokenizer, "--on-core-death", "fail"
+        ) as server,
     ):
         server.hear("ready after")
         core.die()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import bench
+from nanovllm.bench import offline as bench
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 

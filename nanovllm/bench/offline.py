@@ -1,4 +1,4 @@
-"""What `nanovllm bench` measures: throughput of many requests, or latency of a few at once.
+"""`nanovllm bench throughput` and `latency`: many requests at once, or a few over and over.
 
 Random token ids in, EOS ignored, so that every run does the same work; a warm-up comes first.
 """

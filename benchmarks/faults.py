@@ -1,0 +1,275 @@
+"""What processes that die or stand still cost the others: nothing but a pause.
+
+    python benchmarks/faults.py
+
+Client processes stream from one synthetic core, owned by this process; each stream's ids are
+compared with those of a run in which nothing happened. Three runs: the core is killed again and
+again at random; some clients are killed; the core is stopped (SIGSTOP) for some seconds.
+Targets: every stream ends with the same ids; the longest pause is at most a core start + 1 s;
+other clients' streams do not notice killed ones; clients report a stopped core within 3 s.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanovllm import AsyncLLM, SamplingParams
+
+ROOT = Path(__file__).resolve().parent.parent
+ENOUGH_S = 120.0  # for a client to finish, whatever happens
+
+
+@dataclass
+class Load:
+    """`num_clients` processes with `num_streams` streams in all; every kind of request in turn."""
+
+    num_clients: int = 8
+    num_streams: int = 64
+    num_tokens: int = 600
+    step_ms: float = 10.0
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """Parameters of the streams of one client."""
+        some: dict[str, Any] = {"max_tokens": self.num_tokens, "ignore_eos": True}
+        kinds = [
+            {**some, "temperature": 0.0, "output_kind": "delta"},
+            {**some, "seed": 11, "output_kind": "delta"},
+            {**some, "seed": 12, "n": 2, "output_kind": "cumulative"},
+            {**some, "seed": 13, "logprobs": 1, "output_kind": "final_only"},
+        ]
+        return [kinds[index % 4] for index in range(self.num_streams // self.num_clients)]
+
+
+@dataclass
+class Run:
+    """What the clients said (None: a client that was killed), and what was done to them."""
+
+    clients: list[dict[str, Any] | None] = field(default_factory=list)
+    num_free_blocks_missing: int = 0
+    seconds: float = 0.0
+
+    @property
+    def longest_pause_s(self) -> float:
+        return max(client["pause_s"] for client in self.clients if client is not None)
+
+
+# ---- a client process
+
+
+async def stream(
+    llm: AsyncLLM, prompt: list[int], params: SamplingParams
+) -> tuple[list[list[int]], int, float]:
+    """All ids by output, the number of log-probabilities, and the longest wait between outputs."""
+    ids: list[list[int]] = [[] for _ in range(params.n)]
+    num_logprobs, pause_s, last = 0, 0.0, 0.0
+    async for output in llm.generate(prompt, params):
+        now = time.monotonic()
+        if last and params.output_kind != "final_only":
+            pause_s = max(pause_s, now - last)
+        last = now
+        for one in output.outputs:
+            if params.output_kind == "delta":
+                ids[one.index] += one.token_ids
+            else:
+                ids[one.index] = one.token_ids
+            num_logprobs = len(one.logprobs or ())
+    return ids, num_logprobs, pause_s
+
+
+async def client(address: str, load: Load) -> dict[str, Any]:
+    """Stream everything at once, and note whether a stall was reported, and how soon."""
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True)
+    print("ready", flush=True)
+    stalled_at: list[float] = []
+
+    async def watch() -> None:
+        while not llm.is_stalled:
+            await asyncio.sleep(0.05)
+        stalled_at.append(time.monotonic())
+
+    watching = asyncio.create_task(watch())
+    streams = [
+        stream(llm, [1 + index, 5, 6, 7], SamplingParams(**kind))
+        for index, kind in enumerate(load.kinds())
+    ]
+    done = await asyncio.gather(*streams)
+    watching.cancel()
+    await llm.close()
+    return {
+        "ids": [ids for ids, _, _ in done],
+        "num_logprobs": [num_logprobs for _, num_logprobs, _ in done],
+        "pause_s": max(pause_s for _, _, pause_s in done),
+        "stalled_at": stalled_at[0] if stalled_at else None,
+    }
+
+
+# ---- one run
+
+Fault = Callable[[AsyncLLM, "list[asyncio.subprocess.Process]"], Awaitable[object]]
+
+
+async def run(llm: AsyncLLM, load: Load, fault: Fault | None = None) -> Run:
+    """Start the clients, let `fault` happen while they stream, and gather what they say."""
+    command = [sys.executable, __file__, "--client", llm.address]
+    command += ["--load", json.dumps(vars(load))]
+    clients = [
+        await asyncio.create_subprocess_exec(
+            *command,
+            stdout=subprocess.PIPE,
+            limit=1 << 26,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(load.num_clients)
+    ]
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(ENOUGH_S):
+            await asyncio.gather(*(line_of(one) for one in clients))
+            if fault is not None:
+                await fault(llm, clients)
+            lines = await asyncio.gather(*(line_of(one) for one in clients))
+    finally:
+        for one in clients:
+            with suppress(ProcessLookupError):
+                one.kill()
+        await asyncio.gather(*(one.wait() for one in clients))
+    await asyncio.sleep(1.5)  # the core notices who is gone, and says so once a second
+    status = await llm.stats()
+    return Run(
+        [json.loads(line) if line else None for line in lines],
+        status.num_blocks - status.num_free_blocks,
+        time.monotonic() - started,
+    )
+
+
+async def line_of(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    return await process.stdout.readline()
+
+
+def core_pid(llm: AsyncLLM) -> int:
+    """The owned core of this moment."""
+    assert llm._handle is not None
+    return llm._handle.process.pid
+
+
+def kill_core(times: int, *, seed: int = 0) -> Fault:
+    """SIGKILL at random moments, each some tenths of a second after the core is back."""
+    rng = random.Random(seed)
+
+    async def fault(llm: AsyncLLM, clients: list[asyncio.subprocess.Process]) -> None:
+        for _ in range(times):
+            await asyncio.sleep(rng.uniform(0.2, 0.9))
+            pid = core_pid(llm)
+            os.kill(pid, signal.SIGKILL)
+            while core_pid(llm) == pid or llm.is_stalled:
+                await asyncio.sleep(0.02)
+
+    return fault
+
+
+def kill_clients(count: int) -> Fault:
+    async def fault(llm: AsyncLLM, clients: list[asyncio.subprocess.Process]) -> None:
+        await asyncio.sleep(0.5)
+        for one in clients[:count]:
+            one.kill()
+
+    return fault
+
+
+def stop_core(seconds: float) -> tuple[Fault, list[float]]:
+    """Also returns where the moment of stopping is put, on the monotonic clock."""
+    stopped_at: list[float] = []
+
+    async def fault(llm: AsyncLLM, clients: list[asyncio.subprocess.Process]) -> None:
+        await asyncio.sleep(0.5)
+        pid = core_pid(llm)
+        stopped_at.append(time.monotonic())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    return fault, stopped_at
+
+
+def same_ids(undisturbed: Run, disturbed: Run) -> int:
+    """How many streams of surviving clients ended as in the undisturbed run; all others raise."""
+    count = 0
+    for before, after in zip(undisturbed.clients, disturbed.clients, strict=True):
+        assert before is not None
+        if after is not None:
+            assert after["ids"] == before["ids"], "ids differ"
+            assert after["num_logprobs"] == before["num_logprobs"], "log-probabilities differ"
+            count += len(after["ids"])
+    return count
+
+
+def owner(load: Load, **settings: Any) -> AsyncLLM:
+    """The engine whose core the clients attach to."""
+    return AsyncLLM("synthetic", load_format="synthetic", step_ms=load.step_ms, **settings)
+
+
+async def report(load: Load, *, num_kills: int, num_killed_clients: int, stop_s: float) -> None:
+    started = time.monotonic()
+    async with owner(load) as llm:
+        start_s = time.monotonic() - started
+        undisturbed = await run(llm, load)
+        print(
+            f"undisturbed: {load.num_streams} streams, {load.num_clients} clients, core start "
+            f"{start_s:.2f} s, longest pause {undisturbed.longest_pause_s:.2f} s"
+        )
+        killed = await run(llm, load, kill_core(num_kills))
+        print(
+            f"core killed {num_kills} times: {same_ids(undisturbed, killed)} streams equal, "
+            f"longest pause {killed.longest_pause_s:.2f} s (target {start_s + 1:.2f} s)"
+        )
+        lonely = await run(llm, load, kill_clients(num_killed_clients))
+        print(
+            f"{num_killed_clients} clients killed: {same_ids(undisturbed, lonely)} streams of the "
+            f"others equal, longest pause {lonely.longest_pause_s:.2f} s, "
+            f"{lonely.num_free_blocks_missing} blocks still held"
+        )
+        fault, stopped_at = stop_core(stop_s)
+        stopped = await run(llm, load, fault)
+        reported = [client["stalled_at"] - stopped_at[0] for client in stopped.clients if client]
+        print(
+            f"core stopped for {stop_s:g} s: {same_ids(undisturbed, stopped)} streams equal, stall "
+            f"reported after {min(reported):.2f} to {max(reported):.2f} s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--killed-clients", type=int, default=3)
+    parser.add_argument("--stop-s", type=float, default=5.0)
+    parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=json.loads, default={}, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    load = Load(**arguments.load)
+    if arguments.client:
+        print(json.dumps(asyncio.run(client(arguments.client, load))), flush=True)
+        return
+    faults = {
+        "num_kills": arguments.kills,
+        "num_killed_clients": arguments.killed_clients,
+        "stop_s": arguments.stop_s,
+    }
+    asyncio.run(report(load, **faults))
+
+
+if __name__ == "__main__":
+    main()

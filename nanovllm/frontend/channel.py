@@ -1,0 +1,135 @@
+"""A DEALER socket in an event loop: frames go out in order, what comes is told to a listener.
+
+Owned by `CoreClient`. It drives the socket itself, where `zmq.asyncio` would make a future and
+several callbacks of each frame: at thousands of frames a second that is most of the work.
+"""
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+HIGH_WATER_MARK = 1000
+LINGER_MS = 500
+RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
+TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
+BURST = 64  # frames taken before others in the event loop have their turn
+
+
+class Listener(Protocol):
+    """Told what happens on the socket, in the event loop."""
+
+    def on_frame(self, frame: bytes) -> None: ...
+
+    def on_connected(self) -> None: ...
+
+    def on_disconnected(self) -> None:
+        """The kernel closes a dead process's sockets at once: no connection, no peer."""
+
+    def on_failure(self, error: Exception) -> None:
+        """One of these methods, or the socket, has raised."""
+
+
+class Channel:
+    """Connects to `address`, which may not be bound yet, and tells `listener`."""
+
+    def __init__(self, address: str, listener: Listener) -> None:
+        self._address = address
+        self._listener = listener
+        self._socket = _dealer(address)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._loop = asyncio.get_running_loop()
+        self._unsent: deque[bytes] = deque()
+        self._turn: asyncio.Handle | None = None
+        self._closed = False
+
+    def connect(self) -> None:
+        """Raises `zmq.ZMQError` if the address is none."""
+        self._socket.connect(self._address)
+        self._loop.add_reader(self._socket.FD, self._take_turn)
+        self._loop.add_reader(self._monitor.FD, self._take_events)
+        # A descriptor tells of changes since the last look, so there has to be a first one.
+        self._loop.call_soon(self._take_events)
+        self._come_back()
+
+    def send(self, frame: bytes) -> None:
+        """Send at once, or, when the peer lags by `HIGH_WATER_MARK` frames, in order later."""
+        self._unsent.append(frame)
+        self._send_all()
+        # Sending counts as a look, and may have been the only one at a frame that has come.
+        self._come_back()
+
+    def close(self) -> None:
+        """What has been sent has `LINGER_MS` to leave; nothing is received any more."""
+        if self._closed:
+            return
+        self._closed = True
+        for one in (self._socket, self._monitor):
+            self._loop.remove_reader(one.FD)
+        if self._turn is not None:
+            self._turn.cancel()
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(LINGER_MS)
+
+    def _take_turn(self) -> None:
+        self._turn = None
+        try:
+            self._send_all()
+            for _ in range(BURST):
+                try:
+                    frame = self._socket.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._listener.on_frame(frame)
+                if self._closed:
+                    return
+            else:
+                self._come_back()
+            if self._unsent and int(self._socket.EVENTS) & (zmq.POLLIN | zmq.POLLOUT):
+                self._come_back()
+        except Exception as error:
+            self._listener.on_failure(error)
+
+    def _take_events(self) -> None:
+        try:
+            while not self._closed:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._listener.on_connected()
+                elif event["event"] == zmq.EVENT_DISCONNECTED:
+                    self._listener.on_disconnected()
+        except zmq.Again:
+            pass
+        except Exception as error:
+            self._listener.on_failure(error)
+
+    def _send_all(self) -> None:
+        while self._unsent:
+            try:
+                self._socket.send(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._unsent.popleft()
+
+    def _come_back(self) -> None:
+        if self._turn is None:
+            self._turn = self._loop.call_soon(self._take_turn)
+
+
+def _dealer(address: str) -> zmq.Socket[bytes]:
+    """A DEALER with finite queues that tries its peer often."""
+    dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)
+    dealer.set(zmq.RCVHWM, HIGH_WATER_MARK)
+    dealer.set(zmq.LINGER, LINGER_MS)
+    dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+    dealer.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    if address.startswith("tcp:"):
+        dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
+        dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+    return dealer

@@ -1,0 +1,108 @@
+"""The live requests of one frontend, on a line to a core that may die and come back.
+
+Owned by `AsyncLLM`. Invariant: a request in the table is known to the core, or will be sent to it
+when it is back; whatever has left the table is not.
+"""
+
+from collections.abc import Iterable
+
+from nanovllm.config import SupervisionConfig
+from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.request import Request, RequestTable
+from nanovllm.frontend.resume import missed_end, resumption
+from nanovllm.frontend.supervisor import Supervisor
+from nanovllm.launch import CoreHandle
+from nanovllm.protocol import Abort, Finished, Outputs, RequestFailed
+
+
+class Session:
+    """Submits, aborts and resumes; gives what comes to the requests it is for."""
+
+    def __init__(
+        self, config: SupervisionConfig, address: str, *, handle: CoreHandle | None = None
+    ) -> None:
+        self.line = Supervisor(self, config, address, handle=handle)
+        self._requests = RequestTable()
+
+    def submit(self, request: Request) -> None:
+        """Send it, at once or when the core is back. `ValueError` if its id is in use."""
+        if request.request_id in self._requests:
+            raise ValueError(
+                f"request_id {request.request_id!r} is in use: choose another, or wait for it"
+            )
+        self.line.send(request.message)
+        self._requests.add(request)
+
+    def discard(self, request: Request) -> None:
+        """Nobody waits for it any more: abort what still runs of it."""
+        numbers = self._requests.remove(request)
+        if numbers and not self.line.is_dead:
+            self.line.send(Abort(numbers))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End them early: the core answers, or, if it is away, their end comes at once."""
+        found = [self._requests.find(request_id) for request_id in request_ids]
+        requests = [request for request in found if request is not None]
+        numbers = [number for request in requests for number in request.numbers]
+        for request in requests:
+            request.is_aborted = True
+        if self.line.is_up and numbers:
+            self.line.send(Abort(numbers))
+        else:
+            for request in requests:
+                self._end_aborted(request)
+
+    # ---- what `Supervisor` tells
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        """Tokens have come."""
+        stopped = self._requests.apply(outputs)
+        if stopped:
+            self.line.send(Abort(stopped))
+
+    def on_request_failed(self, failure: RequestFailed) -> None:
+        """A request failed; -1 is some request, so one that has not begun."""
+        if failure.number == -1:
+            failed = [request for request in self._requests if not request.has_begun]
+        else:
+            owner = self._requests.owner_of(failure.number)
+            failed = [] if owner is None else [owner]
+        for request in failed:
+            request.fail(RequestFailedError(failure.message))
+            self.discard(request)
+
+    def on_core_back(self) -> None:
+        """Send everything again, from where it was cut off, in the order it was submitted."""
+        for request in self._requests:
+            if request.is_aborted:  # the answer to the abort died with the core
+                self._end_aborted(request)
+            else:
+                self._resume(request)
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        """Nothing more will come."""
+        for request in self._requests:
+            self._requests.remove(request)
+            request.fail(EngineDeadError(str(error), error.details))
+
+    def _resume(self, request: Request) -> None:
+        assert self.line.welcome is not None
+        info = self.line.welcome.worker
+        unfinished = [one for one in request.completions if one.finish_reason is None]
+        ends = [end for one in unfinished if (end := missed_end(one, info)) is not None]
+        if ends:
+            self.on_outputs(Outputs(finished=ends))
+        if len(ends) == len(unfinished):
+            return
+        request.forget_unfinished_prompt_logprobs()
+        request.metrics.num_resumes += 1
+        for message in resumption(request):
+            self.line.send(message)
+
+    def _end_aborted(self, request: Request) -> None:
+        ends = [
+            Finished(one.number, "abort", None, 0)
+            for one in request.completions
+            if one.finish_reason is None
+        ]
+        self._requests.apply(Outputs(finished=ends))

@@ -1,0 +1,269 @@
+"""A line to the core that outlives the core: one `CoreClient` for each of its lives.
+
+Owned by `Session`, which is told of the core's return and of its final death. An owned core is
+started again, within a budget of restarts; another's is waited for at its address. While the core
+is away nothing is sent: whoever listens sends what is still wanted when it is back.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+from nanovllm.config import SupervisionConfig
+from nanovllm.frontend.core_client import (
+    CALL_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    CoreClient,
+    ProgressCallback,
+)
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.launch import CoreHandle
+from nanovllm.protocol import CoreStatus, Operation, Outputs, RequestFailed, ToCore, Welcome
+
+WINDOW_S = 60.0  # `max_core_restarts` counts within it
+FIRST_DELAY_S = 0.05  # before the second restart of a window; doubles with each one more
+RETRY_MAX_S = 1.0  # between attempts to reach a core that somebody else starts
+
+T = TypeVar("T")
+DIED_AGAIN = (EngineDeadError, ValueError)  # what a greeting ends with if the core does
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Told what happens on the line, in order, in the event loop."""
+
+    def on_outputs(self, outputs: Outputs) -> None: ...
+
+    def on_request_failed(self, failure: RequestFailed) -> None: ...
+
+    def on_core_back(self) -> None:
+        """A new life, which knows nothing of the one before."""
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        """For good. Once; nothing comes afterwards."""
+
+
+class RestartBudget:
+    """At most `most` restarts within `WINDOW_S`; the first at once, later ones after a delay."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._times: deque[float] = deque()
+
+    def take(self, now: float) -> float | None:
+        """Seconds to wait before one more restart; None if there may be no more."""
+        while self._times and now - self._times[0] > WINDOW_S:
+            self._times.popleft()
+        num_recent = len(self._times)
+        if num_recent >= self._most:
+            return None
+        self._times.append(now)
+        return FIRST_DELAY_S * 2 ** (num_recent - 1) if num_recent else 0.0
+
+
+class Supervisor:
+    """`handle` is given if the core is owned; it is then restarted, and ended by the caller."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        config: SupervisionConfig,
+        address: str,
+        *,
+        handle: CoreHandle | None = None,
+    ) -> None:
+        self.address = address
+        self.handle = handle
+        self.welcome: Welcome | None = None  # of the present life, or the last
+        self._listener = listener
+        self._config = config
+        self._budget = RestartBudget(config.max_core_restarts)
+        self._client: CoreClient | None = None
+        self.is_up = False  # welcomed, and not known to be dead
+        self._error: EngineDeadError | None = None
+        self._up_or_dead = asyncio.Event()
+        self._reviving: asyncio.Task[None] | None = None
+
+    @property
+    def is_dead(self) -> bool:
+        """For good, or closed."""
+        return self._error is not None
+
+    @property
+    def is_stalled(self) -> bool:
+        """Nothing has been heard of the core for longer than it ever should be silent."""
+        assert self._client is not None
+        return not self.is_up or self._client.is_stalled
+
+    async def connect(
+        self,
+        *,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+        on_progress: ProgressCallback | None = None,
+    ) -> Welcome:
+        """The first greeting; a core that dies before it is ready is not started again.
+
+        Raises what `CoreClient.connect` raises.
+        """
+        try:
+            return await self._greet(timeout_s=timeout_s, on_progress=on_progress)
+        except BaseException as error:
+            self._die(EngineDeadError(f"the engine did not start: {error}"))
+            raise
+
+    def send(self, message: ToCore) -> None:
+        """Send, unless the core is away just now. Raises `EngineDeadError` if it is for good."""
+        self._check_alive()
+        if self.is_up:
+            assert self._client is not None
+            self._client.send(message)
+
+    async def call(self, operation: Operation) -> bool | None:
+        """As `CoreClient.call`; asks again if the core dies over it."""
+        return await self._ask(lambda client: client.call(operation))
+
+    async def status(self) -> CoreStatus:
+        """The latest of the core's present life; waits for the next life if it is away."""
+        return await self._ask(lambda client: client.status())
+
+    async def close(self) -> None:
+        """Say goodbye. The process of an owned core is left to the caller."""
+        self._die(EngineDeadError("the engine has been closed"))
+        if self._reviving is not None:
+            self._reviving.cancel()
+            await asyncio.gather(self._reviving, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+
+    # ---- what `CoreClient` tells
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        """`CoreClient`: tokens have come."""
+        self._listener.on_outputs(outputs)
+
+    def on_request_failed(self, failure: RequestFailed) -> None:
+        """`CoreClient`: a request failed."""
+        self._listener.on_request_failed(failure)
+
+    def on_core_dead(self, error: EngineDeadError) -> None:
+        """`CoreClient`: this life of the core is over."""
+        if not self.is_up or self._error is not None:
+            return  # still greeting, or closed: whoever waits for it is told
+        self.is_up = False
+        self._up_or_dead.clear()
+        if self._config.on_core_death == "fail":
+            self._die(error)
+        else:
+            self._reviving = asyncio.create_task(self._revive(error))
+
+    # ---- from one life to the next
+
+    async def _revive(self, error: EngineDeadError) -> None:
+        died_at, before = time.monotonic(), self.welcome
+        try:
+            await (self._reattach(error) if self.handle is None else self._restart(error))
+            _check_same_model(before, self.welcome)
+        except EngineDeadError as final:
+            self._die(final)
+        except Exception as failure:
+            self._die(EngineDeadError(f"{error}; starting it again failed: {failure!r}"))
+        else:
+            logger.warning("the core is back after %.2f s", time.monotonic() - died_at)
+            self._listener.on_core_back()
+
+    async def _restart(self, error: EngineDeadError) -> None:
+        """Start the owned core again until it is ready. `EngineDeadError`: too often."""
+        assert self.handle is not None
+        while True:
+            delay_s = self._budget.take(time.monotonic())
+            if delay_s is None:
+                raise self._too_often(error)
+            logger.warning("%s; starting it again in %.2f s", error, delay_s)
+            await asyncio.to_thread(self.handle.end)
+            await asyncio.sleep(delay_s)
+            self.handle.restart()
+            try:
+                return await self._greet_again()
+            except DIED_AGAIN as again:
+                error = EngineDeadError(str(again), getattr(again, "details", ""))
+
+    async def _reattach(self, error: EngineDeadError) -> None:
+        """Reach whoever comes to the address next. `EngineDeadError`: nobody, or too often."""
+        if self._budget.take(time.monotonic()) is None:
+            raise self._too_often(error)
+        timeout_s = self._config.core_return_timeout_s
+        logger.warning("%s; waiting up to %g s for it to come back", error, timeout_s)
+        deadline, delay_s = time.monotonic() + timeout_s, FIRST_DELAY_S
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            try:
+                return await self._greet_again(timeout_s=remaining_s)
+            except DIED_AGAIN:  # who answered was the old one, still on its way out
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+        raise EngineDeadError(
+            f"{error}; no core came back to {self.address} within {timeout_s:g} s", error.details
+        )
+
+    async def _greet_again(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        assert self._client is not None
+        await self._client.close()
+        await self._greet(timeout_s=timeout_s)
+
+    async def _greet(
+        self, *, timeout_s: float, on_progress: ProgressCallback | None = None
+    ) -> Welcome:
+        process = None if self.handle is None else self.handle.process
+        self._client = CoreClient(self.address, self, process=process, on_progress=on_progress)
+        self.welcome = await self._client.connect(timeout_s=timeout_s)
+        self.is_up = True
+        self._up_or_dead.set()
+        return self.welcome
+
+    async def _ask(self, question: Callable[[CoreClient], Awaitable[T]]) -> T:
+        while True:
+            try:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._up_or_dead.wait()
+            except TimeoutError:
+                raise TimeoutError(f"the core was away for {CALL_TIMEOUT_S:g} s") from None
+            self._check_alive()
+            assert self._client is not None
+            with suppress(EngineDeadError):  # for good, or until its next life: see above
+                return await question(self._client)
+
+    def _too_often(self, error: EngineDeadError) -> EngineDeadError:
+        most = self._config.max_core_restarts
+        return EngineDeadError(
+            f"the core died {most + 1} times within {WINDOW_S:g} s (max_core_restarts is {most}), "
+            f"at last of this: {error}",
+            error.details,
+        )
+
+    def _die(self, error: EngineDeadError) -> None:
+        """The first cause stands."""
+        if self._error is not None:
+            return
+        self.is_up = False
+        self._error = error
+        self._up_or_dead.set()
+        self._listener.on_core_dead(error)
+
+    def _check_alive(self) -> None:
+        if self._error is not None:  # a fresh one: one instance must not be raised twice
+            raise EngineDeadError(str(self._error), self._error.details)
+
+
+def _check_same_model(before: Welcome | None, after: Welcome | None) -> None:
+    """Tokens of one model must not be continued by another."""
+    assert before is not None and after is not None
+    for name in ("architecture", "vocab_size", "num_parameters", "max_model_len"):
+        was, now = getattr(before.worker, name), getattr(after.worker, name)
+        if was != now or before.model != after.model:
+            raise EngineDeadError(
+                f"the core came back with another model: {after.model} ({name} {now}) instead of "
+                f"{before.model} ({was})"
+            )

@@ -1,0 +1,224 @@
+"""Processes that die or stand still: all others go on, and no token is lost or repeated."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.faults import (
+    Load,
+    core_pid,
+    kill_clients,
+    kill_core,
+    owner,
+    run,
+    same_ids,
+    stop_core,
+    stream,
+)
+from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.frontend.errors import EngineDeadError
+from tests.e2e.processes import core_children
+
+SMALL = Load(num_clients=2, num_streams=8, num_tokens=160)
+LONG = SamplingParams(max_tokens=150, seed=3, ignore_eos=True, output_kind="delta")
+SYNTHETIC: dict[str, Any] = {"load_format": "synthetic", "step_ms": 5.0}
+
+
+async def test_streams_of_several_clients_survive_killed_cores_clients_and_a_stopped_core() -> None:
+    async with owner(SMALL) as llm:
+        undisturbed = await run(llm, SMALL)
+        twice = await run(llm, SMALL, kill_core(2))
+        assert same_ids(undisturbed, twice) == 8
+        assert twice.longest_pause_s > 0.1
+        assert twice.num_free_blocks_missing == 0
+        lonely = await run(llm, SMALL, kill_clients(1))
+        assert same_ids(undisturbed, lonely) == 4
+        assert lonely.num_free_blocks_missing == 0, "those of the dead are free"
+
+
+async def test_a_stopped_core_is_reported_and_loses_nothing() -> None:
+    load = Load(num_clients=1, num_streams=4, num_tokens=150)
+    async with owner(load) as llm:
+        undisturbed = await run(llm, load)
+        fault, stopped_at = stop_core(3.5)
+        stopped = await run(llm, load, fault)
+        assert same_ids(undisturbed, stopped) == 4
+        assert stopped.longest_pause_s > 3
+        (client,) = stopped.clients
+        assert client is not None and client["stalled_at"] - stopped_at[0] < 3.4
+        assert not llm.is_stalled
+
+
+def ids_of(done: list[tuple[list[list[int]], int, float]]) -> list[list[list[int]]]:
+    return [ids for ids, _, _ in done]
+
+
+async def kill_midway(llm: AsyncLLM, streams: list[Any], *, after_s: float) -> list[Any]:
+    """Gather the streams, whose core is killed meanwhile."""
+    gathering = asyncio.gather(*streams)
+    await asyncio.sleep(after_s)
+    os.kill(core_pid(llm), signal.SIGKILL)
+    return await gathering
+
+
+@pytest.mark.model
+async def test_a_real_model_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # many threads on a busy machine wait for each other
+    common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+    # Without top_k a draw may fall among thousands of tokens whose probabilities are smaller than
+    # what rounding does to their sum.
+    params = [
+        SamplingParams(temperature=0, output_kind="delta", **common),
+        SamplingParams(seed=5, top_k=50, output_kind="delta", **common),
+        SamplingParams(seed=6, top_p=0.9, repetition_penalty=1.2, **common),
+        SamplingParams(seed=7, top_k=50, n=2, **common),
+    ]
+    prompts = ["The capital of France is", "Once upon a time", "def f(x):", "In 1969,"]
+
+    async with AsyncLLM("smollm2", dtype="float32", max_model_len=256) as llm:
+
+        async def texts(prompt: str, one: SamplingParams) -> tuple[str, list[list[int]]]:
+            text, ids = "", []
+            async for output in llm.generate(prompt, one):
+                delta = one.output_kind == "delta"
+                text = text + output.outputs[0].text if delta else output.outputs[0].text
+                new = [completion.token_ids for completion in output.outputs]
+                ids = [a + b for a, b in zip(ids, new, strict=True)] if ids and delta else new
+            assert output.metrics.num_generation_tokens == 24 * one.n
+            return text, ids
+
+        def all_streams() -> list[Any]:
+            return [texts(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+
+        expected = await asyncio.gather(*all_streams())
+        assert await kill_midway(llm, all_streams(), after_s=0.3) == expected
+
+
+def test_the_synchronous_engine_resumes_too() -> None:
+    with LLM("synthetic", **SYNTHETIC) as llm:
+        expected = llm.generate([[5, 6], [7]], LONG, use_tqdm=False)
+        (core,) = core_children(os.getpid())
+        asyncio.run_coroutine_threadsafe(kill_soon(core), llm._loop)
+        outputs = llm.generate([[5, 6], [7]], LONG, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [
+            o.outputs[0].token_ids for o in expected
+        ]
+        assert [o.metrics.num_resumes for o in outputs] == [1, 1]
+        assert [o.metrics.num_generation_tokens for o in outputs] == [150, 150]
+
+
+async def kill_soon(pid: int) -> None:
+    await asyncio.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+
+
+# ---- a core that somebody else starts
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/core.sock"
+
+
+def start_standalone(address: str, **settings: Any) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "nanovllm.launch", "--address", address]
+    for name, value in {"model": "synthetic", **SYNTHETIC, **settings}.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    return subprocess.Popen(command)
+
+
+@pytest.fixture
+def standalone(address: str) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes that were at the address; the last one is there now."""
+    lives = [start_standalone(address)]
+    yield lives
+    for core in lives:
+        core.kill()
+        core.wait()
+
+
+@pytest.fixture
+async def attached(address: str, standalone: Any) -> AsyncIterator[AsyncLLM]:
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, core_return_timeout_s=20.0)
+    yield llm
+    await llm.close()
+
+
+async def test_a_client_waits_for_a_core_to_come_back_to_its_address(
+    attached: AsyncLLM, standalone: Any, address: str
+) -> None:
+    expected = await stream(attached, [5, 6], LONG)
+    streams = [asyncio.create_task(stream(attached, [5, 6], LONG)) for _ in range(2)]
+    await asyncio.sleep(0.2)
+    standalone[-1].kill()
+    epoch = attached.info.epoch
+    await asyncio.sleep(0.5)
+    assert attached.is_running and attached.is_stalled
+    # What is asked for in the meantime is done when there is somebody to do it.
+    late = asyncio.create_task(stream(attached, [5, 6], LONG))
+    stats = asyncio.create_task(attached.stats())
+    await asyncio.sleep(0.1)
+    standalone.append(start_standalone(address))
+    done = await asyncio.gather(*streams, late)
+    assert ids_of(list(done)) == [expected[0]] * 3
+    assert (await stats).epoch == attached.info.epoch != epoch
+    assert not attached.is_stalled
+
+
+async def test_another_model_at_the_address_continues_nothing(
+    attached: AsyncLLM, standalone: Any, address: str
+) -> None:
+    streaming = asyncio.create_task(stream(attached, [5, 6], LONG))
+    await asyncio.sleep(0.2)
+    standalone[-1].kill()
+    standalone[-1].wait()
+    standalone.append(start_standalone(address, vocab_size=77))
+    with pytest.raises(EngineDeadError, match=r"another model.*vocab_size 77.*32000"):
+        await streaming
+    assert not attached.is_running
+
+
+# ---- a request that kills every core
+
+POISON = 666
+POISONED_CORE = f"""
+import os, signal, sys
+from nanovllm.executor import synthetic
+from nanovllm import launch
+
+class Poisoned(synthetic.SyntheticExecutor):
+    def submit(self, plan):
+        if any({POISON} in new.token_ids for new in plan.new_rows):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().submit(plan)
+
+synthetic.SyntheticExecutor = Poisoned
+sys.exit(launch.core_main(sys.argv[1:]))
+"""
+
+
+async def test_a_request_that_kills_every_core_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "poisoned_core.py"
+    program.write_text(POISONED_CORE)
+    monkeypatch.setattr("nanovllm.launch.PROGRAM", [str(program)])
+    async with AsyncLLM("synthetic", max_core_restarts=2, **SYNTHETIC) as llm:
+        healthy = asyncio.create_task(stream(llm, [5], LONG))
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"3 times within 60 s.*signal 11"):
+            await stream(llm, [POISON], LONG)
+        assert time.monotonic() - started < 15
+        with pytest.raises(EngineDeadError):
+            await healthy
+        with pytest.raises(EngineDeadError):
+            await llm.stats()
+        assert not llm.is_running

@@ -1,0 +1,246 @@
+"""A core that dies and comes back, scripted: streams go on where they were, and only there."""
+
+import asyncio
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from nanovllm.frontend import supervisor
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.supervisor import RestartBudget
+from nanovllm.protocol import (
+    Abort,
+    AddRequest,
+    CallResult,
+    Finished,
+    FromCore,
+    Outputs,
+    PromptLogprobs,
+    Started,
+    ToCore,
+    TokenLogprobs,
+)
+from nanovllm.sampling_params import SamplingParams
+from tests.frontend.attached import Handle, last_of
+from tests.frontend.fake_core import WELCOME, FakeCore, echo, silent
+from tests.frontend.vocabulary import EOS, byte_tokenizer
+
+TEXT = b"Hello, world"
+
+
+def one_logprob(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -0.5, 1, [], [])
+
+
+def saying(text: bytes, *, until: int) -> Any:
+    """Says the rest of `text` after what a request has, up to `until` tokens; ends at its end."""
+
+    def script(message: ToCore) -> Iterable[FromCore]:
+        if not isinstance(message, AddRequest):
+            yield from silent(message)
+            return
+        numbers = range(message.number, message.number + message.params.n)
+        yield Outputs(
+            started=[Started(number, len(message.output_token_ids), 1.0) for number in numbers]
+        )
+        if message.params.prompt_logprobs is not None:
+            some = [one_logprob(token_id) for token_id in message.prompt_token_ids[1:]]
+            yield Outputs(prompt_logprobs=[PromptLogprobs(message.number, some)])
+        for number in numbers:
+            new = list(text[len(message.output_token_ids) : until])
+            logprobs = (
+                {} if message.params.logprobs is None else dict(enumerate(map(one_logprob, new)))
+            )
+            if new:
+                yield Outputs([number] * len(new), new, logprobs)
+            if until >= len(text):
+                yield Outputs(finished=[Finished(number, "length", None, 0)])
+
+    return script
+
+
+async def attach(address: str, **supervision: Any) -> AsyncLLM:
+    return await AsyncLLM.connect(address, tokenizer=byte_tokenizer(), **supervision)
+
+
+async def through_a_death(
+    address: str, params: SamplingParams, *, first: int = 5
+) -> tuple[list[RequestOutput], FakeCore]:
+    """The outputs of one request whose core dies after `first` tokens, and the second core."""
+    outputs: list[RequestOutput] = []
+    with FakeCore(address, saying(TEXT, until=first)) as core:
+        llm = await attach(address)
+
+        async def read() -> None:
+            async for output in llm.generate("abc", params):
+                outputs.append(output)
+
+        reading = asyncio.create_task(read())
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        core.push(CallResult(0))
+        await llm.reset_prefix_cache()
+        await asyncio.sleep(0)
+    with FakeCore(address, saying(TEXT, until=len(TEXT))) as second:
+        async with asyncio.timeout(5):
+            await reading
+        await llm.close()
+    return outputs, second
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final_only"])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_each_token_comes_once(address: str, kind: Any, n: int) -> None:
+    params = SamplingParams(output_kind=kind, n=n, seed=7, logprobs=0, prompt_logprobs=0)
+    outputs, second = await through_a_death(address, params)
+    last = outputs[-1]
+    for index in range(n):
+        parts = [one for output in outputs for one in output.outputs if one.index == index]
+        if kind == "delta":
+            assert "".join(one.text for one in parts) == TEXT.decode()
+            assert bytes(chain(*(one.token_ids for one in parts))) == TEXT
+            assert sum(len(one.logprobs or ()) for one in parts) == len(TEXT)
+        else:
+            assert parts[-1].text == TEXT.decode() and bytes(parts[-1].token_ids) == TEXT
+            assert len(parts[-1].logprobs or ()) == len(TEXT)
+        assert parts[-1].cumulative_logprob == -0.5 * len(TEXT)
+    (told,) = [output.prompt_logprobs for output in outputs if output.prompt_logprobs][:1]
+    assert len(told) == 3
+    assert last.metrics.num_generation_tokens == n * len(TEXT) and last.metrics.num_resumes == 1
+    assert last.num_cached_tokens == 0, "of the prompt, and not its own output"
+    asked = second.all_of(AddRequest)
+    assert [(one.number, one.params.n, one.params.seed) for one in asked] == [
+        (index, 1, 7 + index) for index in range(n)
+    ]
+    assert all(bytes(one.output_token_ids) == TEXT[:5] for one in asked)
+    assert all(one.params.prompt_logprobs is None for one in asked), "they have come"
+
+
+async def test_what_had_not_begun_is_asked_again_as_it_was(address: str) -> None:
+    params = SamplingParams(n=2, prompt_logprobs=0)
+    outputs, second = await through_a_death(address, params, first=0)
+    (again,) = second.all_of(AddRequest)
+    assert again.params.n == 2 and again.output_token_ids == []
+    assert again.params.seed is not None, "drawn by the client, so that it is the same"
+    assert len(outputs[-1].prompt_logprobs or ()) == 3
+
+
+async def test_stop_strings_across_the_cut(address: str) -> None:
+    outputs, _ = await through_a_death(address, SamplingParams(stop="o, w"))
+    (one,) = outputs[-1].outputs
+    assert (one.text, one.stop_reason, bytes(one.token_ids)) == ("Hell", "o, w", TEXT[:8])
+
+
+@pytest.mark.parametrize(
+    ("params", "first", "reason", "stop_reason"),
+    [
+        (SamplingParams(max_tokens=5), TEXT[:5], "length", None),
+        (SamplingParams(stop_token_ids=[TEXT[4]]), TEXT[:5], "stop", TEXT[4]),
+        (SamplingParams(max_tokens=None), TEXT[:5] * 12 + b"!", "length", None),
+        (SamplingParams(), [EOS], "stop", None),
+    ],
+)
+async def test_an_end_that_was_not_heard_is_not_run_past(
+    address: str, params: SamplingParams, first: Any, reason: str, stop_reason: Any
+) -> None:
+    with FakeCore(address) as core:
+        llm = await attach(address)
+        reading = asyncio.create_task(last_of(llm.generate("abc", params)))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        core.push(Outputs([0] * len(first), list(first)), CallResult(0))
+        await llm.reset_prefix_cache()
+    with FakeCore(address, echo) as second:
+        async with asyncio.timeout(5):
+            (one,) = (await reading).outputs
+        assert second.all_of(AddRequest) == []
+        await llm.close()
+    assert (one.finish_reason, one.stop_reason) == (reason, stop_reason)
+    assert one.token_ids == list(first)
+
+
+async def test_aborts_while_it_is_away_and_before(address: str) -> None:
+    with FakeCore(address) as core:
+        llm = await attach(address)
+        before, during = (
+            asyncio.create_task(last_of(llm.generate("abc", None, name)))
+            for name in ("before", "during")
+        )
+        await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        await llm.abort("before")  # this core never answers
+        await asyncio.to_thread(core.wait_for, Abort)
+    while not llm.is_stalled:
+        await asyncio.sleep(0.01)
+    await llm.abort("during")
+    async with asyncio.timeout(1):
+        assert (await during).outputs[0].finish_reason == "abort", "nobody has to be asked"
+    left = asyncio.create_task(last_of(llm.generate("abc", None, "left")))
+    await asyncio.sleep(0)
+    left.cancel()
+    late = asyncio.create_task(last_of(llm.generate("abc", None, "late")))
+    with FakeCore(address, echo) as second:
+        async with asyncio.timeout(5):
+            assert (await before).outputs[0].finish_reason == "abort"
+            assert (await late).outputs[0].text == "abc"
+        assert len(second.all_of(AddRequest)) == 1, "only what is still wanted"
+        await llm.close()
+
+
+async def test_nobody_comes_back(address: str) -> None:
+    with FakeCore(address) as core:
+        llm = await attach(address, core_return_timeout_s=0.3)
+        reading = asyncio.create_task(last_of(llm.generate("abc")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+    async with asyncio.timeout(3):
+        with pytest.raises(EngineDeadError, match=r"closed the connection.*within 0\.3 s"):
+            await reading
+    with pytest.raises(EngineDeadError):
+        await llm.stats()
+    assert not llm.is_running
+    await llm.close()
+
+
+async def test_closing_while_it_is_away(address: str) -> None:
+    with FakeCore(address) as core:
+        llm = await attach(address)
+        reading = asyncio.create_task(last_of(llm.generate("abc")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+    while not llm.is_stalled:
+        await asyncio.sleep(0.01)
+    await llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        await reading
+
+
+async def test_only_supervision_can_be_set_when_attaching(address: str) -> None:
+    with pytest.raises(ValueError, match=r"block_size: the core at .* has settings of its own"):
+        await AsyncLLM.connect(address, block_size=16)
+    with pytest.raises(ValueError, match="did you mean 'on_core_death'"):
+        await AsyncLLM.connect(address, on_core_dead="fail")
+
+
+# ---- an owned core
+
+
+async def test_an_owned_core_is_started_again(address: str, handle: Handle) -> None:
+    core = FakeCore(address, saying(TEXT, until=3)).__enter__()
+    async with AsyncLLM("m", load_format="dummy") as llm:
+        reading = asyncio.create_task(last_of(llm.generate("abc", SamplingParams(temperature=0))))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        await asyncio.sleep(0.05)
+        handle.process.kill()
+        core.die()
+        with FakeCore(address, saying(TEXT, until=len(TEXT))):
+            async with asyncio.timeout(5):
+                assert (await reading).outputs[0].text == TEXT.decode()
+            assert handle.restarts == 1 and llm.info == WELCOME
+    assert handle.closed == 1
+
+
+def test_the_budget_of_restarts() -> None:
+    budget = RestartBudget(3)
+    assert [budget.take(float(now)) for now in range(4)] == [0.0, 0.05, 0.1, None]
+    assert budget.take(supervisor.WINDOW_S + 0.5) == 0.1, "the first is forgotten"
+    assert RestartBudget(0).take(0.0) is None
