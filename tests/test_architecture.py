@@ -20,13 +20,22 @@ MAX_PARAMETERS = 7
 MAX_DOCSTRING_LINES = 6
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "fetch", "gguf_file", "protocol", "sampling_params"}
+SHARED = {
+    "checkpoint",
+    "config",
+    "fetch",
+    "gguf_file",
+    "memory_plan",
+    "model_size",
+    "protocol",
+    "sampling_params",
+}
 
 # folder (or top-level module) → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
-    "cli": {"bench", "flags", "frontend"},
+    "cli": {"bench", "flags", "frontend", "plan"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
@@ -36,7 +45,8 @@ ARROWS = {
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},
-    **{name: set() for name in ("checkpoint", "fetch", "gguf_file")},
+    **{name: set() for name in ("checkpoint", "fetch", "gguf_file", "memory_plan", "model_size")},
+    "plan": set(),
 }
 
 
@@ -74,6 +84,7 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         "nanovllm",
         "nanovllm.cli",
+        "nanovllm.plan",
         "nanovllm.launch",
         "nanovllm.core.scheduler",
         "nanovllm.core.process",

@@ -16,13 +16,14 @@ from torch import Tensor
 from nanovllm.checkpoint import Checkpoint, locate
 from nanovllm.config import Device, DType, EngineConfig, StepLimits
 from nanovllm.executor.base import ProgressCallback
+from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
-from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, fit_blocks
+from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
@@ -166,7 +167,7 @@ class Worker:
             run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
-            memory_bytes = cpu_memory_budget()
+            memory_bytes = cpu_memory_budget(free_memory())
         num_blocks = fit_blocks(
             cache,
             bytes_per_block=block_bytes(spec, num_layers=num_layers),
