@@ -177,6 +177,16 @@ class MemoryPlan:
         return explicit and self.num_sequences(self.max_model_len) >= 1
 
     @property
+    def is_hopeless(self) -> bool:
+        """Whether it cannot fit even if steps took nothing: no estimate is in this."""
+        brought = sum(self.weight_bytes.values()) + self.row_bytes
+        one = (self._blocks_for(self.max_model_len) + NUM_RESERVED) * self.bytes_per_block
+        room = self.machine.memory_bytes - self.machine.taken_bytes
+        if self.kv_bytes_asked:
+            return brought + self.kv_bytes_asked > room
+        return brought + one > self.budget_bytes
+
+    @property
     def needed_bytes(self) -> int:
         """The least memory of a device that this would fit, at the same share."""
         blocks = self._blocks_for(self.max_model_len) + NUM_RESERVED

@@ -5,12 +5,15 @@ is only a faster way to say the same; a smaller batch is padded with the padding
 by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DecodeStep = Callable[[int, bool], Tensor]
 
@@ -39,6 +42,7 @@ class DecodeGraphs:
         self._step = step
         self._buckets = buckets_up_to(max_num_rows)
         self._captured: dict[tuple[int, bool], CapturedStep] = {}
+        self._uncapturable: set[tuple[int, bool]] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def bucket_for(self, num_rows: int) -> int:
@@ -48,14 +52,22 @@ class DecodeGraphs:
     def run(self, bucket: int, *, truncates: bool) -> Tensor:
         """Run the step for the staged plan; returns ids [bucket], good until the next call.
 
-        The first time it runs eagerly, which also compiles and warms up, and is then captured.
+        The first time it runs eagerly, which also compiles and warms up, and is then captured; if
+        there is no memory for that, this size goes on eagerly.
         """
         captured = self._captured.get((bucket, truncates))
         if captured is not None:
             captured.graph.replay()
             return captured.token_ids
         token_ids = self._step(bucket, truncates)
-        self._captured[bucket, truncates] = self._capture(bucket, truncates)
+        if (bucket, truncates) not in self._uncapturable:
+            try:
+                self._captured[bucket, truncates] = self._capture(bucket, truncates)
+            except torch.OutOfMemoryError:
+                self._uncapturable.add((bucket, truncates))
+                logger.warning(
+                    "no memory for a graph of %d rows: lower gpu_memory_utilization", bucket
+                )
         return token_ids
 
     def _capture(self, bucket: int, truncates: bool) -> CapturedStep:

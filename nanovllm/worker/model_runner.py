@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.protocol import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
 from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan, build_batch
 from nanovllm.worker.kernels.select import SampleTokens
 from nanovllm.worker.request_rows import Int32Array, RequestRows
@@ -57,7 +58,7 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for this step, and for nothing queued after it."""
         if self.done is not None:
-            self.done.synchronize()
+            wait_for(self.done)
         logprobs = {}
         if self.logprobs is not None:
             unpacked = self.logprobs.unpack(self.num_top_logprobs)

@@ -5,6 +5,7 @@ found on the way (device, precision, block count, and why) returns in `WorkerInf
 """
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +15,34 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint import Checkpoint, locate
-from nanovllm.config import Device, DType, EngineConfig, StepLimits
-from nanovllm.executor.base import ProgressCallback
+from nanovllm.config import EngineConfig, StepLimits
+from nanovllm.executor.base import DeviceLostError, ProgressCallback
 from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.model_size import read_model_size
 from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.device import choose_device, choose_dtype, describe
+from nanovllm.worker.failures import (
+    KERNEL_REMEDY,
+    describe_kernel_failure,
+    failed_kernel,
+    loss_of,
+    meaning,
+    out_of_memory_at_start,
+)
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
-from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
+from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
+from nanovllm.worker.preflight import plan_memory, report
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
+
+logger = logging.getLogger(__name__)
 
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
@@ -52,15 +66,36 @@ class Worker:
         self._config = config
         self._on_progress = on_progress
         self._phase_seconds: dict[str, float] = {}
+        self._memory_bytes: dict[str, int] = {}
+        self._device = torch.device("cpu")
+        self._triton_refused: str | None = None
         self._runner: ModelRunner | None = None
 
     def start(self) -> WorkerInfo:
         """Load everything; afterwards `execute` works.
 
-        Raises `ValueError` naming the field and the remedy if the configuration cannot work.
+        Raises `ValueError` naming the field and the remedy if the configuration cannot work. If a
+        Triton kernel fails, all is done again without Triton, unless the configuration insists.
         """
+        try:
+            return self._start()
+        except Exception as error:
+            kernel = failed_kernel(error)
+            if kernel is None or self._triton_refused is not None:
+                raise
+            if loss_of(self._device) is not None:
+                raise
+            refusal = describe_kernel_failure(kernel, error, self._device)
+        if self._config.model.attention_backend not in ("auto", "torch"):
+            raise ValueError(f"attention_backend: {refusal}: {KERNEL_REMEDY}")
+        logger.warning("%s; doing without Triton, which is slow", refusal)
+        self._triton_refused = refusal
+        self.shutdown()
+        return self._start()
+
+    def _start(self) -> WorkerInfo:
         wanted = self._config.model
-        device = choose_device(wanted.device)
+        device = self._device = choose_device(wanted.device)
         with self._phase("locate"):
             checkpoint = locate(wanted.model, on_progress=self._on_progress)
             checkpoint_config = checkpoint.config()
@@ -71,8 +106,16 @@ class Worker:
         attention_spec = spec.attention_spec(
             block_size=self._config.cache.block_size, dtype=dtype, device=device
         )
-        attention, why_attention = select_backend(wanted.attention_backend, attention_spec)
-        kernels = select_kernels(device)
+        plan = plan_memory(
+            self._config,
+            read_model_size(checkpoint),
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+        )
+        backend = wanted.attention_backend if self._triton_refused is None else "torch"
+        attention, why_attention = select_backend(backend, attention_spec)
+        kernels = select_kernels(device, refused=self._triton_refused)
         model = self._load(spec, checkpoint, kernels.layers, attention, attention_spec)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
@@ -86,6 +129,9 @@ class Worker:
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             self._runner = self._make_runner(parts, kv_cache)
+        self._memory_bytes["KV cache"] = kv_cache.nbytes
+        found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
+        logger.info("memory of %s: %s", describe(device), "; ".join(found))
         return WorkerInfo(
             device=describe(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -97,14 +143,32 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention, kernels.why],
+            notes=[why_dtype, why_attention, kernels.why, *found],
             phase_seconds=self._phase_seconds,
+            memory_bytes=self._memory_bytes,
         )
 
     def execute(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; see `ModelRunner.execute`."""
+        """Queue one step; see `ModelRunner.execute`.
+
+        Raises `DeviceLostError` if nothing can run any more. After any other exception the next
+        plan may come: rows, staging and graphs of a failed step are written anew by its successors.
+        """
         assert self._runner is not None, "start() first"
-        return self._runner.execute(plan)
+        try:
+            return self._runner.execute(plan)
+        except Exception as error:
+            raise self._recover(error) from error
+
+    def _recover(self, error: Exception) -> Exception:
+        """Make ready for the next step after one that raised; returns what that means."""
+        if self._device.type == "cuda":
+            # A capture that failed leaves its own stream current; plans run in order on one.
+            torch.cuda.set_stream(torch.cuda.default_stream(self._device))
+        found = meaning(error, self._device)
+        if not isinstance(found, DeviceLostError):
+            torch.cuda.empty_cache()  # the next step may need other sizes than this one held
+        return found
 
     def shutdown(self) -> None:
         """Free the device's memory. Safe to call twice, and after a failed start."""
@@ -136,6 +200,7 @@ class Worker:
                 seed=self._config.model.seed,
                 on_progress=self._on_progress,
             )
+        self._memory_bytes["weights"] = model.num_parameters * model.dtype.itemsize
         return model
 
     def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
@@ -164,7 +229,10 @@ class Worker:
         if measured and spec.device.type == "cuda":
             runner = self._make_runner(parts, allocate_blocks(1))
             max_model_len = parts.model.spec.max_position_embeddings
+            reserved = torch.cuda.memory_reserved(spec.device)
             run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
+            reserved = torch.cuda.memory_reserved(spec.device) - reserved
+            self._memory_bytes["heaviest step"] = reserved
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
             memory_bytes = cpu_memory_budget(free_memory())
@@ -184,7 +252,10 @@ class Worker:
     def _phase(self, name: str) -> Iterator[None]:
         self._on_progress(name, 0.0)
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory_at_start(name, self._device) from error
         self._phase_seconds[name] = time.perf_counter() - started
         self._on_progress(name, 1.0)
 
@@ -207,38 +278,6 @@ def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len:
     runner.execute(StepPlan(1, [neutral], [], [padding], [0], [1], [0])).result()
 
 
-def choose_device(device: Device) -> torch.device:
-    """The device a configuration means. Raises `ValueError` if it asks for CUDA in vain."""
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
-        reason = "no GPU is usable" if torch.version.cuda else "this PyTorch is built without CUDA"
-        raise ValueError(f"device: 'cuda' was asked for, but {reason}: use 'cpu' or 'auto'")
-    if device == "cpu" or not found:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_dtype(
-    dtype: DType, device: torch.device, stored: torch.dtype | None
-) -> tuple[torch.dtype, str]:
-    """The computing precision, and why, in a sentence. stored: the checkpoint's, if it says so.
-
-    "auto" is bfloat16 on a CPU that multiplies it natively (twice to three times as fast there:
-    decoding reads half the bytes), else float32. On CUDA it is the checkpoint's precision, or half
-    of float32, as in vLLM.
-    """
-    if dtype != "auto":
-        return DTYPES[dtype], f"{dtype} as dtype asks"
-    if device.type == "cpu":
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "bfloat16, which this CPU multiplies natively"
-        return torch.float32, "float32, as this CPU has no native bfloat16"
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if stored in (torch.float16, half):
-        return stored, f"{stored} as in the checkpoint".removeprefix("torch.")
-    return half, f"{half}, half precision of this GPU".removeprefix("torch.")
-
-
 def choose_max_model_len(wanted: int | None, most: int) -> int:
     """`wanted`, or all the positions the model has. Raises `ValueError` if it wants more."""
     if wanted is not None and wanted > most:
@@ -256,10 +295,3 @@ def cuda_memory_budget(device: torch.device, *, share: float) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     return int(total * share) - (total - free)
-
-
-def describe(device: torch.device) -> str:
-    """The device for `WorkerInfo`: its type first."""
-    if device.type == "cpu":
-        return "cpu"
-    return f"{device} ({torch.cuda.get_device_name(device)})"

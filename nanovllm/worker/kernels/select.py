@@ -38,10 +38,10 @@ class DeviceKernels:
     why: str
 
 
-def select_kernels(device: torch.device) -> DeviceKernels:
-    """Triton's on a GPU that runs them, else plain torch's."""
-    reason = f"{device.type} device"
-    if device.type == "cuda":
+def select_kernels(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
+    """Triton's on a GPU that runs them, else plain torch's. refused: why not Triton's, if known."""
+    reason = refused or f"{device.type} device"
+    if device.type == "cuda" and refused is None:
         reason = _load("triton_launch:unusable")(device)
         if reason is None:
             return DeviceKernels(
