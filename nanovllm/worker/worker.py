@@ -200,7 +200,9 @@ class Worker:
                 seed=self._config.model.seed,
                 on_progress=self._on_progress,
             )
-        self._memory_bytes["weights"] = model.num_parameters * model.dtype.itemsize
+        held = (model.embedding, *(linear.weight for linear in model.linears()))
+        sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
+        self._memory_bytes["weights"] = sum(sizes.values())
         return model
 
     def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
