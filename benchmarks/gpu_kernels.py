@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise, product
 
@@ -24,11 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.rotary import Rotary
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -84,13 +85,15 @@ def attention_inputs(
     nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
     batch = ForwardBatch(
         input_ids=nothing,
-        positions=nothing,
-        slot_mapping=nothing,
+        positions=torch.tensor(seq_lens, device=CUDA) - 1,  # as decoding has them
+        slot_mapping=blocks[width - 1 :: width].long() * block_size
+        + (seq_lens[0] - 1) % block_size,
         query_start_loc=torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int(),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=CUDA),
         block_tables=blocks.view(num_rows, width),
         num_tokens=sum(query_lens),
         num_rows=num_rows,
+        num_decode_rows=query_lens.count(1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
@@ -98,14 +101,15 @@ def attention_inputs(
     layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
     shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
     cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_()
-    return spec, batch, randn(batch.num_tokens, *heads[:1], 128), cache
+    return spec, batch, randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128), cache
 
 
 def attention_error(
     out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]
 ) -> float:
     """Of the last layer's result: the first, a middle and the last row, at most 64 queries each."""
-    spec, batch, query, cache = inputs
+    spec, batch, qkv, cache = inputs
+    query = qkv.view(batch.num_tokens, -1, 128)[:, : spec.num_heads]
     starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     errors = []
     for row in {0, batch.num_rows // 2, batch.num_rows - 1}:
@@ -126,14 +130,28 @@ def attention_error(
     return max(errors)
 
 
+class Rotated(Rotary):
+    """The queries are rotated already, and the cache is full."""
+
+    def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
+        return qkv.view(batch.num_tokens, -1, 128)[:, : -2 * layer_cache.shape[3]]
+
+
 def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = False):
+    """Decoding is timed with rotation and cache writes, all else without."""
     inputs = attention_inputs(*args)
-    spec, batch, query, cache = inputs
+    spec, batch, qkv, cache = inputs
     if num_shared:
         blocks = num_shared // spec.block_size
         batch.block_tables[:, :blocks] = batch.block_tables[0, :blocks].clone()
+        if shares:
+            num_keys = torch.full((batch.num_rows,), num_shared, dtype=torch.int32, device=CUDA)
+            prefix = SharedPrefix(num_keys, torch.zeros(1, dtype=torch.int32, device=CUDA))
+            batch = replace(batch, prefix=prefix)
     backend = TritonAttention(spec, tuning)
-    backend.shares_prefix = shares
+    cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
+    decodes = batch.max_query_len == 1 and batch.prefix is None
+    rotary = (Rotary if decodes else Rotated)(KERNELS, cos_sin, None)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
     between = torch.empty(1, device=CUDA)
@@ -142,7 +160,7 @@ def build_attention(tuning: Tuning, *args, num_shared: int = 0, shares: bool = F
         backend.prepare(batch)
         between.zero_()
         for layer in layers:
-            out = backend.forward(query, layer, batch)
+            out = backend.forward(qkv, rotary, layer, batch)
         return out
 
     return run, len(layers), lambda: attention_error(run(), inputs)
@@ -160,23 +178,25 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-    gather = Tiling(keys=64, stages=3, warps=4, tma=False)
-    variants = {"gather n64 s3 p3": Tuning(gather, prefill, 128, programs_per_sm=3)}
-    cuts = ((6, 7, 128), (5, 7, 128), (6, 6, 128), (6, 8, 128), (6, 7, 256))
-    for stages, programs, split in cuts:
-        tiling = Tiling(keys=16, stages=stages, warps=1, tma=True)
-        name = f"tma s{stages} p{programs} k{split}"
-        variants[name] = Tuning(tiling, prefill, 128, programs, split)
-    two = Tiling(keys=16, stages=6, warps=2, tma=True)
-    variants["tma s6 p7 k128 w2"] = Tuning(two, prefill, 128, 7, 128)
-    shapes = [(1, 512, 16), (1, 4096, 16), (8, 1024, 16), (64, 384, 16), (64, 1024, 16)]
-    shapes += [(256, 1024, 16), (64, 1024, 32), (1, 4096, 32), (2, 32768, 16)]
+    many = Tiling(keys=16, stages=6, warps=1, tma=True)
+    variants = {"many": Tuning(many, prefill, 128, few_rows=0)}
+    for keys, warps, split, programs, tma in (
+        (64, 4, 64, 4, False), (64, 4, 128, 4, False), (64, 8, 64, 4, False),
+        (32, 2, 64, 6, False), (32, 4, 32, 4, False), (16, 1, 64, 7, True), (64, 2, 64, 4, False),
+    ):  # fmt: skip
+        few = Tiling(keys=keys, stages=6 if tma else 2, warps=warps, tma=tma)
+        name = f"fused n{keys} w{warps} k{split}{' tma' * tma}"
+        variants[name] = Tuning(
+            many, prefill, 128, few=few, few_rows=64, few_split=split, few_programs_per_sm=programs
+        )
+    shapes = [(1, 512, 16), (1, 4096, 16), (8, 384, 16), (8, 1024, 16), (16, 384, 16)]
+    shapes += [(64, 384, 16), (256, 1024, 16), (1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
     spec = attention_spec((16, 8), 16)
     args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
     for label, shares in (("each row alone", False), ("read once", True)):
         build = partial(build_attention, tuning_for(spec), *args, num_shared=2048, shares=shares)
         yield Case("prefix", "256×2112, 2048 shared", label, (256 * 64 + 2048) * 4096, 0, build)
-    for num_shared in (0, 1024):
+    for num_shared in (1024,):
         args = ((1,) * 64, (1088,) * 64, (16, 8), 16)
         build = partial(
             build_attention, tuning_for(spec), *args, num_shared=num_shared, shares=True
@@ -189,9 +209,6 @@ def decode_cases() -> Iterator[Case]:
         for name, tuning in variants.items():
             build = partial(build_attention, tuning, *args, 16)
             yield Case("decode", f"{rows}×{length} h{heads}/8", name, num_bytes, 0, build)
-        tiling = Tiling(keys=32, stages=4, warps=1, tma=True)
-        build = partial(build_attention, Tuning(tiling, prefill, 128, 7, 128), *args, 32)
-        yield Case("decode", f"{rows}×{length} h{heads}/8", "blocks32 n32 s4", num_bytes, 0, build)
 
 
 def prefill_cases() -> Iterator[Case]:

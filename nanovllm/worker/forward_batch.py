@@ -13,8 +13,18 @@ from torch import Tensor
 
 from nanovllm.protocol import StepPlan
 from nanovllm.worker.request_rows import Int32Array, RequestRows
+from nanovllm.worker.shared_prefix import SharingRows
 
 ROOM_FOR_WRITES = 8192  # row state, in writes, that travels in the same copy as the plan
+NUM_SECTIONS = 5  # of a staged plan, each with a word per entry
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Leading keys that some of a step's decoding rows have in common (`shared_prefix`)."""
+
+    num_keys: Tensor  # [num_rows] int32: the same for all rows that share, 0 for the others
+    leader: Tensor  # [1] int32: one that shares
 
 
 @dataclass(slots=True)
@@ -33,8 +43,10 @@ class ForwardBatch:
     block_tables: Tensor  # [num_rows, max_num_blocks] int32
     num_tokens: int
     num_rows: int
+    num_decode_rows: int  # rows with one token
     max_query_len: int
     max_seq_len: int
+    prefix: SharedPrefix | None = None
 
 
 @dataclass(slots=True)
@@ -54,6 +66,7 @@ class StagedPlan:
     host_seq_lens: Int32Array
     host_query_start_loc: Int32Array
     host_sampling: Int32Array
+    prefix: SharedPrefix | None = None
 
 
 class PlanStaging:
@@ -67,7 +80,7 @@ class PlanStaging:
         self._device = device
         self._section = max_num_rows + 1
         self._padding_row = max_num_rows
-        num_words = 4 * self._section + 2 * ROOM_FOR_WRITES
+        num_words = NUM_SECTIONS * self._section + 2 * ROOM_FOR_WRITES
         self._ring = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
         ]
@@ -76,7 +89,12 @@ class PlanStaging:
         self._turn = 0
 
     def stage(
-        self, plan: StepPlan, writes: Int32Array, *, padded_to: int | None = None
+        self,
+        plan: StepPlan,
+        writes: Int32Array,
+        *,
+        sharing: SharingRows | None = None,
+        padded_to: int | None = None,
     ) -> StagedPlan:
         """Start the one copy that brings a plan and what `RequestRows.record` made of it.
 
@@ -88,28 +106,32 @@ class PlanStaging:
             self._copied[self._turn].synchronize()
         buffer = self._ring[self._turn]
         words: Int32Array = buffer.numpy()
-        rows, num_computed, starts, sampling = words[: 4 * section].reshape(4, section)
+        sections = words[: NUM_SECTIONS * section].reshape(NUM_SECTIONS, section)
+        rows, num_computed, starts, sampling, shared_keys = sections
         rows[:num_rows] = plan.rows
         num_computed[:num_rows] = plan.num_computed
         starts[0] = 0
         np.cumsum(plan.num_scheduled, out=starts[1 : num_rows + 1])
         sampling[:num_samples] = plan.sampling
+        if sharing is not None:
+            shared_keys[:num_rows] = np.where(sharing.members, sharing.num_keys, 0)
+            shared_keys[-1] = sharing.leader
         if padded_to is not None:
             rows[num_rows:padded_to] = self._padding_row
-            num_computed[num_rows:padded_to] = 0
-        num_sent = 4 * section
+            num_computed[num_rows:padded_to] = shared_keys[num_rows:padded_to] = 0
+        num_sent = NUM_SECTIONS * section
         if writes.size <= 2 * ROOM_FOR_WRITES:
             words[num_sent : num_sent + writes.size] = writes.reshape(-1)
             num_sent += writes.size
         sent = self._send(buffer, num_sent)
-        on_device = sent[: 4 * section].view(4, section)
+        on_device = sent[: NUM_SECTIONS * section].view(NUM_SECTIONS, section)
         return StagedPlan(
             rows=on_device[0, :num_rows],
             num_computed=on_device[1, :num_rows],
             query_start_loc=on_device[2, : num_rows + 1],
             sampling=on_device[3, :num_samples],
             writes=(
-                sent[4 * section :].view(2, -1)
+                sent[NUM_SECTIONS * section :].view(2, -1)
                 if writes.size <= 2 * ROOM_FOR_WRITES
                 else self._send_apart(writes)
             ),
@@ -117,14 +139,15 @@ class PlanStaging:
             host_seq_lens=num_computed[:num_rows] + np.diff(starts[: num_rows + 1]),
             host_query_start_loc=starts[: num_rows + 1].copy(),
             host_sampling=sampling[:num_samples].copy(),
+            prefix=None if sharing is None else _prefix_in(on_device[4], num_rows),
         )
 
-    def decode_view(self, num_rows: int, *, max_seq_len: int) -> StagedPlan:
+    def decode_view(self, num_rows: int, *, max_seq_len: int, shares_prefix: bool) -> StagedPlan:
         """The first `num_rows` entries on the device as a pure decode step of whatever is staged.
 
         Its tensors are the persistent buffer itself and constants; its arrays are upper bounds.
         """
-        sections = self._resident[: 4 * self._section].view(4, self._section)
+        sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
         bounds = np.arange(num_rows + 1, dtype=np.int32)
         starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
         return StagedPlan(
@@ -137,6 +160,7 @@ class PlanStaging:
             host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
             host_query_start_loc=bounds,
             host_sampling=bounds[:-1],
+            prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
         )
 
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:
@@ -153,6 +177,10 @@ class PlanStaging:
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
+
+
+def _prefix_in(section: Tensor, num_rows: int) -> SharedPrefix:
+    return SharedPrefix(section[:num_rows], section[-1:])
 
 
 def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
@@ -183,6 +211,8 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids],
         num_tokens=num_tokens,
         num_rows=num_rows,
+        num_decode_rows=int((np.diff(starts) == 1).sum()),
         max_query_len=int(np.diff(starts).max()),
         max_seq_len=max_seq_len,
+        prefix=staged.prefix,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.protocol import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
-from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.cuda_graph import DecodeGraphs, Variant
 from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan, build_batch
 from nanovllm.worker.kernels.select import SampleTokens
@@ -21,6 +21,7 @@ from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
+from nanovllm.worker.shared_prefix import PrefixFinder, SharingRows
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
 TRUNCATING_COLUMNS = {"top_k", "top_p", "min_p"}
@@ -96,6 +97,7 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
+        self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
         self._sampler = Sampler(rows, sample_tokens)
         self._sample_tokens = sample_tokens
         self._graphs: DecodeGraphs | None = None
@@ -122,19 +124,28 @@ class ModelRunner:
         if not plain or not self._rows.edits.keys().isdisjoint(plan.rows):
             return self._run(plan, writes)
         bucket = graphs.bucket_for(len(plan.rows))
-        staged = self._staging.stage(plan, writes, padded_to=bucket)
+        sharing = self._sharing_rows(plan)
+        staged = self._staging.stage(plan, writes, sharing=sharing, padded_to=bucket)
         self._rows.write(staged.writes)
-        token_ids = graphs.run(bucket, truncates=not active.isdisjoint(TRUNCATING_COLUMNS))
+        variant = Variant(
+            truncates=not active.isdisjoint(TRUNCATING_COLUMNS), shares_prefix=sharing is not None
+        )
+        token_ids = graphs.run(bucket, variant)
         pending = PendingStep(plan.step)
         pending.token_ids = token_ids[: len(plan.rows)].to("cpu", non_blocking=True)
         return self._mark(pending)
 
-    def _decode_step(self, num_rows: int, truncates: bool) -> Tensor:
+    def _sharing_rows(self, plan: StepPlan) -> SharingRows | None:
+        return self._prefixes.find(plan) if self._attention.shares_prefix else None
+
+    def _decode_step(self, num_rows: int, variant: Variant) -> Tensor:
         """One token for each of the first staged entries; ids [num_rows]. Capturable."""
         assert self._sample_tokens is not None
         rows = self._rows
         max_seq_len = rows.token_ids.shape[1]
-        staged = self._staging.decode_view(num_rows, max_seq_len=max_seq_len)
+        staged = self._staging.decode_view(
+            num_rows, max_seq_len=max_seq_len, shares_prefix=variant.shares_prefix
+        )
         batch = build_batch(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
         hidden = self._model.forward(batch, self._kv_cache)
@@ -145,7 +156,7 @@ class ModelRunner:
             positions=positions,
             columns=rows.columns,
             seeds=rows.seeds,
-            truncates=truncates,
+            truncates=variant.truncates,
         )
         rows.token_ids[row_ids, positions] = token_ids.int()
         return token_ids
@@ -154,7 +165,7 @@ class ModelRunner:
         """Any step, eagerly. writes: what `record` returned, if that is done already."""
         if writes is None:
             writes = self._rows.record(plan)
-        staged = self._staging.stage(plan, writes)
+        staged = self._staging.stage(plan, writes, sharing=self._sharing_rows(plan))
         self._rows.write(staged.writes)
         batch = build_batch(staged, self._rows, block_size=self._block_size)
         self._attention.prepare(batch)

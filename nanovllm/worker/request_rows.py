@@ -30,7 +30,8 @@ class RequestRows:
 
     token_ids: [num_rows + 1, max_model_len] int32; block_tables: [num_rows + 1, max_num_blocks]
     int32; seeds: [num_rows + 1] int64; num_prompt_tokens: [num_rows + 1] int32; columns: name →
-    [num_rows + 1]. All are views of one tensor. `host` mirrors the record's fixed part.
+    [num_rows + 1]. All are views of one tensor. `host` mirrors the record's fixed part,
+    `host_block_tables` the block tables.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RequestRows:
         self.num_rows = num_rows
         self.host = np.repeat(NEUTRAL, num_rows + 1)
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
+        self.host_block_tables = np.zeros((num_rows + 1, max_num_blocks), np.int32)
         self.edits: dict[int, RowEdits] = {}
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -89,6 +91,7 @@ class RequestRows:
             self.edits.pop(new.row, None)
             if edits is not None:
                 self.edits[new.row] = edits
+            self.host_block_tables[new.row, : len(new.block_ids)] = new.block_ids
             start = new.row * self._width
             for offset, words in (
                 (0, record.view(np.int32)),
@@ -100,6 +103,7 @@ class RequestRows:
                 values.append(words)
         if plan.block_appends:
             appends = np.array([(a.row, a.index, a.block_id) for a in plan.block_appends], np.int32)
+            self.host_block_tables[appends[:, 0], appends[:, 1]] = appends[:, 2]
             places.append(appends[:, 0] * self._width + appends[:, 1] + NUM_WORDS)
             values.append(appends[:, 2])
         if not places:

@@ -40,6 +40,7 @@ def make_batch(
         block_tables=padded,
         num_tokens=sum(counts),
         num_rows=len(rows),
+        num_decode_rows=counts.count(1),
         max_query_len=max(counts),
         max_seq_len=max(seq_lens),
     )

@@ -44,6 +44,8 @@ def make_kv_cache(device: str = "cpu") -> Tensor:
 class FakeAttention:
     """The fake model attends by itself; this only counts the batches it is shown."""
 
+    shares_prefix = True
+
     def __init__(self) -> None:
         self.num_prepared = 0
 

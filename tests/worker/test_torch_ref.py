@@ -11,6 +11,8 @@ from nanovllm.worker.attention import select
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.torch_ref import MAX_GROUP_PADDING, TorchAttention, group_by_length
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.layers.rotary import Rotary
 from tests.worker.decoding import CPU, make_batch
 
 Rows = list[tuple[int, int]]  # each row's new tokens, and how many came before
@@ -87,12 +89,20 @@ def random_case(spec: AttentionSpec, rows: Rows) -> tuple[ForwardBatch, Tensor, 
     return batch, query, cache
 
 
+class Unrotated(Rotary):
+    """The cache is full and the queries are rotated already."""
+
+    def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
+        return qkv
+
+
 @torch.inference_mode()
 def attend(spec: AttentionSpec, query: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
     backend = TorchAttention(spec)
     backend.prepare(batch)
-    first = backend.forward(query, cache, batch)
-    second = backend.forward(query, cache, batch)  # of the next layer
+    rotary = Unrotated(TorchKernels(), torch.empty(0), None)
+    first = backend.forward(query, rotary, cache, batch)
+    second = backend.forward(query, rotary, cache, batch)  # of the next layer
     assert torch.equal(first, second)
     return first
 

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
+from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.layers.rotary import Rotary
+from nanovllm.worker.models.decoder import PerHeadNorm
 from tests.worker.triton_device import DEVICE
 
 SPEC = AttentionSpec(
@@ -28,10 +33,21 @@ TUNING = Tuning(
     queries=16,
     min_split=32,
     max_splits=4,
+    few=Tiling(keys=16, stages=2, warps=4, tma=False),
+    few_rows=0,
+    few_split=32,
 )
+FUSED_TUNING = replace(TUNING, few_rows=8)
 TMA_TUNING = replace(
     TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
 )
+FUSED_TMA_TUNING = replace(FUSED_TUNING, few=replace(FUSED_TUNING.few, tma=True))
+TUNINGS = {
+    "gather": TUNING,
+    "tma": TMA_TUNING,
+    "fused": FUSED_TUNING,
+    "fused tma": FUSED_TMA_TUNING,
+}
 
 
 def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> ForwardBatch:
@@ -39,35 +55,54 @@ def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> For
     num_rows, num_tokens = len(seq_lens), sum(query_lens)
     width = -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width).int() + 1
-    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-    return ForwardBatch(
-        input_ids=nothing,
-        positions=nothing,
-        slot_mapping=nothing,
+    positions = [torch.arange(s - q, s) for q, s in zip(query_lens, seq_lens, strict=True)]
+    batch = ForwardBatch(
+        input_ids=torch.empty(0, dtype=torch.int64, device=DEVICE),
+        positions=torch.cat(positions).to(DEVICE),
+        slot_mapping=torch.empty(0, dtype=torch.int64, device=DEVICE),
         query_start_loc=starts.to(DEVICE),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
         block_tables=blocks.view(num_rows, width).to(DEVICE),
         num_tokens=num_tokens,
         num_rows=num_rows,
+        num_decode_rows=query_lens.count(1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
+    return with_slots(batch, block_size)
+
+
+def with_slots(batch: ForwardBatch, block_size: int) -> ForwardBatch:
+    """The batch with the slots that its block tables mean."""
+    counts = batch.query_start_loc.diff().long()
+    rows = torch.arange(batch.num_rows, device=DEVICE).repeat_interleave(counts)
+    blocks = batch.block_tables[rows, batch.positions // block_size].long()
+    return replace(batch, slot_mapping=blocks * block_size + batch.positions % block_size)
 
 
 def inputs_for(spec: AttentionSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-    """Queries inside a wider tensor, as they lie in qkv, and a layer's cache."""
+    """qkv, and a layer's cache that does not hold this step's keys and values yet."""
     num_blocks = int(batch.block_tables.max()) + 1
     shape = TritonAttention.kv_shape(spec, num_layers=2, num_blocks=num_blocks)
     cache = torch.randn(shape, dtype=spec.dtype, device=spec.device)[:, 1]
-    wide = torch.randn(
-        batch.num_tokens, spec.num_heads + 3, spec.head_dim, dtype=spec.dtype, device=spec.device
-    )
-    return wide[:, : spec.num_heads], cache
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return torch.randn(batch.num_tokens, width, dtype=spec.dtype, device=spec.device), cache
 
 
-def dense(spec: AttentionSpec, query: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
-    """The definition of attention, row by row in float64."""
+def rotary_for(spec: AttentionSpec, kernels: Kernels, *, normed: bool = True) -> Rotary:
+    """Angles and norms as good as any, always the same."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(2, spec.head_dim, generator=generator).to(DEVICE, spec.dtype) + 0.5
+    norm = PerHeadNorm(weights[0], weights[1], 1e-6) if normed else None
+    angles = torch.rand(400, spec.head_dim // 2, generator=generator).to(DEVICE) * 6
+    return Rotary(kernels, torch.cat((angles.cos(), angles.sin()), dim=1), norm)
+
+
+def dense(spec: AttentionSpec, qkv: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
+    """The definition of attention, row by row in float64, after plain torch's rotation."""
+    cache = cache.clone()
+    query = rotary_for(spec, TorchKernels()).apply(qkv.clone(), batch, cache)
     out = torch.zeros(query.shape, dtype=torch.float64, device=spec.device)
     starts = batch.query_start_loc.tolist()
     for row, num_keys in enumerate(batch.seq_lens.tolist()):
@@ -89,12 +124,14 @@ def dense(spec: AttentionSpec, query: Tensor, cache: Tensor, batch: ForwardBatch
 
 
 def attend(
-    spec: AttentionSpec, query: Tensor, cache: Tensor, batch: ForwardBatch, tuning: Tuning = TUNING
+    spec: AttentionSpec, qkv: Tensor, cache: Tensor, batch: ForwardBatch, tuning: Tuning = TUNING
 ) -> Tensor:
     backend = TritonAttention(spec, tuning)
     backend.prepare(batch)
-    first = backend.forward(query, cache, batch)
-    assert torch.equal(first, backend.forward(query, cache, batch))  # scratch is left as found
+    rotary = rotary_for(spec, TritonKernels())
+    first = backend.forward(qkv.clone(), rotary, cache, batch)
+    # Scratch is left as found, and what the cache gained changes nothing.
+    assert torch.equal(first, backend.forward(qkv.clone(), rotary, cache, batch))
     return first
 
 
@@ -103,14 +140,17 @@ def check(
 ) -> None:
     torch.manual_seed(0)
     batch = batch_of(query_lens, seq_lens, spec.block_size)
-    query, cache = inputs_for(spec, batch)
-    out = attend(spec, query, cache, batch, tuning)
-    expected = dense(spec, query, cache, batch)
+    qkv, cache = inputs_for(spec, batch)
+    before = cache.clone()
+    out = attend(spec, qkv, cache, batch, tuning)
+    expected = dense(spec, qkv, before, batch)
     error = (out.double() - expected).norm() / expected.norm()
     assert error < (1e-5 if spec.dtype == torch.float32 else 4e-3)
+    rotary_for(spec, TorchKernels()).apply(qkv, batch, before)
+    torch.testing.assert_close(cache, before)  # keys and values are where later steps read them
 
 
-@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"),
     [
@@ -162,41 +202,54 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
     """A row's bits are the same alone, in company, and beside a chunk."""
     torch.manual_seed(1)
     batch = batch_of([1, 1, 6, 1], [100, 7, 20, 60], SPEC.block_size)
-    query, cache = inputs_for(SPEC, batch)
-    together = attend(SPEC, query, cache, batch)
+    qkv, cache = inputs_for(SPEC, batch)
+    together = attend(SPEC, qkv, cache, batch)
     alone = replace(
         batch,
+        positions=batch.positions[8:],
+        slot_mapping=batch.slot_mapping[8:],
         query_start_loc=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
         seq_lens=batch.seq_lens[3:],
         block_tables=batch.block_tables[3:],
         num_tokens=1,
         num_rows=1,
+        num_decode_rows=1,
         max_query_len=1,
     )
-    assert torch.equal(together[8:], attend(SPEC, query[8:], cache, alone))
+    pair = replace(  # rotated by the same kernel as the mixed batch, or by attention itself
+        alone,
+        positions=batch.positions[[0, 8]],
+        slot_mapping=batch.slot_mapping[[0, 8]],
+        query_start_loc=torch.arange(3, dtype=torch.int32, device=DEVICE),
+        seq_lens=batch.seq_lens[[0, 3]],
+        block_tables=batch.block_tables[[0, 3]],
+        num_tokens=2,
+        num_rows=2,
+        num_decode_rows=2,
+    )
+    decoded = attend(SPEC, qkv[8:], cache, alone)
+    assert torch.equal(decoded, attend(SPEC, qkv[[0, 8]], cache, pair)[1:])
+    torch.testing.assert_close(together[8:], decoded, rtol=1e-5, atol=1e-6)
 
 
-def attend_sharing(tuning: Tuning, *, num_shared_blocks: int) -> Tensor:
-    """Error per row of a batch whose rows start with the same blocks, but for padding and chunk."""
+@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+@pytest.mark.parametrize(("num_shared", "prefix_splits"), [(256, 16), (320, 1)])
+def test_shared_prefix(tuning: Tuning, num_shared: int, prefix_splits: int) -> None:
+    """Rows 0, 2 and 5 share; beside them a chunk, padding, and a row that keeps to itself."""
     torch.manual_seed(3)
     batch = batch_of([1, 1, 1, 7, 1, 1], [330, 300, 345, 340, 1, 321], SPEC.block_size)
-    batch.block_tables[:, :num_shared_blocks] = batch.block_tables[0, :num_shared_blocks].clone()
+    batch.block_tables[:, : num_shared // SPEC.block_size] = batch.block_tables[
+        0, : num_shared // SPEC.block_size
+    ].clone()
     batch.block_tables[4] = 0  # padding
-    query, cache = inputs_for(SPEC, batch)
-    backend = TritonAttention(SPEC, tuning)
-    backend.shares_prefix = True
-    backend.prepare(batch)
-    out = backend.forward(query, cache, batch)
-    scratch = backend._scratch_for(batch.num_rows)
-    expected_keys = num_shared_blocks * SPEC.block_size // 64 * 64
-    assert int(scratch.shared[0]) == (expected_keys if expected_keys >= 256 else 0)
-    return (out.double() - dense(SPEC, query, cache, batch)).norm(dim=(1, 2))
-
-
-@pytest.mark.parametrize("num_shared_blocks", [18, 17, 3])
-def test_shared_prefix(num_shared_blocks: int) -> None:
-    for tuning in (TUNING, TMA_TUNING):
-        assert attend_sharing(tuning, num_shared_blocks=num_shared_blocks).max() < 1e-5
+    num_keys = torch.tensor([num_shared, 0, num_shared, 0, 0, num_shared], dtype=torch.int32)
+    leader = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    batch = with_slots(batch, SPEC.block_size)
+    batch.prefix = SharedPrefix(num_keys.to(DEVICE), leader)
+    qkv, cache = inputs_for(SPEC, batch)
+    before = cache.clone()
+    out = attend(SPEC, qkv, cache, batch, replace(tuning, prefix_splits=prefix_splits))
+    assert (out.double() - dense(SPEC, qkv, before, batch)).norm(dim=(1, 2)).max() < 1e-5
 
 
 def test_padding_rows_do_no_harm() -> None:
@@ -204,10 +257,12 @@ def test_padding_rows_do_no_harm() -> None:
     torch.manual_seed(2)
     batch = batch_of([1, 1, 1], [50, 1, 1], SPEC.block_size)
     batch.block_tables[1:] = 0
-    query, cache = inputs_for(SPEC, batch)
-    out = attend(SPEC, query, cache, batch)
+    batch = with_slots(batch, SPEC.block_size)
+    qkv, cache = inputs_for(SPEC, batch)
+    before = cache.clone()
+    out = attend(SPEC, qkv, cache, batch)
     real = replace(batch, seq_lens=batch.seq_lens[:1])
-    error = (out[:1] - dense(SPEC, query, cache, real)[:1]).norm()
+    error = (out[:1] - dense(SPEC, qkv, before, real)[:1]).norm()
     assert error < 1e-5
 
 

@@ -42,9 +42,9 @@ def test_gated(num_tokens: int, tile: Tile) -> None:
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("tile", VECTOR_TILES)
-def test_norm_before_one_token(tile: Tile) -> None:
-    x, weight = torch.randn(1, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
+@pytest.mark.parametrize(("num_tokens", "tile"), [case for case in CASES if case[0] <= 16])
+def test_norm_before_few_tokens(num_tokens: int, tile: Tile) -> None:
+    x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
     factors = torch.randn(160, device=DEVICE)
     out = skinny_linear(x, weight, norm=(factors, 1e-6), tile=tile)
     expected = rms_normed(x.double(), factors.double(), 1e-6) @ weight.double().T

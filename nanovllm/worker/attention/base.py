@@ -1,7 +1,7 @@
 """The attention seam: four members per backend, one table, one choice made at start.
 
-A backend only reads the paged cache: the step's own keys and values are already in it
-(`Kernels.rope_and_cache` wrote them), so one maths serves decode, chunks and mixed batches.
+One maths serves decode, chunks and mixed batches, because every layer writes the step's own keys
+and values to the paged cache first. A backend may do that itself, in its own kernel.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.layers.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,12 @@ class AttentionSpec:
 
 
 class AttentionBackend(Protocol):
-    """Causal paged attention with grouped queries (Dao et al. 2022; Kwon et al. 2023)."""
+    """Causal paged attention with grouped queries (Dao et al. 2022; Kwon et al. 2023).
+
+    shares_prefix: whether it makes use of a batch's `prefix`, which is else not looked for.
+    """
+
+    shares_prefix: bool
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -41,9 +47,12 @@ class AttentionBackend(Protocol):
     def prepare(self, batch: ForwardBatch) -> None:
         """Once per step, before any layer and outside any CUDA graph."""
 
-    def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """Attend. Capturable in a CUDA graph.
+    def forward(
+        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        """Rotate and cache (by `rotary.apply`, or as it would), then attend. Capturable.
 
-        query: [num_tokens, num_heads, head_dim]; layer_cache: [2, num_blocks, block_size,
-        num_kv_heads, head_dim], keys then values. Returns a tensor of query's shape.
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], perhaps overwritten;
+        layer_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], keys then values. Returns
+        [num_tokens, num_heads, head_dim].
         """

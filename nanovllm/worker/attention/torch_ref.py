@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.layers.rotary import Rotary
 
 # Padding a group may hold, in tokens; more than this costs more than the calls of another group.
 MAX_GROUP_PADDING = 512
@@ -134,6 +135,8 @@ class StreamedRows:
 class TorchAttention:
     """Implements `attention.base.AttentionBackend`; supports everything."""
 
+    shares_prefix = False
+
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._parts: list[Part] = []
@@ -172,7 +175,10 @@ class TorchAttention:
             self._parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
         self._covers_all = len(self._parts) == 1 and starts[-1] == batch.num_tokens
 
-    def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(
+        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        query = rotary.apply(qkv, batch, layer_cache)
         keys, values = layer_cache.flatten(1, 2).unbind(0)  # each [num_slots, kv_heads, head_dim]
         if self._covers_all:
             return self._parts[0].attend(query, keys, values)

@@ -14,30 +14,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention_kernels import (
+from nanovllm.worker.attention.triton_attention_kernels import prefill_kernel
+from nanovllm.worker.attention.triton_decode_kernels import (
     PLANNED_ROWS,
     RECORD,
     combine_kernel,
     decode_kernel,
     plan_kernel,
-    prefill_kernel,
 )
-from nanovllm.worker.attention.triton_shared_prefix import (
-    find_shared_kernel,
-    shared_prefix_kernel,
-)
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.attention.triton_shared_prefix import shared_prefix_kernel
+from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.triton_launch import (
     has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
     unusable,
 )
+from nanovllm.worker.layers.rotary import Rotary
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
-MIN_SHARED_KEYS = 256  # shorter shared prefixes are not worth their launch
-MIN_SHARING_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How rows are cut up, and the tiles of both kernels."""
+    """How rows are cut up, and the tiles of the kernels."""
 
     decode: Tiling
     prefill: Tiling
@@ -76,7 +72,11 @@ class Tuning:
     programs_per_sm: int = 7
     min_split: int = 128  # keys; half as many for rows of up to twice that
     max_splits: int = 32  # of one row, however long
-    prefix_splits: int = 16  # of the keys all rows share
+    prefix_splits: int = 16  # of the keys that rows share
+    few: Tiling = Tiling(keys=64, stages=2, warps=4, tma=False)  # of few rows, as all the next
+    few_rows: int = 8  # one fused kernel for up to so many
+    few_split: int = 64  # keys
+    few_programs_per_sm: int = 4
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
@@ -105,14 +105,14 @@ class Scratch:
 
     work: Tensor  # [rows * max_splits, RECORD] int32
     num_work: Tensor  # [1] int32
-    shared: Tensor  # [2] int32: number of keys all rows share, and a row
+    arrivals: Tensor  # [rows, num_kv_heads] int32, zero between kernels
     partial_out: Tensor  # [rows, num_heads, slots, padded head_dim] fp32
     partial_max: Tensor  # [rows, num_heads, slots] fp32
     partial_sum: Tensor  # likewise
 
     @property
     def partials(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernels leave for `combine_kernel`."""
+        """What splits of a row leave for the one that joins them."""
         return self.partial_out, self.partial_max, self.partial_sum
 
 
@@ -120,17 +120,15 @@ class TritonAttention:
     """One per model: layers call it one after the other and share its scratch.
 
     The cache must hold finite numbers everywhere (it starts as zeros): keys beyond a row's end are
-    read and then weighted with zero.
-
-    shares_prefix: look for leading blocks that all decoding rows share and read them once. Costs a
-    launch per layer, so it is for steps known to share; a captured graph keeps the value it saw. It
-    changes the order of sums, so a row's last bits then do depend on its neighbours.
+    read and then weighted with zero. A row's bits do not depend on its neighbours, but for the last
+    of them where rows share a prefix: their sums are then in another order.
     """
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
         reason = self.unsupported(spec)
         assert reason is None, reason
         assert spec.scale > 0
+        self.shares_prefix = spec.sliding_window is None
         self._spec = spec
         self._tuning = tuning or tuning_for(spec)
         self._group = spec.num_heads // spec.num_kv_heads
@@ -143,14 +141,6 @@ class TritonAttention:
             "BLOCK_SIZE": spec.block_size,
             "WINDOW": spec.sliding_window or 0,
         }
-        self._cuts = {
-            "WINDOW": spec.sliding_window or 0,
-            "MIN_SPLIT": self._tuning.min_split,
-            "MAX_SPLITS": self._tuning.max_splits,
-            "BLOCK_N": self._tuning.decode.keys,
-        }
-        self.shares_prefix = False
-        self._unshared = torch.zeros(2, dtype=torch.int32, device=spec.device)
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
         self._tile_rows: Tensor | None = None  # [number of query tiles] int32
@@ -176,30 +166,18 @@ class TritonAttention:
         the lists before they wait for their predecessors.
         """
         scratch = self._scratch_for(batch.num_rows)
-        block_rows = triton.next_power_of_2(batch.num_rows)
-        if self._shares(batch):
-            find_shared_kernel[(1,)](
+        if batch.num_decode_rows:
+            plan_kernel[(triton.cdiv(batch.num_rows, PLANNED_ROWS.value),)](
                 batch.seq_lens,
                 batch.query_start_loc,
-                batch.block_tables,
-                batch.block_tables.stride(0),
-                scratch.shared,
+                None if batch.prefix is None else batch.prefix.num_keys,
+                scratch.work,
+                scratch.num_work,
                 batch.num_rows,
-                BLOCK_SIZE=self._spec.block_size,
-                MIN_SHARED=MIN_SHARED_KEYS,
-                MIN_ROWS=MIN_SHARING_ROWS,
-                BLOCK_ROWS=block_rows,
+                SHARED=batch.prefix is not None,
+                **self._cuts(batch),
+                BLOCK_ROWS=triton.next_power_of_2(batch.num_rows),
             )
-        plan_kernel[(triton.cdiv(batch.num_rows, PLANNED_ROWS.value),)](
-            batch.seq_lens,
-            batch.query_start_loc,
-            self._shared(batch, scratch),
-            scratch.work,
-            scratch.num_work,
-            batch.num_rows,
-            **self._cuts,
-            BLOCK_ROWS=block_rows,
-        )
         if batch.max_query_len > 1:
             rows = torch.arange(batch.num_rows, device=self._spec.device, dtype=torch.int32)
             starts = batch.query_start_loc[:-1] // self._tile_tokens + rows
@@ -210,16 +188,45 @@ class TritonAttention:
             )
             self._tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
 
-    def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(
+        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
         """Rows with one token are split over their keys, the others tiled over their queries."""
-        assert query.stride()[1:] == (self._spec.head_dim, 1) and layer_cache[0].is_contiguous()
-        assert batch.block_tables.stride(1) == 1
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
+        spec = self._spec
+        shape = batch.num_tokens, spec.num_heads, spec.head_dim
+        out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+        if self._fuses(batch):
+            assert qkv.stride(1) == 1
+            self._decode(qkv, layer_cache, batch, out, rotary=rotary)
+            return out
+        query = rotary.apply(qkv, batch, layer_cache)
+        assert query.stride()[1:] == (spec.head_dim, 1)
         if batch.max_query_len > 1:
             self._prefill(query, layer_cache, batch, out)
-        if batch.num_rows > 1 or batch.max_query_len == 1:
+        if batch.num_decode_rows:
+            if batch.prefix is not None:
+                self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
             self._decode(query, layer_cache, batch, out)
+            if batch.max_seq_len > self._tuning.min_split // 2:
+                self._combine(batch, out)
         return out
+
+    def _fuses(self, batch: ForwardBatch) -> bool:
+        """Whether one kernel does it all, from rotating to joining splits."""
+        few = batch.num_rows <= self._tuning.few_rows
+        return few and batch.max_query_len == 1 and batch.prefix is None
+
+    def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
+        """How `plan_kernel` cuts rows up, and `combine_kernel` knows."""
+        tuning, few = self._tuning, self._fuses(batch)
+        return {
+            "WINDOW": self._spec.sliding_window or 0,
+            "MIN_SPLIT": tuning.few_split if few else tuning.min_split,
+            "SHORT_SPLIT": tuning.few_split if few else tuning.min_split // 2,
+            "MAX_SPLITS": tuning.max_splits,
+            "BLOCK_N": (tuning.few if few else tuning.decode).keys,
+        }
 
     @property
     def _tile_tokens(self) -> int:
@@ -228,13 +235,6 @@ class TritonAttention:
     @property
     def _slots(self) -> int:
         return self._tuning.max_splits + self._tuning.prefix_splits
-
-    def _shares(self, batch: ForwardBatch) -> bool:
-        enough = batch.num_rows >= MIN_SHARING_ROWS and batch.max_seq_len > MIN_SHARED_KEYS
-        return self.shares_prefix and enough and self._spec.sliding_window is None
-
-    def _shared(self, batch: ForwardBatch, scratch: Scratch) -> Tensor:
-        return scratch.shared if self._shares(batch) else self._unshared
 
     def _keys_and_values(self, layer_cache: Tensor, tiling: Tiling) -> list[Any]:
         """As the kernels take them: keys and the way to values, or descriptors for the TMA."""
@@ -265,49 +265,71 @@ class TritonAttention:
             **self._options,
         )
 
-    def _decode(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor) -> None:
+    def _decode(
+        self,
+        query: Tensor,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
+        *,
+        rotary: Rotary | None = None,
+    ) -> None:
+        """query: rotated, [num_tokens, num_heads, head_dim]; with `rotary`, qkv as it came."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
-        if self._shares(batch):
-            self._attend_to_prefix(query, layer_cache, batch, scratch)
+        norm = None if rotary is None else rotary.qk_norm
+        tiling, per_sm = tuning.decode, tuning.programs_per_sm
+        if rotary is not None:
+            tiling, per_sm = tuning.few, tuning.few_programs_per_sm
         most = batch.num_rows * spec.num_kv_heads * tuning.max_splits
-        resident = num_multiprocessors(spec.device) * tuning.programs_per_sm
-        decode_kernel[(min(most, resident),)](
+        decode_kernel[(min(most, num_multiprocessors(spec.device) * per_sm),)](
             query,
             query.stride(0),
-            *self._keys_and_values(layer_cache, tuning.decode),
+            *self._keys_and_values(layer_cache, tiling),
             out,
             *scratch.partials,
+            scratch.arrivals,
             scratch.work,
             scratch.num_work,
             batch.block_tables,
             batch.block_tables.stride(0),
             spec.scale * LOG2E,
+            layer_cache,
+            layer_cache.stride(0),
+            None if rotary is None else rotary.cos_sin,
+            None if norm is None else norm.q_weight,
+            None if norm is None else norm.k_weight,
+            0.0 if norm is None else norm.eps,
             **self._shape,
             BLOCK_G=max(16, triton.next_power_of_2(self._group)),
+            MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
-            **tuning.decode.options,
+            FUSED=rotary is not None,
+            NORM=norm is not None,
+            **tiling.options,
             **self._options,
         )
-        if batch.max_seq_len > tuning.min_split // 2:
-            slots = self._slots if self._shares(batch) else tuning.max_splits
-            combine_kernel[(batch.num_rows, spec.num_heads)](
-                out,
-                *scratch.partials,
-                batch.seq_lens,
-                batch.query_start_loc,
-                self._shared(batch, scratch),
-                HEADS=spec.num_heads,
-                HEAD_DIM=spec.head_dim,
-                BLOCK_D=self._shape["BLOCK_D"],
-                SLOTS=self._slots,
-                BLOCK_SLOTS=triton.next_power_of_2(slots),
-                **self._cuts,
-                num_warps=2,
-                **self._options,
-            )
+
+    def _combine(self, batch: ForwardBatch, out: Tensor) -> None:
+        spec, prefix = self._spec, batch.prefix
+        combine_kernel[(batch.num_rows, spec.num_heads)](
+            out,
+            *self._scratch_for(batch.num_rows).partials,
+            batch.seq_lens,
+            batch.query_start_loc,
+            batch.num_rows,
+            None if prefix is None else prefix.num_keys,
+            HEADS=spec.num_heads,
+            HEAD_DIM=spec.head_dim,
+            BLOCK_D=self._shape["BLOCK_D"],
+            SHARED=prefix is not None,
+            SLOTS=self._slots,
+            **self._cuts(batch),
+            num_warps=2,
+            **self._options,
+        )
 
     def _attend_to_prefix(
-        self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, scratch: Scratch
+        self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, prefix: SharedPrefix
     ) -> None:
         tuning = self._tuning
         num_tiles = triton.cdiv(batch.num_rows, self._tile_tokens)
@@ -316,9 +338,9 @@ class TritonAttention:
             query,
             query.stride(0),
             *self._keys_and_values(layer_cache, tuning.prefill),
-            *scratch.partials,
-            scratch.shared,
-            batch.seq_lens,
+            *self._scratch_for(batch.num_rows).partials,
+            prefix.num_keys,
+            prefix.leader,
             batch.query_start_loc,
             batch.num_rows,
             batch.block_tables,
@@ -343,7 +365,7 @@ class TritonAttention:
         self._scratch[rows] = Scratch(
             work=torch.zeros(num_records, RECORD.value, dtype=torch.int32, device=device),
             num_work=torch.empty(1, dtype=torch.int32, device=device),
-            shared=torch.zeros(2, dtype=torch.int32, device=device),
+            arrivals=torch.zeros(rows, self._spec.num_kv_heads, dtype=torch.int32, device=device),
             partial_out=torch.empty(*parts, self._shape["BLOCK_D"], device=device),
             partial_max=torch.empty(parts, device=device),
             partial_sum=torch.empty(parts, device=device),

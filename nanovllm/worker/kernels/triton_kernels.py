@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm
 from nanovllm.worker.kernels.triton_launch import launch_options
-from nanovllm.worker.kernels.triton_linear import beats_cublas, skinny_linear
+from nanovllm.worker.kernels.triton_linear import beats_cublas, can_norm, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 
 ROPE_HEADS = 8  # heads per program
@@ -169,7 +169,7 @@ class TritonKernels:
         return out
 
     def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if len(stream) == 1 and _is_skinny(stream, linear):
+        if can_norm(len(stream), linear.weight) and _is_skinny(stream, linear):
             return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps))
         normed = self.rms_norm(stream, weight, eps)
         if _is_skinny(normed, linear):
@@ -177,7 +177,7 @@ class TritonKernels:
         return linear(normed)
 
     def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if len(stream) == 1 and _is_skinny(stream, linear):
+        if can_norm(len(stream), linear.weight) and _is_skinny(stream, linear, gated=True):
             return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps), gated=True)
         normed = self.rms_norm(stream, weight, eps)
         if _is_skinny(normed, linear, gated=True):

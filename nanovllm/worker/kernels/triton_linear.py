@@ -137,20 +137,21 @@ def _matrix_kernel(
     weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
     bias,
     residual,  # [num_tokens, num_outputs]
+    norm_weight,  # [K]
     out,  # [num_tokens, num_outputs]
     partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
     arrivals,  # [tiles] int32, zero before and after
-    num_tokens, num_outputs,
-    NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    num_tokens, num_outputs, eps,
+    K: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     output = tl.program_id(0) * BLOCK_N
     token = tl.program_id(2) * BLOCK_M
     acc, up = _products(
-        x_desc, weight_desc, token, output, tl.program_id(1) * (NUM_TILES * BLOCK_K), num_outputs,
-        NUM_TILES, BLOCK_K, STAGES, GATED, PDL,
+        x_desc, weight_desc, norm_weight, token, output, tl.program_id(1) * (NUM_TILES * BLOCK_K),
+        num_outputs, eps, K, NUM_TILES, BLOCK_M, BLOCK_K, STAGES, NORM, GATED, PDL,
     )  # fmt: skip
     tokens = token + tl.arange(0, BLOCK_M)
     outputs = output + tl.arange(0, BLOCK_N)
@@ -183,9 +184,9 @@ def _matrix_kernel(
 
 @triton.jit
 def _products(
-    x_desc, weight_desc, token, output, first, num_outputs,
-    NUM_TILES: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    x_desc, weight_desc, norm_weight, token, output, first, num_outputs, eps,
+    K: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs over inputs from `first` on, and of their ups if GATED."""
     if PDL:
@@ -195,20 +196,40 @@ def _products(
         up_w = weight_desc.load([num_outputs + output, first])
     if PDL:
         gdc_wait()
-    x = x_desc.load([token, first])
+    scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    if NORM:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            part = x_desc.load([token, start]).to(tl.float32)
+            squares += tl.sum(part * part, 1)
+        scale = tl.rsqrt(squares / K + eps)
+    x = _normed_tile(x_desc, norm_weight, scale, token, first, K, BLOCK_K, NORM)
     acc = tl.dot(x, tl.trans(w), input_precision="ieee")
     up = acc
     if GATED:
         up = tl.dot(x, tl.trans(up_w), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        x = x_desc.load([token, k])
+        x = _normed_tile(x_desc, norm_weight, scale, token, k, K, BLOCK_K, NORM)
         w = weight_desc.load([output, k])
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
             up = tl.dot(x, tl.trans(up_w), up, input_precision="ieee")
     return acc, up
+
+
+@triton.jit
+def _normed_tile(x_desc, norm_weight, scale, token, k, K: tl.constexpr, BLOCK_K: tl.constexpr,
+                 NORM: tl.constexpr):  # fmt: skip
+    """Inputs k … k + BLOCK_K of some tokens, normed if asked for."""
+    x = x_desc.load([token, k])
+    if NORM:
+        ks = k + tl.arange(0, BLOCK_K)
+        factors = tl.load(norm_weight + ks, ks < K, other=0.0).to(tl.float32)
+        normed = (x.to(tl.float32) * scale[:, None]).to(x.dtype).to(tl.float32)
+        x = (normed * factors[None, :]).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -243,6 +264,11 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     )
 
 
+def can_norm(num_tokens: int, weight: Tensor) -> bool:
+    """Whether `skinny_linear` takes a norm along: every program then reads all of every token."""
+    return num_tokens == 1 or (num_tokens <= 16 and weight.shape[1] <= 2048)
+
+
 def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
     """Measured on an H200 with the layers of Qwen3-0.6B and 8B (benchmarks/gpu_kernels.py)."""
     if num_tokens == 1:
@@ -275,7 +301,7 @@ def skinny_linear(
 ) -> Tensor:
     """x @ weight.T + bias + residual for up to 64 tokens, [num_tokens, num_outputs].
 
-    x: [num_tokens, num_inputs]. norm: RMSNorm weight and eps, applied to x first (one token only).
+    x: [num_tokens, num_inputs]. norm: RMSNorm weight and eps, applied to x first (`can_norm`).
     gated: weight holds gate rows, then up rows, and the result is silu(gate) * up. Sums are fp32
     in an order fixed by the shapes.
     """
@@ -283,7 +309,7 @@ def skinny_linear(
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    assert norm is None or num_tokens == 1
+    assert norm is None or can_norm(num_tokens, weight)
     tile = tile or tile_for(num_tokens, num_outputs, num_inputs, gated=gated)
     out = x.new_empty(num_tokens, num_outputs)
     nothing = out  # stands for tensors a kernel will not touch
@@ -297,12 +323,12 @@ def skinny_linear(
     }
     options = flags | shape | launch_options(x.device)
     num_n = triton.cdiv(num_outputs, tile.block_n)
+    norm_weight, eps = norm or (nothing, 0.0)
+    options["NORM"] = norm is not None
     if num_tokens == 1:
-        norm_weight, eps = norm or (nothing, 0.0)
         _vector_kernel[(num_n,)](
             x, weight, bias, residual, norm_weight, out, num_outputs, eps,
-            K=num_inputs, NORM=norm is not None,
-            NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
+            K=num_inputs, NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
         )  # fmt: skip
         return out
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
@@ -313,9 +339,9 @@ def skinny_linear(
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        bias, residual, out,
+        bias, residual, norm_weight, out,
         torch.empty(parts, dtype=torch.float32, device=x.device), _arrivals(x.device),
-        num_tokens, num_outputs,
-        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
+        num_tokens, num_outputs, eps,
+        K=num_inputs, NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
     )  # fmt: skip
     return out

@@ -1,6 +1,6 @@
-"""Rotary position embedding (Su et al. 2021): the table of cosines and sines.
+"""Rotary position embedding (Su et al. 2021): the table of cosines and sines, and who uses it.
 
-`Decoder` builds one table for all layers; `Kernels.rope_and_cache` looks positions up in it.
+`Decoder` builds one table for all layers; attention backends rotate by a layer's `Rotary`.
 Everything is computed in fp32, in the order transformers does, so that greedy ids agree.
 """
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Kernels, QKNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +65,23 @@ def cos_sin_table(rope: Rope, *, head_dim: int, max_positions: int, device: torc
     positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """What a layer does between its qkv product and attention."""
+
+    kernels: Kernels
+    cos_sin: Tensor  # [max_positions, head_dim] fp32
+    qk_norm: QKNorm | None
+
+    def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
+        """Rotate, cache keys and values, and return the queries (`Kernels.rope_and_cache`)."""
+        return self.kernels.rope_and_cache(
+            qkv,
+            cos_sin=self.cos_sin,
+            positions=batch.positions,
+            slot_mapping=batch.slot_mapping,
+            layer_cache=layer_cache,
+            qk_norm=self.qk_norm,
+        )

@@ -16,7 +16,7 @@ from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.layers.linear import Linear, WeightSlot
-from nanovllm.worker.layers.rotary import Rope, cos_sin_table
+from nanovllm.worker.layers.rotary import Rope, Rotary, cos_sin_table
 from nanovllm.worker.models.weight_names import WeightNames
 
 
@@ -81,6 +81,7 @@ class DecoderLayer:
         *,
         kernels: Kernels,
         attention: AttentionBackend,
+        cos_sin: Tensor,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -101,21 +102,13 @@ class DecoderLayer:
         self.qk_norm: PerHeadNorm | None = None
         if spec.qk_norm:
             self.qk_norm = PerHeadNorm(ones(spec.head_dim), ones(spec.head_dim), spec.rms_norm_eps)
+        self._rotary = Rotary(kernels, cos_sin, self.qk_norm)
 
-    def forward(
-        self, stream: Tensor, *, cos_sin: Tensor, batch: ForwardBatch, layer_cache: Tensor
-    ) -> Tensor:
+    def forward(self, stream: Tensor, *, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
         """stream and the result: [num_tokens, hidden_size]."""
         kernels = self._kernels
-        queries = kernels.rope_and_cache(
-            kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv),
-            cos_sin=cos_sin,
-            positions=batch.positions,
-            slot_mapping=batch.slot_mapping,
-            layer_cache=layer_cache,
-            qk_norm=self.qk_norm,
-        )
-        attended = self._attention.forward(queries, layer_cache, batch)
+        qkv = kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv)
+        attended = self._attention.forward(qkv, self._rotary, layer_cache, batch)
         stream = kernels.linear_add(attended.flatten(1), self.o, stream)
         inner = kernels.norm_gate_up(stream, self.post_norm, self._eps, self.gate_up)
         return kernels.linear_add(inner, self.down, stream)
@@ -152,19 +145,26 @@ class Decoder:
         self._kernels = kernels
         shape = spec.vocab_size, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = [
-            DecoderLayer(spec, kernels=kernels, attention=attention, dtype=dtype, device=device)
-            for _ in range(spec.num_layers)
-        ]
-        self.final_norm = torch.ones(spec.hidden_size, dtype=dtype, device=device)
-        head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
-        self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
-        self.cos_sin = cos_sin_table(
+        cos_sin = cos_sin_table(
             spec.rope,
             head_dim=spec.head_dim,
             max_positions=spec.max_position_embeddings,
             device=device,
         )
+        self.layers = [
+            DecoderLayer(
+                spec,
+                kernels=kernels,
+                attention=attention,
+                cos_sin=cos_sin,
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(spec.num_layers)
+        ]
+        self.final_norm = torch.ones(spec.hidden_size, dtype=dtype, device=device)
+        head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
+        self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
         self.num_parameters = sum(slot.target.numel() for slot in self.slots())
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
@@ -175,9 +175,7 @@ class Decoder:
         """
         stream = F.embedding(batch.input_ids, self.embedding)
         for layer, layer_cache in zip(self.layers, kv_cache.unbind(1), strict=True):
-            stream = layer.forward(
-                stream, cos_sin=self.cos_sin, batch=batch, layer_cache=layer_cache
-            )
+            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache)
         return self._kernels.rms_norm(stream, self.final_norm, self.spec.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

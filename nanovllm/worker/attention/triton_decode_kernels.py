@@ -1,0 +1,384 @@
+"""Triton kernels of rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
+
+`triton_attention` launches them. `plan_kernel` cuts rows into splits once a step; in every layer
+`decode_kernel` attends and `combine_kernel` joins the splits of a row, in their order. For a few
+rows, where latency is all, one kernel (FUSED) also does what lies before and behind: it rotates
+queries, writes the new keys and values, and the last split of a row to end joins them all.
+"""
+# ruff: noqa: N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm.worker.attention.triton_attention_kernels import (
+    FLOOR,
+    absorb,
+    first_visible,
+    key_and_value,
+)
+
+# Words of the work list per split: row, split, number of the row's own splits (0: it is all there
+# is), first key, end, token of the query, its position; one unused.
+RECORD = tl.constexpr(8)
+PLANNED_ROWS = tl.constexpr(32)  # per program of plan_kernel
+JOINED = tl.constexpr(8)  # parts that are joined at once
+
+
+@triton.jit
+def _splits_of(
+    num_keys, num_shared, WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    SHORT_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """First key, keys per split (whole tiles) and number of splits of decoding rows.
+
+    num_shared: leading keys that shared_prefix_kernel attends to.
+    """
+    first = tl.maximum(first_visible(num_keys - 1, WINDOW, BLOCK_N), num_shared)
+    per_split = tl.cdiv(tl.cdiv(num_keys - first, MAX_SPLITS), BLOCK_N) * BLOCK_N
+    # Short rows mostly come in small batches, which leave most of the device idle.
+    least = tl.where(num_keys - first <= 2 * MIN_SPLIT, SHORT_SPLIT, MIN_SPLIT)
+    per_split = tl.maximum(per_split, least)
+    return first, per_split, tl.cdiv(num_keys - first, per_split)
+
+
+@triton.jit
+def plan_kernel(
+    seq_lens,  # [num_rows] int32
+    query_start_loc,  # [num_rows + 1] int32
+    shared_keys,  # [num_rows] int32, if SHARED
+    work,  # [num_rows * MAX_SPLITS, RECORD] int32, out
+    num_work,  # [1] int32, out
+    num_rows,
+    SHARED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SHORT_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Lists the splits of all rows that decode, PLANNED_ROWS rows a program."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    _, _, _, _, _, num_splits = _cut(
+        rows, num_rows, seq_lens, query_start_loc, shared_keys,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
+    )  # fmt: skip
+    tl.store(num_work, tl.sum(num_splits))
+    mine = tl.program_id(0) * PLANNED_ROWS
+    before = tl.sum(tl.where(rows < mine, num_splits, 0))
+    rows = mine + tl.arange(0, PLANNED_ROWS)[:, None]
+    num_keys, token, num_shared, first, per_split, num_splits = _cut(
+        rows, num_rows, seq_lens, query_start_loc, shared_keys,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
+    )  # fmt: skip
+    splits = tl.arange(0, MAX_SPLITS)[None, :]
+    record = work + (before + tl.cumsum(num_splits, 0) - num_splits + splits) * RECORD
+    real = splits < num_splits
+    begin = first + splits * per_split
+    to_join = tl.where((num_splits > 1) | (num_shared > 0), num_splits, 0)
+    tl.store(record, rows + splits * 0, real)
+    tl.store(record + 1, splits + num_splits * 0, real)
+    tl.store(record + 2, to_join + splits * 0, real)
+    tl.store(record + 3, begin, real)
+    tl.store(record + 4, tl.minimum(begin + per_split, num_keys), real)
+    tl.store(record + 5, token + splits * 0, real)
+    tl.store(record + 6, num_keys - 1 + splits * 0, real)
+
+
+@triton.jit
+def _cut(rows, num_rows, seq_lens, query_start_loc, shared_keys, SHARED: tl.constexpr,
+         WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
+         MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Lengths, tokens and splits of `rows`; rows that do not decode have no splits."""
+    present = rows < num_rows
+    num_keys = tl.load(seq_lens + rows, present, other=0)
+    token = tl.load(query_start_loc + rows, present, other=0)
+    decodes = tl.load(query_start_loc + rows + 1, present, other=0) == token + 1
+    num_shared = num_keys * 0
+    if SHARED:
+        num_shared = tl.load(shared_keys + rows, present, other=0)
+    first, per_split, num_splits = _splits_of(
+        num_keys, num_shared, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N
+    )
+    return num_keys, token, num_shared, first, per_split, tl.where(decodes, num_splits, 0)
+
+
+@triton.jit
+def decode_kernel(
+    query,  # [num_tokens, num_heads, HEAD_DIM], token stride query_stride; if FUSED all of qkv
+    query_stride,
+    keys,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; values lie `values` elements behind.
+    values,  # If TMA: descriptors, both [num_slots, KV_HEADS * HEAD_DIM], boxes [BLOCK_N, HEAD_DIM]
+    out,  # [num_tokens, num_heads, HEAD_DIM]
+    partial_out,  # [num_rows, num_heads, SLOTS, BLOCK_D] fp32
+    partial_max,  # [num_rows, num_heads, SLOTS] fp32, in units of log2
+    partial_sum,  # like partial_max
+    arrivals,  # [num_rows, KV_HEADS] int32, zero before and after
+    work, num_work, block_tables, table_stride,
+    scale,  # softmax scale * log2(e)
+    cache, value_offset,  # keys, and how far behind them values lie, for FUSED to write to
+    cos_sin,  # [max_positions, HEAD_DIM] fp32
+    q_weight, k_weight, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Programs share out the work list: (split, KV head) each, all heads of the group at once."""
+    if PDL:
+        gdc_launch_dependents()
+    num_items = tl.load(num_work) * KV_HEADS
+    # Records are not read ahead: Triton 3.6 takes a bound that a loop carries for the first
+    # item's (its pass that removes layout conversions).
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
+        _decode_item(
+            query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
+            arrivals, work + item // KV_HEADS * RECORD, block_tables, table_stride,
+            item % KV_HEADS, scale, cache, value_offset, cos_sin, q_weight, k_weight, eps,
+            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_G, MAX_SPLITS, SLOTS,
+            BLOCK_N, TMA, FUSED, NORM, PDL,
+        )  # fmt: skip
+    if PDL:  # also where there was nothing to do
+        gdc_wait()
+
+
+@triton.jit
+def _decode_item(
+    query, query_stride, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
+    record, block_tables, table_stride, kv_head, scale, cache, value_offset, cos_sin,
+    q_weight, k_weight, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of one row, for the heads of one KV head: into `out` if it is the last to end."""
+    row, split, num_splits = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
+    begin, end = tl.load(record + 3), tl.load(record + 4)
+    token, position = tl.load(record + 5).to(tl.int64), tl.load(record + 6)
+    block_table = block_tables + row * table_stride
+    heads = tl.arange(0, BLOCK_G)
+    lanes = tl.arange(0, BLOCK_D)
+    real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
+    places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_G], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW > 0 else 0
+    if FUSED:
+        # The row's last key is that of this token: not in the cache yet.
+        is_last = end > position
+        cached_end = tl.minimum(end, position)
+        # What lies in the cache is from earlier steps, so the first tile need not wait.
+        k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
+                             kv_head, KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                             TMA)  # fmt: skip
+        if PDL:
+            gdc_wait()
+        q, new_k, new_v = _rotate_row(
+            query + token * query_stride, kv_head, position, cos_sin, q_weight, k_weight, eps,
+            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM,
+        )  # fmt: skip
+        if is_last:
+            slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
+            slot += position % BLOCK_SIZE
+            target = cache + slot * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + lanes
+            tl.store(target, new_k.to(cache.dtype.element_ty), lanes < HEAD_DIM)
+            tl.store(target + value_offset, new_v.to(cache.dtype.element_ty), lanes < HEAD_DIM)
+            peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+            total = tl.full([BLOCK_G], 1.0, tl.float32)
+            acc += new_v.to(tl.float32)[None, :]
+        acc, peak, total = _absorb_tile(q, k, v, begin, cached_end, first, scale, acc, peak, total,
+                                        BLOCK_N, WINDOW)  # fmt: skip
+        begin += BLOCK_N
+    else:
+        cached_end = end
+        if PDL:
+            gdc_wait()
+        q = tl.load(query + token * query_stride + places, real, other=0.0)
+    for start in tl.range(begin, cached_end, BLOCK_N):
+        k, v = key_and_value(
+            keys, values, block_table, start, cached_end, kv_head,
+            KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
+        )  # fmt: skip
+        acc, peak, total = _absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
+                                        BLOCK_N, WINDOW)  # fmt: skip
+    out_row = out + token * (KV_HEADS * GROUP * HEAD_DIM)
+    if num_splits == 0:
+        tl.store(out_row + places, (acc / total[:, None]).to(out.dtype.element_ty), real)
+    else:
+        row_head = row * KV_HEADS + kv_head
+        parts = (row_head * GROUP + heads) * SLOTS + split
+        part_lanes = parts[:, None] * BLOCK_D + lanes[None, :]
+        tl.store(partial_out + part_lanes, acc, (heads < GROUP)[:, None])
+        tl.store(partial_max + parts, peak, heads < GROUP)
+        tl.store(partial_sum + parts, total, heads < GROUP)
+        if FUSED:
+            tl.debug_barrier()  # all threads' parts are written before one thread says so
+            if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
+                first_part = row_head * GROUP * SLOTS
+                joined = _join(
+                    partial_out + first_part * BLOCK_D, partial_max + first_part,
+                    partial_sum + first_part, num_splits, 0,
+                    GROUP, BLOCK_D, MAX_SPLITS, SLOTS,
+                )  # fmt: skip
+                members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
+                places = (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
+                real = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
+                tl.store(out_row + places, joined.to(out.dtype.element_ty), real)
+                tl.store(arrivals + row_head, 0)
+
+
+@triton.jit
+def combine_kernel(
+    out, partial_out, partial_max, partial_sum, seq_lens, query_start_loc, num_rows,
+    shared_keys,  # [num_rows] int32, if SHARED
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr,
+    WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program joins the parts of one head of one row, if that row decodes in several."""
+    if PDL:
+        gdc_launch_dependents()
+    row, head = tl.program_id(0), tl.program_id(1)
+    _, token, num_shared, _, _, num_splits = _cut(
+        row, num_rows, seq_lens, query_start_loc, shared_keys,
+        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
+    )  # fmt: skip
+    num_prefix = prefix_splits(num_shared, SLOTS - MAX_SPLITS)
+    if PDL:
+        gdc_wait()
+    if (num_splits > 0) & (num_splits + num_prefix > 1):
+        first_part = (row.to(tl.int64) * HEADS + head) * SLOTS
+        joined = _join(
+            partial_out + first_part * BLOCK_D, partial_max + first_part, partial_sum + first_part,
+            num_splits, num_prefix, 1, BLOCK_D, MAX_SPLITS, SLOTS,
+        )  # fmt: skip
+        lanes = tl.arange(0, BLOCK_D)[None, :]
+        places = (token.to(tl.int64) * HEADS + head) * HEAD_DIM + lanes
+        tl.store(out + places, joined.to(out.dtype.element_ty), lanes < HEAD_DIM)
+
+
+@triton.jit
+def _absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl.constexpr,
+                 WINDOW: tl.constexpr):  # fmt: skip
+    """Attend to keys start … start + BLOCK_N, of which those in first … end are visible."""
+    places = start + tl.arange(0, BLOCK_N)
+    visible = places < end
+    if WINDOW > 0:
+        visible &= places >= first
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    return absorb(scores, scale, v, acc, peak, total)
+
+
+@triton.jit
+def _rotate_row(
+    qkv, kv_head, position, cos_sin, q_weight, k_weight, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Queries of the group [BLOCK_G, BLOCK_D], rotated, and the new key and value [BLOCK_D].
+
+    Rounds where `Kernels.rope_and_cache` does. Lines of queries beyond the group repeat it.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+    lanes = tl.arange(0, BLOCK_D)
+    members = tl.arange(0, MEMBERS)
+    angles = (
+        cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(lanes < HALF, lanes, lanes - HALF)
+    )
+    cos = tl.load(angles, lanes < HEAD_DIM, other=0.0)[None, :]
+    sin = tl.load(angles + HALF, lanes < HEAD_DIM, other=0.0)[None, :]
+    sin = tl.where((lanes < HALF)[None, :], -sin, sin)
+    sources = qkv + (kv_head * GROUP + members)[:, None] * HEAD_DIM
+    q = _rotate(sources, (members < GROUP)[:, None], cos, sin, q_weight, eps, HEAD_DIM, BLOCK_D,
+                NORM)  # fmt: skip
+    q = tl.broadcast_to(q[None, :, :], [BLOCK_G // MEMBERS, MEMBERS, BLOCK_D])
+    key = qkv + (KV_HEADS * GROUP + kv_head + tl.arange(0, 1))[:, None] * HEAD_DIM
+    new_k = _rotate(key, tl.full([1, 1], 1, tl.int1), cos, sin, k_weight, eps, HEAD_DIM, BLOCK_D,
+                    NORM)  # fmt: skip
+    value = qkv + (KV_HEADS * (GROUP + 1) + kv_head) * HEAD_DIM + lanes
+    new_v = tl.load(value, lanes < HEAD_DIM, other=0.0)
+    return tl.reshape(q, [BLOCK_G, BLOCK_D]), tl.reshape(new_k, [BLOCK_D]), new_v
+
+
+@triton.jit
+def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+            NORM: tl.constexpr):  # fmt: skip
+    """Heads that start at `sources` [n, 1]: normed if asked for, and rotated (neox halves)."""
+    dtype = sources.dtype.element_ty
+    lanes = tl.arange(0, BLOCK_D)
+    others = tl.where(lanes < HEAD_DIM // 2, lanes + HEAD_DIM // 2, lanes - HEAD_DIM // 2)
+    inside = lanes < HEAD_DIM
+    real = real & inside[None, :]
+    x = tl.load(sources + lanes[None, :], real, other=0.0).to(tl.float32)
+    other = tl.load(sources + others[None, :], real, other=0.0).to(tl.float32)
+    if NORM:
+        norm = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        factors = tl.load(weight + lanes, inside, other=0.0).to(tl.float32)[None, :]
+        other_factors = tl.load(weight + others, inside, other=0.0).to(tl.float32)[None, :]
+        x = ((x * norm).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
+        other = ((other * norm).to(dtype).to(tl.float32) * other_factors).to(dtype).to(tl.float32)
+    return (x * cos + other * sin).to(dtype)
+
+
+@triton.jit
+def _join(parts, peaks, sums, num_splits, num_prefix, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+          MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Parts of GROUP heads, [heads, BLOCK_D]: own splits, then those of a shared prefix."""
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+    acc = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+    peak = tl.full([MEMBERS], FLOOR, tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    acc, peak, total = _join_some(
+        parts, peaks, sums, 0, num_splits, acc, peak, total, GROUP, MEMBERS, BLOCK_D, SLOTS
+    )
+    if SLOTS > MAX_SPLITS:
+        acc, peak, total = _join_some(
+            parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total,
+            GROUP, MEMBERS, BLOCK_D, SLOTS,
+        )  # fmt: skip
+    return acc / total[:, None]
+
+
+@triton.jit
+def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.constexpr,
+               MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Joins the parts in slots begin … end, written by other programs: past the L1 cache."""
+    members = tl.arange(0, MEMBERS)[:, None]
+    lanes = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, JOINED):
+        slots = start + tl.arange(0, JOINED)[None, :]
+        present = (slots < end) & (members < GROUP)
+        places = members * SLOTS + slots  # [MEMBERS, JOINED]
+        some_peaks = tl.load(peaks + places, present, other=FLOOR, cache_modifier=".cg")
+        some_sums = tl.load(sums + places, present, other=0.0, cache_modifier=".cg")
+        some = tl.load(parts + places[:, :, None] * BLOCK_D + lanes[None, None, :],
+                       present[:, :, None], other=0.0, cache_modifier=".cg")  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(some_peaks, 1))
+        weights = tl.where(present, tl.exp2(some_peaks - new_peak[:, None]), 0.0)
+        shrink = tl.exp2(peak - new_peak)
+        acc = acc * shrink[:, None] + tl.sum(some * weights[:, :, None], 1)
+        total = total * shrink + tl.sum(some_sums * weights, 1)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit
+def shared_split(num_shared, MAX_SPLITS: tl.constexpr):
+    """Keys per split of the shared prefix: whole tiles of 64, at most MAX_SPLITS splits."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_shared, MAX_SPLITS), 64) * 64, 256)
+
+
+@triton.jit
+def prefix_splits(num_shared, MAX_SPLITS: tl.constexpr):
+    """How many splits the shared prefix has."""
+    if MAX_SPLITS > 0:
+        num = tl.cdiv(num_shared, shared_split(num_shared, MAX_SPLITS))
+    else:
+        num = num_shared * 0
+    return num
