@@ -116,6 +116,13 @@ class ModelRunner:
             return self._decode(plan, self._graphs)
         return self._run(plan)
 
+    @torch.inference_mode()
+    def rehearse_decode(self, num_rows: int) -> None:
+        """Go through every decode step that graphs may capture, whatever is staged."""
+        for truncates in (False, True):
+            for shares_prefix in {False, self._attention.shares_prefix}:
+                self._decode_step(num_rows, Variant(truncates, shares_prefix))
+
     def _decode(self, plan: StepPlan, graphs: DecodeGraphs) -> PendingStep:
         """A step of one token per row, by graph if the sampler needs nothing special."""
         writes = self._rows.record(plan)

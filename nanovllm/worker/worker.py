@@ -19,8 +19,7 @@ from nanovllm.config import EngineConfig, StepLimits
 from nanovllm.executor.base import DeviceLostError, ProgressCallback
 from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.model_size import read_model_size
-from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.protocol import StepPlan, WorkerInfo
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, describe
@@ -32,20 +31,17 @@ from nanovllm.worker.failures import (
     meaning,
     out_of_memory_at_start,
 )
-from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
+from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
 from nanovllm.worker.preflight import plan_memory, report
+from nanovllm.worker.rehearsal import first_layer_of, rehearse, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-# Asks for every operation of the sampler that takes much memory.
-HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +112,10 @@ class Worker:
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_backend(backend, attention_spec)
         kernels = select_kernels(device, refused=self._triton_refused)
-        model = self._load(spec, checkpoint, kernels.layers, attention, attention_spec)
+        with self._phase("build"):
+            model = Decoder(
+                spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
+            )
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -126,6 +125,8 @@ class Worker:
             device=device,
         )
         parts = Parts(model, rows, kernels, attention, attention_spec)
+        with self._compiling(parts), self._phase("weights"):
+            self._load(model, checkpoint)
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             self._runner = self._make_runner(parts, kv_cache)
@@ -176,36 +177,36 @@ class Worker:
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
-    def _load(
-        self,
-        spec: DecoderSpec,
-        checkpoint: Checkpoint,
-        kernels: Kernels,
-        attention: AttentionBackend,
-        attention_spec: AttentionSpec,
-    ) -> Decoder:
-        with self._phase("build"):
-            model = Decoder(
-                spec,
-                kernels=kernels,
-                attention=attention,
-                dtype=attention_spec.dtype,
-                device=attention_spec.device,
-            )
-        with self._phase("weights"):
-            load_weights(
-                model,
-                checkpoint,
-                load_format=self._config.model.load_format,
-                seed=self._config.model.seed,
-                on_progress=self._on_progress,
-            )
+    def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
+        load_weights(
+            model,
+            checkpoint,
+            load_format=self._config.model.load_format,
+            seed=self._config.model.seed,
+            on_progress=self._on_progress,
+        )
         held = (model.embedding, *(linear.weight for linear in model.linears()))
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
-        return model
 
-    def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
+    @contextmanager
+    def _compiling(self, parts: Parts) -> Iterator[None]:
+        """Compile the device's kernels, if they need to be, in threads beside what is inside."""
+        if parts.kernels.compile_ahead is None:
+            yield
+            return
+        with parts.kernels.compile_ahead(self._device) as ahead:
+            with self._phase("compile"), ahead.collecting():
+                parts_of_one = replace(parts, model=first_layer_of(parts.model))
+                cache = self._allocate(parts, num_blocks=1)[:, :1]
+                runner = self._make_runner(parts_of_one, cache, captures=False)
+                max_model_len = parts.model.spec.max_position_embeddings
+                rehearse(runner, parts.rows, self._limits(parts), max_model_len=max_model_len)
+            yield
+            with self._phase("compile"):
+                ahead.wait(self._on_progress)
+
+    def _make_runner(self, parts: Parts, kv_cache: Tensor, *, captures: bool = True) -> ModelRunner:
         fused = parts.kernels.sample_tokens
         return ModelRunner(
             parts.model,
@@ -214,22 +215,17 @@ class Worker:
             kv_cache=kv_cache,
             max_inflight_steps=self._limits(parts).max_inflight_steps,
             sample_tokens=fused,
-            captures=fused is not None and not self._config.model.enforce_eager,
+            captures=captures and fused is not None and not self._config.model.enforce_eager,
         )
 
     def _size_cache(self, parts: Parts) -> Tensor:
         """The KV cache, [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]."""
         num_layers, spec = parts.model.spec.num_layers, parts.attention_spec
-
-        def allocate_blocks(num_blocks: int) -> Tensor:
-            shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
-            return allocate(shape, dtype=spec.dtype, device=spec.device)
-
         cache = self._config.cache
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
         memory_bytes = 0
         if measured and spec.device.type == "cuda":
-            runner = self._make_runner(parts, allocate_blocks(1))
+            runner = self._make_runner(parts, self._allocate(parts, num_blocks=1))
             max_model_len = parts.model.spec.max_position_embeddings
             reserved = torch.cuda.memory_reserved(spec.device)
             run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
@@ -245,7 +241,12 @@ class Worker:
             max_model_len=parts.model.spec.max_position_embeddings,
             max_num_seqs=parts.rows.num_rows,
         )
-        return allocate_blocks(num_blocks)
+        return self._allocate(parts, num_blocks=num_blocks)
+
+    def _allocate(self, parts: Parts, *, num_blocks: int) -> Tensor:
+        spec, num_layers = parts.attention_spec, parts.model.spec.num_layers
+        shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
+        return allocate(shape, dtype=spec.dtype, device=spec.device)
 
     def _limits(self, parts: Parts) -> StepLimits:
         return self._config.scheduler.limits(parts.attention_spec.device.type)
@@ -258,26 +259,9 @@ class Worker:
             yield
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise out_of_memory_at_start(name, self._device) from error
-        self._phase_seconds[name] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + seconds
         self._on_progress(name, 1.0)
-
-
-def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:
-    """Let the allocator take what the largest step needs. Only the padding row is touched."""
-    num_entries = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    # Fewer rows than the budget could fill: the largest step is all of them at full length, with
-    # room for the sampled token.
-    num_tokens = min(limits.max_num_batched_tokens // num_entries, max_model_len - 1)
-    padding = limits.max_num_seqs
-    entries = [padding] * num_entries
-    zeros, counts = [0] * num_entries, [num_tokens] * num_entries
-    heavy, neutral = (
-        NewRow(padding, [0], 1, [], params, 0, [])
-        for params in (HEAVY, SamplingParams(temperature=0.0))
-    )
-    sampling = list(range(num_entries))
-    runner.execute(StepPlan(0, [heavy], [], entries, zeros, counts, sampling)).result()
-    runner.execute(StepPlan(1, [neutral], [], [padding], [0], [1], [0])).result()
 
 
 def choose_max_model_len(wanted: int | None, most: int) -> int:

@@ -15,10 +15,10 @@ from nanovllm.worker import worker as worker_module
 from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.rehearsal import run_heaviest_step
 from nanovllm.worker.worker import (
     Worker,
     choose_max_model_len,
-    run_heaviest_step,
 )
 from tests.worker.planning import CUDA, make_plan, new_row
 from tests.worker.test_failures import JITFunction
