@@ -44,6 +44,7 @@ class ForwardBatch:
     num_tokens: int
     num_rows: int
     num_decode_rows: int  # rows with one token
+    num_chunk_keys: int  # context of all other rows
     max_query_len: int
     max_seq_len: int
     prefix: SharedPrefix | None = None
@@ -191,6 +192,7 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
     """
     lens, starts = staged.host_seq_lens, staged.host_query_start_loc
     num_rows, num_tokens, max_seq_len = len(lens), int(starts[-1]), int(lens.max())
+    counts = np.diff(starts)
     row_ids = staged.rows.long()
     query_lens = staged.query_start_loc.diff()  # [num_rows]
     if num_tokens == num_rows:
@@ -211,8 +213,9 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids],
         num_tokens=num_tokens,
         num_rows=num_rows,
-        num_decode_rows=int((np.diff(starts) == 1).sum()),
-        max_query_len=int(np.diff(starts).max()),
+        num_decode_rows=int((counts == 1).sum()),
+        num_chunk_keys=int(lens[counts > 1].sum()),
+        max_query_len=int(counts.max()),
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )

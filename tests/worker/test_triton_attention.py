@@ -67,6 +67,7 @@ def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> For
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=query_lens.count(1),
+        num_chunk_keys=sum(s for s, q in zip(seq_lens, query_lens, strict=True) if q > 1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
@@ -214,6 +215,7 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
         num_tokens=1,
         num_rows=1,
         num_decode_rows=1,
+        num_chunk_keys=0,
         max_query_len=1,
     )
     pair = replace(  # rotated by the same kernel as the mixed batch, or by attention itself

@@ -193,17 +193,17 @@ class TritonAttention:
     ) -> Tensor:
         """Rows with one token are split over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
-        spec = self._spec
-        shape = batch.num_tokens, spec.num_heads, spec.head_dim
-        out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
         if self._fuses(batch):
             assert qkv.stride(1) == 1
+            out = self._output(qkv)
             self._decode(qkv, layer_cache, batch, out, rotary=rotary)
             return out
         query = rotary.apply(qkv, batch, layer_cache)
-        assert query.stride()[1:] == (spec.head_dim, 1)
+        assert query.stride()[1:] == (self._spec.head_dim, 1)
         if batch.max_query_len > 1:
-            self._prefill(query, layer_cache, batch, out)
+            out = self._prefill(query, layer_cache, batch)
+        else:
+            out = self._output(query)
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
@@ -211,6 +211,10 @@ class TritonAttention:
             if batch.max_seq_len > self._tuning.min_split // 2:
                 self._combine(batch, out)
         return out
+
+    def _output(self, query: Tensor) -> Tensor:
+        shape = len(query), self._spec.num_heads, self._spec.head_dim
+        return torch.empty(shape, dtype=query.dtype, device=query.device)
 
     def _fuses(self, batch: ForwardBatch) -> bool:
         """Whether one kernel does it all, from rotating to joining splits."""
@@ -244,10 +248,10 @@ class TritonAttention:
         slots = layer_cache.view(2, -1, self._spec.num_kv_heads * self._spec.head_dim)
         return [TensorDescriptor.from_tensor(half, box) for half in slots]
 
-    def _prefill(
-        self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor
-    ) -> None:
+    def _prefill(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
+        """Attend for rows with several tokens; those of the others are left to be written."""
         assert self._tile_rows is not None
+        out = self._output(query)
         prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows))](
             query,
             query.stride(0),
@@ -264,6 +268,7 @@ class TritonAttention:
             **self._tuning.prefill.options,
             **self._options,
         )
+        return out
 
     def _decode(
         self,

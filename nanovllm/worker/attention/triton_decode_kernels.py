@@ -225,9 +225,9 @@ def _decode_item(
                     GROUP, BLOCK_D, MAX_SPLITS, SLOTS,
                 )  # fmt: skip
                 members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
-                places = (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
-                real = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
-                tl.store(out_row + places, joined.to(out.dtype.element_ty), real)
+                targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
+                inside = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
+                tl.store(targets, joined.to(out.dtype.element_ty), inside)
                 tl.store(arrivals + row_head, 0)
 
 
