@@ -219,13 +219,11 @@ class MemoryPlan:
 
     @property
     def _layer_values(self) -> int:
-        """Most values a layer holds per token: in the MLP or in attention."""
+        """Most values a layer holds per token: in its MLP, with what attention left."""
         size, ranks = self.size, self.num_ranks
-        mlp = 2 * size.hidden_size + 3 * size.intermediate_size // ranks
-        queries = size.num_heads * size.head_dim // ranks
-        qkv = size.qkv_size // ranks
-        attention = size.hidden_size + qkv + max(size.hidden_size, queries)
-        return max(mlp, attention)
+        queries = size.num_heads * size.head_dim
+        sharded = 3 * size.intermediate_size + size.qkv_size + queries
+        return 2 * size.hidden_size + sharded // ranks
 
     @property
     def _attention_scratch(self) -> int:

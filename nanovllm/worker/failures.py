@@ -83,8 +83,11 @@ def failed_kernel(error: BaseException) -> str | None:
     """The Triton kernel that was being compiled or launched as `error` was raised, if any was."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner: Any = frame.f_locals.get("self")
-        if type(owner).__name__ == "JITFunction":  # Triton's; named, as a CPU must not import it
-            return str(owner.fn.__name__)
+        match type(owner).__name__:  # Triton's types by name, as a CPU must not import them
+            case "JITFunction":
+                return str(owner.fn.__name__)
+            case "CompiledKernel":
+                return str(owner.name)
     return None
 
 
@@ -92,6 +95,9 @@ def describe_kernel_failure(kernel: str, error: BaseException, device: torch.dev
     """Which kernel fails, where, and by which versions, in a sentence."""
     import triton
 
+    while error.__cause__ is not None:  # a compiler's first error is in the innermost function
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
     name, capability = "", ""
     if device.type == "cuda":
         name = f" on {torch.cuda.get_device_name(device)}"
@@ -99,7 +105,8 @@ def describe_kernel_failure(kernel: str, error: BaseException, device: torch.dev
         capability = f" (compute capability {major}.{minor})"
     return (
         f"Triton kernel {kernel} does not compile or launch{name}{capability}, "
-        f"triton {triton.__version__}, torch {torch.__version__}: {first_line(error)}"
+        f"triton {triton.__version__}, torch {torch.__version__}: "
+        f"{type(error).__name__}: {lines[-1]}"
     )
 
 
@@ -115,7 +122,7 @@ def memory_in_use(device: torch.device) -> str:
     )
 
 
-def first_line(error: BaseException) -> str:
+def gist(error: BaseException) -> str:
     """An error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -123,6 +130,6 @@ def first_line(error: BaseException) -> str:
 
 def _lost(error: Exception) -> DeviceLostError:
     return DeviceLostError(
-        f"the GPU's context is lost ({first_line(error)}): the engine must be started anew; "
+        f"the GPU's context is lost ({gist(error)}): the engine must be started anew; "
         "CUDA_LAUNCH_BLOCKING=1 then shows which kernel is at fault"
     )
