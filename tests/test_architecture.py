@@ -102,6 +102,15 @@ def test_importing_loads_no_torch(module: str) -> None:
         assert heavy not in out, f"{module} must not load {heavy}"
 
 
+def test_a_worker_on_a_cpu_loads_only_torch() -> None:
+    program = "import nanovllm.executor.inline, sys; print(sorted(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for heavy in ("'transformers'", "'triton'", "'tokenizers'", "'rich'"):
+        assert heavy not in out, f"a core process must not load {heavy}: starting waits for it"
+
+
 def test_importing_the_package_loads_nothing_of_it() -> None:
     program = "import nanovllm, sys; print([m for m in sys.modules if m.startswith('nanovllm.')])"
     out = subprocess.run(
