@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.flash_attention import FlashAttention
-from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
+from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.attention.triton_tuning import Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
@@ -183,18 +184,23 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
     many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    variants = {"many": Tuning(many, prefill, 128, few_rows=0)}
-    for keys, warps, split, programs, tma in (
-        (64, 4, 64, 4, False), (64, 8, 64, 4, False),
-        (32, 2, 64, 6, False), (32, 4, 32, 4, False), (16, 1, 64, 7, True),
-    ):  # fmt: skip
-        few = Tiling(keys=keys, stages=6 if tma else 2, warps=warps, tma=tma)
-        name = f"fused n{keys} w{warps} k{split}{' tma' * tma}"
-        variants[name] = Tuning(
-            many, prefill, 128, few=few, few_rows=64, few_split=split, few_programs_per_sm=programs
+    variants = {"16 keys, TMA": Tuning(many, prefill, 128, few=())}
+    wide = Tiling(keys=32, stages=2, warps=2, tma=False)
+    for split, programs in ((256, 5), (256, 6), (256, 7)):
+        variants[f"32 keys p{programs} k{split}"] = Tuning(
+            wide, prefill, 128, min_split=split, programs_per_sm=programs, few=()
         )
-    shapes = [(1, 512, 16), (1, 4096, 16), (8, 384, 16), (8, 1024, 16), (16, 384, 16)]
-    shapes += [(64, 384, 16), (256, 1024, 16), (1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
+    variants["chosen"] = tuning_for(attention_spec((16, 8), 16))
+    shapes = [(1, 512, 16), (8, 1024, 16)]
+    shapes += [
+        (8, 4096, 16),
+        (16, 384, 16),
+        (16, 1024, 16),
+        (64, 384, 16),
+        (80, 640, 16),
+        (256, 1024, 16),
+    ]
+    shapes += [(1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
     spec = attention_spec((16, 8), 16)
     args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
     for label, shares in (("each row alone", False), ("read once", True)):
@@ -294,17 +300,22 @@ def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Ti
             if num_inputs % (block_k * num_tiles) == 0:
                 yield Tile(block_n, block_k, num_tiles, 4, stages)
         return
-    for block_n, block_k, num_tiles, stages in (
-        (16, 512, 1, 2), (16, 256, 6, 4), (16, 256, 8, 4), (32, 256, 4, 3), (64, 512, 1, 2),
-        (16, 256, 4, 4), (32, 512, 1, 2),
-    ):  # fmt: skip
-        size = (num_tokens + block_n * (1 + gated)) * block_k * 2
-        if num_inputs % (block_k * num_tiles) == 0 and size * (stages - 1) < 200_000:
-            yield Tile(block_n, block_k, num_tiles, 4, stages)
+    for block_m, block_n, block_k, splits in product(
+        (64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4, 8)
+    ):
+        programs = -(-num_tokens // block_m) * -(-num_outputs // (block_n * (1 + gated))) * splits
+        tile_bytes = (block_m + block_n * (1 + gated)) * block_k * 2
+        stages = min(200_000 // tile_bytes, 6)
+        whole = num_inputs % (block_k * splits) == 0
+        if block_m <= num_tokens and 60 <= programs <= 270 and stages >= 2 and whole:
+            num_tiles = num_inputs // (block_k * splits)
+            for warps in (4, 8):
+                yield Tile(block_n, block_k, num_tiles, warps, stages, block_m)
 
 
 def linear_cases() -> Iterator[Case]:
-    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 16, 32, 64)]
+    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 16)]
+    wanted += [("medium", m, QWEN3_06B) for m in (64, 128, 256)]
     wanted += [("large", m, QWEN3_8B | LM_HEAD) for m in (1, 8, 16)]
     for group, num_tokens, model in wanted:
         for name, size in model.items():

@@ -8,6 +8,7 @@ batch size some steps by CUDA graph, then prompts of 4096 tokens in steps of --p
 """
 
 import argparse
+import json
 import time
 from collections import defaultdict
 from typing import Any
@@ -103,9 +104,11 @@ def main() -> None:
     parser.add_argument("--decode", default="1,64,256")
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--prefill", type=int, default=8192)
+    parser.add_argument("--config", default="{}", help="further settings, as JSON")
     arguments = parser.parse_args()
-    core, executor = make_core(arguments.model, arguments.prefill, {})
-    for batch_size in map(int, arguments.decode.split(",")):
+    settings = json.loads(arguments.config)
+    core, executor = make_core(arguments.model, arguments.prefill, settings)
+    for batch_size in map(int, filter(None, arguments.decode.split(","))):
         fill(core, batch_size, arguments.context)
         profiled(f"decode {batch_size} × {arguments.context}", core, NUM_STEPS)
         empty(core)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention import Tiling, TritonAttention, Tuning, tuning_for
+from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
@@ -33,15 +34,13 @@ TUNING = Tuning(
     queries=16,
     min_split=32,
     max_splits=4,
-    few=Tiling(keys=16, stages=2, warps=4, tma=False),
-    few_rows=0,
-    few_split=32,
+    few=(),
 )
-FUSED_TUNING = replace(TUNING, few_rows=8)
+FUSED_TUNING = replace(TUNING, few=(Fitting(TUNING.decode, 1), Fitting(TUNING.decode, 14)))
 TMA_TUNING = replace(
     TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
 )
-FUSED_TMA_TUNING = replace(FUSED_TUNING, few=replace(FUSED_TUNING.few, tma=True))
+FUSED_TMA_TUNING = replace(FUSED_TUNING, few=(Fitting(TMA_TUNING.decode, 14),))
 TUNINGS = {
     "gather": TUNING,
     "tma": TMA_TUNING,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention import TritonAttention, Tuning
+from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.attention.triton_tuning import Tuning
 from nanovllm.worker.forward_batch import ForwardBatch
 
 MAX_GATHERED_KEYS = 65536  # rows of more, together, attend over their blocks

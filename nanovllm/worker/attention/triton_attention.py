@@ -15,17 +15,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention_kernels import prefill_kernel
-from nanovllm.worker.attention.triton_decode_kernels import (
-    PLANNED_ROWS,
-    RECORD,
-    combine_kernel,
-    decode_kernel,
-    plan_kernel,
-)
+from nanovllm.worker.attention.triton_decode_kernels import combine_kernel, decode_kernel
+from nanovllm.worker.attention.triton_decode_plan import PLANNED_ROWS, RECORD, plan_kernel
 from nanovllm.worker.attention.triton_shared_prefix import shared_prefix_kernel
+from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.triton_launch import (
-    has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
     unusable,
@@ -34,69 +29,6 @@ from nanovllm.worker.layers.rotary import Rotary
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Keys per tile and how a kernel runs on them; `keys` must divide the block size for TMA.
-
-    max_registers: 128 lets two programs of 8 warps share a multiprocessor, so that one's softmax
-    hides behind the other's products.
-    """
-
-    keys: int
-    stages: int
-    warps: int
-    tma: bool
-    max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What Triton and the kernels take as keywords."""
-        return {
-            "BLOCK_N": self.keys,
-            "TMA": self.tma,
-            "num_stages": self.stages,
-            "num_warps": self.warps,
-            "maxnreg": self.max_registers,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How rows are cut up, and the tiles of the kernels."""
-
-    decode: Tiling
-    prefill: Tiling
-    queries: int  # times grouped heads, in one tile of the prefill kernel
-    programs_per_sm: int = 7
-    min_split: int = 128  # keys; half as many for rows of up to twice that
-    max_splits: int = 32  # of one row, however long
-    prefix_splits: int = 16  # of the keys that rows share
-    few: Tiling = Tiling(keys=64, stages=2, warps=4, tma=False)  # of few rows, as all the next
-    few_rows: int = 8  # one fused kernel for up to so many
-    few_split: int = 64  # keys
-    few_programs_per_sm: int = 4
-
-
-def tuning_for(spec: AttentionSpec) -> Tuning:
-    """Measured on an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
-    can_copy = (
-        has_tensor_memory_accelerator(spec.device)
-        and spec.head_dim == triton.next_power_of_2(spec.head_dim)
-        and spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize % 16 == 0
-    )
-    large = spec.head_dim > 128
-    decode = Tiling(keys=32 if large else 64, stages=3, warps=4, tma=False)
-    if can_copy and spec.block_size % 16 == 0:
-        decode = Tiling(keys=16, stages=6, warps=1, tma=True)
-    if large:
-        prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-    elif can_copy and spec.block_size % 64 == 0:
-        prefill = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
-    else:
-        prefill = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
-    return Tuning(decode, prefill, queries=128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +52,8 @@ class TritonAttention:
     """One per model: layers call it one after the other and share its scratch.
 
     The cache must hold finite numbers everywhere (it starts as zeros): keys beyond a row's end are
-    read and then weighted with zero. A row's bits do not depend on its neighbours, but for the last
-    of them where rows share a prefix: their sums are then in another order.
+    read and then weighted with zero. A row's bits do not depend on its neighbours, but for how many
+    they are (a few rows are cut up more finely) and whether they share a prefix.
     """
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
@@ -193,10 +125,11 @@ class TritonAttention:
     ) -> Tensor:
         """Rows with one token are split over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
-        if self._fuses(batch):
+        fitting = self._fitting(batch)
+        if fitting is not None:
             assert qkv.stride(1) == 1
             out = self._output(qkv)
-            self._decode(qkv, layer_cache, batch, out, rotary=rotary)
+            self._decode(qkv, layer_cache, batch, out, fitting.tiling, rotary=rotary)
             return out
         query = rotary.apply(qkv, batch, layer_cache)
         assert query.stride()[1:] == (self._spec.head_dim, 1)
@@ -207,7 +140,7 @@ class TritonAttention:
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
-            self._decode(query, layer_cache, batch, out)
+            self._decode(query, layer_cache, batch, out, self._tuning.decode)
             if batch.max_seq_len > self._tuning.min_split // 2:
                 self._combine(batch, out)
         return out
@@ -216,21 +149,29 @@ class TritonAttention:
         shape = len(query), self._spec.num_heads, self._spec.head_dim
         return torch.empty(shape, dtype=query.dtype, device=query.device)
 
-    def _fuses(self, batch: ForwardBatch) -> bool:
-        """Whether one kernel does it all, from rotating to joining splits."""
-        few = batch.num_rows <= self._tuning.few_rows
-        return few and batch.max_query_len == 1 and batch.prefix is None
+    def _num_programs(self, programs_per_sm: int) -> int:
+        return num_multiprocessors(self._spec.device) * programs_per_sm
+
+    def _fitting(self, batch: ForwardBatch) -> Fitting | None:
+        """How one kernel does it all, if it does: the first way that all rows fit in."""
+        if batch.max_query_len > 1 or batch.prefix is not None:
+            return None
+        needed = batch.num_rows * self._spec.num_kv_heads
+        fitting = (f for f in self._tuning.few if needed <= self._num_programs(f.programs_per_sm))
+        return next(fitting, None)
 
     def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
-        """How `plan_kernel` cuts rows up, and `combine_kernel` knows."""
-        tuning, few = self._tuning, self._fuses(batch)
-        return {
+        """How `plan_kernel` cuts rows up."""
+        tuning, fitting = self._tuning, self._fitting(batch)
+        cuts = {
             "WINDOW": self._spec.sliding_window or 0,
-            "MIN_SPLIT": tuning.few_split if few else tuning.min_split,
-            "SHORT_SPLIT": tuning.few_split if few else tuning.min_split // 2,
+            "MIN_SPLIT": tuning.min_split,
             "MAX_SPLITS": tuning.max_splits,
-            "BLOCK_N": (tuning.few if few else tuning.decode).keys,
         }
+        if fitting is None:
+            return cuts | {"MOST": 0, "BLOCK_N": tuning.decode.keys}
+        most = self._num_programs(fitting.programs_per_sm) // self._spec.num_kv_heads
+        return cuts | {"MOST": most, "BLOCK_N": fitting.tiling.keys}
 
     @property
     def _tile_tokens(self) -> int:
@@ -276,17 +217,19 @@ class TritonAttention:
         layer_cache: Tensor,
         batch: ForwardBatch,
         out: Tensor,
+        tiling: Tiling,
         *,
         rotary: Rotary | None = None,
     ) -> None:
         """query: rotated, [num_tokens, num_heads, head_dim]; with `rotary`, qkv as it came."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
         norm = None if rotary is None else rotary.qk_norm
-        tiling, per_sm = tuning.decode, tuning.programs_per_sm
-        if rotary is not None:
-            tiling, per_sm = tuning.few, tuning.few_programs_per_sm
-        most = batch.num_rows * spec.num_kv_heads * tuning.max_splits
-        decode_kernel[(min(most, num_multiprocessors(spec.device) * per_sm),)](
+        programs = batch.num_rows * spec.num_kv_heads * tuning.max_splits
+        if rotary is None:
+            programs = min(programs, self._num_programs(tuning.programs_per_sm))
+        else:
+            programs = min(programs, self._cuts(batch)["MOST"] * spec.num_kv_heads)
+        decode_kernel[(programs,)](
             query,
             query.stride(0),
             *self._keys_and_values(layer_cache, tiling),
@@ -328,7 +271,10 @@ class TritonAttention:
             BLOCK_D=self._shape["BLOCK_D"],
             SHARED=prefix is not None,
             SLOTS=self._slots,
-            **self._cuts(batch),
+            WINDOW=spec.sliding_window or 0,
+            MIN_SPLIT=self._tuning.min_split,
+            MAX_SPLITS=self._tuning.max_splits,
+            BLOCK_N=self._tuning.decode.keys,
             num_warps=2,
             **self._options,
         )

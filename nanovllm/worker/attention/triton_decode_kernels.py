@@ -1,6 +1,6 @@
 """Triton kernels of rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
 
-`triton_attention` launches them. `plan_kernel` cuts rows into splits once a step; in every layer
+`triton_attention` launches them, after `triton_decode_plan` has cut rows up. In every layer
 `decode_kernel` attends and `combine_kernel` joins the splits of a row, in their order. For a few
 rows, where latency is all, one kernel (FUSED) also does what lies before and behind: it rotates
 queries, writes the new keys and values, and the last split of a row to end joins them all.
@@ -12,97 +12,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.attention.triton_attention_kernels import (
-    FLOOR,
-    absorb,
-    first_visible,
-    key_and_value,
+from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, key_and_value
+from nanovllm.worker.attention.triton_decode_plan import (
+    RECORD,
+    least_split,
+    prefix_splits,
+    row_facts,
+    splits_of,
 )
-
-# Words of the work list per split: row, split, number of the row's own splits (0: it is all there
-# is), first key, end, token of the query, its position; one unused.
-RECORD = tl.constexpr(8)
-PLANNED_ROWS = tl.constexpr(32)  # per program of plan_kernel
-JOINED = tl.constexpr(8)  # parts that are joined at once
-
-
-@triton.jit
-def _splits_of(
-    num_keys, num_shared, WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    SHORT_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """First key, keys per split (whole tiles) and number of splits of decoding rows.
-
-    num_shared: leading keys that shared_prefix_kernel attends to.
-    """
-    first = tl.maximum(first_visible(num_keys - 1, WINDOW, BLOCK_N), num_shared)
-    per_split = tl.cdiv(tl.cdiv(num_keys - first, MAX_SPLITS), BLOCK_N) * BLOCK_N
-    # Short rows mostly come in small batches, which leave most of the device idle.
-    least = tl.where(num_keys - first <= 2 * MIN_SPLIT, SHORT_SPLIT, MIN_SPLIT)
-    per_split = tl.maximum(per_split, least)
-    return first, per_split, tl.cdiv(num_keys - first, per_split)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def plan_kernel(
-    seq_lens,  # [num_rows] int32
-    query_start_loc,  # [num_rows + 1] int32
-    shared_keys,  # [num_rows] int32, if SHARED
-    work,  # [num_rows * MAX_SPLITS, RECORD] int32, out
-    num_work,  # [1] int32, out
-    num_rows,
-    SHARED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    SHORT_SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Lists the splits of all rows that decode, PLANNED_ROWS rows a program."""
-    rows = tl.arange(0, BLOCK_ROWS)
-    _, _, _, _, _, num_splits = _cut(
-        rows, num_rows, seq_lens, query_start_loc, shared_keys,
-        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
-    )  # fmt: skip
-    tl.store(num_work, tl.sum(num_splits))
-    mine = tl.program_id(0) * PLANNED_ROWS
-    before = tl.sum(tl.where(rows < mine, num_splits, 0))
-    rows = mine + tl.arange(0, PLANNED_ROWS)[:, None]
-    num_keys, token, num_shared, first, per_split, num_splits = _cut(
-        rows, num_rows, seq_lens, query_start_loc, shared_keys,
-        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
-    )  # fmt: skip
-    splits = tl.arange(0, MAX_SPLITS)[None, :]
-    record = work + (before + tl.cumsum(num_splits, 0) - num_splits + splits) * RECORD
-    real = splits < num_splits
-    begin = first + splits * per_split
-    to_join = tl.where((num_splits > 1) | (num_shared > 0), num_splits, 0)
-    tl.store(record, rows + splits * 0, real)
-    tl.store(record + 1, splits + num_splits * 0, real)
-    tl.store(record + 2, to_join + splits * 0, real)
-    tl.store(record + 3, begin, real)
-    tl.store(record + 4, tl.minimum(begin + per_split, num_keys), real)
-    tl.store(record + 5, token + splits * 0, real)
-    tl.store(record + 6, num_keys - 1 + splits * 0, real)
-
-
-@triton.jit
-def _cut(rows, num_rows, seq_lens, query_start_loc, shared_keys, SHARED: tl.constexpr,
-         WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
-         MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Lengths, tokens and splits of `rows`; rows that do not decode have no splits."""
-    present = rows < num_rows
-    num_keys = tl.load(seq_lens + rows, present, other=0)
-    token = tl.load(query_start_loc + rows, present, other=0)
-    decodes = tl.load(query_start_loc + rows + 1, present, other=0) == token + 1
-    num_shared = num_keys * 0
-    if SHARED:
-        num_shared = tl.load(shared_keys + rows, present, other=0)
-    first, per_split, num_splits = _splits_of(
-        num_keys, num_shared, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N
-    )
-    return num_keys, token, num_shared, first, per_split, tl.where(decodes, num_splits, 0)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -129,36 +46,55 @@ def decode_kernel(
     """Programs share out the work list: (split, KV head) each, all heads of the group at once."""
     if PDL:
         gdc_launch_dependents()
+    item, stride = tl.program_id(0), tl.num_programs(0)
     num_items = tl.load(num_work) * KV_HEADS
-    # Records are not read ahead: Triton 3.6 takes a bound that a loop carries for the first
-    # item's (its pass that removes layout conversions).
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0)):
+    row, split, num_splits, begin, end, token, position = _record(work, item // KV_HEADS)
+    if PDL and not FUSED:
+        gdc_wait()
+    if item < num_items:
         _decode_item(
             query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
-            arrivals, work + item // KV_HEADS * RECORD, block_tables, table_stride,
-            item % KV_HEADS, scale, cache, value_offset, cos_sin, q_weight, k_weight, eps,
-            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_G, MAX_SPLITS, SLOTS,
-            BLOCK_N, TMA, FUSED, NORM, PDL,
+            arrivals, block_tables + row * table_stride, item % KV_HEADS,
+            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
+            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
         )  # fmt: skip
-    if PDL:  # also where there was nothing to do
+    elif PDL and FUSED:
         gdc_wait()
+    # The other records are not read ahead: Triton 3.6 takes a bound that a loop carries for the
+    # first one's (its pass that removes layout conversions).
+    for later in tl.range(item + stride, num_items, stride):
+        row, split, num_splits, begin, end, token, position = _record(work, later // KV_HEADS)
+        _decode_item(
+            query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
+            arrivals, block_tables + row * table_stride, later % KV_HEADS,
+            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
+            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _record(work, index):
+    """A line of the work list; see RECORD."""
+    record = work + index * RECORD
+    row, split, num_splits = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    begin, end, token = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
+    position = tl.load(record + 6)
+    return row.to(tl.int64), split, num_splits, begin, end, token.to(tl.int64), position
 
 
 @triton.jit
 def _decode_item(
     query, query_stride, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
-    record, block_tables, table_stride, kv_head, scale, cache, value_offset, cos_sin,
-    q_weight, k_weight, eps,
+    block_table, kv_head, row, split, num_splits, begin, end, token, position, scale,
+    cache, value_offset, cos_sin, q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row, for the heads of one KV head: into `out` if it is the last to end."""
-    row, split, num_splits = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
-    begin, end = tl.load(record + 3), tl.load(record + 4)
-    token, position = tl.load(record + 5).to(tl.int64), tl.load(record + 6)
-    block_table = block_tables + row * table_stride
+    """One split of one row, for the heads of one KV head: into `out` if it is all there is."""
     heads = tl.arange(0, BLOCK_G)
     lanes = tl.arange(0, BLOCK_D)
     real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
@@ -195,8 +131,6 @@ def _decode_item(
         begin += BLOCK_N
     else:
         cached_end = end
-        if PDL:
-            gdc_wait()
         q = tl.load(query + token * query_stride + places, real, other=0.0)
     for start in tl.range(begin, cached_end, BLOCK_N):
         k, v = key_and_value(
@@ -209,26 +143,42 @@ def _decode_item(
     if num_splits == 0:
         tl.store(out_row + places, (acc / total[:, None]).to(out.dtype.element_ty), real)
     else:
-        row_head = row * KV_HEADS + kv_head
-        parts = (row_head * GROUP + heads) * SLOTS + split
-        part_lanes = parts[:, None] * BLOCK_D + lanes[None, :]
-        tl.store(partial_out + part_lanes, acc, (heads < GROUP)[:, None])
-        tl.store(partial_max + parts, peak, heads < GROUP)
-        tl.store(partial_sum + parts, total, heads < GROUP)
-        if FUSED:
-            tl.debug_barrier()  # all threads' parts are written before one thread says so
-            if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
-                first_part = row_head * GROUP * SLOTS
-                joined = _join(
-                    partial_out + first_part * BLOCK_D, partial_max + first_part,
-                    partial_sum + first_part, num_splits, 0,
-                    GROUP, BLOCK_D, MAX_SPLITS, SLOTS,
-                )  # fmt: skip
-                members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
-                targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
-                inside = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
-                tl.store(targets, joined.to(out.dtype.element_ty), inside)
-                tl.store(arrivals + row_head, 0)
+        _leave_part(
+            acc, peak, total, out_row, partial_out, partial_max, partial_sum, arrivals,
+            row * KV_HEADS + kv_head, kv_head, split, num_splits,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_SPLITS, SLOTS, FUSED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _leave_part(
+    acc, peak, total, out_row, partial_out, partial_max, partial_sum, arrivals,
+    row_head, kv_head, split, num_splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Store one split's part; if FUSED, the last one to arrive joins them all into `out_row`."""
+    heads = tl.arange(0, BLOCK_G)
+    lanes = tl.arange(0, BLOCK_D)
+    parts = (row_head * GROUP + heads) * SLOTS + split
+    part_lanes = parts[:, None] * BLOCK_D + lanes[None, :]
+    tl.store(partial_out + part_lanes, acc, (heads < GROUP)[:, None])
+    tl.store(partial_max + parts, peak, heads < GROUP)
+    tl.store(partial_sum + parts, total, heads < GROUP)
+    if FUSED:
+        tl.debug_barrier()  # all threads' parts are written before one thread says so
+        if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
+            first_part = row_head * GROUP * SLOTS
+            joined = _join(
+                partial_out + first_part * BLOCK_D, partial_max + first_part,
+                partial_sum + first_part, num_splits, 0,
+                GROUP, BLOCK_D, MAX_SPLITS, SLOTS, 64,
+            )  # fmt: skip
+            members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
+            targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
+            inside = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
+            tl.store(targets, joined.to(out_row.dtype.element_ty), inside)
+            tl.store(arrivals + row_head, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -236,17 +186,21 @@ def combine_kernel(
     out, partial_out, partial_max, partial_sum, seq_lens, query_start_loc, num_rows,
     shared_keys,  # [num_rows] int32, if SHARED
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr,
-    WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, SHORT_SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program joins the parts of one head of one row, if that row decodes in several."""
+    """A program joins the parts of one head of one row, if that row decodes in several.
+
+    For rows that are cut by their own length (MOST is 0 in plan_kernel).
+    """
     if PDL:
         gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
-    _, token, num_shared, _, _, num_splits = _cut(
-        row, num_rows, seq_lens, query_start_loc, shared_keys,
-        SHARED, WINDOW, MIN_SPLIT, SHORT_SPLIT, MAX_SPLITS, BLOCK_N,
-    )  # fmt: skip
+    num_keys, token, num_shared = row_facts(
+        row, num_rows, seq_lens, query_start_loc, shared_keys, SHARED
+    )
+    least = least_split(num_keys, num_shared, MIN_SPLIT)
+    _, _, num_splits = splits_of(num_keys, num_shared, least, WINDOW, MAX_SPLITS, BLOCK_N)
     num_prefix = prefix_splits(num_shared, SLOTS - MAX_SPLITS)
     if PDL:
         gdc_wait()
@@ -254,7 +208,7 @@ def combine_kernel(
         first_part = (row.to(tl.int64) * HEADS + head) * SLOTS
         joined = _join(
             partial_out + first_part * BLOCK_D, partial_max + first_part, partial_sum + first_part,
-            num_splits, num_prefix, 1, BLOCK_D, MAX_SPLITS, SLOTS,
+            num_splits, num_prefix, 1, BLOCK_D, MAX_SPLITS, SLOTS, 16,
         )  # fmt: skip
         lanes = tl.arange(0, BLOCK_D)[None, :]
         places = (token.to(tl.int64) * HEADS + head) * HEAD_DIM + lanes
@@ -328,31 +282,36 @@ def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_
 
 @triton.jit
 def _join(parts, peaks, sums, num_splits, num_prefix, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-          MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Parts of GROUP heads, [heads, BLOCK_D]: own splits, then those of a shared prefix."""
+          MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    """Parts of GROUP heads, [heads, BLOCK_D]: own splits, then those of a shared prefix.
+
+    AT_ONCE: parts, of all heads together, that are loaded at once.
+    """
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
     acc = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
     peak = tl.full([MEMBERS], FLOOR, tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     acc, peak, total = _join_some(
-        parts, peaks, sums, 0, num_splits, acc, peak, total, GROUP, MEMBERS, BLOCK_D, SLOTS
-    )
+        parts, peaks, sums, 0, num_splits, acc, peak, total,
+        GROUP, MEMBERS, BLOCK_D, SLOTS, AT_ONCE,
+    )  # fmt: skip
     if SLOTS > MAX_SPLITS:
         acc, peak, total = _join_some(
             parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total,
-            GROUP, MEMBERS, BLOCK_D, SLOTS,
+            GROUP, MEMBERS, BLOCK_D, SLOTS, AT_ONCE,
         )  # fmt: skip
     return acc / total[:, None]
 
 
 @triton.jit
 def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.constexpr,
-               MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+               MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
+               AT_ONCE: tl.constexpr):  # fmt: skip
     """Joins the parts in slots begin … end, written by other programs: past the L1 cache."""
     members = tl.arange(0, MEMBERS)[:, None]
     lanes = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, JOINED):
-        slots = start + tl.arange(0, JOINED)[None, :]
+    for start in tl.range(begin, end, AT_ONCE // MEMBERS):
+        slots = start + tl.arange(0, AT_ONCE // MEMBERS)[None, :]
         present = (slots < end) & (members < GROUP)
         places = members * SLOTS + slots  # [MEMBERS, JOINED]
         some_peaks = tl.load(peaks + places, present, other=FLOOR, cache_modifier=".cg")
@@ -366,19 +325,3 @@ def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.const
         total = total * shrink + tl.sum(some_sums * weights, 1)
         peak = new_peak
     return acc, peak, total
-
-
-@triton.jit
-def shared_split(num_shared, MAX_SPLITS: tl.constexpr):
-    """Keys per split of the shared prefix: whole tiles of 64, at most MAX_SPLITS splits."""
-    return tl.maximum(tl.cdiv(tl.cdiv(num_shared, MAX_SPLITS), 64) * 64, 256)
-
-
-@triton.jit
-def prefix_splits(num_shared, MAX_SPLITS: tl.constexpr):
-    """How many splits the shared prefix has."""
-    if MAX_SPLITS > 0:
-        num = tl.cdiv(num_shared, shared_split(num_shared, MAX_SPLITS))
-    else:
-        num = num_shared * 0
-    return num

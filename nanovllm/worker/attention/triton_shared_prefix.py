@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, key_and_value
-from nanovllm.worker.attention.triton_decode_kernels import shared_split
+from nanovllm.worker.attention.triton_decode_plan import shared_split
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])

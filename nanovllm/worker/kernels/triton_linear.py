@@ -22,7 +22,7 @@ from nanovllm.worker.kernels.triton_launch import (
     launch_options,
 )
 
-MAX_TOKENS = 64
+MAX_TOKENS = 256
 MAX_TILES = 65536  # output tiles whose splits can be counted
 
 
@@ -255,7 +255,7 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     if num_tokens == 1:
         return True
     can_copy = has_tensor_memory_accelerator(weight.device) and weight.stride(0) % 8 == 0
-    if num_tokens > MAX_TOKENS or not can_copy:
+    if num_tokens > 64 or not can_copy:
         return False
     return (
         num_tokens <= 8
@@ -299,7 +299,7 @@ def skinny_linear(
     gated: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias + residual for up to 64 tokens, [num_tokens, num_outputs].
+    """x @ weight.T + bias + residual for up to 256 tokens, [num_tokens, num_outputs].
 
     x: [num_tokens, num_inputs]. norm: RMSNorm weight and eps, applied to x first (`can_norm`).
     gated: weight holds gate rows, then up rows, and the result is silu(gate) * up. Sums are fp32

@@ -1,0 +1,83 @@
+"""Tiles and cuts of the attention kernels, as measured; `triton_attention` launches by them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.kernels.triton_launch import has_tensor_memory_accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Keys per tile and how a kernel runs on them; `keys` must divide the block size for TMA.
+
+    max_registers: 128 lets two programs of 8 warps share a multiprocessor, so that one's softmax
+    hides behind the other's products.
+    """
+
+    keys: int
+    stages: int
+    warps: int
+    tma: bool
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton and the kernels take as keywords."""
+        return {
+            "BLOCK_N": self.keys,
+            "TMA": self.tma,
+            "num_stages": self.stages,
+            "num_warps": self.warps,
+            "maxnreg": self.max_registers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How rows decode whose (row, KV head) pairs, each a program, all fit on the device at once.
+
+    One fused kernel does it all; rows are cut up as long as more programs fit.
+    """
+
+    tiling: Tiling
+    programs_per_sm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How rows are cut up, and the tiles of the kernels."""
+
+    decode: Tiling
+    prefill: Tiling
+    queries: int  # times grouped heads, in one tile of the prefill kernel
+    programs_per_sm: int = 7
+    min_split: int = 128  # keys; half as many for rows of up to twice that
+    max_splits: int = 32  # of one row, however long
+    prefix_splits: int = 16  # of the keys that rows share
+    few: tuple[Fitting, ...] = (
+        Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
+        Fitting(Tiling(keys=32, stages=2, warps=2, tma=False), programs_per_sm=5),
+    )
+
+
+def tuning_for(spec: AttentionSpec) -> Tuning:
+    """Measured on an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    can_copy = (
+        has_tensor_memory_accelerator(spec.device)
+        and spec.head_dim == triton.next_power_of_2(spec.head_dim)
+        and spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize % 16 == 0
+    )
+    large = spec.head_dim > 128
+    decode = Tiling(keys=32 if large else 64, stages=3, warps=4, tma=False)
+    if can_copy and spec.block_size % 16 == 0:
+        decode = Tiling(keys=16, stages=6, warps=1, tma=True)
+    if large:
+        prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
+    elif can_copy and spec.block_size % 64 == 0:
+        prefill = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
+    else:
+        prefill = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
+    return Tuning(decode, prefill, queries=128)
