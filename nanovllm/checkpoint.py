@@ -15,7 +15,8 @@ from nanovllm.config import unknown_name
 from nanovllm.fetch import ALIASES, fetch
 from nanovllm.gguf_file import GGUFFile, hf_config
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+WEIGHT_FILES = "*.safetensors"
+HUB_FILES = ["*.json", WEIGHT_FILES, "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,15 @@ class Checkpoint:
         return content
 
 
-def locate(model: str, *, on_progress: Callable[[str, float], None] | None = None) -> Checkpoint:
+def locate(
+    model: str,
+    *,
+    on_progress: Callable[[str, float], None] | None = None,
+    weights: bool = True,
+) -> Checkpoint:
     """The checkpoint `model` names, fetched first if it must be (an alias, a Hugging Face id).
 
+    weights: whether they are wanted, too; without, a Hugging Face id brings its config at least.
     on_progress is told the phase ("download") and how far it is, in [0, 1]. Raises `ValueError`
     naming the field and the remedy.
     """
@@ -76,7 +83,7 @@ def locate(model: str, *, on_progress: Callable[[str, float], None] | None = Non
     if model in ALIASES:
         return Checkpoint(fetch(model, on_progress=on_progress), "gguf")
     if model.count("/") == 1 and not path.is_absolute() and not model.startswith("."):
-        return _in_directory(_from_hub(model))
+        return _in_directory(_from_hub(model, weights=weights))
     if "/" in model or path.suffix == ".gguf":
         raise ValueError(f"model: there is no such file or directory: {model}")
     raise ValueError(unknown_name("model", model, list(ALIASES)))
@@ -93,21 +100,23 @@ def _in_directory(path: Path) -> Checkpoint:
     raise ValueError(f"model: {path} holds neither config.json nor a .gguf file")
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, *, weights: bool) -> Path:
     """The local snapshot of a Hugging Face repository; asks the network only if it is not whole."""
     from huggingface_hub import snapshot_download
 
     reason = ""
+    wanted = HUB_FILES if weights else [name for name in HUB_FILES if name != WEIGHT_FILES]
     for local_files_only in (True, False):
         try:
             path = snapshot_download(
-                model, allow_patterns=HUB_FILES, local_files_only=local_files_only
+                model, allow_patterns=wanted, local_files_only=local_files_only
             )
         except (OSError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         # Another program may have cached no more than the tokenizer.
-        if any(Path(path).glob("*.safetensors")) or not local_files_only:
+        needed = WEIGHT_FILES if weights else "config.json"
+        if any(Path(path).glob(needed)) or not local_files_only:
             return Path(path)
     raise ValueError(
         f"model: {model!r} is no local path and could not be fetched from Hugging Face "

@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | serve | bench | fetch`; flags are config fields.
+"""The command line: `nanovllm COMMAND`, one function each. Flags come from the config fields.
 
 Everything a command needs is imported inside it, so that `--help` is instant. What a user should
 read goes to stdout; progress and figures go to stderr.
@@ -83,6 +83,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_config_flags(serving)
 
     add_bench(add("bench", run_bench, "measure this machine, with random prompts"))
+
+    plan = add(
+        "plan", run_plan, "show what a model takes in memory and how much fits; no GPU needed"
+    )
+    plan.add_argument("of_model", nargs="?", metavar="MODEL", help="the same as --model")
+    plan.add_argument("--gpu", help="plan for this GPU (H200, H100, L4 …) instead of this machine")
+    plan.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="or for one of so much memory"
+    )
+    add_config_flags(plan)
 
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
@@ -259,7 +269,7 @@ def _line_reader() -> Callable[[], Coroutine[Any, Any, str | None]]:
     return read_pipe
 
 
-# ---- serve, bench and fetch
+# ---- serve, bench, plan and fetch
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -281,6 +291,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
             report = run(arguments, settings)
     print(report)
     return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from nanovllm.plan import run
+
+    return run(arguments, config_values(arguments))
 
 
 def run_fetch(arguments: argparse.Namespace) -> int:

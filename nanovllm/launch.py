@@ -5,6 +5,7 @@ script `nanovllm-core`, what an operator runs to have a core that many clients s
 """
 
 import argparse
+import logging
 import os
 import shutil
 import socket
@@ -113,6 +114,9 @@ def core_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-json", help=argparse.SUPPRESS)
     add_config_flags(parser)
     arguments = parser.parse_args(argv)
+    # An owner shows its user what matters; whoever runs a core alone reads its log.
+    level = logging.INFO if arguments.owner_fd is None else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     try:
         if arguments.config_json is not None:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)

@@ -145,7 +145,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts found at start, by whoever owns the device.
 
     `num_blocks` includes block 0, which is reserved for padding and never handed out.
-    `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took.
+    `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
+    `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
     """
 
     device: str
@@ -160,6 +161,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
     notes: list[str] = []
     phase_seconds: dict[str, float] = {}
+    memory_bytes: dict[str, int] = {}
 
 
 # ---- core -> frontend

@@ -20,13 +20,22 @@ MAX_PARAMETERS = 7
 MAX_DOCSTRING_LINES = 6
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "fetch", "gguf_file", "protocol", "sampling_params"}
+SHARED = {
+    "checkpoint",
+    "config",
+    "fetch",
+    "gguf_file",
+    "memory_plan",
+    "model_size",
+    "protocol",
+    "sampling_params",
+}
 
 # folder (or top-level module) → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
-    "cli": {"bench", "flags", "frontend"},
+    "cli": {"bench", "flags", "frontend", "plan"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
@@ -36,7 +45,8 @@ ARROWS = {
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},
-    **{name: set() for name in ("checkpoint", "fetch", "gguf_file")},
+    **{name: set() for name in ("checkpoint", "fetch", "gguf_file", "memory_plan", "model_size")},
+    "plan": set(),
 }
 
 
@@ -74,6 +84,7 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         "nanovllm",
         "nanovllm.cli",
+        "nanovllm.plan",
         "nanovllm.launch",
         "nanovllm.core.scheduler",
         "nanovllm.core.process",
@@ -92,6 +103,15 @@ def test_importing_loads_no_torch(module: str) -> None:
     ).stdout
     for heavy in ("'torch'", "'transformers'", "'triton'"):
         assert heavy not in out, f"{module} must not load {heavy}"
+
+
+def test_a_worker_on_a_cpu_loads_only_torch() -> None:
+    program = "import nanovllm.executor.inline, sys; print(sorted(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for heavy in ("'transformers'", "'triton'", "'tokenizers'", "'rich'"):
+        assert heavy not in out, f"a core process must not load {heavy}: starting waits for it"
 
 
 def test_importing_the_package_loads_nothing_of_it() -> None:

@@ -8,6 +8,14 @@ from typing import Protocol
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
 
 
+class StepFailedError(RuntimeError):
+    """A step failed, and its requests with it; the worker is fit for the next one."""
+
+
+class DeviceLostError(RuntimeError):
+    """The device's context is gone, and with it the model and all KV: only a new process helps."""
+
+
 class ProgressCallback(Protocol):
     """Called often while loading: the phase's name and how far it is, in [0, 1]."""
 
@@ -18,7 +26,7 @@ class StepHandle(Protocol):
     """A submitted step."""
 
     def result(self) -> StepResult:
-        """Block until the step has run. Raises what the step raised."""
+        """Block until the step has run. Raises what the step raised, or `DeviceLostError`."""
 
 
 class Executor(Protocol):
@@ -31,7 +39,10 @@ class Executor(Protocol):
         """
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Queue one step; returns without waiting for the device."""
+        """Queue one step; returns without waiting for the device.
+
+        After any exception but `DeviceLostError` the next step may be submitted.
+        """
 
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""

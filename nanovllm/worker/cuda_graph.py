@@ -5,6 +5,7 @@ is only a faster way to say the same; a smaller step is padded with tokens of th
 Inputs arrive by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class StepShape(NamedTuple):
@@ -76,6 +79,7 @@ class StepGraphs:
         self._tokens = token_buckets(min(max_num_tokens, MAX_TOKENS))
         self._seen: set[tuple[StepShape, Variant]] = set()
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
+        self._uncapturable: set[tuple[StepShape, Variant]] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def shape_for(self, num_tokens: int, num_rows: int) -> StepShape | None:
@@ -94,15 +98,21 @@ class StepGraphs:
         """Run the step for the staged plan; returns ids [num_rows], good until the next call.
 
         The first time it runs eagerly, which also compiles and warms up. Decode steps are then
-        captured at once, as they always come again; others when they do.
+        captured at once, as they always come again; others when they do. If there is no memory for
+        that, the shape goes on eagerly.
         """
         captured = self._captured.get((shape, variant))
         if captured is not None:
             captured.graph.replay()
             return captured.token_ids
         token_ids = self._step(shape, variant)
-        if shape.num_tokens == shape.num_rows or (shape, variant) in self._seen:
-            self._captured[shape, variant] = self._capture(shape, variant)
+        again = shape.num_tokens == shape.num_rows or (shape, variant) in self._seen
+        if again and (shape, variant) not in self._uncapturable:
+            try:
+                self._captured[shape, variant] = self._capture(shape, variant)
+            except torch.OutOfMemoryError:
+                self._uncapturable.add((shape, variant))
+                logger.warning("no memory for a graph of %s: lower gpu_memory_utilization", shape)
         self._seen.add((shape, variant))
         return token_ids
 

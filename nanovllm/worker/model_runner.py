@@ -15,6 +15,7 @@ from nanovllm.config import StepLimits
 from nanovllm.protocol import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import (
     ForwardBatch,
     PlanStaging,
@@ -65,7 +66,7 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for this step, and for nothing queued after it."""
         if self.done is not None:
-            self.done.synchronize()
+            wait_for(self.done)
         logprobs = {}
         if self.logprobs is not None:
             unpacked = self.logprobs.unpack(self.num_top_logprobs)
@@ -125,6 +126,14 @@ class ModelRunner:
         writes = self._rows.record(plan)
         planned = self._graph_for(plan)
         return self._run(plan, writes) if planned is None else self._replay(plan, writes, *planned)
+
+    @torch.inference_mode()
+    def rehearse_decode(self, num_rows: int) -> None:
+        """Go through every decode step that graphs may capture, whatever is staged."""
+        for truncates in (False, True):
+            for shares_prefix in {False, self._attention.shares_prefix}:
+                shape = StepShape(num_rows, num_rows)
+                self._graph_step(shape, Variant(truncates, shares_prefix))
 
     def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs, StepShape, Variant] | None:
         """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""

@@ -5,6 +5,7 @@ found on the way (device, precision, block count, and why) returns in `WorkerInf
 """
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,23 +15,33 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint import Checkpoint, locate
-from nanovllm.config import Device, DType, EngineConfig, StepLimits
-from nanovllm.executor.base import ProgressCallback
-from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.config import EngineConfig, StepLimits
+from nanovllm.executor.base import DeviceLostError, ProgressCallback
+from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.model_size import read_model_size
+from nanovllm.protocol import StepPlan, WorkerInfo
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.device import choose_device, choose_dtype, describe
+from nanovllm.worker.failures import (
+    KERNEL_REMEDY,
+    describe_kernel_failure,
+    failed_kernel,
+    loss_of,
+    meaning,
+    out_of_memory_at_start,
+)
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
-from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, fit_blocks
+from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
-from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
+from nanovllm.worker.preflight import plan_memory, report
+from nanovllm.worker.rehearsal import first_layer_of, rehearse, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
-# Asks for every operation of the sampler that takes much memory.
-HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +62,36 @@ class Worker:
         self._config = config
         self._on_progress = on_progress
         self._phase_seconds: dict[str, float] = {}
+        self._memory_bytes: dict[str, int] = {}
+        self._device = torch.device("cpu")
+        self._triton_refused: str | None = None
         self._runner: ModelRunner | None = None
 
     def start(self) -> WorkerInfo:
         """Load everything; afterwards `execute` works.
 
-        Raises `ValueError` naming the field and the remedy if the configuration cannot work.
+        Raises `ValueError` naming the field and the remedy if the configuration cannot work. If a
+        Triton kernel fails, all is done again without Triton, unless the configuration insists.
         """
+        try:
+            return self._start()
+        except Exception as error:
+            kernel = failed_kernel(error)
+            if kernel is None or self._triton_refused is not None:
+                raise
+            if loss_of(self._device) is not None:
+                raise
+            refusal = describe_kernel_failure(kernel, error, self._device)
+        if self._config.model.attention_backend not in ("auto", "torch"):
+            raise ValueError(f"attention_backend: {refusal}: {KERNEL_REMEDY}")
+        logger.warning("%s; doing without Triton, which is slow", refusal)
+        self._triton_refused = refusal
+        self.shutdown()
+        return self._start()
+
+    def _start(self) -> WorkerInfo:
         wanted = self._config.model
-        device = choose_device(wanted.device)
+        device = self._device = choose_device(wanted.device)
         with self._phase("locate"):
             checkpoint = locate(wanted.model, on_progress=self._on_progress)
             checkpoint_config = checkpoint.config()
@@ -70,9 +102,20 @@ class Worker:
         attention_spec = spec.attention_spec(
             block_size=self._config.cache.block_size, dtype=dtype, device=device
         )
-        attention, why_attention = select_backend(wanted.attention_backend, attention_spec)
-        kernels = select_kernels(device)
-        model = self._load(spec, checkpoint, kernels.layers, attention, attention_spec)
+        plan = plan_memory(
+            self._config,
+            read_model_size(checkpoint),
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+        )
+        backend = wanted.attention_backend if self._triton_refused is None else "torch"
+        attention, why_attention = select_backend(backend, attention_spec)
+        kernels = select_kernels(device, refused=self._triton_refused)
+        with self._phase("build"):
+            model = Decoder(
+                spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
+            )
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -82,9 +125,14 @@ class Worker:
             device=device,
         )
         parts = Parts(model, rows, kernels, attention, attention_spec)
+        with self._compiling(parts), self._phase("weights"):
+            self._load(model, checkpoint)
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             self._runner = self._make_runner(parts, kv_cache)
+        self._memory_bytes["KV cache"] = kv_cache.nbytes
+        found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
+        logger.info("memory of %s: %s", describe(device), "; ".join(found))
         return WorkerInfo(
             device=describe(device),
             dtype=str(dtype).removeprefix("torch."),
@@ -96,14 +144,32 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention, kernels.why],
+            notes=[why_dtype, why_attention, kernels.why, *found],
             phase_seconds=self._phase_seconds,
+            memory_bytes=self._memory_bytes,
         )
 
     def execute(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; see `ModelRunner.execute`."""
+        """Queue one step; see `ModelRunner.execute`.
+
+        Raises `DeviceLostError` if nothing can run any more. After any other exception the next
+        plan may come: rows, staging and graphs of a failed step are written anew by its successors.
+        """
         assert self._runner is not None, "start() first"
-        return self._runner.execute(plan)
+        try:
+            return self._runner.execute(plan)
+        except Exception as error:
+            raise self._recover(error) from error
+
+    def _recover(self, error: Exception) -> Exception:
+        """Make ready for the next step after one that raised; returns what that means."""
+        if self._device.type == "cuda":
+            # A capture that failed leaves its own stream current; plans run in order on one.
+            torch.cuda.set_stream(torch.cuda.default_stream(self._device))
+        found = meaning(error, self._device)
+        if not isinstance(found, DeviceLostError):
+            torch.cuda.empty_cache()  # the next step may need other sizes than this one held
+        return found
 
     def shutdown(self) -> None:
         """Free the device's memory. Safe to call twice, and after a failed start."""
@@ -111,33 +177,36 @@ class Worker:
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
-    def _load(
-        self,
-        spec: DecoderSpec,
-        checkpoint: Checkpoint,
-        kernels: Kernels,
-        attention: AttentionBackend,
-        attention_spec: AttentionSpec,
-    ) -> Decoder:
-        with self._phase("build"):
-            model = Decoder(
-                spec,
-                kernels=kernels,
-                attention=attention,
-                dtype=attention_spec.dtype,
-                device=attention_spec.device,
-            )
-        with self._phase("weights"):
-            load_weights(
-                model,
-                checkpoint,
-                load_format=self._config.model.load_format,
-                seed=self._config.model.seed,
-                on_progress=self._on_progress,
-            )
-        return model
+    def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
+        load_weights(
+            model,
+            checkpoint,
+            load_format=self._config.model.load_format,
+            seed=self._config.model.seed,
+            on_progress=self._on_progress,
+        )
+        held = (model.embedding, *(linear.weight for linear in model.linears()))
+        sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
+        self._memory_bytes["weights"] = sum(sizes.values())
 
-    def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
+    @contextmanager
+    def _compiling(self, parts: Parts) -> Iterator[None]:
+        """Compile the device's kernels, if they need to be, in threads beside what is inside."""
+        if parts.kernels.compile_ahead is None:
+            yield
+            return
+        with parts.kernels.compile_ahead(self._device) as ahead:
+            with self._phase("compile"), ahead.collecting():
+                parts_of_one = replace(parts, model=first_layer_of(parts.model))
+                cache = self._allocate(parts, num_blocks=1)[:, :1]
+                runner = self._make_runner(parts_of_one, cache, captures=False)
+                max_model_len = parts.model.spec.max_position_embeddings
+                rehearse(runner, parts.rows, self._limits(parts), max_model_len=max_model_len)
+            yield
+            with self._phase("compile"):
+                ahead.wait(self._on_progress)
+
+    def _make_runner(self, parts: Parts, kv_cache: Tensor, *, captures: bool = True) -> ModelRunner:
         fused = parts.kernels.sample_tokens
         return ModelRunner(
             parts.model,
@@ -146,27 +215,25 @@ class Worker:
             kv_cache=kv_cache,
             limits=self._limits(parts),
             sample_tokens=fused,
-            captures=fused is not None and not self._config.model.enforce_eager,
+            captures=captures and fused is not None and not self._config.model.enforce_eager,
         )
 
     def _size_cache(self, parts: Parts) -> Tensor:
         """The KV cache, [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]."""
         num_layers, spec = parts.model.spec.num_layers, parts.attention_spec
-
-        def allocate_blocks(num_blocks: int) -> Tensor:
-            shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
-            return allocate(shape, dtype=spec.dtype, device=spec.device)
-
         cache = self._config.cache
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
         memory_bytes = 0
         if measured and spec.device.type == "cuda":
-            runner = self._make_runner(parts, allocate_blocks(1))
+            runner = self._make_runner(parts, self._allocate(parts, num_blocks=1))
             max_model_len = parts.model.spec.max_position_embeddings
+            reserved = torch.cuda.memory_reserved(spec.device)
             run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
+            reserved = torch.cuda.memory_reserved(spec.device) - reserved
+            self._memory_bytes["heaviest step"] = reserved
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
         elif measured:
-            memory_bytes = cpu_memory_budget()
+            memory_bytes = cpu_memory_budget(free_memory())
         num_blocks = fit_blocks(
             cache,
             bytes_per_block=block_bytes(spec, num_layers=num_layers),
@@ -174,7 +241,12 @@ class Worker:
             max_model_len=parts.model.spec.max_position_embeddings,
             max_num_seqs=parts.rows.num_rows,
         )
-        return allocate_blocks(num_blocks)
+        return self._allocate(parts, num_blocks=num_blocks)
+
+    def _allocate(self, parts: Parts, *, num_blocks: int) -> Tensor:
+        spec, num_layers = parts.attention_spec, parts.model.spec.num_layers
+        shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
+        return allocate(shape, dtype=spec.dtype, device=spec.device)
 
     def _limits(self, parts: Parts) -> StepLimits:
         return self._config.scheduler.limits(parts.attention_spec.device.type)
@@ -183,59 +255,13 @@ class Worker:
     def _phase(self, name: str) -> Iterator[None]:
         self._on_progress(name, 0.0)
         started = time.perf_counter()
-        yield
-        self._phase_seconds[name] = time.perf_counter() - started
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory_at_start(name, self._device) from error
+        seconds = time.perf_counter() - started
+        self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + seconds
         self._on_progress(name, 1.0)
-
-
-def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:
-    """Let the allocator take what the largest step needs. Only the padding row is touched."""
-    num_entries = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    # Fewer rows than the budget could fill: the largest step is all of them at full length, with
-    # room for the sampled token.
-    num_tokens = min(limits.max_num_batched_tokens // num_entries, max_model_len - 1)
-    padding = limits.max_num_seqs
-    entries = [padding] * num_entries
-    zeros, counts = [0] * num_entries, [num_tokens] * num_entries
-    heavy, neutral = (
-        NewRow(padding, [0], 1, [], params, 0, [])
-        for params in (HEAVY, SamplingParams(temperature=0.0))
-    )
-    sampling = list(range(num_entries))
-    runner.execute(StepPlan(0, [heavy], [], entries, zeros, counts, sampling)).result()
-    runner.execute(StepPlan(1, [neutral], [], [padding], [0], [1], [0])).result()
-
-
-def choose_device(device: Device) -> torch.device:
-    """The device a configuration means. Raises `ValueError` if it asks for CUDA in vain."""
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
-        reason = "no GPU is usable" if torch.version.cuda else "this PyTorch is built without CUDA"
-        raise ValueError(f"device: 'cuda' was asked for, but {reason}: use 'cpu' or 'auto'")
-    if device == "cpu" or not found:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_dtype(
-    dtype: DType, device: torch.device, stored: torch.dtype | None
-) -> tuple[torch.dtype, str]:
-    """The computing precision, and why, in a sentence. stored: the checkpoint's, if it says so.
-
-    "auto" is bfloat16 on a CPU that multiplies it natively (twice to three times as fast there:
-    decoding reads half the bytes), else float32. On CUDA it is the checkpoint's precision, or half
-    of float32, as in vLLM.
-    """
-    if dtype != "auto":
-        return DTYPES[dtype], f"{dtype} as dtype asks"
-    if device.type == "cpu":
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "bfloat16, which this CPU multiplies natively"
-        return torch.float32, "float32, as this CPU has no native bfloat16"
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if stored in (torch.float16, half):
-        return stored, f"{stored} as in the checkpoint".removeprefix("torch.")
-    return half, f"{half}, half precision of this GPU".removeprefix("torch.")
 
 
 def choose_max_model_len(wanted: int | None, most: int) -> int:
@@ -255,10 +281,3 @@ def cuda_memory_budget(device: torch.device, *, share: float) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     return int(total * share) - (total - free)
-
-
-def describe(device: torch.device) -> str:
-    """The device for `WorkerInfo`: its type first."""
-    if device.type == "cpu":
-        return "cpu"
-    return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -9,6 +9,7 @@ from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import Step, StepGraphs, StepShape, Variant
+from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.model_runner import ModelRunner
 from tests.worker.fake_model import (
     FakeAttention,
@@ -198,3 +199,46 @@ def test_result_is_host_data_only(device: str) -> None:
     result = run(make_runner(device), 0, [(5, 0, 1)], new_rows=[new_row(5, PROMPTS[5])])
     assert all(type(token_id) is int for token_id in result.token_ids)
     assert not torch.is_inference_mode_enabled()
+
+
+class FaultyModel(FakeModel):
+    """Fails on its way through the forward passes named, after it has written to the cache."""
+
+    def __init__(self, *failing: int) -> None:
+        super().__init__()
+        self._failing = failing
+        self._num_forwards = 0
+
+    def forward(self, batch: ForwardBatch, kv_cache: torch.Tensor) -> torch.Tensor:
+        self._num_forwards += 1
+        hidden = super().forward(batch, kv_cache)
+        if self._num_forwards in self._failing:
+            raise torch.OutOfMemoryError("no memory for the logits")
+        return hidden
+
+
+@pytest.mark.parametrize("failing", [(1,), (2,), (2, 3), (1, 2, 3)])
+def test_steps_after_one_that_raised_are_right(device: str, failing: tuple[int, ...]) -> None:
+    """Rows of a failed step are admitted anew; rows that were not in it go on."""
+    runner = make_runner(device, FaultyModel(*failing))
+    spared, first = PROMPTS[5], PROMPTS[3]
+    plans = [
+        make_plan(
+            0, [(3, 0, 9)], new_rows=[new_row(3, first, SamplingParams(logit_bias={7: 9.0}))]
+        ),
+        make_plan(1, [(3, 9, 1)]),
+        make_plan(2, [(3, 10, 1)]),
+    ]
+    for number, plan in enumerate(plans, 1):
+        if number in failing:
+            with pytest.raises(torch.OutOfMemoryError):
+                runner.execute(plan)
+        else:
+            runner.execute(plan)
+    outputs = []
+    admitted = [new_row(3, PROMPTS[0]), new_row(5, spared)]
+    outputs.append(run(runner, 3, [(3, 0, 3), (5, 0, 1)], new_rows=admitted).token_ids)
+    for step in range(1, 5):
+        outputs.append(run(runner, 3 + step, [(3, 2 + step, 1), (5, step, 1)]).token_ids)
+    assert [ids[0] for ids in outputs] == reference(PROMPTS[0], 5)
+    assert [ids[1] for ids in outputs] == reference(spared, 5)

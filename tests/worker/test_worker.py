@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.executor.base import StepFailedError
 from nanovllm.protocol import WorkerInfo
+from nanovllm.worker import preflight
+from nanovllm.worker import worker as worker_module
+from nanovllm.worker.attention.select import BACKENDS
+from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.rehearsal import run_heaviest_step
 from nanovllm.worker.worker import (
     Worker,
-    choose_device,
-    choose_dtype,
     choose_max_model_len,
-    run_heaviest_step,
 )
 from tests.worker.planning import CUDA, make_plan, new_row
+from tests.worker.test_failures import JITFunction
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,6 +62,10 @@ def start(model: str, **settings: Any) -> WorkerInfo:
         return worker.start()
     finally:
         worker.shutdown()
+
+
+def fail_for_want_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("tried to allocate more than there is")
 
 
 def test_info_tells_what_was_found(model: str) -> None:
@@ -140,45 +149,69 @@ def test_runs_plans_after_start(model: str) -> None:
         worker.execute(plan)
 
 
-def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device: 'cuda'"):
-        choose_device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("native", "half", "stored", "on_cpu", "on_cuda"),
-    [
-        (True, True, "float32", "bfloat16", "bfloat16"),
-        (False, True, "float16", "float32", "float16"),
-        (False, True, None, "float32", "bfloat16"),
-        (False, False, "bfloat16", "float32", "float16"),
-    ],
-)
-def test_auto_dtype(
-    monkeypatch: pytest.MonkeyPatch,
-    native: bool,
-    half: bool,
-    stored: str | None,
-    on_cpu: str,
-    on_cuda: str,
-) -> None:
-    """native, half: whether CPU and GPU have bfloat16."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
-    saved = None if stored is None else getattr(torch, stored)
-    for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
-        dtype, why = choose_dtype("auto", torch.device(device), saved)
-        assert dtype == getattr(torch, expected)
-        assert why.startswith(expected)
-    assert choose_dtype("float16", torch.device("cpu"), saved)[0] == torch.float16
-
-
 def test_max_model_len() -> None:
     assert choose_max_model_len(None, 64) == 64
     assert choose_max_model_len(10, 64) == 10
     with pytest.raises(ValueError, match="at most 64"):
         choose_max_model_len(65, 64)
+
+
+def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(model)
+    worker.start()
+    plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
+    expected = worker.execute(plan).result().token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "compute_logits", fail_for_want_of_memory)
+        with pytest.raises(StepFailedError, match="max_num_batched_tokens"):
+            worker.execute(plan)
+    assert worker.execute(plan).result().token_ids == expected
+    worker.shutdown()
+
+
+def test_out_of_memory_at_start_is_told_by_phase(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "load_weights", fail_for_want_of_memory)
+    with pytest.raises(ValueError, match="out of memory on cpu in phase 'weights'"):
+        start(model)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(worker_module, "load_weights", fail_for_want_of_memory)  # not reached
+    with pytest.raises(ValueError, match=r"does not fit this CPU: .* What would do: "):
+        start(model, num_gpu_blocks_override=None)
+
+
+def test_a_kernel_that_fails_at_start_is_done_without(
+    model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = JITFunction(RuntimeError("ptxas: no such architecture"))
+
+    def select(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
+        chosen = select_kernels(device, refused=refused)
+        if refused is None:
+            monkeypatch.setattr(chosen.layers, "norm_linear", lambda *_: broken.run(), False)
+        return chosen
+
+    def measure(self: Worker, parts: Any) -> torch.Tensor:
+        """As on CUDA, where the heaviest step is run to be measured."""
+        kv_cache = size_cache(self, parts)
+        runner = self._make_runner(parts, kv_cache)
+        run_heaviest_step(runner, self._limits(parts), max_model_len=64)
+        return kv_cache
+
+    size_cache = Worker._size_cache
+    monkeypatch.setattr(worker_module, "select_kernels", select)
+    monkeypatch.setattr(Worker, "_size_cache", measure)
+    info = start(model)
+    assert any("Triton kernel rms_norm_kernel does not" in note for note in info.notes)
+    assert "doing without Triton" in caplog.text and "no such architecture" in caplog.text
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["torch"])
+    with pytest.raises(ValueError, match="attention_backend: Triton kernel rms_norm_kernel"):
+        start(model, attention_backend="triton")

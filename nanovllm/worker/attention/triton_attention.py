@@ -182,9 +182,9 @@ class TritonAttention:
         return self._tuning.max_splits + self._tuning.prefix_splits
 
     def _keys_and_values(self, layer_cache: Tensor, tiling: Tiling) -> list[Any]:
-        """As the kernels take them: keys and the way to values, or descriptors for the TMA."""
+        """Keys and values as the kernels take them: tensors, or descriptors for the TMA."""
         if not tiling.tma:
-            return [layer_cache, layer_cache.stride(0)]
+            return list(layer_cache)
         box = [tiling.keys, self._spec.head_dim]
         slots = layer_cache.view(2, -1, self._spec.num_kv_heads * self._spec.head_dim)
         return [TensorDescriptor.from_tensor(half, box) for half in slots]

@@ -44,13 +44,13 @@ def key_and_value(
         slots = tl.load(block_table + places // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
         slots += places % BLOCK_SIZE
         lanes = tl.arange(0, BLOCK_D)
-        pointers = keys + (slots * SLOT + kv_head * HEAD_DIM)[:, None] + lanes[None, :]
+        vectors = (slots * SLOT + kv_head * HEAD_DIM)[:, None] + lanes[None, :]
         if HEAD_DIM == BLOCK_D:
-            k = tl.load(pointers)
-            v = tl.load(pointers + values)
+            k = tl.load(keys + vectors)
+            v = tl.load(values + vectors)
         else:
-            k = tl.load(pointers, (lanes < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(pointers + values, (lanes < HEAD_DIM)[None, :], other=0.0)
+            k = tl.load(keys + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(values + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
     return k, v
 
 
@@ -83,7 +83,8 @@ def _query_tile(tile_rows, query_start_loc, seq_lens, index, TOKENS: tl.constexp
     return row, first_token, tl.where(absent, 0, num_queries), context, first_query
 
 
-@triton.jit
+# A stride that changes from step to step must not ask for a kernel of its own.
+@triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
     query, query_stride, keys, values, out, block_tables, table_stride,  # as in decode_kernel
     seq_lens,  # [num_rows] int32

@@ -22,11 +22,11 @@ from nanovllm.worker.attention.triton_decode_plan import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM], token stride query_stride; if FUSED all of qkv
     query_stride,
-    keys,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]; values lie `values` elements behind.
+    keys,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM], as values.
     values,  # If TMA: descriptors, both [num_slots, KV_HEADS * HEAD_DIM], boxes [BLOCK_N, HEAD_DIM]
     out,  # [num_tokens, num_heads, HEAD_DIM]
     partial_out,  # [num_rows, num_heads, SLOTS, BLOCK_D] fp32
@@ -35,7 +35,7 @@ def decode_kernel(
     arrivals,  # [num_rows, KV_HEADS] int32, zero before and after
     work, num_work, block_tables, table_stride,
     scale,  # softmax scale * log2(e)
-    cache, value_offset,  # keys, and how far behind them values lie, for FUSED to write to
+    cache, value_offset: tl.int64,  # keys, and how far behind them values lie, for FUSED to write
     cos_sin,  # [max_positions, HEAD_DIM] fp32
     q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -186,7 +186,7 @@ def _leave_part(
             tl.store(arrivals + row_head, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     out, partial_out, partial_max, partial_sum, seq_lens, query_start_loc, num_rows,
     shared_keys,  # [num_rows] int32, if SHARED

@@ -50,7 +50,7 @@ def _balanced_split(num_keys, MOST: tl.constexpr, BLOCK_N: tl.constexpr):
     return low * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def plan_kernel(
     seq_lens,  # [num_rows] int32
     query_start_loc,  # [num_rows + 1] int32

@@ -15,7 +15,7 @@ from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, ke
 from nanovllm.worker.attention.triton_decode_plan import shared_split
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def shared_prefix_kernel(
     query, query_stride, keys, values, partial_out, partial_max, partial_sum,  # as decode_kernel's
     shared_keys,  # [num_rows] int32: how many, 0 for rows that do not share

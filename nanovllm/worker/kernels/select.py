@@ -3,14 +3,16 @@
 Modules are imported only when chosen, so a CPU never loads Triton.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from nanovllm.executor.base import ProgressCallback
 from nanovllm.worker.kernels.base import Kernels
 
 
@@ -29,25 +31,42 @@ class SampleTokens(Protocol):
     ) -> Tensor: ...
 
 
+class CompileAhead(Protocol):
+    """Compilations under way (`compile_ahead.CompileAhead`); ends them on leaving."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def collecting(self) -> AbstractContextManager[None]: ...
+
+    def wait(self, on_progress: ProgressCallback) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch."""
+    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch.
+
+    compile_ahead: makes what compiles them in threads, if they are compiled at all.
+    """
 
     layers: Kernels
     sample_tokens: SampleTokens | None
     why: str
+    compile_ahead: Callable[[torch.device], CompileAhead] | None = None
 
 
-def select_kernels(device: torch.device) -> DeviceKernels:
-    """Triton's on a GPU that runs them, else plain torch's."""
-    reason = f"{device.type} device"
-    if device.type == "cuda":
+def select_kernels(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
+    """Triton's on a GPU that runs them, else plain torch's. refused: why not Triton's, if known."""
+    reason = refused or f"{device.type} device"
+    if device.type == "cuda" and refused is None:
         reason = _load("triton_launch:unusable")(device)
         if reason is None:
             return DeviceKernels(
                 layers=_load("triton_kernels:TritonKernels")(),
                 sample_tokens=_load("triton_sampler:sample_tokens"),
                 why="fused Triton kernels",
+                compile_ahead=_load("compile_ahead:CompileAhead"),
             )
     return DeviceKernels(
         layers=_load("torch_kernels:TorchKernels")(),

@@ -85,7 +85,7 @@ def _rope_and_cache_kernel(
     positions,  # [num_tokens] int64
     slot_mapping,  # [num_tokens] int64
     cache,  # keys [num_slots, NUM_KV_HEADS, 2 * HALF]; values lie value_offset elements behind
-    value_offset,
+    value_offset: tl.int64,
     q_weight,
     k_weight,
     eps,

@@ -1,0 +1,81 @@
+"""Which device a worker takes and in which precision it computes there, and why.
+
+`Worker.start` asks; what cannot be had is a `ValueError` that names the field and the remedy.
+"""
+
+import logging
+
+import torch
+
+from nanovllm.config import Device, DType
+from nanovllm.worker.models.registry import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device a configuration means. Raises `ValueError` if it asks for CUDA in vain."""
+    if device == "cpu":
+        return torch.device("cpu")
+    reason = unusable_gpu()
+    if reason is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device == "cuda":
+        raise ValueError(f"device: 'cuda' was asked for, but {reason}: use 'cpu' or 'auto'")
+    if torch.cuda.is_available():
+        logger.warning("running on the CPU: %s", reason)
+    return torch.device("cpu")
+
+
+def unusable_gpu() -> str | None:
+    """Why there is no GPU that this PyTorch can use, or None if there is one."""
+    if not torch.cuda.is_available():
+        return "no GPU is usable" if torch.version.cuda else "this PyTorch is built without CUDA"
+    capability = torch.cuda.get_device_capability()
+    built_for = [arch.removeprefix("sm_") for arch in torch.cuda.get_arch_list() if "sm_" in arch]
+    oldest = min((divmod(int(arch.rstrip("af")), 10) for arch in built_for), default=(0, 0))
+    if capability < oldest:
+        own, least = (".".join(map(str, pair)) for pair in (capability, oldest))
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {own}, and this PyTorch is "
+            f"built for {least} and later (an older PyTorch may support it)"
+        )
+    return None
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16 itself: emulated, it is slower than float16."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def choose_dtype(
+    dtype: DType, device: torch.device, stored: torch.dtype | None
+) -> tuple[torch.dtype, str]:
+    """The computing precision, and why, in a sentence. stored: the checkpoint's, if it says so.
+
+    "auto" is bfloat16 on a CPU that multiplies it natively (twice to three times as fast there:
+    decoding reads half the bytes), else float32. On CUDA it is the checkpoint's precision, or half
+    of float32, as in vLLM.
+    """
+    if device.type == "cuda" and dtype == "bfloat16" and not has_bfloat16():
+        raise ValueError(
+            f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16 (that begins with "
+            "compute capability 8.0): use 'float16' or 'auto'"
+        )
+    if dtype != "auto":
+        return DTYPES[dtype], f"{dtype} as dtype asks"
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "bfloat16, which this CPU multiplies natively"
+        return torch.float32, "float32, as this CPU has no native bfloat16"
+    half = torch.bfloat16 if has_bfloat16() else torch.float16
+    if stored in (torch.float16, half):
+        return stored, f"{stored} as in the checkpoint".removeprefix("torch.")
+    return half, f"{half}, half precision of this GPU".removeprefix("torch.")
+
+
+def describe(device: torch.device) -> str:
+    """The device for `WorkerInfo`: its type first."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,0 +1,74 @@
+"""Whether a configuration can fit its device, before anything is loaded, and what it took after.
+
+`Worker.start` asks. The arithmetic is that of `nanovllm plan` (`memory_plan`), with the device's
+own figures for how much memory there is.
+"""
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.memory_plan import GIB, Machine, MemoryPlan, Precision, explain, free_memory
+from nanovllm.model_size import ModelSize
+
+
+def plan_memory(
+    config: EngineConfig,
+    size: ModelSize,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> MemoryPlan:
+    """The plan of `config` on this very device.
+
+    Raises `ValueError` with the remedies if weights and KV of one sequence cannot fit, however
+    little a step takes.
+    """
+    plan = MemoryPlan(
+        size=size,
+        machine=machine_of(device),
+        precision=Precision.unquantized(str(dtype).removeprefix("torch.")),
+        cache=config.cache,
+        limits=config.scheduler.limits(device.type),
+        max_model_len=max_model_len,
+    )
+    if plan.is_hopeless:
+        raise ValueError(explain(plan))
+    return plan
+
+
+def machine_of(device: torch.device) -> Machine:
+    """A device and its memory; what other programs hold of it is taken."""
+    if device.type != "cuda":
+        return Machine(name="this CPU", memory_bytes=free_memory(), taken_bytes=0, is_gpu=False)
+    free, total = torch.cuda.mem_get_info(device)
+    return Machine(
+        name=torch.cuda.get_device_name(device),
+        memory_bytes=total,
+        taken_bytes=total - free,
+        is_gpu=True,
+    )
+
+
+def report(plan: MemoryPlan, measured: dict[str, int], *, num_blocks: int) -> list[str]:
+    """What was foreseen beside what was measured, then what fits; a few lines for a log.
+
+    measured: "weights", "heaviest step" and "KV cache" in bytes, those that were measured.
+    """
+    foreseen = {
+        "weights": sum(plan.weight_bytes.values()),
+        "heaviest step": plan.activation_bytes,
+        "KV cache": plan.kv_cache_bytes,
+    }
+    lines = [
+        f"{name}: {measured[name] / GIB:.2f} GiB ({foreseen[name] / GIB:.2f} foreseen)"
+        for name in foreseen
+        if name in measured
+    ]
+    block_size = plan.cache.block_size
+    per_sequence = -(-plan.max_model_len // block_size)
+    lines.append(
+        f"room for {(num_blocks - 1) * block_size:,} tokens: "
+        f"{(num_blocks - 1) // per_sequence:,} sequences of {plan.max_model_len:,}"
+    )
+    return lines
