@@ -109,12 +109,21 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_steps: int
 
 
+class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Structured outputs."""
+
+    grammar_timeout_s: Annotated[
+        float, Meta(gt=0, description="most seconds one schema or grammar may take to compile")
+    ] = 2.0
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    grammar: GrammarConfig = GrammarConfig()
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
@@ -130,6 +139,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             model=_convert(nested["model"], ModelConfig),
             cache=_convert(nested["cache"], CacheConfig),
             scheduler=_convert(nested["scheduler"], SchedulerConfig),
+            grammar=_convert(nested["grammar"], GrammarConfig),
         )
 
 
@@ -137,6 +147,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "grammar": GrammarConfig,
 }
 _T = TypeVar("_T")
 

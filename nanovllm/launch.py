@@ -83,6 +83,13 @@ def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Execut
     return executor
 
 
+def load_tokenizer_json(config: EngineConfig) -> str:
+    """The model's tokenizer, for the grammars of structured outputs. `ValueError`: it has none."""
+    from nanovllm.frontend.tokenizer import Tokenizer  # with the first such request
+
+    return Tokenizer.load(config.model.tokenizer or config.model.model).to_json()
+
+
 def core_main(argv: list[str] | None = None) -> int:
     """Run a core in this process until it is told to stop. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -98,7 +105,10 @@ def core_main(argv: list[str] | None = None) -> int:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
-        server = CoreServer(config, arguments.address)
+        load_tokenizer = None
+        if not config.model.skip_tokenizer_init:
+            load_tokenizer = partial(load_tokenizer_json, config)
+        server = CoreServer(config, arguments.address, load_tokenizer)
         stop_on_signals(server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)

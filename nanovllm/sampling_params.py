@@ -5,7 +5,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,6 +13,50 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+MAX_GRAMMAR_BYTES = 1 << 17  # of a schema, regex, grammar or all choices together
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the output must be, from its first to its last character: exactly one of these.
+
+    json: a JSON schema, as a dict or as text (which is what a dict becomes). json_object: any JSON
+    object. regex: in the syntax of Rust's `regex` crate, matched as a whole. choice: one of these
+    texts. grammar: context-free, in Lark's or in GBNF/EBNF notation, from its rule `start`/`root`.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(
+                "structured_outputs needs exactly one of json, regex, choice, grammar and "
+                f"json_object, not {' and '.join(given) or 'none'}"
+            )
+        if self.json is not None:
+            msgspec.structs.force_setattr(self, "json", _schema_text(self.json))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"structured_outputs.{name} must be a non-empty string")
+        if self.json_object not in (True, False):
+            raise ValueError("structured_outputs.json_object must be True or False")
+        if self.choice is not None and not (
+            isinstance(self.choice, list | tuple)
+            and self.choice
+            and all(isinstance(text, str) and text for text in self.choice)
+        ):
+            raise ValueError("structured_outputs.choice must be a list of non-empty strings")
+        num_bytes = len(msgspec.json.encode(getattr(self, given[0])))
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise ValueError(
+                f"structured_outputs.{given[0]} holds {num_bytes} bytes: "
+                f"at most {MAX_GRAMMAR_BYTES} are allowed"
+            )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,7 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: None means up to max_model_len. min_tokens: before this many, EOS and
     stop_token_ids cannot be sampled and stop strings are not looked for.
     logprobs / prompt_logprobs: how many alternatives, besides the token itself; -1 is the whole
-    vocabulary. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
+    vocabulary. structured_outputs: what the output must look like; it wins over whatever else
+    limits the choice of tokens. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
     all so far in each output, "delta" only what is new, "final_only" yields once.
     """
 
@@ -52,6 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = []
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _canonicalize(self)
@@ -130,6 +176,8 @@ def _check_combinations(params: SamplingParams) -> None:
         raise ValueError("bad_words must hold non-empty strings only")
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise ValueError("allowed_token_ids is empty: nothing could be sampled; leave it None")
+    if not isinstance(params.structured_outputs, StructuredOutputsParams | None):
+        raise ValueError("structured_outputs must be a StructuredOutputsParams")
     if params.output_kind not in ("cumulative", "delta", "final_only"):
         raise ValueError(
             f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
@@ -137,6 +185,18 @@ def _check_combinations(params: SamplingParams) -> None:
     for name in ("stop_token_ids", "allowed_token_ids"):
         for token in getattr(params, name) or ():
             _require_int(name, token, 0)
+
+
+def _schema_text(schema: str | dict[str, Any]) -> str:
+    try:
+        text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+        if not isinstance(msgspec.json.decode(text), dict):
+            raise TypeError("it is no object")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"structured_outputs.json must be a JSON schema, as a dict or its text: {error}"
+        ) from None
+    return text
 
 
 def _number(params: SamplingParams, name: str) -> float:

@@ -22,6 +22,7 @@ import zmq
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import GrammarCompiler, TokenizerSource
 from nanovllm.core.scheduler import StepOutputs
 from nanovllm.core.sequence import Sequence
 from nanovllm.executor.base import Executor
@@ -66,11 +67,17 @@ class Client:
 
 
 class CoreServer:
-    """Serves any number of clients at `address` until `stop` is called."""
+    """Serves any number of clients at `address` until `stop` is called.
 
-    def __init__(self, config: EngineConfig, address: str) -> None:
+    load_tokenizer: for structured outputs, called with the first; without it they are refused.
+    """
+
+    def __init__(
+        self, config: EngineConfig, address: str, load_tokenizer: TokenizerSource | None = None
+    ) -> None:
         """Bind, so that clients can attach while the model loads. `ValueError`: address in use."""
         self._config = config
+        self._load_tokenizer = load_tokenizer
         self._epoch = secrets.token_hex(8)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToCore)
@@ -94,8 +101,7 @@ class CoreServer:
     def stop(self) -> None:
         """Ask the loop to end; callable from signal handlers and other threads."""
         self._stopping = True
-        with suppress(OSError):  # the loop may have seen it and closed everything by now
-            self._waker.send(b"\0")
+        self._wake()
 
     def close(self) -> None:
         """Release the address. Nothing can be served afterwards."""
@@ -124,7 +130,7 @@ class CoreServer:
             self.on_progress("starting", 0.0)
             executor = make_executor()
             self._info = executor.start()
-            self._core = EngineCore(self._config, executor, self._info)
+            self._core = self._make_core(executor, self._info)
             for client in list(self._clients.values()):
                 self._send(client, self._welcome(client))
             while not self._stopping:
@@ -139,6 +145,19 @@ class CoreServer:
                 executor.shutdown()
             self.close()
 
+    def _make_core(self, executor: Executor, info: WorkerInfo) -> EngineCore:
+        compiler = None
+        if self._load_tokenizer is not None:
+            compiler = GrammarCompiler(
+                self._load_tokenizer, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+            )
+        return EngineCore(self._config, executor, info, compiler=compiler, wake=self._wake)
+
+    def _wake(self) -> None:
+        """End a blocking poll; callable from signal handlers and other threads."""
+        with suppress(OSError):  # the loop may have closed everything by now, or have bytes enough
+            self._waker.send(b"\0")
+
     # ---- the busy loop
 
     def _turn(self, core: EngineCore) -> None:
@@ -149,13 +168,18 @@ class CoreServer:
             for client in list(self._clients.values()):
                 self._send(client, status)
         if not core.busy:
-            self._poller.poll(int((self._status_due - now) * 1e3) + 1)
+            due = min(self._status_due, core.next_deadline)
+            self._poller.poll(int(max(0.0, due - now) * 1e3) + 1)
         self._receive_all()
         if core.busy and not self._stopping:
             outputs = core.step()
             if outputs is not None:
                 self._collect(outputs)
                 self._flush()
+            for sequence, message in core.take_failures():
+                client = self._clients_by_id.get(sequence.client_id)
+                if client is not None:
+                    self._send(client, RequestFailed(sequence.number, message))
 
     def _receive_all(self) -> None:
         """Take in every frame that has arrived; never blocks."""

@@ -31,6 +31,7 @@ class ScheduledStep:
     plan: StepPlan
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
+    constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class StepOutputs:
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)  # their matchers say why
 
 
 class Scheduler:
@@ -121,7 +123,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step, or None if nothing can run before a result comes back."""
-        step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [])
+        step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [], [])
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(step, self._limits.max_num_batched_tokens)
@@ -162,6 +164,10 @@ class Scheduler:
                     sequence.stop_reason = token_id
                 self.finish(sequence, "stop")
                 outputs.finished.append(sequence)
+            elif sequence.matcher is not None and not sequence.matcher.accept(token_id):
+                failed = sequence.matcher.error is not None
+                self.finish(sequence, "error" if failed else "stop")
+                (outputs.failed if failed else outputs.finished).append(sequence)
             elif num_known >= sequence.max_total:
                 self.finish(sequence, "length")
                 outputs.finished.append(sequence)
@@ -183,6 +189,8 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens >= sequence.max_total:
                 continue  # its last token is sampled or pending; nothing is left to run
+            if sequence.matcher is not None and sequence.num_pending:
+                continue  # what it may sample next depends on the id that is on its way
             num_new = num_tokens - sequence.num_computed
             if num_new > 1:
                 num_new = min(num_new, cap, budget)
@@ -204,6 +212,8 @@ class Scheduler:
         end = start + num_new
         if end == len(sequence.token_ids) + sequence.num_pending:
             plan.sampling.append(len(plan.rows))
+            if sequence.matcher is not None:
+                step.constrained.append(len(step.sampled))
             step.sampled.append(sequence)
             sequence.num_pending += 1
         plan.rows.append(sequence.row)
