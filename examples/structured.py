@@ -15,7 +15,7 @@ PERSON = {
     "additionalProperties": False,
 }
 ARITHMETIC = """
-start: number (" " ("+" | "-" | "*") " " number)+
+start: number (" " ("+" | "-" | "*") " " number)~1..4
 number: /[1-9][0-9]?/
 """
 TASKS = {

@@ -196,12 +196,16 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it."""
+    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it.
+
+    `last_is_text`: a grammar was complete with the last token, which is no EOS or stop token then.
+    """
 
     number: int
     reason: FinishReason
     stop_reason: int | None
     num_preemptions: int
+    last_is_text: bool = False
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):

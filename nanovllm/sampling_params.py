@@ -31,7 +31,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     json_object: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        fields = msgspec.structs.asdict(self)
+        given = [name for name, value in fields.items() if value not in (None, False)]
         if len(given) != 1:
             raise ValueError(
                 "structured_outputs needs exactly one of json, regex, choice, grammar and "
@@ -69,9 +70,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: None means up to max_model_len. min_tokens: before this many, EOS and
     stop_token_ids cannot be sampled and stop strings are not looked for.
     logprobs / prompt_logprobs: how many alternatives, besides the token itself; -1 is the whole
-    vocabulary. structured_outputs: what the output must look like; it wins over whatever else
-    limits the choice of tokens. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
+    vocabulary. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
     all so far in each output, "delta" only what is new, "final_only" yields once.
+    structured_outputs: what the output must be; it wins over all else that limits the choice.
     """
 
     n: int = 1
@@ -102,6 +103,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def __post_init__(self) -> None:
         _canonicalize(self)
         _check_ranges(self)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError("structured_outputs must be a StructuredOutputsParams")
         _check_combinations(self)
 
     @property
@@ -176,8 +179,6 @@ def _check_combinations(params: SamplingParams) -> None:
         raise ValueError("bad_words must hold non-empty strings only")
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise ValueError("allowed_token_ids is empty: nothing could be sampled; leave it None")
-    if not isinstance(params.structured_outputs, StructuredOutputsParams | None):
-        raise ValueError("structured_outputs must be a StructuredOutputsParams")
     if params.output_kind not in ("cumulative", "delta", "final_only"):
         raise ValueError(
             f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"

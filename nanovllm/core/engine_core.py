@@ -221,8 +221,7 @@ class EngineCore:
         del self._sequences[sequence.client_id, sequence.number]
         if message is None:
             assert sequence.matcher is not None
-            message = f"structured_outputs: the grammar went beyond its limits or its input: "
-            message += f"{sequence.matcher.error}"
+            message = f"structured_outputs: cannot go on: {sequence.matcher.error}"
         self._failures.append((sequence, message))
 
     def _count_step(self) -> None:

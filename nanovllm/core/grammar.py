@@ -41,7 +41,7 @@ class Family:
 
     @property
     def is_spent(self) -> bool:
-        """Whether it is time for a fresh lexer: after an error, or as so many may have filled it."""
+        """Whether it is time for a fresh lexer: after an error, or many copies."""
         return self.failed or self.num_copies >= MAX_COPIES
 
 

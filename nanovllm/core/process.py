@@ -177,9 +177,9 @@ class CoreServer:
                 self._collect(outputs)
                 self._flush()
             for sequence, message in core.take_failures():
-                client = self._clients_by_id.get(sequence.client_id)
-                if client is not None:
-                    self._send(client, RequestFailed(sequence.number, message))
+                if sequence.client_id in self._clients_by_id:
+                    sender = self._clients_by_id[sequence.client_id]
+                    self._send(sender, RequestFailed(sequence.number, message))
 
     def _receive_all(self) -> None:
         """Take in every frame that has arrived; never blocks."""
@@ -309,6 +309,7 @@ class CoreServer:
                 sequence.finish_reason,
                 sequence.stop_reason,
                 sequence.num_preemptions,
+                sequence.last_is_text,
             )
             client.outputs.finished.append(finished)
 

@@ -139,13 +139,8 @@ class Scheduler:
         """Take in a step's sampled ids, oldest step first."""
         outputs = StepOutputs(started=self._started)
         self._started = []
-        for index, logprobs in result.prompt_logprobs.items():
-            sequence = step.sequences[index]
-            # A preempted sequence runs its prompt again: what was reported is not repeated.
-            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
-            if new and sequence.status is not Status.FINISHED:
-                sequence.num_prompt_logprobs += len(new)
-                outputs.prompt_logprobs.append((sequence, new))
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(step, result, outputs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
@@ -165,9 +160,7 @@ class Scheduler:
                 self.finish(sequence, "stop")
                 outputs.finished.append(sequence)
             elif sequence.matcher is not None and not sequence.matcher.accept(token_id):
-                failed = sequence.matcher.error is not None
-                self.finish(sequence, "error" if failed else "stop")
-                (outputs.failed if failed else outputs.finished).append(sequence)
+                self._end_of_grammar(sequence, token_id, outputs)
             elif num_known >= sequence.max_total:
                 self.finish(sequence, "length")
                 outputs.finished.append(sequence)
@@ -175,6 +168,28 @@ class Scheduler:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
         return outputs
+
+    def _take_prompt_logprobs(
+        self, step: ScheduledStep, result: StepResult, outputs: StepOutputs
+    ) -> None:
+        for index, logprobs in result.prompt_logprobs.items():
+            sequence = step.sequences[index]
+            # A preempted sequence runs its prompt again: what was reported is not repeated.
+            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+            if new and sequence.status is not Status.FINISHED:
+                sequence.num_prompt_logprobs += len(new)
+                outputs.prompt_logprobs.append((sequence, new))
+
+    def _end_of_grammar(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> None:
+        """Its matcher takes no more: the output is complete, or cannot be completed."""
+        assert sequence.matcher is not None
+        if sequence.matcher.error is None:
+            sequence.last_is_text = token_id not in self._eos_token_ids
+            self.finish(sequence, "stop")
+            outputs.finished.append(sequence)
+        else:
+            self.finish(sequence, "error")
+            outputs.failed.append(sequence)
 
     # ---- running sequences
 

@@ -33,6 +33,7 @@ class Sequence:
         "client_id",
         "finish_reason",
         "forks",
+        "last_is_text",
         "leader",
         "matcher",
         "max_total",
@@ -85,6 +86,7 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.last_is_text = False  # it stopped because its grammar was complete
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far

@@ -36,7 +36,7 @@ def unpack_masks(
 def apply_masks(logits: Tensor, masks: TokenMasks, unedited: dict[int, Tensor]) -> None:
     """Forbid in place what the masks do not allow.
 
-    logits: [num_targets, vocab_size]. unedited: target → its logits before other edits, [vocab_size].
+    logits: [num_targets, vocab_size]. unedited: target → its logits before the other edits.
     """
     if len(masks.targets) == len(logits):  # they are in order, so this is every target
         logits.masked_fill_(~masks.allowed, -torch.inf)

@@ -1,8 +1,8 @@
 """Chooses the next token of every row that samples; `ModelRunner` calls it once per step.
 
 Owns the order of operations, which is vLLM's: raw log-probabilities; allowed ids, bad words,
-min_tokens, logit_bias; grammar masks; penalties; greedy choice, or temperature, min-p, top-k, top-p and a draw.
-An operation runs only if some row of the batch asks for it, as the host's mirror knows.
+min_tokens, logit_bias; what a grammar allows; penalties; greedy choice, or temperature, min-p,
+top-k, top-p and a draw. An operation runs only if some row of the batch asks for it.
 """
 
 from dataclasses import dataclass
