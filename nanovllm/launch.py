@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.process import CoreServer, stop_on_signals, watch_owner
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
@@ -105,14 +106,15 @@ def core_main(argv: list[str] | None = None) -> int:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
-        load_tokenizer = None
-        if not config.model.skip_tokenizer_init:
-            load_tokenizer = partial(load_tokenizer_json, config)
-        server = CoreServer(config, arguments.address, load_tokenizer)
+        server = CoreServer(config, arguments.address)
         stop_on_signals(server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
-        server.run(partial(make_executor, config, server.on_progress))
+        make_compiler = partial(GrammarCompiler, partial(load_tokenizer_json, config))
+        server.run(
+            partial(make_executor, config, server.on_progress),
+            None if config.model.skip_tokenizer_init else make_compiler,
+        )
     except ValueError as error:
         if arguments.owner_fd is None:  # an owner has been told, and tells its user
             print(f"nanovllm-core: {error}", file=sys.stderr)

@@ -35,7 +35,6 @@ class EngineCore:
         config: EngineConfig,
         executor: Executor,
         info: WorkerInfo,
-        *,
         compiler: GrammarCompiler | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:

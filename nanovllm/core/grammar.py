@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from nanovllm.protocol import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -83,15 +84,13 @@ class Matcher:
 class GrammarCompiler:
     """Knows the vocabulary. Threads may share it; nothing is loaded before it is needed.
 
-    vocab_size, eos_token_ids: the model's; the tokenizer may have fewer tokens, or more.
+    info: of the model, whose vocabulary may be smaller or larger than its tokenizer's.
     """
 
-    def __init__(
-        self, load_tokenizer: TokenizerSource, *, vocab_size: int, eos_token_ids: list[int]
-    ) -> None:
+    def __init__(self, load_tokenizer: TokenizerSource, info: WorkerInfo) -> None:
         self._load_tokenizer = load_tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._vocab_size = info.vocab_size
+        self._eos_token_ids = info.eos_token_ids
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
         self._lock = threading.Lock()
@@ -152,6 +151,9 @@ class GrammarCompiler:
             matcher._note_error()
         known = -(-self._vocab_size // 32)
         return [row.tobytes() for row in words[:, :known]]
+
+
+MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]
 
 
 def _as_grammar(wanted: StructuredOutputsParams) -> tuple[str, str]:

@@ -22,7 +22,7 @@ import zmq
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import GrammarCompiler, TokenizerSource
+from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.scheduler import StepOutputs
 from nanovllm.core.sequence import Sequence
 from nanovllm.executor.base import Executor
@@ -67,17 +67,11 @@ class Client:
 
 
 class CoreServer:
-    """Serves any number of clients at `address` until `stop` is called.
+    """Serves any number of clients at `address` until `stop` is called."""
 
-    load_tokenizer: for structured outputs, called with the first; without it they are refused.
-    """
-
-    def __init__(
-        self, config: EngineConfig, address: str, load_tokenizer: TokenizerSource | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, address: str) -> None:
         """Bind, so that clients can attach while the model loads. `ValueError`: address in use."""
         self._config = config
-        self._load_tokenizer = load_tokenizer
         self._epoch = secrets.token_hex(8)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToCore)
@@ -103,6 +97,10 @@ class CoreServer:
         self._stopping = True
         self._wake()
 
+    def _wake(self) -> None:
+        with suppress(OSError):  # the loop may have closed everything by now, or have bytes enough
+            self._waker.send(b"\0")
+
     def close(self) -> None:
         """Release the address. Nothing can be served afterwards."""
         self._stopping = True
@@ -123,14 +121,20 @@ class CoreServer:
             for client in list(self._clients.values()):
                 self._send(client, self._last_loading)
 
-    def run(self, make_executor: Callable[[], Executor]) -> None:
-        """Load, then serve until stopped. Whatever goes wrong is told to every client first."""
+    def run(
+        self, make_executor: Callable[[], Executor], make_compiler: MakeCompiler | None = None
+    ) -> None:
+        """Load, then serve until stopped. Whatever goes wrong is told to every client first.
+
+        make_compiler: for structured outputs, which are refused without.
+        """
         executor: Executor | None = None
         try:
             self.on_progress("starting", 0.0)
             executor = make_executor()
             self._info = executor.start()
-            self._core = self._make_core(executor, self._info)
+            compiler = make_compiler(self._info) if make_compiler else None
+            self._core = EngineCore(self._config, executor, self._info, compiler, self._wake)
             for client in list(self._clients.values()):
                 self._send(client, self._welcome(client))
             while not self._stopping:
@@ -144,19 +148,6 @@ class CoreServer:
             if executor is not None:
                 executor.shutdown()
             self.close()
-
-    def _make_core(self, executor: Executor, info: WorkerInfo) -> EngineCore:
-        compiler = None
-        if self._load_tokenizer is not None:
-            compiler = GrammarCompiler(
-                self._load_tokenizer, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
-            )
-        return EngineCore(self._config, executor, info, compiler=compiler, wake=self._wake)
-
-    def _wake(self) -> None:
-        """End a blocking poll; callable from signal handlers and other threads."""
-        with suppress(OSError):  # the loop may have closed everything by now, or have bytes enough
-            self._waker.send(b"\0")
 
     # ---- the busy loop
 
@@ -177,8 +168,7 @@ class CoreServer:
                 self._collect(outputs)
                 self._flush()
             for sequence, message in core.take_failures():
-                if sequence.client_id in self._clients_by_id:
-                    sender = self._clients_by_id[sequence.client_id]
+                if sender := self._clients_by_id.get(sequence.client_id):
                     self._send(sender, RequestFailed(sequence.number, message))
 
     def _receive_all(self) -> None:
