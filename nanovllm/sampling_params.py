@@ -31,8 +31,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     json_object: bool = False
 
     def __post_init__(self) -> None:
-        fields = msgspec.structs.asdict(self)
-        given = [name for name, value in fields.items() if value not in (None, False)]
+        given = self._given
         if len(given) != 1:
             raise ValueError(
                 "structured_outputs needs exactly one of json, regex, choice, grammar and "
@@ -52,12 +51,22 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             and all(isinstance(text, str) and text for text in self.choice)
         ):
             raise ValueError("structured_outputs.choice must be a list of non-empty strings")
-        num_bytes = len(msgspec.json.encode(getattr(self, given[0])))
+        num_bytes = len(msgspec.json.encode(getattr(self, self.kind)))
         if num_bytes > MAX_GRAMMAR_BYTES:
             raise ValueError(
-                f"structured_outputs.{given[0]} holds {num_bytes} bytes: "
+                f"structured_outputs.{self.kind} holds {num_bytes} bytes: "
                 f"at most {MAX_GRAMMAR_BYTES} are allowed"
             )
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set."""
+        return self._given[0]
+
+    @property
+    def _given(self) -> list[str]:
+        fields = msgspec.structs.asdict(self)
+        return [name for name, value in fields.items() if value not in (None, False)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

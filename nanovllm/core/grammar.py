@@ -121,14 +121,17 @@ class GrammarCompiler:
 
         self.load()
         assert self._tokenizer is not None
-        name, text = _as_grammar(wanted)
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = LLMatcher(self._tokenizer, text, log_level=LOG_NOTHING, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # the first one builds most of the lexer: not in the loop
-        if matcher.is_error():
-            why = _first_line(matcher.get_error())
-            raise ValueError(f"structured_outputs.{name} cannot be used: {why}")
+        try:
+            text = _as_grammar(wanted)
+            matcher = LLMatcher(self._tokenizer, text, log_level=LOG_NOTHING, limits=limits)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # the first one builds most of the lexer: not in the loop
+            if matcher.is_error():
+                raise ValueError(matcher.get_error())
+        except ValueError as error:
+            why = _first_line(str(error))
+            raise ValueError(f"structured_outputs.{wanted.kind} cannot be used: {why}") from None
         return Matcher(matcher, Family())
 
     def fill_masks(self, matchers: Sequence[Matcher]) -> list[bytes]:
@@ -156,23 +159,20 @@ class GrammarCompiler:
 MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]
 
 
-def _as_grammar(wanted: StructuredOutputsParams) -> tuple[str, str]:
-    """The field that is set, and llguidance's form of it. Raises `ValueError`."""
+def _as_grammar(wanted: StructuredOutputsParams) -> str:
+    """llguidance's form of it. Raises `ValueError`."""
     from llguidance import LLMatcher, grammar_from
 
-    if wanted.json_object or wanted.json is not None:
-        name = "json_object" if wanted.json is None else "json"
-        schema = wanted.json or {"type": "object"}
-        return name, LLMatcher.grammar_from_json_schema(
-            schema, defaults={"whitespace_pattern": JSON_WHITESPACE, "whitespace_flexible": True}
-        )
     if wanted.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(wanted.regex)
+        return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         texts = " | ".join(map(json.dumps, wanted.choice))  # Lark's strings are JSON's
-        return "choice", LLMatcher.grammar_from_lark(f"start: {texts}")
-    assert wanted.grammar is not None
-    return "grammar", grammar_from("grammar", wanted.grammar)
+        return LLMatcher.grammar_from_lark(f"start: {texts}")
+    if wanted.grammar is not None:
+        return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
+    return LLMatcher.grammar_from_json_schema(
+        wanted.json or {"type": "object"}, defaults={"whitespace_pattern": JSON_WHITESPACE}
+    )
 
 
 def cache_key(wanted: StructuredOutputsParams) -> bytes:
