@@ -178,7 +178,7 @@ class EngineCore:
             step=self._num_steps,
             last_step_ms=self._last_step_s * 1e3,
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + self._compilations.num_waiting,
             num_blocks=blocks.num_blocks - 1,
             num_free_blocks=blocks.num_free_blocks,
             num_clients=num_clients,
