@@ -8,9 +8,10 @@ answered in time without it.
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from queue import Empty, SimpleQueue
 
 from nanovllm.core.grammar import GrammarCompiler, Matcher, cache_key
@@ -19,7 +20,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 
 MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
 MAX_THREADS = 4  # that compile within their time …
-MAX_OVERDUE = 12  # … and those, besides, that nobody waits for any more
+MAX_LATE = 12  # … and those, besides, that nobody waits for any more
 
 Outcome = Matcher | ValueError
 
@@ -32,13 +33,23 @@ class Waiting:
     priority: int
 
 
+class Stage(Enum):
+    """Where a job is. LATE: in a thread still, but nobody waits for it any more."""
+
+    QUEUED = 0
+    RUNNING = 1
+    LATE = 2
+    ENDED = 3
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """One grammar, and the requests that wait for it."""
+    """One grammar, and the requests that wait for it. Its stage changes under the lock."""
 
     key: bytes
     wanted: StructuredOutputsParams
     since: float
+    stage: Stage = Stage.QUEUED
     waiting: list[Waiting] = field(default_factory=list)
 
 
@@ -54,9 +65,10 @@ class Compilations:
         self._wake = wake
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
         self._jobs: dict[bytes, Job] = {}  # those that somebody waits for
-        self._unstarted: list[Job] = []
+        self._lock = threading.Lock()  # of the next three
+        self._queue: deque[Job] = deque()
         self._num_threads = 0
-        self._num_overdue = 0  # of the threads
+        self._num_late = 0  # of the threads
         self._ended: SimpleQueue[tuple[Job, Outcome]] = SimpleQueue()
         self._loaded_at = math.inf
 
@@ -95,7 +107,8 @@ class Compilations:
         job = self._jobs.get(key)
         if job is None:
             job = self._jobs[key] = Job(key, wanted, time.monotonic())
-            self._unstarted.append(job)
+            with self._lock:
+                self._queue.append(job)
             self._start_threads()
         job.waiting.append(Waiting(sequences, priority))
         return None
@@ -117,26 +130,30 @@ class Compilations:
                 job, outcome = self._ended.get_nowait()
             except Empty:
                 break
-            self._num_threads -= 1
             self._remember(job.key, outcome)
             if self._jobs.get(job.key) is job:
                 over += self._end(job, outcome)
-            else:
-                self._num_overdue -= 1
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if now >= self._deadline(job)]:
+            over += self._give_up(job)
+        return over
+
+    def _give_up(self, job: Job) -> list[tuple[Waiting, Outcome]]:
+        with self._lock:
+            if job.stage is Stage.ENDED:
+                return []  # just now: it is collected the next time
             late = ValueError(
                 f"structured_outputs: not compiled within {self._timeout_s:g} s: simplify it, or "
                 "raise grammar_timeout_s"
             )
-            if job in self._unstarted:
-                self._unstarted.remove(job)
+            if job.stage is Stage.QUEUED:
+                self._queue.remove(job)
             else:
-                self._num_overdue += 1
+                job.stage = Stage.LATE
+                self._num_late += 1
                 self._remember(job.key, late)
-            over += self._end(job, late)
         self._start_threads()
-        return over
+        return self._end(job, late)
 
     def _end(self, job: Job, outcome: Outcome) -> list[tuple[Waiting, Outcome]]:
         del self._jobs[job.key]
@@ -150,23 +167,48 @@ class Compilations:
     def _deadline(self, job: Job) -> float:
         return max(job.since, self._loaded_at) + self._timeout_s
 
-    def _start_threads(self) -> None:
-        most = MAX_THREADS + min(self._num_overdue, MAX_OVERDUE)
-        while self._unstarted and self._num_threads < most:
-            job = self._unstarted.pop(0)
-            self._num_threads += 1
-            # A daemon: the process must be able to end while one compiles.
-            threading.Thread(target=self._run, args=(job,), name="grammar", daemon=True).start()
+    # ---- threads
 
-    def _run(self, job: Job) -> None:
+    @property
+    def _most_threads(self) -> int:
+        return MAX_THREADS + min(self._num_late, MAX_LATE)
+
+    def _start_threads(self) -> None:
+        with self._lock:
+            wanted = min(len(self._queue), self._most_threads - self._num_threads)
+            self._num_threads += max(0, wanted)
+        for _ in range(wanted):
+            # A daemon: the process must be able to end while one compiles.
+            threading.Thread(target=self._run, name="grammar", daemon=True).start()
+
+    def _run(self) -> None:
+        """Compile what is queued, without waiting for the loop: a step may take long."""
+        while (job := self._take()) is not None:
+            outcome = self._compile(job.wanted)
+            with self._lock:
+                if job.stage is Stage.LATE:
+                    self._num_late -= 1
+                job.stage = Stage.ENDED
+            self._ended.put((job, outcome))
+            self._wake()
+
+    def _take(self) -> Job | None:
+        """The next job; None if this thread is one too many, which ends it."""
+        with self._lock:
+            if not self._queue or self._num_threads > self._most_threads:
+                self._num_threads -= 1
+                return None
+            job = self._queue.popleft()
+            job.stage = Stage.RUNNING
+            return job
+
+    def _compile(self, wanted: StructuredOutputsParams) -> Outcome:
         assert self._compiler is not None
         try:
             self._compiler.load()
             self._loaded_at = min(self._loaded_at, time.monotonic())
-            outcome: Outcome = self._compiler.compile(job.wanted)
+            return self._compiler.compile(wanted)
         except ValueError as error:
-            outcome = error
+            return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only
-            outcome = ValueError(f"structured_outputs: {type(error).__name__}: {error}")
-        self._ended.put((job, outcome))
-        self._wake()
+            return ValueError(f"structured_outputs: {type(error).__name__}: {error}")

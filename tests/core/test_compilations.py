@@ -160,7 +160,7 @@ def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
 
 def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
-    monkeypatch.setattr(compilations_module, "MAX_OVERDUE", 0)
+    monkeypatch.setattr(compilations_module, "MAX_LATE", 0)
     bench = Bench(timeout_s=0.15)
     bench.compiler.load()
     bench.begin("slow", sequence(1))
@@ -185,3 +185,18 @@ def until(condition: Callable[[], bool], bench: Bench) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
         bench.compilations.collect()
+
+
+def test_threads_go_on_with_what_is_queued_while_the_loop_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is collected, so nothing but the threads themselves can start the later ones."""
+    monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
+    bench = Bench()
+    for number in range(5):
+        bench.begin("a" * (number + 1), sequence(number))
+    deadline = time.monotonic() + WAIT_S
+    while len(bench.compiler.asked) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert [waiting.sequences[0].number for waiting, _ in bench.collect(5)] == list(range(5))
