@@ -4,7 +4,8 @@
 
 Samples at temperature 1 from many schemas, regexes, choices and grammars at once. An output cut by
 max_tokens is no whole output and is counted apart. Then replays the outputs through the core's part
-of the work, 32 at a time: mask, plan transport (encode, decode), accepting the token.
+of the work, 32 at a time: mask, plan transport (encode, decode), accepting the token;
+in CPU time of all threads, best of five, each with a lexer that has to warm up.
 """
 
 import argparse
@@ -167,7 +168,7 @@ def generate(model: str, num_outputs: int) -> dict[str, list[list[int]]]:
 
 
 def measure(model: str, token_ids: dict[str, list[list[int]]]) -> None:
-    """Host time per constrained token, by kind of work, with a batch of 32 rows."""
+    """CPU time per constrained token, by kind of work, with a batch of 32 rows."""
     tokenizer = Tokenizer.load(model)
     eos = tokenizer.eos_token_id
     info = WorkerInfo(
