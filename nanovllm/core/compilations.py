@@ -85,6 +85,8 @@ class Compilations:
     @property
     def has_news(self) -> bool:
         """Whether `collect` would return anything."""
+        if not self._jobs and self._ended.empty():
+            return False  # nearly always, and asked several times a step
         return not self._ended.empty() or time.monotonic() >= self.next_deadline
 
     def begin(

@@ -70,8 +70,8 @@ class EngineCore:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
         return (
             bool(self._inflight)
-            or len(self._sequences) > self._compilations.num_waiting
             or self._compilations.has_news
+            or (bool(self._sequences) and len(self._sequences) > self._compilations.num_waiting)
         )
 
     @property
