@@ -22,6 +22,7 @@ _HOMES = {
     "RequestFailedError": "nanovllm.frontend.errors",
     "RequestOutput": "nanovllm.frontend.outputs",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 

@@ -132,6 +132,14 @@ class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 60.0
 
 
+class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Structured outputs."""
+
+    grammar_timeout_s: Annotated[
+        float, Meta(gt=0, description="most seconds one schema or grammar may take to compile")
+    ] = 2.0
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
 
@@ -140,6 +148,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scheduler: SchedulerConfig = SchedulerConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    grammar: GrammarConfig = GrammarConfig()
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
@@ -164,6 +173,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "scheduler": SchedulerConfig,
     "synthetic": SyntheticConfig,
     "supervision": SupervisionConfig,
+    "grammar": GrammarConfig,
 }
 _T = TypeVar("_T")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.process import CoreServer, stop_on_signals, watch_owner
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
@@ -104,6 +105,13 @@ def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Execut
     return executor
 
 
+def load_tokenizer_json(config: EngineConfig) -> str:
+    """The model's tokenizer, for the grammars of structured outputs. `ValueError`: it has none."""
+    from nanovllm.frontend.tokenizer import Tokenizer  # with the first such request
+
+    return Tokenizer.load(config.model.tokenizer or config.model.model).to_json()
+
+
 def core_main(argv: list[str] | None = None) -> int:
     """Run a core in this process until it is told to stop. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -126,7 +134,11 @@ def core_main(argv: list[str] | None = None) -> int:
         stop_on_signals(server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
-        server.run(partial(make_executor, config, server.on_progress))
+        make_compiler = partial(GrammarCompiler, partial(load_tokenizer_json, config))
+        server.run(
+            partial(make_executor, config, server.on_progress),
+            None if config.model.skip_tokenizer_init else make_compiler,
+        )
     except ValueError as error:
         if arguments.owner_fd is None:  # an owner has been told, and tells its user
             print(f"nanovllm-core: {error}", file=sys.stderr)

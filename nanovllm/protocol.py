@@ -116,6 +116,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
     `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
     stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
+    `masks` maps an index j into `sampling` to the ids that may be sampled there, one bit each in
+    little-endian 32-bit words; an index that is missing is free.
     Order of effects: new_rows, block_appends, then the forward pass.
     """
 
@@ -126,6 +128,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     num_computed: list[int]
     num_scheduled: list[int]
     sampling: list[int]
+    masks: dict[int, bytes] = {}
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -195,12 +198,16 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it."""
+    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it.
+
+    `last_is_text`: a grammar was complete with the last token, which is no EOS or stop token then.
+    """
 
     number: int
     reason: FinishReason
     stop_reason: int | None
     num_preemptions: int
+    last_is_text: bool = False
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -5,7 +5,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +14,60 @@ GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
 INT32_MAX = 2**31 - 1  # the device's integers
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+MAX_GRAMMAR_BYTES = 1 << 17  # of a schema, regex, grammar or all choices together
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the output must be, from its first to its last character: exactly one of these.
+
+    json: a JSON schema, as a dict or as text (which is what a dict becomes). json_object: any JSON
+    object. regex: in the syntax of Rust's `regex` crate, matched as a whole. choice: one of these
+    texts. grammar: context-free, in Lark's or in GBNF/EBNF notation, from its rule `start`/`root`.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        given = self._given
+        if len(given) != 1:
+            raise ValueError(
+                "structured_outputs needs exactly one of json, regex, choice, grammar and "
+                f"json_object, not {' and '.join(given) or 'none'}"
+            )
+        if self.json is not None:
+            msgspec.structs.force_setattr(self, "json", _schema_text(self.json))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"structured_outputs.{name} must be a non-empty string")
+        if self.json_object not in (True, False):
+            raise ValueError("structured_outputs.json_object must be True or False")
+        if self.choice is not None and not (
+            isinstance(self.choice, list | tuple)
+            and self.choice
+            and all(isinstance(text, str) and text for text in self.choice)
+        ):
+            raise ValueError("structured_outputs.choice must be a list of non-empty strings")
+        num_bytes = len(msgspec.json.encode(getattr(self, self.kind)))
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise ValueError(
+                f"structured_outputs.{self.kind} holds {num_bytes} bytes: "
+                f"at most {MAX_GRAMMAR_BYTES} are allowed"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set."""
+        return self._given[0]
+
+    @property
+    def _given(self) -> list[str]:
+        fields = msgspec.structs.asdict(self)
+        return [name for name, value in fields.items() if value not in (None, False)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -28,6 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs / prompt_logprobs: how many alternatives, besides the token itself; -1 is the whole
     vocabulary. logit_bias: token id to an addend in [-100, 100]. output_kind: "cumulative" repeats
     all so far in each output, "delta" only what is new, "final_only" yields once.
+    structured_outputs: what the output must be; it wins over all else that limits the choice.
     """
 
     n: int = 1
@@ -53,10 +108,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = []
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _canonicalize(self)
         _check_ranges(self)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError("structured_outputs must be a StructuredOutputsParams")
         _check_combinations(self)
 
     @property
@@ -138,6 +196,18 @@ def _check_combinations(params: SamplingParams) -> None:
     for name in ("stop_token_ids", "allowed_token_ids"):
         for token in getattr(params, name) or ():
             _require_int(name, token, 0)
+
+
+def _schema_text(schema: str | dict[str, Any]) -> str:
+    try:
+        text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+        if not isinstance(msgspec.json.decode(text), dict):
+            raise TypeError("it is no object")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"structured_outputs.json must be a JSON schema, as a dict or its text: {error}"
+        ) from None
+    return text
 
 
 def _number(params: SamplingParams, name: str) -> float:

@@ -41,7 +41,7 @@ ARROWS = {
     "executor": {"worker"},
     "flags": set(),
     "frontend": {"launch"},
-    "launch": {"core.process", "executor", "flags"},
+    "launch": {"core.grammar", "core.process", "executor", "flags", "frontend.tokenizer"},
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},

@@ -5,7 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import (
+    MAX_GRAMMAR_BYTES,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 
 def test_defaults_are_vllm_s() -> None:
@@ -105,3 +109,43 @@ def test_it_is_frozen_and_is_validated_again_when_decoded() -> None:
         msgspec.msgpack.decode(msgspec.msgpack.encode({"top_p": 7.0}), type=SamplingParams)
     with pytest.raises(TypeError):
         SamplingParams(temprature=0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "exactly one of json, regex, .* not none"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one of .* not regex and choice"),
+        ({"json_object": False}, "not none"),
+        ({"json": "[1]"}, "structured_outputs.json must be a JSON schema"),
+        ({"json": "{"}, "structured_outputs.json must be a JSON schema"),
+        ({"json": {"a": object()}}, "structured_outputs.json must be a JSON schema"),
+        ({"json": 3}, "structured_outputs.json must be a JSON schema"),
+        ({"json": "[" * 100_000}, "structured_outputs.json must be a JSON schema"),
+        ({"regex": ""}, "structured_outputs.regex must be a non-empty string"),
+        ({"grammar": 5}, "structured_outputs.grammar must be a non-empty string"),
+        ({"choice": []}, "structured_outputs.choice must be a list"),
+        ({"choice": ["a", ""]}, "structured_outputs.choice must be a list"),
+        ({"choice": "ab"}, "structured_outputs.choice must be a list"),
+        ({"json_object": "yes"}, "structured_outputs.json_object must be"),
+        ({"regex": "a" * MAX_GRAMMAR_BYTES}, f"at most {MAX_GRAMMAR_BYTES}"),
+    ],
+)
+def test_structured_outputs_are_one_thing_and_name_their_field(
+    wanted: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**wanted)
+
+
+def test_structured_outputs_cross_a_socket_and_a_schema_becomes_text() -> None:
+    wanted = StructuredOutputsParams(json={"type": "integer", "maximum": 2**70})
+    assert wanted.kind == "json" and isinstance(wanted.json, str)
+    params = SamplingParams(structured_outputs=wanted)
+    encoded = msgspec.msgpack.encode(params)
+    assert msgspec.msgpack.decode(encoded, type=SamplingParams) == params
+    bad = msgspec.msgpack.encode({"structured_outputs": {"regex": "a", "json": {}}})
+    with pytest.raises(msgspec.ValidationError, match="exactly one"):
+        msgspec.msgpack.decode(bad, type=SamplingParams)
+    with pytest.raises(ValueError, match="must be a StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]

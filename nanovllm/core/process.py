@@ -22,6 +22,7 @@ import zmq
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.scheduler import StepOutputs
 from nanovllm.core.sequence import Sequence
 from nanovllm.executor.base import Executor
@@ -94,7 +95,10 @@ class CoreServer:
     def stop(self) -> None:
         """Ask the loop to end; callable from signal handlers and other threads."""
         self._stopping = True
-        with suppress(OSError):  # the loop may have seen it and closed everything by now
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # the loop may have closed everything by now, or have bytes enough
             self._waker.send(b"\0")
 
     def close(self) -> None:
@@ -117,14 +121,20 @@ class CoreServer:
             for client in list(self._clients.values()):
                 self._send(client, self._last_loading)
 
-    def run(self, make_executor: Callable[[], Executor]) -> None:
-        """Load, then serve until stopped. Whatever goes wrong is told to every client first."""
+    def run(
+        self, make_executor: Callable[[], Executor], make_compiler: MakeCompiler | None = None
+    ) -> None:
+        """Load, then serve until stopped. Whatever goes wrong is told to every client first.
+
+        make_compiler: for structured outputs, which are refused without.
+        """
         executor: Executor | None = None
         try:
             self.on_progress("starting", 0.0)
             executor = make_executor()
             self._info = executor.start()
-            self._core = EngineCore(self._config, executor, self._info)
+            compiler = make_compiler(self._info) if make_compiler else None
+            self._core = EngineCore(self._config, executor, self._info, compiler, self._wake)
             for client in list(self._clients.values()):
                 self._send(client, self._welcome(client))
             while not self._stopping:
@@ -149,13 +159,17 @@ class CoreServer:
             for client in list(self._clients.values()):
                 self._send(client, status)
         if not core.busy:
-            self._poller.poll(int((self._status_due - now) * 1e3) + 1)
+            due = min(self._status_due, core.next_deadline)
+            self._poller.poll(int(max(0.0, due - now) * 1e3) + 1)
         self._receive_all()
         if core.busy and not self._stopping:
             outputs = core.step()
             if outputs is not None:
                 self._collect(outputs)
                 self._flush()
+            for sequence, message in core.take_failures():
+                if sender := self._clients_by_id.get(sequence.client_id):
+                    self._send(sender, RequestFailed(sequence.number, message))
 
     def _receive_all(self) -> None:
         """Take in every frame that has arrived; never blocks."""
@@ -285,6 +299,7 @@ class CoreServer:
                 sequence.finish_reason,
                 sequence.stop_reason,
                 sequence.num_preemptions,
+                sequence.last_is_text,
             )
             client.outputs.finished.append(finished)
 

@@ -31,6 +31,7 @@ class ScheduledStep:
     plan: StepPlan
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
+    constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class StepOutputs:
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)  # their matchers say why
 
 
 class Scheduler:
@@ -121,7 +123,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step, or None if nothing can run before a result comes back."""
-        step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [])
+        step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [], [])
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
         budget = self._schedule_running(step, self._limits.max_num_batched_tokens)
@@ -137,13 +139,8 @@ class Scheduler:
         """Take in a step's sampled ids, oldest step first."""
         outputs = StepOutputs(started=self._started)
         self._started = []
-        for index, logprobs in result.prompt_logprobs.items():
-            sequence = step.sequences[index]
-            # A preempted sequence runs its prompt again: what was reported is not repeated.
-            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
-            if new and sequence.status is not Status.FINISHED:
-                sequence.num_prompt_logprobs += len(new)
-                outputs.prompt_logprobs.append((sequence, new))
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(step, result, outputs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
@@ -162,6 +159,8 @@ class Scheduler:
                     sequence.stop_reason = token_id
                 self.finish(sequence, "stop")
                 outputs.finished.append(sequence)
+            elif sequence.matcher is not None and not sequence.matcher.accept(token_id):
+                self._end_of_grammar(sequence, token_id, outputs)
             elif num_known >= sequence.max_total:
                 self.finish(sequence, "length")
                 outputs.finished.append(sequence)
@@ -169,6 +168,28 @@ class Scheduler:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
         return outputs
+
+    def _take_prompt_logprobs(
+        self, step: ScheduledStep, result: StepResult, outputs: StepOutputs
+    ) -> None:
+        for index, logprobs in result.prompt_logprobs.items():
+            sequence = step.sequences[index]
+            # A preempted sequence runs its prompt again: what was reported is not repeated.
+            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+            if new and sequence.status is not Status.FINISHED:
+                sequence.num_prompt_logprobs += len(new)
+                outputs.prompt_logprobs.append((sequence, new))
+
+    def _end_of_grammar(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> None:
+        """Its matcher takes no more: the output is complete, or cannot be completed."""
+        assert sequence.matcher is not None
+        if sequence.matcher.error is None:
+            sequence.last_is_text = token_id not in self._eos_token_ids
+            self.finish(sequence, "stop")
+            outputs.finished.append(sequence)
+        else:
+            self.finish(sequence, "error")
+            outputs.failed.append(sequence)
 
     # ---- running sequences
 
@@ -183,6 +204,8 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens >= sequence.max_total:
                 continue  # its last token is sampled or pending; nothing is left to run
+            if sequence.matcher is not None and sequence.num_pending:
+                continue  # what it may sample next depends on the id that is on its way
             num_new = num_tokens - sequence.num_computed
             if num_new > 1:
                 num_new = min(num_new, cap, budget)
@@ -204,6 +227,8 @@ class Scheduler:
         end = start + num_new
         if end == len(sequence.token_ids) + sequence.num_pending:
             plan.sampling.append(len(plan.rows))
+            if sequence.matcher is not None:
+                step.constrained.append(len(step.sampled))
             step.sampled.append(sequence)
             sequence.num_pending += 1
         plan.rows.append(sequence.row)

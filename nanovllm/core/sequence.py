@@ -8,6 +8,7 @@ device; `len(token_ids) + num_pending` is the length by count, `len(token_ids)` 
 import sys
 from enum import Enum
 
+from nanovllm.core.grammar import Matcher
 from nanovllm.protocol import FinishReason
 from nanovllm.sampling_params import SamplingParams
 
@@ -32,7 +33,9 @@ class Sequence:
         "client_id",
         "finish_reason",
         "forks",
+        "last_is_text",
         "leader",
+        "matcher",
         "max_total",
         "min_total",
         "next_registration",
@@ -74,6 +77,7 @@ class Sequence:
         self.cache_salt: str | None = None
         self.leader: Sequence | None = None  # the sibling whose prompt blocks it may share
         self.forks: list[Sequence] = []  # siblings that wait for this prompt to be computed
+        self.matcher: Matcher | None = None  # where it is in its grammar, after all known tokens
         self.row = -1
         self.block_ids: list[int] = []
         self.capacity = 0  # tokens that fit into block_ids
@@ -82,6 +86,7 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.last_is_text = False  # it stopped because its grammar was complete
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far

@@ -87,8 +87,8 @@ class Completion:
         stopped = False
         if self.detokenizer is not None:
             # The token that ended it is not text, be it EOS or one of stop_token_ids.
-            params = self.request.params
-            cut = end is not None and end.reason == "stop" and not params.include_stop_str_in_output
+            cut = end is not None and end.reason == "stop" and not end.last_is_text
+            cut = cut and not self.request.params.include_stop_str_in_output
             text_ids = arrived[:-1] if cut else arrived
             if self.stops is None:
                 self.text += self.detokenizer.feed(text_ids)

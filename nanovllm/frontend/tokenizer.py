@@ -115,6 +115,10 @@ class Tokenizer:
         except KeyError:
             return token.encode()
 
+    def to_json(self) -> str:
+        """As the text of a tokenizer.json."""
+        return self._fast.to_str()
+
     def apply_chat_template(
         self, messages: list[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:

@@ -27,6 +27,7 @@ from nanovllm.worker.kernels.select import SampleTokens
 from nanovllm.worker.request_rows import Int32Array, RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.masks import unpack_masks
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from nanovllm.worker.shared_prefix import PrefixFinder, SharingRows
 
@@ -138,7 +139,7 @@ class ModelRunner:
     def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs, StepShape, Variant] | None:
         """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""
         graphs = self._graphs
-        if graphs is None or not self._rows.edits.keys().isdisjoint(plan.rows):
+        if graphs is None or plan.masks or not self._rows.edits.keys().isdisjoint(plan.rows):
             return None
         active = self._rows.active_columns(np.array(plan.rows, np.int32))
         shape = graphs.shape_for(sum(plan.num_scheduled), len(plan.rows))
@@ -217,7 +218,7 @@ class ModelRunner:
         pending = PendingStep(plan.step)
         self._collect_prompt_logprobs(pending, staged, hidden)
         if plan.sampling:
-            self._collect_samples(pending, self._sample(staged, batch, hidden))
+            self._collect_samples(pending, self._sample(staged, batch, hidden, plan.masks))
         return self._mark(pending)
 
     def _mark(self, pending: PendingStep) -> PendingStep:
@@ -227,7 +228,9 @@ class ModelRunner:
             pending.done.record()
         return pending
 
-    def _sample(self, staged: StagedPlan, batch: ForwardBatch, hidden: Tensor) -> Sampled:
+    def _sample(
+        self, staged: StagedPlan, batch: ForwardBatch, hidden: Tensor, masks: dict[int, bytes]
+    ) -> Sampled:
         """Sample for the plan's entries and let the device remember the tokens."""
         entries = staged.sampling.long()
         targets = SamplingTargets(
@@ -238,7 +241,9 @@ class ModelRunner:
         )
         if len(entries) < batch.num_tokens:
             hidden = hidden[batch.query_start_loc[entries + 1].long() - 1]
-        sampled = self._sampler.sample(self._model.compute_logits(hidden), targets)
+        logits = self._model.compute_logits(hidden)
+        allowed = unpack_masks(masks, vocab_size=logits.shape[1], device=logits.device)
+        sampled = self._sampler.sample(logits, targets, allowed)
         self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
         return sampled
 

@@ -8,9 +8,11 @@ a device could be.
 
 from collections import deque
 
+import numpy as np
 import xxhash
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.protocol import NewRow, StepPlan, StepResult, WorkerInfo
 
 VOCAB_SIZE = 1000
@@ -20,19 +22,39 @@ def digest(parent: bytes, token_id: int) -> bytes:
     return xxhash.xxh3_64_digest(parent + token_id.to_bytes(4, "little"))
 
 
-def sample(digest_: bytes, seed: int) -> int:
-    return int.from_bytes(xxhash.xxh3_64_digest(digest_, seed=seed), "little") % VOCAB_SIZE
+def sample(digest_: bytes, seed: int, mask: bytes | None = None) -> int:
+    number = int.from_bytes(xxhash.xxh3_64_digest(digest_, seed=seed), "little")
+    if mask is None:
+        return number % VOCAB_SIZE
+    allowed = allowed_ids(mask)
+    return allowed[number % len(allowed)]
 
 
-def reference(prompt: list[int], seed: int, num_outputs: int, stop: frozenset[int]) -> list[int]:
-    """What one sequence alone must produce."""
-    state = b""
+def allowed_ids(mask: bytes) -> list[int]:
+    """The bits that are set."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
+
+
+def reference(
+    prompt: list[int],
+    seed: int,
+    num_outputs: int,
+    stop: frozenset[int],
+    constraint: tuple[GrammarCompiler, Matcher] | None = None,
+) -> list[int]:
+    """What one sequence alone must produce. constraint: a matcher of its own, and who made it."""
+    state, mask = b"", None
     for token_id in prompt:
         state = digest(state, token_id)
     outputs: list[int] = []
     while len(outputs) < num_outputs and not (outputs and outputs[-1] in stop):
-        outputs.append(sample(state, seed))
+        if constraint is not None:
+            compiler, matcher = constraint
+            (mask,) = compiler.fill_masks([matcher])
+        outputs.append(sample(state, seed, mask))
         state = digest(state, outputs[-1])
+        if constraint is not None and not matcher.accept(outputs[-1]):
+            break
     return outputs
 
 
@@ -112,12 +134,13 @@ class FakeExecutor:
                 state = digest(state, self._tokens[row][position])
                 self._slots[self._slot(row, position)] = state
         sampled = []
-        for entry in plan.sampling:
+        assert plan.masks.keys() <= set(range(len(plan.sampling)))
+        for index, entry in enumerate(plan.sampling):
             row, start, count = entries[entry]
             end = start + count
             assert end == len(self._tokens[row]), "sampled before the last known token"
             state = self._attend(row, end)
-            token_id = sample(state, self._rows[row].seed)
+            token_id = sample(state, self._rows[row].seed, plan.masks.get(index))
             self._tokens[row].append(token_id)
             sampled.append(token_id)
         return StepResult(plan.step, sampled)

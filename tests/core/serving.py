@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.process import CoreServer
 from nanovllm.executor.base import Executor
 from nanovllm.protocol import FromCore, Hello, ToCore, Welcome
@@ -51,13 +52,17 @@ class RawClient:
 
 @contextmanager
 def serving(
-    address: str, executor: Executor | None = None, **settings: Any
+    address: str,
+    executor: Executor | None = None,
+    *,
+    make_compiler: MakeCompiler | None = None,
+    **settings: Any,
 ) -> Iterator[CoreServer]:
     """A server on a fake executor; stopped, and joined, at the end."""
     config = EngineConfig.from_kwargs(**settings)
     server = CoreServer(config, address)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
-    thread = threading.Thread(target=server.run, args=(lambda: chosen,))
+    thread = threading.Thread(target=server.run, args=(lambda: chosen, make_compiler))
     thread.start()
     try:
         yield server

@@ -1,25 +1,28 @@
 """The engine loop: depth, seeds, aborts, and what a request may not ask."""
 
+import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.protocol import AddRequest
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
+from tests.core.vocabulary import decode, make_compiler
 
 
 def make_core(**settings: Any) -> EngineCore:
     config = EngineConfig.from_kwargs(**settings)
     executor = FakeExecutor(config, num_blocks=50, max_model_len=128)
-    return EngineCore(config, executor, executor.start())
+    return EngineCore(config, executor, executor.start(), make_compiler())
 
 
 def drain(core: EngineCore) -> dict[int, list[int]]:
     token_ids: dict[int, list[int]] = {}
-    while core.busy:
+    while core.busy or core.status(epoch="", num_clients=0).num_waiting:
         outputs = core.step()
         if outputs is not None:
             for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
@@ -76,3 +79,101 @@ def test_a_refused_request_queues_nothing() -> None:
     with pytest.raises(ValueError, match="number 1 is in use"):
         core.add(0, AddRequest(0, [5], SamplingParams(n=3)))
     assert core.status(epoch="", num_clients=0).num_waiting == 1
+
+
+def constrained(regex: str = "[a-z]{6}", **params: Any) -> SamplingParams:
+    wanted = StructuredOutputsParams(regex=regex)
+    return SamplingParams(max_tokens=20, structured_outputs=wanted, **params)
+
+
+def test_a_constrained_request_waits_for_its_grammar_and_ends_with_it() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [5], constrained(n=3)))
+    status = core.status(epoch="", num_clients=0)
+    assert (status.num_waiting, status.num_running) == (3, 0)
+    texts = [decode(tuple(token_ids)) for token_ids in drain(core).values()]
+    assert len(set(texts)) == 3 and all(re.fullmatch("[a-z]{6}", text) for text in texts)
+
+
+def test_a_known_grammar_is_not_waited_for() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [5], constrained()))
+    drain(core)
+    core.add(0, AddRequest(1, [5], constrained()))
+    assert core.busy
+
+
+def test_free_rows_run_every_step_beside_constrained_ones() -> None:
+    core = make_core(max_inflight_steps=2)
+    core.add(0, AddRequest(0, [5], constrained("[a-z]{8,}", ignore_eos=True)))
+    drain(core)
+    for number, params in enumerate(
+        [constrained("[a-z]{8,}"), SamplingParams(max_tokens=20, ignore_eos=True)]
+    ):
+        core.add(0, AddRequest(number, [5], params))
+    counts: list[tuple[int, ...]] = []
+    while len(counts) < 8:
+        outputs = core.step()
+        if outputs is not None:
+            counts.append(tuple(sequence.number for sequence in outputs.sequences))
+    assert counts == [(0, 1), (1,)] * 4
+
+
+def test_a_grammar_that_cannot_be_used_fails_its_sequences_alone() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=4, ignore_eos=True)))
+    core.add(0, AddRequest(1, [5], constrained("(a", n=2)))
+    assert drain(core).keys() == {0}
+    failures = core.take_failures()
+    assert [sequence.number for sequence, _ in failures] == [1, 2]
+    assert all("structured_outputs.regex cannot be used" in why for _, why in failures)
+    assert core.take_failures() == [] and not core.busy
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex"):  # known by now
+        core.add(0, AddRequest(1, [5], constrained("(a")))
+    assert not core.busy
+
+
+def test_an_output_beyond_the_limits_of_its_grammar_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanovllm.core.grammar.MAX_LEXER_STATES", 1500)
+    core = make_core(max_inflight_steps=2)
+    heavy = StructuredOutputsParams(regex="(.*a.{50}|[a-z]+@[a-z]+)*")
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    core.add(0, AddRequest(0, [5], msgspec.structs.replace(params, structured_outputs=heavy)))
+    core.add(0, AddRequest(1, [5], params))
+    assert len(drain(core)[1]) == 127
+    ((sequence, why),) = core.take_failures()
+    assert sequence.number == 0 and "too many states" in why
+    status = core.status(epoch="", num_clients=0)
+    assert status.num_free_blocks == status.num_blocks
+
+
+def test_an_abort_reaches_those_whose_grammar_is_being_compiled() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [5], constrained(n=3, seed=7)))
+    (aborted,) = core.abort(0, [0])
+    assert (aborted.number, aborted.finish_reason) == (0, "abort")
+    token_ids = drain(core)
+    assert token_ids.keys() == {1, 2}
+    assert len(core.abort_client(0)) == 0 and not core.busy
+
+
+def test_tokens_given_must_fit_the_grammar() -> None:
+    core = make_core()
+    params = constrained(seed=1)
+    core.add(0, AddRequest(0, [5], params))
+    whole = drain(core)[0]
+    core.add(0, AddRequest(0, [5], params, output_token_ids=whole[:2]))
+    assert drain(core)[0] == whole[2:]
+    with pytest.raises(ValueError, match=r"output_token_ids\[0\] does not fit"):
+        core.add(0, AddRequest(0, [5], params, output_token_ids=[1]))
+    assert not core.busy
+
+
+def test_a_grammar_outlives_ignore_eos_and_ends_at_its_own_eos() -> None:
+    """EOS is sampled only where the output is whole, and ends it even with ignore_eos."""
+    core = make_core()
+    core.add(0, AddRequest(0, [5], constrained("a|ab|abc", ignore_eos=True)))
+    (token_ids,) = drain(core).values()
+    assert decode(tuple(token_ids)) in ("a", "ab", "abc")

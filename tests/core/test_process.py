@@ -26,9 +26,10 @@ from nanovllm.protocol import (
     ResetPrefixCache,
     WorkerInfo,
 )
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.serving import RawClient, serving
+from tests.core.vocabulary import decode, make_compiler
 
 PROMPT = [5, 6, 7]
 NO_STOP: frozenset[int] = frozenset()
@@ -329,3 +330,28 @@ def test_bad_addresses_are_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match="cannot be bound"):
             CoreServer(EngineConfig(), f"tcp://127.0.0.1:{port}")
+
+
+def test_a_grammar_is_compiled_while_the_core_sleeps_and_a_bad_one_is_told(address: str) -> None:
+    """Nothing else runs: the thread that compiles has to wake the loop."""
+    with serving(address, make_compiler=lambda info: make_compiler()):
+        client = RawClient(address)
+        client.greet()
+        start = time.monotonic()
+        client.send(add(0, structured_outputs=StructuredOutputsParams(regex="[a-z]{4}")))
+        token_ids, finished = collect(client, 0)
+        assert len(decode(tuple(token_ids[0]))) == 4
+        assert finished[0].reason == "stop" and finished[0].last_is_text
+        client.send(add(1, n=2, structured_outputs=StructuredOutputsParams(regex="(a")))
+        failures = [client.receive(RequestFailed) for _ in range(2)]
+        assert [failure.number for failure in failures] == [1, 2]
+        assert "ValueError: structured_outputs.regex" in failures[0].message
+        assert time.monotonic() - start < 0.9, "it was found at the next status only"
+        client.close()
+
+
+def test_without_a_tokenizer_structured_outputs_are_refused(client: RawClient) -> None:
+    client.greet()
+    client.send(add(3, structured_outputs=StructuredOutputsParams(json_object=True)))
+    failure = client.receive(RequestFailed)
+    assert failure.number == 3 and "skip_tokenizer_init" in failure.message

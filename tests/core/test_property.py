@@ -3,6 +3,7 @@ sequence would have produced alone, and no block or row leaks. And the property 
 deliberately broken invariant makes it fail."""
 
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +12,22 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import Matcher
 from nanovllm.core.scheduler import ScheduledStep, Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.protocol import AddRequest, StepResult
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
+from tests.core.vocabulary import make_compiler
 
 NUM_SEEDS = 360
+COMPILER = make_compiler()
+GRAMMARS = [
+    StructuredOutputsParams(regex="[a-z]{4,30}"),
+    StructuredOutputsParams(regex="([a-z]{1,6} ){1,8}end"),
+    StructuredOutputsParams(choice=["yes", "no", "perhaps", "perhaps not"]),
+    StructuredOutputsParams(grammar='start: "(" start ")" | "[" start "]" | /[0-9]+/'),
+]
 
 
 class Simulation:
@@ -43,7 +53,7 @@ class Simulation:
             num_blocks=least + rng.choice([0, 1, 4, 40]),
             max_model_len=max_model_len,
         )
-        self.core = EngineCore(self.config, executor, executor.start())
+        self.core = EngineCore(self.config, executor, executor.start(), COMPILER)
         self.prefixes = [
             [rng.randrange(1, 1000) for _ in range(rng.randint(4, 12))] for _ in range(2)
         ]
@@ -76,6 +86,7 @@ class Simulation:
     def add(self) -> None:
         rng = self.random
         shared = rng.choice([[], *self.prefixes])
+        kind = rng.choice([None, None, *range(len(GRAMMARS))])
         room = self.max_model_len - 1 - len(shared)
         prompt = shared + [rng.randrange(1, 1000) for _ in range(rng.randint(1, max(1, room // 2)))]
         params = SamplingParams(
@@ -84,24 +95,37 @@ class Simulation:
             seed=rng.randrange(100),
             stop_token_ids=rng.sample(range(1, 1000), 40),
             min_tokens=0,
+            structured_outputs=None if kind is None else GRAMMARS[kind],
         )
-        request = AddRequest(
-            self.next_number,
-            prompt,
-            params,
-            priority=rng.randint(0, 2),
-            cache_salt=rng.choice([None, None, "a"]),
-        )
-        self.core.add(1, request)
         length = self.max_model_len - len(prompt)
         num_outputs = min(length, params.max_tokens or length)
         stop = frozenset(params.stop_token_ids) | {0}
         for index in range(params.n):
             number = self.next_number + index
             assert params.seed is not None
-            self.expected[number] = reference(prompt, params.seed + index, num_outputs, stop)
+            constraint = None if kind is None else (COMPILER, COMPILER.compile(GRAMMARS[kind]))
+            self.expected[number] = reference(
+                prompt, params.seed + index, num_outputs, stop, constraint
+            )
             self.got[number] = []
+        given: list[int] = []
+        if params.n == 1 and rng.random() < 0.2:  # the first tokens were generated before
+            whole = self.expected[self.next_number]
+            given = whole[: rng.randrange(len(whole))]
+            self.expected[self.next_number] = whole[len(given) :]
+        request = AddRequest(
+            self.next_number,
+            prompt,
+            params,
+            output_token_ids=given,
+            priority=rng.randint(0, 2),
+            cache_salt=rng.choice([None, None, "a"]),
+        )
+        self.core.add(1, request)
         self.next_number += params.n
+        compilations = self.core._compilations
+        while compilations.num_waiting and not compilations.has_news:
+            time.sleep(1e-4)  # so that a seed is the same life every time
 
     def abort(self, number: int) -> None:
         for sequence in self.core.abort(1, [number]):
@@ -110,6 +134,7 @@ class Simulation:
 
     def step(self) -> None:
         outputs = self.core.step()
+        assert not self.core.take_failures()
         scheduler_of(self.core).check_invariants()
         if outputs is None:
             return
@@ -216,9 +241,39 @@ def forget_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockManager, "release", lambda self, sequence: None)
 
 
+def sample_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 6: a constrained sequence is skipped while an id of it is pending."""
+    schedule_running = Scheduler._schedule_running
+
+    def broken(self: Scheduler, step: ScheduledStep, budget: int) -> int:
+        matchers = [(sequence, sequence.matcher) for sequence in self._running]
+        for sequence, _ in matchers:
+            sequence.matcher = None
+        left = schedule_running(self, step, budget)
+        for sequence, matcher in matchers:
+            sequence.matcher = matcher
+        step.constrained[:] = [i for i, s in enumerate(step.sampled) if s.matcher is not None]
+        return left
+
+    monkeypatch.setattr(Scheduler, "_schedule_running", broken)
+
+
+def forget_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constrained sequence samples only what its grammar allows."""
+    monkeypatch.setattr(EngineCore, "_mask", lambda self, step: None)
+
+
+def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sequence has a place of its own in its grammar."""
+    monkeypatch.setattr(Matcher, "copy", lambda self: self)
+
+
 @pytest.mark.parametrize(
     "sabotage",
     [
+        sample_without_waiting,
+        forget_the_masks,
+        share_one_matcher,
         keep_results_of_the_finished,
         readmit_early,
         register_uncomputed_blocks,

@@ -20,7 +20,7 @@ from nanovllm.protocol import (
     ToCore,
     TokenLogprobs,
 )
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.frontend.attached import all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import echo, silent
 from tests.frontend.vocabulary import EOS
@@ -157,6 +157,20 @@ async def test_the_token_that_ends_it_is_not_text(address: str, include: bool, t
         (one,) = (await last_of(llm.generate("a", params))).outputs
     assert (one.text, one.token_ids) == (text, [65, 66, 67])
     assert (one.finish_reason, one.stop_reason) == ("stop", 67)
+
+
+async def test_the_last_token_of_a_complete_grammar_is_text(address: str) -> None:
+    def script(message: ToCore) -> Iterable[FromCore]:
+        if isinstance(message, AddRequest):
+            end = Finished(0, "stop", None, 0, last_is_text=True)
+            yield Outputs([0, 0, 0], [65, 66, 67], finished=[end])
+        else:
+            yield from silent(message)
+
+    async with attached(address, script) as (llm, _):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["ABC"]))
+        (one,) = (await last_of(llm.generate("a", params))).outputs
+    assert (one.text, one.finish_reason, one.stop_reason) == ("ABC", "stop", None)
 
 
 # ---- stop strings

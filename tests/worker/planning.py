@@ -1,5 +1,6 @@
 """Hand-made rows and plans for tests of the worker."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,7 @@ def make_plan(
     *,
     new_rows: list[NewRow] | None = None,
     sampling: list[int] | None = None,
+    masks: dict[int, bytes] | None = None,
 ) -> StepPlan:
     """entries: (row, num_computed, num_scheduled); all sample unless `sampling` says otherwise.
 
@@ -86,4 +88,12 @@ def make_plan(
         num_computed=[start for _, start, _ in entries],
         num_scheduled=[count for _, _, count in entries],
         sampling=list(range(len(entries))) if sampling is None else sampling,
+        masks=masks or {},
     )
+
+
+def pack_mask(token_ids: list[int]) -> bytes:
+    """The bits of `StepPlan.masks` that allow these ids."""
+    bits = np.zeros(-(-VOCAB_SIZE // 32) * 32, np.uint8)
+    bits[token_ids] = 1
+    return np.packbits(bits, bitorder="little").tobytes()

@@ -19,7 +19,7 @@ from tests.worker.fake_model import (
     reference_logits,
     sample_tokens,
 )
-from tests.worker.planning import CUDA, make_plan, make_rows, new_row
+from tests.worker.planning import CUDA, make_plan, make_rows, new_row, pack_mask
 
 PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
@@ -242,3 +242,25 @@ def test_steps_after_one_that_raised_are_right(device: str, failing: tuple[int, 
         outputs.append(run(runner, 3 + step, [(3, 2 + step, 1), (5, step, 1)]).token_ids)
     assert [ids[0] for ids in outputs] == reference(PROMPTS[0], 5)
     assert [ids[1] for ids in outputs] == reference(spared, 5)
+
+
+def test_a_mask_belongs_to_its_sample_in_prefill_and_decode(device: str) -> None:
+    """Entry 0 does not sample, so the first mask is of entry 1."""
+    runner = make_runner(device)
+    long, short = PROMPTS[3], PROMPTS[0]
+    logits = reference_logits(short)
+    allowed = logits.argsort()[:5].tolist()  # the least likely ones
+    result = run(
+        runner,
+        0,
+        [(3, 0, 4), (0, 0, 3)],
+        new_rows=[new_row(3, long), new_row(0, short)],
+        sampling=[1],
+        masks={0: pack_mask(allowed)},
+    )
+    (first,) = result.token_ids
+    assert first == max(allowed, key=lambda token_id: float(logits[token_id]))
+    result = run(runner, 1, [(3, 4, 5), (0, 3, 1)], masks={1: pack_mask([7])})
+    assert result.token_ids == [reference(long, 1)[0], 7]
+    result = run(runner, 2, [(0, 4, 1), (3, 9, 1)])
+    assert result.token_ids == [reference([*short, first, 7], 1)[0], reference(long, 2)[1]]

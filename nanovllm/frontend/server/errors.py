@@ -99,6 +99,9 @@ def from_engine(error: Exception) -> ApiError:
             return error
         case EngineDeadError():
             return ApiError(503, f"the engine is down: {error}", code="engine_dead")
+        case RequestFailedError() if "structured_outputs" in str(error):
+            # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
+            return ApiError(400, str(error), param="structured_outputs")
         case RequestFailedError():
             return ApiError(500, f"the engine failed this request: {error}", code="request_failed")
         case TimeoutError():

@@ -14,7 +14,7 @@ from nanovllm.frontend.server.requests import (
     NamedTool,
     StructuredOutputs,
 )
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 # Same name, same meaning. None is "not given": the default of `SamplingParams` holds.
 SAME = (
@@ -53,7 +53,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def chat_params(body: ChatBody, constraint: dict[str, Any] | None) -> SamplingParams:
+def chat_params(body: ChatBody, constraint: StructuredOutputsParams | None) -> SamplingParams:
     """Unless limited, an answer may be as long as the model's context allows."""
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens not in (None, limit):
@@ -66,7 +66,9 @@ def chat_params(body: ChatBody, constraint: dict[str, Any] | None) -> SamplingPa
     return _params(body, constraint, max_tokens=limit, logprobs=logprobs)
 
 
-def completion_params(body: CompletionBody, constraint: dict[str, Any] | None) -> SamplingParams:
+def completion_params(
+    body: CompletionBody, constraint: StructuredOutputsParams | None
+) -> SamplingParams:
     """max_tokens 0 (to score a prompt with echo) generates one token that is not shown."""
     limit = body.max_tokens
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -81,9 +83,8 @@ def completion_params(body: CompletionBody, constraint: dict[str, Any] | None) -
     return _params(body, constraint, logprobs=body.logprobs, **more)
 
 
-def constraint_of(body: GenerationBody) -> dict[str, Any] | None:
-    """What `response_format`, `structured_outputs` and `tool_choice` ask the output to be: one
-    field of vLLM's `StructuredOutputsParams`."""
+def constraint_of(body: GenerationBody) -> StructuredOutputsParams | None:
+    """What `response_format`, `structured_outputs` and `tool_choice` ask the output to be."""
     asked: dict[str, dict[str, Any]] = {}
     if body.structured_outputs is not None:
         asked["structured_outputs"] = _own_constraint(body.structured_outputs)
@@ -94,9 +95,11 @@ def constraint_of(body: GenerationBody) -> dict[str, Any] | None:
     if len(asked) > 1:
         first, second = list(asked)[:2]
         raise refused(second, f"cannot be combined with {first}")
-    if asked:  # the engine has no constrained sampling yet
-        (field,) = asked
-        raise refused(field, "the engine cannot constrain its output")
+    for field, constraint in asked.items():
+        try:
+            return StructuredOutputsParams(**constraint)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=field) from error
     return None
 
 
@@ -109,7 +112,7 @@ def called_tools(body: ChatBody) -> str | None:
 
 
 def _params(
-    body: GenerationBody, constraint: dict[str, Any] | None, **given: Any
+    body: GenerationBody, constraint: StructuredOutputsParams | None, **given: Any
 ) -> SamplingParams:
     _check_neutral(body)
     if body.stream_options is not None and not body.stream:

@@ -1,8 +1,8 @@
 """Chooses the next token of every row that samples; `ModelRunner` calls it once per step.
 
 Owns the order of operations, which is vLLM's: raw log-probabilities; allowed ids, bad words,
-min_tokens, logit_bias; penalties; greedy choice, or temperature, min-p, top-k, top-p and a draw.
-An operation runs only if some row of the batch asks for it, as the host's mirror knows.
+min_tokens, logit_bias; what a grammar allows; penalties; greedy choice, or temperature, min-p,
+top-k, top-p and a draw. An operation runs only if some row of the batch asks for it.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from nanovllm.worker.sampling.distribution import (
 )
 from nanovllm.worker.sampling.edits import apply_edits
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.masks import TokenMasks, apply_masks
 from nanovllm.worker.sampling.penalties import penalize
 from nanovllm.worker.sampling.philox import uniforms
 
@@ -64,7 +65,9 @@ class Sampler:
         self._rows = rows
         self._sample_tokens = sample_tokens
 
-    def sample(self, logits: Tensor, targets: SamplingTargets) -> Sampled:
+    def sample(
+        self, logits: Tensor, targets: SamplingTargets, masks: TokenMasks | None = None
+    ) -> Sampled:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32)."""
         active = self._rows.active_columns(targets.host_rows)
         raw = None
@@ -73,8 +76,11 @@ class Sampler:
             wanted = np.flatnonzero(num_top != NO_LOGPROBS)
             indices = targets.select(wanted)[1]
             raw = logits[indices]  # a copy: what follows edits the logits
+        unedited = {} if masks is None else self._copy_edited(logits, targets, masks)
         if self._rows.edits:
             self._apply_edits(logits, targets)
+        if masks is not None:
+            apply_masks(logits, masks, unedited)
         if not active.isdisjoint(PENALTIES):
             self._penalize(logits, targets)
         token_ids = self._choose(logits, targets, active)
@@ -83,6 +89,14 @@ class Sampler:
         most = -1 if -1 in num_top else int(num_top.max())
         logprobs = gather_logprobs(raw, token_ids[indices], num_top=most)
         return Sampled(token_ids, logprobs, wanted.tolist(), num_top[wanted].tolist())
+
+    def _copy_edited(
+        self, logits: Tensor, targets: SamplingTargets, masks: TokenMasks
+    ) -> dict[int, Tensor]:
+        """The logits of those targets that have both edits and a mask."""
+        rows = targets.host_rows
+        edited = [target for target in masks.targets if int(rows[target]) in self._rows.edits]
+        return {target: logits[target].clone() for target in edited}
 
     def _apply_edits(self, logits: Tensor, targets: SamplingTargets) -> None:
         rows = self._rows

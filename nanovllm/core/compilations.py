@@ -1,0 +1,216 @@
+"""Requests that wait for their grammar: compiled in threads, with limits, remembered for the next.
+
+`EngineCore` owns one, begins here what is constrained, and collects it between steps. A thread that
+compiles cannot be stopped, only left alone: `GrammarCompiler`'s limits end it, and its request is
+answered in time without it.
+"""
+
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from queue import Empty, SimpleQueue
+
+from nanovllm.core.grammar import GrammarCompiler, Matcher, cache_key
+from nanovllm.core.sequence import Sequence
+from nanovllm.sampling_params import StructuredOutputsParams
+
+MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
+MAX_THREADS = 4  # that compile within their time …
+MAX_LATE = 12  # … and those, besides, that nobody waits for any more
+
+Outcome = Matcher | ValueError
+
+
+@dataclass(slots=True)
+class Waiting:
+    """The sequences of one request, and its priority."""
+
+    sequences: list[Sequence]
+    priority: int
+
+
+class Stage(Enum):
+    """Where a job is. LATE: in a thread still, but nobody waits for it any more."""
+
+    QUEUED = 0
+    RUNNING = 1
+    LATE = 2
+    ENDED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One grammar, and the requests that wait for it. Its stage changes under the lock."""
+
+    key: bytes
+    wanted: StructuredOutputsParams
+    since: float
+    stage: Stage = Stage.QUEUED
+    waiting: list[Waiting] = field(default_factory=list)
+
+
+class Compilations:
+    """timeout_s: within which a request is answered, not counting the tokenizer's loading.
+    wake: called from threads when there is something to collect."""
+
+    def __init__(
+        self, compiler: GrammarCompiler | None, *, timeout_s: float, wake: Callable[[], None]
+    ) -> None:
+        self._compiler = compiler
+        self._timeout_s = timeout_s
+        self._wake = wake
+        self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._jobs: dict[bytes, Job] = {}  # those that somebody waits for
+        self._lock = threading.Lock()  # of the next three
+        self._queue: deque[Job] = deque()
+        self._num_threads = 0
+        self._num_late = 0  # of the threads
+        self._ended: SimpleQueue[tuple[Job, Outcome]] = SimpleQueue()
+        self._loaded_at = math.inf
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return sum(len(group.sequences) for job in self._jobs.values() for group in job.waiting)
+
+    @property
+    def next_deadline(self) -> float:
+        """When `collect` has to be called even if nothing ends before (time.monotonic)."""
+        return min(map(self._deadline, self._jobs.values()), default=math.inf)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `collect` would return anything."""
+        if not self._jobs and self._ended.empty():
+            return False  # nearly always, and asked several times a step
+        return not self._ended.empty() or time.monotonic() >= self.next_deadline
+
+    def begin(
+        self, wanted: StructuredOutputsParams, sequences: list[Sequence], priority: int
+    ) -> Outcome | None:
+        """The outcome, if it is known; else None, and `collect` will return the sequences.
+
+        Raises `ValueError` if there is no compiler.
+        """
+        if self._compiler is None:
+            raise ValueError(
+                "structured_outputs need a tokenizer in the core, and it was told to load none "
+                "(skip_tokenizer_init)"
+            )
+        key = cache_key(wanted)
+        known = self._outcomes.get(key)
+        if known is not None and not (isinstance(known, Matcher) and known.family.is_spent):
+            self._outcomes.move_to_end(key)
+            return known
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._jobs[key] = Job(key, wanted, time.monotonic())
+            with self._lock:
+                self._queue.append(job)
+            self._start_threads()
+        job.waiting.append(Waiting(sequences, priority))
+        return None
+
+    def withdraw(self, sequence: Sequence) -> bool:
+        """Forget a sequence that waits here; False if it does not."""
+        for job in self._jobs.values():
+            for group in job.waiting:
+                if sequence in group.sequences:
+                    group.sequences.remove(sequence)
+                    return True
+        return False
+
+    def collect(self) -> list[tuple[Waiting, Outcome]]:
+        """Those whose wait is over, in the order in which it ended."""
+        over: list[tuple[Waiting, Outcome]] = []
+        while True:
+            try:
+                job, outcome = self._ended.get_nowait()
+            except Empty:
+                break
+            self._remember(job.key, outcome)
+            if self._jobs.get(job.key) is job:
+                over += self._end(job, outcome)
+        now = time.monotonic()
+        for job in [job for job in self._jobs.values() if now >= self._deadline(job)]:
+            over += self._give_up(job)
+        return over
+
+    def _give_up(self, job: Job) -> list[tuple[Waiting, Outcome]]:
+        with self._lock:
+            if job.stage is Stage.ENDED:
+                return []  # just now: it is collected the next time
+            late = ValueError(
+                f"structured_outputs: not compiled within {self._timeout_s:g} s: simplify it, or "
+                "raise grammar_timeout_s"
+            )
+            if job.stage is Stage.QUEUED:
+                self._queue.remove(job)
+            else:
+                job.stage = Stage.LATE
+                self._num_late += 1
+                self._remember(job.key, late)
+        self._start_threads()
+        return self._end(job, late)
+
+    def _end(self, job: Job, outcome: Outcome) -> list[tuple[Waiting, Outcome]]:
+        del self._jobs[job.key]
+        return [(group, outcome) for group in job.waiting if group.sequences]
+
+    def _remember(self, key: bytes, outcome: Outcome) -> None:
+        self._outcomes[key] = outcome
+        if len(self._outcomes) > MAX_REMEMBERED:
+            self._outcomes.popitem(last=False)
+
+    def _deadline(self, job: Job) -> float:
+        return max(job.since, self._loaded_at) + self._timeout_s
+
+    # ---- threads
+
+    @property
+    def _most_threads(self) -> int:
+        return MAX_THREADS + min(self._num_late, MAX_LATE)
+
+    def _start_threads(self) -> None:
+        with self._lock:
+            wanted = min(len(self._queue), self._most_threads - self._num_threads)
+            self._num_threads += max(0, wanted)
+        for _ in range(wanted):
+            # A daemon: the process must be able to end while one compiles.
+            threading.Thread(target=self._run, name="grammar", daemon=True).start()
+
+    def _run(self) -> None:
+        """Compile what is queued, without waiting for the loop: a step may take long."""
+        while (job := self._take()) is not None:
+            outcome = self._compile(job.wanted)
+            with self._lock:
+                if job.stage is Stage.LATE:
+                    self._num_late -= 1
+                job.stage = Stage.ENDED
+            self._ended.put((job, outcome))
+            self._wake()
+
+    def _take(self) -> Job | None:
+        """The next job; None if this thread is one too many, which ends it."""
+        with self._lock:
+            if not self._queue or self._num_threads > self._most_threads:
+                self._num_threads -= 1
+                return None
+            job = self._queue.popleft()
+            job.stage = Stage.RUNNING
+            return job
+
+    def _compile(self, wanted: StructuredOutputsParams) -> Outcome:
+        assert self._compiler is not None
+        try:
+            self._compiler.load()
+            self._loaded_at = min(self._loaded_at, time.monotonic())
+            return self._compiler.compile(wanted)
+        except ValueError as error:
+            return error
+        except BaseException as error:  # also a panic of Rust code: it must cost this one only
+            return ValueError(f"structured_outputs: {type(error).__name__}: {error}")

@@ -1,0 +1,202 @@
+"""Waiting for a grammar: within time, once for all that want it, and at nobody else's expense."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from nanovllm.core import compilations as compilations_module
+from nanovllm.core.compilations import Compilations, Outcome, Waiting
+from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.core.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from tests.core.vocabulary import make_compiler
+
+WAIT_S = 10.0
+
+
+class GatedCompiler(GrammarCompiler):
+    """Compiles a regex that begins with "slow" only when its gate opens."""
+
+    def __init__(self) -> None:
+        self._inner = make_compiler()
+        self.gate = threading.Event()
+        self.asked: list[str] = []
+
+    def load(self) -> None:
+        self._inner.load()
+
+    def compile(self, wanted: StructuredOutputsParams) -> Matcher:
+        assert wanted.regex is not None
+        self.asked.append(wanted.regex)
+        if wanted.regex.startswith("slow"):
+            assert self.gate.wait(WAIT_S)
+        if wanted.regex == "panic":
+            raise BaseException("a panic")
+        return self._inner.compile(wanted)
+
+
+class Bench:
+    """Compilations with a wake-up to wait for."""
+
+    def __init__(self, timeout_s: float = WAIT_S) -> None:
+        self.compiler = GatedCompiler()
+        self.woken = threading.Event()
+        self.compilations = Compilations(self.compiler, timeout_s=timeout_s, wake=self.woken.set)
+
+    def begin(self, regex: str, *sequences: Sequence) -> Outcome | None:
+        wanted = StructuredOutputsParams(regex=regex)
+        return self.compilations.begin(wanted, list(sequences), priority=0)
+
+    def collect(self, count: int = 1) -> list[tuple[Waiting, Outcome]]:
+        """Collect until so many have come."""
+        over: list[tuple[Waiting, Outcome]] = []
+        deadline = time.monotonic() + WAIT_S
+        while len(over) < count:
+            assert time.monotonic() < deadline
+            due = min(deadline, self.compilations.next_deadline) - time.monotonic()
+            self.woken.wait(max(0.0, due))
+            self.woken.clear()
+            over += self.compilations.collect()
+        return over
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.compiler.gate.set()
+
+
+def sequence(number: int = 0) -> Sequence:
+    return Sequence(0, number, [1], SamplingParams())
+
+
+def test_what_is_compiled_once_is_known_from_then_on(bench: Bench) -> None:
+    one, two = sequence(1), sequence(2)
+    assert bench.begin("a+", one, two) is None
+    assert bench.compilations.num_waiting == 2
+    ((waiting, outcome),) = bench.collect()
+    assert waiting.sequences == [one, two] and isinstance(outcome, Matcher)
+    assert bench.begin("a+", sequence()) is outcome
+    assert bench.compilations.num_waiting == 0 and bench.compiler.asked == ["a+"]
+
+
+def test_a_refusal_is_known_as_well(bench: Bench) -> None:
+    bench.begin("(a", sequence())
+    ((_, outcome),) = bench.collect()
+    assert isinstance(outcome, ValueError) and "structured_outputs.regex" in str(outcome)
+    assert bench.begin("(a", sequence()) is outcome
+
+
+def test_all_that_want_one_grammar_wait_for_one_job(bench: Bench) -> None:
+    for number in range(5):
+        bench.begin("slow", sequence(number))
+    bench.compiler.gate.set()
+    over = bench.collect(5)
+    assert [waiting.sequences[0].number for waiting, _ in over] == list(range(5))
+    assert bench.compiler.asked == ["slow"]
+
+
+def test_a_spent_family_is_compiled_afresh(bench: Bench) -> None:
+    bench.begin("a+", sequence())
+    ((_, outcome),) = bench.collect()
+    assert isinstance(outcome, Matcher)
+    outcome.family.failed = True
+    assert bench.begin("a+", sequence()) is None
+    ((_, fresh),) = bench.collect()
+    assert fresh is not outcome
+
+
+def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations_module, "MAX_REMEMBERED", 2)
+    for regex in ("a", "b", "c"):
+        bench.begin(regex, sequence())
+        bench.collect()
+    assert bench.begin("a", sequence()) is None
+    assert bench.begin("c", sequence()) is not None
+
+
+def test_a_sequence_that_is_withdrawn_does_not_come(bench: Bench) -> None:
+    gone, stays, alone = sequence(1), sequence(2), sequence(3)
+    bench.begin("slow 1", gone, stays)
+    bench.begin("slow 2", alone)
+    assert bench.compilations.withdraw(gone) and bench.compilations.withdraw(alone)
+    assert not bench.compilations.withdraw(gone)
+    assert bench.compilations.num_waiting == 1
+    bench.compiler.gate.set()
+    ((waiting, _),) = bench.collect()
+    assert waiting.sequences == [stays]
+
+
+def test_a_panic_costs_one_request(bench: Bench) -> None:
+    bench.begin("panic", sequence())
+    bench.begin("a", sequence())
+    outcomes = {type(outcome) for _, outcome in bench.collect(2)}
+    assert outcomes == {ValueError, Matcher}
+
+
+def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilations_module, "MAX_THREADS", 2)
+    bench = Bench(timeout_s=0.15)
+    bench.compiler.load()
+    start = time.monotonic()
+    for number in range(2):  # they fill the threads
+        bench.begin(f"slow {number}", sequence(number))
+    over = bench.collect(2)
+    assert time.monotonic() - start < 1.0
+    assert all("not compiled within 0.15 s" in str(outcome) for _, outcome in over)
+    assert bench.compilations.next_deadline == float("inf")
+    assert isinstance(bench.begin("slow 0", sequence()), ValueError), "it is known to be slow"
+    bench.begin("a", sequence(3))
+    ((waiting, outcome),) = bench.collect()
+    assert waiting.sequences[0].number == 3 and isinstance(outcome, Matcher)
+    bench.compiler.gate.set()  # late, but then it is there
+    until(lambda: isinstance(bench.begin("slow 0", sequence()), Matcher), bench)
+
+
+def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
+    monkeypatch.setattr(compilations_module, "MAX_LATE", 0)
+    bench = Bench(timeout_s=0.15)
+    bench.compiler.load()
+    bench.begin("slow", sequence(1))
+    bench.begin("a", sequence(2))
+    over = bench.collect(2)
+    assert all(isinstance(outcome, ValueError) for _, outcome in over)
+    assert bench.compiler.asked == ["slow"]
+    bench.compiler.gate.set()
+    until(lambda: bench.begin("b", sequence(3)) is not None, bench)
+
+
+def test_without_a_compiler_it_is_refused() -> None:
+    compilations = Compilations(None, timeout_s=1, wake=lambda: None)
+    with pytest.raises(ValueError, match="skip_tokenizer_init"):
+        compilations.begin(StructuredOutputsParams(regex="a"), [sequence()], 0)
+    assert not compilations.has_news and compilations.num_waiting == 0
+
+
+def until(condition: Callable[[], bool], bench: Bench) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        bench.compilations.collect()
+
+
+def test_threads_go_on_with_what_is_queued_while_the_loop_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is collected, so nothing but the threads themselves can start the later ones."""
+    monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
+    bench = Bench()
+    for number in range(5):
+        bench.begin("a" * (number + 1), sequence(number))
+    deadline = time.monotonic() + WAIT_S
+    while len(bench.compiler.asked) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert [waiting.sequences[0].number for waiting, _ in bench.collect(5)] == list(range(5))
