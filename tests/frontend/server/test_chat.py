@@ -1,5 +1,6 @@
 """Chat completions against a scripted core: shapes, streaming, tools and reasoning."""
 
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.frontend.server.served import (
     TOOL_TEMPLATE,
     error_of,
     events,
+    message_of,
     roomy,
     served,
     tokenizer_with,
@@ -285,6 +287,46 @@ async def test_forced_calls_need_something_to_call(address: str, choice: Any) ->
         if choice != "required":
             error = error_of(await server.chat(tool_choice=choice, tools=[WEATHER]))
             assert "nix" in error["message"]
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "value"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", True),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA},
+                }
+            },
+            "json",
+            SCHEMA,
+        ),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "choice", ["yes", "no"]),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "function", "function": {"name": "weather"}},
+            },
+            "json",
+            WEATHER["function"]["parameters"],
+        ),
+    ],
+)
+async def test_what_the_output_must_be_reaches_the_engine(
+    address: str, asked: dict[str, Any], field: str, value: Any
+) -> None:
+    async with served(address, roomy(says("{}"))) as server:
+        await server.chat(**asked)
+        request = await message_of(server.core, AddRequest)
+    constraint = request.params.structured_outputs
+    assert constraint is not None
+    found = getattr(constraint, field)
+    assert (json.loads(found) if field == "json" else found) == value
 
 
 @pytest.mark.parametrize("stream", [False, True])

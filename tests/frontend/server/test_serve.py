@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
+from pydantic import BaseModel, Field
 
 from nanovllm.protocol import AddRequest, Finished, Outputs
 from tests.e2e.processes import alive, wait_until
@@ -187,6 +189,37 @@ def test_a_port_in_use(frontends: str) -> None:
     assert found.returncode == 2 and "choose another with --port" in found.stderr
 
 
+class Town(BaseModel):
+    """What the model must describe."""
+
+    name: str = Field(max_length=20)
+    inhabitants: int = Field(ge=0, le=10**8)
+    on_the_coast: bool
+
+
+def check_constrained_answers(client: OpenAI) -> None:
+    """Structured output parsed into a pydantic model, a forced call, and an impossible schema."""
+    messages: Any = [{"role": "user", "content": "Describe a town."}]
+    options: dict[str, Any] = {"model": "smollm2", "temperature": 1, "max_tokens": 200, "seed": 3}
+    parsed = client.chat.completions.parse(messages=messages, response_format=Town, **options)
+    town = parsed.choices[0].message.parsed
+    assert town is not None and town.name
+    function = {"name": "visit", "parameters": Town.model_json_schema()}
+    called = client.chat.completions.create(
+        messages=messages,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "visit"}},
+        **options,
+    )
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "visit" and Town.model_validate_json(call.function.arguments)
+    with pytest.raises(BadRequestError) as caught:
+        client.completions.create(
+            model="smollm2", prompt="x", extra_body={"structured_outputs": {"regex": "(?<=a)b"}}
+        )
+    assert caught.value.param == "structured_outputs"
+
+
 @pytest.mark.model
 def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
     with program("--max-model-len", "1024", "--num-gpu-blocks-override", "256") as server:
@@ -211,6 +244,7 @@ def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
             logprobs = scored.choices[0].logprobs
             assert logprobs is not None and logprobs.tokens is not None
             assert "".join(logprobs.tokens) == scored.choices[0].text
+            check_constrained_answers(client)
             several = client.completions.create(
                 model="smollm2", prompt="Once", n=4, seed=7, max_tokens=6, temperature=1
             )
