@@ -14,6 +14,8 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+Quantization = Literal["fp8"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "triton"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
@@ -37,6 +39,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_format: Annotated[
         LoadFormat, Meta(description="where weights come from; dummy: random weights")
     ] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        Meta(description="keep linear layers so; default: as the checkpoint has them"),
+    ] = None
     max_model_len: Annotated[
         AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
     ] = None
@@ -55,6 +61,9 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    kv_cache_dtype: Annotated[
+        KVCacheDType, Meta(description="how keys and values are stored; auto: as computed")
+    ] = "auto"
     num_gpu_blocks_override: Annotated[
         AtLeast2 | None, Meta(description="exactly this many KV blocks, measured or not")
     ] = None

@@ -13,22 +13,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint import Checkpoint, locate
-from nanovllm.config import Device, DType, EngineConfig, StepLimits
+from nanovllm.checkpoint import locate
+from nanovllm.config import Device, DType, EngineConfig, KVCacheDType, StepLimits
 from nanovllm.executor.base import ProgressCallback
 from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, fit_blocks
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
+from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
+from nanovllm.worker.quant.select import choose_scheme
+from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
+KV_DTYPES: dict[KVCacheDType, torch.dtype | None] = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
 
@@ -67,12 +73,28 @@ class Worker:
         max_model_len = choose_max_model_len(wanted.max_model_len, spec.max_position_embeddings)
         spec = replace(spec, max_position_embeddings=max_model_len)
         dtype, why_dtype = choose_dtype(wanted.dtype, device, dtype_from_config(checkpoint_config))
+        scheme = choose_scheme(wanted.quantization, checkpoint_config)
         attention_spec = spec.attention_spec(
-            block_size=self._config.cache.block_size, dtype=dtype, device=device
+            block_size=self._config.cache.block_size,
+            dtype=dtype,
+            device=device,
+            kv_dtype=KV_DTYPES[self._config.cache.kv_cache_dtype],
         )
         attention, why_attention = select_backend(wanted.attention_backend, attention_spec)
         kernels = select_kernels(device)
-        model = self._load(spec, checkpoint, kernels.layers, attention, attention_spec)
+        with self._phase("build"):
+            model = Decoder(
+                spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
+            )
+        with self._phase("weights"):
+            load_weights(
+                model,
+                checkpoint,
+                load_format=wanted.load_format,
+                seed=wanted.seed,
+                on_progress=self._on_progress,
+                scheme=scheme,
+            )
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -96,7 +118,7 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention, kernels.why],
+            notes=[why_dtype, why_attention, kernels.why, *describe_weights(model, scheme)],
             phase_seconds=self._phase_seconds,
         )
 
@@ -110,32 +132,6 @@ class Worker:
         self._runner = None
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
-
-    def _load(
-        self,
-        spec: DecoderSpec,
-        checkpoint: Checkpoint,
-        kernels: Kernels,
-        attention: AttentionBackend,
-        attention_spec: AttentionSpec,
-    ) -> Decoder:
-        with self._phase("build"):
-            model = Decoder(
-                spec,
-                kernels=kernels,
-                attention=attention,
-                dtype=attention_spec.dtype,
-                device=attention_spec.device,
-            )
-        with self._phase("weights"):
-            load_weights(
-                model,
-                checkpoint,
-                load_format=self._config.model.load_format,
-                seed=self._config.model.seed,
-                on_progress=self._on_progress,
-            )
-        return model
 
     def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
         fused = parts.kernels.sample_tokens
@@ -155,7 +151,7 @@ class Worker:
 
         def allocate_blocks(num_blocks: int) -> Tensor:
             shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
-            return allocate(shape, dtype=spec.dtype, device=spec.device)
+            return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
 
         cache = self._config.cache
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None

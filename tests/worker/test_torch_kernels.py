@@ -53,8 +53,11 @@ def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
     before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
     product = normed @ linear.weight.T
     assert torch.equal(KERNELS.norm_linear(stream, factors, 1e-6, linear), product)
+    down = Linear.empty(24, {"down": 48}, bias=False, shard_axis=1, dtype=dtype, device=CPU)
+    down.weight.copy_(random(48, 24, dtype=dtype))
     gated = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
-    assert torch.equal(KERNELS.norm_gate_up(stream, factors, 1e-6, linear), gated)
+    expected = before + gated @ down.weight.T
+    assert torch.equal(KERNELS.mlp(stream.clone(), factors, 1e-6, linear, down), expected)
     assert torch.equal(stream, before), "the stream goes on"
     assert torch.equal(KERNELS.linear_add(normed, linear, stream), before + product)
 

@@ -58,8 +58,14 @@ def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
     if linear.bias is not None:
         product, plain = product + linear.bias.double(), plain + linear.bias.double()
     gate, up = product.chunk(2, dim=-1)
+    down = Linear.empty(
+        32, {"down": 64}, bias=False, shard_axis=1, dtype=stream.dtype, device=stream.device
+    )
+    down.weight.normal_()
     close(KERNELS.norm_linear(stream, weight, EPS, linear), product)
-    close(KERNELS.norm_gate_up(stream, weight, EPS, linear), gate * gate.sigmoid() * up)
+    inner = gate * gate.sigmoid() * up
+    total = stream.double() + inner @ down.weight.double().T
+    close(KERNELS.mlp(stream.clone(), weight, EPS, linear, down), total)
     total = stream.double() + plain
     close(KERNELS.linear_add(stream.clone(), linear, stream), total)
 

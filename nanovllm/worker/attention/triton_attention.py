@@ -28,6 +28,7 @@ from nanovllm.worker.attention.triton_shared_prefix import (
 )
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.triton_launch import (
+    converts_fp8,
     has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
@@ -81,10 +82,12 @@ class Tuning:
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
     """Measured on an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    head_bytes = spec.head_dim * spec.cache_dtype.itemsize
     can_copy = (
         has_tensor_memory_accelerator(spec.device)
         and spec.head_dim == triton.next_power_of_2(spec.head_dim)
-        and spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize % 16 == 0
+        and head_bytes >= 16
+        and spec.num_kv_heads * head_bytes % 16 == 0
     )
     large = spec.head_dim > 128
     decode = Tiling(keys=32 if large else 64, stages=3, warps=4, tma=False)
@@ -160,9 +163,14 @@ class TritonAttention:
         """Why not, or None."""
         if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"no Triton attention in {spec.dtype}"
+        if spec.cache_dtype not in (spec.dtype, torch.float8_e4m3fn):
+            return f"no Triton attention over a cache in {spec.cache_dtype}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"head_dim {spec.head_dim} is over {MAX_HEAD_DIM}"
-        return unusable(spec.device)
+        reason = unusable(spec.device)
+        if reason is None and spec.cache_dtype.itemsize == 1 and not converts_fp8(spec.device):
+            return "an FP8 cache needs compute capability 8.9 (Ada)"
+        return reason
 
     @staticmethod
     def kv_shape(spec: AttentionSpec, *, num_layers: int, num_blocks: int) -> tuple[int, ...]:
