@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint import Checkpoint, locate
 from nanovllm.config import Device, DType, EngineConfig, KVCacheDType, StepLimits
 from nanovllm.executor.base import ProgressCallback
 from nanovllm.protocol import NewRow, StepPlan, WorkerInfo
@@ -25,7 +25,7 @@ from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, f
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
-from nanovllm.worker.quant.select import choose_scheme
+from nanovllm.worker.quant.select import Scheme, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
@@ -86,15 +86,7 @@ class Worker:
             model = Decoder(
                 spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
             )
-        with self._phase("weights"):
-            load_weights(
-                model,
-                checkpoint,
-                load_format=wanted.load_format,
-                seed=wanted.seed,
-                on_progress=self._on_progress,
-                scheme=scheme,
-            )
+        self._load(model, checkpoint, scheme)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -132,6 +124,17 @@ class Worker:
         self._runner = None
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+    def _load(self, model: Decoder, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+        with self._phase("weights"):
+            load_weights(
+                model,
+                checkpoint,
+                load_format=self._config.model.load_format,
+                seed=self._config.model.seed,
+                on_progress=self._on_progress,
+                scheme=scheme,
+            )
 
     def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
         fused = parts.kernels.sample_tokens

@@ -71,10 +71,9 @@ def choose_scheme(wanted: Quantization | None, checkpoint_config: dict[str, Any]
         _refuse("compressed-tensors without config_groups")
     for group in groups:
         _check_group(group)
-    targets = [target for group in groups for target in group.get("targets", ["Linear"])]
-    return Scheme(
-        "fp8", stored=True, targets=tuple(targets), ignored=tuple(found.get("ignore") or ())
-    )
+    targets = tuple(target for group in groups for target in group.get("targets", ["Linear"]))
+    ignored = tuple(found.get("ignore") or ())
+    return Scheme("fp8", stored=True, targets=targets, ignored=ignored)
 
 
 def allocate_linears(model: Decoder, scheme: Scheme | None) -> None:
@@ -110,10 +109,8 @@ def _matches(pattern: str, module: str) -> bool:
 
 def _check_group(group: dict[str, Any]) -> None:
     weights, activations = group.get("weights") or {}, group.get("input_activations")
-    if not FLOAT8.items() <= weights.items() or weights.get("strategy") not in (
-        "channel",
-        "tensor",
-    ):
+    by_row = weights.get("strategy") in ("channel", "tensor")
+    if not (FLOAT8.items() <= weights.items() and by_row):
         _refuse("compressed-tensors, weights other than FP8 per channel or per tensor")
     if weights.get("dynamic") or group.get("output_activations") is not None:
         _refuse("compressed-tensors with quantized outputs or dynamic weights")
