@@ -21,7 +21,8 @@ def fit(memory_bytes: int, *, max_model_len: int = 64, max_num_seqs: int = 4, **
     )
 
 
-def test_block_bytes_are_those_of_the_tensor() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+def test_block_bytes_are_those_of_the_tensor(kv_dtype: torch.dtype | None) -> None:
     spec = AttentionSpec(
         num_heads=9,
         num_kv_heads=3,
@@ -31,10 +32,11 @@ def test_block_bytes_are_those_of_the_tensor() -> None:
         sliding_window=None,
         dtype=torch.bfloat16,
         device=CPU,
+        kv_dtype=kv_dtype,
     )
     shape = TorchAttention.kv_shape(spec, num_layers=30, num_blocks=5)
-    cache = kv_cache.allocate(shape, dtype=spec.dtype, device=spec.device)
-    assert cache.shape == (2, 30, 5, 16, 3, 64) and cache.count_nonzero() == 0
+    cache = kv_cache.allocate(shape, dtype=spec.cache_dtype, device=spec.device)
+    assert cache.shape == (2, 30, 5, 16, 3, 64) and cache.float().count_nonzero() == 0
     assert cache.nbytes == 5 * kv_cache.block_bytes(spec, num_layers=30)
 
 

@@ -62,6 +62,20 @@ def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
     assert torch.equal(KERNELS.linear_add(normed, linear, stream), before + product)
 
 
+def test_an_fp8_cache_takes_what_is_too_large_as_its_largest() -> None:
+    qkv = torch.tensor([[1.0, 2.0, 0.3, -1e4, 1e4, -0.3]]).bfloat16()
+    cache = torch.zeros(2, 1, 2, 1, 2).to(torch.float8_e4m3fn)
+    KERNELS.rope_and_cache(
+        qkv,
+        cos_sin=torch.tensor([[1.0, 0.0]]),
+        positions=torch.tensor([0]),
+        slot_mapping=torch.tensor([1]),
+        layer_cache=cache,
+        qk_norm=None,
+    )
+    assert cache.float().flatten().tolist() == [0, 0, 0.3125, -448, 0, 0, 448, -0.3125]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(dtype: torch.dtype) -> None:
     gate_up = random(NUM_TOKENS, 64, dtype=dtype)

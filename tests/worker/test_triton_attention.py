@@ -59,7 +59,7 @@ def inputs_for(spec: AttentionSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor
     """Queries inside a wider tensor, as they lie in qkv, and a layer's cache."""
     num_blocks = int(batch.block_tables.max()) + 1
     shape = TritonAttention.kv_shape(spec, num_layers=2, num_blocks=num_blocks)
-    cache = torch.randn(shape, dtype=spec.dtype, device=spec.device)[:, 1]
+    cache = torch.randn(shape, dtype=spec.dtype, device=spec.device).to(spec.cache_dtype)[:, 1]
     wide = torch.randn(
         batch.num_tokens, spec.num_heads + 3, spec.head_dim, dtype=spec.dtype, device=spec.device
     )
@@ -158,6 +158,25 @@ def test_half_precision() -> None:
     check(replace(SPEC, dtype=torch.float16), [1, 18], [40, 30])
 
 
+@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+def test_fp8_cache(tuning: Tuning) -> None:
+    spec = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    check(spec, [1, 20, 1, 1], [70, 44, 5, 129], tuning)
+
+
+def test_fp8_cache_of_odd_heads_and_in_half_precision() -> None:
+    spec = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    check(replace(spec, head_dim=80), [1, 9], [40, 21])
+    check(replace(spec, dtype=torch.float16), [1, 9], [40, 21])
+
+
+def test_an_fp8_cache_is_copied_in_whole_16_bytes() -> None:
+    spec = replace(SPEC, head_dim=8, num_kv_heads=4)
+    assert tuning_for(spec).decode.tma
+    assert not tuning_for(replace(spec, kv_dtype=torch.float8_e4m3fn)).decode.tma
+    assert tuning_for(replace(SPEC, kv_dtype=torch.float8_e4m3fn)).decode.tma
+
+
 def test_decoding_does_not_depend_on_the_batch() -> None:
     """A row's bits are the same alone, in company, and beside a chunk."""
     torch.manual_seed(1)
@@ -214,3 +233,6 @@ def test_padding_rows_do_no_harm() -> None:
 def test_says_why_it_cannot() -> None:
     assert "head_dim 512" in str(TritonAttention.unsupported(replace(SPEC, head_dim=512)))
     assert "int8" in str(TritonAttention.unsupported(replace(SPEC, dtype=torch.int8)))
+    assert "cache in torch.int8" in str(
+        TritonAttention.unsupported(replace(SPEC, kv_dtype=torch.int8))
+    )
