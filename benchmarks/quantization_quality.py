@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint import locate
+from nanovllm.config import KVCacheDType, Quantization
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.forward_batch import ForwardBatch
@@ -30,7 +31,7 @@ from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import DTYPES, spec_from_config
 from nanovllm.worker.quant.select import choose_scheme
 from nanovllm.worker.weights import load_weights
-from nanovllm.worker.worker import KV_DTYPES, choose_device
+from nanovllm.worker.worker import choose_device, choose_kv_dtype
 
 BLOCK_SIZE = 16
 
@@ -41,8 +42,8 @@ class Variant:
 
     name: str
     dtype: str
-    quantization: str | None = None
-    kv_cache_dtype: str = "auto"
+    quantization: Quantization | None = None
+    kv_cache_dtype: KVCacheDType = "auto"
     quantizes_tokens: bool = True
 
 
@@ -67,7 +68,7 @@ class Scorer:
             block_size=BLOCK_SIZE,
             dtype=dtype,
             device=self._device,
-            kv_dtype=KV_DTYPES[variant.kv_cache_dtype],
+            kv_dtype=choose_kv_dtype(variant.kv_cache_dtype, self._device),
         )
         attention, _ = select_backend("auto", wanted)
         kernels = select_kernels(self._device).layers

@@ -25,16 +25,12 @@ from nanovllm.worker.kv_cache import allocate, block_bytes, cpu_memory_budget, f
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import DTYPES, dtype_from_config, spec_from_config
+from nanovllm.worker.quant.fp8 import E4M3, has_native_fp8
 from nanovllm.worker.quant.select import Scheme, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
-KV_DTYPES: dict[KVCacheDType, torch.dtype | None] = {
-    "auto": None,
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-}
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
 
@@ -78,7 +74,7 @@ class Worker:
             block_size=self._config.cache.block_size,
             dtype=dtype,
             device=device,
-            kv_dtype=KV_DTYPES[self._config.cache.kv_cache_dtype],
+            kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
         )
         attention, why_attention = select_backend(wanted.attention_backend, attention_spec)
         kernels = select_kernels(device)
@@ -235,6 +231,21 @@ def choose_dtype(
     if stored in (torch.float16, half):
         return stored, f"{stored} as in the checkpoint".removeprefix("torch.")
     return half, f"{half}, half precision of this GPU".removeprefix("torch.")
+
+
+def choose_kv_dtype(kv_cache_dtype: KVCacheDType, device: torch.device) -> torch.dtype | None:
+    """What keys and values are stored as; None: as computed. e4m3 has no scale, as in vLLM.
+
+    Raises `ValueError` where a GPU's kernels could not write it.
+    """
+    if kv_cache_dtype == "auto":
+        return None
+    if device.type == "cuda" and not has_native_fp8(device):
+        raise ValueError(
+            f"kv_cache_dtype: {kv_cache_dtype!r} needs a GPU of compute capability 8.9 (Ada) or "
+            "later: use 'auto'"
+        )
+    return E4M3
 
 
 def choose_max_model_len(wanted: int | None, most: int) -> int:

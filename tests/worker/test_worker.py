@@ -13,6 +13,7 @@ from nanovllm.worker.worker import (
     Worker,
     choose_device,
     choose_dtype,
+    choose_kv_dtype,
     choose_max_model_len,
     run_heaviest_step,
 )
@@ -186,6 +187,19 @@ def test_auto_dtype(
         assert dtype == getattr(torch, expected)
         assert why.startswith(expected)
     assert choose_dtype("float16", torch.device("cpu"), saved)[0] == torch.float16
+
+
+def test_kv_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kv_dtype("auto", cuda) is None
+    assert choose_kv_dtype("fp8", cpu) == choose_kv_dtype("fp8_e4m3", cpu) == torch.float8_e4m3fn
+    for capability in ((8, 9), (9, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        if capability == (8, 0):
+            with pytest.raises(ValueError, match=r"kv_cache_dtype: 'fp8' needs .* 8.9 .*'auto'"):
+                choose_kv_dtype("fp8", cuda)
+        else:
+            assert choose_kv_dtype("fp8", cuda) == torch.float8_e4m3fn
 
 
 def test_max_model_len() -> None:

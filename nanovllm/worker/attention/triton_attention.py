@@ -28,7 +28,6 @@ from nanovllm.worker.attention.triton_shared_prefix import (
 )
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.triton_launch import (
-    converts_fp8,
     has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
@@ -167,10 +166,7 @@ class TritonAttention:
             return f"no Triton attention over a cache in {spec.cache_dtype}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"head_dim {spec.head_dim} is over {MAX_HEAD_DIM}"
-        reason = unusable(spec.device)
-        if reason is None and spec.cache_dtype.itemsize == 1 and not converts_fp8(spec.device):
-            return "an FP8 cache needs compute capability 8.9 (Ada)"
-        return reason
+        return unusable(spec.device)
 
     @staticmethod
     def kv_shape(spec: AttentionSpec, *, num_layers: int, num_blocks: int) -> tuple[int, ...]:

@@ -281,7 +281,7 @@ def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool)
 def fp8_tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
     """Guessed: about as many bytes on the way as in `tile_for`, so twice as many weights."""
     if num_tokens == 1:
-        block_k = 2048 if num_inputs <= 2048 else 4096
+        block_k = next((size for size in (4096, 2048) if num_inputs % size == 0), 1024)
         return Tile(16384 // block_k, block_k, -(-num_inputs // block_k), warps=8)
     if num_outputs * num_inputs < 2**24:
         return Tile(32 if gated else 64, 512, 1, warps=4, stages=2)

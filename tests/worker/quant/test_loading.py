@@ -16,10 +16,11 @@ from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config
-from nanovllm.worker.quant.fp8 import FP8, quantize_rows
+from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
 from nanovllm.worker.quant.select import Scheme, choose_scheme
 from nanovllm.worker.weights import load_weights
 from tests.gguf_writing import QuantizationType
+from tests.worker.decoding import Driver
 from tests.worker.quant.compressed import dequantized, write_compressed
 from tests.worker.test_weights import as_gguf
 
@@ -158,3 +159,20 @@ def test_stored_wrongly(
     checkpoint = Checkpoint(tmp_path, "safetensors")
     with pytest.raises(ValueError, match=message):
         load(checkpoint, scheme=choose_scheme(None, checkpoint.config()))
+
+
+def test_logits_stay_near(tiny_checkpoint: Build) -> None:
+    """And the cache in FP8 costs less than the weights."""
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
+    prompt = torch.randint(3, 160, (75,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def log_probs(scheme: Scheme | None, kv_dtype: torch.dtype | None) -> Tensor:
+        driver = Driver.load(checkpoint, scheme=scheme, kv_dtype=kv_dtype)
+        return driver.run({"prompt": prompt})["prompt"].double().log_softmax(-1)
+
+    exact = log_probs(None, None)
+    weights, cache = (
+        (exact.exp() * (exact - found)).sum(-1).mean()
+        for found in (log_probs(Scheme("fp8"), None), log_probs(None, E4M3))
+    )
+    assert 0 < cache < weights < 0.05
