@@ -78,8 +78,9 @@ def floor_seconds(
         len(prompt) * count + count * (count - 1) // 2
         for prompt, count in zip(prompts, num_out, strict=True)
     )
+    # Two operations per weight and token; FP8 does them in the time of one.
     prefill_flop = sum(
-        2 * linear * len(prompt) * layer_bytes / 2 + 2 * layers * heads * head_dim * len(prompt) ** 2
+        linear * layer_bytes * len(prompt) + 2 * layers * heads * head_dim * len(prompt) ** 2
         for prompt in prompts
     )
     memory_s = (weight_bytes + num_kv_reads * kv_bytes_per_token) / H200_BYTES_PER_S

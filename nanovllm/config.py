@@ -41,7 +41,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "auto"
     quantization: Annotated[
         Quantization | None,
-        Meta(description="keep linear layers so; default: as the checkpoint has them"),
+        Meta(
+            description="fp8: quantize linear layers at load; default: as the checkpoint has them"
+        ),
     ] = None
     max_model_len: Annotated[
         AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
@@ -62,7 +64,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
     kv_cache_dtype: Annotated[
-        KVCacheDType, Meta(description="how keys and values are stored; auto: as computed")
+        KVCacheDType,
+        Meta(description="how keys and values are stored; auto: in the precision of dtype"),
     ] = "auto"
     num_gpu_blocks_override: Annotated[
         AtLeast2 | None, Meta(description="exactly this many KV blocks, measured or not")
