@@ -1,10 +1,10 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,layer,…]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,layer,fp8,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
-over 4.3 TB/s or operations over 790 TFLOP/s, both as measured on an H200.
+over 4.3 TB/s or operations over 790 TFLOP/s (FP8: twice that), as measured on an H200.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from nanovllm.worker.attention.triton_tuning import Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
+from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -50,6 +51,7 @@ class Case:
     num_bytes: float  # of one time
     num_operations: float
     build: Callable[[], tuple[Callable[[], object], int, Callable[[], float] | None]]
+    rate: float = RATE
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -63,7 +65,9 @@ def randn(*shape: int, scale: float = 1.0) -> Tensor:
 # ---------------------------------------------------------------- attention
 
 
-def attention_spec(heads: tuple[int, int], block_size: int) -> AttentionSpec:
+def attention_spec(
+    heads: tuple[int, int], block_size: int, kv_dtype: torch.dtype | None = None
+) -> AttentionSpec:
     return AttentionSpec(
         num_heads=heads[0],
         num_kv_heads=heads[1],
@@ -73,15 +77,20 @@ def attention_spec(heads: tuple[int, int], block_size: int) -> AttentionSpec:
         sliding_window=None,
         dtype=BF16,
         device=CUDA,
+        kv_dtype=kv_dtype,
     )
 
 
 @lru_cache(maxsize=1)
 def attention_inputs(
-    query_lens: tuple[int, ...], seq_lens: tuple[int, ...], heads: tuple[int, int], block_size: int
+    query_lens: tuple[int, ...],
+    seq_lens: tuple[int, ...],
+    heads: tuple[int, int],
+    block_size: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]:
     """Rows on scattered blocks; as many layers as make the keys and values 200 MB."""
-    spec = attention_spec(heads, block_size)
+    spec = attention_spec(heads, block_size, kv_dtype)
     num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
     nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
@@ -100,10 +109,10 @@ def attention_inputs(
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
-    layer_bytes = (num_rows * width + 1) * block_size * heads[1] * 512
+    layer_bytes = (num_rows * width + 1) * block_size * heads[1] * 256 * spec.cache_dtype.itemsize
     layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
     shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
-    cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_()
+    cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_().to(spec.cache_dtype)
     return spec, batch, randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128), cache
 
 
@@ -121,7 +130,7 @@ def attention_error(
             half[table].flatten(0, 1)[: lens[row]].double().repeat_interleave(
                 spec.num_heads // spec.num_kv_heads, dim=1
             )
-            for half in cache[:, -1]
+            for half in cache[:, -1].to(BF16)  # torch may not index FP8
         )  # fmt: skip
         begin, end = max(starts[row], starts[row + 1] - 64), starts[row + 1]
         positions = torch.arange(lens[row] - (end - begin), lens[row], device=CUDA)[:, None]
@@ -263,15 +272,16 @@ def weights_of(num_outputs: int, num_inputs: int) -> list[Tensor]:
 
 def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int, int]):
     weights, x = weights_of(*size), randn(num_tokens, size[1])
+    linears = [Linear(weight, None, {}, 0) for weight in weights]
     gated = name == "gate_up"
 
     def run() -> Tensor:
-        for weight in weights:
+        for linear in linears:
             if tile is None:
-                out = F.linear(x, weight)
+                out = linear(x)
                 out = KERNELS.silu_and_mul(out) if gated else out
             else:
-                out = skinny_linear(x, weight, gated=gated, tile=tile)
+                out = skinny_linear(x, linear, gated=gated, tile=tile)
         return out
 
     def error() -> float:
@@ -313,6 +323,11 @@ def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Ti
                 yield Tile(block_n, block_k, num_tiles, warps, stages, block_m)
 
 
+def describe(tile: Tile) -> str:
+    label = f"n{tile.block_n} k{tile.block_k}×{tile.num_tiles} w{tile.warps}"
+    return f"{label} s{tile.stages} m{tile.block_m}"
+
+
 def linear_cases() -> Iterator[Case]:
     wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 16)]
     wanted += [("medium", m, QWEN3_06B) for m in (64, 128, 256)]
@@ -321,10 +336,7 @@ def linear_cases() -> Iterator[Case]:
         for name, size in model.items():
             shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
             for tile in (None, *tiles_for(num_tokens, *size)):
-                label = "cuBLAS"
-                if tile is not None:
-                    label = f"n{tile.block_n} k{tile.block_k}×{tile.num_tiles} w{tile.warps}"
-                    label += f" s{tile.stages} m{tile.block_m}"
+                label = "cuBLAS" if tile is None else describe(tile)
                 build = partial(build_linear, tile, num_tokens, name, size)
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
 
@@ -355,8 +367,7 @@ def build_layer(num_tokens: int, *, ours: bool, num_layers: int = 28):
             qkv = KERNELS.norm_linear(stream, factors, 1e-6, layer["qkv"])
             heads = qkv.view(-1)[: num_tokens * 2048].view(num_tokens, 2048)  # contiguous
             stream = KERNELS.linear_add(heads, layer["o"], stream)
-            inner = KERNELS.norm_gate_up(stream, factors, 1e-6, layer["gate_up"])
-            stream = KERNELS.linear_add(inner, layer["down"], stream)
+            stream = KERNELS.mlp(stream, factors, 1e-6, layer["gate_up"], layer["down"])
         return stream
 
     return (chosen if ours else cublas), num_layers, None
@@ -368,6 +379,138 @@ def layer_cases() -> Iterator[Case]:
         for label, ours in (("cuBLAS", False), ("as the engine runs it", True)):
             build = partial(build_layer, num_tokens, ours=ours)
             yield Case("layer", f"m{num_tokens}", label, num_bytes, 0, build)
+
+
+# ---------------------------------------------------------------- FP8
+
+
+@lru_cache(maxsize=1)
+def fp8_linears(num_outputs: int, num_inputs: int) -> list[Linear]:
+    count = min(max(2, math.ceil(2.5e8 / (num_outputs * num_inputs))), 28)
+    rows = [
+        quantize_rows(randn(num_outputs, num_inputs, scale=num_inputs**-0.5)) for _ in range(count)
+    ]
+    return [Linear(row.values, None, {}, 0, NATIVE_FP8, row.scale[:, 0]) for row in rows]
+
+
+def build_fp8(how: str | Tile, num_tokens: int, name: str, size: tuple[int, int]):
+    """how: "alone" (tokens quantized before), "with tokens" (and by our kernel), or a tile."""
+    linears, x = fp8_linears(*size), randn(num_tokens, size[1])
+    gated = name == "gate_up" and isinstance(how, Tile)
+    quantized = quantize_rows(x)
+
+    def one(linear: Linear) -> Tensor:
+        if isinstance(how, Tile):
+            return skinny_linear(x, linear, gated=gated, tile=how)
+        tokens = quantized if how == "alone" else KERNELS.quantize(x)
+        return NATIVE_FP8.multiply(linear, tokens, BF16)
+
+    def run() -> Tensor:
+        for linear in linears:
+            out = one(linear)
+        return out
+
+    def error() -> float:
+        last = linears[-1]
+        meant = x.double()
+        if not isinstance(how, Tile):
+            meant = quantized.values.double() * quantized.scale.double()
+        expected = meant @ (last.weight.double() * last.scale.double()[:, None]).T
+        if gated:
+            gate, up = expected.chunk(2, dim=1)
+            expected = F.silu(gate) * up
+        return relative_error(run(), expected)
+
+    return run, len(linears), error
+
+
+def fp8_tiles_for(num_tokens: int, name: str, size: tuple[int, int]) -> Iterator[Tile]:
+    """The engine's choice first, then candidates around it."""
+    gated, num_inputs = name == "gate_up", size[1]
+    yield fp8_tile_for(num_tokens, size[0] // (1 + gated), num_inputs, gated=gated)
+    if num_tokens == 1:
+        for block_n, block_k, warps in (
+            (8, 1024, 8), (8, 1024, 4), (16, 1024, 8), (4, 2048, 8), (8, 2048, 4), (4, 4096, 4),
+            (2, 4096, 8), (8, 4096, 8),
+        ):  # fmt: skip
+            if block_k < 2 * num_inputs:
+                yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
+        return
+    for block_n, block_k, num_tiles, stages in (
+        (32, 512, 1, 2), (64, 512, 2, 3), (32, 512, 2, 3), (32, 512, 4, 4), (64, 512, 4, 3),
+        (32, 1024, 1, 2), (64, 1024, 1, 2), (32, 1024, 2, 3), (64, 1024, 2, 2), (32, 256, 4, 4),
+        (64, 256, 8, 4), (128, 256, 4, 3),
+    ):  # fmt: skip
+        if num_inputs % (block_k * num_tiles) == 0:
+            yield Tile(block_n, block_k, num_tiles, 4, stages)
+
+
+def fp8_linear_cases() -> Iterator[Case]:
+    models = ((QWEN3_06B, (1, 8, 16, 64, 256, 8192)), (QWEN3_8B, (1, 8, 16, 64, 256, 8192)))
+    for model, counts in models:
+        for (name, size), num_tokens in product(model.items(), counts):
+            shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
+            num_bytes = size[0] * size[1]
+            work = 2 * num_bytes * num_tokens if num_tokens > 64 else 0
+            build = partial(build_linear, None, num_tokens, name, size)
+            yield Case("fp8", shape, "cuBLAS bf16", 2 * num_bytes, work, build)
+            for how in ("alone", "with tokens"):
+                build = partial(build_fp8, how, num_tokens, name, size)
+                yield Case("fp8", shape, f"_scaled_mm {how}", num_bytes, work, build, 2 * RATE)
+            for tile in fp8_tiles_for(num_tokens, name, size) if num_tokens <= 16 else ():
+                build = partial(build_fp8, tile, num_tokens, name, size)
+                yield Case("fp8", shape, describe(tile), num_bytes, 0, build)
+
+
+def build_quantizing(name: str, num_tokens: int):
+    """Norm or SiLU·mul of Qwen3-8B with the quantization; how much more it loses than torch's."""
+    hidden, factors, gate_up = randn(num_tokens, 4096), randn(4096), randn(num_tokens, 24576)
+    runs = {
+        "quantize": (lambda: KERNELS.quantize(hidden), lambda: hidden.double()),
+        "norm, quantize": (
+            lambda: KERNELS.quantize(hidden, (factors, 1e-6)),
+            lambda: F.rms_norm(hidden.double(), (4096,), factors.double(), 1e-6),
+        ),
+        "silu_and_mul, quantize": (
+            lambda: KERNELS.silu_and_mul_fp8(gate_up),
+            lambda: F.silu(gate_up[:, :12288].double()) * gate_up[:, 12288:].double(),
+        ),
+    }
+    run, exact = runs[name]
+
+    def error() -> float:
+        expected = exact()
+        ours, torchs = (
+            relative_error(rows.values.double() * rows.scale.double(), expected)
+            for rows in (run(), quantize_rows(expected))
+        )
+        return max(0.0, ours / torchs - 1)
+
+    return run, 1, error
+
+
+def fp8_cases() -> Iterator[Case]:
+    token_bytes = {"quantize": 3 * 4096, "norm, quantize": 3 * 4096}
+    token_bytes["silu_and_mul, quantize"] = 5 * 12288
+    for name, num_tokens in product(token_bytes, (64, 256, 8192)):
+        build = partial(build_quantizing, name, num_tokens)
+        yield Case("fp8", f"{num_tokens} tokens", name, token_bytes[name] * num_tokens, 0, build)
+    yield from fp8_linear_cases()
+    prefill = tuning_for(attention_spec((16, 8), 16, E4M3)).prefill
+    for rows, length in ((1, 4096), (8, 1024), (64, 1024), (256, 1024)):
+        args, num_bytes = ((1,) * rows, (length,) * rows, (16, 8), 16), rows * length * 8 * 256
+        for dtype, stages, programs in ((None, 6, 7), (E4M3, 6, 7), (E4M3, 8, 7), (E4M3, 6, 10)):
+            tuning = Tuning(Tiling(16, stages, 1, tma=True), prefill, 128, programs, 128)
+            build = partial(build_attention, tuning, *args, dtype)
+            label = f"{'bf16' if dtype is None else 'fp8'} KV s{stages} p{programs}"
+            total = num_bytes * (2 if dtype is None else 1)
+            yield Case("fp8", f"decode {rows}×{length} h16/8", label, total, 0, build)
+    for dtype in (None, E4M3):
+        lengths = (4096,) * 4
+        spec = attention_spec((16, 8), 16, dtype)
+        build = partial(build_attention, tuning_for(spec), lengths, lengths, (16, 8), 16, dtype)
+        label = f"{'bf16' if dtype is None else 'fp8'} KV"
+        yield Case("fp8", "prefill 4×4096 h16/8", label, 0, 4 * 4096 * 4097 / 2 * 8192, build)
 
 
 # ---------------------------------------------------------------- elementwise and sampling
@@ -496,7 +639,7 @@ def measure(case: Case) -> float:
         return math.inf
     # Of sampled tokens, a few lie on the border between two: sums there round differently.
     allowed = 3e-2 if case.group == "sampler" else 1e-2
-    floor = max(case.num_bytes / BANDWIDTH, case.num_operations / RATE)
+    floor = max(case.num_bytes / BANDWIDTH, case.num_operations / case.rate)
     rate = (
         f"{case.num_operations / seconds * 1e-12:6.0f} TFLOP/s"
         if case.num_operations
@@ -516,6 +659,7 @@ def all_cases(groups: list[str]) -> list[Case]:
         prefill_cases,
         linear_cases,
         layer_cases,
+        fp8_cases,
         sampler_cases,
     )
     return [case for make in makers for case in make() if case.group in groups]
@@ -544,7 +688,7 @@ def compile_all(groups: list[str], shard: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--only", default="elementwise,decode,prefix,prefill,layer,linear,large,sampler"
+        "--only", default="elementwise,decode,prefix,prefill,layer,linear,large,fp8,sampler"
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")
@@ -555,13 +699,17 @@ def main() -> None:
         compile_all(groups, arguments.shard)
         return
     best: dict[tuple[str, str], tuple[float, str]] = {}
+    first: dict[tuple[str, str], tuple[float, str]] = {}
     for case in all_cases(groups):
         seconds = measure(case)
         key = (case.group, case.shape)
         best[key] = min(best.get(key, (math.inf, "")), (seconds, case.variant))
+        first.setdefault(key, (seconds, case.variant))
     print("\nbest of each:")
     for (group, shape), (seconds, variant) in best.items():
-        print(f"{group:11} {shape:24} {variant:30} {seconds * 1e6:9.1f} µs")
+        baseline, name = first[group, shape]
+        beside = f"  ({name} {baseline * 1e6:.1f})" if name != variant else ""
+        print(f"{group:11} {shape:24} {variant:30} {seconds * 1e6:9.1f} µs{beside}")
 
 
 if __name__ == "__main__":

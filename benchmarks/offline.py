@@ -65,6 +65,11 @@ def run_workload(llm: Any, params_type: Any, name: str, repeats: int) -> tuple[f
 def measure(engine: str, arguments: argparse.Namespace) -> None:
     """Run all workloads on one engine in this process."""
     config = json.loads((Path(arguments.model) / "config.json").read_text())
+    own = json.loads(arguments.config) if engine == "nanovllm" else {}
+    bytes_each = {
+        "layer_bytes": 2 if own.get("quantization") is None else 1,
+        "kv_bytes": 2 if own.get("kv_cache_dtype", "auto") == "auto" else 1,
+    }
     started = time.perf_counter()
     llm, params_type = make_engine(engine, arguments)
     print(f"{engine:9s} start {time.perf_counter() - started:.1f} s", flush=True)
@@ -75,7 +80,7 @@ def measure(engine: str, arguments: argparse.Namespace) -> None:
         print(
             f"{engine:9s} {Path(arguments.model).name:12s} {name:12s} {seconds:8.3f} s "
             f"{num_out / seconds:9.0f} out tok/s {num_all / seconds:9.0f} tok/s "
-            f"floor {floor_seconds(config, workload) / seconds:.2f}",
+            f"floor {floor_seconds(config, workload, **bytes_each) / seconds:.2f}",
             flush=True,
         )
 

@@ -57,10 +57,14 @@ def keeps_cache(name: str) -> bool:
     return name == "prefix"
 
 
-def floor_seconds(config: dict[str, Any], workload: Workload) -> float:
+def floor_seconds(
+    config: dict[str, Any], workload: Workload, *, layer_bytes: int = 2, kv_bytes: int = 2
+) -> float:
     """Weights once per decode step + all KV once per token, at memory speed; prefill at peak rate.
 
-    config: a Hugging Face config.json. Every sequence decodes from the first step on.
+    config: a Hugging Face config.json. layer_bytes, kv_bytes: per number in the layers' weights
+    and the KV cache; 1 is FP8, whose products run twice as fast. Every sequence decodes from the
+    first step on.
     """
     prompts, num_out = workload
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -68,14 +72,15 @@ def floor_seconds(config: dict[str, Any], workload: Workload) -> float:
     head_dim, inner = config["head_dim"], config["intermediate_size"]
     attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
     linear = layers * (attention + 3 * hidden * inner)  # parameters in linear layers
-    weight_bytes = max(num_out) * (linear + config["vocab_size"] * hidden) * 2
-    kv_bytes_per_token = layers * 2 * kv_heads * head_dim * 2
+    weight_bytes = max(num_out) * (linear * layer_bytes + config["vocab_size"] * hidden * 2)
+    kv_bytes_per_token = layers * 2 * kv_heads * head_dim * kv_bytes
     num_kv_reads = sum(
         len(prompt) * count + count * (count - 1) // 2
         for prompt, count in zip(prompts, num_out, strict=True)
     )
+    # Two operations per weight and token; FP8 does them in the time of one.
     prefill_flop = sum(
-        2 * linear * len(prompt) + 2 * layers * heads * head_dim * len(prompt) ** 2
+        linear * layer_bytes * len(prompt) + 2 * layers * heads * head_dim * len(prompt) ** 2
         for prompt in prompts
     )
     memory_s = (weight_bytes + num_kv_reads * kv_bytes_per_token) / H200_BYTES_PER_S

@@ -15,6 +15,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
 OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+Quantization = Literal["fp8"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "triton", "flash_attn"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
@@ -39,6 +41,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         LoadFormat,
         Meta(description="dummy: random weights; synthetic: no model at all, made-up tokens"),
     ] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        Meta(
+            description="fp8: quantize linear layers at load; default: as the checkpoint has them"
+        ),
+    ] = None
     max_model_len: Annotated[
         AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
     ] = None
@@ -57,6 +65,10 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The paged KV cache."""
 
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        Meta(description="how keys and values are stored; auto: in the precision of dtype"),
+    ] = "auto"
     num_gpu_blocks_override: Annotated[
         AtLeast2 | None, Meta(description="exactly this many KV blocks, measured or not")
     ] = None

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nanovllm.config import CacheConfig, StepLimits, field_names
+from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.model_size import ModelSize, WeightGroup
 
 GIB = 2**30
@@ -51,8 +51,14 @@ class Precision:
     kv_bytes: float
 
     @classmethod
-    def unquantized(cls, dtype: str) -> "Precision":
-        return cls(dtype=dtype, linear_bytes=VALUE_BYTES[dtype], kv_bytes=VALUE_BYTES[dtype])
+    def of(cls, dtype: str, *, fp8_weights: bool = False, fp8_cache: bool = False) -> "Precision":
+        """Scales of quantized weights are not worth counting."""
+        value_bytes = VALUE_BYTES[dtype]
+        return cls(
+            dtype=dtype,
+            linear_bytes=1 if fp8_weights else value_bytes,
+            kv_bytes=1 if fp8_cache else value_bytes,
+        )
 
     @property
     def value_bytes(self) -> int:
@@ -269,8 +275,8 @@ def _variants(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
 
 
 def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """The same with weights, KV, or both in FP8, as far as there are fields to ask for it."""
-    if not plan.machine.is_gpu or not {"quantization", "kv_cache_dtype"} <= {*field_names()}:
+    """The same with weights, KV, or both in FP8."""
+    if not plan.machine.is_gpu:
         return
     weights = replace(plan.precision, linear_bytes=1)
     yield "quantization=fp8", replace(plan, precision=weights)

@@ -63,10 +63,15 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     wanted, most = config.model.max_model_len, size.max_position_embeddings
     if wanted is not None and wanted > most:
         raise ValueError(f"max_model_len: the model has {most} positions: set at most {most}")
+    quantization = config.model.quantization or checkpoint.config().get("quantization_config")
     return MemoryPlan(
         size=size,
         machine=machine,
-        precision=Precision.unquantized(_dtype(config, size, machine)),
+        precision=Precision.of(
+            _dtype(config, size, machine),
+            fp8_weights=quantization is not None,
+            fp8_cache=config.cache.kv_cache_dtype != "auto",
+        ),
         cache=config.cache,
         limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
         max_model_len=wanted or most,

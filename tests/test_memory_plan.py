@@ -49,7 +49,7 @@ def make_plan(gib: float = 139.8, *, max_model_len: int = 40960, **changes: obje
         machine=Machine(
             name="a GPU", memory_bytes=int(gib * GIB), taken_bytes=GIB // 2, is_gpu=True
         ),
-        precision=Precision.unquantized("bfloat16"),
+        precision=Precision.of("bfloat16"),
         cache=CacheConfig(),
         limits=SchedulerConfig().limits("cuda"),
         max_model_len=max_model_len,

@@ -7,8 +7,9 @@ import logging
 
 import torch
 
-from nanovllm.config import Device, DType
+from nanovllm.config import Device, DType, KVCacheDType
 from nanovllm.worker.models.registry import DTYPES
+from nanovllm.worker.quant.fp8 import E4M3, has_native_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -79,3 +80,18 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def choose_kv_dtype(kv_cache_dtype: KVCacheDType, device: torch.device) -> torch.dtype | None:
+    """What keys and values are stored as; None: as computed. e4m3 has no scale, as in vLLM.
+
+    Raises `ValueError` where a GPU's kernels could not write it.
+    """
+    if kv_cache_dtype == "auto":
+        return None
+    if device.type == "cuda" and not has_native_fp8(device):
+        raise ValueError(
+            f"kv_cache_dtype: {kv_cache_dtype!r} needs a GPU of compute capability 8.9 (Ada) or "
+            "later: use 'auto'"
+        )
+    return E4M3

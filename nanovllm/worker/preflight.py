@@ -9,6 +9,8 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.memory_plan import GIB, Machine, MemoryPlan, Precision, explain, free_memory
 from nanovllm.model_size import ModelSize
+from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.quant.select import Scheme
 
 
 def plan_memory(
@@ -16,7 +18,7 @@ def plan_memory(
     size: ModelSize,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
     max_model_len: int,
 ) -> MemoryPlan:
     """The plan of `config` on this very device.
@@ -27,7 +29,7 @@ def plan_memory(
     plan = MemoryPlan(
         size=size,
         machine=machine_of(device),
-        precision=Precision.unquantized(str(dtype).removeprefix("torch.")),
+        precision=precision,
         cache=config.cache,
         limits=config.scheduler.limits(device.type),
         max_model_len=max_model_len,
@@ -35,6 +37,15 @@ def plan_memory(
     if plan.is_hopeless:
         raise ValueError(explain(plan))
     return plan
+
+
+def precision_of(spec: AttentionSpec, scheme: Scheme | None) -> Precision:
+    """What weights and keys take once `scheme` has been applied."""
+    return Precision.of(
+        str(spec.dtype).removeprefix("torch."),
+        fp8_weights=scheme is not None,
+        fp8_cache=spec.cache_dtype != spec.dtype,
+    )
 
 
 def machine_of(device: torch.device) -> Machine:

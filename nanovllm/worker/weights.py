@@ -19,9 +19,11 @@ from nanovllm.checkpoint import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.executor.base import ProgressCallback
 from nanovllm.gguf_file import GGUFTensor
-from nanovllm.worker.layers.linear import WeightSlot
+from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.quant.fp8 import E4M3, quantize_rows
+from nanovllm.worker.quant.select import SUPPORTED
 
 # Tensors that some checkpoints carry though they follow from the config.
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
@@ -41,7 +43,9 @@ def load_weights(
 ) -> None:
     """Fill every parameter of `model`, then lay them out as its device likes them.
 
-    seed: of load_format "dummy", which reads no file. on_progress is told the phase "weights".
+    The linear layers have memory (`quant.select.allocate_linears`). What is kept quantized is
+    quantized as it comes, so that the peak is little above the quantized model. seed: of
+    load_format "dummy", which reads no file. on_progress is told the phase "weights".
     Raises `ValueError` naming the file or tensor and the remedy.
     """
     if load_format not in ("auto", "dummy", checkpoint.format):
@@ -60,7 +64,7 @@ def load_weights(
         on_progress("weights", num_filled / model.num_parameters)
     assert num_filled == model.num_parameters
     if can_prepack(model.dtype, model.device):
-        prepack(model.linears())
+        prepack(linear for linear in model.linears() if linear.method is UNQUANTIZED)
 
 
 def _fill_randomly(model: Decoder, seed: int) -> Iterator[int]:
@@ -69,64 +73,113 @@ def _fill_randomly(model: Decoder, seed: int) -> Iterator[int]:
     for slot in model.slots():
         if slot.part.endswith("norm"):
             slot.target.fill_(1.0)
-        else:
+        elif slot.scale is None:
             slot.target.normal_(0.0, DUMMY_STD, generator=generator)
+        else:
+            values = torch.empty(slot.target.shape, dtype=model.dtype, device=model.device)
+            _put(values.normal_(0.0, DUMMY_STD, generator=generator), slot.target, slot.scale)
         yield slot.target.numel()
 
 
 def _fill_from_safetensors(model: Decoder, directory: Path) -> Iterator[int]:
     """From one file or many. Yields the size of each tensor."""
     files = _files_of_tensors(directory)
-    slots = _match(model, model.spec.names.safetensors, files, where=directory)
+    names = model.spec.names.safetensors
+    slots = _named_slots(model, names)
+    scales = {
+        f"{name}_scale": slot.scale
+        for name, slot in slots.items()
+        if slot.scale is not None and f"{name}_scale" in files
+    }
+    _match(names, slots, files.keys() - scales.keys(), where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                if name in slots:
-                    values = file.get_tensor(name)
-                    _check(slots[name], values, name=name, where=path)
-                    slots[name].target.copy_(values)
+                if name in scales:
+                    _put_scale(file.get_tensor(name), scales[name], name=name, where=path)
+                elif name in slots:
+                    slot, values = slots[name], file.get_tensor(name)
+                    is_stored = f"{name}_scale" in scales
+                    _check_shape(slot, tuple(values.shape), name=name, where=path)
+                    _check_type(values.dtype, is_stored=is_stored, name=name, where=path)
+                    _put(values, slot.target, None if is_stored else slot.scale)
                     yield values.numel()
 
 
 def _fill_from_gguf(model: Decoder, checkpoint: Checkpoint) -> Iterator[int]:
     """Dequantized piece by piece. Yields the size of each."""
     tensors = checkpoint.gguf.tensors
-    slots = _match(model, model.spec.names.gguf, tensors, where=checkpoint.path)
+    names = model.spec.names.gguf
+    slots = _named_slots(model, names)
+    _match(names, slots, tensors, where=checkpoint.path)
     for name, slot in slots.items():
         _check_shape(slot, tensors[name].shape, name=name, where=checkpoint.path)
-        for tensor, target in _pieces(tensors[name], _in_file_order(model, slot)):
+        whole = _in_file_order(model, slot, slot.target)
+        scales = None if slot.scale is None else _in_file_order(model, slot, slot.scale)
+        for tensor, piece in _pieces(tensors[name], whole):
             values = np.require(tensor.dequantize(), requirements="W")  # fp32 is a read-only map
-            target.copy_(torch.from_numpy(values).view(target.shape))
+            target, scale = whole[piece], None if scales is None else scales[piece]
+            _put(torch.from_numpy(values).view(target.shape), target, scale)
             yield target.numel()
 
 
-def _in_file_order(model: Decoder, slot: WeightSlot) -> Tensor:
-    """A view of the target whose elements come in the order the GGUF file has them in."""
+def _in_file_order(model: Decoder, slot: WeightSlot, rows: Tensor) -> Tensor:
+    """A view of a slot's rows in the order the GGUF file has them in."""
     if slot.part not in ("q", "k") or not model.spec.names.gguf_interleaved:
-        return slot.target
+        return rows
     half = model.spec.head_dim // 2
     # [heads, 2, half, …] in a parameter, [heads, half, 2, …] in the file
-    return slot.target.view(-1, 2, half, *slot.target.shape[1:]).transpose(1, 2)
+    return rows.view(-1, 2, half, *rows.shape[1:]).transpose(1, 2)
 
 
-def _pieces(tensor: GGUFTensor, target: Tensor) -> Iterator[tuple[GGUFTensor, Tensor]]:
-    """Cut a tensor and where it goes along the first axis of the latter."""
+def _pieces(tensor: GGUFTensor, target: Tensor) -> Iterator[tuple[GGUFTensor, slice]]:
+    """Cut a tensor, and say which entries of the target's first axis each piece is for."""
     if len(tensor.shape) == 1:
-        yield tensor, target
+        yield tensor, slice(None)
         return
     rows_per_entry = tensor.shape[0] // len(target)
     step = max(1, PIECE_VALUES // target[0].numel())
     for start in range(0, len(target), step):
         raw = tensor.raw[start * rows_per_entry : (start + step) * rows_per_entry]
-        yield replace(tensor, raw=raw, shape=(len(raw), *tensor.shape[1:])), target[start:][:step]
+        piece = slice(start, start + step)
+        yield replace(tensor, raw=raw, shape=(len(raw), *tensor.shape[1:])), piece
+
+
+def _put(values: Tensor, target: Tensor, scale: Tensor | None) -> None:
+    """Copy, or quantize row by row on the target's device."""
+    if scale is None:
+        target.copy_(values)
+    else:
+        quantized = quantize_rows(values.to(target.device))
+        target.copy_(quantized.values)
+        scale.copy_(quantized.scale.squeeze(-1))
+
+
+def _put_scale(values: Tensor, scale: Tensor, *, name: str, where: Path) -> None:
+    """One number for all rows, or one each."""
+    if values.numel() not in (1, len(scale)):
+        raise ValueError(
+            f"{where}: tensor {name} has shape {tuple(values.shape)}, where one scale, or one for "
+            f"each of {len(scale)} rows, is supported: use a checkpoint quantized per channel"
+        )
+    scale.copy_(values.flatten())
+
+
+def _named_slots(model: Decoder, names: Mapping[str, str]) -> dict[str, WeightSlot]:
+    """Checkpoint name → slot, for every slot."""
+    return {f"{names[slot.part].format(slot.layer)}.{slot.kind}": slot for slot in model.slots()}
 
 
 def _match(
-    model: Decoder, names: Mapping[str, str], found: Iterable[str], *, where: Path
-) -> dict[str, WeightSlot]:
-    """Checkpoint name → slot, for every slot. Raises if the names found are not those wanted."""
-    slots = {f"{names[slot.part].format(slot.layer)}.{slot.kind}": slot for slot in model.slots()}
-    optional = {f"{names['lm_head']}.weight"} if model.spec.tied_embeddings else set()
+    names: Mapping[str, str],
+    slots: Mapping[str, WeightSlot],
+    found: Iterable[str],
+    *,
+    where: Path,
+) -> None:
+    """Raises if the names found are not those wanted. A head that is tied may be there, too."""
+    head = f"{names['lm_head']}.weight"
+    optional = {head} - slots.keys()
     present = {name for name in found if not name.endswith(DERIVED_SUFFIXES)} - optional
     for problem, odd in (("lacks", slots.keys() - present), ("has over", present - slots.keys())):
         if odd:
@@ -135,7 +188,6 @@ def _match(
                 f"{where} {problem} {len(odd)} tensors that its config tells otherwise of "
                 f"({some}): fetch the checkpoint again, or check that its config belongs to it"
             )
-    return slots
 
 
 def _files_of_tensors(directory: Path) -> dict[str, Path]:
@@ -166,13 +218,13 @@ def _opened(path: Path) -> safe_open:
         raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from error
 
 
-def _check(slot: WeightSlot, values: Tensor, *, name: str, where: Path) -> None:
-    _check_shape(slot, tuple(values.shape), name=name, where=where)
-    if not values.is_floating_point() or values.itemsize == 1:
-        raise ValueError(
-            f"{where}: tensor {name} is {values.dtype}, and quantized safetensors are not "
-            "supported: use an unquantized checkpoint or a GGUF file"
-        )
+def _check_type(dtype: torch.dtype, *, is_stored: bool, name: str, where: Path) -> None:
+    """is_stored: the checkpoint has a scale for it."""
+    plain = dtype.is_floating_point and dtype.itemsize > 1
+    if (dtype == E4M3) if is_stored else plain:
+        return
+    told = "has a scale" if is_stored else "has no scale that its config tells of"
+    raise ValueError(f"{where}: tensor {name} is {dtype} and {told}: use {SUPPORTED}")
 
 
 def _check_shape(slot: WeightSlot, shape: tuple[int, ...], *, name: str, where: Path) -> None:

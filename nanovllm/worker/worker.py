@@ -22,7 +22,7 @@ from nanovllm.model_size import read_model_size
 from nanovllm.protocol import StepPlan, WorkerInfo
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.device import choose_device, choose_dtype, describe
+from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
 from nanovllm.worker.failures import (
     KERNEL_REMEDY,
     describe_kernel_failure,
@@ -36,7 +36,9 @@ from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
-from nanovllm.worker.preflight import plan_memory, report
+from nanovllm.worker.preflight import plan_memory, precision_of, report
+from nanovllm.worker.quant.select import allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.rehearsal import first_layer_of, rehearse, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
@@ -99,14 +101,18 @@ class Worker:
         max_model_len = choose_max_model_len(wanted.max_model_len, spec.max_position_embeddings)
         spec = replace(spec, max_position_embeddings=max_model_len)
         dtype, why_dtype = choose_dtype(wanted.dtype, device, dtype_from_config(checkpoint_config))
+        scheme = choose_scheme(wanted.quantization, checkpoint_config)
         attention_spec = spec.attention_spec(
-            block_size=self._config.cache.block_size, dtype=dtype, device=device
+            block_size=self._config.cache.block_size,
+            dtype=dtype,
+            device=device,
+            kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
         )
         plan = plan_memory(
             self._config,
             read_model_size(checkpoint),
             device=device,
-            dtype=dtype,
+            precision=precision_of(attention_spec, scheme),
             max_model_len=max_model_len,
         )
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
@@ -116,14 +122,8 @@ class Worker:
             model = Decoder(
                 spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
             )
-        rows = RequestRows(
-            num_rows=self._config.scheduler.max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=attention_spec.block_size,
-            vocab_size=spec.vocab_size,
-            eos_token_ids=checkpoint.eos_token_ids(),
-            device=device,
-        )
+            allocate_linears(model, scheme)
+        rows = self._make_rows(model, checkpoint)
         parts = Parts(model, rows, kernels, attention, attention_spec)
         with self._compiling(parts), self._phase("weights"):
             self._load(model, checkpoint)
@@ -131,6 +131,7 @@ class Worker:
             kv_cache = self._size_cache(parts)
             self._runner = self._make_runner(parts, kv_cache)
         self._memory_bytes["KV cache"] = kv_cache.nbytes
+        stored = describe_weights(model, scheme)
         found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
         logger.info("memory of %s: %s", describe(device), "; ".join(found))
         return WorkerInfo(
@@ -144,7 +145,7 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention, kernels.why, *found],
+            notes=[why_dtype, why_attention, kernels.why, *stored, *found],
             phase_seconds=self._phase_seconds,
             memory_bytes=self._memory_bytes,
         )
@@ -188,6 +189,16 @@ class Worker:
         held = (model.embedding, *(linear.weight for linear in model.linears()))
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
+
+    def _make_rows(self, model: Decoder, checkpoint: Checkpoint) -> RequestRows:
+        return RequestRows(
+            num_rows=self._config.scheduler.max_num_seqs,
+            max_model_len=model.spec.max_position_embeddings,
+            block_size=self._config.cache.block_size,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=checkpoint.eos_token_ids(),
+            device=model.device,
+        )
 
     @contextmanager
     def _compiling(self, parts: Parts) -> Iterator[None]:
@@ -246,7 +257,7 @@ class Worker:
     def _allocate(self, parts: Parts, *, num_blocks: int) -> Tensor:
         spec, num_layers = parts.attention_spec, parts.model.spec.num_layers
         shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
-        return allocate(shape, dtype=spec.dtype, device=spec.device)
+        return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
 
     def _limits(self, parts: Parts) -> StepLimits:
         return self._config.scheduler.limits(parts.attention_spec.device.type)

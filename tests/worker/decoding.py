@@ -12,6 +12,7 @@ from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config
+from nanovllm.worker.quant.select import Scheme, allocate_linears
 from nanovllm.worker.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -60,15 +61,30 @@ class Driver:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, block_size: int = 4
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 4,
+        scheme: Scheme | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> "Driver":
         spec = replace(spec_from_config(checkpoint.config()), max_position_embeddings=512)
-        wanted = spec.attention_spec(block_size=block_size, dtype=dtype, device=CPU)
+        wanted = spec.attention_spec(
+            block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
+        )
         attention, _ = select_backend("auto", wanted)
         model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
-        load_weights(model, checkpoint, load_format="auto", seed=0, on_progress=lambda *_: None)
+        allocate_linears(model, scheme)
+        load_weights(
+            model,
+            checkpoint,
+            load_format="auto",
+            seed=0,
+            on_progress=lambda *_: None,
+        )
         shape = attention.kv_shape(wanted, num_layers=spec.num_layers, num_blocks=256)
-        return cls(model, allocate(shape, dtype=dtype, device=CPU), block_size)
+        return cls(model, allocate(shape, dtype=wanted.cache_dtype, device=CPU), block_size)
 
     @torch.inference_mode()
     def run(self, new: dict[str, list[int]]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.worker.device import choose_device, choose_dtype
+from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +77,16 @@ def test_bfloat16_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch
     assert choose_dtype("auto", gpu, torch.bfloat16)[0] == torch.float16
     with pytest.raises(ValueError, match=r"dtype: Tesla P100 has no bfloat16 .* 'float16' or"):
         choose_dtype("bfloat16", gpu, None)
+
+
+def test_kv_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kv_dtype("auto", cuda) is None
+    assert choose_kv_dtype("fp8", cpu) == choose_kv_dtype("fp8_e4m3", cpu) == torch.float8_e4m3fn
+    for capability in ((8, 9), (9, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        if capability == (8, 0):
+            with pytest.raises(ValueError, match=r"kv_cache_dtype: 'fp8' needs .* 8.9 .*'auto'"):
+                choose_kv_dtype("fp8", cuda)
+        else:
+            assert choose_kv_dtype("fp8", cuda) == torch.float8_e4m3fn

@@ -1,5 +1,6 @@
 """The cache that is allocated."""
 
+import pytest
 import torch
 
 from nanovllm.worker import kv_cache
@@ -9,7 +10,8 @@ from nanovllm.worker.attention.torch_ref import TorchAttention
 CPU = torch.device("cpu")
 
 
-def test_block_bytes_are_those_of_the_tensor() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+def test_block_bytes_are_those_of_the_tensor(kv_dtype: torch.dtype | None) -> None:
     spec = AttentionSpec(
         num_heads=9,
         num_kv_heads=3,
@@ -19,8 +21,9 @@ def test_block_bytes_are_those_of_the_tensor() -> None:
         sliding_window=None,
         dtype=torch.bfloat16,
         device=CPU,
+        kv_dtype=kv_dtype,
     )
     shape = TorchAttention.kv_shape(spec, num_layers=30, num_blocks=5)
-    cache = kv_cache.allocate(shape, dtype=spec.dtype, device=spec.device)
-    assert cache.shape == (2, 30, 5, 16, 3, 64) and cache.count_nonzero() == 0
+    cache = kv_cache.allocate(shape, dtype=spec.cache_dtype, device=spec.device)
+    assert cache.shape == (2, 30, 5, 16, 3, 64) and cache.float().count_nonzero() == 0
     assert cache.nbytes == 5 * kv_cache.block_bytes(spec, num_layers=30)

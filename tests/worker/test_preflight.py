@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.memory_plan import GIB
+from nanovllm.memory_plan import GIB, Precision
 from nanovllm.worker.preflight import machine_of, plan_memory, report
 from tests.test_memory_plan import SIZE
 
@@ -19,7 +19,7 @@ def plan(**settings: object):  # type: ignore[no-untyped-def]
         config,
         SIZE,
         device=GPU,
-        dtype=torch.bfloat16,
+        precision=Precision.of("bfloat16"),
         max_model_len=config.model.max_model_len or 40960,
     )
 

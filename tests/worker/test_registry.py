@@ -133,7 +133,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rope factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "heads": ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple .* \(3\)"),
-    "quantized": ({"quantization_config": {"quant_method": "awq"}}, r"\(awq\) is not supported"),
     "some windows": (
         {
             "architectures": ["Qwen2ForCausalLM"],

@@ -17,6 +17,7 @@ from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.weight_names import QWEN
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 from tests.worker import triton_device  # noqa: F401 (before kernels are launched)
 
@@ -66,6 +67,7 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
     model = Decoder(
         spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
     )
+    allocate_linears(model, None)
     rows = RequestRows(
         num_rows=limits.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
@@ -134,7 +136,7 @@ def test_the_heaviest_step_takes_what_the_plan_foresees(
     plan = MemoryPlan(
         size=size,
         machine=Machine(name="GPU", memory_bytes=GIB, taken_bytes=0, is_gpu=True),
-        precision=Precision.unquantized("bfloat16"),
+        precision=Precision.of("bfloat16"),
         cache=CacheConfig(),
         limits=limits,
         max_model_len=MAX_MODEL_LEN,

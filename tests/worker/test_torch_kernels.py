@@ -53,10 +53,27 @@ def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
     before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
     product = normed @ linear.weight.T
     assert torch.equal(KERNELS.norm_linear(stream, factors, 1e-6, linear), product)
+    down = Linear.empty(24, {"down": 48}, bias=False, shard_axis=1, dtype=dtype, device=CPU)
+    down.weight.copy_(random(48, 24, dtype=dtype))
     gated = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
-    assert torch.equal(KERNELS.norm_gate_up(stream, factors, 1e-6, linear), gated)
+    expected = before + gated @ down.weight.T
+    assert torch.equal(KERNELS.mlp(stream.clone(), factors, 1e-6, linear, down), expected)
     assert torch.equal(stream, before), "the stream goes on"
     assert torch.equal(KERNELS.linear_add(normed, linear, stream), before + product)
+
+
+def test_an_fp8_cache_takes_what_is_too_large_as_its_largest() -> None:
+    qkv = torch.tensor([[1.0, 2.0, 0.3, -1e4, 1e4, -0.3]]).bfloat16()
+    cache = torch.zeros(2, 1, 2, 1, 2).to(torch.float8_e4m3fn)
+    KERNELS.rope_and_cache(
+        qkv,
+        cos_sin=torch.tensor([[1.0, 0.0]]),
+        positions=torch.tensor([0]),
+        slot_mapping=torch.tensor([1]),
+        layer_cache=cache,
+        qk_norm=None,
+    )
+    assert cache.float().flatten().tolist() == [0, 0, 0.3125, -448, 0, 0, 448, -0.3125]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -47,6 +47,10 @@ SPECS = {
     "odd sizes": replace(SPEC, head_dim=10, block_size=5),
     "bfloat16": replace(SPEC, dtype=torch.bfloat16),
     "float16": replace(SPEC, dtype=torch.float16),
+    "fp8 cache": replace(SPEC, kv_dtype=torch.float8_e4m3fn),
+    "bfloat16 window, fp8 cache": replace(
+        SPEC, dtype=torch.bfloat16, sliding_window=12, kv_dtype=torch.float8_e4m3fn
+    ),
     "bfloat16 window": replace(SPEC, dtype=torch.bfloat16, sliding_window=12),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -83,8 +87,9 @@ def random_case(spec: AttentionSpec, rows: Rows) -> tuple[ForwardBatch, Tensor, 
         [([0] * new, before) for new, before in rows], tables, block_size=spec.block_size
     )
     shape = TorchAttention.kv_shape(spec, num_layers=1, num_blocks=sum(counts) + 2)
-    cache = torch.randn(shape).to(spec.dtype)[:, 0]
+    cache = torch.randn(shape)[:, 0]
     cache[:, 0], cache[:, -1] = 0, torch.nan
+    cache = cache.to(spec.cache_dtype)
     query = torch.randn(batch.num_tokens, spec.num_heads, spec.head_dim).to(spec.dtype)
     return batch, query, cache
 

@@ -85,7 +85,7 @@ def inputs_for(spec: AttentionSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor
     """qkv, and a layer's cache that does not hold this step's keys and values yet."""
     num_blocks = int(batch.block_tables.max()) + 1
     shape = TritonAttention.kv_shape(spec, num_layers=2, num_blocks=num_blocks)
-    cache = torch.randn(shape, dtype=spec.dtype, device=spec.device)[:, 1]
+    cache = torch.randn(shape, dtype=spec.dtype, device=spec.device).to(spec.cache_dtype)[:, 1]
     width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     return torch.randn(batch.num_tokens, width, dtype=spec.dtype, device=spec.device), cache
 
@@ -147,7 +147,9 @@ def check(
     error = (out.double() - expected).norm() / expected.norm()
     assert error < (1e-5 if spec.dtype == torch.float32 else 4e-3)
     rotary_for(spec, TorchKernels()).apply(qkv, batch, before)
-    torch.testing.assert_close(cache, before)  # keys and values are where later steps read them
+    torch.testing.assert_close(
+        cache.float(), before.float()
+    )  # keys and values are where later steps read them
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
@@ -196,6 +198,26 @@ def test_sliding_window(window: int) -> None:
 
 def test_half_precision() -> None:
     check(replace(SPEC, dtype=torch.float16), [1, 18], [40, 30])
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@pytest.mark.parametrize("query_lens", [[1, 20, 1, 1], [1, 1, 1, 1]], ids=["mixed", "decode"])
+def test_fp8_cache(tuning: Tuning, query_lens: list[int]) -> None:
+    check(replace(SPEC, kv_dtype=torch.float8_e4m3fn), query_lens, [70, 44, 5, 129], tuning)
+
+
+def test_fp8_cache_of_odd_heads_and_in_half_precision() -> None:
+    spec = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    check(replace(spec, head_dim=80), [1, 9], [40, 21])
+    check(replace(spec, dtype=torch.float16), [1, 9], [40, 21])
+
+
+def test_an_fp8_cache_is_copied_in_whole_16_bytes() -> None:
+    spec = replace(SPEC, head_dim=8, num_kv_heads=4, block_size=64)
+    assert tuning_for(spec).prefill.tma
+    assert not tuning_for(replace(spec, kv_dtype=torch.float8_e4m3fn)).prefill.tma
+    wider = replace(spec, head_dim=64, kv_dtype=torch.float8_e4m3fn)
+    assert tuning_for(wider).prefill.tma
 
 
 def test_decoding_does_not_depend_on_the_batch() -> None:
@@ -270,3 +292,6 @@ def test_padding_rows_do_no_harm() -> None:
 def test_says_why_it_cannot() -> None:
     assert "head_dim 512" in str(TritonAttention.unsupported(replace(SPEC, head_dim=512)))
     assert "int8" in str(TritonAttention.unsupported(replace(SPEC, dtype=torch.int8)))
+    assert "cache in torch.int8" in str(
+        TritonAttention.unsupported(replace(SPEC, kv_dtype=torch.int8))
+    )

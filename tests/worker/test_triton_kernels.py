@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.quant.fp8 import E4M3, FP8, QuantizedRows, quantize_rows
 from tests.worker.triton_device import DEVICE
 
 KERNELS = TritonKernels()
@@ -58,8 +59,14 @@ def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
     if linear.bias is not None:
         product, plain = product + linear.bias.double(), plain + linear.bias.double()
     gate, up = product.chunk(2, dim=-1)
+    down = Linear.empty(
+        32, {"down": 64}, bias=False, shard_axis=1, dtype=stream.dtype, device=stream.device
+    )
+    down.weight.normal_()
     close(KERNELS.norm_linear(stream, weight, EPS, linear), product)
-    close(KERNELS.norm_gate_up(stream, weight, EPS, linear), gate * gate.sigmoid() * up)
+    inner = gate * gate.sigmoid() * up
+    total = stream.double() + inner @ down.weight.double().T
+    close(KERNELS.mlp(stream.clone(), weight, EPS, linear, down), total)
     total = stream.double() + plain
     close(KERNELS.linear_add(stream.clone(), linear, stream), total)
 
@@ -69,6 +76,86 @@ def test_silu_and_mul(size: int) -> None:
     gate_up = torch.randn(3, 2 * size, device=DEVICE)
     gate, up = gate_up.double().chunk(2, dim=-1)
     close(KERNELS.silu_and_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+def assert_same_rows(rows: QuantizedRows, expected: QuantizedRows) -> None:
+    """But for a few numbers on the border between two."""
+    assert rows.values.dtype == E4M3
+    torch.testing.assert_close(rows.scale, expected.scale, rtol=1e-5, atol=0)
+    found, wanted = (part.values.double() * part.scale.double() for part in (rows, expected))
+    differs = (found - wanted).abs() > 1e-5 * wanted.abs()
+    assert differs.double().mean() < 2e-3
+    assert (found - wanted).norm() < 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("size", [64, 1536])
+def test_quantized_rows(size: int) -> None:
+    hidden, weight = torch.randn(3, size, device=DEVICE), torch.randn(size, device=DEVICE)
+    hidden[1] *= 1000
+    hidden[2] = 0
+    assert_same_rows(KERNELS.quantize(hidden), quantize_rows(hidden))
+    expected = quantize_rows(normed(hidden, weight, EPS).float())
+    assert_same_rows(KERNELS.quantize(hidden, (weight, EPS)), expected)
+    gate_up = torch.randn(3, 2 * size, device=DEVICE)
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert_same_rows(KERNELS.silu_and_mul_fp8(gate_up), quantize_rows(gate * gate.sigmoid() * up))
+
+
+def fp8_linear(num_outputs: int, num_inputs: int) -> Linear:
+    rows = quantize_rows(torch.randn(num_outputs, num_inputs, device=DEVICE))
+    bias = torch.randn(num_outputs, device=DEVICE)
+    return Linear(rows.values, bias, {}, 0, FP8, rows.scale[:, 0])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 20])
+def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
+    """Tokens are quantized only where they are many."""
+    stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    gate_up, down = fp8_linear(96, 64), fp8_linear(64, 48)
+
+    def product(x: Tensor, linear: Linear) -> Tensor:
+        assert linear.scale is not None and linear.bias is not None
+        if num_tokens > 16:
+            rows = quantize_rows(x.float())
+            x = rows.values.double() * rows.scale.double()
+        wide = linear.weight.double() * linear.scale.double()[:, None]
+        return x.double() @ wide.T + linear.bias.double()
+
+    def near(out: Tensor, expected: Tensor) -> None:
+        tolerance = 1e-6 if num_tokens <= 16 else 5e-3
+        assert (out.double() - expected).norm() <= tolerance * expected.norm()
+
+    wide = product(normed(stream, weight, EPS), gate_up)
+    near(KERNELS.norm_linear(stream, weight, EPS, gate_up), wide)
+    near(KERNELS.linear_add(stream[:, :48].contiguous(), down, stream.clone()),
+         stream.double() + product(stream[:, :48], down))  # fmt: skip
+    gate, up = wide.chunk(2, dim=-1)
+    total = stream.double() + product(gate * gate.sigmoid() * up, down)
+    near(KERNELS.mlp(stream.clone(), weight, EPS, gate_up, down), total)
+
+
+def test_keys_and_values_of_an_fp8_cache_stay_in_its_range() -> None:
+    num_heads, num_kv_heads, head_dim, slots = 2, 1, 64, torch.tensor([3, 0], device=DEVICE)
+    qkv = torch.randn(2, (num_heads + 2 * num_kv_heads) * head_dim, device=DEVICE) * 300
+    values = qkv[:, -head_dim:].clone()
+    assert values.abs().max() > 448
+    cache = torch.zeros(2, 2, 4, num_kv_heads, head_dim, device=DEVICE).to(E4M3)
+    cos_sin = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), 1).to(DEVICE)
+    keys = qkv.view(2, 4, head_dim)[:, num_heads].clone()
+    queries = KERNELS.rope_and_cache(
+        qkv.clone(),
+        cos_sin=cos_sin,
+        positions=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        slot_mapping=slots,
+        layer_cache=cache,
+        qk_norm=None,
+    )
+    close(queries.flatten(1), qkv[:, : num_heads * head_dim].double())
+    for half, expected in zip(cache, (keys, values), strict=True):
+        stored = half.float().flatten(0, 1)[slots, 0]
+        clamped = expected.clamp(-448, 448)
+        assert torch.equal(stored, clamped.to(E4M3).float())
+    assert cache.float().count_nonzero() <= 4 * head_dim
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.quant.fp8 import FP8, quantize_rows
 from tests.worker.triton_device import DEVICE
 
 VECTOR_TILES = [Tile(8, 64, 3, warps=4), Tile(16, 256, 1, warps=4)]
@@ -25,12 +27,13 @@ def test_linear(num_tokens: int, tile: Tile, extras: bool) -> None:
     x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
     bias = torch.randn(40, device=DEVICE) if extras else None
     residual = torch.randn(num_tokens, 40, device=DEVICE) if extras else None
-    out = skinny_linear(x, weight, bias, residual=residual, tile=tile)
+    linear = Linear(weight, bias, {}, 0)
+    out = skinny_linear(x, linear, residual=residual, tile=tile)
     expected = x.double() @ weight.double().T
     if bias is not None and residual is not None:
         expected += bias.double() + residual.double()
     assert (out - expected).norm() < 1e-6 * expected.norm()
-    assert torch.equal(out, skinny_linear(x, weight, bias, residual=residual, tile=tile))
+    assert torch.equal(out, skinny_linear(x, linear, residual=residual, tile=tile))
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
@@ -38,7 +41,7 @@ def test_gated(num_tokens: int, tile: Tile) -> None:
     x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(80, 160, device=DEVICE)
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
     expected = gate * gate.sigmoid() * up
-    out = skinny_linear(x, weight, gated=True, tile=tile)
+    out = skinny_linear(x, Linear(weight, None, {}, 0), gated=True, tile=tile)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -46,6 +49,49 @@ def test_gated(num_tokens: int, tile: Tile) -> None:
 def test_norm_before_few_tokens(num_tokens: int, tile: Tile) -> None:
     x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
     factors = torch.randn(160, device=DEVICE)
-    out = skinny_linear(x, weight, norm=(factors, 1e-6), tile=tile)
+    out = skinny_linear(x, Linear(weight, None, {}, 0), norm=(factors, 1e-6), tile=tile)
     expected = rms_normed(x.double(), factors.double(), 1e-6) @ weight.double().T
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+def fp8_linear(num_outputs: int, num_inputs: int, *, bias: bool = False) -> Linear:
+    """Rows of very different sizes."""
+    sizes = torch.logspace(-3, 1, num_outputs, device=DEVICE)[:, None]
+    rows = quantize_rows(torch.randn(num_outputs, num_inputs, device=DEVICE) * sizes)
+    biases = torch.randn(num_outputs, device=DEVICE) if bias else None
+    return Linear(rows.values, biases, {}, 0, FP8, rows.scale[:, 0])
+
+
+def widened(linear: Linear) -> torch.Tensor:
+    assert linear.scale is not None
+    return linear.weight.double() * linear.scale.double()[:, None]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("num_inputs", [160, 2064])
+def test_fp8_weights_times_tokens_as_they_are(num_tokens: int, num_inputs: int) -> None:
+    linear = fp8_linear(40, num_inputs, bias=True)
+    assert linear.bias is not None
+    x, residual = torch.randn(num_tokens, num_inputs + 40, device=DEVICE).split((num_inputs, 40), 1)
+    x, residual = x.contiguous(), residual.contiguous()
+    expected = x.double() @ widened(linear).T + linear.bias.double() + residual.double()
+    out = skinny_linear(x, linear, residual=residual)
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("num_tokens", "tile"), CASES)
+def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
+    linear, x = fp8_linear(80, 160, bias=True), torch.randn(num_tokens, 160, device=DEVICE)
+    assert linear.bias is not None
+    gate, up = (x.double() @ widened(linear).T + linear.bias.double()).chunk(2, dim=1)
+    out = skinny_linear(x, linear, gated=True, tile=tile)
+    expected = gate * gate.sigmoid() * up
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_fp8_norm_before_one_token() -> None:
+    linear, x = fp8_linear(40, 160), torch.randn(1, 160, device=DEVICE)
+    factors = torch.randn(160, device=DEVICE)
+    out = skinny_linear(x, linear, norm=(factors, 1e-6))
+    expected = rms_normed(x.double(), factors.double(), 1e-6) @ widened(linear).T
     assert (out - expected).norm() < 1e-6 * expected.norm()

@@ -21,6 +21,7 @@ from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
 from tests.gguf_writing import QuantizationType, write_gguf
 
@@ -47,6 +48,7 @@ def load(
     attention, _ = select_backend("auto", wanted)
     model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
     progress: list[tuple[str, float]] = []
+    allocate_linears(model, None)
     load_weights(
         model,
         checkpoint,

@@ -138,8 +138,19 @@ def test_what_cannot_work_is_the_users_to_mend(
     worker.shutdown()
 
 
-def test_runs_plans_after_start(model: str) -> None:
-    worker = make_worker(model)
+def test_fp8_weights_and_cache(model: str) -> None:
+    plain = start(model)
+    info = start(model, quantization="fp8", kv_cache_dtype="fp8")
+    assert info.num_parameters == plain.num_parameters
+    assert info.kv_cache_bytes * 4 == plain.kv_cache_bytes
+    assert any(note.startswith("FP8 weights quantized at load in 8") for note in info.notes)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantization": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}], ids=str
+)
+def test_runs_plans_after_start(model: str, settings: dict[str, Any]) -> None:
+    worker = make_worker(model, **settings)
     worker.start()
     plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
     (token_id,) = worker.execute(plan).result().token_ids

@@ -26,6 +26,12 @@ class AttentionSpec:
     sliding_window: int | None
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: torch.dtype | None = None  # of the cache; None: as `dtype`
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are stored as; FP8 is read as it stands, with a scale of 1."""
+        return self.kv_dtype or self.dtype
 
 
 class AttentionBackend(Protocol):

@@ -67,6 +67,8 @@ class FlashAttention(TritonAttention):
             return "neither flash-attn-4 nor flash-attn is installed"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"flash-attn computes in half precision, not in {spec.dtype}"
+        if spec.cache_dtype != spec.dtype:
+            return f"keys are gathered as they are stored, in {spec.cache_dtype}"
         if spec.head_dim % 8 or spec.head_dim > 256:
             return f"flash-attn has no kernel for head_dim {spec.head_dim}"
         if installed_package() == "flash_attn.cute" and (

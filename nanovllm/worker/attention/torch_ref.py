@@ -54,8 +54,8 @@ class Chunk:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
-            keys.index_select(0, self._slots).transpose(0, 1)[None],
-            values.index_select(0, self._slots).transpose(0, 1)[None],
+            _read(keys, self._slots, query.dtype).transpose(0, 1)[None],
+            _read(values, self._slots, query.dtype).transpose(0, 1)[None],
             attn_mask=self._mask,
             is_causal=self._mask is None,
             scale=self._scale,
@@ -80,8 +80,8 @@ class GatheredRows:
         attended = F.scaled_dot_product_attention(
             # The queries that share a head of keys stand where those of a longer prompt would.
             query.reshape(num_rows, num_kv_heads, -1, head_dim),
-            keys.index_select(0, self._slots).view(shape).transpose(1, 2),
-            values.index_select(0, self._slots).view(shape).transpose(1, 2),
+            _read(keys, self._slots, query.dtype).view(shape).transpose(1, 2),
+            _read(values, self._slots, query.dtype).view(shape).transpose(1, 2),
             attn_mask=self._mask,
             scale=self._scale,
         )
@@ -142,7 +142,7 @@ class TorchAttention:
         self._parts: list[Part] = []
         self._covers_all = False
         self._rows_class: type[GatheredRows | StreamedRows] = GatheredRows
-        if spec.device.type == "cpu" and spec.dtype == torch.float32:
+        if spec.device.type == "cpu" and spec.dtype == spec.cache_dtype == torch.float32:
             self._rows_class = StreamedRows
             with warnings.catch_warnings():
                 # torch says once per process that sparse tensors are in beta: let it be here.
@@ -206,6 +206,14 @@ def _slots(block_tables: Tensor, positions: Tensor, block_size: int) -> Tensor:
     positions = positions.long()
     block_ids = block_tables.long().gather(1, positions // block_size)
     return block_ids * block_size + positions % block_size
+
+
+def _read(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """cache: [num_slots, num_kv_heads, head_dim]. Returns [len(slots), …] in `dtype`."""
+    if cache.dtype == dtype:
+        return cache.index_select(0, slots)
+    # As bytes: torch indexes no FP8.
+    return cache.view(torch.uint8).index_select(0, slots).view(cache.dtype).to(dtype)
 
 
 def group_by_length(rows: list[int], lengths: list[int]) -> list[list[int]]:

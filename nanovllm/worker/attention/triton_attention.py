@@ -82,6 +82,8 @@ class TritonAttention:
         """Why not, or None."""
         if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"no Triton attention in {spec.dtype}"
+        if spec.cache_dtype not in (spec.dtype, torch.float8_e4m3fn):
+            return f"no Triton attention over a cache in {spec.cache_dtype}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"head_dim {spec.head_dim} is over {MAX_HEAD_DIM}"
         return unusable(spec.device)

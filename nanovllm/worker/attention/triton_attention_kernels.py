@@ -27,11 +27,11 @@ def first_visible(last_position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def key_and_value(
-    keys, values, block_table, start, end, kv_head,
+    keys, values, block_table, start, end, kv_head, DTYPE: tl.constexpr,
     SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Cached vectors of one head from place `start` on, [BLOCK_N, BLOCK_D] each.
+    """Cached vectors of one head from place `start` on, [BLOCK_N, BLOCK_D] each, as DTYPE.
 
     Places from `end` on hold any finite numbers: masked scores cancel them.
     """
@@ -51,7 +51,7 @@ def key_and_value(
         else:
             k = tl.load(keys + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(values + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
-    return k, v
+    return k.to(DTYPE), v.to(DTYPE)
 
 
 @triton.jit
@@ -123,13 +123,13 @@ def prefill_kernel(
     if WINDOW == 0:  # all these tokens see all these keys
         begin = tl.where(num_queries == 0, 0, (context + first_query + 1) // BLOCK_N * BLOCK_N)
         for start in tl.range(0, begin, BLOCK_N):
-            k, v = key_and_value(keys, values, table, start, begin, kv_head, SLOT, BLOCK_SIZE,
-                                  HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+            k, v = key_and_value(keys, values, table, start, begin, kv_head, q.dtype, SLOT,
+                                  BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     for start in tl.range(begin, end, BLOCK_N):
-        k, v = key_and_value(keys, values, table, start, end, kv_head, SLOT, BLOCK_SIZE,
-                              HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+        k, v = key_and_value(keys, values, table, start, end, kv_head, q.dtype, SLOT,
+                              BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         ahead = context + local[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
         visible = (ahead >= 0) & ((ahead < WINDOW) | (WINDOW == 0))
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")

@@ -20,6 +20,7 @@ from nanovllm.worker.attention.triton_decode_plan import (
     row_facts,
     splits_of,
 )
+from nanovllm.worker.kernels.triton_kernels import narrowed
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -108,13 +109,13 @@ def _decode_item(
         cached_end = tl.minimum(end, position)
         # What lies in the cache is from earlier steps, so the first tile need not wait.
         k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
-                             kv_head, KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
-                             TMA)  # fmt: skip
+                             kv_head, query.dtype.element_ty, KV_HEADS * HEAD_DIM, BLOCK_SIZE,
+                             HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         if PDL:
             gdc_wait()
         q, new_k, new_v = _rotate_row(
             query + token * query_stride, kv_head, position, cos_sin, q_weight, k_weight, eps,
-            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM,
+            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
         )  # fmt: skip
         if is_last:
             slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
@@ -131,7 +132,7 @@ def _decode_item(
         q = tl.load(query + token * query_stride + places, real, other=0.0)
     for start in tl.range(begin, cached_end, BLOCK_N):
         k, v = key_and_value(
-            keys, values, block_table, start, cached_end, kv_head,
+            keys, values, block_table, start, cached_end, kv_head, query.dtype.element_ty,
             KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
         )  # fmt: skip
         acc, peak, total = _absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
@@ -151,8 +152,9 @@ def _decode_item(
 def _keep(place, value_offset, key, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cache a key, and its value `value_offset` elements behind."""
     lanes = tl.arange(0, BLOCK_D)
-    tl.store(place + lanes, key.to(place.dtype.element_ty), lanes < HEAD_DIM)
-    tl.store(place + value_offset + lanes, value.to(place.dtype.element_ty), lanes < HEAD_DIM)
+    dtype = place.dtype.element_ty
+    tl.store(place + lanes, narrowed(key, dtype), lanes < HEAD_DIM)
+    tl.store(place + value_offset + lanes, narrowed(value, dtype), lanes < HEAD_DIM)
 
 
 @triton.jit
@@ -237,11 +239,12 @@ def _absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: t
 def _rotate_row(
     qkv, kv_head, position, cos_sin, q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_G: tl.constexpr, NORM: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Queries of the group [BLOCK_G, BLOCK_D], rotated, and the new key and value [BLOCK_D].
 
-    Rounds where `Kernels.rope_and_cache` does. Lines of queries beyond the group repeat it.
+    Rounds where `Kernels.rope_and_cache` does, and as the cache (of type KEPT) will, as later steps
+    read from there. Lines of queries beyond the group repeat it.
     """
     HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
@@ -262,7 +265,8 @@ def _rotate_row(
                     NORM)  # fmt: skip
     value = qkv + (KV_HEADS * (GROUP + 1) + kv_head) * HEAD_DIM + lanes
     new_v = tl.load(value, lanes < HEAD_DIM, other=0.0)
-    return tl.reshape(q, [BLOCK_G, BLOCK_D]), tl.reshape(new_k, [BLOCK_D]), new_v
+    new_k = narrowed(tl.reshape(new_k, [BLOCK_D]), KEPT).to(q.dtype)
+    return tl.reshape(q, [BLOCK_G, BLOCK_D]), new_k, narrowed(new_v, KEPT).to(q.dtype)
 
 
 @triton.jit

@@ -54,8 +54,9 @@ def shared_prefix_kernel(
         peak = tl.full([BLOCK_M], FLOOR, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(begin, end, BLOCK_N):
-            k, v = key_and_value(keys, values, table, start, end, kv_head, KV_HEADS * HEAD_DIM,
-                                 BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+            k, v = key_and_value(keys, values, table, start, end, kv_head, q.dtype,
+                                 KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
+                                 TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
         parts = (rows.to(tl.int64) * (KV_HEADS * GROUP) + heads) * SLOTS + MAX_SPLITS + split

@@ -62,10 +62,12 @@ class Tuning:
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
     """Measured on an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    head_bytes = spec.head_dim * spec.cache_dtype.itemsize
     can_copy = (
         has_tensor_memory_accelerator(spec.device)
         and spec.head_dim == triton.next_power_of_2(spec.head_dim)
-        and spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize % 16 == 0
+        and head_bytes >= 16
+        and spec.num_kv_heads * head_bytes % 16 == 0
     )
     if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)

@@ -22,11 +22,16 @@ class Kernels(Protocol):
     def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
         """linear(rms_norm(stream)), new memory; stream is kept."""
 
-    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        """silu(gate) * up of linear(rms_norm(stream)), whose outputs are gate first, then up."""
-
     def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
         """stream + linear(hidden), perhaps written over stream."""
+
+    def mlp(
+        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor:
+        """stream + down(silu(gate) * up), perhaps written over stream.
+
+        gate and up: the halves of gate_up(rms_norm(stream)).
+        """
 
     def rope_and_cache(
         self,

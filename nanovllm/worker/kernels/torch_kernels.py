@@ -23,11 +23,14 @@ class TorchKernels:
     def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
         return linear(self.rms_norm(stream, weight, eps))
 
-    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return self.silu_and_mul(linear(self.rms_norm(stream, weight, eps)))
-
     def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
         return linear(hidden).add_(stream)
+
+    def mlp(
+        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor:
+        inner = self.silu_and_mul(gate_up(self.rms_norm(stream, weight, eps)))
+        return self.linear_add(inner, down, stream)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up: [num_tokens, 2 * intermediate], gate first; overwritten."""
@@ -65,6 +68,11 @@ class TorchKernels:
         rotating.copy_(rotated)
 
         slots = layer_cache.view(2, -1, num_kv_heads, head_dim)
-        keys_values = keys_values.view(num_tokens, 2, num_kv_heads, head_dim)
-        slots.index_copy_(1, slot_mapping, keys_values.transpose(0, 1))
+        keys_values = keys_values.view(num_tokens, 2, num_kv_heads, head_dim).transpose(0, 1)
+        if slots.dtype == torch.float8_e4m3fn:
+            # Larger numbers would become NaN. As bytes: torch indexes no FP8.
+            most = torch.finfo(slots.dtype).max
+            keys_values = keys_values.clamp(-most, most).to(slots.dtype).view(torch.uint8)
+            slots = slots.view(torch.uint8)
+        slots.index_copy_(1, slot_mapping, keys_values)
         return queries

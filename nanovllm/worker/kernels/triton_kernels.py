@@ -13,44 +13,70 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm
-from nanovllm.worker.kernels.triton_launch import launch_options
+from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
 from nanovllm.worker.kernels.triton_linear import beats_cublas, can_norm, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
+from nanovllm.worker.quant import fp8
+from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
 
 ROPE_HEADS = 8  # heads per program
 SILU_BLOCK = 1024
+E4M3_MAX = tl.constexpr(fp8.E4M3_MAX)
+LEAST_PEAK = tl.constexpr(fp8.LEAST_PEAK)
 
 
 @triton.jit
-def _rms_norm_kernel(
+def _store_row(row, columns, inside, out, out_scale, token, size, QUANTIZE: tl.constexpr):
+    """A token's row, [BLOCK] in the precision it has; if asked for, quantized to e4m3."""
+    places = token * size + columns
+    if QUANTIZE:
+        wide = row.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), 0), LEAST_PEAK) / E4M3_MAX
+        tl.store(out_scale + token, scale)
+        row = tl.clamp(wide / scale, -E4M3_MAX, E4M3_MAX)
+    tl.store(out + places, row.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rows_kernel(
     hidden,  # [num_tokens, size]
     weight,  # [size]
-    out,  # like hidden
+    out,  # like hidden; e4m3 if QUANTIZE
+    out_scale,  # [num_tokens] fp32, if QUANTIZE
     eps,
     size,
     BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program per token: norm, quantize, or both."""
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    scale = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    if NORM:
+        factors = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    places = tl.program_id(0).to(tl.int64) * size + columns
-    x = tl.load(hidden + places, inside, other=0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-    # Rounded before the weight, as Hugging Face's norms are.
-    x = x.to(hidden.dtype.element_ty).to(tl.float32) * scale
-    tl.store(out + places, x.to(out.dtype.element_ty), inside)
+    token = tl.program_id(0).to(tl.int64)
+    x = tl.load(hidden + token * size + columns, inside, other=0.0)
+    if NORM:
+        dtype = x.dtype
+        x = x.to(tl.float32)
+        x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+        # Rounded before the weight, as Hugging Face's norms are.
+        x = (x.to(dtype).to(tl.float32) * factors).to(dtype)
+    _store_row(x, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 
 @triton.jit
 def _silu_and_mul_kernel(
     gate_up,  # [num_tokens, 2 * size]
-    out,  # [num_tokens, size]
+    out,  # [num_tokens, size]; e4m3 if QUANTIZE
+    out_scale,  # [num_tokens] fp32, if QUANTIZE
     size,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # all of size, if QUANTIZE
+    QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -62,7 +88,7 @@ def _silu_and_mul_kernel(
     gate = tl.load(gate_up + token * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (token * 2 + 1) * size + columns, inside, other=0.0)
     gate = (gate / (1 + tl.exp(-gate))).to(up.dtype)  # rounded, as silu alone would be
-    tl.store(out + token * size + columns, gate * up, inside)
+    _store_row(gate * up, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 
 @triton.jit
@@ -76,6 +102,14 @@ def _normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
     first = (first * scale).to(dtype).to(tl.float32) * first_weight[None, :]
     second = (second * scale).to(dtype).to(tl.float32) * second_weight[None, :]
     return first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """x as a cache of that type keeps it: in FP8 larger numbers would become NaN."""
+    if tl.float8e4nv == DTYPE:
+        x = tl.clamp(x.to(tl.float32), -E4M3_MAX, E4M3_MAX)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -134,74 +168,95 @@ def _rope_and_cache_kernel(
     kept = real & ~is_query & (slot >= 0)
     target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
     target += tl.where(rotates, 0, value_offset)
-    tl.store(target, new_first.to(cache.dtype.element_ty), kept)
-    tl.store(target + HALF, new_second.to(cache.dtype.element_ty), kept)
+    cached = cache.dtype.element_ty
+    tl.store(target, narrowed(new_first, cached), kept)
+    tl.store(target + HALF, narrowed(new_second, cached), kept)
+
+
+def _fp8(linear: Linear) -> Fp8 | None:
+    """The method of an FP8 layer whose numbers kernels here can read and make."""
+    method = linear.method
+    return method if isinstance(method, Fp8) and converts_fp8(linear.weight.device) else None
 
 
 def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
     """Whether our own product can take this one over, and is faster."""
-    ours = linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
+    plain = linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
+    ours = plain or _fp8(linear) is not None
     return ours and beats_cublas(len(x), linear.weight, gated=gated)
 
 
 class TritonKernels:
     """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous.
 
-    A few tokens go through our own products, which take norm, gate and residual along; more go
-    through cuBLAS, which takes the residual along. Quantized layers multiply their own way.
+    A few tokens go through our own products, which take norm, gate and residual along, and widen
+    FP8 weights instead of quantizing tokens. More go through cuBLAS: in the model's precision with
+    the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
     """
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Returns new memory."""
-        num_tokens, size = hidden.shape
-        assert hidden.is_contiguous()
         out = torch.empty_like(hidden)
-        block = triton.next_power_of_2(size)
-        _rms_norm_kernel[(num_tokens,)](
-            hidden,
-            weight,
-            out,
-            eps,
-            size,
-            BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16),  # 8 elements (16 bytes) a thread and load
-            **launch_options(hidden.device),
-        )
+        _launch_rows(hidden, QuantizedRows(out, out), norm=(weight, eps))
         return out
 
     def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if can_norm(len(stream), linear.weight) and _is_skinny(stream, linear):
-            return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps))
-        normed = self.rms_norm(stream, weight, eps)
-        if _is_skinny(normed, linear):
-            return skinny_linear(normed, linear.weight, linear.bias)
-        return linear(normed)
-
-    def norm_gate_up(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if can_norm(len(stream), linear.weight) and _is_skinny(stream, linear, gated=True):
-            return skinny_linear(stream, linear.weight, linear.bias, norm=(weight, eps), gated=True)
-        normed = self.rms_norm(stream, weight, eps)
-        if _is_skinny(normed, linear, gated=True):
-            return skinny_linear(normed, linear.weight, linear.bias, gated=True)
-        return self.silu_and_mul(linear(normed))
+        if _is_skinny(stream, linear):
+            return self._skinny(stream, (weight, eps), linear, gated=False)
+        return self._wide(stream, (weight, eps), linear)
 
     def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
         if _is_skinny(hidden, linear):
-            return skinny_linear(hidden, linear.weight, linear.bias, residual=stream)
+            return skinny_linear(hidden, linear, residual=stream)
         if linear.method is UNQUANTIZED and linear.bias is None:
             return stream.addmm_(hidden, linear.weight.t())
+        if (method := _fp8(linear)) is not None:
+            return stream.add_(method.multiply(linear, self.quantize(hidden), hidden.dtype))
         return stream.add_(linear(hidden))
+
+    def mlp(
+        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor:
+        if _is_skinny(stream, gate_up, gated=True):
+            inner = self._skinny(stream, (weight, eps), gate_up, gated=True)
+            return self.linear_add(inner, down, stream)
+        product = self._wide(stream, (weight, eps), gate_up)
+        if (method := _fp8(down)) is None or beats_cublas(len(stream), down.weight):
+            return self.linear_add(self.silu_and_mul(product), down, stream)
+        return stream.add_(method.multiply(down, self.silu_and_mul_fp8(product), stream.dtype))
+
+    def _skinny(
+        self, stream: Tensor, norm: tuple[Tensor, float], linear: Linear, *, gated: bool
+    ) -> Tensor:
+        """Norm and product of a few tokens; in one kernel if it can."""
+        if can_norm(len(stream), linear.weight):
+            return skinny_linear(stream, linear, norm=norm, gated=gated)
+        return skinny_linear(self.rms_norm(stream, *norm), linear, gated=gated)
+
+    def _wide(self, stream: Tensor, norm: tuple[Tensor, float], linear: Linear) -> Tensor:
+        """Norm and product of many tokens."""
+        if (method := _fp8(linear)) is not None:
+            return method.multiply(linear, self.quantize(stream, norm), stream.dtype)
+        return linear(self.rms_norm(stream, *norm))
+
+    def quantize(self, hidden: Tensor, norm: tuple[Tensor, float] | None = None) -> QuantizedRows:
+        """As `quant.fp8.quantize_rows`, of rms_norm(hidden) if norm (weight and eps) is given."""
+        rows = _empty_rows(hidden, hidden.shape[1])
+        _launch_rows(hidden, rows, norm=norm)
+        return rows
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """Returns new memory."""
-        num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-        assert gate_up.is_contiguous()
-        out = gate_up.new_empty(num_tokens, size)
-        grid = (num_tokens, triton.cdiv(size, SILU_BLOCK))
-        _silu_and_mul_kernel[grid](
-            gate_up, out, size, BLOCK=SILU_BLOCK, num_warps=4, **launch_options(gate_up.device)
-        )
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        _launch_silu(gate_up, QuantizedRows(out, out), block=SILU_BLOCK)
         return out
+
+    def silu_and_mul_fp8(self, gate_up: Tensor) -> QuantizedRows:
+        """`silu_and_mul`, quantized per token; a program takes a whole row to know its peak."""
+        size = gate_up.shape[1] // 2
+        rows = _empty_rows(gate_up, size)
+        _launch_silu(gate_up, rows, block=triton.next_power_of_2(size))
+        return rows
 
     def rope_and_cache(
         self,
@@ -239,3 +294,35 @@ class TritonKernels:
             **launch_options(qkv.device),
         )
         return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]
+
+
+def _empty_rows(like: Tensor, size: int) -> QuantizedRows:
+    values = like.new_empty(len(like), size, dtype=fp8.E4M3)
+    return QuantizedRows(values, like.new_empty(len(like), 1, dtype=torch.float32))
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 256, 1), 16)  # 8 elements (16 bytes) a thread and load
+
+
+def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: tuple[Tensor, float] | None) -> None:
+    """Norm and quantize, whichever `norm` and the type of `out` ask for."""
+    num_tokens, size = hidden.shape
+    assert hidden.is_contiguous()
+    weight, eps = norm or (hidden, 0.0)
+    block = triton.next_power_of_2(size)
+    _rows_kernel[(num_tokens,)](
+        hidden, weight, *out, eps, size,
+        BLOCK=block, NORM=norm is not None, QUANTIZE=out.values.dtype == fp8.E4M3,
+        num_warps=_warps(block), **launch_options(hidden.device),
+    )  # fmt: skip
+
+
+def _launch_silu(gate_up: Tensor, out: QuantizedRows, *, block: int) -> None:
+    num_tokens, size = out.values.shape
+    assert gate_up.is_contiguous()
+    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
+        gate_up, *out, size,
+        BLOCK=block, QUANTIZE=out.values.dtype == fp8.E4M3,
+        num_warps=_warps(block), **launch_options(gate_up.device),
+    )  # fmt: skip

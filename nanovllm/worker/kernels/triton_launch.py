@@ -13,6 +13,7 @@ from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in NumPy, on a CPU
 MIN_CAPABILITY = (8, 0)
+ADA = (8, 9)
 HOPPER = (9, 0)
 
 
@@ -40,6 +41,12 @@ def num_multiprocessors(device: torch.device) -> int:
 def has_tensor_memory_accelerator(device: torch.device) -> bool:
     """Whether tiles can be fetched by descriptor, without a thread's help (Hopper and later)."""
     return INTERPRETED or torch.cuda.get_device_capability(device) >= HOPPER
+
+
+@cache
+def converts_fp8(device: torch.device) -> bool:
+    """Whether kernels may load and store e4m3 (Ada and later)."""
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= ADA
 
 
 @cache

@@ -21,8 +21,10 @@ from nanovllm.worker.kernels.triton_launch import (
     has_tensor_memory_accelerator,
     launch_options,
 )
+from nanovllm.worker.layers.linear import Linear
 
 MAX_TOKENS = 256
+MAX_FP8_TOKENS = 16  # beyond, tensor cores take FP8 weights and quantized tokens as they are
 MAX_TILES = 65536  # output tiles whose splits can be counted
 
 
@@ -47,10 +49,15 @@ def _silu(x):
 
 
 @triton.jit
-def _finish(acc, up, bias, residual, out, places, outputs, real, num_outputs,
-            GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """Bias, gate and residual, then the store. acc, up, places, real: any one shape."""
+def _finish(acc, up, channel_scale, bias, residual, out, places, outputs, real, num_outputs,
+            GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+            RESIDUAL: tl.constexpr):  # fmt: skip
+    """Scale, bias, gate and residual, then the store. acc, up, places, real: any one shape."""
     dtype = out.dtype.element_ty
+    if SCALE:
+        acc *= tl.load(channel_scale + outputs, outputs < num_outputs, other=0.0)
+        if GATED:
+            up *= tl.load(channel_scale + num_outputs + outputs, outputs < num_outputs, other=0.0)
     if BIAS:
         acc += tl.load(bias + outputs, outputs < num_outputs, other=0.0)
     if GATED:
@@ -66,6 +73,7 @@ def _finish(acc, up, bias, residual, out, places, outputs, real, num_outputs,
 def _vector_kernel(
     x,  # [K]
     weight,  # [num_outputs, K]; if GATED [2 * num_outputs, K], gates first
+    channel_scale,  # fp32, of each row of weight
     bias,  # [num_outputs], twice as many if GATED
     residual,  # [num_outputs]
     norm_weight,  # [K]
@@ -79,6 +87,7 @@ def _vector_kernel(
     NORM: tl.constexpr,
     NORM_BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
@@ -116,8 +125,8 @@ def _vector_kernel(
     acc = tl.sum(acc, 1)
     if GATED:
         up = tl.sum(up, 1)
-    _finish(acc, up, bias, residual, out, outputs, outputs, outputs < num_outputs, num_outputs,
-            GATED, BIAS, RESIDUAL)  # fmt: skip
+    _finish(acc, up, channel_scale, bias, residual, out, outputs, outputs, outputs < num_outputs,
+            num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
 
 
 @triton.jit
@@ -135,6 +144,7 @@ def _input_tile(x, norm_weight, scale, ks, K: tl.constexpr, NORM: tl.constexpr):
 def _matrix_kernel(
     x_desc,  # [num_tokens, K], boxes [BLOCK_M, BLOCK_K]
     weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
+    channel_scale,
     bias,
     residual,  # [num_tokens, num_outputs]
     norm_weight,  # [K]
@@ -144,7 +154,8 @@ def _matrix_kernel(
     num_tokens, num_outputs, eps,
     K: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     output = tl.program_id(0) * BLOCK_N
@@ -159,8 +170,8 @@ def _matrix_kernel(
     real = present & (outputs < num_outputs)[None, :]
     places = tokens[:, None] * num_outputs + outputs[None, :]
     if SPLITS == 1:
-        _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
-                GATED, BIAS, RESIDUAL)  # fmt: skip
+        _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
+                num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
         lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -177,8 +188,8 @@ def _matrix_kernel(
             up = acc
             if GATED:
                 up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
-            _finish(acc, up, bias, residual, out, places, outputs[None, :], real, num_outputs,
-                    GATED, BIAS, RESIDUAL)  # fmt: skip
+            _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
+                    num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
             tl.store(arrival, 0)
 
 
@@ -188,7 +199,10 @@ def _products(
     K: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs over inputs from `first` on, and of their ups if GATED."""
+    """One tile of outputs over inputs from `first` on, and of their ups if GATED.
+
+    Weights become what the inputs are only here, on their way from shared memory to the product.
+    """
     if PDL:
         gdc_launch_dependents()
     w = weight_desc.load([output, first])
@@ -204,18 +218,18 @@ def _products(
             squares += tl.sum(part * part, 1)
         scale = tl.rsqrt(squares / K + eps)
     x = _normed_tile(x_desc, norm_weight, scale, token, first, K, BLOCK_K, NORM)
-    acc = tl.dot(x, tl.trans(w), input_precision="ieee")
+    acc = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
     up = acc
     if GATED:
-        up = tl.dot(x, tl.trans(up_w), input_precision="ieee")
+        up = tl.dot(x, tl.trans(up_w.to(x.dtype)), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
         x = _normed_tile(x_desc, norm_weight, scale, token, k, K, BLOCK_K, NORM)
         w = weight_desc.load([output, k])
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
-            up = tl.dot(x, tl.trans(up_w), up, input_precision="ieee")
+            up = tl.dot(x, tl.trans(up_w.to(x.dtype)), up, input_precision="ieee")
     return acc, up
 
 
@@ -254,13 +268,15 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     """
     if num_tokens == 1:
         return True
-    can_copy = has_tensor_memory_accelerator(weight.device) and weight.stride(0) % 8 == 0
-    if num_tokens > 64 or not can_copy:
+    is_whole = weight.stride(0) * weight.itemsize % 16 == 0
+    if num_tokens > 64 or not (is_whole and has_tensor_memory_accelerator(weight.device)):
         return False
+    if weight.itemsize == 1:
+        return num_tokens <= MAX_FP8_TOKENS
     return (
         num_tokens <= 8
         or (num_tokens <= 16 and weight.numel() < 2**25)
-        or (weight.numel() < 2**23 and not gated)
+        or (num_tokens <= MAX_TOKENS and weight.numel() < 2**23 and not gated)
     )
 
 
@@ -289,45 +305,54 @@ def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool)
     return Tile(16, 256, -(-num_inputs // 512), warps=4, stages=4)
 
 
+def fp8_tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Guessed: about as many bytes on the way as in `tile_for`, so twice as many weights."""
+    if num_tokens == 1:
+        block_k = next((size for size in (4096, 2048) if num_inputs % size == 0), 1024)
+        return Tile(16384 // block_k, block_k, -(-num_inputs // block_k), warps=8)
+    if num_outputs * num_inputs < 2**24:
+        return Tile(32 if gated else 64, 512, 1, warps=4, stages=2)
+    return Tile(32 if gated else 64, 512, 4, warps=4, stages=4)
+
+
 def skinny_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    linear: Linear,
     *,
     residual: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias + residual for up to 256 tokens, [num_tokens, num_outputs].
+    """linear(x) + residual for up to 256 tokens, [num_tokens, num_outputs].
 
-    x: [num_tokens, num_inputs]. norm: RMSNorm weight and eps, applied to x first (`can_norm`).
-    gated: weight holds gate rows, then up rows, and the result is silu(gate) * up. Sums are fp32
-    in an order fixed by the shapes.
+    x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; x is multiplied as it is.
+    norm: RMSNorm weight and eps, applied to x first (`can_norm`). gated: the layer's outputs are
+    gates, then ups, and the result is silu(gate) * up. Sums are fp32 in an order fixed by the
+    shapes.
     """
+    weight, bias, scale = linear.weight, linear.bias, linear.scale
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
     assert norm is None or can_norm(num_tokens, weight)
-    tile = tile or tile_for(num_tokens, num_outputs, num_inputs, gated=gated)
+    choose = tile_for if scale is None else fp8_tile_for
+    tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
     out = x.new_empty(num_tokens, num_outputs)
-    nothing = out  # stands for tensors a kernel will not touch
-    flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
-    bias, residual = (nothing if t is None else t for t in (bias, residual))
-    shape = {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }
-    options = flags | shape | launch_options(x.device)
+    # `out` stands for tensors a kernel will not touch.
+    extras = [out if t is None else t for t in (scale, bias, residual)]
+    options = {
+        "GATED": gated, "SCALE": scale is not None, "BIAS": bias is not None,
+        "RESIDUAL": residual is not None, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages, "num_warps": tile.warps, **launch_options(x.device),
+    }  # fmt: skip
     num_n = triton.cdiv(num_outputs, tile.block_n)
-    norm_weight, eps = norm or (nothing, 0.0)
+    norm_weight, eps = norm or (out, 0.0)
     options["NORM"] = norm is not None
     if num_tokens == 1:
         _vector_kernel[(num_n,)](
-            x, weight, bias, residual, norm_weight, out, num_outputs, eps,
+            x, weight, *extras, norm_weight, out, num_outputs, eps,
             K=num_inputs, NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
         )  # fmt: skip
         return out
@@ -339,7 +364,7 @@ def skinny_linear(
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        bias, residual, norm_weight, out,
+        *extras, norm_weight, out,
         torch.empty(parts, dtype=torch.float32, device=x.device), _arrivals(x.device),
         num_tokens, num_outputs, eps,
         K=num_inputs, NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,

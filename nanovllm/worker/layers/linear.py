@@ -19,7 +19,8 @@ class WeightSlot:
 
     part: what it is ("q", "gate", "embedding" …), a key of `WeightNames`. target: a view into a
     parameter, of the checkpoint tensor's shape. shard_axis: the axis of the checkpoint tensor that
-    tensor parallelism cuts, None if every rank takes it whole.
+    tensor parallelism cuts, None if every rank takes it whole. scale: where the scale of each row
+    goes if target holds quantized numbers.
     """
 
     part: str
@@ -27,6 +28,7 @@ class WeightSlot:
     layer: int | None
     target: Tensor
     shard_axis: int | None
+    scale: Tensor | None = None  # [rows of target] fp32
 
 
 class LinearMethod(Protocol):
@@ -58,6 +60,7 @@ class Linear:
     shards: dict[str, int]
     shard_axis: Literal[0, 1]
     method: LinearMethod = UNQUANTIZED
+    scale: Tensor | None = None  # [out_features] fp32, of weights that `method` keeps quantized
 
     @classmethod
     def empty(
@@ -76,16 +79,23 @@ class Linear:
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         return cls(weight, zeros, shards, shard_axis)
 
+    def allocate(self, device: torch.device) -> None:
+        """Give a layer that was built on the meta device memory; its weights are yet unset."""
+        self.weight = torch.empty_like(self.weight, device=device)
+        if self.bias is not None:
+            self.bias = torch.zeros_like(self.bias, device=device)
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
     def slots(self, layer: int | None) -> Iterator[WeightSlot]:
-        """One slot per checkpoint tensor; before any pass has changed `method`."""
-        assert self.method is UNQUANTIZED
+        """One slot per checkpoint tensor, while rows of the weight are still rows in memory."""
+        assert self.weight.layout is torch.strided
         start = 0
         for part, size in self.shards.items():
             weight = self.weight.narrow(0, start, size)
-            yield WeightSlot(part, "weight", layer, weight, self.shard_axis)
+            scale = None if self.scale is None else self.scale.narrow(0, start, size)
+            yield WeightSlot(part, "weight", layer, weight, self.shard_axis, scale)
             if self.bias is not None:
                 # A bias is added once per output: cut with the outputs, else whole.
                 axis = 0 if self.shard_axis == 0 else None

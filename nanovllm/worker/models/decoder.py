@@ -48,7 +48,12 @@ class DecoderSpec:
     qk_norm: bool = False
 
     def attention_spec(
-        self, *, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> AttentionSpec:
         """What this model asks of an attention backend."""
         return AttentionSpec(
@@ -60,6 +65,7 @@ class DecoderSpec:
             sliding_window=self.sliding_window,
             dtype=dtype,
             device=device,
+            kv_dtype=kv_dtype,
         )
 
 
@@ -90,8 +96,10 @@ class DecoderLayer:
         self._eps = spec.rms_norm_eps
         hidden, inner = spec.hidden_size, spec.intermediate_size
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        outputs = partial(Linear.empty, shard_axis=0, dtype=dtype, device=device)
-        inputs = partial(Linear.empty, shard_axis=1, dtype=dtype, device=device)
+        # Their memory comes with the weights, once it is known in which form those are kept.
+        nowhere = torch.device("meta")
+        outputs = partial(Linear.empty, shard_axis=0, dtype=dtype, device=nowhere)
+        inputs = partial(Linear.empty, shard_axis=1, dtype=dtype, device=nowhere)
         self.qkv = outputs(hidden, {"q": q, "k": kv, "v": kv}, bias=spec.qkv_bias)
         self.o = inputs(q, {"o": hidden}, bias=spec.o_bias)
         self.gate_up = outputs(hidden, {"gate": inner, "up": inner}, bias=spec.mlp_bias)
@@ -110,8 +118,7 @@ class DecoderLayer:
         qkv = kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv)
         attended = self._attention.forward(qkv, self._rotary, layer_cache, batch)
         stream = kernels.linear_add(attended.flatten(1), self.o, stream)
-        inner = kernels.norm_gate_up(stream, self.post_norm, self._eps, self.gate_up)
-        return kernels.linear_add(inner, self.down, stream)
+        return kernels.mlp(stream, self.post_norm, self._eps, self.gate_up, self.down)
 
     def linears(self) -> Iterator[Linear]:
         yield from (self.qkv, self.o, self.gate_up, self.down)

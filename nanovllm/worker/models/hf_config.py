@@ -16,12 +16,6 @@ def dense_decoder(config: Config, **differences: Any) -> DecoderSpec:
     """The spec that `config` and an architecture's `differences` (fields of `DecoderSpec`) give."""
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported")
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"config.json: quantization_config ({method}) is not supported: "
-            "use an unquantized checkpoint or a GGUF file"
-        )
     num_heads = required(config, "num_attention_heads")
     hidden_size = required(config, "hidden_size")
     num_kv_heads = config.get("num_key_value_heads") or num_heads

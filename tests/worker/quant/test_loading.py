@@ -1,0 +1,178 @@
+"""FP8 models from every kind of weights: what is loaded means what the checkpoint means."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovllm.checkpoint import Checkpoint
+from nanovllm.config import LoadFormat
+from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.layers.linear import UNQUANTIZED
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import spec_from_config
+from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
+from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
+from nanovllm.worker.weights import load_weights
+from tests.gguf_writing import QuantizationType
+from tests.worker.decoding import Driver
+from tests.worker.quant.compressed import dequantized, write_compressed
+from tests.worker.test_weights import as_gguf
+
+CPU = torch.device("cpu")
+Build = Callable[[str], Path]
+
+
+def load(
+    checkpoint: Checkpoint, *, scheme: Scheme | None, load_format: LoadFormat = "auto"
+) -> Decoder:
+    spec = spec_from_config(checkpoint.config())
+    wanted = spec.attention_spec(block_size=16, dtype=torch.float32, device=CPU)
+    attention, _ = select_backend("auto", wanted)
+    model = Decoder(
+        spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
+    )
+    progress: list[float] = []
+    allocate_linears(model, scheme)
+    load_weights(
+        model,
+        checkpoint,
+        load_format=load_format,
+        seed=3,
+        on_progress=lambda phase, done: progress.append(done),
+    )
+    assert progress[-1] == 1.0
+    return model
+
+
+def meaning(model: Decoder) -> dict[str, Tensor]:
+    """By the names a safetensors checkpoint has; the head aside, which may be prepacked."""
+    names = model.spec.names.safetensors
+    layers = [slot for i, layer in enumerate(model.layers) for slot in layer.slots(i)]
+    return {
+        f"{names[slot.part].format(slot.layer)}.{slot.kind}": dequantized(slot.target, slot.scale)
+        for slot in layers
+    }
+
+
+def assert_means(model: Decoder, expected: dict[str, Tensor]) -> None:
+    found = meaning(model)
+    assert found.keys() == {name for name in expected if ".layers." in name}
+    for name, values in found.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-6, atol=0, msg=name)
+
+
+def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of layers as quantizing leaves them."""
+    return {
+        name: dequantized(rows.values, rows.scale[:, 0])
+        if ".layers." in name and values.dim() == 2
+        else values
+        for name, values in tensors.items()
+        for rows in (quantize_rows(values),)
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_quantized_as_it_comes(name: str, tiny_checkpoint: Build) -> None:
+    path = tiny_checkpoint(name)
+    model = load(Checkpoint(path, "safetensors"), scheme=Scheme("fp8"))
+    assert_means(model, rounded(load_file(path / "model.safetensors")))
+    assert all(linear.method is FP8 for layer in model.layers for linear in layer.linears())
+    assert model.lm_head.method is not FP8
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_from_gguf(
+    name: str, tiny_checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, and with the heads of Llama's queries and keys interleaved."""
+    monkeypatch.setattr("nanovllm.worker.weights.PIECE_VALUES", 700)
+    checkpoint, expected = as_gguf(
+        tiny_checkpoint(name), tmp_path / "m.gguf", architecture=name, kind=QuantizationType.F32
+    )
+    assert_means(load(checkpoint, scheme=Scheme("fp8")), rounded(expected))
+
+
+def test_dummy_is_the_unquantized_dummy_quantized(tiny_checkpoint: Build) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanovllm.worker.weights.can_prepack", lambda dtype, device: False)
+        plain = load(checkpoint, scheme=None, load_format="dummy")
+        quantized = load(checkpoint, scheme=Scheme("fp8"), load_format="dummy")
+    assert_means(quantized, rounded(meaning(plain)))
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+@pytest.mark.parametrize("ignore", [(), ("model.layers.1.mlp.down_proj",)])
+def test_stored(
+    strategy: str, ignore: tuple[str, ...], tiny_checkpoint: Build, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen2")
+    expected = write_compressed(source, tmp_path, strategy=strategy, ignore=ignore)
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanovllm.worker.weights.can_prepack", lambda dtype, device: False)
+        model = load(checkpoint, scheme=choose_scheme(None, checkpoint.config()))
+    assert_means(model, expected)
+    assert (model.layers[1].down.method is UNQUANTIZED) == bool(ignore)
+    assert model.layers[0].down.method is FP8
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "a scale is missing": (
+        lambda tensors: tensors.pop(f"{Q_PROJ}_scale"),
+        rf"tensor {Q_PROJ} is torch.float8_e4m3fn and has no scale",
+    ),
+    "a scale too many": (
+        lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].float()}),
+        rf"tensor {Q_PROJ} is torch.float32 and has a scale",
+    ),
+    "scales of blocks": (
+        lambda tensors: tensors.update({f"{Q_PROJ}_scale": torch.ones(6, 6)}),
+        rf"tensor {Q_PROJ}_scale has shape \(6, 6\).*quantized per channel",
+    ),
+    "a quantized embedding": (
+        lambda tensors: tensors.update({"model.embed_tokens.weight_scale": torch.ones(1)}),
+        r"has over 1 tensors .*\(model.embed_tokens.weight_scale\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_stored_wrongly(
+    change: Callable[[dict[str, Tensor]], Any],
+    message: str,
+    tiny_checkpoint: Build,
+    tmp_path: Path,
+) -> None:
+    write_compressed(tiny_checkpoint("llama"), tmp_path, strategy="channel")
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint, scheme=choose_scheme(None, checkpoint.config()))
+
+
+def test_logits_stay_near(tiny_checkpoint: Build) -> None:
+    """And the cache in FP8 costs less than the weights."""
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
+    prompt = torch.randint(3, 160, (75,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def log_probs(scheme: Scheme | None, kv_dtype: torch.dtype | None) -> Tensor:
+        driver = Driver.load(checkpoint, scheme=scheme, kv_dtype=kv_dtype)
+        return driver.run({"prompt": prompt})["prompt"].double().log_softmax(-1)
+
+    exact = log_probs(None, None)
+    weights, cache = (
+        (exact.exp() * (exact - found)).sum(-1).mean()
+        for found in (log_probs(Scheme("fp8"), None), log_probs(None, E4M3))
+    )
+    assert 0 < cache < weights < 0.05
