@@ -14,7 +14,6 @@ from nanovllm.executor.base import DeviceLostError, StepFailedError
 START_REMEDIES = {
     "build": "a smaller model, or a GPU of more memory",
     "weights": "a smaller model, or a GPU of more memory",
-    "compile": "lower max_num_batched_tokens, max_num_seqs or max_model_len",
     "kv cache": (
         "lower max_num_batched_tokens or max_num_seqs (the heaviest step), or max_model_len, "
         "kv_cache_memory_bytes or gpu_memory_utilization"

@@ -128,14 +128,6 @@ class ModelRunner:
         planned = self._graph_for(plan)
         return self._run(plan, writes) if planned is None else self._replay(plan, writes, *planned)
 
-    @torch.inference_mode()
-    def rehearse_decode(self, num_rows: int) -> None:
-        """Go through every decode step that graphs may capture, whatever is staged."""
-        for truncates in (False, True):
-            for shares_prefix in {False, self._attention.shares_prefix}:
-                shape = StepShape(num_rows, num_rows)
-                self._graph_step(shape, Variant(truncates, shares_prefix))
-
     def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs, StepShape, Variant] | None:
         """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""
         graphs = self._graphs

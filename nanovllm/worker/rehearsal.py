@@ -1,47 +1,16 @@
 """Steps that are run for what they cost, not for their tokens; only the padding row is touched.
 
-`Worker` rehearses while kernels are collected to be compiled, and runs the heaviest step to see
-how much memory the allocator then holds.
+`Worker` runs the heaviest one at its start, to see how much memory the allocator then holds; that
+also compiles most kernels.
 """
-
-import copy
 
 from nanovllm.config import StepLimits
 from nanovllm.protocol import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.cuda_graph import decode_buckets
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.request_rows import RequestRows
 
 # Asks for every operation of the sampler that takes much memory.
 HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
-# Every way of choosing that differs in its kernels, and asks nothing that reads a sampled id.
-CHOICES = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=20))
-
-
-def rehearse(
-    runner: ModelRunner, rows: RequestRows, limits: StepLimits, *, max_model_len: int
-) -> None:
-    """Go through a step of every kind whose launches differ: full ones, and each size of decoding.
-
-    Launches may be left out, so sampled ids are nonsense: none stays for the next step to read.
-    """
-    num_entries, num_tokens = largest_step(limits, max_model_len=max_model_len)
-    for params in CHOICES:
-        for shape in ((num_entries, num_tokens), (1, 1)):
-            run_step(runner, limits, params, num_entries=shape[0], num_tokens=shape[1])
-            rows.token_ids.zero_()
-    for num_rows in decode_buckets(limits.max_num_seqs):
-        runner.rehearse_decode(num_rows)
-        rows.token_ids.zero_()
-
-
-def first_layer_of(model: Decoder) -> Decoder:
-    """The model with one layer, whose launches are those of all."""
-    shallow = copy.copy(model)
-    shallow.layers = model.layers[:1]
-    return shallow
 
 
 def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:

@@ -39,7 +39,7 @@ from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
-from nanovllm.worker.rehearsal import first_layer_of, rehearse, run_heaviest_step
+from nanovllm.worker.rehearsal import run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
@@ -125,7 +125,7 @@ class Worker:
             allocate_linears(model, scheme)
         rows = self._make_rows(model, checkpoint)
         parts = Parts(model, rows, kernels, attention, attention_spec)
-        with self._compiling(parts), self._phase("weights"):
+        with self._phase("weights"):
             self._load(model, checkpoint)
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
@@ -200,24 +200,7 @@ class Worker:
             device=model.device,
         )
 
-    @contextmanager
-    def _compiling(self, parts: Parts) -> Iterator[None]:
-        """Compile the device's kernels, if they need to be, in threads beside what is inside."""
-        if parts.kernels.compile_ahead is None:
-            yield
-            return
-        with parts.kernels.compile_ahead(self._device) as ahead:
-            with self._phase("compile"), ahead.collecting():
-                parts_of_one = replace(parts, model=first_layer_of(parts.model))
-                cache = self._allocate(parts, num_blocks=1)[:, :1]
-                runner = self._make_runner(parts_of_one, cache, captures=False)
-                max_model_len = parts.model.spec.max_position_embeddings
-                rehearse(runner, parts.rows, self._limits(parts), max_model_len=max_model_len)
-            yield
-            with self._phase("compile"):
-                ahead.wait(self._on_progress)
-
-    def _make_runner(self, parts: Parts, kv_cache: Tensor, *, captures: bool = True) -> ModelRunner:
+    def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
         fused = parts.kernels.sample_tokens
         return ModelRunner(
             parts.model,
@@ -226,7 +209,7 @@ class Worker:
             kv_cache=kv_cache,
             limits=self._limits(parts),
             sample_tokens=fused,
-            captures=captures and fused is not None and not self._config.model.enforce_eager,
+            captures=fused is not None and not self._config.model.enforce_eager,
         )
 
     def _size_cache(self, parts: Parts) -> Tensor:

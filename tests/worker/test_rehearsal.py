@@ -146,14 +146,6 @@ def test_the_heaviest_step_takes_what_the_plan_foresees(
     assert "prefill_kernel" in launches
 
 
-def test_a_rehearsal_leaves_no_token_behind(launches: list[str]) -> None:
-    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
-    runner, rows = make_runner(SIZE, limits)
-    rehearsal.rehearse(runner, rows, limits, max_model_len=MAX_MODEL_LEN)
-    assert not rows.token_ids.any()
-    assert {"decode_kernel", "prefill_kernel", "plan_kernel"} <= set(launches)
-
-
 @pytest.mark.parametrize(
     ("num_seqs", "num_tokens", "max_model_len", "expected"),
     [(8, 4096, 513, (8, 512)), (8, 4096, 100, (8, 99)), (256, 8, 100, (8, 1))],

@@ -3,16 +3,14 @@
 Modules are imported only when chosen, so a CPU never loads Triton.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nanovllm.executor.base import ProgressCallback
 from nanovllm.worker.kernels.base import Kernels
 
 
@@ -31,29 +29,13 @@ class SampleTokens(Protocol):
     ) -> Tensor: ...
 
 
-class CompileAhead(Protocol):
-    """Compilations under way (`compile_ahead.CompileAhead`); ends them on leaving."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def collecting(self) -> AbstractContextManager[None]: ...
-
-    def wait(self, on_progress: ProgressCallback) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch.
-
-    compile_ahead: makes what compiles them in threads, if they are compiled at all.
-    """
+    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch."""
 
     layers: Kernels
     sample_tokens: SampleTokens | None
     why: str
-    compile_ahead: Callable[[torch.device], CompileAhead] | None = None
 
 
 def select_kernels(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
@@ -66,7 +48,6 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 layers=_load("triton_kernels:TritonKernels")(),
                 sample_tokens=_load("triton_sampler:sample_tokens"),
                 why="fused Triton kernels",
-                compile_ahead=_load("compile_ahead:CompileAhead"),
             )
     return DeviceKernels(
         layers=_load("torch_kernels:TorchKernels")(),
