@@ -13,11 +13,30 @@ from nanovllm.sampling_params import SamplingParams
 
 
 class Status(Enum):
-    """Where a sequence is. FINISHED is final; RUNNING and WAITING alternate by preemption."""
+    """Where a sequence is. FINISHED is final; RUNNING and WAITING alternate by preemption;
+    PAUSED holds its row and blocks while its client does not read.
+    """
 
     WAITING = 0
     RUNNING = 1
     FINISHED = 2
+    PAUSED = 3
+
+
+class Tenant:
+    """Whoever shares the engine fairly with others. `served` is its virtual counter: tokens it has
+    had, weighted; `num_waiting` counts its sequences in the waiting queue."""
+
+    __slots__ = ("name", "num_waiting", "served", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.served = 0.0
+        self.num_waiting = 0
+        self.waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by order
+
+
+NOBODY = Tenant("")
 
 
 class Sequence:
@@ -30,7 +49,9 @@ class Sequence:
         "cache_salt",
         "capacity",
         "client_id",
+        "failure",
         "finish_reason",
+        "first_token_at",
         "forks",
         "leader",
         "max_total",
@@ -42,6 +63,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_recomputed_tokens",
         "number",
         "order",
         "params",
@@ -52,7 +74,10 @@ class Sequence:
         "status",
         "stop_ids",
         "stop_reason",
+        "tenant",
         "token_ids",
+        "wait_mark",
+        "waited_s",
     )
 
     def __init__(
@@ -82,11 +107,17 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
+        self.failure = ""  # the cause, if finish_reason is "error"
+        self.tenant = NOBODY
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far
         self.queued_at = 0.0
         self.started_at = 0.0
+        self.first_token_at = 0.0
+        self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
+        self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
 
     def __repr__(self) -> str:
         return (

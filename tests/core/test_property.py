@@ -11,8 +11,10 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.scheduler import ScheduledStep, Scheduler
+from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.step import ScheduledStep
+from nanovllm.core.waiting import WaitingQueue
 from nanovllm.protocol import AddRequest, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, reference
@@ -163,13 +165,13 @@ def keep_results_of_the_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def readmit_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 5: a preempted sequence waits until nothing of it is pending."""
-    push = Scheduler._push_waiting
+    push = WaitingQueue.push
 
-    def broken(self: Scheduler, sequence: Sequence) -> None:
+    def broken(self: WaitingQueue, sequence: Sequence) -> None:
         sequence.num_pending = 0
         push(self, sequence)
 
-    monkeypatch.setattr(Scheduler, "_push_waiting", broken)
+    monkeypatch.setattr(WaitingQueue, "push", broken)
 
 
 def register_uncomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
