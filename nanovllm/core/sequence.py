@@ -59,6 +59,7 @@ class Sequence:
         "next_registration",
         "num_cached_tokens",
         "num_computed",
+        "num_first_known",
         "num_pending",
         "num_preemptions",
         "num_prompt_logprobs",
@@ -88,6 +89,7 @@ class Sequence:
         self.token_ids = token_ids
         self.params = params
         self.num_prompt_tokens = len(token_ids)
+        self.num_first_known = len(token_ids)  # when it was queued: with what it had from before
         self.num_computed = 0
         self.num_pending = 0
         self.max_total = sys.maxsize  # length by count at which it ends with reason "length"

@@ -8,6 +8,11 @@ from typing import Protocol
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
 
 
+class DeviceLostError(RuntimeError):
+    """No step can run any more: the device, or the process that owns it, is gone. Ends the core;
+    any other exception of a step fails the sequences of that step."""
+
+
 class ProgressCallback(Protocol):
     """Called often while loading: the phase's name and how far it is, in [0, 1]."""
 
@@ -18,7 +23,11 @@ class StepHandle(Protocol):
     """A submitted step."""
 
     def result(self) -> StepResult:
-        """Block until the step has run. Raises what the step raised."""
+        """Block until the step has run. Raises what the step raised.
+
+        The plan's rows and block tables must have been taken in then, so that the steps submitted
+        after it stay within their own blocks; the KV and ids of this step's rows are lost.
+        """
 
 
 class Executor(Protocol):
@@ -31,7 +40,11 @@ class Executor(Protocol):
         """
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Queue one step; returns without waiting for the device."""
+        """Queue one step; returns without waiting for the device.
+
+        Raises `DeviceLostError`, or whatever only this step is to blame for: it may have run in
+        part, and its rows are new ones when they occur again.
+        """
 
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""
