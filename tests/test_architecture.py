@@ -20,7 +20,7 @@ MAX_PARAMETERS = 7
 MAX_DOCSTRING_LINES = 6
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "fetch", "gguf_file", "protocol", "sampling_params"}
+SHARED = {"checkpoint", "config", "fetch", "gguf_file", "keys", "protocol", "sampling_params"}
 
 # folder (or top-level module) → what it may import besides itself and SHARED
 ARROWS = {
@@ -32,11 +32,11 @@ ARROWS = {
     "executor": {"worker"},
     "flags": set(),
     "frontend": {"launch"},
-    "launch": {"core.process", "executor", "flags"},
+    "launch": {"core.lifetime", "core.process", "executor", "flags"},
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},
-    **{name: set() for name in ("checkpoint", "fetch", "gguf_file")},
+    **{name: set() for name in ("checkpoint", "fetch", "gguf_file", "keys")},
 }
 
 

@@ -13,8 +13,8 @@ from collections import deque
 import msgspec
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.admission import Admission, Deadlines
+from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
@@ -192,7 +192,9 @@ class EngineCore:
 
     def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
         # Some may have been found to end in the very step that failed: they are lost all the same.
-        known = [one for one in sequences if self._sequences.get((one.client_id, one.number)) is one]
+        known = [
+            one for one in sequences if self._sequences.get((one.client_id, one.number)) is one
+        ]
         for sequence in known:
             sequence.failure = cause
         self._num_failed += len(known)

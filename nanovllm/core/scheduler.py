@@ -13,15 +13,8 @@ from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
-from nanovllm.core.waiting import (
-    BUDGET,
-    KV,
-    OUTPUT_WEIGHT,
-    PROMPT_WEIGHT,
-    SEATS,
-    WaitingQueue,
-)
-from nanovllm.protocol import BlockAppend, FinishReason, StepPlan, StepResult
+from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
+from nanovllm.protocol import BlockAppend, FinishReason, StepPlan, StepResult, TokenLogprobs
 
 
 class Scheduler:
@@ -46,7 +39,9 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._running: list[Sequence] = []  # sorted by order, so the last is preempted first
-        self._paused: list[Sequence] = []  # sorted likewise; they hold rows and blocks, on sufferance
+        self._paused: list[
+            Sequence
+        ] = []  # sorted likewise; they hold rows and blocks, on sufferance
         self._waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
         self._at: Sequence | None = None  # whom planning is busy with
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -182,12 +177,7 @@ class Scheduler:
         outputs = StepOutputs(started=self._started)
         self._started = []
         for index, logprobs in result.prompt_logprobs.items():
-            sequence = step.sequences[index]
-            # A preempted sequence runs its prompt again: what was reported is not repeated.
-            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
-            if new and sequence.status is not Status.FINISHED:
-                sequence.num_prompt_logprobs += len(new)
-                outputs.prompt_logprobs.append((sequence, new))
+            self._take_prompt_logprobs(step, index, logprobs, outputs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
@@ -214,10 +204,18 @@ class Scheduler:
             elif num_known >= sequence.next_registration <= sequence.num_computed:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
-        if self._waiting.is_shared:
-            for sequence in sequences:
-                sequence.tenant.served += OUTPUT_WEIGHT
+        self._waiting.charge_for_outputs(sequences)
         return outputs
+
+    def _take_prompt_logprobs(
+        self, step: ScheduledStep, index: int, logprobs: list[TokenLogprobs], outputs: StepOutputs
+    ) -> None:
+        sequence = step.sequences[index]
+        # A preempted sequence runs its prompt again: what was reported is not repeated.
+        new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+        if new and sequence.status is not Status.FINISHED:
+            sequence.num_prompt_logprobs += len(new)
+            outputs.prompt_logprobs.append((sequence, new))
 
     # ---- running sequences
 
@@ -352,8 +350,7 @@ class Scheduler:
             sequence.started_at = time.monotonic()
             self.num_queued -= 1
             self.num_queued_tokens -= len(sequence.token_ids)
-            num_uncached = sequence.num_prompt_tokens - sequence.num_computed
-            sequence.tenant.served += PROMPT_WEIGHT * num_uncached
+            self._waiting.charge_for_prompt(sequence)
             sequence.num_cached_tokens = sequence.num_computed
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self._blocks.num_queries += sequence.num_prompt_tokens

@@ -76,11 +76,6 @@ class WaitingQueue:
     def num_parked(self) -> int:
         return sum(map(len, self._parked.values()))
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether more than one tenant has been seen, so that charging them matters."""
-        return len(self._tenants) > 2  # one is the nameless
-
     def tenant(self, name: str) -> Tenant:
         """Whom a sequence is to be charged to; all are one without sharing."""
         name = name if self._by_tenant else ""
@@ -90,6 +85,17 @@ class WaitingQueue:
                 self._tenants = {t.name: t for t in [self._tenants[""], *self._contenders]}
             tenant = self._tenants[name] = Tenant(name)
         return tenant
+
+    def charge_for_prompt(self, sequence: Sequence) -> None:
+        """It starts now; what it finds computed costs its tenant nothing."""
+        num_uncached = sequence.num_prompt_tokens - sequence.num_computed
+        sequence.tenant.served += PROMPT_WEIGHT * num_uncached
+
+    def charge_for_outputs(self, sequences: list[Sequence]) -> None:
+        """Each has got a token. With one tenant (besides the nameless) nobody counts."""
+        if len(self._tenants) > 2:
+            for sequence in sequences:
+                sequence.tenant.served += OUTPUT_WEIGHT
 
     def push(self, sequence: Sequence) -> None:
         """Queue; a tenant that comes back starts level with those who have waited meanwhile."""

@@ -54,5 +54,10 @@ def _telling_losses() -> Iterator[None]:
     other exception, does not."""
     try:
         yield
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        lost = isinstance(error, torch.AcceleratorError) or any(
+            sign in str(error) for sign in ("CUDA error:", "Triton Error [CUDA]")
+        )
+        if not lost:
+            raise
         raise DeviceLostError(f"the device failed: {error}") from error

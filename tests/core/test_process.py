@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.process import CoreServer
+from nanovllm.executor.base import DeviceLostError
 from nanovllm.protocol import (
     Abort,
     AddRequest,
@@ -257,9 +258,9 @@ class FailingStart(FakeExecutor):
         raise self.error
 
 
-class FailingStep(FakeExecutor):
+class LosingDevice(FakeExecutor):
     def submit(self, plan: object) -> object:  # type: ignore[override]
-        raise RuntimeError("the device is gone")
+        raise DeviceLostError("the device is gone")
 
 
 @pytest.mark.parametrize(
@@ -273,9 +274,9 @@ def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, u
     assert "Traceback" in failure.details
 
 
-def test_a_failed_step_is_told_with_its_cause(address: str) -> None:
-    executor = FailingStep(EngineConfig(), num_blocks=20, max_model_len=64)
-    failure = failure_of(address, executor, RuntimeError, request=add())
+def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(address: str) -> None:
+    executor = LosingDevice(EngineConfig(), num_blocks=20, max_model_len=64)
+    failure = failure_of(address, executor, DeviceLostError, request=add())
     assert failure.message == "the device is gone" and not failure.usage
 
 
