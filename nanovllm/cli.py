@@ -1,4 +1,5 @@
-"""The command line: `nanovllm generate | chat | bench | fetch`. Flags come from the config fields.
+"""The command line: `nanovllm generate | chat | bench | keys | fetch`. Flags come from config
+fields.
 
 Everything a command needs is imported inside it, so that `--help` is instant. What a user should
 read goes to stdout; progress and figures go to stderr.
@@ -11,12 +12,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from nanovllm.fetch import ALIASES, fetch
 from nanovllm.flags import add_config_flags, add_struct_flags, config_values
+from nanovllm.keys import make_keys
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="what the model is told first")
     for command in (generate, chat):
         command.add_argument("--address", help="attach to a running core instead of starting one")
+        command.add_argument("--keys", metavar="FILE", help="this client's keys, with --address")
         add_struct_flags(command.add_argument_group("sampling"), SamplingFlags)
         add_config_flags(command)
 
@@ -83,6 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch-size", type=int, default=1, help="latency: requests at once")
     bench.add_argument("--num-iters", type=int, default=5, help="latency: rounds")
     add_config_flags(bench)
+
+    keys = add("keys", run_keys, "make keys that let clients reach a core over a network")
+    keys.add_argument("what", choices=["new"])
+    keys.add_argument("directory", type=Path, help="the core's: nanovllm-core --keys DIRECTORY")
+    names_help = "one or more clients; each gets its file: --keys DIRECTORY/NAME.json"
+    keys.add_argument("--client", nargs="+", default=["client"], metavar="NAME", help=names_help)
 
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
@@ -253,6 +263,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_keys(arguments: argparse.Namespace) -> int:
+    for path in make_keys(arguments.directory, arguments.client):
+        print(path)
+    return 0
+
+
 def run_fetch(arguments: argparse.Namespace) -> int:
     with Progress() as progress:
         path = fetch(arguments.alias, on_progress=progress)
@@ -288,7 +304,9 @@ async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
             if idle := sorted(settings.keys() - {"seed"}):
                 flags = ", ".join("--" + name.replace("_", "-") for name in idle)
                 raise ValueError(f"{flags}: the core at --address has settings of its own: omit it")
-            llm = await AsyncLLM.connect(arguments.address, on_progress=progress)
+            llm = await AsyncLLM.connect(
+                arguments.address, on_progress=progress, keys=arguments.keys
+            )
         else:
             llm = AsyncLLM(on_progress=progress, **settings)
             await llm.start()

@@ -17,12 +17,14 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.keys import ClientKeys
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
     Call,
     CallResult,
     CoreFailed,
     CoreStatus,
+    Detached,
     FromCore,
     Goodbye,
     Heartbeat,
@@ -30,6 +32,7 @@ from nanovllm.protocol import (
     Loading,
     Operation,
     Outputs,
+    Overloaded,
     RequestFailed,
     ToCore,
     Welcome,
@@ -55,7 +58,7 @@ class Listener(Protocol):
 
     def on_outputs(self, outputs: Outputs) -> None: ...
 
-    def on_request_failed(self, failure: RequestFailed) -> None: ...
+    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
 
     def on_core_dead(self, error: EngineDeadError) -> None:
         """Once. Nothing comes afterwards."""
@@ -71,6 +74,7 @@ class CoreClient:
         *,
         process: "subprocess.Popen[bytes] | None" = None,
         on_progress: ProgressCallback | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.address = address
         self._listener = listener
@@ -78,7 +82,7 @@ class CoreClient:
         self._on_progress = on_progress
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
-        self._socket = _dealer(address)
+        self._socket = _dealer(address, keys)
         self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
@@ -189,7 +193,7 @@ class CoreClient:
             case CoreStatus():
                 self._status = message
                 self._status_or_death.set()
-            case RequestFailed():
+            case RequestFailed() | Overloaded():
                 self._listener.on_request_failed(message)
             case CallResult():
                 self._finish_call(message)
@@ -197,6 +201,8 @@ class CoreClient:
                 self._on_progress(phase, progress)
             case Welcome():
                 _resolve(self._welcome, message)
+            case Detached(reason):
+                self._die(EngineDeadError(f"the core has let this client go: {reason}"))
             case CoreFailed(text, details):
                 self._failure = message
                 self._die(EngineDeadError(text, details))
@@ -280,7 +286,7 @@ class CoreClient:
             raise self.dead_error()
 
 
-def _dealer(address: str) -> zmq.asyncio.Socket:
+def _dealer(address: str, keys: ClientKeys | None) -> zmq.asyncio.Socket:
     """A DEALER with finite queues that tries its peer often."""
     dealer = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -291,6 +297,10 @@ def _dealer(address: str) -> zmq.asyncio.Socket:
     if address.startswith("tcp:"):
         dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
         dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+    if keys is not None:
+        dealer.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        dealer.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        dealer.set(zmq.CURVE_SERVERKEY, keys.core.encode())
     return dealer
 
 

@@ -18,7 +18,6 @@ from nanovllm.protocol import (
     CallResult,
     CoreFailed,
     CoreStatus,
-    Finished,
     Goodbye,
     Hello,
     Loading,
@@ -29,7 +28,7 @@ from nanovllm.protocol import (
 )
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, reference
-from tests.core.serving import RawClient, serving
+from tests.core.serving import RawClient, add, collect, serving
 
 PROMPT = [5, 6, 7]
 NO_STOP: frozenset[int] = frozenset()
@@ -46,24 +45,6 @@ def client(address: str) -> Iterator[RawClient]:
         client = RawClient(address)
         yield client
         client.close()
-
-
-def add(number: int = 0, **params: object) -> AddRequest:
-    settings = {"max_tokens": 4, "seed": 1, "ignore_eos": True, **params}
-    return AddRequest(number, PROMPT, SamplingParams(**settings))  # type: ignore[arg-type]
-
-
-def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dict[int, Finished]]:
-    """Read until all `numbers` have ended; others are passed over."""
-    token_ids: dict[int, list[int]] = {number: [] for number in numbers}
-    finished: dict[int, Finished] = {}
-    while finished.keys() != token_ids.keys():
-        outputs = client.receive(Outputs)
-        for number, token_id in zip(outputs.numbers, outputs.token_ids, strict=True):
-            if number in token_ids:
-                token_ids[number].append(token_id)
-        finished.update((end.number, end) for end in outputs.finished if end.number in token_ids)
-    return token_ids, finished
 
 
 def test_hello_is_answered_with_the_facts(client: RawClient) -> None:
