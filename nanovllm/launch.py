@@ -20,8 +20,10 @@ from pathlib import Path
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
-from nanovllm.core.process import CoreServer
+from nanovllm.core.process import CoreServer, MakeCore
+from nanovllm.core.recorder import RecordedCore
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
 from nanovllm.keys import CoreKeys
@@ -95,7 +97,10 @@ def core_main(argv: list[str] | None = None) -> int:
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
         keys = None if arguments.keys is None else CoreKeys(arguments.keys)
-        server = CoreServer(config, arguments.address, keys=keys)
+        make_core: MakeCore = EngineCore
+        if arguments.record is not None:
+            make_core = partial(RecordedCore, path=arguments.record)
+        server = CoreServer(config, arguments.address, keys=keys, make_core=make_core)
         stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
@@ -116,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--address", required=True, help="ipc://PATH or tcp://HOST:PORT to bind")
     parser.add_argument(
         "--keys", metavar="DIRECTORY", help="let in clients with a key, from any machine"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="keep the last requests, results and plan digests, for `nanovllm replay FILE`",
     )
     parser.add_argument("--owner-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--config-json", help=argparse.SUPPRESS)

@@ -26,13 +26,13 @@ SHARED = {"checkpoint", "config", "fetch", "gguf_file", "keys", "protocol", "sam
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
-    "cli": {"bench", "flags", "frontend"},
+    "cli": {"bench", "core.replay", "flags", "frontend"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
     "flags": set(),
     "frontend": {"launch"},
-    "launch": {"core.lifetime", "core.process", "executor", "flags"},
+    "launch": {"core", "executor", "flags"},
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},

@@ -111,17 +111,22 @@ class EngineCore:
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
         found = (self._sequences.get((client_id, number)) for number in dict.fromkeys(numbers))
-        return self._end([one for one in found if one is not None], "abort")
+        return self._end_by_request([one for one in found if one is not None], "abort")
 
     def abort_client(self, client_id: int) -> list[Sequence]:
         """End everything a client still has running; returns it, finished."""
         self.resume(client_id)
-        return self._end([one for one in self._sequences.values() if one.client_id == client_id])
+        mine = [one for one in self._sequences.values() if one.client_id == client_id]
+        return self._end_by_request(mine, "abort")
 
     def fail(self, client_id: int, number: int, cause: str) -> list[Sequence]:
         """End a sequence that cannot go on; returns it, unless it has ended before."""
         sequence = self._sequences.get((client_id, number))
-        return [] if sequence is None else self._fail([sequence], cause)
+        if sequence is None:
+            return []
+        sequence.failure = cause
+        self._num_failed += 1
+        return self._end_by_request([sequence], "error")
 
     def pause(self, client_id: int) -> None:
         """Run nothing for this client until `resume`: it does not read what it has got."""
@@ -139,7 +144,7 @@ class EngineCore:
 
     def expire(self, now: float) -> list[Sequence]:
         """End the sequences whose deadline has passed; returns them, finished."""
-        expired = self._end(self._deadlines.pop_expired(now), "timeout")
+        expired = self._end_by_request(self._deadlines.pop_expired(now), "timeout")
         self._num_timeouts += len(expired)
         return expired
 
@@ -200,7 +205,11 @@ class EngineCore:
         self._num_failed += len(known)
         return self._end(known, "error")
 
-    def _end(self, sequences: list[Sequence], reason: FinishReason = "abort") -> list[Sequence]:
+    def _end_by_request(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+        """Between steps, for a reason that does not lie in the scheduler."""
+        return self._end(sequences, reason)
+
+    def _end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
         for sequence in sequences:
             del self._sequences[sequence.client_id, sequence.number]
             if sequence.status is not Status.FINISHED:

@@ -10,7 +10,8 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.process import CoreServer
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.process import CoreServer, MakeCore
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
 from nanovllm.protocol import AddRequest, Finished, FromCore, Hello, Outputs, ToCore, Welcome
@@ -61,11 +62,12 @@ def serving(
     executor: Executor | None = None,
     *,
     keys: CoreKeys | None = None,
+    make_core: MakeCore = EngineCore,
     **settings: Any,
 ) -> Iterator[CoreServer]:
     """A server on a fake executor; stopped, and joined, at the end."""
     config = EngineConfig.from_kwargs(**settings)
-    server = CoreServer(config, address, keys=keys)
+    server = CoreServer(config, address, keys=keys, make_core=make_core)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
     thread = threading.Thread(target=server.run, args=(lambda: chosen,))
     thread.start()
