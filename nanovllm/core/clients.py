@@ -66,13 +66,10 @@ class Client:
         """Whether it goes on sending without ever reading an answer."""
         return len(self.answers) > MAX_ANSWERS
 
-    def add_token(self, number: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        outputs = self.outputs
-        if logprobs is not None:
-            outputs.logprobs[len(outputs.numbers)] = logprobs
-            self.num_logprobs += 1 + len(logprobs.top_ids)
-        outputs.numbers.append(number)
-        outputs.token_ids.append(token_id)
+    def add_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Of the next token to be added."""
+        self.outputs.logprobs[len(self.outputs.numbers)] = logprobs
+        self.num_logprobs += 1 + len(logprobs.top_ids)
 
     def add_prompt_logprobs(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> None:
         self.outputs.prompt_logprobs.append(PromptLogprobs(sequence.number, logprobs))
@@ -93,6 +90,7 @@ class ClientTable:
         self._lease_s = lease_s
         self._by_identity: dict[bytes, Client] = {}
         self._by_id: dict[int, Client] = {}
+        self.with_id = self._by_id.get  # asked for every token
         self._num_ever = 0
         self.num_expired = 0
 
@@ -109,9 +107,6 @@ class ClientTable:
 
     def find(self, identity: bytes) -> Client | None:
         return self._by_identity.get(identity)
-
-    def with_id(self, client_id: int) -> Client | None:
-        return self._by_id.get(client_id)
 
     def attach(self, identity: bytes, now: float) -> Client:
         """A new client; ids are never used twice."""

@@ -323,7 +323,7 @@ class CoreServer:
 
     def _collect(self, outputs: StepOutputs) -> None:
         """Sort a step's outputs into the clients' pending messages."""
-        clients, logprobs = self._clients.with_id, outputs.logprobs
+        clients, token_ids, logprobs = self._clients.with_id, outputs.token_ids, outputs.logprobs
         # A client may have gone between the step and its result.
         for sequence in outputs.started:
             if client := clients(sequence.client_id):
@@ -333,8 +333,11 @@ class CoreServer:
                 client.add_prompt_logprobs(sequence, some)
         for index, sequence in enumerate(outputs.sequences):
             if client := clients(sequence.client_id):
-                one = logprobs.get(index) if logprobs else None
-                client.add_token(sequence.number, outputs.token_ids[index], one)
+                if logprobs and index in logprobs:
+                    client.add_logprobs(logprobs[index])
+                pending = client.outputs
+                pending.numbers.append(sequence.number)
+                pending.token_ids.append(token_ids[index])
         self._finish(outputs.finished)
         self._finish(outputs.failed)
 
