@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from nanovllm.protocol import (
+    PROTOCOL_VERSION,
     Abort,
     AddRequest,
     Call,
@@ -46,7 +47,7 @@ def valid_messages(rng: random.Random) -> list[ToCore]:
     prompt = [rng.randrange(1, 1000) for _ in range(rng.randrange(1, 20))]
     number = rng.choice([0, 1, 5, 2**31, 2**53, -1, rng.randrange(100)])
     return [
-        Hello(rng.choice([1, 1, 0, 2, -1, 2**40])),
+        Hello(rng.choice([PROTOCOL_VERSION, PROTOCOL_VERSION, 0, 1, -1, 2**40])),
         AddRequest(number, prompt, params, priority=rng.choice([0, -(2**63), 2**63 - 1])),
         AddRequest(number, prompt, params, deadline_ms=rng.choice([-1.0, 1e-9, 1e300, 5.0])),
         AddRequest(number, [2**62], SamplingParams(min_tokens=2**62, max_tokens=None)),

@@ -12,7 +12,7 @@ import msgspec
 
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
