@@ -144,6 +144,8 @@ class CoreServer:
             with watching_for_stalls(lambda: core.stalled_s, self._config.service.stall_timeout):
                 while not self._stopping:
                     self._turn(core)
+            if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
+                self._exit_code = ExitCode.CUT_SHORT
             for client in self._clients:
                 self._finish(core.abort_client(client.client_id))
             self._flush()
@@ -211,8 +213,6 @@ class CoreServer:
         if done or time.monotonic() >= self._drain_until:
             self._stopping = True
             self._exit_code = ExitCode.DONE if done else ExitCode.DRAIN_TIMEOUT
-        elif self._stopping:
-            self._exit_code = ExitCode.CUT_SHORT
 
     def _wake(self) -> None:
         with suppress(OSError):  # the loop may have seen it and closed everything by now
