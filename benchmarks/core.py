@@ -19,8 +19,10 @@ import msgspec
 import uvloop
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.process import Client, CoreServer, stop_on_signals
+from nanovllm.core.lifetime import stop_on_signals
+from nanovllm.core.process import CoreServer
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.protocol import AddRequest, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
@@ -62,7 +64,7 @@ def step_time(num_running: int, *, depth: int, num_windows: int = 20, num_steps:
     executor = InstantExecutor()
     core = EngineCore(config, executor, executor.start())
     server = CoreServer(config, "tcp://127.0.0.1:*")
-    client = server._attach(b"client")
+    client = server._clients.attach(b"client", time.monotonic())
     encoder = msgspec.msgpack.Encoder()
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     for number in range(num_running):
@@ -85,7 +87,7 @@ def timed(
         if outputs is not None:
             server._collect(outputs)
             encoder.encode(client.outputs)
-            client.outputs = type(client.outputs)()
+            client.take_outputs()
     return (time.perf_counter() - started) / num_steps
 
 
@@ -107,7 +109,7 @@ async def round_trip(address: str, *, num_requests: int = 300) -> list[float]:
 def serve(address: str) -> None:
     """A core process without a device, for `round_trip`."""
     server = CoreServer(EngineConfig(), address)
-    stop_on_signals(server.stop)
+    stop_on_signals(server.drain, server.stop)
     server.run(InstantExecutor)
 
 

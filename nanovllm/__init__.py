@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.frontend.async_llm import AsyncLLM
-    from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+    from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
     from nanovllm.frontend.llm import LLM
     from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
     from nanovllm.sampling_params import SamplingParams
@@ -19,6 +19,7 @@ _HOMES = {
     "EngineConfig": "nanovllm.config",
     "EngineDeadError": "nanovllm.frontend.errors",
     "LLM": "nanovllm.frontend.llm",
+    "OverloadedError": "nanovllm.frontend.errors",
     "RequestFailedError": "nanovllm.frontend.errors",
     "RequestOutput": "nanovllm.frontend.outputs",
     "SamplingParams": "nanovllm.sampling_params",
@@ -31,6 +32,7 @@ __all__ = [
     "CompletionOutput",
     "EngineConfig",
     "EngineDeadError",
+    "OverloadedError",
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",

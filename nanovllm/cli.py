@@ -19,6 +19,7 @@ from nanovllm.bench.load import ClientsLoad
 from nanovllm.fetch import ALIASES, fetch
 from nanovllm.flags import add_config_flags, add_struct_flags, config_values, struct_values
 from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.operator_commands import add_operator_commands
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="what the model is told first")
     for command in (generate, chat):
         command.add_argument("--address", help="attach to a running core instead of starting one")
+        command.add_argument("--keys", metavar="FILE", help="this client's keys, with --address")
         add_struct_flags(command.add_argument_group("sampling"), SamplingFlags)
         add_config_flags(command)
 
@@ -93,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--gpu-memory", type=float, metavar="GIB", help="or for one of so much memory"
     )
     add_config_flags(plan)
+
+    add_operator_commands(add)
 
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
@@ -334,7 +338,9 @@ async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
             if idle := sorted(settings.keys() - {"seed"}):
                 flags = ", ".join("--" + name.replace("_", "-") for name in idle)
                 raise ValueError(f"{flags}: the core at --address has settings of its own: omit it")
-            llm = await AsyncLLM.connect(arguments.address, on_progress=progress)
+            llm = await AsyncLLM.connect(
+                arguments.address, on_progress=progress, keys=arguments.keys
+            )
         else:
             llm = AsyncLLM(on_progress=progress, **settings)
             await llm.start()

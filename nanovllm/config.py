@@ -14,12 +14,13 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
 OnCoreDeath = Literal["resume", "fail"]
-SchedulingPolicy = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 Quantization = Literal["fp8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "triton", "flash_attn"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
+Positive = Annotated[float, Meta(gt=0)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,8 +95,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         int, Meta(ge=0, description="most tokens of one prompt per step; 0: no cap of its own")
     ] = 0
     scheduling_policy: Annotated[
-        SchedulingPolicy, Meta(description="fcfs, or priority (lower value first)")
-    ] = "fcfs"
+        SchedulingPolicy,
+        Meta(
+            description="fair: tenants share by tokens, each in order of arrival (fcfs if there is "
+            "one); fcfs: order of arrival alone; priority: lower value first"
+        ),
+    ] = "fair"
     max_inflight_steps: Annotated[
         Annotated[int, Meta(ge=1, le=8)] | None,
         Meta(description="steps under way at once; default: CUDA 2, CPU 1"),
@@ -152,6 +157,34 @@ class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 2.0
 
 
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a core grants its clients, and what it bears from them."""
+
+    client_lease_s: Annotated[
+        Positive, Meta(description="a client silent for so long is gone: its requests are aborted")
+    ] = 10.0
+    max_clients: Annotated[AtLeast1, Meta(description="clients attached at once")] = 1024
+    client_buffer_tokens: Annotated[
+        AtLeast1,
+        Meta(description="tokens kept for a client that does not read, before its requests pause"),
+    ] = 32_768
+    max_queued_requests: Annotated[
+        AtLeast1 | None, Meta(description="output sequences waiting to start; default: no cap")
+    ] = None
+    max_queued_tokens: Annotated[
+        AtLeast1 | None, Meta(description="prompt tokens waiting to start; default: no cap")
+    ] = None
+    max_frame_bytes: Annotated[
+        int, Meta(ge=1024, description="a client that sends a larger message is disconnected")
+    ] = 16 * 2**20
+    stall_timeout: Annotated[
+        Positive, Meta(description="seconds without a finished step, with work, that are a stall")
+    ] = 5.0
+    drain_timeout: Annotated[
+        float, Meta(ge=0, description="seconds that requests may still run after SIGTERM")
+    ] = 30.0
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
 
@@ -161,6 +194,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     synthetic: SyntheticConfig = SyntheticConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     grammar: GrammarConfig = GrammarConfig()
+    service: ServiceConfig = ServiceConfig()
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
@@ -186,6 +220,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "synthetic": SyntheticConfig,
     "supervision": SupervisionConfig,
     "grammar": GrammarConfig,
+    "service": ServiceConfig,
 }
 _T = TypeVar("_T")
 

@@ -20,17 +20,20 @@ from pathlib import Path
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
-from nanovllm.core.process import CoreServer, stop_on_signals, watch_owner
+from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
+from nanovllm.core.process import CoreServer, MakeCore
+from nanovllm.core.recorder import RecordedCore
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
+from nanovllm.keys import CoreKeys
 
 EXECUTORS = {
     "inline": "nanovllm.executor.inline:InlineExecutor",
     "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
 }
 PROGRAM = ["-m", "nanovllm.launch"]
-USAGE_ERROR = 2
 
 
 @dataclass
@@ -113,37 +116,56 @@ def load_tokenizer_json(config: EngineConfig) -> str:
 
 
 def core_main(argv: list[str] | None = None) -> int:
-    """Run a core in this process until it is told to stop. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="nanovllm-core", description="Run an engine core alone; clients attach to its address."
-    )
-    parser.add_argument("--address", required=True, help="ipc://PATH or tcp://HOST:PORT to bind")
-    parser.add_argument("--owner-fd", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--config-json", help=argparse.SUPPRESS)
-    add_config_flags(parser)
-    arguments = parser.parse_args(argv)
+    """Run a core in this process until it is told to stop. Returns the exit code (`ExitCode`)."""
+    arguments = make_parser().parse_args(argv)
     # An owner shows its user what matters; whoever runs a core alone reads its log.
     level = logging.INFO if arguments.owner_fd is None else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     try:
         if arguments.config_json is not None:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
-        server = CoreServer(config, arguments.address)
-        stop_on_signals(server.stop)
+        keys = None if arguments.keys is None else CoreKeys(arguments.keys)
+        make_core: MakeCore = EngineCore
+        if arguments.record is not None:
+            make_core = partial(RecordedCore, path=arguments.record)
+        server = CoreServer(config, arguments.address, keys=keys, make_core=make_core)
+        stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
         make_compiler = partial(GrammarCompiler, partial(load_tokenizer_json, config))
-        server.run(
+        return server.run(
             partial(make_executor, config, server.on_progress),
             None if config.model.skip_tokenizer_init else make_compiler,
         )
     except ValueError as error:
         if arguments.owner_fd is None:  # an owner has been told, and tells its user
             print(f"nanovllm-core: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+        return ExitCode.USAGE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanovllm-core",
+        description="Run an engine core alone; clients attach to its address. SIGTERM lets what "
+        "runs finish first, a second one does not. Exit codes: 0 done, 1 crashed, 2 wrong usage, "
+        "3 owner gone, 4 drain timeout, 5 cut short.",
+    )
+    parser.add_argument("--address", required=True, help="ipc://PATH or tcp://HOST:PORT to bind")
+    parser.add_argument(
+        "--keys", metavar="DIRECTORY", help="let in clients with a key, from any machine"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="keep the last requests, results and plan digests, for `nanovllm replay FILE`",
+    )
+    parser.add_argument("--owner-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--config-json", help=argparse.SUPPRESS)
+    add_config_flags(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import msgspec
 
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -41,7 +41,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """One request. `output_token_ids` were generated before (preemption, resume, replay).
 
     `bad_words_token_ids` are the token sequences of `params.bad_words`, encoded by the frontend.
-    `arrival_s`: how long ago, in seconds, the frontend took the request in.
+    `tenant`: who shares fairly with whom; by default each client is a tenant of its own.
+    Counted from its arrival at the core, a sequence without a token after `ttft_deadline_ms`, or
+    unfinished after `deadline_ms`, ends with reason "timeout".
     """
 
     number: int
@@ -51,6 +53,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     bad_words_token_ids: list[list[int]] = []
     priority: int = 0
     cache_salt: str | None = None
+    tenant: str | None = None
+    deadline_ms: float | None = None
+    ttft_deadline_ms: float | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -60,7 +65,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Renews the client's lease."""
+    """Renews the client's lease, as any message does."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
@@ -197,6 +202,26 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
     queued_ms: float
 
 
+class Why(msgspec.Struct, frozen=True, array_like=True):
+    """Why a sequence took as long as it did, as the core saw it; times since its arrival there.
+
+    `seats_ms`, `budget_ms` and `kv_ms` are the parts of its waiting for which admission was held up
+    by `max_num_seqs`, by `max_num_batched_tokens` and by lack of KV blocks. `num_recomputed_tokens`
+    were computed before a preemption took their KV. `ttft_ms` is None without a token,
+    `inter_token_ms` (the mean) without a second one.
+    """
+
+    queued_ms: float
+    seats_ms: float
+    budget_ms: float
+    kv_ms: float
+    num_cached_tokens: int
+    num_preemptions: int
+    num_recomputed_tokens: int
+    ttft_ms: float | None
+    inter_token_ms: float | None
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True):
     """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it.
 
@@ -208,6 +233,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | None
     num_preemptions: int
     last_is_text: bool = False
+    why: Why | None = None
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -239,8 +265,28 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Overloaded(msgspec.Struct, frozen=True, tag=True):
+    """This request was refused; nothing of it runs. `draining`: the core is about to end."""
+
+    number: int
+    retry_after_s: float
+    draining: bool = False
+
+
+class Detached(msgspec.Struct, frozen=True, tag=True):
+    """The core does not know the client (any more), and runs nothing for it: say `Hello`."""
+
+    reason: str
+
+
 class CoreStatus(msgspec.Struct, frozen=True, tag=True):
-    """Sent once a second to every client, the same to all. Counters count from the core's start."""
+    """Sent once a second to every client, the same to all. Counters count from the core's start.
+
+    It tells of progress: `step` has moved on, or there was nothing to do, or `stalled_s` says for
+    how long no step has finished although there was. A loop that is stuck sends none at all.
+    `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
+    wait for their client to read.
+    """
 
     epoch: str
     step: int
@@ -255,6 +301,18 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     num_generation_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+    num_paused: int = 0
+    num_queued: int = 0
+    num_queued_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_failed_steps: int = 0
+    num_failed: int = 0
+    num_timeouts: int = 0
+    num_overloaded: int = 0
+    num_expired_clients: int = 0
+    uptime_s: float = 0.0
+    stalled_s: float = 0.0
+    draining: bool = False
 
 
 class CallResult(msgspec.Struct, frozen=True, tag=True):
@@ -276,4 +334,14 @@ class CoreFailed(msgspec.Struct, frozen=True, tag=True):
     usage: bool = False
 
 
-FromCore = Loading | Welcome | Outputs | RequestFailed | CoreStatus | CallResult | CoreFailed
+FromCore = (
+    Loading
+    | Welcome
+    | Outputs
+    | RequestFailed
+    | Overloaded
+    | CoreStatus
+    | CallResult
+    | Detached
+    | CoreFailed
+)

@@ -25,6 +25,7 @@ SHARED = {
     "config",
     "fetch",
     "gguf_file",
+    "keys",
     "memory_plan",
     "model_size",
     "protocol",
@@ -35,17 +36,21 @@ SHARED = {
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
-    "cli": {"bench", "flags", "frontend", "plan"},
+    "cli": {"bench", "flags", "frontend", "operator_commands", "plan"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
     "flags": set(),
     "frontend": {"launch"},
-    "launch": {"core.grammar", "core.process", "executor", "flags", "frontend.tokenizer"},
+    "launch": {"core", "executor", "flags", "frontend.tokenizer"},
+    "operator_commands": {"core.replay"},
     "protocol": set(),
     "sampling_params": set(),
     "worker": {"executor.base"},
-    **{name: set() for name in ("checkpoint", "fetch", "gguf_file", "memory_plan", "model_size")},
+    **{
+        name: set()
+        for name in ("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size")
+    },
     "plan": set(),
 }
 

@@ -37,7 +37,9 @@ class ScriptedLLM:
         self._on_progress = on_progress
 
     @classmethod
-    async def connect(cls, address: str, *, on_progress: Any) -> "ScriptedLLM":
+    async def connect(
+        cls, address: str, *, on_progress: Any, keys: str | None = None
+    ) -> "ScriptedLLM":
         cls.events.append(f"connect {address}")
         return cls(on_progress=on_progress)
 

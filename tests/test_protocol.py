@@ -12,6 +12,7 @@ from nanovllm.protocol import (
     CallResult,
     CoreFailed,
     CoreStatus,
+    Detached,
     Finished,
     FromCore,
     Goodbye,
@@ -20,6 +21,7 @@ from nanovllm.protocol import (
     Loading,
     NewRow,
     Outputs,
+    Overloaded,
     PromptLogprobs,
     RequestFailed,
     ResetPrefixCache,
@@ -29,6 +31,7 @@ from nanovllm.protocol import (
     ToCore,
     TokenLogprobs,
     Welcome,
+    Why,
     WorkerInfo,
 )
 from nanovllm.sampling_params import SamplingParams
@@ -48,6 +51,7 @@ INFO = WorkerInfo(
 TO_CORE = [
     Hello(),
     AddRequest(3, [1, 2], PARAMS, [4], [[5, 6]], priority=-1, cache_salt="s"),
+    AddRequest(3, [1], PARAMS, tenant="t", deadline_ms=2.5, ttft_deadline_ms=1.0),
     Abort([1, 2]),
     Heartbeat(),
     Goodbye(),
@@ -58,6 +62,9 @@ FROM_CORE = [
     Welcome(1, "epoch", "model", "name", 16, 256, INFO),
     Outputs([1], [7], {0: LOGPROBS}, [PromptLogprobs(1, [LOGPROBS])], [Started(1, 16, 2.5)], []),
     Outputs(finished=[Finished(1, "stop", 2, 0)]),
+    Outputs(finished=[Finished(1, "timeout", None, 0, Why(1, 2, 3, 4, 5, 6, 7, 8.5, None))]),
+    Overloaded(1, 2.5, draining=True),
+    Detached("why"),
     RequestFailed(1, "why"),
     CoreStatus("epoch", *range(12)),
     CallResult(9, True),
@@ -102,6 +109,7 @@ def test_no_message_is_left_out() -> None:
         PromptLogprobs,
         Started,
         Finished,
+        Why,
         NewRow,
         BlockAppend,
     }

@@ -27,10 +27,11 @@ Outcome = Matcher | ValueError
 
 @dataclass(slots=True)
 class Waiting:
-    """The sequences of one request, and its priority."""
+    """The sequences of one request, and how to queue them."""
 
     sequences: list[Sequence]
     priority: int
+    tenant: str
 
 
 class Stage(Enum):
@@ -89,10 +90,8 @@ class Compilations:
             return False  # nearly always, and asked several times a step
         return not self._ended.empty() or time.monotonic() >= self.next_deadline
 
-    def begin(
-        self, wanted: StructuredOutputsParams, sequences: list[Sequence], priority: int
-    ) -> Outcome | None:
-        """The outcome, if it is known; else None, and `collect` will return the sequences.
+    def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+        """The outcome, if it is known; else None, and `collect` will return the request.
 
         Raises `ValueError` if there is no compiler.
         """
@@ -112,7 +111,7 @@ class Compilations:
             with self._lock:
                 self._queue.append(job)
             self._start_threads()
-        job.waiting.append(Waiting(sequences, priority))
+        job.waiting.append(request)
         return None
 
     def withdraw(self, sequence: Sequence) -> bool:
@@ -214,3 +213,13 @@ class Compilations:
             return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only
             return ValueError(f"structured_outputs: {type(error).__name__}: {error}")
+
+
+def constrain(sequences: list[Sequence], outcome: Outcome) -> None:
+    """Give each its own matcher, behind the tokens it has generated before. `ValueError`: none."""
+    if isinstance(outcome, ValueError):
+        raise ValueError(str(outcome))
+    for sequence in sequences:
+        matcher = outcome.copy()
+        matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
+        sequence.matcher = matcher

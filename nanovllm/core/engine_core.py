@@ -2,25 +2,32 @@
 
 Owns the sequences by (client, number) and the steps in flight; `process.CoreServer` calls it from
 its busy loop. Synchronous and overlapped execution differ in one integer, `max_inflight_steps`.
+Whatever goes wrong fails the sequences it went wrong for; only `DeviceLostError` gets out.
 """
 
+import logging
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.admission import Admission, Deadlines
 from nanovllm.core.block_manager import BlockManager
-from nanovllm.core.compilations import Compilations, Outcome
+from nanovllm.core.compilations import Compilations, Waiting, constrain
 from nanovllm.core.grammar import GrammarCompiler
-from nanovllm.core.scheduler import ScheduledStep, Scheduler, StepOutputs
+from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.executor.base import Executor, StepHandle
-from nanovllm.protocol import AddRequest, CoreStatus, WorkerInfo
+from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
+from nanovllm.core.validation import check_request
+from nanovllm.executor.base import DeviceLostError, Executor, StepHandle
+from nanovllm.protocol import AddRequest, CoreStatus, FinishReason, WorkerInfo
 
 Key = tuple[int, int]
+LOG = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -53,50 +60,65 @@ class EngineCore:
             max_model_len=info.max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
         )
+        self._admission = Admission(config.service)
+        self._deadlines = Deadlines()
         self._compiler = compiler
         self._compilations = Compilations(
             compiler, timeout_s=config.grammar.grammar_timeout_s, wake=wake
         )
-        self._failures: list[tuple[Sequence, str]] = []
         self._seeds = random.Random(config.model.seed)
         self._sequences: dict[Key, Sequence] = {}
+        self._paused: set[int] = set()
         self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_result_at = 0.0
+        self._started_at = self._idle_at = time.monotonic()
+        self._num_failed_steps = self._num_failed = self._num_timeouts = 0
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
-        return (
-            bool(self._inflight)
-            or self._compilations.has_news
-            or (bool(self._sequences) and len(self._sequences) > self._compilations.num_waiting)
-        )
+        return bool(self._inflight or self._scheduler.has_work or self._compilations.has_news)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._sequences)
 
     @property
     def next_deadline(self) -> float:
-        """When to call `step` though it was not busy before, in time.monotonic (inf: never)."""
-        return self._compilations.next_deadline
+        """When `expire` or `step` will be due, on `time.monotonic`'s clock."""
+        return min(self._deadlines.next_due or math.inf, self._compilations.next_deadline)
 
     def add(self, client_id: int, request: AddRequest) -> None:
         """Queue all `n` sequences of a request.
 
-        Raises `ValueError` naming the field; nothing is queued then. Frontends check the same
-        before they send: this guards the core against those that do not.
+        Raises `ValueError` naming the field, or `OverloadedError`; nothing is queued then.
         """
-        self._check(client_id, request)
-        wanted = request.params.structured_outputs
+        params = request.params
+        check_request(request, self._info)
+        for index in range(params.n):
+            if (client_id, request.number + index) in self._sequences:
+                raise ValueError(f"number {request.number + index} is in use: count upwards")
+        self._admission.check(
+            request,
+            num_queued=self._scheduler.num_queued,
+            num_queued_tokens=self._scheduler.num_queued_tokens,
+        )
+        if not self.busy:
+            self._idle_at = time.monotonic()
+        tenant = f"client {client_id}" if request.tenant is None else f"tenant {request.tenant}"
+        wanted, outcome = params.structured_outputs, None
         sequences = self._make_sequences(client_id, request)
-        outcome = None
         if wanted is not None:
-            outcome = self._compilations.begin(wanted, sequences, request.priority)
+            outcome = self._compilations.begin(wanted, Waiting(sequences, request.priority, tenant))
             if outcome is not None:
-                _constrain(sequences, outcome)
+                constrain(sequences, outcome)
         for sequence in sequences:
             self._sequences[client_id, sequence.number] = sequence
+            self._deadlines.add(sequence, request)
         if wanted is None or outcome is not None:
-            self._queue(sequences, request.priority)
+            self._queue(Waiting(sequences, request.priority, tenant))
 
     def _make_sequences(self, client_id: int, request: AddRequest) -> list[Sequence]:
         # The grammar is the core's affair: workers see masks.
@@ -107,6 +129,7 @@ class EngineCore:
             number = request.number + index
             sequence = Sequence(client_id, number, request.prompt_token_ids.copy(), params)
             sequence.token_ids += request.output_token_ids
+            sequence.num_first_known = len(sequence.token_ids)
             sequence.bad_words_token_ids = request.bad_words_token_ids
             sequence.cache_salt = request.cache_salt
             sequence.seed = (seed + index) & (2**63 - 1)
@@ -115,60 +138,171 @@ class EngineCore:
             sequences.append(sequence)
         return sequences
 
-    def _queue(self, sequences: list[Sequence], priority: int) -> None:
-        leader, *others = sequences
+    def _queue(self, request: Waiting) -> None:
+        leader, *others = request.sequences
         for sequence in others:
             sequence.leader = leader
-        for sequence in sequences:
-            self._scheduler.add(sequence, priority=priority)
+        for sequence in request.sequences:
+            self._scheduler.add(sequence, priority=request.priority, tenant=request.tenant)
 
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
-        aborted = []
-        for number in numbers:
-            sequence = self._sequences.pop((client_id, number), None)
-            if sequence is not None:
-                if self._compilations.withdraw(sequence):
-                    sequence.status, sequence.finish_reason = Status.FINISHED, "abort"
-                else:
-                    self._scheduler.finish(sequence, "abort")
-                aborted.append(sequence)
-        return aborted
+        found = (self._sequences.get((client_id, number)) for number in dict.fromkeys(numbers))
+        return self._end_by_request([one for one in found if one is not None], "abort")
 
     def abort_client(self, client_id: int) -> list[Sequence]:
         """End everything a client still has running; returns it, finished."""
-        numbers = [number for client, number in self._sequences if client == client_id]
-        return self.abort(client_id, numbers)
+        self.resume(client_id)
+        mine = [one for one in self._sequences.values() if one.client_id == client_id]
+        return self._end_by_request(mine, "abort")
+
+    def fail(self, client_id: int, number: int, cause: str) -> list[Sequence]:
+        """End a sequence that cannot go on; returns it, unless it has ended before."""
+        sequence = self._sequences.get((client_id, number))
+        if sequence is None:
+            return []
+        sequence.failure = cause
+        self._num_failed += 1
+        return self._end_by_request([sequence], "error")
+
+    def pause(self, client_id: int) -> None:
+        """Run nothing for this client until `resume`: it does not read what it has got."""
+        if client_id not in self._paused:
+            self._paused.add(client_id)
+            self._scheduler.pause(client_id)
+
+    def resume(self, client_id: int) -> None:
+        """Undo `pause`, if there was one."""
+        if client_id in self._paused:
+            if not self.busy:
+                self._idle_at = time.monotonic()
+            self._paused.remove(client_id)
+            self._scheduler.resume(client_id)
+
+    def expire(self, now: float) -> list[Sequence]:
+        """End the sequences whose deadline has passed; returns them, finished."""
+        expired = self._end_by_request(self._deadlines.pop_expired(now), "timeout")
+        self._num_timeouts += len(expired)
+        return expired
 
     def step(self) -> StepOutputs | None:
-        """Submit the next step if there is one; take in the oldest result if it is time to."""
-        if self._compilations.has_news:
-            self._take_compiled()
-        step = self._scheduler.schedule()
-        if step is not None:
-            if step.constrained:
-                self._mask(step)
-            self._inflight.append((step, self._executor.submit(step.plan)))
+        """Submit the next step if there is one; take in the oldest result if it is time to.
+
+        Raises `DeviceLostError`. Any other failure is an output: some sequences have `failed`.
+        """
+        if self._compilations.has_news and (refused := self._take_compiled()):
+            return StepOutputs(failed=refused)
+        try:
+            step = self._scheduler.schedule()
+        except SchedulingFailedError as failure:
+            return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
+        if step is not None and (failed := self._submit(step)) is not None:
+            return failed
         if not self._inflight or (step is not None and len(self._inflight) < self._max_inflight):
             return None
         step, handle = self._inflight.popleft()
-        result = handle.result()
+        try:
+            outputs = self._scheduler.update(step, handle.result())
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            return self._give_up(step, error)
         self._count_step()
-        outputs = self._scheduler.update(step, result)
+        if outputs.started:
+            self._admission.note_starts(len(outputs.started), self._last_result_at)
         for sequence in outputs.finished:
             del self._sequences[sequence.client_id, sequence.number]
         for sequence in outputs.failed:
-            self._fail(sequence)
+            assert sequence.matcher is not None
+            self._fail([sequence], f"structured_outputs: cannot go on: {sequence.matcher.error}")
         return outputs
 
-    def take_failures(self) -> list[tuple[Sequence, str]]:
-        """Sequences that failed since the last call, and why."""
-        failures, self._failures = self._failures, []
-        return failures
+    def _submit(self, step: ScheduledStep) -> StepOutputs | None:
+        """Send a step off; returns its failure, if that is what came of it."""
+        try:
+            if step.constrained:
+                self._mask(step)
+            self._inflight.append((step, self._executor.submit(step.plan)))
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            return self._give_up(step, error)
+        return None
+
+    # ---- structured outputs
+
+    def _take_compiled(self) -> list[Sequence]:
+        """Queue the requests whose grammar is ready; returns the sequences that have none."""
+        refused: list[Sequence] = []
+        for request, outcome in self._compilations.collect():
+            try:
+                constrain(request.sequences, outcome)
+            except ValueError as error:
+                refused += self._fail(request.sequences, _text(error))
+            else:
+                self._queue(request)
+        return refused
+
+    def _mask(self, step: ScheduledStep) -> None:
+        """Put into the plan which ids its constrained sequences may sample.
+
+        One whose matcher fails here samples freely, and fails when its id comes back.
+        """
+        assert self._compiler is not None
+        matchers = [step.sampled[index].matcher for index in step.constrained]
+        masks = self._compiler.fill_masks([m for m in matchers if m is not None])
+        step.plan.masks.update(zip(step.constrained, masks, strict=True))
+
+    # ---- what fails, and what ends
+
+    def _give_up(self, step: ScheduledStep, error: Exception) -> StepOutputs:
+        """A step has failed, and with it the sequences in it.
+
+        Also those that began, in a step submitted since, on a prefix which this one may have been
+        to compute. Every prefix is forgotten: some of them are not there.
+        """
+        LOG.error("step %d failed", step.plan.step, exc_info=error)
+        self._num_failed_steps += 1
+        self._count_step()
+        lost = dict.fromkeys(step.sequences)
+        for later, _ in self._inflight:
+            lost |= dict.fromkeys(later.admitted_on_a_prefix())
+        self._blocks.reset_prefix_cache()
+        return StepOutputs(failed=self._fail(list(lost), _text(error)))
+
+    def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
+        # Some may have been found to end in the very step that failed: they are lost all the same.
+        known = [
+            one for one in sequences if self._sequences.get((one.client_id, one.number)) is one
+        ]
+        for sequence in known:
+            sequence.failure = cause
+        self._num_failed += len(known)
+        return self._end(known, "error")
+
+    def _end_by_request(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+        """Between steps, for a reason that does not lie in the scheduler."""
+        return self._end(sequences, reason)
+
+    def _end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+        for sequence in sequences:
+            del self._sequences[sequence.client_id, sequence.number]
+            if self._compilations.withdraw(sequence):
+                sequence.status, sequence.finish_reason = Status.FINISHED, reason
+            elif sequence.status is not Status.FINISHED:
+                self._scheduler.finish(sequence, reason)
+        return sequences
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; True if none was in use."""
         return self._blocks.reset_prefix_cache()
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which there has been work and no step has finished."""
+        if not self.busy:
+            return 0.0
+        return time.monotonic() - max(self._last_result_at, self._idle_at)
 
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
@@ -187,41 +321,17 @@ class EngineCore:
             num_generation_tokens=scheduler.num_generation_tokens,
             prefix_cache_queries=blocks.num_queries,
             prefix_cache_hits=blocks.num_hits,
+            num_paused=scheduler.num_paused,
+            num_queued=scheduler.num_queued,
+            num_queued_tokens=scheduler.num_queued_tokens,
+            num_recomputed_tokens=scheduler.num_recomputed_tokens,
+            num_failed_steps=self._num_failed_steps,
+            num_failed=self._num_failed,
+            num_timeouts=self._num_timeouts,
+            num_overloaded=self._admission.num_overloaded,
+            uptime_s=time.monotonic() - self._started_at,
+            stalled_s=self.stalled_s,
         )
-
-    # ---- structured outputs
-
-    def _take_compiled(self) -> None:
-        """Queue the requests whose grammar is ready, fail those that will have none."""
-        for waiting, outcome in self._compilations.collect():
-            try:
-                _constrain(waiting.sequences, outcome)
-            except ValueError as error:
-                for sequence in waiting.sequences:
-                    sequence.status, sequence.finish_reason = Status.FINISHED, "error"
-                    self._fail(sequence, f"{type(error).__name__}: {error}")
-            else:
-                self._queue(waiting.sequences, waiting.priority)
-
-    def _mask(self, step: ScheduledStep) -> None:
-        """Put into the plan which ids its constrained sequences may sample."""
-        assert self._compiler is not None
-        matchers = [step.sampled[index].matcher for index in step.constrained]
-        masks = self._compiler.fill_masks([m for m in matchers if m is not None])
-        step.plan.masks.update(zip(step.constrained, masks, strict=True))
-        for index in step.constrained:
-            sequence = step.sampled[index]
-            if sequence.matcher is not None and sequence.matcher.error is not None:
-                self._scheduler.finish(sequence, "error")  # `update` will drop its result
-                self._fail(sequence)
-
-    def _fail(self, sequence: Sequence, message: str | None = None) -> None:
-        """message: by default that of its matcher."""
-        del self._sequences[sequence.client_id, sequence.number]
-        if message is None:
-            assert sequence.matcher is not None
-            message = f"structured_outputs: cannot go on: {sequence.matcher.error}"
-        self._failures.append((sequence, message))
 
     def _count_step(self) -> None:
         now = time.monotonic()
@@ -229,44 +339,7 @@ class EngineCore:
         self._last_result_at = now
         self._num_steps += 1
 
-    def _check(self, client_id: int, request: AddRequest) -> None:
-        info, params = self._info, request.params
-        num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
-        if not request.prompt_token_ids:
-            raise ValueError("prompt_token_ids is empty: send at least one token")
-        if num_known >= info.max_model_len:
-            raise ValueError(
-                f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
-                f"max_model_len is {info.max_model_len}"
-            )
-        if params.max_tokens is not None and len(request.output_token_ids) >= params.max_tokens:
-            raise ValueError("output_token_ids: max_tokens were generated already")
-        for index in range(params.n):
-            if (client_id, request.number + index) in self._sequences:
-                raise ValueError(f"number {request.number + index} is in use: count upwards")
-        for name, token_ids in _named_token_ids(request):
-            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
-                raise ValueError(f"{name}: token ids must be in [0, {info.vocab_size})")
-        if not all(request.bad_words_token_ids):
-            raise ValueError("bad_words_token_ids: a word of no tokens")
 
-
-def _constrain(sequences: list[Sequence], outcome: Outcome) -> None:
-    """Give each its own matcher, behind the tokens it has generated before. `ValueError`: none."""
-    if isinstance(outcome, ValueError):
-        raise ValueError(str(outcome))
-    for sequence in sequences:
-        matcher = outcome.copy()
-        matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
-        sequence.matcher = matcher
-
-
-def _named_token_ids(request: AddRequest) -> Iterator[tuple[str, Collection[int]]]:
-    """Everything in a request that the worker will use as an index."""
-    yield "prompt_token_ids", request.prompt_token_ids
-    yield "output_token_ids", request.output_token_ids
-    yield "stop_token_ids", request.params.stop_token_ids
-    yield "logit_bias", request.params.logit_bias
-    yield "allowed_token_ids", request.params.allowed_token_ids or ()
-    for word in request.bad_words_token_ids:
-        yield "bad_words_token_ids", word
+def _text(error: Exception) -> str:
+    """The cause, as a client is told."""
+    return f"{type(error).__name__}: {error}"

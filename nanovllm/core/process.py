@@ -1,31 +1,33 @@
 """The core process: one ROUTER socket, its clients, and the busy loop around `EngineCore`.
 
 `launch` calls `CoreServer` in a process of its own. Idle, it blocks in poll; busy, it polls with 0
-between steps. A bad frame or request costs its sender a typed error and nobody else anything.
+between steps. A bad frame or request costs its sender a typed error and nobody else anything; a
+client that does not read, or is gone, costs bounded memory and time.
 """
 
-import os
 import secrets
-import signal
 import socket
-import stat
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.accounts import finished_message, started_message
+from nanovllm.core.admission import OverloadedError
+from nanovllm.core.clients import Client, ClientTable
+from nanovllm.core.delivery import Delivery
+from nanovllm.core.endpoint import Endpoint
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
-from nanovllm.core.scheduler import StepOutputs
+from nanovllm.core.lifetime import ExitCode, watching_for_stalls
 from nanovllm.core.sequence import Sequence
+from nanovllm.core.step import StepOutputs
 from nanovllm.executor.base import Executor
+from nanovllm.keys import CoreKeys
 from nanovllm.protocol import (
     PROTOCOL_VERSION,
     STATUS_INTERVAL_S,
@@ -34,83 +36,88 @@ from nanovllm.protocol import (
     Call,
     CallResult,
     CoreFailed,
-    Finished,
+    Detached,
     FromCore,
     Goodbye,
     Heartbeat,
     Hello,
     Loading,
-    Outputs,
-    PromptLogprobs,
+    Overloaded,
     RequestFailed,
-    Started,
     ToCore,
     Welcome,
     WorkerInfo,
 )
 
-HIGH_WATER_MARK = 1000  # messages per client in each direction, before merging starts
-LINGER_MS = 1000  # how long the last words to clients may take to leave
 LOADING_INTERVAL_S = 0.1
-OWNER_GRACE_S = 5.0  # what a core may take to end by itself after its owner has gone
-
-
-class Client:
-    """A connected frontend and what waits to be sent to it."""
-
-    __slots__ = ("client_id", "identity", "outputs")
-
-    def __init__(self, client_id: int, identity: bytes) -> None:
-        self.client_id = client_id
-        self.identity = identity
-        self.outputs = Outputs()
+BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
+MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
+LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
+UNKNOWN = "the core does not know this client: say Hello"
+MakeCore = Callable[..., EngineCore]  # of the same arguments as `EngineCore`
 
 
 class CoreServer:
-    """Serves any number of clients at `address` until `stop` is called."""
+    """Serves any number of clients at `address` until `stop` or `drain` is called."""
 
-    def __init__(self, config: EngineConfig, address: str) -> None:
-        """Bind, so that clients can attach while the model loads. `ValueError`: address in use."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        address: str,
+        *,
+        keys: CoreKeys | None = None,
+        make_core: MakeCore = EngineCore,
+    ) -> None:
+        """Bind, so that clients can attach while the model loads. `ValueError`: a bad address.
+
+        keys: those of a core that other machines may reach.
+        """
+        service = config.service
         self._config = config
+        self._make_core = make_core
         self._epoch = secrets.token_hex(8)
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToCore)
-        self._clients: dict[bytes, Client] = {}
-        self._clients_by_id: dict[int, Client] = {}
-        self._num_clients_ever = 0
+        self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
         self._core: EngineCore | None = None
         self._info: WorkerInfo | None = None
-        self._stopping = False
+        self._stopping = self._draining = False
+        self._exit_code = ExitCode.DONE
+        self._drain_until = 0.0
         self._last_loading = Loading("starting", 0.0)
         self._loading_due = self._status_due = 0.0
-        self._socket = _bind(address)
+        self._awake_at = time.monotonic()
+        self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
+        self._delivery = Delivery(self._endpoint)
         # A byte on this pair interrupts a blocking poll, from a signal handler or a thread.
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._wakeup.setblocking(False)
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._endpoint.socket, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
 
-    def stop(self) -> None:
-        """Ask the loop to end; callable from signal handlers and other threads."""
-        self._stopping = True
+    def drain(self) -> None:
+        """Take no new requests, and end when those there have finished or `drain_timeout` has
+        passed; callable from signal handlers and other threads."""
+        self._drain_until = time.monotonic() + self._config.service.drain_timeout
+        self._draining = True
         self._wake()
 
-    def _wake(self) -> None:
-        with suppress(OSError):  # the loop may have closed everything by now, or have bytes enough
-            self._waker.send(b"\0")
+    def stop(self) -> None:
+        """Ask the loop to end now, aborting what runs; callable like `drain`."""
+        self._stopping = True
+        self._wake()
 
     def close(self) -> None:
         """Release the address. Nothing can be served afterwards."""
         self._stopping = True
-        self._socket.close(LINGER_MS)
+        self._endpoint.close()
         self._wakeup.close()
         self._waker.close()
 
     def on_progress(self, phase: str, progress: float) -> None:
         """Answer clients while the executor loads; called by the loading code, often."""
-        if self._stopping:
+        if self._stopping or self._draining:
             raise SystemExit(0)
         now = time.monotonic()
         new_phase = phase != self._last_loading.phase
@@ -118,12 +125,13 @@ class CoreServer:
             self._loading_due = now + LOADING_INTERVAL_S
             self._last_loading = Loading(phase, progress)
             self._receive_all()
-            for client in list(self._clients.values()):
-                self._send(client, self._last_loading)
+            for client in self._clients:
+                self._delivery.post(client.identity, self._last_loading)
+            self._flush()
 
     def run(
         self, make_executor: Callable[[], Executor], make_compiler: MakeCompiler | None = None
-    ) -> None:
+    ) -> ExitCode:
         """Load, then serve until stopped. Whatever goes wrong is told to every client first.
 
         make_compiler: for structured outputs, which are refused without.
@@ -134,13 +142,22 @@ class CoreServer:
             executor = make_executor()
             self._info = executor.start()
             compiler = make_compiler(self._info) if make_compiler else None
-            self._core = EngineCore(self._config, executor, self._info, compiler, self._wake)
-            for client in list(self._clients.values()):
-                self._send(client, self._welcome(client))
-            while not self._stopping:
-                self._turn(self._core)
-            for client in list(self._clients_by_id.values()):
-                self._forget(client, tell=True)
+            core = self._core = self._make_core(
+                self._config, executor, self._info, compiler, self._wake
+            )
+            self._clients.extend_leases(time.monotonic() - self._awake_at)
+            self._awake_at = time.monotonic()
+            for client in self._clients:
+                self._answer(client, self._welcome(client))
+            self._flush()
+            with watching_for_stalls(lambda: core.stalled_s, self._config.service.stall_timeout):
+                while not self._stopping:
+                    self._turn(core)
+            if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
+                self._exit_code = ExitCode.CUT_SHORT
+            for client in self._clients:
+                self._finish(core.abort_client(client.client_id))
+            self._flush()
         except Exception as error:
             self._tell_failure(error)
             raise
@@ -148,90 +165,128 @@ class CoreServer:
             if executor is not None:
                 executor.shutdown()
             self.close()
+        return self._exit_code
 
     # ---- the busy loop
 
     def _turn(self, core: EngineCore) -> None:
         now = time.monotonic()
+        late_s = now - self._awake_at
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S
-            status = core.status(epoch=self._epoch, num_clients=len(self._clients))
-            for client in list(self._clients.values()):
-                self._send(client, status)
+            self._send_status(core)
         if not core.busy:
-            due = min(self._status_due, core.next_deadline)
-            self._poller.poll(int(max(0.0, due - now) * 1e3) + 1)
+            timeout_s = self._time_to_sleep(core, now)
+            self._poller.poll(int(timeout_s * 1e3) + 1)
+            late_s += time.monotonic() - now - timeout_s
+        self._awake_at = time.monotonic()
+        if late_s > LATE_S:
+            self._clients.extend_leases(late_s)
         self._receive_all()
+        for client in self._clients.pop_expired(self._awake_at):
+            core.abort_client(client.client_id)
+            self._delivery.post(
+                client.identity, Detached("the client was silent for its whole lease")
+            )
+        if core.next_deadline <= self._awake_at:
+            self._finish(core.expire(self._awake_at))
         if core.busy and not self._stopping:
             outputs = core.step()
             if outputs is not None:
                 self._collect(outputs)
-                self._flush()
-            for sequence, message in core.take_failures():
-                if sender := self._clients_by_id.get(sequence.client_id):
-                    self._send(sender, RequestFailed(sequence.number, message))
+        self._flush()
+        if self._draining:
+            self._end_drain(core)
+
+    def _time_to_sleep(self, core: EngineCore, now: float) -> float:
+        due = min(core.next_deadline, self._status_due)
+        if any(client.has_mail for client in self._clients):
+            due = min(due, now + BACKLOG_INTERVAL_S)
+        if self._draining:
+            due = min(due, self._drain_until)
+        return max(0.0, due - now)
+
+    def _send_status(self, core: EngineCore) -> None:
+        status = msgspec.structs.replace(
+            core.status(epoch=self._epoch, num_clients=len(self._clients)),
+            num_expired_clients=self._clients.num_expired,
+            draining=self._draining,
+        )
+        for client in self._clients:
+            if self._delivery.post(client.identity, status) == "gone":
+                self._forget(client)
+
+    def _end_drain(self, core: EngineCore) -> None:
+        done = not core.num_unfinished and not any(client.has_mail for client in self._clients)
+        if done or time.monotonic() >= self._drain_until:
+            self._stopping = True
+            self._exit_code = ExitCode.DONE if done else ExitCode.DRAIN_TIMEOUT
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # the loop may have seen it and closed everything by now
+            self._waker.send(b"\0")
 
     def _receive_all(self) -> None:
-        """Take in every frame that has arrived; never blocks."""
-        while True:
-            try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+        """Take in the frames that have arrived, up to a limit; never blocks."""
+        for _ in range(MAX_FRAMES_PER_TURN):
+            received = self._endpoint.receive()
+            if received is None:
                 break
-            self._receive(identity, frames)
-        try:
+            self._receive(*received)
+        with suppress(BlockingIOError):
             while self._wakeup.recv(1024):
                 pass
-        except BlockingIOError:
-            pass
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
-        client = self._clients.get(identity) or self._attach(identity)
+        client = self._clients.find(identity)
+        if client is not None:
+            client.last_heard = self._awake_at
         try:
             (frame,) = frames
             message = self._decoder.decode(frame)
-        except (ValueError, msgspec.MsgspecError) as error:
-            self._send(client, RequestFailed(-1, f"bad frame: {error}"))
+        except Exception as error:  # whatever bytes may do to a decoder: too deep, too large, odd
+            failure = RequestFailed(-1, f"bad frame: {error}")
+            if client is None:
+                self._delivery.post(identity, failure)
+            else:
+                self._answer(client, failure)
             return
         match message:
             case Hello(protocol_version):
-                self._greet(client, protocol_version)
+                self._greet(identity, client, protocol_version)
+            case _ if client is None:
+                self._delivery.post(identity, Detached(UNKNOWN))
+            case _:
+                self._serve(client, message)
+
+    def _serve(self, client: Client, message: ToCore) -> None:
+        match message:
             case AddRequest():
                 self._add(client, message)
             case Abort(numbers):
                 if self._core is not None:
-                    self._finish(client, self._core.abort(client.client_id, numbers))
-                    self._flush()
-            case Heartbeat():
-                pass
+                    self._finish(self._core.abort(client.client_id, numbers))
             case Goodbye():
                 self._forget(client)
             case Call(call_id):
                 self._call(client, call_id)
+            case Heartbeat():
+                pass
 
     # ---- what clients ask
 
-    def _attach(self, identity: bytes) -> Client:
-        client = Client(self._num_clients_ever, identity)
-        self._num_clients_ever += 1
-        self._clients[identity] = self._clients_by_id[client.client_id] = client
-        return client
-
-    def _greet(self, client: Client, protocol_version: int) -> None:
+    def _greet(self, identity: bytes, client: Client | None, protocol_version: int) -> None:
         if protocol_version != PROTOCOL_VERSION:
-            self._send(
-                client,
-                CoreFailed(
-                    f"the core speaks protocol {PROTOCOL_VERSION}, the client {protocol_version}: "
-                    "install the same nanovllm on both sides",
-                    details="",
-                    usage=True,
-                ),
-            )
-        elif self._core is None:
-            self._send(client, self._last_loading)
+            text = f"the core speaks protocol {PROTOCOL_VERSION}, the client {protocol_version}: "
+            text += "install the same nanovllm on both sides"
+            self._delivery.post(identity, CoreFailed(text, details="", usage=True))
+        elif client is None and self._clients.is_full:
+            text = f"the core has {len(self._clients)} clients already: raise max_clients"
+            self._delivery.post(identity, CoreFailed(text, details=""))
         else:
-            self._send(client, self._welcome(client))
+            client = client or self._clients.attach(identity, self._awake_at)
+            loading = self._core is None
+            self._answer(client, self._last_loading if loading else self._welcome(client))
 
     def _welcome(self, client: Client) -> Welcome:
         assert self._info is not None
@@ -250,80 +305,85 @@ class CoreServer:
         try:
             if self._core is None:
                 raise ValueError("the core is still loading: wait for Welcome")
+            if self._draining:
+                raise OverloadedError(self._config.service.drain_timeout, draining=True)
             self._core.add(client.client_id, request)
+        except OverloadedError as refusal:
+            self._answer(
+                client, Overloaded(request.number, refusal.retry_after_s, refusal.draining)
+            )
         except Exception as error:
-            self._send(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
+            self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
 
     def _call(self, client: Client, call_id: int) -> None:
         if self._core is None:
-            self._send(client, CallResult(call_id, error="the core is still loading"))
+            self._answer(client, CallResult(call_id, error="the core is still loading"))
         else:  # ResetPrefixCache is the only operation so far
-            self._send(client, CallResult(call_id, result=self._core.reset_prefix_cache()))
+            self._answer(client, CallResult(call_id, result=self._core.reset_prefix_cache()))
 
-    def _forget(self, client: Client, *, tell: bool = False) -> None:
-        """A client has gone (or the core goes, and tells it): end what it has running."""
+    def _forget(self, client: Client) -> None:
+        """A client has gone: end what it has running."""
+        self._clients.remove(client)
         if self._core is not None:
-            aborted = self._core.abort_client(client.client_id)
-            if tell:
-                self._finish(client, aborted)
-                self._flush()
-        if self._clients.pop(client.identity, None) is not None:
-            del self._clients_by_id[client.client_id]
+            self._core.abort_client(client.client_id)
 
     # ---- what clients get
 
     def _collect(self, outputs: StepOutputs) -> None:
         """Sort a step's outputs into the clients' pending messages."""
-        clients = self._clients_by_id
+        clients, token_ids, logprobs = self._clients.with_id, outputs.token_ids, outputs.logprobs
+        # A client may have gone between the step and its result.
         for sequence in outputs.started:
-            queued_ms = (sequence.started_at - sequence.queued_at) * 1e3
-            started = Started(sequence.number, sequence.num_cached_tokens, queued_ms)
-            clients[sequence.client_id].outputs.started.append(started)
-        for sequence, logprobs in outputs.prompt_logprobs:
-            pending = clients[sequence.client_id].outputs
-            pending.prompt_logprobs.append(PromptLogprobs(sequence.number, logprobs))
+            if client := clients(sequence.client_id):
+                client.outputs.started.append(started_message(sequence))
+        for sequence, some in outputs.prompt_logprobs:
+            if client := clients(sequence.client_id):
+                client.add_prompt_logprobs(sequence, some)
         for index, sequence in enumerate(outputs.sequences):
-            pending = clients[sequence.client_id].outputs
-            if outputs.logprobs and index in outputs.logprobs:
-                pending.logprobs[len(pending.numbers)] = outputs.logprobs[index]
-            pending.numbers.append(sequence.number)
-            pending.token_ids.append(outputs.token_ids[index])
-        for sequence in outputs.finished:
-            self._finish(clients[sequence.client_id], [sequence])
+            if client := clients(sequence.client_id):
+                if logprobs and index in logprobs:
+                    client.add_logprobs(logprobs[index])
+                pending = client.outputs
+                pending.numbers.append(sequence.number)
+                pending.token_ids.append(token_ids[index])
+        self._finish(outputs.finished)
+        self._finish(outputs.failed)
 
-    def _finish(self, client: Client, sequences: list[Sequence]) -> None:
+    def _finish(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            assert sequence.finish_reason is not None
-            finished = Finished(
-                sequence.number,
-                sequence.finish_reason,
-                sequence.stop_reason,
-                sequence.num_preemptions,
-                sequence.last_is_text,
-            )
-            client.outputs.finished.append(finished)
+            client = self._clients.with_id(sequence.client_id)
+            if client is None:
+                continue
+            if sequence.failure:
+                self._answer(client, RequestFailed(sequence.number, sequence.failure))
+            else:
+                client.outputs.finished.append(finished_message(sequence))
+
+    def _answer(self, client: Client, message: FromCore) -> None:
+        """Queue a message for the next flush, after the outputs that are there."""
+        client.answers.append(message)
+        if client.asks_too_much:
+            self._forget(client)
 
     def _flush(self) -> None:
-        """Send what is pending; to a client that does not read it goes on merging."""
-        for client in list(self._clients.values()):
-            pending = client.outputs
-            if (pending.numbers or pending.finished or pending.started) and self._send(
-                client, pending
-            ):
-                client.outputs = Outputs()
-
-    def _send(self, client: Client, message: FromCore) -> bool:
-        """False if the client's queue is full. A client that is gone is forgotten."""
-        try:
-            frames = [client.identity, self._encoder.encode(message)]
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._forget(client)
-        return True
+        """Send what waits; a client that has left too much unread is paused until it reads."""
+        core = self._core
+        for client in self._clients:
+            if not client.has_mail:
+                continue
+            sent = self._delivery.deliver(client)
+            if sent == "gone":
+                self._forget(client)
+            elif core is None:
+                continue
+            elif sent == "sent":
+                core.resume(client.client_id)
+            elif client.backlog > self._config.service.client_buffer_tokens:
+                core.pause(client.client_id)
+        failures, self._delivery.failures = self._delivery.failures, []
+        for failure in failures:
+            assert core is not None
+            core.fail(*failure)
 
     def _tell_failure(self, error: Exception) -> None:
         usage = isinstance(error, ValueError) and self._core is None
@@ -331,70 +391,6 @@ class CoreServer:
         self._last_loading = Loading("failed", 0.0)
         self._core = None
         self._receive_all()  # whoever has just said Hello is to be told as well
-        for client in list(self._clients.values()):
-            self._send(client, failure)
-
-
-def stop_on_signals(stop: Callable[[], None]) -> None:
-    """SIGTERM and SIGINT end the loop after the step under way."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
-
-
-def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
-    """End this process when its owner ends, however that dies.
-
-    The owner holds the other end of the pipe `owner_fd`; a changed parent id covers the case of
-    another process having inherited that end. A loop too stuck to stop is ended the hard way.
-    """
-    owner = os.getppid()
-
-    def watch() -> None:
-        with socket.socket(fileno=owner_fd) as pipe:
-            pipe.settimeout(1.0)
-            while os.getppid() == owner:
-                try:
-                    if not pipe.recv(1):
-                        break
-                except TimeoutError:
-                    continue
-        stop()
-        time.sleep(OWNER_GRACE_S)
-        os._exit(3)
-
-    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
-
-
-def _bind(address: str) -> zmq.Socket[bytes]:
-    """A ROUTER bound to `address`, with finite queues and an error for clients that are gone."""
-    _check_free(address)
-    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    router.set(zmq.SNDHWM, HIGH_WATER_MARK)
-    router.set(zmq.RCVHWM, HIGH_WATER_MARK)
-    router.set(zmq.ROUTER_MANDATORY, 1)
-    try:
-        router.bind(address)
-    except zmq.ZMQError as error:
-        router.close(0)
-        raise ValueError(f"address {address!r} cannot be bound: {error}") from None
-    return router
-
-
-def _check_free(address: str) -> None:
-    """ZeroMQ would take an ipc path over from a living core without a word: look first."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("ipc", "tcp"):
-        raise ValueError(f"address {address!r} must begin with ipc:// or tcp://")
-    if parts.scheme == "tcp":
-        return
-    path = Path(address.removeprefix("ipc://"))
-    if not path.parent.is_dir():
-        raise ValueError(f"address {address!r}: the directory {path.parent} does not exist")
-    if not path.exists():
-        return
-    if not stat.S_ISSOCK(path.stat().st_mode):
-        raise ValueError(f"address {address!r}: {path} exists and is not a socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex(str(path)) == 0:
-            raise ValueError(f"address {address!r} is in use by another process: choose another")
+        for client in self._clients:
+            self._delivery.deliver(client)
+            self._delivery.post(client.identity, failure)

@@ -6,45 +6,15 @@ plan carries ids only for known tokens. Workers run plans in order: stream order
 `_let_go` frees blocks and row at once although steps that use them may still be under way.
 """
 
-import heapq
 import time
 from bisect import insort
-from dataclasses import dataclass, field
 
 from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.protocol import (
-    BlockAppend,
-    FinishReason,
-    NewRow,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
-
-
-@dataclass(slots=True)
-class ScheduledStep:
-    """A plan and the sequences behind its integers."""
-
-    plan: StepPlan
-    sequences: list[Sequence]  # one per entry of the plan
-    sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
-    constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
-
-
-@dataclass(slots=True)
-class StepOutputs:
-    """What a step's result changed. `logprobs` are keyed by index into `token_ids`."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
-    started: list[Sequence] = field(default_factory=list)
-    finished: list[Sequence] = field(default_factory=list)
-    failed: list[Sequence] = field(default_factory=list)  # their matchers say why
+from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
+from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
+from nanovllm.protocol import BlockAppend, FinishReason, StepPlan, StepResult
 
 
 class Scheduler:
@@ -59,6 +29,9 @@ class Scheduler:
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.num_queued = 0  # sequences never started, and their tokens
+        self.num_queued_tokens = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self._limits = limits
@@ -66,7 +39,11 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._running: list[Sequence] = []  # sorted by order, so the last is preempted first
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by order
+        self._paused: list[
+            Sequence
+        ] = []  # sorted likewise; they hold rows and blocks, on sufferance
+        self._waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
+        self._at: Sequence | None = None  # whom planning is busy with
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_arrived = 0
         self._num_steps = 0
@@ -80,9 +57,18 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_paused(self) -> int:
+        return len(self._paused) + self._waiting.num_parked
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anybody runs or may be admitted."""
+        return bool(self._running or self._waiting)
+
     # ---- arrivals and departures
 
-    def add(self, sequence: Sequence, *, priority: int = 0) -> None:
+    def add(self, sequence: Sequence, *, priority: int = 0, tenant: str = "") -> None:
         """Queue a sequence, or, if it has a leader, let it wait for the leader's prompt."""
         params = sequence.params
         length_cap = self._max_model_len
@@ -96,12 +82,15 @@ class Scheduler:
             sequence.stop_ids |= self._eos_token_ids
         by_priority = self._limits.scheduling_policy == "priority"
         sequence.order = (priority if by_priority else 0, self._num_arrived)
+        sequence.tenant = self._waiting.tenant(tenant)
         sequence.queued_at = time.monotonic()
         self._num_arrived += 1
+        self.num_queued += 1
+        self.num_queued_tokens += len(sequence.token_ids)
         if sequence.leader is not None:
             sequence.leader.forks.append(sequence)
         else:
-            self._push_waiting(sequence)
+            self._waiting.push(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is and free what it holds. Its results still in flight are
@@ -109,38 +98,86 @@ class Scheduler:
         assert sequence.status is not Status.FINISHED
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
-            self._let_go(sequence)
+        elif sequence.status is Status.PAUSED:
+            self._paused.remove(sequence)
         elif sequence.leader is not None and sequence in sequence.leader.forks:
             sequence.leader.forks.remove(sequence)
         else:
-            self._waiting.remove((sequence.order, sequence))
-            heapq.heapify(self._waiting)
-            self._release_forks(sequence)
+            self._waiting.discard(sequence)
+        if not sequence.started_at:
+            self.num_queued -= 1
+            self.num_queued_tokens -= len(sequence.token_ids)
+        self._let_go(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
+
+    def pause(self, client_id: int) -> None:
+        """Plan nothing for this client until `resume`. What runs keeps its row and blocks, unless
+        somebody else needs them."""
+        held = [sequence for sequence in self._running if sequence.client_id == client_id]
+        for sequence in held:
+            self._running.remove(sequence)
+            sequence.status = Status.PAUSED
+            insort(self._paused, sequence, key=_order)
+        self._waiting.park(client_id)
+
+    def resume(self, client_id: int) -> None:
+        """Go on with a paused client where it was."""
+        for sequence in [one for one in self._paused if one.client_id == client_id]:
+            self._paused.remove(sequence)
+            sequence.status = Status.RUNNING
+            insort(self._running, sequence, key=_order)
+        self._waiting.unpark(client_id)
 
     # ---- one step
 
     def schedule(self) -> ScheduledStep | None:
-        """Plan the next step, or None if nothing can run before a result comes back."""
+        """Plan the next step, or None if nothing can run before a result comes back.
+
+        Raises `SchedulingFailedError`; everything is as consistent then as if nobody had asked.
+        """
         step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [], [])
-        self._make_room_for_urgent()
-        num_preemptions = self.num_preemptions
-        budget = self._schedule_running(step, self._limits.max_num_batched_tokens)
-        # Whoever was just preempted would only be preempted again.
-        if self._waiting and self.num_preemptions == num_preemptions:
-            self._admit_waiting(step, budget)
+        self._at = None
+        try:
+            self._plan(step)
+        except Exception as error:
+            culprit = self._at
+            self._unwind(step)
+            if culprit is None:
+                raise
+            raise SchedulingFailedError(culprit, error) from error
         if not step.sequences:
             return None
         self._num_steps += 1
         return step
 
+    def _plan(self, step: ScheduledStep) -> None:
+        self._make_room_for_urgent()
+        num_preemptions = self.num_preemptions
+        budget = self._schedule_running(step, self._limits.max_num_batched_tokens)
+        cause: int | None = None
+        if self._waiting:
+            # Whoever was just preempted would only be preempted again.
+            spared = self.num_preemptions != num_preemptions
+            cause = KV if spared else self._admit_waiting(step, budget)
+        self._waiting.hold_up(cause)
+
+    def _unwind(self, step: ScheduledStep) -> None:
+        """A plan is given up half made: its sequences run again from the start, and no prefix that
+        it was to compute is believed."""
+        for sequence in step.sampled:
+            sequence.num_pending -= 1
+        for sequence in step.sequences:
+            if sequence.status is Status.RUNNING:
+                self._preempt(sequence)
+        self._blocks.reset_prefix_cache()
+
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutputs:
         """Take in a step's sampled ids, oldest step first."""
         outputs = StepOutputs(started=self._started)
         self._started = []
-        if result.prompt_logprobs:
-            self._take_prompt_logprobs(step, result, outputs)
+        for index, logprobs in result.prompt_logprobs.items():
+            outputs.take_prompt_logprobs(step, index, logprobs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
@@ -149,47 +186,40 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             sequence.token_ids.append(token_id)
+            if not sequence.first_token_at:
+                sequence.first_token_at = time.monotonic()
             if result.logprobs and index in result.logprobs:
                 outputs.logprobs[len(token_ids)] = result.logprobs[index]
             sequences.append(sequence)
             token_ids.append(token_id)
-            num_known = len(sequence.token_ids)
-            if token_id in sequence.stop_ids and num_known >= sequence.min_total:
-                if token_id not in self._eos_token_ids or sequence.params.ignore_eos:
-                    sequence.stop_reason = token_id
-                self.finish(sequence, "stop")
-                outputs.finished.append(sequence)
-            elif sequence.matcher is not None and not sequence.matcher.accept(token_id):
-                self._end_of_grammar(sequence, token_id, outputs)
-            elif num_known >= sequence.max_total:
-                self.finish(sequence, "length")
-                outputs.finished.append(sequence)
-            elif num_known >= sequence.next_registration <= sequence.num_computed:
+            if self._is_over(sequence, token_id, outputs):
+                continue
+            if len(sequence.token_ids) >= sequence.next_registration <= sequence.num_computed:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
+        self._waiting.charge_for_outputs(sequences)
         return outputs
 
-    def _take_prompt_logprobs(
-        self, step: ScheduledStep, result: StepResult, outputs: StepOutputs
-    ) -> None:
-        for index, logprobs in result.prompt_logprobs.items():
-            sequence = step.sequences[index]
-            # A preempted sequence runs its prompt again: what was reported is not repeated.
-            new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
-            if new and sequence.status is not Status.FINISHED:
-                sequence.num_prompt_logprobs += len(new)
-                outputs.prompt_logprobs.append((sequence, new))
-
-    def _end_of_grammar(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> None:
-        """Its matcher takes no more: the output is complete, or cannot be completed."""
-        assert sequence.matcher is not None
-        if sequence.matcher.error is None:
+    def _is_over(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> bool:
+        """Finish a sequence if its new token, the last of `token_ids`, ends it."""
+        num_known, matcher = len(sequence.token_ids), sequence.matcher
+        if token_id in sequence.stop_ids and num_known >= sequence.min_total:
+            if token_id not in self._eos_token_ids or sequence.params.ignore_eos:
+                sequence.stop_reason = token_id
+            self.finish(sequence, "stop")
+        elif matcher is not None and not matcher.accept(token_id):
+            if matcher.error is not None:
+                self.finish(sequence, "error")
+                outputs.failed.append(sequence)
+                return True
             sequence.last_is_text = token_id not in self._eos_token_ids
             self.finish(sequence, "stop")
-            outputs.finished.append(sequence)
+        elif num_known >= sequence.max_total:
+            self.finish(sequence, "length")
         else:
-            self.finish(sequence, "error")
-            outputs.failed.append(sequence)
+            return False
+        outputs.finished.append(sequence)
+        return True
 
     # ---- running sequences
 
@@ -199,7 +229,7 @@ class Scheduler:
         cap = self._limits.long_prefill_token_threshold or budget
         index = 0
         while index < len(running) and budget > 0:
-            sequence = running[index]
+            sequence = self._at = running[index]
             index += 1
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens >= sequence.max_total:
@@ -242,9 +272,10 @@ class Scheduler:
             self._release_forks(sequence)
 
     def _free_one_block(self, sequence: Sequence) -> bool:
-        """Preempt from the end of the order until a block is free; False if it hit `sequence`."""
+        """Preempt the paused, then from the end of the order, until a block is free; False if it
+        hit `sequence`."""
         while self._blocks.num_free_blocks == 0:
-            victim = self._running[-1]
+            victim = self._paused[-1] if self._paused else self._running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -252,20 +283,26 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Recompute later: everything is freed, and admission waits for its pending ids."""
-        assert self._running[-1] is sequence
-        self._running.pop()
+        among = self._paused if sequence.status is Status.PAUSED else self._running
+        if among[-1] is sequence:
+            among.pop()
+        else:
+            among.remove(sequence)
         self._let_go(sequence)
         sequence.status = Status.WAITING
+        self.num_recomputed_tokens += sequence.num_computed
+        sequence.num_recomputed_tokens += sequence.num_computed
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._push_waiting(sequence)
+        self._waiting.push(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         # Safe with steps in flight: their writes run before any reuse (stream order).
         self._blocks.release(sequence)
-        self._free_rows.append(sequence.row)
-        sequence.row = -1
+        if sequence.row >= 0:
+            self._free_rows.append(sequence.row)
+            sequence.row = -1
         self._release_forks(sequence)
 
     # ---- waiting sequences
@@ -273,7 +310,8 @@ class Scheduler:
     def _make_room_for_urgent(self) -> None:
         """Let a waiting sequence of higher priority preempt the running ones below it."""
         while self._waiting and self._running:
-            urgent = self._waiting[0][1]
+            urgent = self._at = self._waiting.head()
+            assert urgent is not None
             outranks = urgent.order[0] < self._running[-1].order[0]
             if not outranks or urgent.num_pending or self._blocks_to_share(urgent) is not None:
                 return
@@ -288,45 +326,45 @@ class Scheduler:
         has_room = self._blocks.can_hold(sequence, shared, reserve=len(self._running))
         return shared if has_room else None
 
-    def _admit_waiting(self, step: ScheduledStep, budget: int) -> None:
+    def _admit_waiting(self, step: ScheduledStep, budget: int) -> int | None:
+        """Admit while there is room; returns what holds up the rest, if there is one."""
         cap = self._limits.long_prefill_token_threshold or budget
-        while self._waiting and budget > 0:
-            sequence = self._waiting[0][1]
+        while sequence := self._waiting.head():
+            self._at = sequence
+            if budget <= 0:
+                return BUDGET
             if sequence.num_pending:
-                break  # preempted with steps in flight: its last ids are not known yet
+                return KV  # preempted with steps in flight: its last ids are not known yet
             shared = self._blocks_to_share(sequence)
             if shared is None:
-                break
-            heapq.heappop(self._waiting)
+                if self._paused:
+                    self._preempt(self._paused[-1])
+                    continue
+                return KV if self._free_rows else SEATS
+            self._waiting.remove(sequence)
             self._admit(step, sequence, shared)
             num_new = min(len(sequence.token_ids) - sequence.num_computed, cap, budget)
             self._advance(step, sequence, num_new)
             budget -= num_new
+        return None
 
     def _admit(self, step: ScheduledStep, sequence: Sequence, shared: list[int]) -> None:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
         sequence.row = self._free_rows.pop()
-        sequence.status = Status.RUNNING
         insort(self._running, sequence, key=_order)
+        sequence.status = Status.RUNNING
         if not sequence.started_at:
             sequence.started_at = time.monotonic()
+            self.num_queued -= 1
+            self.num_queued_tokens -= len(sequence.token_ids)
+            self._waiting.charge_for_prompt(sequence)
             sequence.num_cached_tokens = sequence.num_computed
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self._blocks.num_queries += sequence.num_prompt_tokens
             self._blocks.num_hits += sequence.num_computed
             self._started.append(sequence)
-        step.plan.new_rows.append(
-            NewRow(
-                row=sequence.row,
-                token_ids=sequence.token_ids.copy(),
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                block_ids=sequence.block_ids.copy(),
-                params=sequence.params,
-                seed=sequence.seed,
-                bad_words_token_ids=sequence.bad_words_token_ids,
-            )
-        )
+        step.plan.new_rows.append(new_row(sequence))
 
     def _reusable_blocks(self, sequence: Sequence) -> list[int]:
         """Leading blocks whose KV is there already: the leader's prompt, or the prefix cache's."""
@@ -339,22 +377,20 @@ class Scheduler:
 
     def _release_forks(self, leader: Sequence) -> None:
         for sequence in leader.forks:
-            self._push_waiting(sequence)
+            self._waiting.push(sequence)
         leader.forks = []
-
-    def _push_waiting(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.order, sequence))
 
     # ---- for tests
 
     def check_invariants(self) -> None:
         """Assert that rows, order and blocks are consistent; called between steps."""
         assert self._running == sorted(self._running, key=_order)
-        rows = [sequence.row for sequence in self._running]
+        rows = [sequence.row for sequence in self._running + self._paused]
         assert sorted(rows + self._free_rows) == list(range(self._limits.max_num_seqs))
         assert all(sequence.status is Status.RUNNING for sequence in self._running)
-        assert all(s.status is Status.WAITING and s.row == -1 for _, s in self._waiting)
-        self._blocks.check_invariants(self._running)
+        assert all(s.status is Status.WAITING and s.row == -1 for s in self._waiting)
+        assert all(s.status is Status.PAUSED for s in self._paused)
+        self._blocks.check_invariants(self._running + self._paused)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

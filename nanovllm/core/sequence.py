@@ -14,11 +14,30 @@ from nanovllm.sampling_params import SamplingParams
 
 
 class Status(Enum):
-    """Where a sequence is. FINISHED is final; RUNNING and WAITING alternate by preemption."""
+    """Where a sequence is. FINISHED is final; RUNNING and WAITING alternate by preemption;
+    PAUSED holds its row and blocks while its client does not read.
+    """
 
     WAITING = 0
     RUNNING = 1
     FINISHED = 2
+    PAUSED = 3
+
+
+class Tenant:
+    """Whoever shares the engine fairly with others. `served` is its virtual counter: tokens it has
+    had, weighted; `num_waiting` counts its sequences in the waiting queue."""
+
+    __slots__ = ("name", "num_waiting", "served", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.served = 0.0
+        self.num_waiting = 0
+        self.waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by order
+
+
+NOBODY = Tenant("")
 
 
 class Sequence:
@@ -31,7 +50,9 @@ class Sequence:
         "cache_salt",
         "capacity",
         "client_id",
+        "failure",
         "finish_reason",
+        "first_token_at",
         "forks",
         "last_is_text",
         "leader",
@@ -41,10 +62,12 @@ class Sequence:
         "next_registration",
         "num_cached_tokens",
         "num_computed",
+        "num_first_known",
         "num_pending",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_recomputed_tokens",
         "number",
         "order",
         "params",
@@ -55,7 +78,10 @@ class Sequence:
         "status",
         "stop_ids",
         "stop_reason",
+        "tenant",
         "token_ids",
+        "wait_mark",
+        "waited_s",
     )
 
     def __init__(
@@ -66,6 +92,7 @@ class Sequence:
         self.token_ids = token_ids
         self.params = params
         self.num_prompt_tokens = len(token_ids)
+        self.num_first_known = len(token_ids)  # when it was queued: with what it had from before
         self.num_computed = 0
         self.num_pending = 0
         self.max_total = sys.maxsize  # length by count at which it ends with reason "length"
@@ -87,11 +114,17 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.last_is_text = False  # it stopped because its grammar was complete
+        self.failure = ""  # the cause, if finish_reason is "error"
+        self.tenant = NOBODY
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far
         self.queued_at = 0.0
         self.started_at = 0.0
+        self.first_token_at = 0.0
+        self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
+        self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
 
     def __repr__(self) -> str:
         return (

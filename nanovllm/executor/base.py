@@ -13,7 +13,8 @@ class StepFailedError(RuntimeError):
 
 
 class DeviceLostError(RuntimeError):
-    """The device's context is gone, and with it the model and all KV: only a new process helps."""
+    """No step can run any more: the device, or the process that owns it, is gone. Ends the core;
+    any other exception of a step fails the sequences of that step."""
 
 
 class ProgressCallback(Protocol):
@@ -26,7 +27,11 @@ class StepHandle(Protocol):
     """A submitted step."""
 
     def result(self) -> StepResult:
-        """Block until the step has run. Raises what the step raised, or `DeviceLostError`."""
+        """Block until the step has run. Raises what the step raised, or `DeviceLostError`.
+
+        The plan's rows and block tables must have been taken in then, so that the steps submitted
+        after it stay within their own blocks; the KV and ids of this step's rows are lost.
+        """
 
 
 class Executor(Protocol):
@@ -41,7 +46,8 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> StepHandle:
         """Queue one step; returns without waiting for the device.
 
-        After any exception but `DeviceLostError` the next step may be submitted.
+        Raises `DeviceLostError`, or whatever only this step is to blame for: it may have run in
+        part, and its rows are new ones when they occur again.
         """
 
     def shutdown(self) -> None:

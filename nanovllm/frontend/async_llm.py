@@ -7,7 +7,8 @@ and line) and, unless it was attached with `connect`, the core process itself.
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import msgspec
 
@@ -17,8 +18,10 @@ from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, ProgressCallback
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.inputs import (
+    OPTION_NAMES,
     Prompt,
     PromptInput,
+    RequestOptions,
     check_options,
     check_request,
     encode_bad_words,
@@ -29,6 +32,7 @@ from nanovllm.frontend.request import Request
 from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle, start_core
 from nanovllm.protocol import AddRequest, CoreStatus, ResetPrefixCache, Welcome
 from nanovllm.sampling_params import SamplingParams
@@ -69,13 +73,15 @@ class AsyncLLM:
         skip_tokenizer_init: bool = False,
         on_progress: ProgressCallback | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        keys: str | Path | None = None,
         **supervision: Any,
     ) -> "AsyncLLM":
         """Attach to a running core; any number of frontends may. `close` leaves it running.
 
         tokenizer: by default that of the core's model, if it can be had on this machine; without
         one, only token ids can be sent. connect_timeout_s: for somebody to answer at the address;
-        a core that still loads is waited for. supervision: fields of `SupervisionConfig`, such as
+        a core that still loads is waited for. keys: the file that `nanovllm keys new` made for this
+        client, if the core wants one. supervision: fields of `SupervisionConfig`, such as
         on_core_death. Raises `EngineDeadError`, `ValueError`.
         """
         for name in supervision:
@@ -84,7 +90,8 @@ class AsyncLLM:
         llm = cls(skip_tokenizer_init=skip_tokenizer_init, on_progress=on_progress, **supervision)
         llm._seeds = random.Random()  # not the core's: its other clients draw seeds as well
         try:
-            welcome = await llm._greet(address, connect_timeout_s=connect_timeout_s)
+            pair = None if keys is None else ClientKeys.load(keys)
+            welcome = await llm._greet(address, connect_timeout_s=connect_timeout_s, keys=pair)
             if tokenizer is not None:
                 await llm._load_tokenizer(tokenizer)
             elif not skip_tokenizer_init:
@@ -180,42 +187,34 @@ class AsyncLLM:
         prompt: PromptInput,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream the outputs of one prompt: a text, token ids, or a dict of one of them.
 
         Ends after the output that is `finished`. Leaving the loop early, or being cancelled, aborts
         the request. A caller slower than the model gets several steps in one output.
-        priority: lower runs first, with scheduling_policy="priority". cache_salt: share cached
-        prefixes only with requests of the same salt.
-        Raises `ValueError` before anything is sent, `RequestFailedError`, `EngineDeadError`.
+        options: see `RequestOptions` (priority, cache_salt, tenant, deadlines).
+        Raises `ValueError` before anything is sent, `RequestFailedError` (`OverloadedError` if the
+        core refused it for now), `EngineDeadError`.
         """
         made = self.make_prompt(prompt)
-        return self._stream(
-            self.prepare(
-                made, sampling_params, request_id, priority=priority, cache_salt=cache_salt
-            )
-        )
+        return self._stream(self.prepare(made, sampling_params, request_id, **options))
 
     def chat(
         self,
         messages: list[Message],
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **template_variables: Any,
+        **options_and_variables: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """`generate`, from the prompt that the model's chat template makes of `messages`."""
-        made = self.chat_prompt(messages, **template_variables)
-        return self._stream(
-            self.prepare(
-                made, sampling_params, request_id, priority=priority, cache_salt=cache_salt
-            )
-        )
+        """`generate`, from the prompt that the model's chat template makes of `messages`.
+
+        Keywords that are no option of a request (`RequestOptions`) are the template's variables.
+        """
+        variables = dict(options_and_variables)
+        options = {name: variables.pop(name) for name in OPTION_NAMES if name in variables}
+        made = self.chat_prompt(messages, **variables)
+        return self._stream(self.prepare(made, sampling_params, request_id, **options))
 
     def apply_chat_template(self, messages: list[Message], **template_variables: Any) -> str:
         """The text of `chat`'s prompt. Raises `ValueError` if the template refuses the messages."""
@@ -251,13 +250,11 @@ class AsyncLLM:
         prompt: Prompt,
         params: SamplingParams | None,
         request_id: str | None = None,
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Request:
         """Check everything and give it a number; nothing is sent yet. Raises `ValueError`."""
         params = SamplingParams() if params is None else params
-        check_options(params, request_id, priority, cache_salt)
+        check_options(params, request_id, options)
         check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
@@ -267,8 +264,7 @@ class AsyncLLM:
             prompt_token_ids=prompt.token_ids,
             params=params,
             bad_words_token_ids=encode_bad_words(params.bad_words, self._need_tokenizer),
-            priority=priority,
-            cache_salt=cache_salt,
+            **options,
         )
         self._next_number += params.n
         name = f"request-{message.number}" if request_id is None else request_id
@@ -306,9 +302,13 @@ class AsyncLLM:
         return self._running.line
 
     async def _greet(
-        self, address: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        keys: ClientKeys | None = None,
     ) -> Welcome:
-        self._session = Session(self.config.supervision, address, handle=self._handle)
+        self._session = Session(self.config.supervision, address, handle=self._handle, keys=keys)
         line = self._session.line
         return await line.connect(timeout_s=connect_timeout_s, on_progress=self._on_progress)
 

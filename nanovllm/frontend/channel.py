@@ -11,6 +11,8 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from nanovllm.keys import ClientKeys
+
 HIGH_WATER_MARK = 1000
 LINGER_MS = 500
 RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
@@ -35,10 +37,10 @@ class Listener(Protocol):
 class Channel:
     """Connects to `address`, which may not be bound yet, and tells `listener`."""
 
-    def __init__(self, address: str, listener: Listener) -> None:
+    def __init__(self, address: str, listener: Listener, *, keys: ClientKeys | None = None) -> None:
         self._address = address
         self._listener = listener
-        self._socket = _dealer(address)
+        self._socket = _dealer(address, keys)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
@@ -121,7 +123,7 @@ class Channel:
             self._turn = self._loop.call_soon(self._take_turn)
 
 
-def _dealer(address: str) -> zmq.Socket[bytes]:
+def _dealer(address: str, keys: ClientKeys | None) -> zmq.Socket[bytes]:
     """A DEALER with finite queues that tries its peer often."""
     dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -132,4 +134,8 @@ def _dealer(address: str) -> zmq.Socket[bytes]:
     if address.startswith("tcp:"):
         dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
         dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+    if keys is not None:
+        dealer.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        dealer.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        dealer.set(zmq.CURVE_SERVERKEY, keys.core.encode())
     return dealer

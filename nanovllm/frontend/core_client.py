@@ -17,6 +17,7 @@ import zmq
 
 from nanovllm.frontend.channel import Channel
 from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.keys import ClientKeys
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
     STATUS_INTERVAL_S,
@@ -24,6 +25,7 @@ from nanovllm.protocol import (
     CallResult,
     CoreFailed,
     CoreStatus,
+    Detached,
     FromCore,
     Goodbye,
     Heartbeat,
@@ -31,6 +33,7 @@ from nanovllm.protocol import (
     Loading,
     Operation,
     Outputs,
+    Overloaded,
     RequestFailed,
     ToCore,
     Welcome,
@@ -54,7 +57,7 @@ class Listener(Protocol):
 
     def on_outputs(self, outputs: Outputs) -> None: ...
 
-    def on_request_failed(self, failure: RequestFailed) -> None: ...
+    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
 
     def on_core_dead(self, error: EngineDeadError) -> None:
         """Once. Nothing comes afterwards."""
@@ -70,6 +73,7 @@ class CoreClient:
         *,
         process: "subprocess.Popen[bytes] | None" = None,
         on_progress: ProgressCallback | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.address = address
         self._listener = listener
@@ -77,7 +81,7 @@ class CoreClient:
         self._on_progress = on_progress
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
-        self._channel = Channel(address, self)
+        self._channel = Channel(address, self, keys=keys)
         self._tasks: list[asyncio.Task[None]] = []
         self._calls: dict[int, asyncio.Future[bool | None]] = {}
         self._num_calls = 0
@@ -201,7 +205,7 @@ class CoreClient:
             case CoreStatus():
                 self._status = message
                 self._status_or_death.set()
-            case RequestFailed():
+            case RequestFailed() | Overloaded():
                 self._listener.on_request_failed(message)
             case CallResult():
                 self._finish_call(message)
@@ -209,6 +213,8 @@ class CoreClient:
                 self._on_progress(phase, progress)
             case Welcome():
                 _resolve(self._welcome, message)
+            case Detached(reason):
+                self._die(EngineDeadError(f"the core has let this client go: {reason}"))
             case CoreFailed(text, details):
                 self._failure = message
                 self._die(EngineDeadError(text, details))

@@ -3,6 +3,8 @@
 Raised by `AsyncLLM`, `LLM` and `CoreClient`.
 """
 
+from nanovllm.protocol import Overloaded, RequestFailed
+
 
 class EngineDeadError(RuntimeError):
     """The core process is gone, or cannot be reached; nothing pending can finish.
@@ -18,3 +20,23 @@ class EngineDeadError(RuntimeError):
 
 class RequestFailedError(RuntimeError):
     """The core refused or lost this one request; the engine and all other requests live on."""
+
+
+class OverloadedError(RequestFailedError):
+    """The core has too much to do, or is about to end, and took nothing of this request.
+
+    `retry_after`: seconds after which it may fare better. `draining`: not with this core.
+    """
+
+    def __init__(self, retry_after: float, *, draining: bool = False) -> None:
+        why = "the core is about to end" if draining else "the core's queue is full"
+        super().__init__(f"{why}: try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+        self.draining = draining
+
+
+def error_of(failure: RequestFailed | Overloaded) -> RequestFailedError:
+    """What the caller of a request is to see of the core's answer."""
+    if isinstance(failure, Overloaded):
+        return OverloadedError(failure.retry_after_s, draining=failure.draining)
+    return RequestFailedError(failure.message)

@@ -3,6 +3,7 @@
 Called by `AsyncLLM`. Every mistake is a `ValueError` naming the field and the remedy.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypedDict
 
@@ -22,6 +23,25 @@ class PromptDict(TypedDict, total=False):
 PromptInput = str | list[int] | PromptDict
 NeedTokenizer = Callable[[], Tokenizer]  # raises `ValueError` if there is none
 PROMPT_KEYS = ["prompt", "prompt_token_ids"]
+
+
+class RequestOptions(TypedDict, total=False):
+    """How a request is to be treated, besides what is sampled.
+
+    priority: lower runs first, with scheduling_policy="priority". cache_salt: share cached prefixes
+    only with requests of the same salt. tenant: whom it counts for where tenants share fairly;
+    default: this client. deadline_ms, ttft_deadline_ms: an output that is not finished, or has no
+    token, so long after the core got it ends with finish_reason "timeout".
+    """
+
+    priority: int
+    cache_salt: str | None
+    tenant: str | None
+    deadline_ms: float | None
+    ttft_deadline_ms: float | None
+
+
+OPTION_NAMES = list(RequestOptions.__annotations__)
 
 
 class Prompt(NamedTuple):
@@ -84,17 +104,25 @@ def check_request(
         )
 
 
-def check_options(
-    params: SamplingParams, request_id: str | None, priority: int, cache_salt: str | None
-) -> None:
+def check_options(params: SamplingParams, request_id: str | None, options: RequestOptions) -> None:
     """Types that the core could not decode, and would answer with a bad frame."""
     if not isinstance(params, SamplingParams):
         raise ValueError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise ValueError(unknown_name("request option", name, OPTION_NAMES))
+    priority = options.get("priority", 0)
     if type(priority) is not int or not -(2**63) <= priority < 2**63:
         raise ValueError(f"priority must be an integer of 64 bits, not {priority!r}")
-    for name, value in (("request_id", request_id), ("cache_salt", cache_salt)):
+    texts = {"request_id": request_id, **{k: options.get(k) for k in ("cache_salt", "tenant")}}
+    for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name} must be a string, not {value!r}")
+    for name in ("deadline_ms", "ttft_deadline_ms"):
+        limit: Any = options.get(name)
+        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (is_number and 0 < limit < math.inf):
+            raise ValueError(f"{name} must be a number of milliseconds above 0, not {limit!r}")
 
 
 def _content(prompt: PromptInput) -> Any:

@@ -6,7 +6,7 @@ nothing in it changes later.
 
 import msgspec
 
-from nanovllm.protocol import FinishReason
+from nanovllm.protocol import FinishReason, Why
 
 
 class Logprob(msgspec.Struct, frozen=True):
@@ -43,8 +43,10 @@ class CompletionOutput(msgspec.Struct):
 
 
 class RequestMetrics(msgspec.Struct):
-    """Times are seconds since the epoch, as seen by the frontend; queued_ms is the core's.
+    """Times are seconds since the epoch, as seen by the frontend; the rest is the core's.
 
+    With n > 1, num_… count all outputs together; why tells of each, by index, once it has finished
+    there: what it waited for, what preemption cost it, how fast it ran (see `protocol.Why`).
     num_resumes: how often the request was continued by another core after its own had died.
     """
 
@@ -53,8 +55,10 @@ class RequestMetrics(msgspec.Struct):
     finished_time: float | None = None
     queued_ms: float | None = None
     num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
     num_generation_tokens: int = 0
     num_resumes: int = 0
+    why: dict[int, Why] = {}
 
 
 class RequestOutput(msgspec.Struct):

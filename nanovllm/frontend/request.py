@@ -339,6 +339,9 @@ class RequestTable:
         request.num_unfinished -= 1
         if end is not None:
             request.metrics.num_preemptions += end.num_preemptions
+        if end is not None and end.why is not None:
+            request.metrics.num_recomputed_tokens += end.why.num_recomputed_tokens
+            request.metrics.why = {**request.metrics.why, completion.index: end.why}
         if request.num_unfinished == 0:
             request.metrics.finished_time = now
             del self._requests[request.request_id]

@@ -7,21 +7,27 @@ when it is back; whatever has left the table is not.
 from collections.abc import Iterable
 
 from nanovllm.config import SupervisionConfig
-from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.errors import EngineDeadError, error_of
 from nanovllm.frontend.request import Request, RequestTable
 from nanovllm.frontend.resume import missed_end, resumption
 from nanovllm.frontend.supervisor import Supervisor
+from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
-from nanovllm.protocol import Abort, Finished, Outputs, RequestFailed
+from nanovllm.protocol import Abort, Finished, Outputs, Overloaded, RequestFailed
 
 
 class Session:
     """Submits, aborts and resumes; gives what comes to the requests it is for."""
 
     def __init__(
-        self, config: SupervisionConfig, address: str, *, handle: CoreHandle | None = None
+        self,
+        config: SupervisionConfig,
+        address: str,
+        *,
+        handle: CoreHandle | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
-        self.line = Supervisor(self, config, address, handle=handle)
+        self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
 
     def submit(self, request: Request) -> None:
@@ -60,7 +66,7 @@ class Session:
         if stopped:
             self.line.send(Abort(stopped))
 
-    def on_request_failed(self, failure: RequestFailed) -> None:
+    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None:
         """A request failed; -1 is some request, so one that has not begun."""
         if failure.number == -1:
             failed = [request for request in self._requests if not request.has_begun]
@@ -68,7 +74,7 @@ class Session:
             owner = self._requests.owner_of(failure.number)
             failed = [] if owner is None else [owner]
         for request in failed:
-            request.fail(RequestFailedError(failure.message))
+            request.fail(error_of(failure))
             self.discard(request)
 
     def on_core_back(self) -> None:

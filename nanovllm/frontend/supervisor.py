@@ -21,8 +21,17 @@ from nanovllm.frontend.core_client import (
     ProgressCallback,
 )
 from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
-from nanovllm.protocol import CoreStatus, Operation, Outputs, RequestFailed, ToCore, Welcome
+from nanovllm.protocol import (
+    CoreStatus,
+    Operation,
+    Outputs,
+    Overloaded,
+    RequestFailed,
+    ToCore,
+    Welcome,
+)
 
 WINDOW_S = 60.0  # `max_core_restarts` counts within it
 FIRST_DELAY_S = 0.05  # before the second restart of a window; doubles with each one more
@@ -38,7 +47,7 @@ class Listener(Protocol):
 
     def on_outputs(self, outputs: Outputs) -> None: ...
 
-    def on_request_failed(self, failure: RequestFailed) -> None: ...
+    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
 
     def on_core_back(self) -> None:
         """A new life, which knows nothing of the one before."""
@@ -75,9 +84,11 @@ class Supervisor:
         address: str,
         *,
         handle: CoreHandle | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.address = address
         self.handle = handle
+        self._keys = keys
         self.welcome: Welcome | None = None  # of the present life, or the last
         self._listener = listener
         self._config = config
@@ -145,7 +156,7 @@ class Supervisor:
         """`CoreClient`: tokens have come."""
         self._listener.on_outputs(outputs)
 
-    def on_request_failed(self, failure: RequestFailed) -> None:
+    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None:
         """`CoreClient`: a request failed."""
         self._listener.on_request_failed(failure)
 
@@ -217,7 +228,9 @@ class Supervisor:
         self, *, timeout_s: float, on_progress: ProgressCallback | None = None
     ) -> Welcome:
         process = None if self.handle is None else self.handle.process
-        self._client = CoreClient(self.address, self, process=process, on_progress=on_progress)
+        self._client = CoreClient(
+            self.address, self, process=process, on_progress=on_progress, keys=self._keys
+        )
         self.welcome = await self._client.connect(timeout_s=timeout_s)
         self.is_up = True
         self._up_or_dead.set()

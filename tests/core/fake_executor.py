@@ -7,6 +7,7 @@ a device could be.
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
@@ -64,20 +65,43 @@ class FakeHandle:
         self._plan = plan
 
     def result(self) -> StepResult:
-        return self._executor.run_until(self._plan.step)
+        result = self._executor.run_until(self._plan.step)
+        if isinstance(result, StepFailedError):
+            raise result
+        return result
+
+
+class StepFailedError(RuntimeError):
+    """What a step is made to fail of."""
+
+
+LOST = b"lost"  # the KV of a step that failed, and of all that was computed on top of it
 
 
 class FakeExecutor:
-    """`submit` only queues; the device's rows and slots change when a step is run."""
+    """`submit` only queues; the device's rows and slots change when a step is run.
 
-    def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int) -> None:
+    fails(plan) may say "submit" or "result": there it raises, and the step's KV and ids are lost.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        fails: Callable[[StepPlan], str] = lambda plan: "",
+    ) -> None:
+        self._fails = fails
+        self._lost_rows: set[int] = set()
+        self._failing: set[int] = set()
         self._block_size = config.cache.block_size
         self._max_seqs = config.scheduler.max_num_seqs
         self._budget = config.scheduler.limits("fake").max_num_batched_tokens
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._queue: deque[StepPlan] = deque()
-        self._results: dict[int, StepResult] = {}
+        self._results: dict[int, StepResult | StepFailedError] = {}
         self._slots: list[bytes | None] = [None] * (num_blocks * self._block_size)
         self._rows: dict[int, NewRow] = {}
         self._tokens: dict[int, list[int]] = {}
@@ -98,27 +122,35 @@ class FakeExecutor:
     def submit(self, plan: StepPlan) -> FakeHandle:
         assert len(plan.rows) == len(set(plan.rows)) <= self._max_seqs
         assert 0 < sum(plan.num_scheduled) <= self._budget
+        where = self._fails(plan)
+        if where == "submit":
+            raise StepFailedError(f"step {plan.step} cannot be submitted")
+        if where == "result":
+            self._failing.add(plan.step)
         self._queue.append(plan)
         return FakeHandle(self, plan)
 
     def shutdown(self) -> None:
         self._queue.clear()
 
-    def run_until(self, step: int) -> StepResult:
+    def run_until(self, step: int) -> StepResult | StepFailedError:
         while step not in self._results:
             plan = self._queue.popleft()
             self._results[plan.step] = self._run(plan)
         return self._results.pop(step)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan) -> StepResult | StepFailedError:
         for new in plan.new_rows:
             assert 0 <= new.row < self._max_seqs
             self._rows[new.row] = new
+            self._lost_rows.discard(new.row)
             self._tokens[new.row] = list(new.token_ids)
             self._tables[new.row] = list(new.block_ids)
         for append in plan.block_appends:
             assert append.index == len(self._tables[append.row])
             self._tables[append.row].append(append.block_id)
+        if plan.step in self._failing:
+            self._lost_rows.update(plan.rows)
         entries = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))
         written: set[int] = set()
         # Two passes, as a layer does it: every row writes its KV before any row attends.
@@ -128,22 +160,33 @@ class FakeExecutor:
                 assert slot not in written, "two rows write one slot in one step"
                 written.add(slot)
         for row, start, count in entries:
-            state = self._slots[self._slot(row, start - 1)] if start else b""
-            for position in range(start, start + count):
-                assert state is not None, "the KV before this token was never written"
-                state = digest(state, self._tokens[row][position])
-                self._slots[self._slot(row, position)] = state
+            self._write(row, start, count)
         sampled = []
         assert plan.masks.keys() <= set(range(len(plan.sampling)))
         for index, entry in enumerate(plan.sampling):
             row, start, count = entries[entry]
-            end = start + count
-            assert end == len(self._tokens[row]), "sampled before the last known token"
-            state = self._attend(row, end)
-            token_id = sample(state, self._rows[row].seed, plan.masks.get(index))
+            token_id = self._sample(row, start + count, plan.masks.get(index))
             self._tokens[row].append(token_id)
             sampled.append(token_id)
+        if plan.step in self._failing:
+            return StepFailedError(f"step {plan.step} has failed")
         return StepResult(plan.step, sampled)
+
+    def _write(self, row: int, start: int, count: int) -> None:
+        state = self._slots[self._slot(row, start - 1)] if start else b""
+        if state == LOST:
+            self._lost_rows.add(row)
+        for position in range(start, start + count):
+            assert state is not None, "the KV before this token was never written"
+            lost = row in self._lost_rows
+            state = LOST if lost else digest(state, self._tokens[row][position])
+            self._slots[self._slot(row, position)] = state
+
+    def _sample(self, row: int, end: int, mask: bytes | None) -> int:
+        assert end == len(self._tokens[row]), "sampled before the last known token"
+        if row in self._lost_rows:
+            return 1
+        return sample(self._attend(row, end), self._rows[row].seed, mask)
 
     def _attend(self, row: int, end: int) -> bytes:
         """Check every slot of the context, not only the last, and return the last."""

@@ -10,22 +10,29 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
-from nanovllm.core.process import CoreServer
+from nanovllm.core.process import CoreServer, MakeCore
 from nanovllm.executor.base import Executor
-from nanovllm.protocol import FromCore, Hello, ToCore, Welcome
+from nanovllm.keys import CoreKeys
+from nanovllm.protocol import AddRequest, Finished, FromCore, Hello, Outputs, ToCore, Welcome
+from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 
 M = TypeVar("M", bound=msgspec.Struct)
 TIMEOUT_S = 10.0
+PROMPT = [5, 6, 7]
 
 
 class RawClient:
     """Sends frames, and reads until a message of the type asked for comes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, receive_high_water_mark: int = 1000) -> None:
+        """address: "" connects nowhere yet."""
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.connect(address)
+        self.socket.set(zmq.RCVHWM, receive_high_water_mark)
+        if address:
+            self.socket.connect(address)
         self._decoder = msgspec.msgpack.Decoder(FromCore)
 
     def send(self, message: ToCore) -> None:
@@ -56,11 +63,13 @@ def serving(
     executor: Executor | None = None,
     *,
     make_compiler: MakeCompiler | None = None,
+    keys: CoreKeys | None = None,
+    make_core: MakeCore = EngineCore,
     **settings: Any,
 ) -> Iterator[CoreServer]:
     """A server on a fake executor; stopped, and joined, at the end."""
     config = EngineConfig.from_kwargs(**settings)
-    server = CoreServer(config, address)
+    server = CoreServer(config, address, keys=keys, make_core=make_core)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
     thread = threading.Thread(target=server.run, args=(lambda: chosen, make_compiler))
     thread.start()
@@ -70,3 +79,21 @@ def serving(
         server.stop()
         thread.join(TIMEOUT_S)
         assert not thread.is_alive(), "the server did not stop"
+
+
+def add(number: int = 0, **params: object) -> AddRequest:
+    settings = {"max_tokens": 4, "seed": 1, "ignore_eos": True, **params}
+    return AddRequest(number, PROMPT, SamplingParams(**settings))  # type: ignore[arg-type]
+
+
+def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dict[int, Finished]]:
+    """Read until all `numbers` have ended; others are passed over."""
+    token_ids: dict[int, list[int]] = {number: [] for number in numbers}
+    finished: dict[int, Finished] = {}
+    while finished.keys() != token_ids.keys():
+        outputs = client.receive(Outputs)
+        for number, token_id in zip(outputs.numbers, outputs.token_ids, strict=True):
+            if number in token_ids:
+                token_ids[number].append(token_id)
+        finished.update((end.number, end) for end in outputs.finished if end.number in token_ids)
+    return token_ids, finished

@@ -8,6 +8,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.sequence import Sequence
 from nanovllm.protocol import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
@@ -20,13 +21,16 @@ def make_core(**settings: Any) -> EngineCore:
     return EngineCore(config, executor, executor.start(), make_compiler())
 
 
-def drain(core: EngineCore) -> dict[int, list[int]]:
+def drain(core: EngineCore, failed: list[Sequence] | None = None) -> dict[int, list[int]]:
+    """Run until nothing is left; sequences that fail are added to `failed`."""
     token_ids: dict[int, list[int]] = {}
     while core.busy or core.status(epoch="", num_clients=0).num_waiting:
         outputs = core.step()
         if outputs is not None:
             for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
                 token_ids.setdefault(sequence.number, []).append(token_id)
+            if failed is not None:
+                failed += outputs.failed
     return token_ids
 
 
@@ -123,11 +127,11 @@ def test_a_grammar_that_cannot_be_used_fails_its_sequences_alone() -> None:
     core = make_core()
     core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=4, ignore_eos=True)))
     core.add(0, AddRequest(1, [5], constrained("(a", n=2)))
-    assert drain(core).keys() == {0}
-    failures = core.take_failures()
-    assert [sequence.number for sequence, _ in failures] == [1, 2]
-    assert all("structured_outputs.regex cannot be used" in why for _, why in failures)
-    assert core.take_failures() == [] and not core.busy
+    failed: list[Sequence] = []
+    assert drain(core, failed).keys() == {0}
+    assert [sequence.number for sequence in failed] == [1, 2]
+    assert all("structured_outputs.regex cannot be used" in one.failure for one in failed)
+    assert not core.busy
     with pytest.raises(ValueError, match=r"structured_outputs\.regex"):  # known by now
         core.add(0, AddRequest(1, [5], constrained("(a")))
     assert not core.busy
@@ -142,9 +146,10 @@ def test_an_output_beyond_the_limits_of_its_grammar_fails_alone(
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     core.add(0, AddRequest(0, [5], msgspec.structs.replace(params, structured_outputs=heavy)))
     core.add(0, AddRequest(1, [5], params))
-    assert len(drain(core)[1]) == 127
-    ((sequence, why),) = core.take_failures()
-    assert sequence.number == 0 and "too many states" in why
+    failed: list[Sequence] = []
+    assert len(drain(core, failed)[1]) == 127
+    (sequence,) = failed
+    assert sequence.number == 0 and "too many states" in sequence.failure
     status = core.status(epoch="", num_clients=0)
     assert status.num_free_blocks == status.num_blocks
 

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.process import CoreServer
+from nanovllm.executor.base import DeviceLostError
 from nanovllm.protocol import (
     Abort,
     AddRequest,
@@ -17,7 +18,6 @@ from nanovllm.protocol import (
     CallResult,
     CoreFailed,
     CoreStatus,
-    Finished,
     Goodbye,
     Hello,
     Loading,
@@ -28,7 +28,7 @@ from nanovllm.protocol import (
 )
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
-from tests.core.serving import RawClient, serving
+from tests.core.serving import RawClient, add, collect, serving
 from tests.core.vocabulary import decode, make_compiler
 
 PROMPT = [5, 6, 7]
@@ -46,24 +46,6 @@ def client(address: str) -> Iterator[RawClient]:
         client = RawClient(address)
         yield client
         client.close()
-
-
-def add(number: int = 0, **params: object) -> AddRequest:
-    settings = {"max_tokens": 4, "seed": 1, "ignore_eos": True, **params}
-    return AddRequest(number, PROMPT, SamplingParams(**settings))  # type: ignore[arg-type]
-
-
-def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dict[int, Finished]]:
-    """Read until all `numbers` have ended; others are passed over."""
-    token_ids: dict[int, list[int]] = {number: [] for number in numbers}
-    finished: dict[int, Finished] = {}
-    while finished.keys() != token_ids.keys():
-        outputs = client.receive(Outputs)
-        for number, token_id in zip(outputs.numbers, outputs.token_ids, strict=True):
-            if number in token_ids:
-                token_ids[number].append(token_id)
-        finished.update((end.number, end) for end in outputs.finished if end.number in token_ids)
-    return token_ids, finished
 
 
 def test_hello_is_answered_with_the_facts(client: RawClient) -> None:
@@ -258,9 +240,9 @@ class FailingStart(FakeExecutor):
         raise self.error
 
 
-class FailingStep(FakeExecutor):
+class LosingDevice(FakeExecutor):
     def submit(self, plan: object) -> object:  # type: ignore[override]
-        raise RuntimeError("the device is gone")
+        raise DeviceLostError("the device is gone")
 
 
 @pytest.mark.parametrize(
@@ -274,9 +256,9 @@ def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, u
     assert "Traceback" in failure.details
 
 
-def test_a_failed_step_is_told_with_its_cause(address: str) -> None:
-    executor = FailingStep(EngineConfig(), num_blocks=20, max_model_len=64)
-    failure = failure_of(address, executor, RuntimeError, request=add())
+def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(address: str) -> None:
+    executor = LosingDevice(EngineConfig(), num_blocks=20, max_model_len=64)
+    failure = failure_of(address, executor, DeviceLostError, request=add())
     assert failure.message == "the device is gone" and not failure.usage
 
 

@@ -4,6 +4,7 @@ deliberately broken invariant makes it fail."""
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +14,10 @@ from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
-from nanovllm.core.scheduler import ScheduledStep, Scheduler
+from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.step import ScheduledStep
+from nanovllm.core.waiting import WaitingQueue
 from nanovllm.protocol import AddRequest, StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
@@ -28,12 +31,13 @@ GRAMMARS = [
     StructuredOutputsParams(choice=["yes", "no", "perhaps", "perhaps not"]),
     StructuredOutputsParams(grammar='start: "(" start ")" | "[" start "]" | /[0-9]+/'),
 ]
+NUM_CLIENTS = 3
 
 
 class Simulation:
     """One random life of a core: its limits, its arrivals, its aborts."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, share_failing: float = 0.0) -> None:
         self.random = rng = random.Random(seed)
         block_size = rng.choice([1, 2, 4, 8])
         max_model_len = rng.choice([16, 40, 64])
@@ -43,7 +47,7 @@ class Simulation:
             max_num_seqs=rng.randint(1, 6),
             max_num_batched_tokens=rng.choice([1, 3, 8, 64]),
             long_prefill_token_threshold=rng.choice([0, 0, 1, 5]),
-            scheduling_policy=rng.choice(["fcfs", "priority"]),
+            scheduling_policy=rng.choice(["fair", "fcfs", "priority"]),
             enable_prefix_caching=rng.random() < 0.75,
             max_inflight_steps=1 + seed % 4,
         )
@@ -52,6 +56,11 @@ class Simulation:
             self.config,
             num_blocks=least + rng.choice([0, 1, 4, 40]),
             max_model_len=max_model_len,
+            fails=lambda plan: (
+                rng.choice(["submit", "result"])
+                if share_failing and rng.random() < share_failing
+                else ""
+            ),
         )
         self.core = EngineCore(self.config, executor, executor.start(), COMPILER)
         self.prefixes = [
@@ -59,6 +68,7 @@ class Simulation:
         ]
         self.expected: dict[int, list[int]] = {}
         self.got: dict[int, list[int]] = {}
+        self.client_of: dict[int, int] = {}
         self.finished: dict[int, str] = {}
         self.next_number = 0
         self.num_preemptions = 0
@@ -69,19 +79,29 @@ class Simulation:
             if num_requests and rng.random() < 0.25:
                 num_requests -= 1
                 self.add()
-            if rng.random() < 0.03 and self.expected:
-                self.abort(rng.choice(list(self.expected)))
-            if rng.random() < 0.01:
-                self.core.reset_prefix_cache()
+            self.disturb()
             self.step()
-            if not num_requests and not self.core.busy:
+            if not num_requests and not self.core.busy and not self.core.num_unfinished:
                 break
-        assert not self.core.busy, "the core never came to rest"
+        assert not self.core.num_unfinished, "the core never came to rest"
         self.check_outputs()
         status = self.core.status(epoch="", num_clients=0)
         assert status.num_free_blocks == status.num_blocks
-        assert (status.num_running, status.num_waiting) == (0, 0)
+        assert (status.num_running, status.num_waiting, status.num_paused) == (0, 0, 0)
+        assert (status.num_queued, status.num_queued_tokens) == (0, 0)
         self.num_preemptions = status.num_preemptions
+
+    def disturb(self) -> None:
+        """Something that no sequence but an aborted one may notice."""
+        rng = self.random
+        if rng.random() < 0.03 and self.expected:
+            self.abort(rng.choice(list(self.expected)))
+        if rng.random() < 0.01:
+            self.core.reset_prefix_cache()
+        if rng.random() < 0.05:
+            self.core.pause(rng.randrange(NUM_CLIENTS))
+        if rng.random() < 0.2 or not self.core.busy:
+            self.core.resume(rng.randrange(NUM_CLIENTS))
 
     def add(self) -> None:
         rng = self.random
@@ -121,35 +141,42 @@ class Simulation:
             priority=rng.randint(0, 2),
             cache_salt=rng.choice([None, None, "a"]),
         )
-        self.core.add(1, request)
+        client_id = self.next_number % NUM_CLIENTS
+        for index in range(params.n):
+            self.client_of[self.next_number + index] = client_id
+        self.core.add(client_id, request)
         self.next_number += params.n
         compilations = self.core._compilations
         while compilations.num_waiting and not compilations.has_news:
             time.sleep(1e-4)  # so that a seed is the same life every time
 
     def abort(self, number: int) -> None:
-        for sequence in self.core.abort(1, [number]):
+        for sequence in self.core.abort(self.client_of[number], [number]):
             assert sequence.number == number
             self.finished[number] = "abort"
 
     def step(self) -> None:
         outputs = self.core.step()
-        assert not self.core.take_failures()
         scheduler_of(self.core).check_invariants()
         if outputs is None:
             return
         for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
             assert sequence.number not in self.finished, "output after the end"
             self.got[sequence.number].append(token_id)
-        for sequence in outputs.finished:
+        for sequence in outputs.finished + outputs.failed:
             assert sequence.finish_reason is not None
+            assert bool(sequence.failure) == (sequence in outputs.failed)
+            if sequence.failure:
+                assert "step" in sequence.failure
+                self.finished[sequence.number] = "error"
+                continue
             self.finished[sequence.number] = sequence.finish_reason
 
     def check_outputs(self) -> None:
         assert self.finished.keys() == self.expected.keys()
         for number, expected in self.expected.items():
             got = self.got[number]
-            if self.finished[number] == "abort":
+            if self.finished[number] in ("abort", "error"):
                 assert got == expected[: len(got)]
             else:
                 assert got == expected
@@ -173,6 +200,19 @@ def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
     assert num_preemptions > 50, "the simulations must preempt to mean something"
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_failed_steps_fail_their_sequences_and_nothing_else(depth: int) -> None:
+    endings: Counter[str] = Counter()
+    for seed in range(depth - 1, NUM_SEEDS // 2, 4):
+        simulation = Simulation(seed, share_failing=0.08)
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        endings.update(simulation.finished.values())
+    assert min(endings["error"], endings["length"], endings["stop"]) > 20, endings
+
+
 def keep_results_of_the_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 5: results of finished sequences are dropped."""
     update = Scheduler.update
@@ -188,13 +228,13 @@ def keep_results_of_the_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def readmit_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 5: a preempted sequence waits until nothing of it is pending."""
-    push = Scheduler._push_waiting
+    push = WaitingQueue.push
 
-    def broken(self: Scheduler, sequence: Sequence) -> None:
+    def broken(self: WaitingQueue, sequence: Sequence) -> None:
         sequence.num_pending = 0
         push(self, sequence)
 
-    monkeypatch.setattr(Scheduler, "_push_waiting", broken)
+    monkeypatch.setattr(WaitingQueue, "push", broken)
 
 
 def register_uncomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +274,26 @@ def collide(monkeypatch: pytest.MonkeyPatch) -> None:
         return bytes([sum(message) % 2]) * 16
 
     monkeypatch.setattr("nanovllm.core.block_manager.xxhash.xxh3_128_digest", digest)
+
+
+def trust_prefixes_of_failed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed step, no prefix may be believed that it was to compute."""
+    monkeypatch.setattr(ScheduledStep, "admitted_on_a_prefix", lambda self: [])
+
+
+def believe_failed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise for those that come later."""
+    monkeypatch.setattr(BlockManager, "reset_prefix_cache", lambda self: True)
+
+
+@pytest.mark.parametrize("sabotage", [trust_prefixes_of_failed_steps, believe_failed_blocks])
+def test_a_careless_recovery_is_noticed(
+    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(NUM_SEEDS):
+            Simulation(seed, share_failing=0.3).run()
 
 
 def forget_to_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
-from nanovllm.core.scheduler import ScheduledStep, Scheduler, StepOutputs
+from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.step import ScheduledStep, StepOutputs
 from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 

@@ -1,13 +1,15 @@
 """The inline executor on a small random Llama: plans in, tokens out, by hand-made plans."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.executor.base import Executor
+from nanovllm.executor.base import DeviceLostError, Executor
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol import NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
@@ -131,3 +133,24 @@ def test_shutdown_is_safe_twice_and_after_a_failed_start(tiny_checkpoint: Checkp
     for executor in (failed, make_executor(Path(model))):
         executor.shutdown()
         executor.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("something else"), False),
+    ],
+)
+def test_only_errors_of_the_device_are_its_loss(
+    executor: InlineExecutor, error: Exception, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(plan: StepPlan) -> None:
+        raise error
+
+    plan = StepPlan(0, [], [], [], [], [], [])
+    monkeypatch.setattr(executor._worker, "execute", broken)
+    with pytest.raises(DeviceLostError if lost else type(error), match=re.escape(str(error))):
+        executor.submit(plan)

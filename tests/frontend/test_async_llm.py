@@ -9,21 +9,24 @@ import pytest
 
 from nanovllm.frontend import async_llm
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
 from nanovllm.protocol import (
     Abort,
     AddRequest,
     Call,
     CallResult,
     CoreFailed,
+    Detached,
     Finished,
     FromCore,
     Goodbye,
     Hello,
     Outputs,
+    Overloaded,
     RequestFailed,
     Started,
     ToCore,
+    Why,
 )
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, attached, last_of, says, settled
@@ -100,6 +103,10 @@ async def test_abort_by_id_ends_the_stream(address: str) -> None:
         ({"prompt": "a", "priority": 2**63}, "priority"),
         ({"prompt": "a", "cache_salt": 1}, "cache_salt"),
         ({"prompt": "a", "request_id": 1}, "request_id"),
+        ({"prompt": "a", "tenant": 1}, "tenant"),
+        ({"prompt": "a", "deadline_ms": 0}, "deadline_ms"),
+        ({"prompt": "a", "ttft_deadline_ms": float("nan")}, "ttft_deadline_ms"),
+        ({"prompt": "a", "priorty": 1}, "did you mean 'priority'"),
     ],
 )
 async def test_mistakes_are_told_and_nothing_is_sent(
@@ -129,10 +136,50 @@ async def test_a_live_request_id_cannot_be_used_again(address: str) -> None:
 async def test_options_reach_the_core(address: str) -> None:
     async with attached(address, echo) as (llm, core):
         params = SamplingParams(bad_words=["b"], seed=1)
-        await last_of(llm.generate("a", params, priority=-3, cache_salt="tenant"))
+        options = {"tenant": "t", "deadline_ms": 9, "ttft_deadline_ms": 5.5}
+        await last_of(llm.generate("a", params, priority=-3, cache_salt="tenant", **options))
         (request,) = core.all_of(AddRequest)
+    assert (request.tenant, request.deadline_ms, request.ttft_deadline_ms) == ("t", 9, 5.5)
     assert (request.priority, request.cache_salt) == (-3, "tenant")
     assert request.bad_words_token_ids == [[98], [32, 98]] and request.params == params
+
+
+async def test_a_refusal_says_when_to_come_back(address: str) -> None:
+    def script(message: ToCore) -> Iterable[FromCore]:
+        if isinstance(message, AddRequest):
+            return [Overloaded(message.number, 2.5, draining=message.number == 1)]
+        return silent(message)
+
+    async with attached(address, script) as (llm, _):
+        for draining in (False, True):
+            with pytest.raises(OverloadedError, match=r"2\.5 s") as refusal:
+                await last_of(llm.generate("a"))
+            assert (refusal.value.retry_after, refusal.value.draining) == (2.5, draining)
+            assert isinstance(refusal.value, RequestFailedError)
+
+
+async def test_a_client_let_go_learns_it(address: str) -> None:
+    async with attached(address) as (llm, core):
+        stream = asyncio.create_task(last_of(llm.generate("a")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        core.push(Detached("silent"))
+        with pytest.raises(EngineDeadError, match="let this client go: silent"):
+            await stream
+
+
+async def test_why_is_told_per_output(address: str) -> None:
+    def script(message: ToCore) -> Iterable[FromCore]:
+        if isinstance(message, AddRequest):
+            why = [Why(1.0, 2.0, 3.0, 4.0, 5, 1, 6 + index, 7.0, 8.0) for index in range(2)]
+            yield Outputs(finished=[Finished(n, "timeout", None, 1, why[n]) for n in range(2)])
+        else:
+            yield from silent(message)
+
+    async with attached(address, script) as (llm, _):
+        last = await last_of(llm.generate("a", SamplingParams(n=2)))
+    assert [output.finish_reason for output in last.outputs] == ["timeout", "timeout"]
+    assert last.metrics.num_recomputed_tokens == 13 and last.metrics.num_preemptions == 2
+    assert last.metrics.why[1].num_recomputed_tokens == 7 and last.metrics.why[0].kv_ms == 4.0
 
 
 async def test_one_failed_request_costs_the_others_nothing(address: str) -> None:

@@ -1,0 +1,150 @@
+"""Attached clients: who they are, since when they are silent, and what waits to be sent to them.
+
+`CoreServer` owns the one table. Invariant: what waits for a client that does not read is bounded,
+outputs by pausing its requests, answers by detaching it.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from nanovllm.core.sequence import Sequence
+from nanovllm.protocol import FromCore, Outputs, PromptLogprobs, TokenLogprobs
+
+MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
+
+
+class Client:
+    """A connected frontend. Outputs are lists that can be concatenated, so those it does not read
+    are merged into one message; other answers queue up behind it."""
+
+    __slots__ = (
+        "answers",
+        "client_id",
+        "identity",
+        "last_heard",
+        "num_logprobs",
+        "num_unsent",
+        "outputs",
+        "unsent",
+    )
+
+    def __init__(self, client_id: int, identity: bytes, now: float) -> None:
+        self.client_id = client_id
+        self.identity = identity
+        self.last_heard = now
+        self.outputs = Outputs()
+        self.num_logprobs = 0  # in `outputs`
+        self.unsent: bytes | None = None  # outputs before `outputs`, encoded
+        self.num_unsent = 0  # in it, as `backlog` counts
+        self.answers: deque[FromCore] = deque()
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether `outputs` holds anything."""
+        outputs = self.outputs
+        return bool(
+            outputs.numbers or outputs.finished or outputs.started or outputs.prompt_logprobs
+        )
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether anything waits to be sent."""
+        return self.unsent is not None or bool(self.answers) or self.has_outputs
+
+    @property
+    def num_merged(self) -> int:
+        """Tokens and alternatives in `outputs`."""
+        return len(self.outputs.token_ids) + self.num_logprobs
+
+    @property
+    def backlog(self) -> int:
+        """What it has not read, in tokens and alternatives, beyond what its socket holds."""
+        return self.num_unsent + self.num_merged
+
+    @property
+    def asks_too_much(self) -> bool:
+        """Whether it goes on sending without ever reading an answer."""
+        return len(self.answers) > MAX_ANSWERS
+
+    def add_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Of the next token to be added."""
+        self.outputs.logprobs[len(self.outputs.numbers)] = logprobs
+        self.num_logprobs += 1 + len(logprobs.top_ids)
+
+    def add_prompt_logprobs(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> None:
+        self.outputs.prompt_logprobs.append(PromptLogprobs(sequence.number, logprobs))
+        self.num_logprobs += sum(1 + len(one.top_ids) for one in logprobs)
+
+    def take_outputs(self) -> Outputs:
+        """All outputs, which are the caller's from here on."""
+        outputs, self.outputs = self.outputs, Outputs()
+        self.num_logprobs = 0
+        return outputs
+
+
+class ClientTable:
+    """Clients by identity (the socket's name for them) and by id; at most `max_clients`."""
+
+    def __init__(self, *, max_clients: int, lease_s: float) -> None:
+        self._max_clients = max_clients
+        self._lease_s = lease_s
+        self._by_identity: dict[bytes, Client] = {}
+        self._by_id: dict[int, Client] = {}
+        self.with_id = self._by_id.get  # asked for every token
+        self._num_ever = 0
+        self.num_expired = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Client]:
+        """Of a copy: clients may be removed meanwhile."""
+        return iter(list(self._by_id.values()))
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._by_id) >= self._max_clients
+
+    def find(self, identity: bytes) -> Client | None:
+        return self._by_identity.get(identity)
+
+    def attach(self, identity: bytes, now: float) -> Client:
+        """A new client; ids are never used twice."""
+        client = Client(self._num_ever, identity, now)
+        self._num_ever += 1
+        self._by_identity[identity] = self._by_id[client.client_id] = client
+        return client
+
+    def remove(self, client: Client) -> None:
+        """Forget it; once or more often."""
+        if self._by_id.pop(client.client_id, None) is not None:
+            del self._by_identity[client.identity]
+
+    def pop_expired(self, now: float) -> list[Client]:
+        """Forget the clients whose lease has run out; returns them."""
+        expired = [one for one in self if now - one.last_heard > self._lease_s]
+        for client in expired:
+            self.remove(client)
+        self.num_expired += len(expired)
+        return expired
+
+    def extend_leases(self, seconds: float) -> None:
+        """It was this process that did not listen for so long, not they that did not speak."""
+        for client in self:
+            client.last_heard += seconds
+
+
+def select(outputs: Outputs, numbers: set[int]) -> Outputs:
+    """The part of a message that is about `numbers`."""
+    chosen = Outputs(
+        started=[one for one in outputs.started if one.number in numbers],
+        prompt_logprobs=[one for one in outputs.prompt_logprobs if one.number in numbers],
+        finished=[one for one in outputs.finished if one.number in numbers],
+    )
+    for index, number in enumerate(outputs.numbers):
+        if number in numbers:
+            if index in outputs.logprobs:
+                chosen.logprobs[len(chosen.numbers)] = outputs.logprobs[index]
+            chosen.numbers.append(number)
+            chosen.token_ids.append(outputs.token_ids[index])
+    return chosen

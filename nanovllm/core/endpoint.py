@@ -1,0 +1,142 @@
+"""The core's socket: bound where only those may reach it who are meant to, with finite queues.
+
+`CoreServer` owns the one `Endpoint`. An `ipc://` path lies in a directory of this user's alone;
+`tcp://` beyond this machine needs keys, and then whoever has none gets nothing.
+"""
+
+import ipaddress
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from nanovllm.keys import CoreKeys
+
+SEND_HIGH_WATER_MARK = 32  # messages per client; then outputs are merged
+RECEIVE_HIGH_WATER_MARK = 256
+LINGER_MS = 1000  # how long the last words to clients may take to leave
+TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
+Sent = Literal["sent", "full", "gone"]
+
+
+class Endpoint:
+    """A bound ROUTER. `ValueError`: `address` cannot be used, and what to do about it."""
+
+    def __init__(self, address: str, *, max_frame_bytes: int, keys: CoreKeys | None = None) -> None:
+        _check_address(address, has_keys=keys is not None)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._authenticator: ThreadAuthenticator | None = None
+        router: zmq.Socket[bytes] = self.socket
+        router.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        router.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        router.set(zmq.ROUTER_MANDATORY, 1)  # an error for clients that are gone
+        router.set(zmq.MAXMSGSIZE, max_frame_bytes)  # more, and the sender is disconnected
+        if address.startswith("tcp:"):
+            router.set(zmq.IPV6, 1)
+            router.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
+            router.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+        if keys is not None:
+            self._authenticator = _require_keys(router, keys)
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ValueError(f"address {address!r} cannot be bound: {error}") from None
+
+    def receive(self) -> tuple[bytes, list[bytes]] | None:
+        """Who sent what, or None if nothing has arrived; never blocks."""
+        try:
+            identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        return identity, frames
+
+    def send(self, identity: bytes, frame: bytes) -> Sent:
+        """Never blocks. "full": this client does not read; "gone": it is not connected."""
+        try:
+            self.socket.send_multipart([identity, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return "full"
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return "gone"
+        return "sent"
+
+    def close(self) -> None:
+        """Release the address, after the last words have left or `LINGER_MS`."""
+        self.socket.close(LINGER_MS)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+
+
+class _KnownKeys:
+    """Answers ZeroMQ's authenticator; looks the directory up each time, so that a client can be
+    let in, or shut out, while the core runs."""
+
+    def __init__(self, keys: CoreKeys) -> None:
+        self._keys = keys
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._keys.client_keys()
+
+
+def _require_keys(router: "zmq.Socket[bytes]", keys: CoreKeys) -> ThreadAuthenticator:
+    """CurveZMQ: traffic is encrypted, and only clients with a known key get through."""
+    authenticator = ThreadAuthenticator(zmq.Context.instance())
+    authenticator.start()
+    authenticator.configure_curve_callback("core", credentials_provider=_KnownKeys(keys))
+    router.set(zmq.ZAP_DOMAIN, b"core")
+    router.set(zmq.CURVE_SERVER, 1)
+    router.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+    router.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+    return authenticator
+
+
+def _check_address(address: str, *, has_keys: bool) -> None:
+    parts = urlsplit(address)
+    if parts.scheme == "ipc":
+        _check_path(address, Path(address.removeprefix("ipc://")))
+    elif parts.scheme != "tcp":
+        raise ValueError(f"address {address!r} must begin with ipc:// or tcp://")
+    elif not has_keys and not _is_loopback(address.removeprefix("tcp://").rpartition(":")[0]):
+        raise ValueError(
+            f"address {address!r} can be reached from other machines: use tcp://127.0.0.1:PORT, "
+            "or make keys with `nanovllm keys new DIRECTORY` and pass --keys DIRECTORY"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_path(address: str, path: Path) -> None:
+    """ZeroMQ would take an ipc path over from a living core without a word: look first."""
+    directory = path.parent
+    if not directory.is_dir():
+        raise ValueError(f"address {address!r}: the directory {directory} does not exist")
+    found = directory.stat()
+    if found.st_mode & 0o077 or found.st_uid != os.getuid():
+        raise ValueError(
+            f"address {address!r}: others can enter {directory}; use a directory of your own "
+            f"and `chmod 700` it"
+        )
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise ValueError(f"address {address!r}: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex(str(path)) == 0:
+            raise ValueError(f"address {address!r} is in use by another process: choose another")

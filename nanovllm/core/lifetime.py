@@ -1,0 +1,96 @@
+"""When and how a core process ends: signals, its owner's death, and a watch for stalls.
+
+`launch.core_main` and `CoreServer` call these. They only ever ask the loop to end, except for one
+that cannot stop although its owner is gone; a stall alone kills nothing.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+OWNER_GRACE_S = 5.0  # what a core may take to end by itself after its owner has gone
+LOG = logging.getLogger(__name__)
+
+
+class ExitCode(IntEnum):
+    """How a core process ended. (1, Python's own, is a crash: clients were told why.)"""
+
+    DONE = 0  # told to stop: nothing was running, or its owner wanted it at once, or all finished
+    USAGE = 2  # the configuration cannot work
+    OWNER_GONE = 3  # its owner died and the loop was too stuck to end
+    DRAIN_TIMEOUT = 4  # SIGTERM; some requests took longer than the drain timeout and were aborted
+    CUT_SHORT = 5  # a second signal while draining; requests were aborted
+
+
+def stop_on_signals(drain: Callable[[], None], stop: Callable[[], None]) -> None:
+    """The first SIGTERM or SIGINT drains, the next one stops at once."""
+    actions = [stop, drain]
+
+    def act(*_: object) -> None:
+        (actions.pop() if len(actions) > 1 else stop)()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, act)
+
+
+def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
+    """End this process when its owner ends, however that dies.
+
+    The owner holds the other end of the pipe `owner_fd`; a changed parent id covers the case of
+    another process having inherited that end. A loop too stuck to stop is ended the hard way.
+    """
+    owner = os.getppid()
+
+    def watch() -> None:
+        with socket.socket(fileno=owner_fd) as pipe:
+            pipe.settimeout(1.0)
+            while os.getppid() == owner:
+                try:
+                    if not pipe.recv(1):
+                        break
+                except TimeoutError:
+                    continue
+        stop()
+        time.sleep(OWNER_GRACE_S)
+        os._exit(ExitCode.OWNER_GONE)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+@contextmanager
+def watching_for_stalls(stalled_s: Callable[[], float], timeout_s: float) -> Iterator[None]:
+    """While inside, write every thread's stack to the log when `stalled_s` passes `timeout_s`.
+
+    Clients need no word from here: a loop that is stuck sends no `CoreStatus`, which they miss
+    within two seconds, and one that is not tells them of the stall in it.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        reported = False
+        while not ended.wait(min(timeout_s / 2, 1.0)):
+            seconds = stalled_s()
+            if seconds < timeout_s:
+                if reported:
+                    LOG.warning("the core goes on")
+                reported = False
+            elif not reported:
+                reported = True
+                LOG.error("no step has finished for %.1f s; what all threads do:", seconds)
+                faulthandler.dump_traceback(sys.__stderr__ or 2)
+
+    thread = threading.Thread(target=watch, name="stall-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,206 @@
+"""A flight recorder: what went into the core, and a digest of each plan that came out.
+
+`nanovllm-core --record FILE` makes a `RecordedCore`. The file begins with a snapshot; when it has
+half the size allowed it becomes FILE.old and a new one begins, so there is always enough and never
+too much. `replay` reads either.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import xxhash
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.sequence import Sequence
+from nanovllm.core.snapshot import Snapshot, take_snapshot
+from nanovllm.core.step import StepOutputs
+from nanovllm.executor.base import Executor, StepHandle
+from nanovllm.protocol import AddRequest, FinishReason, StepPlan, StepResult, WorkerInfo
+
+MAX_BYTES = 64 * 2**20
+LENGTH_BYTES = 4  # before each event
+
+
+class Header(msgspec.Struct, tag=True):
+    """The first event of a file. No snapshot: the core had just started."""
+
+    config: EngineConfig
+    info: WorkerInfo
+    snapshot: Snapshot | None
+
+
+class Added(msgspec.Struct, tag=True):
+    client_id: int
+    request: AddRequest
+
+
+class Ended(msgspec.Struct, tag=True):
+    """By `abort`, `abort_client`, `fail` or a deadline."""
+
+    keys: list[tuple[int, int]]
+    reason: FinishReason
+
+
+class Paused(msgspec.Struct, tag=True):
+    client_id: int
+
+
+class Resumed(msgspec.Struct, tag=True):
+    client_id: int
+
+
+class CacheReset(msgspec.Struct, tag=True):
+    pass
+
+
+class Stepped(msgspec.Struct, tag=True):
+    """`EngineCore.step` was called; what it asked of the executor follows."""
+
+
+class Submitted(msgspec.Struct, tag=True):
+    """`digest` of the plan; `error` if the executor refused it."""
+
+    step: int
+    digest: bytes
+    error: str = ""
+
+
+class Returned(msgspec.Struct, tag=True):
+    """A result, or the error it was."""
+
+    result: StepResult | None
+    error: str = ""
+
+
+Write = Callable[["Event"], None]
+Event = Header | Added | Ended | Paused | Resumed | CacheReset | Stepped | Submitted | Returned
+
+
+def digest_of(plan: StepPlan) -> bytes:
+    """Equal exactly for equal plans."""
+    return xxhash.xxh3_64_digest(msgspec.msgpack.encode(plan))
+
+
+class RecordedCore(EngineCore):
+    """An `EngineCore` that writes down everything its plans depend on."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        info: WorkerInfo,
+        *more: Any,
+        path: Path,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """more: what else an `EngineCore` takes."""
+        super().__init__(config, RecordedExecutor(executor, self._write), info, *more)
+        self._header = Header(config, info, None)
+        self._path = path
+        self._max_bytes = max_bytes
+        self._encoder = msgspec.msgpack.Encoder()
+        self._file = self._begin()
+
+    def add(self, client_id: int, request: AddRequest) -> None:
+        self._write(Added(client_id, request))
+        super().add(client_id, request)
+
+    def pause(self, client_id: int) -> None:
+        if client_id not in self._paused:
+            self._write(Paused(client_id))
+        super().pause(client_id)
+
+    def resume(self, client_id: int) -> None:
+        if client_id in self._paused:
+            self._write(Resumed(client_id))
+        super().resume(client_id)
+
+    def reset_prefix_cache(self) -> bool:
+        self._write(CacheReset())
+        return super().reset_prefix_cache()
+
+    def step(self) -> StepOutputs | None:
+        if self._num_bytes > self._max_bytes // 2:
+            self._turn_over()
+        self._write(Stepped())
+        try:
+            return super().step()
+        finally:
+            self._file.flush()
+
+    def close(self) -> None:
+        """What is written is complete."""
+        self._file.close()
+
+    def _end_by_request(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+        if sequences:
+            keys = [(one.client_id, one.number) for one in sequences]
+            self._write(Ended(keys, reason))
+        return super()._end_by_request(sequences, reason)
+
+    def _write(self, event: Event) -> None:
+        encoded = self._encoder.encode(event)
+        self._file.write(len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded)
+        self._num_bytes += LENGTH_BYTES + len(encoded)
+
+    def _begin(self) -> BinaryIO:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        self._num_bytes = 0
+        self._write(self._header)
+        self._num_bytes = 0  # the snapshot's size says nothing of how long the file lasts
+        return self._file
+
+    def _turn_over(self) -> None:
+        self._file.close()
+        self._path.replace(self._path.with_name(self._path.name + ".old"))
+        self._header.snapshot = take_snapshot(self)
+        self._begin()
+        self._header.snapshot = None
+
+
+class RecordedExecutor:
+    """Passes everything on, and writes it down."""
+
+    def __init__(self, executor: Executor, write: Write) -> None:
+        self._executor = executor
+        self._write = write
+
+    def start(self) -> WorkerInfo:
+        return self._executor.start()
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        submitted = Submitted(plan.step, digest_of(plan))
+        try:
+            handle = self._executor.submit(plan)
+        except Exception as error:
+            submitted.error = str(error) or type(error).__name__
+            raise
+        finally:
+            self._write(submitted)
+        return RecordedHandle(handle, self._write)
+
+    def shutdown(self) -> None:
+        self._executor.shutdown()
+
+
+class RecordedHandle:
+    """A step that was submitted."""
+
+    def __init__(self, handle: StepHandle, write: Write) -> None:
+        self._handle = handle
+        self._write = write
+
+    def result(self) -> StepResult:
+        try:
+            result = self._handle.result()
+        except Exception as error:
+            self._write(Returned(None, str(error) or type(error).__name__))
+            raise
+        # Log-probabilities are no matter of scheduling, and large.
+        self._write(Returned(StepResult(result.step, result.token_ids)))
+        return result

@@ -1,0 +1,70 @@
+"""One step as the core sees it: what was planned for whom, and what came of it.
+
+Made by `Scheduler`, passed on by `EngineCore`, sorted to clients by `CoreServer`.
+"""
+
+from dataclasses import dataclass, field
+
+from nanovllm.core.sequence import Sequence, Status
+from nanovllm.protocol import NewRow, StepPlan, TokenLogprobs
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """A plan and the sequences behind its integers."""
+
+    plan: StepPlan
+    sequences: list[Sequence]  # one per entry of the plan
+    sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
+    constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
+
+    def admitted_on_a_prefix(self) -> list[Sequence]:
+        """Those that took a row in this step and run on KV which others have computed."""
+        new = {row.row for row in self.plan.new_rows}
+        entries = zip(self.sequences, self.plan.rows, self.plan.num_computed, strict=True)
+        return [sequence for sequence, row, start in entries if row in new and start > 0]
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What a step's result changed. `logprobs` are keyed by index into `token_ids`."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+
+    def take_prompt_logprobs(
+        self, step: ScheduledStep, index: int, logprobs: list[TokenLogprobs]
+    ) -> None:
+        """Those of entry `index` of the plan, but for what was reported before a preemption."""
+        sequence = step.sequences[index]
+        new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+        if new and sequence.status is not Status.FINISHED:
+            sequence.num_prompt_logprobs += len(new)
+            self.prompt_logprobs.append((sequence, new))
+
+
+class SchedulingFailedError(Exception):
+    """Planning went wrong at `sequence`; nothing was planned, and everyone else can go on."""
+
+    def __init__(self, sequence: Sequence, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.sequence = sequence
+        self.cause = cause
+
+
+def new_row(sequence: Sequence) -> NewRow:
+    """What a worker must know of a sequence that takes a row."""
+    return NewRow(
+        row=sequence.row,
+        token_ids=sequence.token_ids.copy(),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        block_ids=sequence.block_ids.copy(),
+        params=sequence.params,
+        seed=sequence.seed,
+        bad_words_token_ids=sequence.bad_words_token_ids,
+    )

@@ -1,0 +1,60 @@
+"""What the core checks of a request before anything is queued, for frontends that did not.
+
+Called by `EngineCore.add`. `ValueError` names the field and what it takes.
+"""
+
+import math
+from collections.abc import Collection, Iterator
+
+from nanovllm.protocol import AddRequest, WorkerInfo
+
+MAX_NUMBER = 2**53  # of a sequence; -1 stands for none in answers
+MAX_COUNT = 2**31 - 1  # what a worker's columns hold
+
+
+def check_request(request: AddRequest, info: WorkerInfo) -> None:
+    """Everything that does not depend on what else runs."""
+    _check_lengths(request, info.max_model_len)
+    _check_numbers(request)
+    for name, token_ids in _named_token_ids(request):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
+            raise ValueError(f"{name}: token ids must be in [0, {info.vocab_size})")
+    if not all(request.bad_words_token_ids):
+        raise ValueError("bad_words_token_ids: a word of no tokens")
+
+
+def _check_lengths(request: AddRequest, max_model_len: int) -> None:
+    num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
+    if not request.prompt_token_ids:
+        raise ValueError("prompt_token_ids is empty: send at least one token")
+    if num_known >= max_model_len:
+        raise ValueError(
+            f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
+            f"max_model_len is {max_model_len}"
+        )
+    max_tokens = request.params.max_tokens
+    if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
+        raise ValueError("output_token_ids: max_tokens were generated already")
+
+
+def _check_numbers(request: AddRequest) -> None:
+    if not 0 <= request.number <= MAX_NUMBER:
+        raise ValueError(f"number must be in [0, 2**53], not {request.number}")
+    for name in ("max_tokens", "min_tokens", "top_k"):
+        if (getattr(request.params, name) or 0) > MAX_COUNT:
+            raise ValueError(f"{name} must be below 2**31")
+    for name in ("deadline_ms", "ttft_deadline_ms"):
+        limit_ms = getattr(request, name)
+        if limit_ms is not None and not 0 < limit_ms < math.inf:
+            raise ValueError(f"{name} must be a number above 0, not {limit_ms}")
+
+
+def _named_token_ids(request: AddRequest) -> Iterator[tuple[str, Collection[int]]]:
+    """Everything in a request that the worker will use as an index."""
+    yield "prompt_token_ids", request.prompt_token_ids
+    yield "output_token_ids", request.output_token_ids
+    yield "stop_token_ids", request.params.stop_token_ids
+    yield "logit_bias", request.params.logit_bias
+    yield "allowed_token_ids", request.params.allowed_token_ids or ()
+    for word in request.bad_words_token_ids:
+        yield "bad_words_token_ids", word

@@ -1,0 +1,168 @@
+"""Who waits to run, in which order, and what holds them up. Owned by `Scheduler`.
+
+With several tenants the one served least comes first (VTC: Sheng et al., "Fairness in Serving Large
+Language Models", OSDI 2024), each in its own order of arrival; with one, or without sharing, it is
+order alone. A sequence is in the queue at most once; removal is lazy and costs O(1).
+"""
+
+import heapq
+import time
+from collections.abc import Iterator
+
+from nanovllm.core.sequence import Sequence, Tenant
+
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # the paper's: an output token costs about twice as much
+MAX_TENANTS = 4096  # remembered; beyond, those that wait for nothing are forgotten
+SEATS, BUDGET, KV = range(3)
+
+
+class WaitClock:
+    """For how long admission has been held up by each cause: `SEATS`, `BUDGET`, `KV`.
+
+    One clock for all: a sequence's own waits are the difference of two readings.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = [0.0, 0.0, 0.0]
+        self._cause: int | None = None
+        self._since = 0.0
+
+    def hold(self, cause: int | None, now: float) -> None:
+        """From now on `cause` holds up whoever waits; None: nothing does."""
+        if self._cause is not None:
+            self._seconds[self._cause] += now - self._since
+        self._cause = cause
+        self._since = now
+
+    def read(self, now: float) -> tuple[float, float, float]:
+        """Seconds held up so far, by cause."""
+        self.hold(self._cause, now)
+        seats, budget, kv = self._seconds
+        return seats, budget, kv
+
+    def waited(self, sequence: Sequence) -> tuple[float, float, float]:
+        """What has held up a sequence that waits, now and before, by cause."""
+        now = self.read(time.monotonic())
+        seats, budget, kv = (
+            before + read - mark
+            for before, read, mark in zip(sequence.waited_s, now, sequence.wait_mark, strict=True)
+        )
+        return seats, budget, kv
+
+
+class WaitingQueue:
+    """Sequences by tenant, if `by_tenant`, and within a tenant by `Sequence.order`."""
+
+    def __init__(self, *, by_tenant: bool) -> None:
+        self._by_tenant = by_tenant
+        self._tenants: dict[str, Tenant] = {}
+        self._contenders: dict[Tenant, None] = {}  # those with somebody waiting
+        self._live: dict[tuple[int, int], Sequence] = {}  # heaps may hold dead entries besides
+        self._parked: dict[int, dict[Sequence, None]] = {}  # by client, in no order
+        self._clock = WaitClock()
+        self._floor = 0.0  # what the tenant chosen last had been served
+        self.tenant("")
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __bool__(self) -> bool:
+        return bool(self._live)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(list(self._live.values()))
+
+    @property
+    def num_parked(self) -> int:
+        return sum(map(len, self._parked.values()))
+
+    def tenant(self, name: str) -> Tenant:
+        """Whom a sequence is to be charged to; all are one without sharing."""
+        name = name if self._by_tenant else ""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            if len(self._tenants) >= MAX_TENANTS:
+                self._tenants = {t.name: t for t in [self._tenants[""], *self._contenders]}
+            tenant = self._tenants[name] = Tenant(name)
+        return tenant
+
+    def charge_for_prompt(self, sequence: Sequence) -> None:
+        """It starts now; what it finds computed costs its tenant nothing."""
+        num_uncached = sequence.num_prompt_tokens - sequence.num_computed
+        sequence.tenant.served += PROMPT_WEIGHT * num_uncached
+
+    def charge_for_outputs(self, sequences: list[Sequence]) -> None:
+        """Each has got a token. With one tenant (besides the nameless) nobody counts."""
+        if len(self._tenants) > 2:
+            for sequence in sequences:
+                sequence.tenant.served += OUTPUT_WEIGHT
+
+    def push(self, sequence: Sequence) -> None:
+        """Queue; a tenant that comes back starts level with those who have waited meanwhile."""
+        parked = self._parked.get(sequence.client_id)
+        if parked is not None:
+            parked[sequence] = None
+            return
+        sequence.wait_mark = self._clock.read(time.monotonic())
+        tenant = sequence.tenant
+        if tenant.num_waiting == 0:
+            floor = min(map(_served, self._contenders), default=self._floor)
+            tenant.served = max(tenant.served, floor)
+            self._contenders[tenant] = None
+        tenant.num_waiting += 1
+        self._live[sequence.order] = sequence
+        heapq.heappush(tenant.waiting, (sequence.order, sequence))
+
+    def head(self) -> Sequence | None:
+        """Who is to run next."""
+        if not self._live:
+            return None
+        contenders = self._contenders
+        tenant = min(contenders, key=_served) if len(contenders) > 1 else next(iter(contenders))
+        waiting = tenant.waiting
+        while waiting[0][0] not in self._live:
+            heapq.heappop(waiting)
+        return waiting[0][1]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out whoever is in the queue; its heap entry stays behind, dead."""
+        del self._live[sequence.order]
+        sequence.waited_s = self._clock.waited(sequence)
+        tenant = sequence.tenant
+        self._floor = tenant.served
+        tenant.num_waiting -= 1
+        if tenant.num_waiting == 0:
+            del self._contenders[tenant]
+            tenant.waiting.clear()
+        elif len(tenant.waiting) > 2 * tenant.num_waiting + 64:
+            tenant.waiting = [entry for entry in tenant.waiting if entry[0] in self._live]
+            heapq.heapify(tenant.waiting)
+
+    def discard(self, sequence: Sequence) -> None:
+        """`remove`, or unpark for good, or do nothing."""
+        if sequence.order in self._live:
+            self.remove(sequence)
+        else:
+            self._parked.get(sequence.client_id, {}).pop(sequence, None)
+
+    def hold_up(self, cause: int | None) -> None:
+        """What keeps the head from running, from now on."""
+        self._clock.hold(cause, time.monotonic())
+
+    # ---- clients that do not read
+
+    def park(self, client_id: int) -> None:
+        """Set this client's sequences aside, also those still to be pushed, until `unpark`."""
+        parked = [one for one in self._live.values() if one.client_id == client_id]
+        for sequence in parked:
+            self.remove(sequence)
+        self._parked[client_id] = dict.fromkeys(parked)
+
+    def unpark(self, client_id: int) -> None:
+        """Queue them again, where they were: order is by arrival."""
+        for sequence in self._parked.pop(client_id):
+            self.push(sequence)
+
+
+def _served(tenant: Tenant) -> float:
+    return tenant.served

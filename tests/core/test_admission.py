@@ -1,0 +1,274 @@
+"""Caps on the queue, deadlines, fair shares, and what a finished request tells of its waiting."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.accounts import finished_message
+from nanovllm.core.admission import OverloadedError
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.sequence import Sequence
+from nanovllm.protocol import AddRequest, CoreStatus, Finished, Overloaded
+from nanovllm.sampling_params import SamplingParams
+from tests.core.fake_executor import FakeExecutor
+from tests.core.serving import RawClient, add, collect, serving
+
+
+def make_core(*, num_blocks: int = 500, **settings: Any) -> EngineCore:
+    config = EngineConfig.from_kwargs(**settings)
+    executor = FakeExecutor(config, num_blocks=num_blocks, max_model_len=256)
+    return EngineCore(config, executor, executor.start())
+
+
+def request(number: int, num_prompt: int = 3, num_outputs: int = 4, **options: Any) -> AddRequest:
+    params = SamplingParams(max_tokens=num_outputs, ignore_eos=True, n=options.pop("n", 1))
+    return AddRequest(number, list(range(1, num_prompt + 1)), params, **options)
+
+
+def run(core: EngineCore) -> list[Sequence]:
+    """To the end; those that ended, in order."""
+    ended: list[Sequence] = []
+    while core.busy:
+        outputs = core.step()
+        ended += outputs.finished if outputs is not None else []
+    return ended
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/core.sock"
+
+
+# ---- caps
+
+
+def test_an_empty_queue_takes_anything_and_a_full_one_says_when_to_come_back() -> None:
+    core = make_core(max_queued_requests=3, max_num_seqs=2)
+    core.add(0, request(0, n=4))  # more than the cap: but it would never be less crowded
+    with pytest.raises(OverloadedError) as refusal:
+        core.add(0, request(10))
+    assert 0.1 <= refusal.value.retry_after_s <= 60
+    assert core.status(epoch="", num_clients=0).num_overloaded == 1
+    core.step()
+    core.step()
+    core.add(0, request(10))
+    assert len(run(core)) == 5
+
+
+def test_the_cap_on_tokens_counts_every_output_and_started_ones_no_more() -> None:
+    core = make_core(max_queued_tokens=50, max_num_seqs=1)
+    core.add(0, request(0, 40))
+    core.step()
+    core.add(0, request(1, 20, n=2))
+    with pytest.raises(OverloadedError):
+        core.add(0, request(5, 20))
+    core.add(0, request(6, 10))
+    status = core.status(epoch="", num_clients=0)
+    assert (status.num_queued, status.num_queued_tokens) == (3, 50)
+    core.abort(0, [1])
+    core.add(0, request(7, 20))
+    run(core)
+    assert core.status(epoch="", num_clients=0).num_queued_tokens == 0
+
+
+def test_what_was_under_way_elsewhere_is_never_refused() -> None:
+    core = make_core(max_queued_requests=1, max_num_seqs=1)
+    core.add(0, request(0))
+    core.add(0, request(1, output_token_ids=[7, 8]))
+    assert len(run(core)) == 2
+
+
+def test_a_refusal_is_typed_and_others_are_served(address: str) -> None:
+    with serving(address, max_queued_requests=2, max_num_seqs=1):
+        client = RawClient(address)
+        client.greet()
+        for number in range(8):
+            client.send(add(number, max_tokens=300))
+        refused = {client.receive(Overloaded).number for _ in range(5)}
+        assert refused == set(range(3, 8))
+        client.close()
+
+
+# ---- deadlines
+
+
+def test_expired_waiters_never_start_and_expired_runners_end() -> None:
+    core = make_core(max_num_seqs=1)
+    core.add(0, request(0, num_outputs=200, deadline_ms=60))
+    core.add(0, request(1, deadline_ms=30))
+    core.add(0, request(2, ttft_deadline_ms=30))
+    core.add(0, request(3, ttft_deadline_ms=10_000))
+    core.step()
+    assert core.next_deadline is not None
+    time.sleep(0.035)
+    expired = core.expire(time.monotonic())
+    assert [one.number for one in expired] == [1, 2]
+    assert all(one.finish_reason == "timeout" and not one.started_at for one in expired)
+    time.sleep(0.03)
+    (runner,) = core.expire(time.monotonic())
+    assert runner.number == 0 and runner.first_token_at and runner.finish_reason == "timeout"
+    assert [one.number for one in run(core)] == [3]
+    status = core.status(epoch="", num_clients=0)
+    assert status.num_timeouts == 3 and status.num_free_blocks == status.num_blocks
+
+
+def test_a_first_token_in_time_meets_its_deadline() -> None:
+    core = make_core()
+    core.add(0, request(0, num_outputs=50, ttft_deadline_ms=20))
+    core.step()
+    time.sleep(0.025)
+    assert core.expire(time.monotonic()) == [] and core.next_deadline is None
+
+
+@pytest.mark.parametrize("name", ["deadline_ms", "ttft_deadline_ms"])
+def test_a_deadline_that_is_none_is_refused(name: str) -> None:
+    for value in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=name):
+            make_core().add(0, request(0, **{name: value}))
+
+
+class SlowExecutor(FakeExecutor):
+    def submit(self, plan: Any) -> Any:
+        time.sleep(0.005)
+        return super().submit(plan)
+
+
+@pytest.fixture
+def slow_client(address: str) -> Iterator[RawClient]:
+    executor = SlowExecutor(EngineConfig(), num_blocks=200, max_model_len=512)
+    with serving(address, executor, max_num_seqs=1):
+        client = RawClient(address)
+        client.greet()
+        yield client
+        client.close()
+
+
+def test_a_client_hears_of_timeouts(slow_client: RawClient) -> None:
+    message = add(0, max_tokens=500)
+    late = AddRequest(0, message.prompt_token_ids, message.params, deadline_ms=60)
+    slow_client.send(late)
+    token_ids, finished = collect(slow_client, 0)
+    assert finished[0].reason == "timeout" and 0 < len(token_ids[0]) < 40
+
+
+# ---- fair shares
+
+
+def admission_order(policy: str, **options: Any) -> list[int]:
+    """A flood of 20 from client 0, then 3 of client 1, one seat: clients as they finish."""
+    core = make_core(max_num_seqs=1, scheduling_policy=policy)
+    for number in range(20):
+        core.add(0, request(number, 8, **options))
+    for number in range(3):
+        core.add(1, request(number, 8))
+    return [sequence.client_id for sequence in run(core)]
+
+
+def test_a_flood_does_not_starve_a_light_tenant() -> None:
+    assert admission_order("fcfs")[:20] == [0] * 20
+    # Served in turns, since all cost the same.
+    assert sorted(admission_order("fair")[:6]) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_tenant_may_span_clients_or_be_part_of_one() -> None:
+    core = make_core(max_num_seqs=1)
+    for number in range(10):
+        core.add(0, request(number, tenant="heavy"))
+        core.add(1, request(number, tenant="heavy"))
+    core.add(0, request(50, tenant="light"))
+    assert 50 in [sequence.number for sequence in run(core)][:3]
+
+
+def test_shares_are_of_tokens_not_of_requests() -> None:
+    core = make_core(max_num_seqs=1)
+    for number in range(10):
+        core.add(0, request(number, 60, 40))
+    for number in range(40):
+        core.add(1, request(number, 6, 4))
+    ended = run(core)
+    early = [one for one in ended[:20] if one.client_id == 0]
+    assert 1 <= len(early) <= 3  # about one in ten
+
+
+def test_idleness_earns_no_credit() -> None:
+    core = make_core(max_num_seqs=1)
+    for number in range(20):
+        core.add(0, request(number, 30, 30))
+    for _ in range(200):
+        core.step()
+    for number in range(8):
+        core.add(1, request(number, 30, 30))
+    clients = [one.client_id for one in run(core)]
+    assert clients[:8].count(1) <= 5  # it came late, and does not catch up at the other's cost
+
+
+def test_one_tenant_is_served_in_order_of_arrival() -> None:
+    core = make_core(max_num_seqs=2)
+    for number in range(12):
+        core.add(0, request(number))
+    assert [one.number for one in run(core)] == list(range(12))
+
+
+# ---- why
+
+
+def why_of(sequence: Sequence) -> Any:
+    why = finished_message(sequence).why
+    assert why is not None
+    return why
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"max_num_seqs": 1}, "seats_ms"),
+        ({"num_blocks": 6}, "kv_ms"),
+        ({"max_num_batched_tokens": 2}, "budget_ms"),
+    ],
+)
+def test_the_reason_for_waiting_is_told(settings: dict[str, Any], cause: str) -> None:
+    core = make_core(enable_prefix_caching=False, **settings)
+    core.add(0, request(0, 40, 8))
+    core.add(0, request(1, 40, 8))
+    while core.busy:
+        time.sleep(0.002)
+        outputs = core.step()
+        for sequence in outputs.finished if outputs is not None else []:
+            last = sequence
+    why = why_of(last)
+    others = {"seats_ms", "kv_ms", "budget_ms"} - {cause}
+    assert getattr(why, cause) > 10
+    assert all(getattr(why, other) < 0.3 * getattr(why, cause) for other in others), why
+    assert why.queued_ms >= getattr(why, cause) * 0.9
+
+
+def test_preemption_and_times_are_told() -> None:
+    core = make_core(num_blocks=10, enable_prefix_caching=False)
+    core.add(0, request(0, 40, 80))
+    core.add(0, request(1, 40, 80))
+    ended = run(core)
+    victim = next(one for one in ended if one.num_preemptions)
+    why = why_of(victim)
+    assert why.num_preemptions >= 1 and why.num_recomputed_tokens >= 40
+    assert 0 < why.queued_ms <= why.ttft_ms and why.inter_token_ms > 0
+    status = core.status(epoch="", num_clients=0)
+    assert status.num_recomputed_tokens >= why.num_recomputed_tokens
+
+
+def test_it_is_told_to_the_client(address: str) -> None:
+    with serving(address):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0, max_tokens=1))
+        client.send(add(1, max_tokens=9))
+        ends: dict[int, Finished] = collect(client, 0, 1)[1]
+        one, nine = ends[0].why, ends[1].why
+        assert one is not None and nine is not None
+        assert one.inter_token_ms is None and one.ttft_ms is not None
+        assert nine.inter_token_ms is not None and nine.inter_token_ms > 0
+        assert client.receive(CoreStatus).num_queued == 0
+        client.close()

@@ -1,0 +1,212 @@
+"""Clients that vanish, do not read, ask too much, or come back."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.protocol import (
+    Abort,
+    CoreFailed,
+    CoreStatus,
+    Detached,
+    Heartbeat,
+    Hello,
+    Outputs,
+    RequestFailed,
+    StepPlan,
+    Welcome,
+)
+from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
+from tests.core.serving import PROMPT, RawClient, add, collect, serving
+
+NO_STOP: frozenset[int] = frozenset()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/core.sock"
+
+
+class PacedExecutor(FakeExecutor):
+    """Takes a moment per step, so that requests last."""
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        time.sleep(0.002)
+        return super().submit(plan)
+
+
+class LightExecutor(FakeExecutor):
+    """Looks at the last slot of a context only, which is a digest of all: for long outputs."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineConfig(), num_blocks=4000, max_model_len=3000)
+
+    def _attend(self, row: int, end: int) -> bytes:
+        state = self._slots[self._slot(row, end - 1)]
+        assert state is not None
+        return state
+
+
+def paced() -> PacedExecutor:
+    return PacedExecutor(EngineConfig(), num_blocks=200, max_model_len=512)
+
+
+@pytest.fixture
+def stayer(address: str) -> Iterator[RawClient]:
+    with serving(address, paced(), client_lease_s=1.4):
+        client = RawClient(address)
+        client.greet()
+        yield client
+        client.close()
+
+
+def status_where(client: RawClient, **expected: int) -> CoreStatus:
+    for _ in range(6):
+        client.send(Heartbeat())
+        status = client.receive(CoreStatus)
+        if all(getattr(status, name) == value for name, value in expected.items()):
+            return status
+    raise AssertionError(f"never {expected}: {status}")
+
+
+def test_silence_beyond_the_lease_aborts_and_frees(stayer: RawClient, address: str) -> None:
+    silent = RawClient(address)
+    silent.greet()
+    silent.send(add(max_tokens=None))
+    status = status_where(stayer, num_clients=1, num_running=0, num_expired_clients=1)
+    assert status.num_free_blocks == status.num_blocks
+    assert "lease" in silent.receive(Detached).reason
+    silent.send(Heartbeat())
+    assert "Hello" in silent.receive(Detached).reason
+    silent.greet()
+    silent.send(add(1))
+    assert collect(silent, 1)[1][1].reason == "length"
+    silent.close()
+
+
+def test_heartbeats_renew_the_lease(stayer: RawClient, address: str) -> None:
+    quiet = RawClient(address)
+    quiet.greet()
+    quiet.send(add(max_tokens=400))
+    for _ in range(8):
+        time.sleep(0.25)
+        quiet.send(Heartbeat())
+        stayer.send(Heartbeat())
+    token_ids, finished = collect(quiet, 0)
+    assert finished[0].reason == "length"
+    assert token_ids[0] == reference(PROMPT, 1, 400, NO_STOP)
+    quiet.close()
+
+
+def test_strangers_get_nothing_done_and_take_no_place(address: str) -> None:
+    with serving(address, max_clients=2):
+        stranger, first, second, third = (RawClient(address) for _ in range(4))
+        stranger.send(add())
+        assert "Hello" in stranger.receive(Detached).reason
+        stranger.send_frames(b"junk")
+        assert stranger.receive(RequestFailed).number == -1
+        first.greet()
+        second.greet()
+        third.send(Hello())
+        assert "max_clients" in third.receive(CoreFailed).message
+        assert status_where(first, num_clients=2).num_running == 0
+        for client in (stranger, first, second, third):
+            client.close()
+
+
+def test_another_protocol_version_is_told_so(address: str) -> None:
+    with serving(address):
+        client = RawClient(address)
+        client.send(Hello(protocol_version=99))
+        failure = client.receive(CoreFailed)
+        assert failure.usage and "99" in failure.message
+        client.close()
+
+
+def test_a_client_that_does_not_read_pauses_and_loses_nothing(address: str) -> None:
+    """Its requests stop at the cap, others go on, and once it reads it gets every token."""
+    with serving(address, LightExecutor(), client_buffer_tokens=300, client_lease_s=60.0):
+        deaf, other = RawClient(address, receive_high_water_mark=1), RawClient(address)
+        deaf.greet()
+        other.greet()
+        for number in range(16):
+            deaf.send(add(number, max_tokens=2500, seed=number))
+        status_where(other, num_paused=16, num_running=0)
+        before = other.receive(CoreStatus)
+        memory = psutil.Process().memory_info().rss
+        other.send(add(0, max_tokens=300))
+        assert collect(other, 0)[1][0].reason == "length"
+        after = other.receive(CoreStatus)
+        assert after.num_generation_tokens - before.num_generation_tokens == 300
+        assert psutil.Process().memory_info().rss - memory < 16 * 2**20
+        token_ids, finished = collect(deaf, *range(16))
+        for number in range(16):
+            assert token_ids[number] == reference(PROMPT, number, 2500, NO_STOP)
+        assert {end.reason for end in finished.values()} == {"length"}
+        other.close()
+        deaf.close()
+
+
+def test_paused_requests_make_room_when_others_need_it(address: str) -> None:
+    """All seats and blocks are held by a client that does not read."""
+    with serving(address, LightExecutor(), client_buffer_tokens=100, max_num_seqs=2):
+        deaf, other = RawClient(address, receive_high_water_mark=1), RawClient(address)
+        deaf.greet()
+        other.greet()
+        for number in range(3):
+            deaf.send(add(number, max_tokens=2500, seed=number))
+        status_where(other, num_paused=3)
+        other.send(add(0, max_tokens=2500))
+        assert collect(other, 0)[1][0].reason == "length"
+        token_ids, _ = collect(deaf, 0, 1, 2)
+        assert token_ids[1] == reference(PROMPT, 1, 2500, NO_STOP)
+        status = status_where(other, num_paused=0, num_running=0)
+        assert status.num_preemptions > 0 and status.num_free_blocks == status.num_blocks
+        other.close()
+        deaf.close()
+
+
+def test_a_paused_client_can_abort_and_leave(address: str) -> None:
+    with serving(address, LightExecutor(), client_buffer_tokens=100):
+        deaf, other = RawClient(address, receive_high_water_mark=1), RawClient(address)
+        deaf.greet()
+        other.greet()
+        for number in range(2):
+            deaf.send(add(number, max_tokens=2900))
+        status_where(other, num_paused=2)
+        deaf.send(Abort([0]))
+        status_where(other, num_paused=1)
+        deaf.close()
+        status = status_where(other, num_paused=0, num_clients=1)
+        assert status.num_free_blocks == status.num_blocks
+        other.close()
+
+
+def test_a_client_that_asks_and_never_reads_answers_is_let_go(address: str) -> None:
+    with serving(address):
+        rude, other = RawClient(address, receive_high_water_mark=1), RawClient(address)
+        rude.greet()
+        other.greet()
+        for _ in range(20_000):
+            rude.send_frames(b"junk" * 50)
+        status_where(other, num_clients=1)
+        other.send(add())
+        assert collect(other, 0)[1][0].reason == "length"
+        rude.close()
+        other.close()
+
+
+def test_hello_again_is_answered_again(address: str) -> None:
+    with serving(address):
+        client = RawClient(address)
+        first = client.greet()
+        client.send(add(max_tokens=3))
+        client.send(Hello())
+        assert client.receive(Welcome).client_id == first.client_id
+        client.send(add(1))
+        client.receive(Outputs)
+        client.close()

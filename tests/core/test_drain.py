@@ -1,0 +1,170 @@
+"""How a core ends: by draining, by a second signal, at once; and that stalls are seen."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.lifetime import ExitCode, watching_for_stalls
+from nanovllm.core.process import CoreServer
+from nanovllm.protocol import CoreStatus, Finished, Outputs, Overloaded, StepPlan
+from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
+from tests.core.serving import PROMPT, RawClient, add, collect, serving
+
+SERVE = """
+import sys, time
+from nanovllm.config import EngineConfig
+from nanovllm.core.lifetime import stop_on_signals
+from nanovllm.core.process import CoreServer
+from tests.core.test_drain import PacedExecutor
+config = EngineConfig.from_kwargs(drain_timeout=float(sys.argv[2]))
+server = CoreServer(config, sys.argv[1])
+stop_on_signals(server.drain, server.stop)
+executor = PacedExecutor(config, num_blocks=200, max_model_len=512)
+sys.exit(server.run(lambda: executor))
+"""
+
+
+class PacedExecutor(FakeExecutor):
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        time.sleep(0.005)
+        return super().submit(plan)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/core.sock"
+
+
+class CoreProgram:
+    """A core in a process of its own, with one client."""
+
+    def __init__(self, address: str, *, drain_timeout: float) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", SERVE, address, str(drain_timeout)])
+        self.client = RawClient(address)
+        self.client.greet()
+
+    def close(self) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def patient(address: str) -> Iterator[CoreProgram]:
+    program = CoreProgram(address, drain_timeout=30)
+    yield program
+    program.close()
+
+
+def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(patient: CoreProgram) -> None:
+    client = patient.client
+    client.send(add(0, max_tokens=100))
+    client.receive(Outputs)
+    patient.process.terminate()
+    time.sleep(0.1)
+    client.send(add(1))
+    refusal = client.receive(Overloaded)
+    assert refusal.number == 1 and refusal.draining and refusal.retry_after_s > 0
+    _, finished = collect(client, 0)
+    assert finished[0].reason == "length"
+    assert patient.process.wait(10) == ExitCode.DONE
+
+
+def test_an_idle_core_ends_at_once(patient: CoreProgram) -> None:
+    patient.process.terminate()
+    assert patient.process.wait(5) == ExitCode.DONE
+
+
+def test_a_second_sigterm_cuts_short(patient: CoreProgram) -> None:
+    patient.client.send(add(0, max_tokens=500))
+    patient.client.receive(Outputs)
+    patient.process.terminate()
+    while not patient.client.receive(CoreStatus).draining:
+        pass
+    patient.process.terminate()
+    assert collect(patient.client, 0)[1][0].reason == "abort"
+    assert patient.process.wait(5) == ExitCode.CUT_SHORT
+
+
+def test_the_drain_timeout_aborts_what_is_left(address: str) -> None:
+    program = CoreProgram(address, drain_timeout=0.3)
+    program.client.send(add(0, max_tokens=500))
+    program.client.receive(Outputs)
+    program.process.terminate()
+    ended: dict[int, Finished] = collect(program.client, 0)[1]
+    assert ended[0].reason == "abort"
+    assert program.process.wait(5) == ExitCode.DRAIN_TIMEOUT
+    program.close()
+
+
+def test_draining_finishes_every_token(address: str) -> None:
+    with serving(address) as server:
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0, max_tokens=400))
+        client.receive(Outputs)
+        server.drain()
+        assert collect(client, 0)[1][0].reason == "length"
+        client.close()
+
+
+class StuckExecutor(FakeExecutor):
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, num_blocks=100, max_model_len=256)
+        self.go_on = threading.Event()
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        if plan.step == 5:
+            assert self.go_on.wait(20)
+        return super().submit(plan)
+
+
+def test_a_stuck_loop_is_silent_logged_and_lives(
+    address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    executor = StuckExecutor(EngineConfig())
+    with caplog.at_level(logging.WARNING), serving(address, executor, stall_timeout=0.3):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0, max_tokens=20))
+        while True:
+            try:
+                client.receive(CoreStatus, timeout_s=1.5)
+            except TimeoutError:
+                break  # no status within 1.5 s: that is how a client knows
+        assert "no step has finished" in caplog.text
+        executor.go_on.set()
+        client.receive(CoreStatus)
+        client.send(add(1))
+        assert collect(client, 1)[0][1] == reference(PROMPT, 1, 4, frozenset())
+        client.close()
+    assert "in submit" in capfd.readouterr().err  # where the loop was stuck
+
+
+def test_a_stall_is_reported_once_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
+    seconds = 0.0
+    with (
+        caplog.at_level(logging.WARNING),
+        watching_for_stalls(lambda: seconds, 0.04),
+    ):
+        seconds = 1.0
+        time.sleep(0.2)
+        seconds = 0.0
+        time.sleep(0.1)
+    assert caplog.text.count("no step has finished") == 1
+    assert caplog.text.count("goes on") == 1
+
+
+def test_a_core_can_be_stopped_while_it_loads(address: str) -> None:
+    server = CoreServer(EngineConfig(), address)
+    server.drain()
+    with pytest.raises(SystemExit):
+        server.on_progress("weights", 0.5)
+    server.close()
