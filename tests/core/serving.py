@@ -15,7 +15,17 @@ from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.process import CoreServer, MakeCore
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
-from nanovllm.protocol import AddRequest, Finished, FromCore, Hello, Outputs, ToCore, Welcome
+from nanovllm.protocol import (
+    AddRequest,
+    CoreStatus,
+    Finished,
+    FromCore,
+    Heartbeat,
+    Hello,
+    Outputs,
+    ToCore,
+    Welcome,
+)
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 
@@ -97,3 +107,13 @@ def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dic
                 token_ids[number].append(token_id)
         finished.update((end.number, end) for end in outputs.finished if end.number in token_ids)
     return token_ids, finished
+
+
+def status_where(client: RawClient, **expected: int) -> CoreStatus:
+    """The first status that says so; they come once a second."""
+    for _ in range(6):
+        client.send(Heartbeat())
+        status = client.receive(CoreStatus)
+        if all(getattr(status, name) == value for name, value in expected.items()):
+            return status
+    raise AssertionError(f"never {expected}: {status}")

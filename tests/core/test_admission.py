@@ -12,7 +12,7 @@ from nanovllm.core.accounts import finished_message
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol import AddRequest, CoreStatus, Finished, Overloaded
+from nanovllm.protocol import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
@@ -36,6 +36,12 @@ def run(core: EngineCore) -> list[Sequence]:
         outputs = core.step()
         ended += outputs.finished if outputs is not None else []
     return ended
+
+
+class SlowExecutor(FakeExecutor):
+    def submit(self, plan: Any) -> Any:
+        time.sleep(0.005)
+        return super().submit(plan)
 
 
 @pytest.fixture
@@ -83,13 +89,19 @@ def test_what_was_under_way_elsewhere_is_never_refused() -> None:
 
 
 def test_a_refusal_is_typed_and_others_are_served(address: str) -> None:
-    with serving(address, max_queued_requests=2, max_num_seqs=1):
+    executor = SlowExecutor(EngineConfig(), num_blocks=200, max_model_len=512)
+    with serving(address, executor, max_queued_requests=2, max_num_seqs=1):
         client = RawClient(address)
         client.greet()
-        for number in range(8):
-            client.send(add(number, max_tokens=300))
-        refused = {client.receive(Overloaded).number for _ in range(5)}
-        assert refused == set(range(3, 8))
+        client.send(add(0, max_tokens=400))
+        client.receive(Outputs)  # it has its seat, and the queue is empty
+        for number in range(1, 8):
+            client.send(add(number))
+        refused = [client.receive(Overloaded) for _ in range(5)]
+        assert [one.number for one in refused] == [3, 4, 5, 6, 7]
+        assert all(one.retry_after_s > 0 and not one.draining for one in refused)
+        client.send(Abort([0]))
+        assert collect(client, 1, 2)[1][2].reason == "length"
         client.close()
 
 
@@ -129,12 +141,6 @@ def test_a_deadline_that_is_none_is_refused(name: str) -> None:
     for value in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=name):
             make_core().add(0, request(0, **{name: value}))
-
-
-class SlowExecutor(FakeExecutor):
-    def submit(self, plan: Any) -> Any:
-        time.sleep(0.005)
-        return super().submit(plan)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from nanovllm.protocol import (
 )
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
-from tests.core.serving import RawClient, add, collect, serving
+from tests.core.serving import RawClient, add, collect, serving, status_where
 
 PROMPT = [5, 6, 7]
 
@@ -61,8 +61,7 @@ def test_a_failed_step_fails_its_requests_with_the_cause(address: str, where: st
         assert failure.number == 0 and "StepFailedError: step 1" in failure.message
         client.send(add(1))
         assert collect(client, 1)[0][1] == reference(PROMPT, 1, 4, frozenset())
-        status = client.receive(CoreStatus)
-        assert (status.num_failed_steps, status.num_failed) == (1, 1)
+        status = status_where(client, num_failed_steps=1, num_failed=1, num_running=0)
         assert status.num_free_blocks == status.num_blocks
         client.close()
 
@@ -119,8 +118,8 @@ def test_a_sequence_that_cannot_grow_fails_and_the_others_are_recomputed(
     token_ids, finished = collect(client, 0, 2)
     assert token_ids[0] == token_ids[2] == reference(PROMPT, 1, 100, frozenset())
     assert {end.reason for end in finished.values()} == {"length"}
-    status = client.receive(CoreStatus)
-    assert status.num_failed == 1 and status.num_free_blocks == status.num_blocks
+    status = status_where(client, num_failed=1, num_running=0)
+    assert status.num_free_blocks == status.num_blocks
 
 
 class OddLogprobs(FakeExecutor):

@@ -17,6 +17,5 @@ def test_nothing_is_lost_or_left(tmp_path: Path) -> None:
         status = resting_status(address)
         assert len(os.listdir("/proc/self/fd")) <= num_fds + 8  # closing sockets linger a moment
     assert not tally.errors
-    assert tally.num_finished > 300 and tally.num_aborted > 20 and tally.num_abandoned > 20
-    assert status.num_preemptions > 0
+    assert min(tally.num_finished, tally.num_aborted, tally.num_abandoned) > 0, tally
     check_at_rest(status)

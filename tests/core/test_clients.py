@@ -21,7 +21,7 @@ from nanovllm.protocol import (
     Welcome,
 )
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
-from tests.core.serving import PROMPT, RawClient, add, collect, serving
+from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
 
 NO_STOP: frozenset[int] = frozenset()
 
@@ -62,15 +62,6 @@ def stayer(address: str) -> Iterator[RawClient]:
         client.greet()
         yield client
         client.close()
-
-
-def status_where(client: RawClient, **expected: int) -> CoreStatus:
-    for _ in range(6):
-        client.send(Heartbeat())
-        status = client.receive(CoreStatus)
-        if all(getattr(status, name) == value for name, value in expected.items()):
-            return status
-    raise AssertionError(f"never {expected}: {status}")
 
 
 def test_silence_beyond_the_lease_aborts_and_frees(stayer: RawClient, address: str) -> None:
