@@ -50,7 +50,7 @@ def valid_messages(rng: random.Random) -> list[ToCore]:
         Hello(rng.choice([PROTOCOL_VERSION, PROTOCOL_VERSION, 0, 1, -1, 2**40])),
         AddRequest(number, prompt, params, priority=rng.choice([0, -(2**63), 2**63 - 1])),
         AddRequest(number, prompt, params, deadline_ms=rng.choice([-1.0, 1e-9, 1e300, 5.0])),
-        AddRequest(number, [2**62], SamplingParams(min_tokens=2**62, max_tokens=None)),
+        AddRequest(number, [2**62], SamplingParams(min_tokens=2**31 - 1, max_tokens=None)),
         Abort([number] * rng.choice([0, 1, 1000])),
         Call(rng.choice([0, 2**63]), ResetPrefixCache()),
         Heartbeat(),

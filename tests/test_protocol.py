@@ -62,7 +62,7 @@ FROM_CORE = [
     Welcome(1, "epoch", "model", "name", 16, 256, INFO),
     Outputs([1], [7], {0: LOGPROBS}, [PromptLogprobs(1, [LOGPROBS])], [Started(1, 16, 2.5)], []),
     Outputs(finished=[Finished(1, "stop", 2, 0)]),
-    Outputs(finished=[Finished(1, "timeout", None, 0, Why(1, 2, 3, 4, 5, 6, 7, 8.5, None))]),
+    Outputs(finished=[Finished(1, "timeout", None, 0, why=Why(1, 2, 3, 4, 5, 6, 7, 8.5, None))]),
     Overloaded(1, 2.5, draining=True),
     Detached("why"),
     RequestFailed(1, "why"),

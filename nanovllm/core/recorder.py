@@ -93,12 +93,11 @@ class RecordedCore(EngineCore):
         config: EngineConfig,
         executor: Executor,
         info: WorkerInfo,
-        *more: Any,
+        *_: Any,
         path: Path,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """more: what else an `EngineCore` takes."""
-        super().__init__(config, RecordedExecutor(executor, self._write), info, *more)
+        super().__init__(config, RecordedExecutor(executor, self._write), info)
         self._header = Header(config, info, None)
         self._path = path
         self._max_bytes = max_bytes
@@ -106,6 +105,9 @@ class RecordedCore(EngineCore):
         self._file = self._begin()
 
     def add(self, client_id: int, request: AddRequest) -> None:
+        if request.params.structured_outputs is not None:
+            # When a grammar is ready, and what it allows, is not in the recording.
+            raise ValueError("structured_outputs: not while the core is recorded (--record)")
         self._write(Added(client_id, request))
         super().add(client_id, request)
 

@@ -28,8 +28,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self.num_preemptions = 0
-        self.num_recomputed_tokens = 0
+        self.num_preemptions = self.num_recomputed_tokens = 0
         self.num_queued = 0  # sequences never started, and their tokens
         self.num_queued_tokens = 0
         self.num_prompt_tokens = 0
@@ -83,7 +82,7 @@ class Scheduler:
         by_priority = self._limits.scheduling_policy == "priority"
         sequence.order = (priority if by_priority else 0, self._num_arrived)
         sequence.tenant = self._waiting.tenant(tenant)
-        sequence.queued_at = time.monotonic()
+        sequence.queued_at = sequence.queued_at or time.monotonic()
         self._num_arrived += 1
         self.num_queued += 1
         self.num_queued_tokens += len(sequence.token_ids)

@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from nanovllm.frontend.channel import Channel
-from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
@@ -214,7 +214,7 @@ class CoreClient:
             case Welcome():
                 _resolve(self._welcome, message)
             case Detached(reason):
-                self._die(EngineDeadError(f"the core has let this client go: {reason}"))
+                self._die(DetachedError(f"the core has let this client go: {reason}"))
             case CoreFailed(text, details):
                 self._failure = message
                 self._die(EngineDeadError(text, details))

@@ -18,6 +18,10 @@ class EngineDeadError(RuntimeError):
         self.details = details
 
 
+class DetachedError(EngineDeadError):
+    """The core lives and has forgotten this client: it must say Hello, and send all again."""
+
+
 class RequestFailedError(RuntimeError):
     """The core refused or lost this one request; the engine and all other requests live on."""
 

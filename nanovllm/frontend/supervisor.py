@@ -20,7 +20,7 @@ from nanovllm.frontend.core_client import (
     CoreClient,
     ProgressCallback,
 )
-from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
 from nanovllm.protocol import (
@@ -176,7 +176,8 @@ class Supervisor:
     async def _revive(self, error: EngineDeadError) -> None:
         died_at, before = time.monotonic(), self.welcome
         try:
-            await (self._reattach(error) if self.handle is None else self._restart(error))
+            lives = self.handle is None or isinstance(error, DetachedError)
+            await (self._reattach(error) if lives else self._restart(error))
             _check_same_model(before, self.welcome)
         except EngineDeadError as final:
             self._die(final)

@@ -1,5 +1,6 @@
 """Caps on the queue, deadlines, fair shares, and what a finished request tells of its waiting."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_first_token_in_time_meets_its_deadline() -> None:
     core.add(0, request(0, num_outputs=50, ttft_deadline_ms=20))
     core.step()
     time.sleep(0.025)
-    assert core.expire(time.monotonic()) == [] and core.next_deadline is None
+    assert core.expire(time.monotonic()) == [] and core.next_deadline == math.inf
 
 
 @pytest.mark.parametrize("name", ["deadline_ms", "ttft_deadline_ms"])

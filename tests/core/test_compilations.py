@@ -47,7 +47,7 @@ class Bench:
 
     def begin(self, regex: str, *sequences: Sequence) -> Outcome | None:
         wanted = StructuredOutputsParams(regex=regex)
-        return self.compilations.begin(wanted, list(sequences), priority=0)
+        return self.compilations.begin(wanted, Waiting(list(sequences), 0, "t"))
 
     def collect(self, count: int = 1) -> list[tuple[Waiting, Outcome]]:
         """Collect until so many have come."""
@@ -175,7 +175,7 @@ def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPa
 def test_without_a_compiler_it_is_refused() -> None:
     compilations = Compilations(None, timeout_s=1, wake=lambda: None)
     with pytest.raises(ValueError, match="skip_tokenizer_init"):
-        compilations.begin(StructuredOutputsParams(regex="a"), [sequence()], 0)
+        compilations.begin(StructuredOutputsParams(regex="a"), Waiting([sequence()], 0, "t"))
     assert not compilations.has_news and compilations.num_waiting == 0
 
 

@@ -37,8 +37,9 @@ NUM_CLIENTS = 3
 class Simulation:
     """One random life of a core: its limits, its arrivals, its aborts."""
 
-    def __init__(self, seed: int, *, share_failing: float = 0.0) -> None:
+    def __init__(self, seed: int, *, share_failing: float = 0.0, constrains: bool = True) -> None:
         self.random = rng = random.Random(seed)
+        self.kinds = [None, None, *range(len(GRAMMARS))] if constrains else [None]
         block_size = rng.choice([1, 2, 4, 8])
         max_model_len = rng.choice([16, 40, 64])
         least = -(-max_model_len // block_size) + 1
@@ -106,7 +107,7 @@ class Simulation:
     def add(self) -> None:
         rng = self.random
         shared = rng.choice([[], *self.prefixes])
-        kind = rng.choice([None, None, *range(len(GRAMMARS))])
+        kind = rng.choice(self.kinds)
         room = self.max_model_len - 1 - len(shared)
         prompt = shared + [rng.randrange(1, 1000) for _ in range(rng.randint(1, max(1, room // 2)))]
         params = SamplingParams(

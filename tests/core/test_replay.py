@@ -26,7 +26,9 @@ def simulate(
     turns = 0
 
     class Core(RecordedCore):
-        def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo) -> None:
+        def __init__(
+            self, config: EngineConfig, executor: Executor, info: WorkerInfo, *_: Any
+        ) -> None:
             super().__init__(config, executor, info, path=path, max_bytes=max_bytes)
 
         def _turn_over(self) -> None:
@@ -35,7 +37,7 @@ def simulate(
             super()._turn_over()
 
     monkeypatch.setattr(test_property, "EngineCore", Core)
-    simulation = test_property.Simulation(seed, share_failing=0.04)
+    simulation = test_property.Simulation(seed, share_failing=0.04, constrains=False)
     simulation.run()
     core = simulation.core
     assert isinstance(core, RecordedCore)
@@ -105,7 +107,9 @@ def test_a_served_core_can_be_replayed_from_the_command_line(
     address = f"ipc://{tmp_path}/core.sock"
     cores: list[RecordedCore] = []
 
-    def make_core(config: EngineConfig, executor: Executor, info: WorkerInfo) -> EngineCore:
+    def make_core(
+        config: EngineConfig, executor: Executor, info: WorkerInfo, *_: Any
+    ) -> EngineCore:
         cores.append(RecordedCore(config, executor, info, path=tmp_path / "record"))
         return cores[0]
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request
 
+from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.errors import from_decoding, from_value_error
 from nanovllm.frontend.server.messages import PromptTokensDetails, Usage
@@ -44,7 +45,14 @@ def blaming(body: Body) -> Iterator[None]:
 
 def options_of(body: GenerationBody, prefix: str) -> Options:
     request_id = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
-    return Options(request_id, body.priority or 0, body.cache_salt)
+    how: RequestOptions = {
+        "priority": body.priority or 0,
+        "cache_salt": body.cache_salt,
+        "tenant": body.user,
+        "deadline_ms": body.deadline_ms,
+        "ttft_deadline_ms": body.ttft_deadline_ms,
+    }
+    return Options(request_id, how)
 
 
 def usage_of(outputs: Iterable[RequestOutput | None]) -> Usage:

@@ -3,13 +3,14 @@
 Endpoints raise `ApiError`; `from_engine` says what an engine's own errors mean over HTTP.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 
 import msgspec
 from starlette.responses import Response
 
-from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
+from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
 from nanovllm.frontend.server.messages import ErrorDetails, ErrorReply
 
 TYPES = {
@@ -99,6 +100,10 @@ def from_engine(error: Exception) -> ApiError:
             return error
         case EngineDeadError():
             return ApiError(503, f"the engine is down: {error}", code="engine_dead")
+        case OverloadedError():
+            status, code = (503, "draining") if error.draining else (429, "overloaded")
+            headers = {"retry-after": str(math.ceil(error.retry_after))}
+            return ApiError(status, str(error), code=code, headers=headers)
         case RequestFailedError() if "structured_outputs" in str(error):
             # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
             return ApiError(400, str(error), param="structured_outputs")

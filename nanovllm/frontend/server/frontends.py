@@ -100,5 +100,5 @@ class Frontends:
     async def _end_when_told(self, process: asyncio.subprocess.Process) -> None:
         await self._stopping.wait()
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(self._setup.settings.drain_timeout + KILL_AFTER_S)
+        await asyncio.sleep(self._setup.settings.shutdown_timeout + KILL_AFTER_S)
         process.kill()

@@ -65,7 +65,7 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str | None, Meta(description="accepted; has no effect on the answer")] = None
+    user: Annotated[str | None, Meta(description="whom it counts for if users share fairly")] = None
     service_tier: str | None = None
     # vLLM's
     top_k: int | None = None

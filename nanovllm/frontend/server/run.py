@@ -117,10 +117,10 @@ async def serve(
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(settings.drain_timeout + ABORT_GRACE_S),
+        timeout_graceful_shutdown=int(settings.shutdown_timeout + ABORT_GRACE_S),
     )
     server = HttpServer(config)
-    ending = Ending(server, serving, settings.drain_timeout)
+    ending = Ending(server, serving, settings.shutdown_timeout)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.on_signal)
@@ -145,10 +145,10 @@ async def serve(
 class Ending:
     """First signal: no new requests, those under way finish, but not for ever. Second: at once."""
 
-    def __init__(self, server: HttpServer, serving: Serving, drain_timeout: float) -> None:
+    def __init__(self, server: HttpServer, serving: Serving, shutdown_timeout: float) -> None:
         self._server = server
         self._serving = serving
-        self._drain_timeout = drain_timeout
+        self._shutdown_timeout = shutdown_timeout
         self._abort: asyncio.Task[None] | None = None
 
     def on_signal(self) -> None:
@@ -167,7 +167,7 @@ class Ending:
             self._abort.cancel()
 
     async def _abort_later(self) -> None:
-        await asyncio.sleep(self._drain_timeout)
+        await asyncio.sleep(self._shutdown_timeout)
         await self._serving.abort_all()
 
 

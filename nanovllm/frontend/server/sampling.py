@@ -48,8 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "metadata": ({},),
-    "deadline_ms": (),
-    "ttft_deadline_ms": (),
 }
 
 

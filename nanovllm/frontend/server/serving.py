@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.errors import ApiError, from_finish, refused
 from nanovllm.frontend.server.messages import Health
@@ -36,8 +37,7 @@ class Options(NamedTuple):
     """What a request says beside its prompt and its sampling."""
 
     request_id: str
-    priority: int = 0
-    cache_salt: str | None = None
+    how: RequestOptions
 
 
 class Serving:
@@ -166,8 +166,7 @@ class Serving:
             {"prompt_token_ids": prompt.token_ids},
             params,
             options.request_id,
-            priority=options.priority,
-            cache_salt=options.cache_salt,
+            **options.how,
         )
         times = RequestTimes(self.metrics, self.model_name)
         return Generation(stream, params, times, self._live, options.request_id)

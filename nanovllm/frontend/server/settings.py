@@ -38,7 +38,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_requests: Annotated[
         int, Meta(ge=1, description="requests under way per HTTP process; more are answered 429")
     ] = 4096
-    drain_timeout: Annotated[
+    shutdown_timeout: Annotated[
         float, Meta(ge=0, description="seconds for running requests to finish after SIGTERM")
     ] = 30.0
     access_log: Annotated[bool, Meta(description="log every HTTP request")] = False

@@ -112,7 +112,7 @@ async def test_a_drain_lets_requests_finish(address: str) -> None:
 
 async def test_a_drain_does_not_wait_for_ever(address: str) -> None:
     async with httpx.AsyncClient() as client:
-        async with listening(address, begin, drain_timeout=0.1) as (url, core, _):
+        async with listening(address, begin, shutdown_timeout=0.1) as (url, core, _):
             chat = url + "/v1/chat/completions"
             task = asyncio.create_task(client.post(chat, json={**CHAT, "stream": True}))
             number = (await message_of(core, AddRequest)).number
