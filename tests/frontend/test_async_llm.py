@@ -158,8 +158,20 @@ async def test_a_refusal_says_when_to_come_back(address: str) -> None:
             assert isinstance(refusal.value, RequestFailedError)
 
 
-async def test_a_client_let_go_learns_it(address: str) -> None:
+async def test_a_client_let_go_says_hello_and_sends_all_again(address: str) -> None:
     async with attached(address) as (llm, core):
+        stream = asyncio.create_task(last_of(llm.generate("a")))
+        sent = await asyncio.to_thread(core.wait_for, AddRequest)
+        core.push(Outputs(numbers=[sent.number], token_ids=[66]))
+        core.push(Detached("silent"))
+        again = await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        assert again.output_token_ids == [66]
+        core.push(Outputs(finished=[Finished(again.number, "length", None, 0)]))
+        assert (await asyncio.wait_for(stream, 10)).outputs[0].token_ids == [66]
+
+
+async def test_a_client_let_go_learns_it(address: str) -> None:
+    async with attached(address, on_core_death="fail") as (llm, core):
         stream = asyncio.create_task(last_of(llm.generate("a")))
         await asyncio.to_thread(core.wait_for, AddRequest)
         core.push(Detached("silent"))
@@ -171,7 +183,7 @@ async def test_why_is_told_per_output(address: str) -> None:
     def script(message: ToCore) -> Iterable[FromCore]:
         if isinstance(message, AddRequest):
             why = [Why(1.0, 2.0, 3.0, 4.0, 5, 1, 6 + index, 7.0, 8.0) for index in range(2)]
-            yield Outputs(finished=[Finished(n, "timeout", None, 1, why[n]) for n in range(2)])
+            yield Outputs(finished=[Finished(n, "timeout", None, 1, why=why[n]) for n in range(2)])
         else:
             yield from silent(message)
 
