@@ -24,12 +24,12 @@ from nanovllm.worker.forward_batch import (
     expand_padded,
 )
 from nanovllm.worker.kernels.select import SampleTokens
-from nanovllm.worker.request_rows import Int32Array, RequestRows
+from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
 from nanovllm.worker.sampling.masks import unpack_masks
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
-from nanovllm.worker.shared_prefix import PrefixFinder, SharingRows
+from nanovllm.worker.shared_prefix import PrefixFinder
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
 TRUNCATING_COLUMNS = {"top_k", "top_p", "min_p"}
@@ -125,10 +125,15 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> PendingStep:
         """Queue one step. The plan before it must have been queued, but need not be done."""
         writes = self._rows.record(plan)
-        planned = self._graph_for(plan)
-        return self._run(plan, writes) if planned is None else self._replay(plan, writes, *planned)
+        sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
+        planned = self._graph_for(plan, shares_prefix=sharing is not None)
+        staged = self._staging.stage(plan, writes, sharing=sharing)
+        self._rows.write(staged.writes)
+        return self._run(plan, staged) if planned is None else self._replay(plan, *planned)
 
-    def _graph_for(self, plan: StepPlan) -> tuple[StepGraphs, StepShape, Variant] | None:
+    def _graph_for(
+        self, plan: StepPlan, *, shares_prefix: bool
+    ) -> tuple[StepGraphs, StepShape, Variant] | None:
         """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""
         graphs = self._graphs
         if graphs is None or plan.masks or not self._rows.edits.keys().isdisjoint(plan.rows):
@@ -140,29 +145,19 @@ class ModelRunner:
         if shape.num_tokens == shape.num_rows and len(plan.sampling) < len(plan.rows):
             return None  # a decode graph samples for all of its rows
         variant = Variant(
-            truncates=not active.isdisjoint(TRUNCATING_COLUMNS),
-            shares_prefix=self._sharing_rows(plan) is not None,
+            truncates=not active.isdisjoint(TRUNCATING_COLUMNS), shares_prefix=shares_prefix
         )
         return graphs, shape, variant
 
     def _replay(
-        self,
-        plan: StepPlan,
-        writes: Int32Array,
-        graphs: StepGraphs,
-        shape: StepShape,
-        variant: Variant,
+        self, plan: StepPlan, graphs: StepGraphs, shape: StepShape, variant: Variant
     ) -> PendingStep:
-        staged = self._staging.stage(plan, writes, sharing=self._sharing_rows(plan))
-        self._rows.write(staged.writes)
+        """The staged plan, by graph."""
         token_ids = graphs.run(shape, variant)
         pending = PendingStep(plan.step)
         if plan.sampling:
             pending.token_ids = token_ids[: len(plan.sampling)].to("cpu", non_blocking=True)
         return self._mark(pending)
-
-    def _sharing_rows(self, plan: StepPlan) -> SharingRows | None:
-        return self._prefixes.find(plan) if self._attention.shares_prefix else None
 
     def _graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
         """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
@@ -200,10 +195,8 @@ class ModelRunner:
         rows.token_ids[row_ids, positions] = token_ids.int()
         return token_ids
 
-    def _run(self, plan: StepPlan, writes: Int32Array) -> PendingStep:
-        """Any step, eagerly. writes: what `record` returned."""
-        staged = self._staging.stage(plan, writes, sharing=self._sharing_rows(plan))
-        self._rows.write(staged.writes)
+    def _run(self, plan: StepPlan, staged: StagedPlan) -> PendingStep:
+        """Any step, eagerly."""
         batch = build_batch(staged, self._rows, block_size=self._block_size)
         self._attention.prepare(batch)
         hidden = self._model.forward(batch, self._kv_cache)  # [num_tokens, hidden_size]
