@@ -207,6 +207,12 @@ def _prefix_in(section: Tensor, num_rows: int) -> SharedPrefix:
     return SharedPrefix(section[:num_rows], section[-1:])
 
 
+def slots_of(block_tables: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The slot of each position of a row, [n] int64. rows: lines of block_tables, [n]."""
+    block_ids = block_tables[rows, positions // block_size].long()
+    return block_ids * block_size + positions % block_size
+
+
 def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
     """Expand rows to tokens, on the device.
 
@@ -226,11 +232,10 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         token_rows = row_ids[entries]
         first_positions = staged.num_computed - staged.query_start_loc[:-1]
         positions = torch.arange(num_tokens, device=row_ids.device) + first_positions[entries]
-    block_ids = rows.block_tables[token_rows, positions // block_size].long()
     return ForwardBatch(
         input_ids=rows.token_ids[token_rows, positions].long(),
         positions=positions,
-        slot_mapping=block_ids * block_size + positions % block_size,
+        slot_mapping=slots_of(rows.block_tables, token_rows, positions, block_size),
         query_start_loc=staged.query_start_loc,
         seq_lens=staged.num_computed + query_lens,
         block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids],
@@ -258,8 +263,7 @@ def expand_padded(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> 
     entries = entries.clamp_(max=num_rows)
     positions = torch.where(real, tokens - starts[entries] + staged.num_computed[entries], 0).long()
     token_rows = row_ids[entries]
-    block_ids = rows.block_tables[token_rows, positions // block_size].long()
-    slots = block_ids * block_size + positions % block_size
+    slots = slots_of(rows.block_tables, token_rows, positions, block_size)
     return ForwardBatch(
         input_ids=rows.token_ids[token_rows, positions].long(),
         positions=positions,

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Tuning
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.forward_batch import ForwardBatch, slots_of
 
 MAX_GATHERED_KEYS = 65536  # rows of more, together, attend over their blocks
 MIN_TOKENS = 512  # fewer are launched faster than the package's Python can call
@@ -118,5 +118,4 @@ def gathering_of(batch: ForwardBatch, *, block_size: int) -> Gathering:
     rows = torch.arange(batch.num_rows, device=device)
     rows = rows.repeat_interleave(lens, output_size=batch.num_chunk_keys)
     positions = torch.arange(batch.num_chunk_keys, device=device) - starts[rows]
-    blocks = batch.block_tables[rows, positions // block_size].long()
-    return Gathering(blocks * block_size + positions % block_size, starts)
+    return Gathering(slots_of(batch.block_tables, rows, positions, block_size), starts)
