@@ -73,6 +73,13 @@ class TritonAttention:
             "BLOCK_SIZE": spec.block_size,
             "WINDOW": spec.sliding_window or 0,
         }
+        # Of each row by its own length: for `plan_kernel`, and `combine_kernel` after it.
+        self._own_cuts = {
+            "WINDOW": spec.sliding_window or 0,
+            "MIN_SPLIT": self._tuning.min_split,
+            "MAX_SPLITS": self._tuning.max_splits,
+            "BLOCK_N": self._tuning.decode.keys,
+        }
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
         self._tile_rows: Tensor | None = None  # [number of query tiles] int32
@@ -131,7 +138,7 @@ class TritonAttention:
         if fitting is not None:
             assert qkv.stride(1) == 1
             out = self._output(qkv)
-            self._decode(qkv, layer_cache, batch, out, fitting.tiling, rotary=rotary)
+            self._decode(qkv, layer_cache, batch, out, fused=(fitting, rotary))
             return out
         query = rotary.apply(qkv, batch, layer_cache)
         assert query.stride()[1:] == (self._spec.head_dim, 1)
@@ -142,7 +149,7 @@ class TritonAttention:
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
-            self._decode(query, layer_cache, batch, out, self._tuning.decode)
+            self._decode(query, layer_cache, batch, out)
             if batch.max_seq_len > self._tuning.min_split // 2:
                 self._combine(batch, out)
         return out
@@ -162,18 +169,19 @@ class TritonAttention:
         fitting = (f for f in self._tuning.few if needed <= self._num_programs(f.programs_per_sm))
         return next(fitting, None)
 
+    def _most_splits(self, fitting: Fitting) -> int:
+        """Of all rows together, so that all programs fit."""
+        return self._num_programs(fitting.programs_per_sm) // self._spec.num_kv_heads
+
     def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
         """How `plan_kernel` cuts rows up."""
-        tuning, fitting = self._tuning, self._fitting(batch)
-        cuts = {
-            "WINDOW": self._spec.sliding_window or 0,
-            "MIN_SPLIT": tuning.min_split,
-            "MAX_SPLITS": tuning.max_splits,
-        }
+        fitting = self._fitting(batch)
         if fitting is None:
-            return cuts | {"MOST": 0, "BLOCK_N": tuning.decode.keys}
-        most = self._num_programs(fitting.programs_per_sm) // self._spec.num_kv_heads
-        return cuts | {"MOST": most, "BLOCK_N": fitting.tiling.keys}
+            return self._own_cuts | {"MOST": 0}
+        return self._own_cuts | {
+            "MOST": self._most_splits(fitting),
+            "BLOCK_N": fitting.tiling.keys,
+        }
 
     @property
     def _tile_tokens(self) -> int:
@@ -219,18 +227,18 @@ class TritonAttention:
         layer_cache: Tensor,
         batch: ForwardBatch,
         out: Tensor,
-        tiling: Tiling,
         *,
-        rotary: Rotary | None = None,
+        fused: tuple[Fitting, Rotary] | None = None,
     ) -> None:
-        """query: rotated, [num_tokens, num_heads, head_dim]; with `rotary`, qkv as it came."""
+        """query: rotated, [num_tokens, num_heads, head_dim]; if fused, qkv as it came."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
-        norm = None if rotary is None else rotary.qk_norm
-        programs = batch.num_rows * spec.num_kv_heads * tuning.max_splits
-        if rotary is None:
-            programs = min(programs, self._num_programs(tuning.programs_per_sm))
-        else:
-            programs = min(programs, self._cuts(batch)["MOST"] * spec.num_kv_heads)
+        tiling, rotary, norm = tuning.decode, None, None
+        most = self._num_programs(tuning.programs_per_sm)
+        if fused is not None:
+            fitting, rotary = fused
+            tiling, norm = fitting.tiling, rotary.qk_norm
+            most = self._most_splits(fitting) * spec.num_kv_heads
+        programs = min(batch.num_rows * spec.num_kv_heads * tuning.max_splits, most)
         decode_kernel[(programs,)](
             query,
             query.stride(0),
@@ -253,7 +261,7 @@ class TritonAttention:
             BLOCK_G=max(16, triton.next_power_of_2(self._group)),
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
-            FUSED=rotary is not None,
+            FUSED=fused is not None,
             NORM=norm is not None,
             **tiling.options,
             **self._options,
@@ -273,10 +281,7 @@ class TritonAttention:
             BLOCK_D=self._shape["BLOCK_D"],
             SHARED=prefix is not None,
             SLOTS=self._slots,
-            WINDOW=spec.sliding_window or 0,
-            MIN_SPLIT=self._tuning.min_split,
-            MAX_SPLITS=self._tuning.max_splits,
-            BLOCK_N=self._tuning.decode.keys,
+            **self._own_cuts,
             num_warps=2,
             **self._options,
         )
