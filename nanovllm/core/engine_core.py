@@ -124,14 +124,12 @@ class EngineCore:
         # The grammar is the core's affair: workers see masks.
         params = msgspec.structs.replace(request.params, structured_outputs=None)
         sequences: list[Sequence] = []
-        now = time.monotonic()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         for index in range(params.n):
             number = request.number + index
             sequence = Sequence(client_id, number, request.prompt_token_ids.copy(), params)
             sequence.token_ids += request.output_token_ids
             sequence.num_first_known = len(sequence.token_ids)
-            sequence.queued_at = now
             sequence.bad_words_token_ids = request.bad_words_token_ids
             sequence.cache_salt = request.cache_salt
             sequence.seed = (seed + index) & (2**63 - 1)

@@ -82,7 +82,6 @@ class Scheduler:
         by_priority = self._limits.scheduling_policy == "priority"
         sequence.order = (priority if by_priority else 0, self._num_arrived)
         sequence.tenant = self._waiting.tenant(tenant)
-        sequence.queued_at = sequence.queued_at or time.monotonic()
         self._num_arrived += 1
         self.num_queued += 1
         self.num_queued_tokens += len(sequence.token_ids)

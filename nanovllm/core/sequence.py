@@ -6,6 +6,7 @@ device; `len(token_ids) + num_pending` is the length by count, `len(token_ids)` 
 """
 
 import sys
+import time
 from enum import Enum
 
 from nanovllm.core.grammar import Matcher
@@ -120,7 +121,7 @@ class Sequence:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far
-        self.queued_at = 0.0
+        self.queued_at = time.monotonic()
         self.started_at = 0.0
         self.first_token_at = 0.0
         self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
