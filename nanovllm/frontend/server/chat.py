@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
-from nanovllm.frontend.server.endpoint import blaming, options_of, read, serving_of, usage_of
+from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
 from nanovllm.frontend.server.errors import refused
-from nanovllm.frontend.server.exchange import EventStream, Whole, event
+from nanovllm.frontend.server.exchange import event
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.messages import (
     AssistantMessage,
@@ -50,14 +50,7 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    serving = serving_of(request)
-    body = await read(request, ChatBody)
-    serving.check_model(body.model)
-    with blaming(body):
-        answer = await _prepare(serving, body)
-    if body.stream:
-        return EventStream(serving, answer.events())
-    return Whole(serving, answer.whole)
+    return await generated(request, ChatBody, _prepare)
 
 
 async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput, TokenAlternatives
-from nanovllm.frontend.server.endpoint import blaming, options_of, read, serving_of, usage_of
-from nanovllm.frontend.server.exchange import EventStream, Whole, event
+from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
+from nanovllm.frontend.server.exchange import event
 from nanovllm.frontend.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from nanovllm.frontend.server.messages import (
     Completion,
@@ -35,14 +35,7 @@ from nanovllm.frontend.server.serving import Generation, Serving
 
 async def completions(request: Request) -> Response:
     """Continue texts or token ids."""
-    serving = serving_of(request)
-    body = await read(request, CompletionBody)
-    serving.check_model(body.model)
-    with blaming(body):
-        answer = await _prepare(serving, body)
-    if body.stream:
-        return EventStream(serving, answer.events())
-    return Whole(serving, answer.whole)
+    return await generated(request, CompletionBody, _prepare)
 
 
 async def _prepare(serving: Serving, body: CompletionBody) -> "CompletionAnswer":

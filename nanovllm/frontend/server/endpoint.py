@@ -2,20 +2,33 @@
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
 
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.errors import from_decoding, from_value_error
+from nanovllm.frontend.server.exchange import EventStream, Whole
 from nanovllm.frontend.server.messages import PromptTokensDetails, Usage
 from nanovllm.frontend.server.requests import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.serving import Options, Serving
 
 B = TypeVar("B", bound=Body)
+G = TypeVar("G", bound=GenerationBody)
+
+
+class Answer(Protocol):
+    """A checked request; the engine begins with it when one of these runs."""
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, ready to send."""
+
+    async def whole(self) -> msgspec.Struct:
+        """All at once."""
 
 
 def serving_of(request: Request) -> Serving:
@@ -41,6 +54,23 @@ def blaming(body: Body) -> Iterator[None]:
     except ValueError as error:
         names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
         raise from_value_error(error, body.__struct_fields__, names) from None
+
+
+async def generated(
+    request: Request, kind: type[G], prepare: Callable[[Serving, G], Awaitable[Answer]]
+) -> Response:
+    """The answer to a request for text, streamed or whole as its body asks.
+
+    prepare: finds everything that can be wrong with the request, and starts nothing.
+    """
+    serving = serving_of(request)
+    body = await read(request, kind)
+    serving.check_model(body.model)
+    with blaming(body):
+        answer = await prepare(serving, body)
+    if body.stream:
+        return EventStream(serving, answer.events())
+    return Whole(serving, answer.whole)
 
 
 def options_of(body: GenerationBody, prefix: str) -> Options:
