@@ -26,7 +26,7 @@ from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.flash_attention import FlashAttention
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Tiling, Tuning, tuning_for
-from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
+from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels import triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
@@ -113,7 +113,15 @@ def attention_inputs(
     layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
     shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
     cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_().to(spec.cache_dtype)
-    return spec, batch, randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128), cache
+    qkv = randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128)
+    # New keys and values lie in qkv as they do in the last layer's cache.
+    rows = torch.arange(num_rows, device=CUDA).repeat_interleave(batch.query_start_loc.diff())
+    firsts = batch.seq_lens - batch.query_start_loc[1:]
+    positions = torch.arange(batch.num_tokens, device=CUDA) + firsts[rows]
+    slots = slots_of(batch.block_tables, rows, positions, block_size)
+    new = cache[:, -1].to(BF16).flatten(1, 2)[:, slots]  # torch may not index FP8
+    qkv[:, heads[0] * 128 :] = new.transpose(0, 1).flatten(1)
+    return spec, batch, qkv, cache
 
 
 def attention_error(
@@ -193,11 +201,12 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
     many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    variants = {"16 keys, TMA": Tuning(many, prefill, 128, programs_per_sm=7, min_split=128)}
+    others = {"prefill": prefill, "prefix": prefill, "queries": 128}
+    variants = {"16 keys, TMA": Tuning(many, **others, programs_per_sm=7, min_split=128)}
     wide = Tiling(keys=32, stages=2, warps=2, tma=False)
     for split, programs in ((256, 5), (256, 6), (256, 7)):
         variants[f"32 keys p{programs} k{split}"] = Tuning(
-            wide, prefill, 128, min_split=split, programs_per_sm=programs
+            wide, **others, min_split=split, programs_per_sm=programs
         )
     variants["chosen"] = tuning_for(attention_spec((16, 8), 16))
     shapes = [(1, 512, 16), (8, 1024, 16)]
@@ -233,22 +242,23 @@ def decode_cases() -> Iterator[Case]:
 def prefill_cases() -> Iterator[Case]:
     decode = Tiling(keys=64, stages=3, warps=4, tma=False)
     variants = [
-        (16, 128, Tiling(64, 3, 8, False, 128)), (16, 128, Tiling(64, 2, 8, False, 128)),
-        (64, 128, Tiling(64, 2, 8, True, 128)), (128, 128, Tiling(64, 3, 8, True, 128)),
+        (16, Tiling(64, 3, 8, False, 128), False), (16, Tiling(64, 3, 8, False, 128), True),
+        (16, Tiling(64, 2, 8, False, 128), True), (16, Tiling(64, 2, 4, False), True),
+        (16, Tiling(32, 3, 4, False), True), (64, Tiling(64, 2, 8, True, 128), True),
+        (64, Tiling(64, 2, 4, True), True),
     ]  # fmt: skip
-    shapes = [((4096,) * 4, (4096,) * 4), ((1024,) * 16, (1024,) * 16), ((2048,), (10240,))]
+    shapes = [((4088,) * 2, (4088,) * 2), ((512,) * 16, (512,) * 16), ((2048,), (10240,))]
     shapes += [((64,) * 64, (2112,) * 64)]
     for queries, keys in shapes:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
         shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
-        for block_size, m, tiling in variants:
-            build = partial(
-                build_attention, Tuning(decode, tiling, m), queries, keys, (16, 8), block_size
-            )
-            name = f"b{block_size} m{m} n{tiling.keys} s{tiling.stages} w{tiling.warps}"
-            name += f"{' tma' * tiling.tma} {tiling.max_registers or ''}"
+        for block_size, tiling, own in variants:
+            tuning = Tuning(decode, tiling, tiling, 128, own)
+            build = partial(build_attention, tuning, queries, keys, (16, 8), block_size)
+            name = f"b{block_size} n{tiling.keys} s{tiling.stages} w{tiling.warps}"
+            name += f"{' tma' * tiling.tma}{' own' * own} {tiling.max_registers or ''}"
             yield Case("prefill", shape, name, 0, pairs * 8192, build)
-        args = Tuning(decode, variants[0][2], 128), queries, keys, (16, 8), 16
+        args = tuning_for(attention_spec((16, 8), 16)), queries, keys, (16, 8), 16
         build = partial(build_attention, *args, backend_class=FlashAttention)
         yield Case("prefill", shape, "b16 gathered, flash-attn", 0, pairs * 8192, build)
         if queries == keys:
@@ -271,21 +281,32 @@ def weights_of(num_outputs: int, num_inputs: int) -> list[Tensor]:
 
 
 def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int, int]):
+    """With what surrounds the product in a layer: norm and gate, or the residual."""
     weights, x = weights_of(*size), randn(num_tokens, size[1])
     linears = [Linear(weight, None, {}, 0) for weight in weights]
-    gated = name == "gate_up"
+    gated, factors = name == "gate_up", randn(size[1])
+    norm = (factors, 1e-6) if name in ("qkv", "gate_up") else None
+    residual = None if norm or name == "lm_head" else randn(num_tokens, size[0])
 
     def run() -> Tensor:
         for linear in linears:
-            if tile is None:
-                out = linear(x)
-                out = KERNELS.silu_and_mul(out) if gated else out
-            else:
-                out = skinny_linear(x, linear, gated=gated, tile=tile)
+            if tile is not None:
+                out = skinny_linear(x, linear, norm=norm, residual=residual, gated=gated, tile=tile)
+                continue
+            if residual is not None:
+                out = torch.addmm(residual, x, linear.weight.t())
+                continue
+            out = linear(x if norm is None else KERNELS.rms_norm(x, *norm))
+            out = KERNELS.silu_and_mul(out) if gated else out
         return out
 
     def error() -> float:
-        expected = x.double() @ weights[-1].double().T
+        inputs = x.double()
+        if norm is not None:
+            inputs *= torch.rsqrt(inputs.square().mean(1, keepdim=True)) * factors.double()
+        expected = inputs @ weights[-1].double().T
+        if residual is not None:
+            expected += residual.double()
         if gated:
             gate, up = expected.chunk(2, dim=1)
             expected = F.silu(gate) * up
@@ -296,31 +317,40 @@ def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int,
 
 def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
     """Candidates around what `tile_for` chooses."""
-    gated = num_outputs in (6144, 24576) and num_inputs in (1024, 4096)
     if num_tokens == 1:
         for block_n, block_k, warps in ((8, 1024, 8), (8, 1024, 4), (4, 2048, 8), (4, 4096, 8)):
             if block_k < 2 * num_inputs:
                 yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
-        return
-    if num_tokens <= 16:
+    elif num_tokens <= 16:
         for block_n, block_k, num_tiles, stages in (
             (32, 512, 1, 2), (64, 512, 1, 2), (32, 512, 2, 3), (64, 512, 2, 2), (32, 256, 4, 4),
-            (32, 256, 8, 4), (16, 512, 2, 4), (16, 512, 4, 4), (64, 256, 4, 4), (64, 256, 8, 4),
+            (32, 256, 2, 3), (32, 256, 1, 2), (32, 128, 8, 5), (32, 128, 4, 4), (64, 128, 8, 4),
+            (64, 256, 1, 2), (64, 256, 2, 2), (64, 256, 4, 3), (16, 256, 4, 4), (16, 256, 2, 4),
         ):  # fmt: skip
             if num_inputs % (block_k * num_tiles) == 0:
                 yield Tile(block_n, block_k, num_tiles, 4, stages)
-        return
+    else:
+        yield from wide_tiles_for(num_tokens, num_outputs, num_inputs)
+
+
+def wide_tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
+    """Of many tokens: what gives most multiprocessors something to do."""
+    num_parts = 1 + (num_outputs in (6144, 24576) and num_inputs in (1024, 4096))  # gated
     for block_m, block_n, block_k, splits in product(
-        (64, 128), (32, 64, 128), (64, 128, 256), (1, 2, 4, 8)
+        (64, 128), (32, 64, 128), (64, 128), (1, 2, 4)
     ):
-        programs = -(-num_tokens // block_m) * -(-num_outputs // (block_n * (1 + gated))) * splits
-        tile_bytes = (block_m + block_n * (1 + gated)) * block_k * 2
-        stages = min(200_000 // tile_bytes, 6)
+        num_n = -(-num_outputs // (block_n * num_parts))
+        programs = -(-num_tokens // block_m) * num_n * splits
+        tile_bytes = (block_m + block_n * num_parts) * block_k * 2
         whole = num_inputs % (block_k * splits) == 0
-        if block_m <= num_tokens and 60 <= programs <= 270 and stages >= 2 and whole:
+        size = block_m * block_n * num_parts
+        if block_m <= num_tokens and 60 <= programs <= 400 and size <= 2**14 and whole:
             num_tiles = num_inputs // (block_k * splits)
-            for warps in (4, 8):
-                yield Tile(block_n, block_k, num_tiles, warps, stages, block_m)
+            # Deep enough to hide latency; the shallower one may share a multiprocessor.
+            for stages in sorted({min(100_000 // tile_bytes, 5), min(200_000 // tile_bytes, 5)}):
+                if stages >= 2:
+                    warps = 8 if size > 2**13 else 4
+                    yield Tile(block_n, block_k, num_tiles, warps, stages, block_m)
 
 
 def describe(tile: Tile) -> str:
@@ -329,8 +359,8 @@ def describe(tile: Tile) -> str:
 
 
 def linear_cases() -> Iterator[Case]:
-    wanted = [("linear", m, QWEN3_06B) for m in (1, 8, 16)]
-    wanted += [("medium", m, QWEN3_06B) for m in (64, 128, 256)]
+    wanted = [("linear", m, QWEN3_06B) for m in (8, 16)]
+    wanted += [("medium", m, QWEN3_06B) for m in (64, 256)]
     wanted += [("large", m, QWEN3_8B | LM_HEAD) for m in (1, 8, 16)]
     for group, num_tokens, model in wanted:
         for name, size in model.items():
@@ -500,7 +530,10 @@ def fp8_cases() -> Iterator[Case]:
     for rows, length in ((1, 4096), (8, 1024), (64, 1024), (256, 1024)):
         args, num_bytes = ((1,) * rows, (length,) * rows, (16, 8), 16), rows * length * 8 * 256
         for dtype, stages, programs in ((None, 6, 7), (E4M3, 6, 7), (E4M3, 8, 7), (E4M3, 6, 10)):
-            tuning = Tuning(Tiling(16, stages, 1, tma=True), prefill, 128, programs, 128)
+            tuning = Tuning(
+                Tiling(16, stages, 1, tma=True), prefill, prefill, 128,
+                programs_per_sm=programs, min_split=128,
+            )  # fmt: skip
             build = partial(build_attention, tuning, *args, dtype)
             label = f"{'bf16' if dtype is None else 'fp8'} KV s{stages} p{programs}"
             total = num_bytes * (2 if dtype is None else 1)

@@ -4,53 +4,95 @@
         --decode 1,64,256 --context 1000 --prefill 8192
 
 Random weights. Runs the real core and worker in one process under torch.profiler, for each decode
-batch size some steps by CUDA graph, then prompts of 4096 tokens in steps of --prefill tokens.
+batch size some steps by CUDA graph, then prompts of 4096 tokens in steps of --prefill tokens. With
+--workload (a name of `workloads.py`) it runs that, too, and tells by kind of step how many there
+were, how long they took, the least time this GPU's memory allows (measured: weights and KV of
+decoding rows once), how long the host waited for the device, and the gaps of a profiled stretch.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from workloads import WORKLOADS
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.executor.base import StepHandle
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.protocol import AddRequest
+from nanovllm.protocol import AddRequest, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 
 NUM_STEPS = 20
 MAX_MODEL_LEN = 4096
+ROW_BUCKETS = (1, 8, 32, 64, 96, 128, 160, 192, 224, 256, 512, 1024)
 
 
-def make_core(model: str, prefill: int, settings: dict[str, Any]) -> tuple[EngineCore, Any]:
+class TimedHandle:
+    """A step under way that notes when its result was asked for and when it came."""
+
+    def __init__(self, plan: StepPlan, handle: StepHandle) -> None:
+        self.plan = plan
+        self.asked = self.came = 0.0
+        self._handle = handle
+
+    def result(self) -> StepResult:
+        self.asked = time.perf_counter()
+        result = self._handle.result()
+        self.came = time.perf_counter()
+        return result
+
+
+class TimingExecutor:
+    """Passes on to an executor and keeps every step's times."""
+
+    def __init__(self, inner: InlineExecutor) -> None:
+        self._inner = inner
+        self.steps: list[TimedHandle] = []
+
+    def submit(self, plan: StepPlan) -> TimedHandle:
+        self.steps.append(TimedHandle(plan, self._inner.submit(plan)))
+        return self.steps[-1]
+
+    def shutdown(self) -> None:
+        self._inner.shutdown()
+
+
+def make_core(
+    model: str, prefill: int, settings: dict[str, Any]
+) -> tuple[EngineCore, TimingExecutor]:
     config = EngineConfig.from_kwargs(
         model=model,
         load_format="dummy",
         dtype="bfloat16",
         max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=prefill,
+        max_num_batched_tokens=prefill or 8192,
         **settings,
     )
     executor = InlineExecutor(config, lambda phase, progress: None)
     info = executor.start()
     print({name: round(seconds, 2) for name, seconds in info.phase_seconds.items()}, info.notes)
-    return EngineCore(config, executor, info), executor
+    timed = TimingExecutor(executor)
+    return EngineCore(config, timed, info), timed
 
 
-def fill(core: EngineCore, batch_size: int, context: int) -> None:
-    """Start `batch_size` sequences of `context` tokens, and run until all decode."""
+def fill(core: EngineCore, executor: TimingExecutor, batch_size: int, context: int) -> None:
+    """Start `batch_size` sequences of `context` tokens, and run until all decode, by graph."""
     params = SamplingParams(temperature=0.6, max_tokens=MAX_MODEL_LEN - context, ignore_eos=True)
     for number in range(batch_size):
         prompt = [(number * 7919 + i * 31) % 10_000 for i in range(context)]
         core.add(0, AddRequest(number, prompt, params))
-    generated = 0
-    while generated < batch_size * 8:
-        outputs = core.step()
-        generated += len(outputs.token_ids) if outputs else 0
+    num_decoded = 0
+    while num_decoded < NUM_STEPS:
+        core.step()
+        num_decoded += sum(executor.steps[-1].plan.num_scheduled) == batch_size
 
 
 def empty(core: EngineCore) -> None:
@@ -85,8 +127,9 @@ def report(title: str, seconds: float, num_steps: int, trace: profile) -> None:
 def run_steps(core: EngineCore, num_steps: int) -> float:
     torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(num_steps):
+    while num_steps and core.busy:
         core.step()
+        num_steps -= 1
     torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -98,26 +141,107 @@ def profiled(title: str, core: EngineCore, num_steps: int) -> None:
     report(title, seconds, num_steps, trace)
 
 
+def memory_bytes_per_s() -> float:
+    """What this GPU reads and writes in a large copy."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return 2 * source.numel() / best
+
+
+def kind_of(plan: StepPlan) -> tuple[str, int]:
+    """What steps are counted together by: with prompts or not, and about how many rows."""
+    mixed = max(plan.num_scheduled) > 1
+    size = next(bucket for bucket in ROW_BUCKETS if bucket >= min(len(plan.rows), ROW_BUCKETS[-1]))
+    return ("prompts" if mixed else "decode"), size
+
+
+def report_steps(steps: list[TimedHandle], config: dict[str, Any], seconds: float) -> None:
+    """A line per kind of step."""
+    hidden, layers, inner = (
+        config[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
+    )
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    kv_token = layers * 2 * kv_heads * config["head_dim"] * 2
+    attention = (2 * heads + 2 * kv_heads) * config["head_dim"] * hidden
+    weights = 2 * (layers * (attention + 3 * hidden * inner) + config["vocab_size"] * hidden)
+    speed = memory_bytes_per_s()
+    print(f"\n{len(steps)} steps in {seconds:.3f} s; memory at {speed / 1e12:.2f} TB/s")
+    print("kind        rows ≤   steps       s  ms each  least ms  waited %")
+    kinds: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0] * 4)
+    for before, step in pairwise(steps):
+        plan = step.plan
+        entry = kinds[kind_of(plan)]
+        decoding = sum(
+            start + 1
+            for start, count in zip(plan.num_computed, plan.num_scheduled, strict=True)
+            if count == 1
+        )
+        entry[0] += 1
+        entry[1] += step.came - before.came
+        entry[2] += (weights + decoding * kv_token) / speed
+        entry[3] += step.came - step.asked
+    for (kind, size), (count, took, least, waited) in sorted(kinds.items()):
+        print(
+            f"{kind:10s} {size:7d} {count:7.0f} {took:7.3f} {took / count * 1e3:8.3f} "
+            f"{least / count * 1e3:9.3f} {100 * waited / took:9.1f}"
+        )
+
+
+def run_workload(core: EngineCore, executor: TimingExecutor, model: str, name: str) -> None:
+    """A workload twice: timed step by step, then with a stretch in its middle profiled."""
+    prompts, num_out = WORKLOADS[name]()
+    config = json.loads((Path(model) / "config.json").read_text())
+
+    def add_all() -> None:
+        core.reset_prefix_cache()
+        for number, (prompt, count) in enumerate(zip(prompts, num_out, strict=True)):
+            params = SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True)
+            core.add(0, AddRequest(number, prompt, params))
+
+    for _ in range(2):  # the first compiles and captures
+        add_all()
+        executor.steps.clear()
+        seconds = run_steps(core, sys.maxsize)
+    report_steps(executor.steps, config, seconds)
+    num_steps = len(executor.steps)
+    add_all()
+    run_steps(core, num_steps // 3)
+    profiled(f"{name}, steps {num_steps // 3} and on", core, 3 * NUM_STEPS)
+    empty(core)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--decode", default="1,64,256")
     parser.add_argument("--context", type=int, default=1000)
-    parser.add_argument("--prefill", type=int, default=8192)
+    parser.add_argument("--prefill", type=int, default=8192, help="0: none")
+    parser.add_argument("--workload", default="", help="names of workloads, comma-separated")
     parser.add_argument("--config", default="{}", help="further settings, as JSON")
     arguments = parser.parse_args()
     settings = json.loads(arguments.config)
     core, executor = make_core(arguments.model, arguments.prefill, settings)
+    for name in filter(None, arguments.workload.split(",")):
+        run_workload(core, executor, arguments.model, name)
     for batch_size in map(int, filter(None, arguments.decode.split(","))):
-        fill(core, batch_size, arguments.context)
+        fill(core, executor, batch_size, arguments.context)
         profiled(f"decode {batch_size} × {arguments.context}", core, NUM_STEPS)
         empty(core)
-    params = SamplingParams(max_tokens=1)
-    for number in range(40):
-        prompt = [(number * 7919 + i * 31) % 10_000 for i in range(MAX_MODEL_LEN - 8)]
-        core.add(0, AddRequest(number, prompt, params))
-    run_steps(core, 3)
-    profiled(f"prefill in steps of {arguments.prefill}", core, 4)
+    if arguments.prefill:
+        params = SamplingParams(max_tokens=1)
+        for number in range(40):
+            prompt = [(number * 7919 + i * 31) % 10_000 for i in range(MAX_MODEL_LEN - 8)]
+            core.add(0, AddRequest(number, prompt, params))
+        run_steps(core, 5)
+        profiled(f"prefill in steps of {arguments.prefill}", core, 4)
     executor.shutdown()
 
 

@@ -31,6 +31,7 @@ SPEC = AttentionSpec(
 TUNING = Tuning(
     decode=Tiling(keys=16, stages=2, warps=1, tma=False),
     prefill=Tiling(keys=16, stages=2, warps=4, tma=False),
+    prefix=Tiling(keys=16, stages=2, warps=4, tma=False),
     queries=16,
     min_split=32,
     max_splits=4,
@@ -38,7 +39,11 @@ TUNING = Tuning(
 )
 FUSED_TUNING = replace(TUNING, few=(Fitting(TUNING.decode, 1), Fitting(TUNING.decode, 14)))
 TMA_TUNING = replace(
-    TUNING, decode=replace(TUNING.decode, tma=True), prefill=replace(TUNING.prefill, tma=True)
+    TUNING,
+    decode=replace(TUNING.decode, tma=True),
+    prefill=replace(TUNING.prefill, tma=True),
+    prefix=replace(TUNING.prefix, tma=True),
+    copies_own=True,
 )
 FUSED_TMA_TUNING = replace(FUSED_TUNING, few=(Fitting(TMA_TUNING.decode, 14),))
 TUNINGS = {

@@ -84,9 +84,11 @@ class FlashAttention(TritonAttention):
         if num_tokens >= MIN_TOKENS and num_keys <= MAX_GATHERED_KEYS:
             self._gathering = gathering_of(batch, block_size=self._spec.block_size)
 
-    def _prefill(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
+    def _prefill(
+        self, qkv: Tensor, query: Tensor, layer_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
         if self._gathering is None:
-            return super()._prefill(query, layer_cache, batch)
+            return super()._prefill(qkv, query, layer_cache, batch)
         spec, slots = self._spec, self._gathering.slots
         if self._gathered is None:
             shape = 2, MAX_GATHERED_KEYS, spec.num_kv_heads * spec.head_dim

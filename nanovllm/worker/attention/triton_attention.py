@@ -143,7 +143,7 @@ class TritonAttention:
         query = rotary.apply(qkv, batch, layer_cache)
         assert query.stride()[1:] == (self._spec.head_dim, 1)
         if batch.max_query_len > 1:
-            out = self._prefill(query, layer_cache, batch)
+            out = self._prefill(qkv, query, layer_cache, batch)
         else:
             out = self._output(query)
         if batch.num_decode_rows:
@@ -199,14 +199,23 @@ class TritonAttention:
         slots = layer_cache.view(2, -1, self._spec.num_kv_heads * self._spec.head_dim)
         return [TensorDescriptor.from_tensor(half, box) for half in slots]
 
-    def _prefill(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """Attend for rows with several tokens; those of the others are left to be written."""
+    def _prefill(
+        self, qkv: Tensor, query: Tensor, layer_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        """Attend for rows with several tokens; those of the others are left to be written.
+
+        qkv: rotated, with `query` in it.
+        """
         assert self._tile_rows is not None
-        out = self._output(query)
+        out, tiling = self._output(query), self._tuning.prefill
+        own = None
+        if self._tuning.copies_own:
+            own = TensorDescriptor.from_tensor(qkv, [tiling.keys, self._spec.head_dim])
         prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows))](
-            query,
-            query.stride(0),
-            *self._keys_and_values(layer_cache, self._tuning.prefill),
+            qkv,
+            qkv.stride(0),
+            own,
+            *self._keys_and_values(layer_cache, tiling),
             out,
             batch.block_tables,
             batch.block_tables.stride(0),
@@ -216,7 +225,8 @@ class TritonAttention:
             self._spec.scale * LOG2E,
             **self._shape,
             BLOCK_M=self._tuning.queries,
-            **self._tuning.prefill.options,
+            OWN_TMA=own is not None,
+            **tiling.options,
             **self._options,
         )
         return out
@@ -295,7 +305,7 @@ class TritonAttention:
         shared_prefix_kernel[(self._spec.num_kv_heads, tuning.prefix_splits, num_tiles)](
             query,
             query.stride(0),
-            *self._keys_and_values(layer_cache, tuning.prefill),
+            *self._keys_and_values(layer_cache, tuning.prefix),
             *self._scratch_for(batch.num_rows).partials,
             prefix.num_keys,
             prefix.leader,
@@ -308,7 +318,7 @@ class TritonAttention:
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
             BLOCK_M=tuning.queries,
-            **tuning.prefill.options,
+            **tuning.prefix.options,
             **self._options,
         )
 

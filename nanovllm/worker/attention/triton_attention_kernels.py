@@ -1,9 +1,9 @@
 """Triton kernels of paged causal attention with grouped queries; `triton_attention` launches them.
 
-Here: what all share, and rows with several query tokens, by FlashAttention-2 over pages (Dao 2023).
-How a row is cut up and in which order its parts are summed follows from its own length alone: its
-bits do not depend on its neighbours. Where a block holds whole tiles of keys, the copy engine (TMA)
-fetches them.
+Here: what all share, and rows with several query tokens, by FlashAttention-2 (Dao 2023) over pages
+and the step's own keys. How a row is cut up and in which order its parts are summed follows from
+its own length alone: its bits do not depend on its neighbours. Where a block holds whole tiles of
+keys, the copy engine (TMA) fetches them.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -83,19 +83,54 @@ def _query_tile(tile_rows, query_start_loc, seq_lens, index, TOKENS: tl.constexp
     return row, first_token, tl.where(absent, 0, num_queries), context, first_query
 
 
+@triton.jit
+def _own_key_and_value(
+    qkv, query_stride, own, first_token, start, end, kv_head,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, OWN_TMA: tl.constexpr,
+):  # fmt: skip
+    """As `key_and_value`, of a row's tokens in this step, where the product left them."""
+    key = (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+    value = key + KV_HEADS * HEAD_DIM
+    if OWN_TMA:
+        k = own.load([first_token + start, key])
+        v = own.load([first_token + start, value])
+    else:
+        tokens = first_token + tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
+        lanes = tl.arange(0, BLOCK_D)
+        vectors = (tokens.to(tl.int64) * query_stride)[:, None] + lanes[None, :]
+        k = tl.load(qkv + key + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(qkv + value + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
+    return k, v
+
+
+@triton.jit
+def _visible_scores(q, k, ahead, WINDOW: tl.constexpr):
+    """Scores of keys that queries are `ahead` places of; -inf where that is negative or too far."""
+    visible = (ahead >= 0) & ((ahead < WINDOW) | (WINDOW == 0))
+    return tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+
+
 # A stride that changes from step to step must not ask for a kernel of its own.
 @triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
-    query, query_stride, keys, values, out, block_tables, table_stride,  # as in decode_kernel
+    qkv,  # [num_tokens, (KV_HEADS * GROUP + 2 * KV_HEADS) * HEAD_DIM], rotated
+    query_stride,
+    own,  # if OWN_TMA: a descriptor of qkv, boxes [BLOCK_N, HEAD_DIM]
+    keys, values, out, block_tables, table_stride,  # as in decode_kernel
     seq_lens,  # [num_rows] int32
     query_start_loc,  # [num_rows + 1] int32
     tile_rows,  # [number of tiles] int32
     scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, OWN_TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head."""
+    """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head.
+
+    First to what earlier steps have cached, then to the row's tokens of this step, which lie side
+    by side in qkv. Of both, tiles that all these tokens see in full need no mask.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -112,30 +147,43 @@ def prefill_kernel(
     real = ((local < num_queries) & (members < TOKENS * GROUP))[:, None] & (lanes < HEAD_DIM)
     tokens = (first_token + local).to(tl.int64)
     places = (tokens * query_stride + heads * HEAD_DIM)[:, None] + lanes
-    q = tl.load(query + places, real, other=0.0)
+    q = tl.load(qkv + places, real, other=0.0)
     table = block_tables + row.to(tl.int64) * table_stride
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    begin = first_visible(context + first_query, WINDOW, BLOCK_N)
-    end = tl.minimum(context + first_query + TOKENS, context + num_queries)
-    end = tl.where(num_queries == 0, 0, end)
-    if WINDOW == 0:  # all these tokens see all these keys
-        begin = tl.where(num_queries == 0, 0, (context + first_query + 1) // BLOCK_N * BLOCK_N)
-        for start in tl.range(0, begin, BLOCK_N):
-            k, v = key_and_value(keys, values, table, start, begin, kv_head, q.dtype, SLOT,
-                                  BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+    offsets = tl.arange(0, BLOCK_N)
+    cached = tl.where(num_queries == 0, 0, context)
+    end = tl.minimum(first_query + TOKENS, num_queries)
+    cached_begin = first_visible(context + first_query, WINDOW, BLOCK_N)
+    own_begin = first_visible(first_query, WINDOW, BLOCK_N)
+    if WINDOW == 0:
+        cached_begin = cached // BLOCK_N * BLOCK_N
+        for start in tl.range(0, cached_begin, BLOCK_N):
+            k, v = key_and_value(keys, values, table, start, cached, kv_head, q.dtype, SLOT,
+                                 BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
-    for start in tl.range(begin, end, BLOCK_N):
-        k, v = key_and_value(keys, values, table, start, end, kv_head, q.dtype, SLOT,
-                              BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-        ahead = context + local[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-        visible = (ahead >= 0) & ((ahead < WINDOW) | (WINDOW == 0))
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        acc, peak, total = absorb(
-            tl.where(visible, scores, float("-inf")), scale, v, acc, peak, total
-        )
+    for start in tl.range(cached_begin, cached, BLOCK_N):
+        k, v = key_and_value(keys, values, table, start, cached, kv_head, q.dtype, SLOT,
+                             BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+        ahead = tl.where(start + offsets < cached, context - start - offsets, -(2**30))
+        scores = _visible_scores(q, k, local[:, None] + ahead[None, :], WINDOW)
+        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    if WINDOW == 0:
+        own_begin = tl.where(num_queries == 0, 0, (first_query + 1) // BLOCK_N * BLOCK_N)
+        for start in tl.range(0, own_begin, BLOCK_N):
+            k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
+                                      KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                                      OWN_TMA)  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    for start in tl.range(own_begin, end, BLOCK_N):
+        k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
+                                  KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                                  OWN_TMA)  # fmt: skip
+        scores = _visible_scores(q, k, local[:, None] - (start + offsets)[None, :], WINDOW)
+        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
     places = (tokens * (SLOT * GROUP) + heads * HEAD_DIM)[:, None] + lanes
     tl.store(out + places, result, real)

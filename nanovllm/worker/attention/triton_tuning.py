@@ -1,6 +1,6 @@
 """Tiles and cuts of the attention kernels, as measured; `triton_attention` launches by them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -52,7 +52,9 @@ class Tuning:
 
     decode: Tiling
     prefill: Tiling
-    queries: int  # times grouped heads, in one tile of the prefill kernel
+    prefix: Tiling  # of keys that rows share
+    queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
+    copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
     few: tuple[Fitting, ...] = ()
     programs_per_sm: int = 6
     min_split: int = 256  # keys; half as many for rows of up to twice that
@@ -71,14 +73,16 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     )
     if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-        return Tuning(Tiling(keys=32, stages=3, warps=4, tma=False), prefill, queries=128)
+        decode = Tiling(keys=32, stages=3, warps=4, tma=False)
+        return Tuning(decode, prefill, prefix=prefill, queries=128, copies_own=can_copy)
     if can_copy and spec.block_size % 64 == 0:
-        prefill = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
+        prefix = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
     else:
-        prefill = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
+        prefix = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
+    prefill = replace(prefix, stages=2)
     decode = Tiling(keys=32, stages=2, warps=2, tma=False)
     few = (
         Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
         Fitting(decode, programs_per_sm=4),
     )
-    return Tuning(decode, prefill, queries=128, few=few)
+    return Tuning(decode, prefill, prefix=prefix, queries=128, copies_own=can_copy, few=few)

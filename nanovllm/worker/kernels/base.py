@@ -47,7 +47,8 @@ class Kernels(Protocol):
 
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin: [max_positions,
         head_dim] fp32, cosines then sines; layer_cache as in `AttentionBackend.forward`. Returns
-        the queries, [num_tokens, num_heads, head_dim], perhaps in the memory of qkv.
+        the queries, [num_tokens, num_heads, head_dim], in the memory of qkv; there, too, lie keys
+        and values, as whoever reads them from the cache finds them.
         """
 
 

@@ -72,7 +72,8 @@ class TorchKernels:
         if slots.dtype == torch.float8_e4m3fn:
             # Larger numbers would become NaN. As bytes: torch indexes no FP8.
             most = torch.finfo(slots.dtype).max
-            keys_values = keys_values.clamp(-most, most).to(slots.dtype).view(torch.uint8)
-            slots = slots.view(torch.uint8)
+            narrow = keys_values.clamp(-most, most).to(slots.dtype)
+            keys_values.copy_(narrow)
+            keys_values, slots = narrow.view(torch.uint8), slots.view(torch.uint8)
         slots.index_copy_(1, slot_mapping, keys_values)
         return queries

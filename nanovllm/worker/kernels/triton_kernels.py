@@ -114,7 +114,7 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _rope_and_cache_kernel(
-    qkv,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF]; queries rotate in place
+    qkv,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF]; rotated in place
     cos_sin,  # [max_positions, 2 * HALF] fp32
     positions,  # [num_tokens] int64
     slot_mapping,  # [num_tokens] int64
@@ -134,6 +134,7 @@ def _rope_and_cache_kernel(
     """A program takes HEADS heads of one token: queries, then keys, then values, as qkv has them.
 
     Values pass through the arithmetic, unchanged, so that no program needs to know what it holds.
+    Keys and values are left in qkv as a reader of the cache would find them.
     """
     if PDL:
         gdc_launch_dependents()
@@ -161,16 +162,22 @@ def _rope_and_cache_kernel(
     dtype = qkv.dtype.element_ty
     new_first = tl.where(rotates, (first * cos - second * sin).to(dtype), raw_first)
     new_second = tl.where(rotates, (second * cos + first * sin).to(dtype), raw_second)
-    tl.store(source, new_first, real & is_query)
-    tl.store(source + HALF, new_second, real & is_query)
+    cached = cache.dtype.element_ty
+    kept_first, kept_second = narrowed(new_first, cached), narrowed(new_second, cached)
+    changed = real & rotates
+    if cached != dtype:
+        new_first = tl.where(is_query, new_first, kept_first.to(dtype))
+        new_second = tl.where(is_query, new_second, kept_second.to(dtype))
+        changed = real
+    tl.store(source, new_first, changed)
+    tl.store(source + HALF, new_second, changed)
     kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
     slot = tl.load(slot_mapping + token)  # negative: not to be cached
     kept = real & ~is_query & (slot >= 0)
     target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
     target += tl.where(rotates, 0, value_offset)
-    cached = cache.dtype.element_ty
-    tl.store(target, narrowed(new_first, cached), kept)
-    tl.store(target + HALF, narrowed(new_second, cached), kept)
+    tl.store(target, kept_first, kept)
+    tl.store(target + HALF, kept_second, kept)
 
 
 def _fp8(linear: Linear) -> Fp8 | None:
@@ -229,7 +236,7 @@ class TritonKernels:
         self, stream: Tensor, norm: tuple[Tensor, float], linear: Linear, *, gated: bool
     ) -> Tensor:
         """Norm and product of a few tokens; in one kernel if it can."""
-        if can_norm(len(stream), linear.weight):
+        if can_norm(stream):
             return skinny_linear(stream, linear, norm=norm, gated=gated)
         return skinny_linear(self.rms_norm(stream, *norm), linear, gated=gated)
 
@@ -268,7 +275,7 @@ class TritonKernels:
         layer_cache: Tensor,
         qk_norm: QKNorm | None,
     ) -> Tensor:
-        """Rotates the queries where they lie: what returns is a view of `qkv`."""
+        """Rotates where they lie: what returns is a view of `qkv`."""
         num_kv_heads, head_dim = layer_cache.shape[-2:]
         num_tokens, num_all = qkv.shape[0], qkv.shape[1] // head_dim
         num_heads = num_all - 2 * num_kv_heads

@@ -160,9 +160,9 @@ def _matrix_kernel(
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     output = tl.program_id(0) * BLOCK_N
     token = tl.program_id(2) * BLOCK_M
-    acc, up = _products(
+    acc, up, squares = _products(
         x_desc, weight_desc, norm_weight, token, output, tl.program_id(1) * (NUM_TILES * BLOCK_K),
-        num_outputs, eps, K, NUM_TILES, BLOCK_M, BLOCK_K, STAGES, NORM, GATED, PDL,
+        num_outputs, K, NUM_TILES, BLOCK_M, BLOCK_K, STAGES, NORM, GATED, PDL,
     )  # fmt: skip
     tokens = token + tl.arange(0, BLOCK_M)
     outputs = output + tl.arange(0, BLOCK_N)
@@ -170,17 +170,23 @@ def _matrix_kernel(
     real = present & (outputs < num_outputs)[None, :]
     places = tokens[:, None] * num_outputs + outputs[None, :]
     if SPLITS == 1:
+        if NORM:
+            acc, up = _normed(acc, up, squares, K, eps)
         _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
                 num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
         lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tile_id = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        parts = partial + tile_id * (SPLITS * PART * (2 if GATED else 1))
+        parts = partial + tile_id * (SPLITS * (PART * (2 if GATED else 1) + BLOCK_M))
         mine = parts + tl.program_id(1) * PART
         tl.store(mine + lanes, acc, present)
         if GATED:
             tl.store(mine + SPLITS * PART + lanes, up, present)
+        all_squares = parts + SPLITS * PART * (2 if GATED else 1)
+        members = tl.arange(0, BLOCK_M)
+        if NORM:
+            tl.store(all_squares + tl.program_id(1) * BLOCK_M + members, squares)
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         arrival = arrivals + tile_id
         if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
@@ -188,6 +194,9 @@ def _matrix_kernel(
             up = acc
             if GATED:
                 up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
+            if NORM:
+                squares = _sum_parts(all_squares, members, members >= 0, SPLITS, BLOCK_M)
+                acc, up = _normed(acc, up, squares, K, eps)
             _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
                     num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
             tl.store(arrival, 0)
@@ -195,13 +204,15 @@ def _matrix_kernel(
 
 @triton.jit
 def _products(
-    x_desc, weight_desc, norm_weight, token, output, first, num_outputs, eps,
+    x_desc, weight_desc, norm_weight, token, output, first, num_outputs,
     K: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs over inputs from `first` on, and of their ups if GATED.
 
-    Weights become what the inputs are only here, on their way from shared memory to the product.
+    If NORM, also each token's sum of squares over these inputs: a norm's weight belongs to the
+    inputs, but its scale to the token, so that the product need not wait for it. Weights become
+    what the inputs are only here, on their way from shared memory to the product.
     """
     if PDL:
         gdc_launch_dependents()
@@ -210,40 +221,42 @@ def _products(
         up_w = weight_desc.load([num_outputs + output, first])
     if PDL:
         gdc_wait()
-    scale = tl.full([BLOCK_M], 1.0, tl.float32)
-    if NORM:
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        for start in tl.static_range(0, K, BLOCK_K):
-            part = x_desc.load([token, start]).to(tl.float32)
-            squares += tl.sum(part * part, 1)
-        scale = tl.rsqrt(squares / K + eps)
-    x = _normed_tile(x_desc, norm_weight, scale, token, first, K, BLOCK_K, NORM)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    x, squares = _weighed_tile(x_desc, norm_weight, squares, token, first, K, BLOCK_K, NORM)
     acc = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
     up = acc
     if GATED:
         up = tl.dot(x, tl.trans(up_w.to(x.dtype)), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        x = _normed_tile(x_desc, norm_weight, scale, token, k, K, BLOCK_K, NORM)
+        x, squares = _weighed_tile(x_desc, norm_weight, squares, token, k, K, BLOCK_K, NORM)
         w = weight_desc.load([output, k])
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
             up = tl.dot(x, tl.trans(up_w.to(x.dtype)), up, input_precision="ieee")
-    return acc, up
+    return acc, up, squares
 
 
 @triton.jit
-def _normed_tile(x_desc, norm_weight, scale, token, k, K: tl.constexpr, BLOCK_K: tl.constexpr,
-                 NORM: tl.constexpr):  # fmt: skip
-    """Inputs k … k + BLOCK_K of some tokens, normed if asked for."""
+def _weighed_tile(x_desc, norm_weight, squares, token, k, K: tl.constexpr, BLOCK_K: tl.constexpr,
+                  NORM: tl.constexpr):  # fmt: skip
+    """Inputs k … k + BLOCK_K of some tokens; if NORM times its weight, and their squares added."""
     x = x_desc.load([token, k])
     if NORM:
         ks = k + tl.arange(0, BLOCK_K)
         factors = tl.load(norm_weight + ks, ks < K, other=0.0).to(tl.float32)
-        normed = (x.to(tl.float32) * scale[:, None]).to(x.dtype).to(tl.float32)
-        x = (normed * factors[None, :]).to(x.dtype)
-    return x
+        wide = x.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        x = (wide * factors[None, :]).to(x.dtype)
+    return x, squares
+
+
+@triton.jit
+def _normed(acc, up, squares, K: tl.constexpr, eps):
+    """Products times the scale that the norm gives each token."""
+    scale = tl.rsqrt(squares / K + eps)[:, None]
+    return acc * scale, up * scale
 
 
 @triton.jit
@@ -280,9 +293,10 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     )
 
 
-def can_norm(num_tokens: int, weight: Tensor) -> bool:
-    """Whether `skinny_linear` takes a norm along: every program then reads all of every token."""
-    return num_tokens == 1 or (num_tokens <= 16 and weight.shape[1] <= 2048)
+def can_norm(x: Tensor) -> bool:
+    """Whether `skinny_linear` takes a norm along: weighed before they are scaled, the inputs of
+    several tokens might leave the range of float16."""
+    return len(x) == 1 or x.dtype != torch.float16
 
 
 def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
@@ -336,7 +350,7 @@ def skinny_linear(
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    assert norm is None or can_norm(num_tokens, weight)
+    assert norm is None or can_norm(x)
     choose = tile_for if scale is None else fp8_tile_for
     tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
     out = x.new_empty(num_tokens, num_outputs)
@@ -360,7 +374,7 @@ def skinny_linear(
     block_m = min(max(16, triton.next_power_of_2(num_tokens)), tile.block_m)
     num_m = triton.cdiv(num_tokens, block_m)
     assert num_n * num_m <= MAX_TILES
-    parts = num_n * num_m * splits * (1 + gated) * block_m * tile.block_n if splits > 1 else 0
+    parts = num_n * num_m * splits * ((1 + gated) * tile.block_n + 1) * block_m if splits > 1 else 0
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
