@@ -201,7 +201,7 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
 def decode_cases() -> Iterator[Case]:
     prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
     many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    others = {"prefill": prefill, "prefix": prefill, "queries": 128}
+    others = {"prefill": prefill, "queries": 128}
     variants = {"16 keys, TMA": Tuning(many, **others, programs_per_sm=7, min_split=128)}
     wide = Tiling(keys=32, stages=2, warps=2, tma=False)
     for split, programs in ((256, 5), (256, 6), (256, 7)):
@@ -253,7 +253,7 @@ def prefill_cases() -> Iterator[Case]:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
         shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
         for block_size, tiling, own in variants:
-            tuning = Tuning(decode, tiling, tiling, 128, own)
+            tuning = Tuning(decode, tiling, 128, own)
             build = partial(build_attention, tuning, queries, keys, (16, 8), block_size)
             name = f"b{block_size} n{tiling.keys} s{tiling.stages} w{tiling.warps}"
             name += f"{' tma' * tiling.tma}{' own' * own} {tiling.max_registers or ''}"
@@ -531,7 +531,7 @@ def fp8_cases() -> Iterator[Case]:
         args, num_bytes = ((1,) * rows, (length,) * rows, (16, 8), 16), rows * length * 8 * 256
         for dtype, stages, programs in ((None, 6, 7), (E4M3, 6, 7), (E4M3, 8, 7), (E4M3, 6, 10)):
             tuning = Tuning(
-                Tiling(16, stages, 1, tma=True), prefill, prefill, 128,
+                Tiling(16, stages, 1, tma=True), prefill, 128,
                 programs_per_sm=programs, min_split=128,
             )  # fmt: skip
             build = partial(build_attention, tuning, *args, dtype)

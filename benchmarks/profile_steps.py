@@ -115,13 +115,20 @@ def report(title: str, seconds: float, num_steps: int, trace: profile) -> None:
         f"\n== {title}: {seconds / num_steps * 1e3:.3f} ms a step unprofiled; "
         f"GPU idle {100 * (1 - busy / whole):.1f} % of the profiled time"
     )
-    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    for event in events:
-        entry = totals[event.name[:88]]
-        entry[0] += event.time_range.end - event.time_range.start
-        entry[1] += 1
-    for name, (total, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:14]:
-        print(f"{total / num_steps:9.1f} µs a step {count / num_steps:7.1f} × {name}")
+    # A kernel may start while the one before it still runs, and wait: what it adds is the time from
+    # that one's end to its own, any gap between them included.
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0] * 3)
+    reached = spans[0][0]
+    for event in sorted(events, key=lambda e: e.time_range.end):
+        entry = totals[event.name[:70]]
+        entry[0] += event.time_range.end - reached
+        entry[1] += max(0.0, event.time_range.start - reached)
+        entry[2] += 1
+        reached = max(reached, event.time_range.end)
+    print("  added µs  of it idle    times  kernel (each a step)")
+    for name, figures in sorted(totals.items(), key=lambda item: -item[1][0])[:16]:
+        added, idle, count = (figure / num_steps for figure in figures)
+        print(f"{added:10.1f} {idle:11.1f} {count:8.1f}  {name}")
 
 
 def run_steps(core: EngineCore, num_steps: int) -> float:

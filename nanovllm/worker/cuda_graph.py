@@ -33,7 +33,7 @@ class Variant(NamedTuple):
 
 Step = Callable[[StepShape, Variant], Tensor]
 # Larger steps keep a GPU busy for longer than the host needs to launch them.
-MAX_TOKENS = 4096
+MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)

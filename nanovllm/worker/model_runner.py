@@ -39,8 +39,11 @@ GRAPH_COLUMNS = {"temperature", *TRUNCATING_COLUMNS}  # what a fused sampler doe
 class Model(Protocol):
     """What the runner asks of a model (`models.decoder.Decoder`)."""
 
-    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
-        """Hidden states after the final norm, [num_tokens, hidden_size]."""
+    def forward(
+        self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm of the `wanted` tokens ([n] int64; None: of all),
+        [n, hidden_size]."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
@@ -175,14 +178,14 @@ class ModelRunner:
             )
             batch = expand_padded(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
-        hidden = self._model.forward(batch, self._kv_cache)
-        row_ids, positions = staged.rows.long(), staged.num_computed + 1
+        row_ids, positions, wanted = staged.rows.long(), staged.num_computed + 1, None
         if shape.num_tokens > shape.num_rows:
             entries = staged.sampling.long()
             ends = staged.query_start_loc[entries + 1]
-            hidden = hidden[(ends - 1).long()]
+            wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
             row_ids = row_ids[entries]
+        hidden = self._model.forward(batch, self._kv_cache, wanted=wanted)
         positions = positions.long()
         token_ids = self._sample_tokens(
             self._model.raw_logits(hidden),
@@ -199,12 +202,24 @@ class ModelRunner:
         """Any step, eagerly."""
         batch = build_batch(staged, self._rows, block_size=self._block_size)
         self._attention.prepare(batch)
-        hidden = self._model.forward(batch, self._kv_cache)  # [num_tokens, hidden_size]
+        entries = staged.sampling.long()
+        ends = (
+            batch.query_start_loc[entries + 1].long() - 1
+        )  # where the sampling entries' tokens end
         pending = PendingStep(plan.step)
-        self._collect_prompt_logprobs(pending, staged, hidden)
+        if self._wants_prompt_logprobs(staged):
+            hidden = self._model.forward(batch, self._kv_cache)  # [num_tokens, hidden_size]
+            self._collect_prompt_logprobs(pending, staged, hidden)
+            hidden = hidden[ends]
+        else:
+            only_ends = 0 < len(entries) < batch.num_tokens
+            hidden = self._model.forward(batch, self._kv_cache, wanted=ends if only_ends else None)
         if plan.sampling:
             self._collect_samples(pending, self._sample(staged, batch, hidden, plan.masks))
         return self._mark(pending)
+
+    def _wants_prompt_logprobs(self, staged: StagedPlan) -> bool:
+        return bool((self._rows.host["prompt_logprobs"][staged.host_rows] != NO_LOGPROBS).any())
 
     def _mark(self, pending: PendingStep) -> PendingStep:
         """Let `pending` know when all that has been queued is done."""
@@ -216,7 +231,10 @@ class ModelRunner:
     def _sample(
         self, staged: StagedPlan, batch: ForwardBatch, hidden: Tensor, masks: dict[int, bytes]
     ) -> Sampled:
-        """Sample for the plan's entries and let the device remember the tokens."""
+        """Sample for the plan's entries and let the device remember the tokens.
+
+        hidden: [num_samples, hidden_size].
+        """
         entries = staged.sampling.long()
         targets = SamplingTargets(
             rows=staged.rows[entries].long(),
@@ -224,8 +242,6 @@ class ModelRunner:
             host_rows=staged.host_rows[staged.host_sampling],
             host_positions=staged.host_seq_lens[staged.host_sampling],
         )
-        if len(entries) < batch.num_tokens:
-            hidden = hidden[batch.query_start_loc[entries + 1].long() - 1]
         logits = self._model.compute_logits(hidden)
         allowed = unpack_masks(masks, vocab_size=logits.shape[1], device=logits.device)
         sampled = self._sampler.sample(logits, targets, allowed)

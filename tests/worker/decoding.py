@@ -89,6 +89,12 @@ class Driver:
     @torch.inference_mode()
     def run(self, new: dict[str, list[int]]) -> dict[str, Tensor]:
         """One step over all of `new`. Returns each sequence's logits, [new tokens, vocab_size]."""
+        logits = self.run_batch(new)
+        return dict(zip(new, logits.split([len(ids) for ids in new.values()]), strict=True))
+
+    @torch.inference_mode()
+    def run_batch(self, new: dict[str, list[int]], *, wanted: Tensor | None = None) -> Tensor:
+        """`run`, with the logits of all tokens, or of those wanted, as they lie in the batch."""
         rows = [(ids, self.lengths.get(name, 0)) for name, ids in new.items()]
         for name, (ids, start) in zip(new, rows, strict=True):
             self.lengths[name] = start + len(ids)
@@ -99,6 +105,5 @@ class Driver:
         tables = [self.tables[name] for name in new]
         batch = make_batch(rows, tables, block_size=self.block_size)
         self.model.attention.prepare(batch)
-        hidden = self.model.forward(batch, self.kv_cache)
-        logits = self.model.compute_logits(hidden)
-        return dict(zip(new, logits.split([len(ids) for ids in new.values()]), strict=True))
+        hidden = self.model.forward(batch, self.kv_cache, wanted=wanted)
+        return self.model.compute_logits(hidden)

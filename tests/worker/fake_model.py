@@ -74,7 +74,9 @@ class FakeModel:
     def __init__(self) -> None:
         self.max_logit_rows = 0
 
-    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
+    ) -> Tensor:
         slots = kv_cache[0, 0].view(-1, WIDTH)
         slots[batch.slot_mapping] = key_of(batch.input_ids, batch.positions)
         hidden = kv_cache.new_empty(batch.num_tokens, WIDTH)
@@ -86,7 +88,7 @@ class FakeModel:
             context = slots[block_ids * BLOCK_SIZE + places % BLOCK_SIZE].cumsum(0)  # [end, WIDTH]
             num_new = starts[row + 1] - starts[row]
             hidden[starts[row] : starts[row + 1]] = context[end - num_new :]
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.max_logit_rows = max(self.max_logit_rows, len(hidden))

@@ -51,6 +51,14 @@ def test_one_prefill(pair: Pair) -> None:
     assert_near(logits, reference_logits(reference, PROMPT))
 
 
+def test_wanted_tokens_only(pair: Pair) -> None:
+    """What the last layer leaves out is nobody's business."""
+    driver, reference = pair
+    wanted = torch.tensor([0, 41, len(PROMPT) - 1])
+    logits = driver.run_batch({"wanted": PROMPT}, wanted=wanted)
+    assert_near(logits, reference_logits(reference, PROMPT)[wanted])
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_chunks(pair: Pair, size: int) -> None:
     driver, reference = pair

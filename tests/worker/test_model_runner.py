@@ -209,9 +209,11 @@ class FaultyModel(FakeModel):
         self._failing = failing
         self._num_forwards = 0
 
-    def forward(self, batch: ForwardBatch, kv_cache: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv_cache: torch.Tensor, *, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self._num_forwards += 1
-        hidden = super().forward(batch, kv_cache)
+        hidden = super().forward(batch, kv_cache, wanted=wanted)
         if self._num_forwards in self._failing:
             raise torch.OutOfMemoryError("no memory for the logits")
         return hidden

@@ -31,7 +31,6 @@ SPEC = AttentionSpec(
 TUNING = Tuning(
     decode=Tiling(keys=16, stages=2, warps=1, tma=False),
     prefill=Tiling(keys=16, stages=2, warps=4, tma=False),
-    prefix=Tiling(keys=16, stages=2, warps=4, tma=False),
     queries=16,
     min_split=32,
     max_splits=4,
@@ -42,7 +41,6 @@ TMA_TUNING = replace(
     TUNING,
     decode=replace(TUNING.decode, tma=True),
     prefill=replace(TUNING.prefill, tma=True),
-    prefix=replace(TUNING.prefix, tma=True),
     copies_own=True,
 )
 FUSED_TMA_TUNING = replace(FUSED_TUNING, few=(Fitting(TMA_TUNING.decode, 14),))

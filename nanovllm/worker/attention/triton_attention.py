@@ -305,7 +305,7 @@ class TritonAttention:
         shared_prefix_kernel[(self._spec.num_kv_heads, tuning.prefix_splits, num_tiles)](
             query,
             query.stride(0),
-            *self._keys_and_values(layer_cache, tuning.prefix),
+            *self._keys_and_values(layer_cache, tuning.prefill),
             *self._scratch_for(batch.num_rows).partials,
             prefix.num_keys,
             prefix.leader,
@@ -318,7 +318,7 @@ class TritonAttention:
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
             BLOCK_M=tuning.queries,
-            **tuning.prefix.options,
+            **tuning.prefill.options,
             **self._options,
         )
 

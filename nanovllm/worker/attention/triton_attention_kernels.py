@@ -111,6 +111,58 @@ def _visible_scores(q, k, ahead, WINDOW: tl.constexpr):
     return tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
 
 
+@triton.jit
+def _attend_to_cached(
+    q, keys, values, table, context, first_query, local, kv_head, scale, acc, peak, total,
+    SLOT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Queries at `local` places past the context attend to it, as far as their window reaches."""
+    begin = first_visible(context + first_query, WINDOW, BLOCK_N)
+    if WINDOW == 0:  # whole tiles need no mask
+        begin = context // BLOCK_N * BLOCK_N
+        for start in tl.range(0, begin, BLOCK_N):
+            k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
+                                 BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    for start in tl.range(begin, context, BLOCK_N):
+        k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
+                             BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+        places = start + tl.arange(0, BLOCK_N)
+        ahead = tl.where(places < context, context - places, -(2**30))
+        scores = _visible_scores(q, k, local[:, None] + ahead[None, :], WINDOW)
+        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    return acc, peak, total
+
+
+@triton.jit
+def _attend_to_own(
+    q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
+    acc, peak, total,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, OWN_TMA: tl.constexpr,
+):  # fmt: skip
+    """The same queries attend to their row's tokens of this step, up to themselves."""
+    begin = first_visible(first_query, WINDOW, BLOCK_N)
+    if WINDOW == 0:
+        begin = (first_query + 1) // BLOCK_N * BLOCK_N
+        for start in tl.range(0, begin, BLOCK_N):
+            k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
+                                      KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                                      OWN_TMA)  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    for start in tl.range(begin, end, BLOCK_N):
+        k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
+                                  KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                                  OWN_TMA)  # fmt: skip
+        ahead = local[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
+        scores = _visible_scores(q, k, ahead, WINDOW)
+        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    return acc, peak, total
+
+
 # A stride that changes from step to step must not ask for a kernel of its own.
 @triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
@@ -148,42 +200,20 @@ def prefill_kernel(
     tokens = (first_token + local).to(tl.int64)
     places = (tokens * query_stride + heads * HEAD_DIM)[:, None] + lanes
     q = tl.load(qkv + places, real, other=0.0)
-    table = block_tables + row.to(tl.int64) * table_stride
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    offsets = tl.arange(0, BLOCK_N)
-    cached = tl.where(num_queries == 0, 0, context)
-    end = tl.minimum(first_query + TOKENS, num_queries)
-    cached_begin = first_visible(context + first_query, WINDOW, BLOCK_N)
-    own_begin = first_visible(first_query, WINDOW, BLOCK_N)
-    if WINDOW == 0:
-        cached_begin = cached // BLOCK_N * BLOCK_N
-        for start in tl.range(0, cached_begin, BLOCK_N):
-            k, v = key_and_value(keys, values, table, start, cached, kv_head, q.dtype, SLOT,
-                                 BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = absorb(scores, scale, v, acc, peak, total)
-    for start in tl.range(cached_begin, cached, BLOCK_N):
-        k, v = key_and_value(keys, values, table, start, cached, kv_head, q.dtype, SLOT,
-                             BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-        ahead = tl.where(start + offsets < cached, context - start - offsets, -(2**30))
-        scores = _visible_scores(q, k, local[:, None] + ahead[None, :], WINDOW)
-        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
-    if WINDOW == 0:
-        own_begin = tl.where(num_queries == 0, 0, (first_query + 1) // BLOCK_N * BLOCK_N)
-        for start in tl.range(0, own_begin, BLOCK_N):
-            k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
-                                      KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
-                                      OWN_TMA)  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            acc, peak, total = absorb(scores, scale, v, acc, peak, total)
-    for start in tl.range(own_begin, end, BLOCK_N):
-        k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
-                                  KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
-                                  OWN_TMA)  # fmt: skip
-        scores = _visible_scores(q, k, local[:, None] - (start + offsets)[None, :], WINDOW)
-        acc, peak, total = absorb(scores, scale, v, acc, peak, total)
+    if num_queries > 0:
+        table = block_tables + row.to(tl.int64) * table_stride
+        acc, peak, total = _attend_to_cached(
+            q, keys, values, table, context, first_query, local, kv_head, scale, acc, peak, total,
+            SLOT, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, TMA,
+        )  # fmt: skip
+        end = tl.minimum(first_query + TOKENS, num_queries)
+        acc, peak, total = _attend_to_own(
+            q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
+            acc, peak, total, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, WINDOW, BLOCK_N, OWN_TMA,
+        )  # fmt: skip
     result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
     places = (tokens * (SLOT * GROUP) + heads * HEAD_DIM)[:, None] + lanes
     tl.store(out + places, result, real)

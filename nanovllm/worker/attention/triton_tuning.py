@@ -1,6 +1,6 @@
 """Tiles and cuts of the attention kernels, as measured; `triton_attention` launches by them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -52,7 +52,6 @@ class Tuning:
 
     decode: Tiling
     prefill: Tiling
-    prefix: Tiling  # of keys that rows share
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
     few: tuple[Fitting, ...] = ()
@@ -63,7 +62,7 @@ class Tuning:
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
-    """Measured on an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    """Measured on an H100 and an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
     head_bytes = spec.head_dim * spec.cache_dtype.itemsize
     can_copy = (
         has_tensor_memory_accelerator(spec.device)
@@ -74,15 +73,18 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
         decode = Tiling(keys=32, stages=3, warps=4, tma=False)
-        return Tuning(decode, prefill, prefix=prefill, queries=128, copies_own=can_copy)
-    if can_copy and spec.block_size % 64 == 0:
-        prefix = Tiling(keys=64, stages=2, warps=8, tma=True, max_registers=128)
-    else:
-        prefix = Tiling(keys=64, stages=3, warps=8, tma=False, max_registers=128)
-    prefill = replace(prefix, stages=2)
+        return Tuning(decode, prefill, queries=128, copies_own=can_copy)
+    # Two stages, so that the tiles of two programs fit in a multiprocessor's shared memory, too.
+    prefill = Tiling(
+        keys=64,
+        stages=2,
+        warps=8,
+        tma=can_copy and spec.block_size % 64 == 0,
+        max_registers=128,
+    )
     decode = Tiling(keys=32, stages=2, warps=2, tma=False)
     few = (
         Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
         Fitting(decode, programs_per_sm=4),
     )
-    return Tuning(decode, prefill, prefix=prefix, queries=128, copies_own=can_copy, few=few)
+    return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)

@@ -105,6 +105,23 @@ def _normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside, eps,
+                    HALF: tl.constexpr):  # fmt: skip
+    """Queries by one weight, all other heads by the other."""
+    q_first, q_second = _normed(first, second, q_weight, lanes, inside, eps, HALF)
+    k_first, k_second = _normed(first, second, k_weight, lanes, inside, eps, HALF)
+    return tl.where(is_query, q_first, k_first), tl.where(is_query, q_second, k_second)
+
+
+@triton.jit
+def _rotated(first, second, angles, inside, HALF: tl.constexpr):
+    """Heads given in halves, [heads, lanes] fp32 each, turned by one token's angles."""
+    cos = tl.load(angles, inside, other=0.0)[None, :]
+    sin = tl.load(angles + HALF, inside, other=0.0)[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """x as a cache of that type keeps it: in FP8 larger numbers would become NaN."""
     if tl.float8e4nv == DTYPE:
@@ -145,6 +162,8 @@ def _rope_and_cache_kernel(
     inside = lanes < HALF
     is_query = (heads < NUM_HEADS)[:, None]
     rotates = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
+    kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
+    value_side = tl.where(rotates, 0, value_offset)
     real = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & inside[None, :]
     source = qkv + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF)
     source += heads[:, None] * (2 * HALF) + lanes[None, :]
@@ -152,30 +171,25 @@ def _rope_and_cache_kernel(
     raw_second = tl.load(source + HALF, real, other=0.0)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
-        q_first, q_second = _normed(first, second, q_weight, lanes, inside, eps, HALF)
-        k_first, k_second = _normed(first, second, k_weight, lanes, inside, eps, HALF)
-        first = tl.where(is_query, q_first, k_first)
-        second = tl.where(is_query, q_second, k_second)
+        first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside,
+                                        eps, HALF)  # fmt: skip
     angles = cos_sin + tl.load(positions + token) * (2 * HALF) + lanes
-    cos = tl.load(angles, inside, other=0.0)[None, :]
-    sin = tl.load(angles + HALF, inside, other=0.0)[None, :]
+    first, second = _rotated(first, second, angles, inside, HALF)
     dtype = qkv.dtype.element_ty
-    new_first = tl.where(rotates, (first * cos - second * sin).to(dtype), raw_first)
-    new_second = tl.where(rotates, (second * cos + first * sin).to(dtype), raw_second)
+    new_first = tl.where(rotates, first.to(dtype), raw_first)
+    new_second = tl.where(rotates, second.to(dtype), raw_second)
     cached = cache.dtype.element_ty
     kept_first, kept_second = narrowed(new_first, cached), narrowed(new_second, cached)
-    changed = real & rotates
-    if cached != dtype:
+    if cached != dtype:  # values change, too
+        rotates = heads[:, None] >= 0
         new_first = tl.where(is_query, new_first, kept_first.to(dtype))
         new_second = tl.where(is_query, new_second, kept_second.to(dtype))
-        changed = real
-    tl.store(source, new_first, changed)
-    tl.store(source + HALF, new_second, changed)
-    kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
+    tl.store(source, new_first, real & rotates)
+    tl.store(source + HALF, new_second, real & rotates)
     slot = tl.load(slot_mapping + token)  # negative: not to be cached
     kept = real & ~is_query & (slot >= 0)
     target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
-    target += tl.where(rotates, 0, value_offset)
+    target += value_side
     tl.store(target, kept_first, kept)
     tl.store(target + HALF, kept_second, kept)
 

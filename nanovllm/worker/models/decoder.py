@@ -112,11 +112,21 @@ class DecoderLayer:
             self.qk_norm = PerHeadNorm(ones(spec.head_dim), ones(spec.head_dim), spec.rms_norm_eps)
         self._rotary = Rotary(kernels, cos_sin, self.qk_norm)
 
-    def forward(self, stream: Tensor, *, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
-        """stream and the result: [num_tokens, hidden_size]."""
+    def forward(
+        self,
+        stream: Tensor,
+        *,
+        batch: ForwardBatch,
+        layer_cache: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """stream: [num_tokens, hidden_size]. Returns it after this layer; of `wanted` tokens if
+        given, as of the last layer the others only leave keys and values."""
         kernels = self._kernels
         qkv = kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv)
         attended = self._attention.forward(qkv, self._rotary, layer_cache, batch)
+        if wanted is not None:
+            attended, stream = attended[wanted], stream[wanted]
         stream = kernels.linear_add(attended.flatten(1), self.o, stream)
         return kernels.mlp(stream, self.post_norm, self._eps, self.gate_up, self.down)
 
@@ -174,15 +184,21 @@ class Decoder:
         self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
         self.num_parameters = sum(slot.target.numel() for slot in self.slots())
 
-    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
+    ) -> Tensor:
         """One step. `attention.prepare(batch)` must have run.
 
-        kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. Returns the
-        states after the final norm, [num_tokens, hidden_size].
+        kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. wanted: [n]
+        int64, the tokens whose states are asked for; None: all. Returns the states after the final
+        norm, [n, hidden_size].
         """
         stream = F.embedding(batch.input_ids, self.embedding)
-        for layer, layer_cache in zip(self.layers, kv_cache.unbind(1), strict=True):
+        *earlier, last = zip(self.layers, kv_cache.unbind(1), strict=True)
+        for layer, layer_cache in earlier:
             stream = layer.forward(stream, batch=batch, layer_cache=layer_cache)
+        layer, layer_cache = last
+        stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, wanted=wanted)
         return self._kernels.rms_norm(stream, self.final_norm, self.spec.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
