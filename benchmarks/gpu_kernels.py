@@ -8,6 +8,7 @@ over 4.3 TB/s or operations over 790 TFLOP/s (FP8: twice that), as measured on a
 """
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise, product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -25,14 +27,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.flash_attention import FlashAttention
 from nanovllm.worker.attention.triton_attention import TritonAttention
-from nanovllm.worker.attention.triton_tuning import Tiling, Tuning, tuning_for
+from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
-from nanovllm.worker.kernels import triton_sampler
+from nanovllm.worker.kernels import triton_kernels, triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
+from nanovllm.worker.quant.select import allocate_linears
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -411,6 +416,80 @@ def layer_cases() -> Iterator[Case]:
             yield Case("layer", f"m{num_tokens}", label, num_bytes, 0, build)
 
 
+# ---------------------------------------------------------------- the whole model
+
+
+@lru_cache(maxsize=1)
+def qwen3() -> Decoder:
+    """Qwen3-0.6B with random weights."""
+    path = Path(__file__).parent / "models" / "qwen3-0.6b" / "config.json"
+    spec = spec_from_config(json.loads(path.read_text()))
+    attention = TritonAttention(attention_spec((16, 8), 16))
+    model = Decoder(spec, kernels=KERNELS, attention=attention, dtype=BF16, device=CUDA)
+    allocate_linears(model, None)
+    for slot in model.slots():
+        slot.target.normal_().mul_(slot.target.shape[-1] ** -0.5)
+    return model
+
+
+def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
+    """A decode step up to the last norm, with attention tuned so and products chosen so."""
+    model = qwen3()
+    spec, batch, _, cache = attention_inputs((1,) * rows, (length,) * rows, (16, 8), 16)
+    batch = replace(batch, input_ids=torch.arange(rows, device=CUDA))
+    caches = [cache[:, index % cache.shape[1]] for index in range(len(model.layers))]
+    backend = TritonAttention(spec, tuning)
+
+    def run() -> Tensor:
+        triton_kernels.beats_cublas = POLICIES[policy]
+        backend.prepare(batch)
+        stream = F.embedding(batch.input_ids, model.embedding)
+        for layer, layer_cache in zip(model.layers, caches, strict=True):
+            layer._attention = backend
+            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache)
+        return KERNELS.rms_norm(stream, model.final_norm, 1e-6)
+
+    return run, 1, None
+
+
+POLICIES: dict[str, Callable[..., bool]] = {
+    "as chosen": triton_kernels.beats_cublas,
+    "cuBLAS": lambda num_tokens, weight, gated=False: num_tokens == 1,
+    "all ours": lambda num_tokens, weight, gated=False: weight.numel() < 2**23,
+    "ours but gated": lambda num_tokens, weight, gated=False: weight.numel() < 2**23 and not gated,
+}
+
+
+def model_cases() -> Iterator[Case]:
+    chosen = tuning_for(attention_spec((16, 8), 16))
+    for rows, length in ((1, 384), (8, 384), (32, 384), (64, 384), (128, 640), (256, 640)):
+        num_bytes = 440e6 * 2 + rows * length * 4096 * 28
+        for policy in POLICIES:
+            if rows > 1 or policy == "as chosen":
+                build = partial(build_model, None, policy, rows, length)
+                yield Case("model", f"{rows}×{length}", policy, num_bytes, 0, build)
+        for name, few in FEW_WAYS.items():
+            if rows <= 64:
+                build = partial(build_model, replace(chosen, few=few), "as chosen", rows, length)
+                yield Case("model", f"{rows}×{length}", name, num_bytes, 0, build)
+
+
+def few_way(keys: int, stages: int, warps: int, programs: int) -> Fitting:
+    return Fitting(Tiling(keys, stages, warps, tma=False), programs)
+
+
+FEW_WAYS = {
+    "n64 s2 w4 p1": (few_way(64, 2, 4, 1), few_way(32, 2, 2, 4)),
+    "n64 s3 w4 p2": (few_way(64, 3, 4, 2),),
+    "n32 s2 w2 p4": (few_way(32, 2, 2, 4),),
+    "n32 s3 w2 p4": (few_way(32, 3, 2, 4),),
+    "n32 s3 w4 p4": (few_way(32, 3, 4, 4),),
+    "n64 s2 w2 p3": (few_way(64, 2, 2, 3), few_way(32, 2, 2, 4)),
+    "n16 s4 w1 p8": (few_way(16, 4, 1, 8),),
+    "apart": (),
+}
+
+
 # ---------------------------------------------------------------- FP8
 
 
@@ -692,6 +771,7 @@ def all_cases(groups: list[str]) -> list[Case]:
         prefill_cases,
         linear_cases,
         layer_cases,
+        model_cases,
         fp8_cases,
         sampler_cases,
     )

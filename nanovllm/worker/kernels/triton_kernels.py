@@ -137,17 +137,10 @@ def _rope_and_cache_kernel(
     slot_mapping,  # [num_tokens] int64
     cache,  # keys [num_slots, NUM_KV_HEADS, 2 * HALF]; values lie value_offset elements behind
     value_offset: tl.int64,
-    q_weight,
-    k_weight,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_weight, k_weight, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A program takes HEADS heads of one token: queries, then keys, then values, as qkv has them.
 
     Values pass through the arithmetic, unchanged, so that no program needs to know what it holds.
@@ -173,9 +166,9 @@ def _rope_and_cache_kernel(
     if NORM:
         first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside,
                                         eps, HALF)  # fmt: skip
+    dtype = qkv.dtype.element_ty
     angles = cos_sin + tl.load(positions + token) * (2 * HALF) + lanes
     first, second = _rotated(first, second, angles, inside, HALF)
-    dtype = qkv.dtype.element_ty
     new_first = tl.where(rotates, first.to(dtype), raw_first)
     new_second = tl.where(rotates, second.to(dtype), raw_second)
     cached = cache.dtype.element_ty
