@@ -688,14 +688,13 @@ def build_sampler(n: int, dtype: torch.dtype, spread: float, top_k: int, top_p: 
     def error() -> float:
         """The share of rows whose token differs from the plain sampler's."""
         from nanovllm.worker.sampling import distribution as d
-        from nanovllm.worker.sampling.philox import uniforms
 
         probs = d.to_probabilities(logits[-1].float().clone(), columns["temperature"])
         if top_k:
             probs = d.truncate_top_k(probs, columns["top_k"], most=top_k)
         if top_p < 1:
             probs = d.truncate_top_p(probs, columns["top_p"])
-        return float((d.draw(probs, uniforms(seeds, positions)) != run()).double().mean())
+        return float((d.draw(probs, seeds, positions) != run()).double().mean())
 
     return run, len(logits), error
 

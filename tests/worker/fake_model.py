@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.sampling.distribution import draw, to_probabilities
-from nanovllm.worker.sampling.philox import uniforms
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
 WIDTH = 64
@@ -111,5 +110,5 @@ def sample_tokens(
     assert not truncates
     temperature = columns["temperature"][rows]
     probabilities = to_probabilities(logits, temperature.clamp(min=1e-3))
-    drawn = draw(probabilities, uniforms(seeds[rows], positions))
+    drawn = draw(probabilities, seeds[rows], positions)
     return torch.where(temperature > 0, drawn, logits.argmax(1))

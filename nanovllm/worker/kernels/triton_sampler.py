@@ -1,9 +1,9 @@
 """One fused sampler for all rows of a batch, greedy or not, that never asks the host anything.
 
 The runner calls `sample_tokens` with logits already edited and penalized. It means what
-`sampling.distribution` means: temperature, min-p, top-k, top-p, then an inverse CDF in token order
-with one Philox number per (seed, position). Only what is nearly equal may differ: thresholds cut
-logits, not rounded probabilities, and cumulative sums round differently in their last bits.
+`sampling.distribution` means: temperature, min-p, top-k, top-p, then a race of segments and one of
+the winner's tokens, with the same Philox numbers. Only what is nearly equal may differ: thresholds
+cut logits, not rounded probabilities, and sums round differently in their last bits.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton_launch import launch_options
+from nanovllm.worker.sampling.distribution import SEGMENT  # its largest logit and mass are one pass
 
-SEGMENT = 128  # tokens whose largest logit and mass are known after one pass
 SEGMENTS_PER_PROGRAM = 32
 SEGMENTS_PER_LOOK = 64
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -248,38 +248,36 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
 
 
 @triton.jit
-def _uniform(seed, position):
-    """As `sampling.philox.uniforms`: 52 bits and a half of Philox4x32-10, fp64 in (0, 1)."""
-    low, high = position & 0xFFFFFFFF, (position >> 32) & 0xFFFFFFFF
-    first, second, _, _ = tl.philox(seed, low.to(tl.uint32), high.to(tl.uint32), 0, 0)
+def _times(seed, position, index):
+    """Minus the log of numbers `index` of `sampling.philox.uniforms`: exponential, fp32."""
+    zeros = tl.zeros_like(index).to(tl.uint32)
+    low = zeros + (position & 0xFFFFFFFF).to(tl.uint32)
+    high = zeros + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, (index // 2).to(tl.uint32), zeros)
+    first, second = tl.where(index % 2 == 0, a, c), tl.where(index % 2 == 0, b, d)
     bits = (first.to(tl.int64) << 20) | (second.to(tl.int64) >> 12)
-    return (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+    uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+    return (-tl.log(uniform)).to(tl.float32)
 
 
 @triton.jit
-def _segment_at(ends, mass, target, places):
-    """Where a cumulative sum first exceeds `target`, but never beyond the last place with mass."""
-    index = tl.sum((ends <= target).to(tl.int32), 0)
-    return tl.minimum(index, tl.max(tl.where(mass > 0, places, 0), 0))
+def _winner(mass, seed, position, index):
+    """Where the racer is that comes first; the first place if none has any mass, or all are NaN."""
+    times = _times(seed, position, index)
+    return tl.argmax(tl.where(mass > 0, mass / times, 0.0), 0)
 
 
 @triton.jit
-def _draw(row_logits, peaks, mass, segments, chosen, truncated, floor, sharpness, uniform,
-          vocab_size, SEGMENT: tl.constexpr):  # fmt: skip
-    """Inverse CDF in two levels: the segment, then the token. mass: per segment, or per chosen."""
-    ends = tl.cumsum(mass.to(tl.float64), 0)
-    target = uniform * tl.max(ends, 0)
-    index = _segment_at(ends, mass, target, segments)
-    target -= tl.sum(tl.where(segments < index, mass.to(tl.float64), 0.0), 0)
-    segment = index
-    if truncated:
-        segment = tl.load(chosen + index)
+def _draw(row_logits, largest, mass, segments, floor, sharpness, seed, position, vocab_size,
+          SEGMENT: tl.constexpr):  # fmt: skip
+    """As `sampling.distribution.draw`. mass: of kept logits in each of `segments`, 0 for none."""
+    place = _winner(mass, seed, position, SEGMENT + segments)
+    segment = tl.max(tl.where(tl.arange(0, segments.shape[0]) == place, segments, 0), 0)
     inside = tl.arange(0, SEGMENT)
     tokens = segment * SEGMENT + inside
     x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    weights = tl.where(x >= floor, tl.exp2((x - tl.max(peaks, 0)) * sharpness), 0.0)
-    ends = tl.cumsum(weights.to(tl.float64), 0)
-    return segment * SEGMENT + _segment_at(ends, weights, target, inside)
+    weights = tl.where(x >= floor, tl.exp2((x - largest) * sharpness), 0.0)
+    return segment * SEGMENT + _winner(weights, seed, position, inside)
 
 
 @triton.jit
@@ -326,21 +324,22 @@ def _choose_kernel(
         mass = tl.load(masses + place + segments, present, other=0.0)
         mass *= tl.exp2((peaks - tl.max(peaks, 0)) * _sharpness(warmth))
         floor = float("-inf")
-        truncated = False
+        listed = segments
         if TRUNCATE:
             k = tl.load(top_k + row * column_stride)
             p = tl.load(top_p + row * column_stride)
             least = tl.load(min_p + row * column_stride)
-            truncated = (k > 0) | (p < 1) | (least > 0)
-            if truncated:
+            if (k > 0) | (p < 1) | (least > 0):
                 floor, num_chosen = _truncate(
                     row_logits, chosen + place, chosen_masses + place, peaks, mass, segments,
                     present, k, p, least, warmth, vocab_size, SEGMENT, LOOK,
                 )  # fmt: skip
-                mass = tl.load(chosen_masses + place + segments, segments < num_chosen, other=0.0)
-        uniform = _uniform(tl.load(seeds + row * seed_stride), tl.load(positions + entry))
-        token = _draw(row_logits, peaks, mass, segments, chosen + place, truncated, floor,
-                      _sharpness(warmth), uniform, vocab_size, SEGMENT)  # fmt: skip
+                real = segments < num_chosen
+                listed = tl.load(chosen + place + segments, real, other=0)
+                mass = tl.load(chosen_masses + place + segments, real, other=0.0)
+        seed, position = tl.load(seeds + row * seed_stride), tl.load(positions + entry)
+        token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, _sharpness(warmth),
+                      seed, position, vocab_size, SEGMENT)  # fmt: skip
     tl.store(token_ids + entry, token.to(tl.int64))
 
 

@@ -1,4 +1,4 @@
-"""From logits to one id per row: temperature, min-p, top-k, top-p, inverse CDF.
+"""From logits to one id per row: temperature, min-p, top-k, top-p, and a race.
 
 `sampler` calls it for the rows that are not greedy. Every truncation is a floor: probabilities that
 equal it all stay, so what survives does not hang on how a sort breaks ties. Truncated rows are not
@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-BLOCK = 64  # tokens summed at once when a cumulative sum is searched
+from nanovllm.worker.sampling.philox import uniforms
+
+SEGMENT = 128  # tokens that enter a race as one; another number would be other draws
+BLOCK = 64  # tokens of which only the largest is looked at, first, when the likeliest are sought
 NUM_CANDIDATES = 128  # most likely tokens looked at before a nucleus is searched in all of them
 
 
 def to_probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
-    """softmax(logits / temperature), padded with zeros to whole blocks; overwrites `logits`.
+    """softmax(logits / temperature), padded with zeros to whole segments; overwrites `logits`.
 
-    logits: [n, vocab_size] float32; temperature: [n]. Returns [n, num_blocks * BLOCK].
+    logits: [n, vocab_size] float32; temperature: [n]. Returns [n, num_segments * SEGMENT].
     """
     probs = logits.div_(temperature[:, None]).softmax(-1)
-    padding = -probs.shape[1] % BLOCK
+    padding = -probs.shape[1] % SEGMENT
     return pad(probs, (0, padding)) if padding else probs
 
 
@@ -41,7 +44,7 @@ def truncate_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
 
     Holtzman et al., "The curious case of neural text degeneration", 2020.
     """
-    needed = top_p.double() * _cumulative_mass(probs)[:, -1]  # [n]
+    needed = top_p.double() * _blocks(probs).sum(-1).sum(-1, dtype=torch.float64)  # [n]
     # A look at the top settles most rows. CUDA sorts all: asking whether it did would wait.
     on_cpu = probs.device.type == "cpu"
     values = _largest(probs, NUM_CANDIDATES if on_cpu else probs.shape[1])
@@ -55,32 +58,26 @@ def truncate_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
     return _keep_from(probs, floors)
 
 
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index whose cumulative probability exceeds `uniforms` times the total, [n] int64.
+def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """A token of each row, with its probability; a function of (row, seed, position), [n] int64.
 
-    probs: [n, num_blocks * BLOCK]; uniforms: [n] float64 in (0, 1). The search is in two levels,
-    blocks and then one block, so that only block sums are accumulated over the whole vocabulary.
+    probs: [n, num_segments * SEGMENT]; seeds and positions: [n] int64. Whoever comes first in a
+    race wins: one of mass m takes a time that is exponential with rate m (Gumbel-max, in logs).
+    Rounding of the probabilities changes who wins as rarely as a draw can be changed by it: noise
+    belongs to a token, where an inverse CDF would shift all that lie behind. First segments race,
+    then the tokens of the winner, which is the same distribution for a hundredth of the noise:
+    numbers 0 … SEGMENT - 1 are the places' in a segment, the others the segments'.
     """
-    mass = _cumulative_mass(probs)  # [n, num_blocks]
-    target = uniforms[:, None] * mass[:, -1:]
-    # The clamp matters for rows of NaN only: whatever they get must be an index.
-    block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[1] - 1)
-    before = pad(mass, (1, 0)).gather(1, block)
-    inside = _blocks(probs).gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
-    inside = inside.cumsum(-1, dtype=torch.float64)  # [n, BLOCK]
-    # fp32 block sums and this sum differ in their last bits: never look beyond the last token.
-    rest = torch.minimum(target - before, inside[:, -1:].nextafter(torch.zeros_like(target)))
-    offset = torch.searchsorted(inside, rest, right=True).clamp_(max=BLOCK - 1)
-    return (block * BLOCK + offset)[:, 0]
+    segments = probs.view(probs.shape[0], -1, SEGMENT)
+    masses = segments.sum(-1)  # [n, num_segments]
+    times = uniforms(seeds, positions, SEGMENT + masses.shape[1]).log_().neg_().float()
+    segment = (masses / times[:, SEGMENT:]).argmax(-1)
+    tokens = segments.gather(1, segment[:, None, None].expand(-1, -1, SEGMENT))[:, 0]
+    return segment * SEGMENT + (tokens / times[:, :SEGMENT]).argmax(-1)
 
 
 def _blocks(probs: Tensor) -> Tensor:
     return probs.view(probs.shape[0], -1, BLOCK)
-
-
-def _cumulative_mass(probs: Tensor) -> Tensor:
-    """[n, num_blocks] float64: the mass up to and including each block."""
-    return _blocks(probs).sum(-1).cumsum(-1, dtype=torch.float64)
 
 
 def _keep_from(probs: Tensor, floors: Tensor) -> Tensor:

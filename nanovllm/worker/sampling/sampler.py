@@ -26,7 +26,6 @@ from nanovllm.worker.sampling.edits import apply_edits
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
 from nanovllm.worker.sampling.masks import TokenMasks, apply_masks
 from nanovllm.worker.sampling.penalties import penalize
-from nanovllm.worker.sampling.philox import uniforms
 
 IndexArray = npt.NDArray[np.intp]
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -158,7 +157,7 @@ class Sampler:
             probs = truncate_top_k(probs, columns["top_k"][rows], most=most)
         if "top_p" in active:
             probs = truncate_top_p(probs, columns["top_p"][rows])
-        return draw(probs, uniforms(self._rows.seeds[rows], targets.positions))
+        return draw(probs, self._rows.seeds[rows], targets.positions)
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Truncation against straightforward NumPy; draws against the distribution they come from."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nanovllm.worker.sampling.distribution import (
-    BLOCK,
     NUM_CANDIDATES,
+    SEGMENT,
     draw,
     to_probabilities,
     truncate_min_p,
@@ -15,7 +17,7 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_p,
 )
 
-VOCAB = 4096 + 37  # not whole blocks
+VOCAB = 4096 + 37  # not whole segments
 
 
 def make_probs(num_rows: int, *, spread: float, seed: int = 0) -> Tensor:
@@ -34,10 +36,10 @@ def nucleus(probs: "np.ndarray[tuple[int], np.dtype[np.float64]]", top_p: float)
     return set(order[above < top_p * probs.sum()].tolist())
 
 
-def test_probabilities_are_a_softmax_in_whole_blocks() -> None:
+def test_probabilities_are_a_softmax_in_whole_segments() -> None:
     logits = torch.randn(3, VOCAB)
     probs = to_probabilities(logits.clone(), torch.tensor([0.5, 1.0, 2.0]))
-    assert probs.shape[1] % BLOCK == 0 and not probs[:, VOCAB:].any()
+    assert probs.shape[1] % SEGMENT == 0 and not probs[:, VOCAB:].any()
     expected = (logits / torch.tensor([[0.5], [1.0], [2.0]])).softmax(-1)
     assert torch.allclose(probs[:, :VOCAB], expected, rtol=1e-5)
 
@@ -52,10 +54,10 @@ def test_top_k(top_ks: list[int]) -> None:
 
 
 def test_top_k_keeps_all_that_tie_at_the_boundary() -> None:
-    logits = torch.zeros(1, BLOCK)
+    logits = torch.zeros(1, SEGMENT)
     logits[0, 3] = 1.0
     probs = truncate_top_k(to_probabilities(logits, torch.ones(1)), torch.tensor([2]), most=2)
-    assert len(kept(probs)[0]) == BLOCK
+    assert len(kept(probs)[0]) == SEGMENT
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # nuclei of thousands, hundreds, few tokens
@@ -97,30 +99,107 @@ def test_truncations_compose_like_renormalized_steps() -> None:
     assert kept(truncated)[0] == nucleus(row, 0.8)
 
 
-def test_draw_inverts_the_cumulative_distribution() -> None:
-    probs = make_probs(1, spread=2.0)
-    numbers = torch.linspace(1e-9, 1 - 1e-9, 2000, dtype=torch.float64)
-    drawn = draw(probs.expand(len(numbers), -1).contiguous(), numbers).numpy()
-    cumulative = np.cumsum(probs[0].double().numpy())
-    low, high = (
-        np.searchsorted(cumulative, numbers.numpy() * cumulative[-1] + shift, side="right")
-        for shift in (-1e-6, 1e-6)
-    )
-    assert (low <= drawn).all() and (drawn <= high).all()
-    assert (drawn == low).mean() > 0.99
+def draw_many(probs: Tensor, num_draws: int, *, seed: int = 11) -> Tensor:
+    """Of one row ([1, width]), at as many positions."""
+    drawn = []
+    for start in range(0, num_draws, 1000):
+        positions = torch.arange(start, min(start + 1000, num_draws))
+        seeds = torch.full_like(positions, seed)
+        drawn.append(draw(probs.expand(len(positions), -1), seeds, positions))
+    return torch.cat(drawn)
+
+
+def check_frequencies(drawn: Tensor, probs: Tensor) -> None:
+    """Pearson's test, unlikely tokens taken together. probs: [width], of any total."""
+    expected = probs.double() / probs.double().sum() * len(drawn)
+    counts = torch.bincount(drawn, minlength=len(expected)).double()
+    assert not counts[expected == 0].any()
+    rare = expected < 10
+    if expected[rare].sum() >= 10:
+        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    else:
+        counts, expected = counts[~rare], expected[~rare]
+    chi_square, freedom = float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
+    # 99.99 %, by Wilson and Hilferty's approximation.
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi_square < limit
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 30.0])  # a few tokens, many, nearly all alike
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(3)) * 2
+    probs = to_probabilities(logits, torch.tensor([temperature]))
+    check_frequencies(draw_many(probs, 30_000), probs[0])
+
+
+def test_draws_of_a_truncated_row_follow_what_is_left() -> None:
+    probs = make_probs(1, spread=1.5, seed=4)
+    probs = truncate_min_p(probs, torch.tensor([0.001]))
+    probs = truncate_top_k(probs, torch.tensor([200]), most=200)
+    probs = truncate_top_p(probs, torch.tensor([0.8]))
+    assert 20 < len(kept(probs)[0]) < 200
+    check_frequencies(draw_many(probs, 30_000), probs[0])
+
+
+def test_unlikely_tokens_are_drawn_as_often_as_they_should_be() -> None:
+    """A tail of 4,000 tokens of one in ten million each, which coarse noise would never reach, or
+    too often; the likely token and most of the tail lie in different segments."""
+    probs = torch.zeros(1, 32 * SEGMENT)
+    probs[0, 5] = 1.0
+    probs[0, 64:4064] = 1e-7
+    drawn = draw_many(probs, 100_000)
+    num_tail = int((drawn != 5).sum())
+    expected = 100_000 * 4e-4
+    assert abs(num_tail - expected) < 4 * math.sqrt(expected)
+    assert (drawn[drawn != 5] >= 64).all() and (drawn < 4064).all()
+
+
+def chance_of_another(before: Tensor, after: Tensor) -> float:
+    """That a race with the same times has another winner. [width] each.
+
+    Token i wins both with chance 1 / sum_j max(p_j / p_i, q_j / q_i): the times are exponential.
+    """
+
+    def same(p: Tensor, q: Tensor) -> Tensor:
+        ratios = torch.maximum(p[None, :] / p[:, None], q[None, :] / q[:, None])
+        return 1 / ratios.sum(1)
+
+    p, q = (probs.double().view(-1, SEGMENT) for probs in (before, after))
+    of_segments = same(p.sum(1), q.sum(1))
+    of_tokens = torch.stack([same(a, b).sum() for a, b in zip(p, q, strict=True)])
+    return float(1 - (of_segments * of_tokens).sum())
+
+
+@pytest.mark.parametrize(("error", "num_draws"), [(1e-5, 40_000), (3e-3, 40_000)])
+def test_rounding_changes_a_draw_as_rarely_as_can_be(error: float, num_draws: int) -> None:
+    """Logits recomputed otherwise (one chunk instead of many steps) differ in their last bits."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, 8 * SEGMENT, generator=generator) * 4
+    noise = torch.randn(logits.shape, generator=generator)
+    one = torch.ones(1)
+    before = to_probabilities(logits.clone(), one)
+    after = to_probabilities(logits * (1 + error * noise), one)
+    chance = chance_of_another(before[0], after[0])
+    total_variation = float((before.double() - after.double()).abs().sum() / 2)
+    assert total_variation <= chance < 4 * total_variation  # two races, each at most twice its own
+    changed = draw_many(before, num_draws) != draw_many(after, num_draws)
+    expected = num_draws * chance
+    assert abs(int(changed.sum()) - expected) < 4 * math.sqrt(expected) + 1
 
 
 def test_draw_never_takes_what_was_truncated() -> None:
-    probs = torch.zeros(4, 4 * BLOCK)
+    probs = torch.zeros(1, 4 * SEGMENT)
     probs[:, [5, 70, 130]] = torch.tensor([0.25, 1e-30, 0.5])
-    tiny = 2.0**-53
-    drawn = draw(probs, torch.tensor([tiny, 0.33, 0.34, 1 - tiny], dtype=torch.float64))
-    assert drawn.tolist() == [5, 5, 130, 130]
+    drawn = draw_many(probs, 3000)
+    assert set(drawn.tolist()) == {5, 130}
+    probs[:, [5, 130]] = 0.0
+    assert set(draw_many(probs, 300).tolist()) == {70}
 
 
 def test_draw_of_a_row_without_numbers_is_an_index() -> None:
-    drawn = draw(torch.full((1, 2 * BLOCK), torch.nan), torch.tensor([0.5], dtype=torch.float64))
-    assert 0 <= drawn.item() < 2 * BLOCK
+    drawn = draw_many(torch.full((1, 2 * SEGMENT), torch.nan), 1)
+    assert 0 <= drawn.item() < 2 * SEGMENT
 
 
 def test_rows_do_not_see_each_other() -> None:
@@ -128,11 +207,12 @@ def test_rows_do_not_see_each_other() -> None:
     probs = make_probs(9, spread=1.5)
     top_p = torch.linspace(0.3, 0.99, 9)
     top_k = torch.tensor([0, 5, 300, 40, 1, 0, 64, 2000, 7])
-    numbers = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seeds, positions = torch.arange(9) << 33, torch.arange(9) * 1000
 
     def run(rows: list[int]) -> list[int]:
         some = truncate_top_k(probs[rows], top_k[rows], most=max(1, int(top_k[rows].max())))
-        return draw(truncate_top_p(some, top_p[rows]), numbers[rows]).tolist()
+        some = truncate_top_p(some, top_p[rows])
+        return draw(some, seeds[rows], positions[rows]).tolist()
 
     together = run(list(range(9)))
     assert [run([row])[0] for row in range(9)] == together
