@@ -474,19 +474,10 @@ def model_cases() -> Iterator[Case]:
                 yield Case("model", f"{rows}×{length}", name, num_bytes, 0, build)
 
 
-def few_way(keys: int, stages: int, warps: int, programs: int) -> Fitting:
-    return Fitting(Tiling(keys, stages, warps, tma=False), programs)
-
-
 FEW_WAYS = {
-    "n64 s2 w4 p1": (few_way(64, 2, 4, 1), few_way(32, 2, 2, 4)),
-    "n64 s3 w4 p2": (few_way(64, 3, 4, 2),),
-    "n32 s2 w2 p4": (few_way(32, 2, 2, 4),),
-    "n32 s3 w2 p4": (few_way(32, 3, 2, 4),),
-    "n32 s3 w4 p4": (few_way(32, 3, 4, 4),),
-    "n64 s2 w2 p3": (few_way(64, 2, 2, 3), few_way(32, 2, 2, 4)),
-    "n16 s4 w1 p8": (few_way(16, 4, 1, 8),),
-    "apart": (),
+    "n64 s2 w4 p2": Fitting(Tiling(64, 2, 4, tma=False), 2),
+    "n32 s3 w2 p4": Fitting(Tiling(32, 3, 2, tma=False), 4),
+    "apart": None,
 }
 
 

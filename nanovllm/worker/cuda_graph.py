@@ -97,24 +97,22 @@ class StepGraphs:
     def run(self, shape: StepShape, variant: Variant) -> Tensor:
         """Run the step for the staged plan; returns ids [num_rows], good until the next call.
 
-        The first time it runs eagerly, which also compiles and warms up. Decode steps are then
-        captured at once, as they always come again; others when they do. If there is no memory for
-        that, the shape goes on eagerly.
+        The first time it runs eagerly, which also compiles and warms up, and the next time it is
+        captured. If there is no memory for that, the shape goes on eagerly.
         """
-        captured = self._captured.get((shape, variant))
-        if captured is not None:
-            captured.graph.replay()
-            return captured.token_ids
-        token_ids = self._step(shape, variant)
-        again = shape.num_tokens == shape.num_rows or (shape, variant) in self._seen
-        if again and (shape, variant) not in self._uncapturable:
+        key = shape, variant
+        if key in self._seen and key not in self._captured and key not in self._uncapturable:
             try:
-                self._captured[shape, variant] = self._capture(shape, variant)
+                self._captured[key] = self._capture(shape, variant)
             except torch.OutOfMemoryError:
-                self._uncapturable.add((shape, variant))
+                self._uncapturable.add(key)
                 logger.warning("no memory for a graph of %s: lower gpu_memory_utilization", shape)
-        self._seen.add((shape, variant))
-        return token_ids
+        self._seen.add(key)
+        captured = self._captured.get(key)
+        if captured is None:
+            return self._step(shape, variant)
+        captured.graph.replay()
+        return captured.token_ids
 
     def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()

@@ -89,6 +89,7 @@ class PlanStaging:
         ]
         self._copied = [torch.Event(device) for _ in range(num_buffers)] if cuda else []
         self._resident = torch.zeros_like(self._ring[0], device=device)
+        self._counting = torch.arange(self._section, dtype=torch.int32, device=device)
         self._turn = 0
 
     def stage(
@@ -143,14 +144,17 @@ class PlanStaging:
             prefix=None if sharing is None else _prefix_in(on_device[4], num_rows),
         )
 
-    def decode_view(self, num_rows: int, *, max_seq_len: int, shares_prefix: bool) -> StagedPlan:
+    def decode_view(
+        self, num_tokens: int, num_rows: int, *, max_seq_len: int, shares_prefix: bool
+    ) -> StagedPlan:
         """The first `num_rows` entries on the device as a pure decode step of whatever is staged.
 
         Its tensors are the persistent buffer itself and constants; its arrays are upper bounds.
         """
         sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
         bounds = np.arange(num_rows + 1, dtype=np.int32)
-        starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        assert num_tokens == num_rows
+        starts = self._counting[: num_rows + 1]
         return StagedPlan(
             rows=sections[0, :num_rows],
             num_computed=sections[1, :num_rows],
@@ -170,7 +174,7 @@ class PlanStaging:
         """The first `num_rows` entries, with any numbers of tokens, of whatever is staged.
 
         Its tensors are the persistent buffer itself; its arrays are upper bounds, as of one row
-        with `num_tokens` tokens. Tokens beyond the entries' are padding (`expand_padded`).
+        with `num_tokens` tokens. Tokens beyond the entries' are padding (`expand_view`).
         """
         sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
         return StagedPlan(
@@ -214,10 +218,9 @@ def slots_of(block_tables: Tensor, rows: Tensor, positions: Tensor, block_size: 
 
 
 def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
-    """Expand rows to tokens, on the device.
+    """Expand a staged plan's rows to tokens, on the device.
 
-    A pure decode step uses `staged` and `rows` only through fixed-shape operations on persistent
-    tensors, so it can be captured; a padding entry is the padding row with nothing computed.
+    The plan's own counts are host integers here; `expand_view` is for shapes that are bounds.
     """
     lens, starts = staged.host_seq_lens, staged.host_query_start_loc
     num_rows, num_tokens, max_seq_len = len(lens), int(starts[-1]), int(lens.max())
@@ -249,33 +252,55 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
     )
 
 
-def expand_padded(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
-    """`build_batch` for a `PlanStaging.padded_view`: shapes are bounds, so it can be captured.
-
-    Padding tokens are the padding row's first, belong to no row of the batch and are not cached.
-    """
+def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """The batch that a view of `PlanStaging` stands for: counts, bounds, and memory to fill in."""
     num_rows, num_tokens = len(staged.host_rows), int(staged.host_query_start_loc[-1])
-    starts, max_seq_len = staged.query_start_loc, int(staged.host_seq_lens[0])
-    row_ids = staged.rows.long()
-    tokens = torch.arange(num_tokens, device=row_ids.device, dtype=torch.int32)
-    entries = torch.searchsorted(starts[1:-1], tokens, right=True)  # num_rows if beyond all
-    real = entries < num_rows
-    entries = entries.clamp_(max=num_rows)
-    positions = torch.where(real, tokens - starts[entries] + staged.num_computed[entries], 0).long()
-    token_rows = row_ids[entries]
-    slots = slots_of(rows.block_tables, token_rows, positions, block_size)
+    max_seq_len, decodes = int(staged.host_seq_lens[0]), num_tokens == num_rows
+    device = staged.rows.device
+    input_ids, positions, slot_mapping = torch.empty(
+        3, num_tokens, dtype=torch.int64, device=device
+    )
     return ForwardBatch(
-        input_ids=rows.token_ids[token_rows, positions].long(),
+        input_ids=input_ids,
         positions=positions,
-        slot_mapping=torch.where(real, slots, NOT_CACHED),
-        query_start_loc=starts[:-1],
-        seq_lens=(staged.num_computed + starts.diff())[:-1],
-        block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids[:-1]],
+        slot_mapping=slot_mapping,
+        query_start_loc=staged.query_start_loc[: num_rows + 1],
+        seq_lens=torch.empty(num_rows, dtype=torch.int32, device=device),
+        block_tables=torch.empty(
+            num_rows, -(-max_seq_len // block_size), dtype=torch.int32, device=device
+        ),
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=num_rows,
-        num_chunk_keys=num_rows * max_seq_len,
-        max_query_len=num_tokens,
+        num_chunk_keys=0 if decodes else num_rows * max_seq_len,
+        max_query_len=1 if decodes else num_tokens,
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
+
+
+def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """`build_batch` for a view of `PlanStaging`: shapes are bounds, so it can be captured.
+
+    Padding tokens are the padding row's first. In a decode step each has an entry of its own; else
+    they belong to no row of the batch and are not cached.
+    """
+    batch = batch_of_view(staged, rows, block_size=block_size)
+    num_rows, starts = batch.num_rows, staged.query_start_loc
+    row_ids = staged.rows.long()
+    tokens = torch.arange(batch.num_tokens, device=row_ids.device, dtype=torch.int32)
+    # Beyond all entries: num_rows, which is the padding row's.
+    entries = torch.searchsorted(starts[1 : num_rows + 1], tokens, right=True)
+    real = entries < num_rows
+    entries = entries.clamp_(max=len(row_ids) - 1)
+    offsets = tokens - starts[entries] + staged.num_computed[entries]
+    batch.positions.copy_(torch.where(real, offsets, 0))
+    token_rows = row_ids[entries]
+    batch.input_ids.copy_(rows.token_ids[token_rows, batch.positions])
+    slots = slots_of(rows.block_tables, token_rows, batch.positions, block_size)
+    batch.slot_mapping.copy_(torch.where(real, slots, NOT_CACHED))
+    batch.seq_lens.copy_(staged.num_computed[:num_rows] + starts[: num_rows + 1].diff())
+    batch.block_tables.copy_(
+        rows.block_tables[:, : batch.block_tables.shape[1]][row_ids[:num_rows]]
+    )
+    return batch

@@ -21,9 +21,8 @@ from nanovllm.worker.forward_batch import (
     PlanStaging,
     StagedPlan,
     build_batch,
-    expand_padded,
 )
-from nanovllm.worker.kernels.select import SampleTokens
+from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
@@ -97,11 +96,11 @@ class ModelRunner:
         rows: RequestRows,
         kv_cache: Tensor,
         limits: StepLimits,
-        sample_tokens: SampleTokens | None = None,
+        fused: FusedStep | None = None,
         captures: bool = False,
     ) -> None:
-        """sample_tokens: the device's fused sampler, if it has one. captures: run by graphs, which
-        needs a fused sampler."""
+        """fused: what the device has for the ends of a step. captures: run by graphs, which needs
+        that."""
         self._model = model
         self._attention = attention
         self._rows = rows
@@ -109,8 +108,8 @@ class ModelRunner:
         self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
         self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
-        self._sampler = Sampler(rows, sample_tokens)
-        self._sample_tokens = sample_tokens
+        self._sampler = Sampler(rows, None if fused is None else fused.sample_tokens)
+        self._fused = fused
         self._graphs: StepGraphs | None = None
         if captures:
             self._graphs = StepGraphs(
@@ -164,39 +163,31 @@ class ModelRunner:
 
     def _graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
         """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
-        assert self._sample_tokens is not None
+        assert self._fused is not None
         rows, staging = self._rows, self._staging
         max_seq_len, shares_prefix = rows.token_ids.shape[1], variant.shares_prefix
-        if shape.num_tokens == shape.num_rows:
-            staged = staging.decode_view(
-                shape.num_rows, max_seq_len=max_seq_len, shares_prefix=shares_prefix
-            )
-            batch = build_batch(staged, rows, block_size=self._block_size)
-        else:
-            staged = staging.padded_view(
-                *shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix
-            )
-            batch = expand_padded(staged, rows, block_size=self._block_size)
+        decodes = shape.num_tokens == shape.num_rows
+        view = staging.decode_view if decodes else staging.padded_view
+        staged = view(*shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix)
+        batch = self._fused.expand_view(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
-        row_ids, positions, wanted = staged.rows.long(), staged.num_computed + 1, None
-        if shape.num_tokens > shape.num_rows:
+        row_ids, positions, wanted = staged.rows, batch.seq_lens, None
+        if not decodes:
             entries = staged.sampling.long()
             ends = staged.query_start_loc[entries + 1]
             wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
             row_ids = row_ids[entries]
         hidden = self._model.forward(batch, self._kv_cache, wanted=wanted)
-        positions = positions.long()
-        token_ids = self._sample_tokens(
+        return self._fused.sample_tokens(
             self._model.raw_logits(hidden),
             rows=row_ids,
             positions=positions,
             columns=rows.columns,
             seeds=rows.seeds,
             truncates=variant.truncates,
+            known=rows.token_ids,
         )
-        rows.token_ids[row_ids, positions] = token_ids.int()
-        return token_ids
 
     def _run(self, plan: StepPlan, staged: StagedPlan) -> PendingStep:
         """Any step, eagerly."""

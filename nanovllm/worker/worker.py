@@ -201,14 +201,14 @@ class Worker:
         )
 
     def _make_runner(self, parts: Parts, kv_cache: Tensor) -> ModelRunner:
-        fused = parts.kernels.sample_tokens
+        fused = parts.kernels.fused
         return ModelRunner(
             parts.model,
             parts.attention,
             rows=parts.rows,
             kv_cache=kv_cache,
             limits=self._limits(parts),
-            sample_tokens=fused,
+            fused=fused,
             captures=fused is not None and not self._config.model.enforce_eager,
         )
 

@@ -55,11 +55,20 @@ def sampler() -> dict[str, dict[str, int]]:
     floats = dict.fromkeys(
         ("temperature", "top_p", "min_p", "maxima", "masses", "chosen_masses"), "*fp32"
     )
-    longs = dict.fromkeys(("rows", "positions", "seeds", "token_ids"), "*i64")
+    longs = dict.fromkeys(("seeds", "token_ids"), "*i64")
+    ints = dict.fromkeys(("rows", "positions", "top_k", "chosen", "known"), "*i32")
     counts = dict.fromkeys(
-        ("logits_stride", "column_stride", "seed_stride", "vocab_size", "num_segments"), "i32"
+        (
+            "logits_stride",
+            "column_stride",
+            "seed_stride",
+            "known_stride",
+            "vocab_size",
+            "num_segments",
+        ),
+        "i32",
     )
-    types = {**floats, **longs, **counts, "top_k": "*i32", "chosen": "*i32"}
+    types = {**floats, **longs, **ints, **counts}
     found = {}
     for dtype in ("fp32", "bf16"):
         found[f"segments {dtype}"] = usage(

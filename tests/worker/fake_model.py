@@ -105,10 +105,15 @@ def sample_tokens(
     columns: Mapping[str, Tensor],
     seeds: Tensor,
     truncates: bool,
+    known: Tensor | None = None,
 ) -> Tensor:
     """A fused sampler (`kernels.select.SampleTokens`) that knows temperature and seeds."""
     assert not truncates
+    rows, positions = rows.long(), positions.long()
     temperature = columns["temperature"][rows]
     probabilities = to_probabilities(logits, temperature.clamp(min=1e-3))
     drawn = draw(probabilities, seeds[rows], positions)
-    return torch.where(temperature > 0, drawn, logits.argmax(1))
+    token_ids = torch.where(temperature > 0, drawn, logits.argmax(1))
+    if known is not None:
+        known[rows, positions] = token_ids.int()
+    return token_ids

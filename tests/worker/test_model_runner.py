@@ -9,7 +9,8 @@ from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import Step, StepGraphs, StepShape, Variant
-from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.forward_batch import ForwardBatch, expand_view
+from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.model_runner import ModelRunner
 from tests.worker.fake_model import (
     FakeAttention,
@@ -51,7 +52,7 @@ def make_runner(device: str, model: FakeModel | None = None) -> ModelRunner:
         rows=make_rows(device=device),
         kv_cache=make_kv_cache(device),
         limits=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24).limits("cuda"),
-        sample_tokens=sample_tokens if padded else None,
+        fused=FusedStep(expand_view, sample_tokens) if padded else None,
         captures=bool(padded),
     )
 

@@ -12,6 +12,8 @@ from nanovllm.memory_plan import GIB, Machine, MemoryPlan, Precision
 from nanovllm.model_size import ModelSize
 from nanovllm.worker import rehearsal
 from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.forward_batch import expand_view
+from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
@@ -83,7 +85,7 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
         rows=rows,
         kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
         limits=limits,
-        sample_tokens=sample_first,
+        fused=FusedStep(expand_view, sample_first),
     )
     return runner, rows
 

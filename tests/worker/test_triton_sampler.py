@@ -89,6 +89,24 @@ def test_temperature_and_greedy() -> None:
     check(logits, [0.0, 0.6, 1.0, 0.8, 5.0, 0.0, 1e-3, 1.0], truncates=False)
 
 
+def test_tokens_are_written_where_they_will_be_read() -> None:
+    columns = columns_of([0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)
+    known = torch.full((3, 9), -1, dtype=torch.int32, device=DEVICE)
+    rows, positions = torch.tensor([[2, 0], [7, 0]], dtype=torch.int32, device=DEVICE)
+    seeds = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    tokens = sample_tokens(
+        random_logits(2),
+        rows=rows,
+        positions=positions,
+        columns=columns,
+        seeds=seeds,
+        truncates=False,
+        known=known,
+    )
+    assert [known[2, 7].item(), known[0, 0].item()] == tokens.tolist()
+    assert (known == -1).sum() == known.numel() - 2
+
+
 def test_first_of_equal_maxima() -> None:
     logits = random_logits(3)
     logits[:, [77, 130, 900]] = 20.0

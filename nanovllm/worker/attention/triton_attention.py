@@ -162,12 +162,12 @@ class TritonAttention:
         return num_multiprocessors(self._spec.device) * programs_per_sm
 
     def _fitting(self, batch: ForwardBatch) -> Fitting | None:
-        """How one kernel does it all, if it does: the first way that all rows fit in."""
-        if batch.max_query_len > 1 or batch.prefix is not None:
+        """How one kernel does it all, if all rows fit."""
+        fitting = self._tuning.few
+        if fitting is None or batch.max_query_len > 1 or batch.prefix is not None:
             return None
         needed = batch.num_rows * self._spec.num_kv_heads
-        fitting = (f for f in self._tuning.few if needed <= self._num_programs(f.programs_per_sm))
-        return next(fitting, None)
+        return fitting if needed <= self._num_programs(fitting.programs_per_sm) else None
 
     def _most_splits(self, fitting: Fitting) -> int:
         """Of all rows together, so that all programs fit."""

@@ -54,7 +54,7 @@ class Tuning:
     prefill: Tiling
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
-    few: tuple[Fitting, ...] = ()
+    few: Fitting | None = None
     programs_per_sm: int = 6
     min_split: int = 256  # keys; half as many for rows of up to twice that
     max_splits: int = 32  # of one row, however long
@@ -83,8 +83,5 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         max_registers=128,
     )
     decode = Tiling(keys=32, stages=2, warps=2, tma=False)
-    few = (
-        Fitting(Tiling(keys=64, stages=2, warps=4, tma=False), programs_per_sm=2),
-        Fitting(decode, programs_per_sm=4),
-    )
+    few = Fitting(decode, programs_per_sm=4)
     return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)

@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan
 from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.request_rows import RequestRows
 
 
 class SampleTokens(Protocol):
@@ -26,15 +28,32 @@ class SampleTokens(Protocol):
         columns: Mapping[str, Tensor],
         seeds: Tensor,
         truncates: bool,
+        known: Tensor | None = None,
     ) -> Tensor: ...
+
+
+class ExpandView(Protocol):
+    """`forward_batch.expand_view`, or the same in one kernel."""
+
+    def __call__(
+        self, staged: StagedPlan, rows: RequestRows, *, block_size: int
+    ) -> ForwardBatch: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FusedStep:
+    """What lies before and behind the model in a step, as a CUDA graph wants it."""
+
+    expand_view: ExpandView
+    sample_tokens: SampleTokens
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """The kernels of one device. Without `sample_tokens` the sampler works in plain torch."""
+    """The kernels of one device. Without a fused step plain torch does what it would."""
 
     layers: Kernels
-    sample_tokens: SampleTokens | None
+    fused: FusedStep | None
     why: str
 
 
@@ -46,12 +65,15 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
         if reason is None:
             return DeviceKernels(
                 layers=_load("triton_kernels:TritonKernels")(),
-                sample_tokens=_load("triton_sampler:sample_tokens"),
+                fused=FusedStep(
+                    expand_view=_load("triton_batch:expand_view"),
+                    sample_tokens=_load("triton_sampler:sample_tokens"),
+                ),
                 why="fused Triton kernels",
             )
     return DeviceKernels(
         layers=_load("torch_kernels:TorchKernels")(),
-        sample_tokens=None,
+        fused=None,
         why=f"plain torch kernels ({reason})",
     )
 

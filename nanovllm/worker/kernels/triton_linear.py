@@ -290,7 +290,8 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
         return num_tokens <= 8 or weight.numel() < 2**25
     # More tokens: where there are few outputs, whose tiles alone would not fill the device.
     num_outputs, num_inputs = weight.shape
-    return weight.numel() < 2**23 and num_inputs >= 2 * num_outputs and not gated
+    fills = num_inputs < 2 * num_outputs or weight.numel() >= 2**23
+    return num_tokens > 32 and not fills and not gated
 
 
 def can_norm(x: Tensor) -> bool:

@@ -28,7 +28,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _segments_kernel(
     logits,  # [n, vocab_size] of any float type
     logits_stride,
-    rows,  # [n] int64
+    rows,  # [n] of any integer type
     temperature,  # [num_rows], stride column_stride
     column_stride,
     maxima,  # [n, num_segments] fp32, out
@@ -48,7 +48,7 @@ def _segments_kernel(
     tokens = segments[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
     x = tl.load(logits + entry * logits_stride + tokens, tokens < vocab_size, other=float("-inf"))
     x = x.to(tl.float32)
-    warmth = tl.load(temperature + tl.load(rows + entry) * column_stride)
+    warmth = tl.load(temperature + tl.load(rows + entry).to(tl.int64) * column_stride)
     largest = tl.max(x, 1)
     weights = tl.exp2((x - tl.maximum(largest, -1e30)[:, None]) * _sharpness(warmth))
     place = entry * num_segments + segments
@@ -293,7 +293,7 @@ def _greedy(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT: tl.c
 @triton.jit
 def _choose_kernel(
     logits, logits_stride, rows,
-    positions,  # [n] int64
+    positions,  # [n] of any integer type
     temperature,
     top_k,  # [num_rows] int32; this and the next two like temperature
     top_p, min_p, column_stride,
@@ -302,7 +302,8 @@ def _choose_kernel(
     chosen,  # [n, num_segments] int32, scratch
     chosen_masses,  # [n, num_segments] fp32, scratch
     token_ids,  # [n] int64, out
-    vocab_size, num_segments,
+    known,  # [num_rows, …] int32, stride known_stride, or None: tokens go there at their positions
+    known_stride, vocab_size, num_segments,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, TRUNCATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -311,7 +312,7 @@ def _choose_kernel(
         gdc_launch_dependents()
         gdc_wait()
     entry = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + entry)
+    row, position = tl.load(rows + entry).to(tl.int64), tl.load(positions + entry).to(tl.int64)
     warmth = tl.load(temperature + row * column_stride)
     row_logits = logits + entry * logits_stride
     segments = tl.arange(0, BLOCK)
@@ -337,10 +338,12 @@ def _choose_kernel(
                 real = segments < num_chosen
                 listed = tl.load(chosen + place + segments, real, other=0)
                 mass = tl.load(chosen_masses + place + segments, real, other=0.0)
-        seed, position = tl.load(seeds + row * seed_stride), tl.load(positions + entry)
+        seed = tl.load(seeds + row * seed_stride)
         token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, _sharpness(warmth),
                       seed, position, vocab_size, SEGMENT)  # fmt: skip
     tl.store(token_ids + entry, token.to(tl.int64))
+    if known is not None:
+        tl.store(known + row * known_stride + position, token.to(tl.int32))
 
 
 def sample_tokens(
@@ -351,12 +354,14 @@ def sample_tokens(
     columns: Mapping[str, Tensor],
     seeds: Tensor,
     truncates: bool,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Choose one token for each line of `logits` ([n, vocab_size], any float type). Returns [n].
 
-    rows: [n] int64, each line's entry in columns and seeds; positions: [n] int64. columns:
+    rows: [n] integers, each line's entry in columns and seeds; positions: [n] integers. columns:
     temperature (0: greedy), top_p and min_p fp32, top_k int32 (0: off), of one stride. truncates:
-    whether any row asks for top-k, top-p or min-p, as the host knows.
+    whether any row asks for top-k, top-p or min-p, as the host knows. known: [num_rows, …] int32,
+    where each row's token is written at its position, if given.
     """
     n, vocab_size = logits.shape
     assert logits.stride(1) == 1
@@ -378,7 +383,7 @@ def sample_tokens(
     _choose_kernel[(n,)](
         logits, logits.stride(0), rows, positions, temperature, top_k, top_p, min_p, stride,
         seeds, seeds.stride(0), maxima, masses, chosen, chosen_masses, token_ids,
-        vocab_size, num_segments,
+        known, 0 if known is None else known.stride(0), vocab_size, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), LOOK=SEGMENTS_PER_LOOK,
         TRUNCATE=truncates, num_warps=16 if truncates else 8, **options,
     )  # fmt: skip

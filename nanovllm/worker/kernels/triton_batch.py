@@ -1,0 +1,86 @@
+"""Expanding a staged plan's rows to tokens in one Triton kernel, inside a step's CUDA graph.
+
+`model_runner` calls `expand_view` for the views that graphs are captured with; it means what
+`forward_batch.expand_view` does in a dozen torch operations, which small steps would feel.
+"""
+# ruff: noqa: N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+import triton
+import triton.language as tl
+
+from nanovllm.worker.forward_batch import NOT_CACHED, ForwardBatch, StagedPlan, batch_of_view
+from nanovllm.worker.request_rows import RequestRows
+
+BLOCK = 128  # tokens of a program, or words of a block table at once
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+def _expand_kernel(
+    rows,  # [num_rows + 1] int32, the last one the padding row's; [num_rows] if DECODES
+    num_computed,  # like rows
+    starts,  # one more than rows: first token of each
+    token_ids,  # [rows of the device, …] int32
+    tables,  # likewise: block tables
+    stride,  # of both
+    input_ids,  # [num_tokens] int64, out, like the next two
+    positions, slot_mapping,
+    seq_lens,  # [num_rows] int32, out
+    block_tables,  # [num_rows, width] int32, out as far as a row's keys reach
+    num_rows, num_tokens, width,
+    BLOCK_SIZE: tl.constexpr, DECODES: tl.constexpr, NOWHERE: tl.constexpr, HALVINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first programs take a row each, the others BLOCK tokens each."""
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    if program < num_rows:
+        table = tables + tl.load(rows + program).to(tl.int64) * stride
+        num_new = tl.load(starts + program + 1) - tl.load(starts + program)
+        seq_len = tl.load(num_computed + program) + num_new
+        tl.store(seq_lens + program, seq_len)
+        for first in range(0, tl.cdiv(seq_len, BLOCK_SIZE), BLOCK):
+            places = first + lanes
+            blocks = tl.load(table + places, places < width)
+            tl.store(block_tables + program * width + places, blocks, places < width)
+    else:
+        tokens = (program - num_rows) * BLOCK + lanes
+        inside = tokens < num_tokens
+        entries = tl.minimum(tokens, num_rows - 1)
+        if not DECODES:  # how many entries end at or before a token
+            low, high = tokens * 0, tokens * 0 + num_rows
+            for _ in range(HALVINGS):
+                middle = (low + high) // 2
+                after = tl.load(starts + middle + 1, low < high, other=0) <= tokens
+                low, high = (
+                    tl.where(after & (low < high), middle + 1, low),
+                    tl.where(after, high, middle),
+                )
+            entries = low
+        real = entries < num_rows
+        row = tl.load(rows + entries).to(tl.int64)
+        offsets = tokens - tl.load(starts + entries) + tl.load(num_computed + entries)
+        places = tl.where(real & inside, offsets, 0)
+        blocks = tl.load(tables + row * stride + places // BLOCK_SIZE)
+        slots = tl.where(real, blocks * BLOCK_SIZE + places % BLOCK_SIZE, NOWHERE)
+        tl.store(
+            input_ids + tokens, tl.load(token_ids + row * stride + places).to(tl.int64), inside
+        )
+        tl.store(positions + tokens, places.to(tl.int64), inside)
+        tl.store(slot_mapping + tokens, slots.to(tl.int64), inside)
+
+
+def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """`forward_batch.expand_view`, but for words of block tables beyond a row's keys."""
+    batch = batch_of_view(staged, rows, block_size=block_size)
+    num_rows, num_tokens = batch.num_rows, batch.num_tokens
+    assert rows.block_tables.stride() == rows.token_ids.stride()
+    _expand_kernel[(num_rows + triton.cdiv(num_tokens, BLOCK),)](
+        staged.rows, staged.num_computed, staged.query_start_loc,
+        rows.token_ids, rows.block_tables, rows.token_ids.stride(0),
+        batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens, batch.block_tables,
+        num_rows, num_tokens, batch.block_tables.shape[1],
+        BLOCK_SIZE=block_size, DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
+        HALVINGS=num_rows.bit_length(), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return batch
