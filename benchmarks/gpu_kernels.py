@@ -552,14 +552,15 @@ def fp8_linear_cases() -> Iterator[Case]:
             shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
             num_bytes = size[0] * size[1]
             work = 2 * num_bytes * num_tokens if num_tokens > 64 else 0
+            group = "fp8few" if num_tokens <= 16 else "fp8"
             build = partial(build_linear, None, num_tokens, name, size)
-            yield Case("fp8", shape, "cuBLAS bf16", 2 * num_bytes, work, build)
+            yield Case(group, shape, "cuBLAS bf16", 2 * num_bytes, work, build)
             for how in ("alone", "with tokens"):
                 build = partial(build_fp8, how, num_tokens, name, size)
-                yield Case("fp8", shape, f"_scaled_mm {how}", num_bytes, work, build, 2 * RATE)
+                yield Case(group, shape, f"_scaled_mm {how}", num_bytes, work, build, 2 * RATE)
             for tile in fp8_tiles_for(num_tokens, name, size) if num_tokens <= 16 else ():
                 build = partial(build_fp8, tile, num_tokens, name, size)
-                yield Case("fp8", shape, describe(tile), num_bytes, 0, build)
+                yield Case(group, shape, describe(tile), num_bytes, 0, build)
 
 
 def build_quantizing(name: str, num_tokens: int):
@@ -791,7 +792,8 @@ def compile_all(groups: list[str], shard: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--only", default="elementwise,decode,prefix,prefill,layer,linear,large,fp8,sampler"
+        "--only",
+        default="elementwise,decode,prefix,prefill,layer,model,linear,large,fp8few,fp8,sampler",
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")
