@@ -1,0 +1,162 @@
+"""Compile for Hopper, without a GPU, every Triton kernel that steps of a model launch.
+
+`python tests/worker/compile_launches.py` runs steps on CPU tensors with a driver that knows a
+target but no device: a launch compiles, with the very arguments and options it would have had, and
+does nothing else. Prints a JSON object: kernel → number of variants. A failure to compile raises.
+"""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from nanovllm.config import SchedulerConfig
+from nanovllm.protocol import StepPlan
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker import model_runner, rehearsal
+from nanovllm.worker.attention import triton_attention
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
+from nanovllm.worker.kernels import triton_batch
+from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.kernels.triton_sampler import sample_tokens
+from nanovllm.worker.layers.rotary import Rope
+from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.models.decoder import Decoder, DecoderSpec
+from nanovllm.worker.models.weight_names import QWEN
+from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.request_rows import RequestRows
+
+CPU = torch.device("cpu")
+NUM_ROWS, MAX_MODEL_LEN, BLOCK_SIZE = 280, 640, 16
+LIMITS = SchedulerConfig(max_num_seqs=NUM_ROWS).limits("cuda")
+PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
+
+
+class TargetWithoutDevice:
+    """What compiling asks of `triton.runtime.driver.active`."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+class UncapturedGraphs(StepGraphs):
+    """Every step as a graph would have it, without one."""
+
+    def run(self, shape: StepShape, variant: Variant) -> torch.Tensor:
+        return self._step(shape, variant)
+
+
+def compile_instead_of_launching() -> Counter[str]:
+    """From now on. The result counts the variants of each kernel as they come."""
+    triton.runtime.driver.set_active(TargetWithoutDevice())
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.graph_pool_handle = lambda: None
+    triton_attention.unusable = lambda _: None
+    model_runner.StepGraphs = UncapturedGraphs
+    launch, found, seen = JITFunction.run, Counter[str](), set[str]()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found[self.fn.__name__] += 1
+        return kernel
+
+    JITFunction.run = compile_only
+    return found
+
+
+def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """The kernel compiles; plain torch fills in ids that the embedding can look up."""
+    triton_batch.expand_view(staged, rows, block_size=block_size)
+    return expand_view(staged, rows, block_size=block_size)
+
+
+def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None) -> ModelRunner:
+    """A model as wide as Qwen3-0.6B, of one layer and few tokens, with nothing in its weights."""
+    spec = DecoderSpec(
+        architecture="Qwen3ForCausalLM",
+        names=QWEN,
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=1,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope=Rope(10000.0),
+        max_position_embeddings=MAX_MODEL_LEN,
+        tied_embeddings=True,
+        qk_norm=True,
+    )
+    attention_spec = spec.attention_spec(
+        block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
+    )
+    attention = triton_attention.TritonAttention(attention_spec)
+    model = Decoder(
+        spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
+    )
+    allocate_linears(model, scheme)
+    rows = RequestRows(
+        num_rows=NUM_ROWS,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=[0],
+        device=CPU,
+    )
+    shape = attention.kv_shape(attention_spec, num_layers=1, num_blocks=8)
+    return ModelRunner(
+        model,
+        attention,
+        rows=rows,
+        kv_cache=torch.zeros(shape, dtype=attention_spec.cache_dtype),
+        limits=LIMITS,
+        fused=FusedStep(expand_after_all, sample_tokens),
+        captures=True,
+    )
+
+
+def run_steps(runner: ModelRunner, params: SamplingParams, *sizes: tuple[int, int]) -> None:
+    """Steps of so many entries, with so many tokens each."""
+    for num_entries, num_tokens in sizes:
+        rehearsal.run_step(runner, LIMITS, params, num_entries=num_entries, num_tokens=num_tokens)
+
+
+def run_sharing_step(runner: ModelRunner) -> None:
+    """Rows whose blocks are all the same."""
+    runner._rows.host_block_tables[:] = 1
+    entries = list(range(NUM_ROWS))
+    starts, counts = [600] * NUM_ROWS, [1] * NUM_ROWS
+    runner.execute(StepPlan(0, [], [], entries, starts, counts, entries))
+
+
+@torch.inference_mode()
+def main() -> None:
+    found = compile_instead_of_launching()
+    runner = make_runner()
+    run_steps(runner, PLAIN, (1, 1), (8, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
+    run_steps(runner, TRUNCATING, (1, 1))
+    run_sharing_step(runner)
+    fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)
+    run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
