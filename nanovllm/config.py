@@ -91,6 +91,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_num_batched_tokens: Annotated[
         AtLeast1 | None, Meta(description="tokens per step; default: CUDA 8192, CPU 2048")
     ] = None
+    mixed_prefill_tokens: Annotated[
+        AtLeast1 | None,
+        Meta(
+            description="prompt tokens that a step may always hold beside sequences that decode; "
+            "more, up to max_num_batched_tokens, in proportion to how many sequences have yet to "
+            "decode; default: CUDA 2048, CPU 512"
+        ),
+    ] = None
     long_prefill_token_threshold: Annotated[
         int, Meta(ge=0, description="most tokens of one prompt per step; 0: no cap of its own")
     ] = 0
@@ -112,6 +120,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return StepLimits(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
+            mixed_prefill_tokens=self.mixed_prefill_tokens or (2048 if on_gpu else 512),
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
             max_inflight_steps=self.max_inflight_steps or (2 if on_gpu else 1),
@@ -123,6 +132,7 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    mixed_prefill_tokens: int
     long_prefill_token_threshold: int
     scheduling_policy: SchedulingPolicy
     max_inflight_steps: int

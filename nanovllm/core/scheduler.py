@@ -11,6 +11,7 @@ from bisect import insort
 
 from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.budget import token_budget
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
@@ -152,7 +153,9 @@ class Scheduler:
     def _plan(self, step: ScheduledStep) -> None:
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
-        budget = self._schedule_running(step, self._limits.max_num_batched_tokens)
+        num_admissible = min(len(self._waiting), len(self._free_rows))
+        budget = token_budget(self._limits, self._running, num_admissible=num_admissible)
+        budget = self._schedule_running(step, budget)
         cause: int | None = None
         if self._waiting:
             # Whoever was just preempted would only be preempted again.

@@ -47,6 +47,7 @@ class Simulation:
             block_size=block_size,
             max_num_seqs=rng.randint(1, 6),
             max_num_batched_tokens=rng.choice([1, 3, 8, 64]),
+            mixed_prefill_tokens=rng.choice([1, 4, 64]),
             long_prefill_token_threshold=rng.choice([0, 0, 1, 5]),
             scheduling_policy=rng.choice(["fair", "fcfs", "priority"]),
             enable_prefix_caching=rng.random() < 0.75,

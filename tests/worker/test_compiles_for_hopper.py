@@ -1,4 +1,4 @@
-"""The interpreter runs what a GPU's compiler may refuse, so every kernel is compiled for one, too."""
+"""The interpreter runs what compilers may refuse: every kernel is compiled for Hopper, too."""
 
 import json
 import os
