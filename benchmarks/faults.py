@@ -285,8 +285,8 @@ async def report_leaks(load: Load, *, num_killed_clients: int, num_requests: int
     print(
         f"{rounds} times {num_killed_clients} of {load.num_clients} clients killed, "
         f"{rounds * per_round} requests with them: {num_equal} streams of the others equal, "
-        f"longest pause {max(pauses):.2f} s (undisturbed {undisturbed.longest_pause_s:.2f}); no request, "
-        f"row, block or client left; descriptors {first[1]} → {last[1]}, memory "
+        f"longest pause {max(pauses):.2f} s (undisturbed {undisturbed.longest_pause_s:.2f}); "
+        f"no request, row, block or client left; descriptors {first[1]} → {last[1]}, memory "
         f"{(last[0] - first[0]) / 2**20:+.1f} MiB since the first time"
     )
     assert last[1] <= first[1] and last[0] - first[0] < MAX_GROWTH_BYTES

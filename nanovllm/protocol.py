@@ -44,7 +44,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     `bad_words_token_ids` are the token sequences of `params.bad_words`, encoded by the frontend.
     `tenant`: who shares fairly with whom; by default each client is a tenant of its own.
     Counted from its arrival at the core, a sequence without a token after `ttft_deadline_ms`, or
-    unfinished after `deadline_ms`, ends with reason "timeout".
+    unfinished after `deadline_ms`, ends with reason "timeout". Sent again after the core's death,
+    a request has what is left of them.
     """
 
     number: int

@@ -176,6 +176,7 @@ class Request:
         self.numbers = range(message.number, message.number + params.n)
         self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
         self.metrics = RequestMetrics(arrival_time=time.time())
+        self.made_at = time.monotonic()
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[TokenAlternatives | None] | None = None
         self.final_only = params.output_kind == "final_only"
