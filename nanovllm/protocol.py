@@ -143,12 +143,14 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
     `logprobs` maps such a j to that token's log-probabilities; `prompt_logprobs` maps an entry i
     of the plan to those of the prompt tokens at positions `num_computed[i] + 1 …` of this chunk.
+    `failures` maps a j to why no token could be chosen there alone; `token_ids[j]` means nothing.
     """
 
     step: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    failures: dict[int, str] = {}
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -213,8 +213,7 @@ class EngineCore:
         for sequence in outputs.finished:
             del self._sequences[sequence.client_id, sequence.number]
         for sequence in outputs.failed:
-            assert sequence.matcher is not None
-            self._fail([sequence], f"structured_outputs: cannot go on: {sequence.matcher.error}")
+            self._fail([sequence], sequence.failure)
         return outputs
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:

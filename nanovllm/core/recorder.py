@@ -331,5 +331,6 @@ class RecordedHandle:
             self._write(Returned(None, str(error) or type(error).__name__))
             raise
         # Log-probabilities are no matter of scheduling, and large.
-        self._write(Returned(StepResult(result.step, result.token_ids)))
+        kept = StepResult(result.step, result.token_ids, failures=result.failures)
+        self._write(Returned(kept))
         return result

@@ -129,6 +129,10 @@ class Sequence:
         self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
 
     @property
+    def has_computed_prompt(self) -> bool:
+        return self.num_computed >= self.num_prompt_tokens
+
+    @property
     def is_queued(self) -> bool:
         """Whether the scheduler has ever been told of it."""
         return self.order[1] != NOT_QUEUED
