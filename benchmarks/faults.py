@@ -3,10 +3,12 @@
     python benchmarks/faults.py
 
 Client processes stream from one synthetic core, owned by this process; each stream's ids are
-compared with those of a run in which nothing happened. Three runs: the core is killed again and
-again at random; some clients are killed; the core is stopped (SIGSTOP) for some seconds.
-Targets: every stream ends with the same ids; the longest pause is at most a core start + 1 s;
-other clients' streams do not notice killed ones; clients report a stopped core within 3 s.
+compared with those of a run in which nothing happened. The core is killed again and again; clients
+are killed, until 1,000 requests have lost theirs; the core is stopped (SIGSTOP) for some seconds;
+its loop is stuck in a step; and it works on a machine with far too much to do.
+Targets: every stream ends with the same ids; the longest pause is at most a core start + 1 s; other
+clients' streams do not notice killed ones, and nothing of these is left in the core, nor any memory
+or descriptor of theirs; clients report a core that stands still within 2 s, and no other.
 """
 
 import argparse
@@ -18,16 +20,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.protocol import CoreStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH_S = 120.0  # for a client to finish, whatever happens
+MAX_GROWTH_BYTES = 4 * 2**20
 
 
 @dataclass
@@ -58,10 +62,19 @@ class Run:
     clients: list[dict[str, Any] | None] = field(default_factory=list)
     num_free_blocks_missing: int = 0
     seconds: float = 0.0
+    status: CoreStatus | None = None
 
     @property
     def longest_pause_s(self) -> float:
         return max(client["pause_s"] for client in self.clients if client is not None)
+
+    def stalls_s(self, since: float | None = None) -> list[float]:
+        """When each client reported a stall, if it did: after `since`, or after its own start."""
+        return [
+            client["stalled_at"] - (client["started_at"] if since is None else since)
+            for client in self.clients
+            if client is not None and client["stalled_at"] is not None
+        ]
 
 
 # ---- a client process
@@ -98,6 +111,7 @@ async def client(address: str, load: Load) -> dict[str, Any]:
             await asyncio.sleep(0.05)
         stalled_at.append(time.monotonic())
 
+    started_at = time.monotonic()
     watching = asyncio.create_task(watch())
     streams = [
         stream(llm, [1 + index, 5, 6, 7], SamplingParams(**kind))
@@ -110,6 +124,7 @@ async def client(address: str, load: Load) -> dict[str, Any]:
         "ids": [ids for ids, _, _ in done],
         "num_logprobs": [num_logprobs for _, num_logprobs, _ in done],
         "pause_s": max(pause_s for _, _, pause_s in done),
+        "started_at": started_at,
         "stalled_at": stalled_at[0] if stalled_at else None,
     }
 
@@ -150,6 +165,7 @@ async def run(llm: AsyncLLM, load: Load, fault: Fault | None = None) -> Run:
         [json.loads(line) if line else None for line in lines],
         status.num_blocks - status.num_free_blocks,
         time.monotonic() - started,
+        status,
     )
 
 
@@ -222,7 +238,90 @@ def owner(load: Load, **settings: Any) -> AsyncLLM:
     return AsyncLLM("synthetic", load_format="synthetic", step_ms=load.step_ms, **settings)
 
 
-async def report(load: Load, *, num_kills: int, num_killed_clients: int, stop_s: float) -> None:
+@contextmanager
+def busy_machine(per_cpu: int = 2) -> Iterator[None]:
+    """So many processes beside ours that never rest."""
+    num_busy = per_cpu * (os.cpu_count() or 1)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
+    try:
+        yield
+    finally:
+        for one in others:
+            one.kill()
+            one.wait()
+
+
+def footprint(pid: int) -> tuple[int, int]:
+    """Resident bytes and open file descriptors of a process."""
+    fields = Path(f"/proc/{pid}/status").read_text().split()
+    return int(fields[fields.index("VmRSS:") + 1]) * 1024, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def check_nothing_left(found: Run) -> None:
+    """No request, block or client but the owner, after everybody has gone or was killed."""
+    status = found.status
+    assert status is not None and status.num_free_blocks == status.num_blocks, status
+    left = (status.num_running, status.num_waiting, status.num_paused, status.num_queued)
+    assert left == (0, 0, 0, 0) and status.num_clients == 1, status
+
+
+async def report_leaks(load: Load, *, num_killed_clients: int, num_requests: int) -> None:
+    """Kill clients round after round until so many requests have lost theirs."""
+    per_round = load.num_streams // load.num_clients * num_killed_clients
+    rounds = -(-num_requests // per_round)
+    async with owner(load) as llm:
+        undisturbed = await run(llm, load)
+        pid, num_equal, pauses = core_pid(llm), 0, []
+        first = (0, 0)
+        for number in range(rounds):
+            lonely = await run(llm, load, kill_clients(num_killed_clients))
+            assert sum(client is None for client in lonely.clients) == num_killed_clients
+            num_equal += same_ids(undisturbed, lonely)
+            pauses.append(lonely.longest_pause_s)
+            check_nothing_left(lonely)
+            first = first if number else footprint(pid)
+        last = footprint(pid)
+        assert core_pid(llm) == pid
+    print(
+        f"{rounds} times {num_killed_clients} of {load.num_clients} clients killed, "
+        f"{rounds * per_round} requests with them: {num_equal} streams of the others equal, "
+        f"longest pause {max(pauses):.2f} s (undisturbed {undisturbed.longest_pause_s:.2f}); "
+        f"no request, row, block or client left; descriptors {first[1]} → {last[1]}, memory "
+        f"{(last[0] - first[0]) / 2**20:+.1f} MiB since the first time"
+    )
+    assert last[1] <= first[1] and last[0] - first[0] < MAX_GROWTH_BYTES
+
+
+async def report_stalls(load: Load, *, stop_s: float) -> None:
+    async with owner(load) as llm:
+        undisturbed = await run(llm, load)
+        fault, stopped_at = stop_core(stop_s)
+        stopped = await run(llm, load, fault)
+        stalls = stopped.stalls_s(stopped_at[0])
+        print(
+            f"core stopped for {stop_s:g} s: {same_ids(undisturbed, stopped)} streams equal, stall "
+            f"reported by {len(stalls)} of {load.num_clients} clients after {_range(stalls)} s"
+        )
+        with busy_machine():
+            loaded = await run(llm, load)
+            num_false = len(loaded.stalls_s())
+            fault, stopped_at = stop_core(stop_s)
+            stopped = await run(llm, load, fault)
+        stalls = stopped.stalls_s(stopped_at[0])
+        print(
+            f"beside {2 * (os.cpu_count() or 1)} busy processes: {num_false} clients saw a stall "
+            f"where there was none; of {stop_s:g} s, {len(stalls)} did, after {_range(stalls)} s"
+        )
+    async with owner(Load(step_ms=3000.0)) as llm:
+        stuck = await run(llm, Load(num_tokens=2, step_ms=3000.0))
+        print(f"loop stuck in a step of 3 s: reported after {_range(stuck.stalls_s())} s")
+
+
+def _range(seconds: list[float]) -> str:
+    return f"{min(seconds, default=0):.2f} to {max(seconds, default=0):.2f}"
+
+
+async def report_kills(load: Load, *, num_kills: int) -> None:
     started = time.monotonic()
     async with owner(load) as llm:
         start_s = time.monotonic() - started
@@ -236,25 +335,24 @@ async def report(load: Load, *, num_kills: int, num_killed_clients: int, stop_s:
             f"core killed {num_kills} times: {same_ids(undisturbed, killed)} streams equal, "
             f"longest pause {killed.longest_pause_s:.2f} s (target {start_s + 1:.2f} s)"
         )
-        lonely = await run(llm, load, kill_clients(num_killed_clients))
-        print(
-            f"{num_killed_clients} clients killed: {same_ids(undisturbed, lonely)} streams of the "
-            f"others equal, longest pause {lonely.longest_pause_s:.2f} s, "
-            f"{lonely.num_free_blocks_missing} blocks still held"
-        )
-        fault, stopped_at = stop_core(stop_s)
-        stopped = await run(llm, load, fault)
-        reported = [client["stalled_at"] - stopped_at[0] for client in stopped.clients if client]
-        print(
-            f"core stopped for {stop_s:g} s: {same_ids(undisturbed, stopped)} streams equal, stall "
-            f"reported after {min(reported):.2f} to {max(reported):.2f} s"
-        )
+        assert killed.longest_pause_s <= start_s + 1
+
+
+async def report(load: Load, arguments: argparse.Namespace) -> None:
+    await report_kills(load, num_kills=arguments.kills)
+    await report_leaks(
+        Load(num_streams=42 * load.num_clients, num_tokens=150),
+        num_killed_clients=arguments.killed_clients,
+        num_requests=arguments.killed_requests,
+    )
+    await report_stalls(load, stop_s=arguments.stop_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--killed-clients", type=int, default=3)
+    parser.add_argument("--killed-requests", type=int, default=1000, help="until so many were lost")
     parser.add_argument("--stop-s", type=float, default=5.0)
     parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, default={}, help=argparse.SUPPRESS)
@@ -263,12 +361,7 @@ def main() -> None:
     if arguments.client:
         print(json.dumps(asyncio.run(client(arguments.client, load))), flush=True)
         return
-    faults = {
-        "num_kills": arguments.kills,
-        "num_killed_clients": arguments.killed_clients,
-        "stop_s": arguments.stop_s,
-    }
-    asyncio.run(report(load, **faults))
+    asyncio.run(report(load, arguments))
 
 
 if __name__ == "__main__":

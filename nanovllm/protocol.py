@@ -12,9 +12,10 @@ import msgspec
 
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
+PULSE_INTERVAL_S = 0.25
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
@@ -43,7 +44,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     `bad_words_token_ids` are the token sequences of `params.bad_words`, encoded by the frontend.
     `tenant`: who shares fairly with whom; by default each client is a tenant of its own.
     Counted from its arrival at the core, a sequence without a token after `ttft_deadline_ms`, or
-    unfinished after `deadline_ms`, ends with reason "timeout".
+    unfinished after `deadline_ms`, ends with reason "timeout". Sent again after the core's death,
+    a request has what is left of them.
     """
 
     number: int
@@ -141,12 +143,14 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
     `logprobs` maps such a j to that token's log-probabilities; `prompt_logprobs` maps an entry i
     of the plan to those of the prompt tokens at positions `num_computed[i] + 1 …` of this chunk.
+    `failures` maps a j to why no token could be chosen there alone; `token_ids[j]` means nothing.
     """
 
     step: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    failures: dict[int, str] = {}
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,9 +287,11 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     """Sent once a second to every client, the same to all. Counters count from the core's start.
 
     It tells of progress: `step` has moved on, or there was nothing to do, or `stalled_s` says for
-    how long no step has finished although there was. A loop that is stuck sends none at all.
+    how long no step has finished although there was. A loop that is stuck sends none at all, and no
+    `Pulse` either.
     `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
-    wait for their client to read.
+    wait for their client to read. `loop_cpu_s` is CPU time of the loop's thread, `messaging_cpu_s`
+    the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
     """
 
     epoch: str
@@ -312,7 +318,13 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     num_expired_clients: int = 0
     uptime_s: float = 0.0
     stalled_s: float = 0.0
+    loop_cpu_s: float = 0.0
+    messaging_cpu_s: float = 0.0
     draining: bool = False
+
+
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """Between two `CoreStatus`, from the loop that also runs the steps: it is not stuck."""
 
 
 class CallResult(msgspec.Struct, frozen=True, tag=True):
@@ -341,6 +353,7 @@ FromCore = (
     | RequestFailed
     | Overloaded
     | CoreStatus
+    | Pulse
     | CallResult
     | Detached
     | CoreFailed

@@ -168,12 +168,31 @@ def test_banned_things_are_absent(path: Path) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             assert not names & {"pickle", "cloudpickle", "dill"}, "nothing is ever pickled"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called = node.func.id
+            assert called not in ("eval", "exec", "compile", "__import__"), "nothing is evaluated"
         if isinstance(node, ast.ExceptHandler):
             swallowed = node.type is None and not any(
                 isinstance(inner, ast.Raise) for inner in ast.walk(node)
             )
             assert not swallowed, "a bare except must raise"
     assert not re.search(r"/(root|home|work|tmp/m)/", source), "no machine paths"
+
+
+def test_nothing_is_called_by_a_name_from_the_wire() -> None:
+    """Where frames are read, attributes are looked up by names that stand in the source: a message
+    is matched by its type, and there is no other way from it to code."""
+    core = ("process", "endpoint", "clients", "delivery", "engine_core")
+    frontend = ("core_client", "channel", "supervisor", "session", "request")
+    paths = [PACKAGE / "core" / f"{name}.py" for name in core]
+    paths += [PACKAGE / "frontend" / f"{name}.py" for name in frontend]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("setattr", "vars", "globals", "import_module")
+                if node.func.id == "getattr" and not isinstance(node.args[1], ast.Constant):
+                    # Of data (`worker` of two Welcomes), by the name of a loop over constants.
+                    assert path.stem == "supervisor" and ast.unparse(node.args[1]) == "name"
 
 
 def test_public_names_are_sorted_and_real() -> None:

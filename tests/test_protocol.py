@@ -23,6 +23,7 @@ from nanovllm.protocol import (
     Outputs,
     Overloaded,
     PromptLogprobs,
+    Pulse,
     RequestFailed,
     ResetPrefixCache,
     Started,
@@ -67,6 +68,7 @@ FROM_CORE = [
     Detached("why"),
     RequestFailed(1, "why"),
     CoreStatus("epoch", *range(12)),
+    Pulse(),
     CallResult(9, True),
     CoreFailed("why", "traceback", usage=True),
 ]

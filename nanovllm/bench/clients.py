@@ -153,6 +153,8 @@ class CoreWatch:
             num_steps=after.step - before.step,
             num_preemptions=after.num_preemptions - before.num_preemptions,
             prefix_hit_share=(after.prefix_cache_hits - before.prefix_cache_hits) / max(1, queries),
+            loop_share=(after.loop_cpu_s - before.loop_cpu_s) / seconds,
+            messaging_share=(after.messaging_cpu_s - before.messaging_cpu_s) / seconds,
         )
         if self._pid is not None and Path(f"/proc/{self._pid}").exists():
             found.cpu_share = (cpu_seconds(self._pid) - self._cpu_s) / seconds

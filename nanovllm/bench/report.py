@@ -21,7 +21,9 @@ Spread = dict[str, float]  # quantile's name → milliseconds; empty if there wa
 class CoreFigures(msgspec.Struct):
     """The core process over the test. None: its process could not be seen (another machine's)."""
 
-    cpu_share: float | None = None  # of one CPU
+    cpu_share: float | None = None  # of one CPU; all threads
+    loop_share: float = 0.0  # its busy loop alone
+    messaging_share: float = 0.0  # that part of the loop which receives, sorts, encodes and sends
     peak_memory_mib: float | None = None
     memory_growth_mib: float | None = None
     num_steps: int = 0
@@ -173,6 +175,7 @@ def _core_line(core: CoreFigures, client_cpu_s: float) -> str:
     if core.cpu_share is not None and core.peak_memory_mib is not None:
         parts.append(f"{core.cpu_share:.0%} of a CPU, peak memory {core.peak_memory_mib:.0f} MiB")
         parts.append(f"(+{core.memory_growth_mib:.0f} during the test)")
+    parts.append(f"its loop {core.loop_share:.0%} of a CPU, messaging {core.messaging_share:.0%}")
     return ", ".join(parts) + f"; clients: {client_cpu_s:.1f} s of CPU"
 
 

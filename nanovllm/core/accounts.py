@@ -1,12 +1,28 @@
-"""Why a request took as long as it did: what `Finished` and `Started` tell of a sequence.
+"""What took how long: what `Finished` and `Started` tell of a sequence, and the loop's CPU time.
 
-Called by `CoreServer` when a sequence starts and ends; reads what `Scheduler` has written down.
+`CoreServer` and its clients call it; it reads what `Scheduler` has written down.
 """
 
 import time
 
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol import Finished, Started, Why
+
+
+class CpuClock:
+    """Adds up the CPU time of this thread between `resume` and `pause`; waiting costs none."""
+
+    __slots__ = ("_since", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def resume(self) -> None:
+        self._since = time.thread_time()
+
+    def pause(self) -> None:
+        self.seconds += time.thread_time() - self._since
 
 
 def started_message(sequence: Sequence) -> Started:

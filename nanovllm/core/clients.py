@@ -7,7 +7,9 @@ outputs by pausing its requests, answers by detaching it.
 from collections import deque
 from collections.abc import Iterator
 
+from nanovllm.core.accounts import started_message
 from nanovllm.core.sequence import Sequence
+from nanovllm.core.step import StepOutputs
 from nanovllm.protocol import FromCore, Outputs, PromptLogprobs, TokenLogprobs
 
 MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
@@ -90,7 +92,6 @@ class ClientTable:
         self._lease_s = lease_s
         self._by_identity: dict[bytes, Client] = {}
         self._by_id: dict[int, Client] = {}
-        self.with_id = self._by_id.get  # asked for every token
         self._num_ever = 0
         self.num_expired = 0
 
@@ -108,12 +109,35 @@ class ClientTable:
     def find(self, identity: bytes) -> Client | None:
         return self._by_identity.get(identity)
 
+    def with_id(self, client_id: int) -> Client | None:
+        return self._by_id.get(client_id)
+
     def attach(self, identity: bytes, now: float) -> Client:
         """A new client; ids are never used twice."""
         client = Client(self._num_ever, identity, now)
         self._num_ever += 1
         self._by_identity[identity] = self._by_id[client.client_id] = client
         return client
+
+    def collect(self, outputs: StepOutputs) -> None:
+        """Sort what a step brought into the clients' pending messages, but for ends.
+
+        A client may have gone between the step and its result.
+        """
+        clients, token_ids, logprobs = self._by_id.get, outputs.token_ids, outputs.logprobs
+        for sequence in outputs.started:
+            if client := clients(sequence.client_id):
+                client.outputs.started.append(started_message(sequence))
+        for sequence, some in outputs.prompt_logprobs:
+            if client := clients(sequence.client_id):
+                client.add_prompt_logprobs(sequence, some)
+        for index, sequence in enumerate(outputs.sequences):
+            if client := clients(sequence.client_id):
+                if logprobs and index in logprobs:
+                    client.add_logprobs(logprobs[index])
+                pending = client.outputs
+                pending.numbers.append(sequence.number)
+                pending.token_ids.append(token_ids[index])
 
     def remove(self, client: Client) -> None:
         """Forget it; once or more often."""

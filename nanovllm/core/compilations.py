@@ -76,7 +76,12 @@ class Compilations:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait."""
-        return sum(len(group.sequences) for job in self._jobs.values() for group in job.waiting)
+        return sum(len(group.sequences) for group in self.waiting)
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """The requests that wait."""
+        return [group for job in self._jobs.values() for group in job.waiting if group.sequences]
 
     @property
     def next_deadline(self) -> float:
@@ -114,14 +119,11 @@ class Compilations:
         job.waiting.append(request)
         return None
 
-    def withdraw(self, sequence: Sequence) -> bool:
-        """Forget a sequence that waits here; False if it does not."""
-        for job in self._jobs.values():
-            for group in job.waiting:
-                if sequence in group.sequences:
-                    group.sequences.remove(sequence)
-                    return True
-        return False
+    def withdraw(self, sequence: Sequence) -> None:
+        """Forget a sequence, if it waits here."""
+        for group in self.waiting:
+            if sequence in group.sequences:
+                group.sequences.remove(sequence)
 
     def collect(self) -> list[tuple[Waiting, Outcome]]:
         """Those whose wait is over, in the order in which it ended."""
@@ -168,6 +170,18 @@ class Compilations:
     def _deadline(self, job: Job) -> float:
         return max(job.since, self._loaded_at) + self._timeout_s
 
+    def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
+        """Give each its own matcher, behind the tokens it has generated before. `ValueError`: none.
+
+        (A method for those who record what grammars decide.)
+        """
+        if isinstance(outcome, ValueError):
+            raise ValueError(str(outcome))
+        for sequence in sequences:
+            matcher = outcome.copy()
+            matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
+            sequence.matcher = matcher
+
     # ---- threads
 
     @property
@@ -213,13 +227,3 @@ class Compilations:
             return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only
             return ValueError(f"structured_outputs: {type(error).__name__}: {error}")
-
-
-def constrain(sequences: list[Sequence], outcome: Outcome) -> None:
-    """Give each its own matcher, behind the tokens it has generated before. `ValueError`: none."""
-    if isinstance(outcome, ValueError):
-        raise ValueError(str(outcome))
-    for sequence in sequences:
-        matcher = outcome.copy()
-        matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
-        sequence.matcher = matcher

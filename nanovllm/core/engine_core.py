@@ -17,7 +17,7 @@ import msgspec
 from nanovllm.config import EngineConfig
 from nanovllm.core.admission import Admission, Deadlines
 from nanovllm.core.block_manager import BlockManager
-from nanovllm.core.compilations import Compilations, Waiting, constrain
+from nanovllm.core.compilations import Compilations, Waiting
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
@@ -113,7 +113,7 @@ class EngineCore:
         if wanted is not None:
             outcome = self._compilations.begin(wanted, Waiting(sequences, request.priority, tenant))
             if outcome is not None:
-                constrain(sequences, outcome)
+                self._compilations.constrain(sequences, outcome)
         for sequence in sequences:
             self._sequences[client_id, sequence.number] = sequence
             self._deadlines.add(sequence, request)
@@ -213,8 +213,7 @@ class EngineCore:
         for sequence in outputs.finished:
             del self._sequences[sequence.client_id, sequence.number]
         for sequence in outputs.failed:
-            assert sequence.matcher is not None
-            self._fail([sequence], f"structured_outputs: cannot go on: {sequence.matcher.error}")
+            self._fail([sequence], sequence.failure)
         return outputs
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
@@ -236,7 +235,7 @@ class EngineCore:
         refused: list[Sequence] = []
         for request, outcome in self._compilations.collect():
             try:
-                constrain(request.sequences, outcome)
+                self._compilations.constrain(request.sequences, outcome)
             except ValueError as error:
                 refused += self._fail(request.sequences, _text(error))
             else:
@@ -287,7 +286,8 @@ class EngineCore:
     def _end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
         for sequence in sequences:
             del self._sequences[sequence.client_id, sequence.number]
-            if self._compilations.withdraw(sequence):
+            if not sequence.is_queued:  # its grammar is still being compiled, or was refused
+                self._compilations.withdraw(sequence)
                 sequence.status, sequence.finish_reason = Status.FINISHED, reason
             elif sequence.status is not Status.FINISHED:
                 self._scheduler.finish(sequence, reason)

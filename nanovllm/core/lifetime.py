@@ -69,8 +69,8 @@ def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
 def watching_for_stalls(stalled_s: Callable[[], float], timeout_s: float) -> Iterator[None]:
     """While inside, write every thread's stack to the log when `stalled_s` passes `timeout_s`.
 
-    Clients need no word from here: a loop that is stuck sends no `CoreStatus`, which they miss
-    within two seconds, and one that is not tells them of the stall in it.
+    Clients need no word from here: a loop that is stuck sends no `Pulse`, which they miss within
+    two seconds, and one that is not tells them of the stall in its `CoreStatus`.
     """
     ended = threading.Event()
 

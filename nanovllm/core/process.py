@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.accounts import finished_message, started_message
+from nanovllm.core.accounts import CpuClock, finished_message
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.clients import Client, ClientTable
 from nanovllm.core.delivery import Delivery
@@ -25,17 +25,18 @@ from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
 from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import StepOutputs
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
 from nanovllm.protocol import (
     PROTOCOL_VERSION,
+    PULSE_INTERVAL_S,
     STATUS_INTERVAL_S,
     Abort,
     AddRequest,
     Call,
     CallResult,
     CoreFailed,
+    CoreStatus,
     Detached,
     FromCore,
     Goodbye,
@@ -43,6 +44,7 @@ from nanovllm.protocol import (
     Hello,
     Loading,
     Overloaded,
+    Pulse,
     RequestFailed,
     ToCore,
     Welcome,
@@ -84,8 +86,9 @@ class CoreServer:
         self._exit_code = ExitCode.DONE
         self._drain_until = 0.0
         self._last_loading = Loading("starting", 0.0)
-        self._loading_due = self._status_due = 0.0
+        self._loading_due = self._pulse_due = self._status_due = 0.0
         self._awake_at = time.monotonic()
+        self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
         self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
         self._delivery = Delivery(self._endpoint)
         # A byte on this pair interrupts a blocking poll, from a signal handler or a thread.
@@ -170,11 +173,12 @@ class CoreServer:
     # ---- the busy loop
 
     def _turn(self, core: EngineCore) -> None:
+        self._clock.resume()
         now = time.monotonic()
         late_s = now - self._awake_at
-        if now >= self._status_due:
-            self._status_due = now + STATUS_INTERVAL_S
-            self._send_status(core)
+        if now >= self._pulse_due:
+            self._pulse_due = now + PULSE_INTERVAL_S
+            self._send_pulse(core, now)
         if not core.busy:
             timeout_s = self._time_to_sleep(core, now)
             self._poller.poll(int(timeout_s * 1e3) + 1)
@@ -191,29 +195,39 @@ class CoreServer:
         if core.next_deadline <= self._awake_at:
             self._finish(core.expire(self._awake_at))
         if core.busy and not self._stopping:
+            self._clock.pause()
             outputs = core.step()
+            self._clock.resume()
             if outputs is not None:
-                self._collect(outputs)
+                self._clients.collect(outputs)
+                self._finish(outputs.finished)
+                self._finish(outputs.failed)
         self._flush()
+        self._clock.pause()
         if self._draining:
             self._end_drain(core)
 
     def _time_to_sleep(self, core: EngineCore, now: float) -> float:
-        due = min(core.next_deadline, self._status_due)
+        due = min(core.next_deadline, self._pulse_due)
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
         if self._draining:
             due = min(due, self._drain_until)
         return max(0.0, due - now)
 
-    def _send_status(self, core: EngineCore) -> None:
-        status = msgspec.structs.replace(
-            core.status(epoch=self._epoch, num_clients=len(self._clients)),
-            num_expired_clients=self._clients.num_expired,
-            draining=self._draining,
-        )
+    def _send_pulse(self, core: EngineCore, now: float) -> None:
+        pulse: Pulse | CoreStatus = Pulse()
+        if now >= self._status_due:
+            self._status_due = now + STATUS_INTERVAL_S
+            pulse = msgspec.structs.replace(
+                core.status(epoch=self._epoch, num_clients=len(self._clients)),
+                num_expired_clients=self._clients.num_expired,
+                draining=self._draining,
+                loop_cpu_s=time.thread_time(),
+                messaging_cpu_s=self._clock.seconds,
+            )
         for client in self._clients:
-            if self._delivery.post(client.identity, status) == "gone":
+            if self._delivery.post(client.identity, pulse) == "gone":
                 self._forget(client)
 
     def _end_drain(self, core: EngineCore) -> None:
@@ -328,26 +342,6 @@ class CoreServer:
             self._core.abort_client(client.client_id)
 
     # ---- what clients get
-
-    def _collect(self, outputs: StepOutputs) -> None:
-        """Sort a step's outputs into the clients' pending messages."""
-        clients, token_ids, logprobs = self._clients.with_id, outputs.token_ids, outputs.logprobs
-        # A client may have gone between the step and its result.
-        for sequence in outputs.started:
-            if client := clients(sequence.client_id):
-                client.outputs.started.append(started_message(sequence))
-        for sequence, some in outputs.prompt_logprobs:
-            if client := clients(sequence.client_id):
-                client.add_prompt_logprobs(sequence, some)
-        for index, sequence in enumerate(outputs.sequences):
-            if client := clients(sequence.client_id):
-                if logprobs and index in logprobs:
-                    client.add_logprobs(logprobs[index])
-                pending = client.outputs
-                pending.numbers.append(sequence.number)
-                pending.token_ids.append(token_ids[index])
-        self._finish(outputs.finished)
-        self._finish(outputs.failed)
 
     def _finish(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

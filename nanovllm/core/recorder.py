@@ -8,18 +8,21 @@ too much. `replay` reads either.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import xxhash
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.compilations import Compilations, Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.snapshot import Snapshot, take_snapshot
-from nanovllm.core.step import StepOutputs
+from nanovllm.core.step import ScheduledStep, StepOutputs
 from nanovllm.executor.base import Executor, StepHandle
 from nanovllm.protocol import AddRequest, FinishReason, StepPlan, StepResult, WorkerInfo
+from nanovllm.sampling_params import StructuredOutputsParams
 
 MAX_BYTES = 64 * 2**20
 LENGTH_BYTES = 4  # before each event
@@ -57,6 +60,38 @@ class CacheReset(msgspec.Struct, tag=True):
     pass
 
 
+class Begun(msgspec.Struct, tag=True):
+    """A grammar was asked for: it was known, or must be waited for, or cannot be had (`error`)."""
+
+    is_known: bool
+    error: str = ""
+
+
+class Collected(msgspec.Struct, tag=True):
+    """The sequences of these requests need not wait for their grammar any longer."""
+
+    requests: list[list[tuple[int, int]]]
+
+
+class Constrained(msgspec.Struct, tag=True):
+    """A request got its matchers, or, by `error`, it did not."""
+
+    error: str = ""
+
+
+class Masked(msgspec.Struct, tag=True):
+    """The masks of a step were made, or not."""
+
+    error: str = ""
+
+
+class GrammarEnded(msgspec.Struct, tag=True):
+    """An output is over with the token it has just got: by its grammar, or by `error`."""
+
+    key: tuple[int, int]
+    error: str | None
+
+
 class Stepped(msgspec.Struct, tag=True):
     """`EngineCore.step` was called; what it asked of the executor follows."""
 
@@ -77,11 +112,29 @@ class Returned(msgspec.Struct, tag=True):
 
 
 Write = Callable[["Event"], None]
-Event = Header | Added | Ended | Paused | Resumed | CacheReset | Stepped | Submitted | Returned
+Event = (
+    Header
+    | Added
+    | Ended
+    | Paused
+    | Resumed
+    | CacheReset
+    | Begun
+    | Collected
+    | Constrained
+    | Masked
+    | GrammarEnded
+    | Stepped
+    | Submitted
+    | Returned
+)
 
 
 def digest_of(plan: StepPlan) -> bytes:
-    """Equal exactly for equal plans."""
+    """Equal exactly for plans that are equal but for what their masks allow, which a grammar says
+    and not the scheduler."""
+    if plan.masks:
+        plan = msgspec.structs.replace(plan, masks=dict.fromkeys(plan.masks, b""))
     return xxhash.xxh3_64_digest(msgspec.msgpack.encode(plan))
 
 
@@ -93,11 +146,19 @@ class RecordedCore(EngineCore):
         config: EngineConfig,
         executor: Executor,
         info: WorkerInfo,
-        *_: Any,
+        compiler: GrammarCompiler | None = None,
+        wake: Callable[[], None] = lambda: None,
+        *,
         path: Path,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        super().__init__(config, RecordedExecutor(executor, self._write), info)
+        super().__init__(config, RecordedExecutor(executor, self._write), info, compiler, wake)
+        self._compilations = RecordedCompilations(
+            compiler,
+            timeout_s=config.grammar.grammar_timeout_s,
+            wake=wake,
+            write=self._write,
+        )
         self._header = Header(config, info, None)
         self._path = path
         self._max_bytes = max_bytes
@@ -105,9 +166,6 @@ class RecordedCore(EngineCore):
         self._file = self._begin()
 
     def add(self, client_id: int, request: AddRequest) -> None:
-        if request.params.structured_outputs is not None:
-            # When a grammar is ready, and what it allows, is not in the recording.
-            raise ValueError("structured_outputs: not while the core is recorded (--record)")
         self._write(Added(client_id, request))
         super().add(client_id, request)
 
@@ -144,6 +202,16 @@ class RecordedCore(EngineCore):
             self._write(Ended(keys, reason))
         return super()._end_by_request(sequences, reason)
 
+    def _mask(self, step: ScheduledStep) -> None:
+        masked = Masked()
+        try:
+            super()._mask(step)
+        except Exception as error:
+            masked.error = str(error) or type(error).__name__
+            raise
+        finally:
+            self._write(masked)
+
     def _write(self, event: Event) -> None:
         encoded = self._encoder.encode(event)
         self._file.write(len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded)
@@ -163,6 +231,65 @@ class RecordedCore(EngineCore):
         self._header.snapshot = take_snapshot(self)
         self._begin()
         self._header.snapshot = None
+
+
+class RecordedCompilations(Compilations):
+    """Writes down when a grammar is there, and what it ends."""
+
+    def __init__(
+        self,
+        compiler: GrammarCompiler | None,
+        *,
+        timeout_s: float,
+        wake: Callable[[], None],
+        write: Write,
+    ) -> None:
+        super().__init__(compiler, timeout_s=timeout_s, wake=wake)
+        self._write = write
+
+    def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+        try:
+            outcome = super().begin(wanted, request)
+        except ValueError as error:
+            self._write(Begun(False, str(error)))
+            raise
+        self._write(Begun(outcome is not None))
+        return outcome
+
+    def collect(self) -> list[tuple[Waiting, Outcome]]:
+        over = super().collect()
+        keys = [[(one.client_id, one.number) for one in group.sequences] for group, _ in over]
+        self._write(Collected(keys))
+        return over
+
+    def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
+        try:
+            super().constrain(sequences, outcome)
+        except ValueError as error:
+            self._write(Constrained(str(error)))
+            raise
+        self._write(Constrained())
+        for sequence in sequences:
+            assert sequence.matcher is not None
+            key = sequence.client_id, sequence.number
+            sequence.matcher = RecordedMatcher(sequence.matcher, key, self._write)
+
+
+class RecordedMatcher(Matcher):
+    """Writes down where the output ends."""
+
+    __slots__ = ("_key", "_write")
+
+    def __init__(self, matcher: Matcher, key: tuple[int, int], write: Write) -> None:
+        super().__init__(matcher._matcher, matcher.family)
+        self._key = key
+        self._write = write
+
+    def accept(self, token_id: int) -> bool:
+        goes_on = super().accept(token_id)
+        if not goes_on:
+            self._write(GrammarEnded(self._key, self.error))
+        return goes_on
 
 
 class RecordedExecutor:
@@ -204,5 +331,6 @@ class RecordedHandle:
             self._write(Returned(None, str(error) or type(error).__name__))
             raise
         # Log-probabilities are no matter of scheduling, and large.
-        self._write(Returned(StepResult(result.step, result.token_ids)))
+        kept = StepResult(result.step, result.token_ids, failures=result.failures)
+        self._write(Returned(kept))
         return result

@@ -1,24 +1,34 @@
 """Runs the scheduler alone, on a recording, and compares its plans with those made then.
 
-`nanovllm replay FILE` calls it. Nothing is sampled: results come from the file. To step through a
-bug, iterate over `Replay` in a debugger.
+`nanovllm replay FILE` calls it. Nothing is sampled, and no grammar is looked at: results, and what
+grammars decided, come from the file. To step through a bug, iterate over `Replay` in a debugger.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
+from nanovllm.config import EngineConfig
 from nanovllm.core.admission import OverloadedError
+from nanovllm.core.compilations import Compilations, Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import Matcher
 from nanovllm.core.recorder import (
     LENGTH_BYTES,
     Added,
+    Begun,
     CacheReset,
+    Collected,
+    Constrained,
     Ended,
     Event,
+    GrammarEnded,
     Header,
+    Masked,
     Paused,
     Resumed,
     Returned,
@@ -26,18 +36,46 @@ from nanovllm.core.recorder import (
     Submitted,
     digest_of,
 )
+from nanovllm.core.sequence import Sequence
 from nanovllm.core.snapshot import restore
-from nanovllm.executor.base import DeviceLostError
+from nanovllm.core.step import ScheduledStep
+from nanovllm.executor.base import DeviceLostError, Executor
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
+from nanovllm.sampling_params import StructuredOutputsParams
+
+E = TypeVar("E", bound=Event)
 
 
 class DivergedError(DeviceLostError):
-    """The scheduler planned something else than it did then. No failure of one step, so it leaves
-    the core as a lost device does."""
+    """The scheduler did something else than it did then. No failure of one step, so it leaves the
+    core as a lost device does."""
 
-    def __init__(self, plan: StepPlan) -> None:
-        super().__init__(f"step {plan.step} differs from the recording: {plan}")
-        self.plan = plan
+
+class EndOfRecordingError(DeviceLostError):
+    """The core was ended, or the file cut, in the middle of a step."""
+
+
+class Tape:
+    """Events in order; `next` is None at the end."""
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+        self.next = next(events, None)
+
+    def take(self) -> Event:
+        """The next one. Raises `EndOfRecordingError`."""
+        event = self.next
+        if event is None:
+            raise EndOfRecordingError
+        self.next = next(self._events, None)
+        return event
+
+    def expect(self, kind: type[E]) -> E:
+        """The next one, which is of this kind unless the core has done something else."""
+        event = self.take()
+        if not isinstance(event, kind):
+            raise DivergedError(f"{kind.__name__} differs from the recording, which has {event}")
+        return event
 
 
 class Replay:
@@ -47,20 +85,27 @@ class Replay:
     """
 
     def __init__(self, path: Path) -> None:
-        self._events = _events(path)
-        header = next(self._events, None)
+        self._tape = Tape(_events(path))
+        header = self._tape.next
         if not isinstance(header, Header):
             raise ValueError(f"{path} is no recording of nanovllm-core --record")
+        self._tape.take()
         self._plans: list[StepPlan] = []
-        self.core = EngineCore(header.config, self, header.info)
+        self.core = ReplayedCore(header.config, self, header.info, self._tape)
         self._info = header.info
         if header.snapshot is not None:
-            for step in restore(self.core, header.snapshot):
+            steps = restore(
+                self.core,
+                header.snapshot,
+                make_matcher=lambda sequence: ReplayedMatcher(sequence, self._tape),
+                wait=self.core.grammars.waiting.append,
+            )
+            for step in steps:
                 self.core._inflight.append((step, self))
 
     def __iter__(self) -> Iterator[StepPlan]:
-        for event in self._events:
-            self._apply(event)
+        while self._tape.next is not None:
+            self._apply(self._tape.take())
             yield from self._plans
             self._plans.clear()
 
@@ -68,7 +113,8 @@ class Replay:
         core = self.core
         match event:
             case Added(client_id, request):
-                with suppress(ValueError, OverloadedError):  # it was refused then, too
+                # It was refused then, too, or never entered in whole.
+                with suppress(ValueError, OverloadedError, EndOfRecordingError):
                     core.add(client_id, request)
             case Ended(keys, reason):
                 sequences = [core._sequences[client_id, number] for client_id, number in keys]
@@ -89,20 +135,16 @@ class Replay:
         return self._info
 
     def submit(self, plan: StepPlan) -> "Replay":
-        then = next(self._events, None)
-        if then is None:
-            raise EndOfRecordingError
+        then = self._tape.take()
         if not isinstance(then, Submitted) or then.digest != digest_of(plan):
-            raise DivergedError(plan)
+            raise DivergedError(f"step {plan.step} differs from the recording: {plan}")
         self._plans.append(plan)
         if then.error:
             raise RuntimeError(then.error)
         return self
 
     def result(self) -> StepResult:
-        then = next(self._events, None)
-        if not isinstance(then, Returned):
-            raise EndOfRecordingError
+        then = self._tape.expect(Returned)
         if then.result is None:
             raise RuntimeError(then.error)
         return then.result
@@ -111,8 +153,81 @@ class Replay:
         pass
 
 
-class EndOfRecordingError(DeviceLostError):
-    """The core was ended, or the file cut, in the middle of a step."""
+class ReplayedCore(EngineCore):
+    """An `EngineCore` without grammars: what they decided is on the tape."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, tape: Tape):
+        super().__init__(config, executor, info)
+        self._tape = tape
+        self._compilations = self.grammars = ReplayedCompilations(tape)
+
+    def _mask(self, step: ScheduledStep) -> None:
+        if error := self._tape.expect(Masked).error:
+            raise RuntimeError(error)
+        step.plan.masks.update(dict.fromkeys(step.constrained, b""))
+
+
+class ReplayedCompilations(Compilations):
+    """Nothing is compiled; what was is there when it was then."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(None, timeout_s=math.inf, wake=lambda: None)
+        self._tape = tape
+        self._waiting: list[Waiting] = []
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        return self._waiting
+
+    @property
+    def has_news(self) -> bool:
+        return isinstance(self._tape.next, Collected)
+
+    def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+        begun = self._tape.expect(Begun)
+        if begun.error:
+            raise ValueError(begun.error)
+        if begun.is_known:
+            return ReplayedMatcher(request.sequences[0], self._tape)
+        self._waiting.append(request)
+        return None
+
+    def collect(self) -> list[tuple[Waiting, Outcome]]:
+        over: list[tuple[Waiting, Outcome]] = []
+        for keys in self._tape.expect(Collected).requests:
+            (group,) = (one for one in self._waiting if _keys_of(one.sequences) == keys)
+            self._waiting.remove(group)
+            over.append((group, ReplayedMatcher(group.sequences[0], self._tape)))
+        return over
+
+    def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
+        if error := self._tape.expect(Constrained).error:
+            raise ValueError(error)
+        for sequence in sequences:
+            sequence.matcher = ReplayedMatcher(sequence, self._tape)
+
+
+class ReplayedMatcher(Matcher):
+    """Ends where the recorded one did."""
+
+    __slots__ = ("_key", "_tape")
+
+    def __init__(self, sequence: Sequence, tape: Tape) -> None:
+        self._key = sequence.client_id, sequence.number
+        self._tape = tape
+        self.error = None
+
+    def accept(self, token_id: int) -> bool:
+        then = self._tape.next
+        if not isinstance(then, GrammarEnded) or then.key != self._key:
+            return True
+        self._tape.take()
+        self.error = then.error
+        return False
+
+
+def _keys_of(sequences: list[Sequence]) -> list[tuple[int, int]]:
+    return [(one.client_id, one.number) for one in sequences]
 
 
 def _events(path: Path) -> Iterator[Event]:

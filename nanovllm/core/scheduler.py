@@ -39,9 +39,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._running: list[Sequence] = []  # sorted by order, so the last is preempted first
-        self._paused: list[
-            Sequence
-        ] = []  # sorted likewise; they hold rows and blocks, on sufferance
+        self._paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
         self._waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
         self._at: Sequence | None = None  # whom planning is busy with
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -186,6 +184,9 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_pending -= 1
+            if result.failures and index in result.failures:
+                self._fail(sequence, result.failures[index], outputs)
+                continue
             sequence.token_ids.append(token_id)
             if not sequence.first_token_at:
                 sequence.first_token_at = time.monotonic()
@@ -210,8 +211,7 @@ class Scheduler:
             self.finish(sequence, "stop")
         elif matcher is not None and not matcher.accept(token_id):
             if matcher.error is not None:
-                self.finish(sequence, "error")
-                outputs.failed.append(sequence)
+                self._fail(sequence, f"structured_outputs cannot go on: {matcher.error}", outputs)
                 return True
             sequence.last_is_text = token_id not in self._eos_token_ids
             self.finish(sequence, "stop")
@@ -221,6 +221,11 @@ class Scheduler:
             return False
         outputs.finished.append(sequence)
         return True
+
+    def _fail(self, sequence: Sequence, cause: str, outputs: StepOutputs) -> None:
+        sequence.failure = cause
+        self.finish(sequence, "error")
+        outputs.failed.append(sequence)
 
     # ---- running sequences
 
@@ -269,7 +274,7 @@ class Scheduler:
         sequence.num_computed = end
         if len(sequence.token_ids) >= sequence.next_registration <= end:
             self._blocks.register(sequence)
-        if sequence.forks and _prompt_computed(sequence):
+        if sequence.forks and sequence.has_computed_prompt:
             self._release_forks(sequence)
 
     def _free_one_block(self, sequence: Sequence) -> bool:
@@ -370,7 +375,7 @@ class Scheduler:
     def _reusable_blocks(self, sequence: Sequence) -> list[int]:
         """Leading blocks whose KV is there already: the leader's prompt, or the prefix cache's."""
         leader = sequence.leader
-        if leader is not None and leader.row >= 0 and _prompt_computed(leader):
+        if leader is not None and leader.row >= 0 and leader.has_computed_prompt:
             return leader.block_ids[: (sequence.num_prompt_tokens - 1) // self._blocks.block_size]
         if sequence.params.prompt_logprobs is not None:
             return []  # every prompt position must be run to have its log-probabilities
@@ -396,7 +401,3 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
-
-
-def _prompt_computed(sequence: Sequence) -> bool:
-    return sequence.num_computed >= sequence.num_prompt_tokens

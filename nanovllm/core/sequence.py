@@ -39,6 +39,7 @@ class Tenant:
 
 
 NOBODY = Tenant("")
+NOT_QUEUED = -1
 
 
 class Sequence:
@@ -100,7 +101,7 @@ class Sequence:
         self.min_total = 0  # known length below which no stop counts
         self.stop_ids: frozenset[int] = frozenset()
         self.seed = 0
-        self.order = (0, 0)  # (priority, arrival)
+        self.order = (0, NOT_QUEUED)  # (priority, arrival)
         self.bad_words_token_ids: list[list[int]] = []
         self.cache_salt: str | None = None
         self.leader: Sequence | None = None  # the sibling whose prompt blocks it may share
@@ -126,6 +127,15 @@ class Sequence:
         self.first_token_at = 0.0
         self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
         self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
+
+    @property
+    def has_computed_prompt(self) -> bool:
+        return self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the scheduler has ever been told of it."""
+        return self.order[1] != NOT_QUEUED
 
     def __repr__(self) -> str:
         return (

@@ -4,13 +4,15 @@
 each other by number. Times are left behind: no plan depends on them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from nanovllm.core.block_manager import BlockManager, FreeList
+from nanovllm.core.compilations import Waiting
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import Matcher
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep
 from nanovllm.protocol import StepPlan
@@ -18,7 +20,7 @@ from nanovllm.sampling_params import SamplingParams
 
 # What is copied as it is, or means something else elsewhere.
 TIMES = {"queued_at", "started_at", "first_token_at", "waited_s", "wait_mark"}
-REFERENCES = {"leader", "forks", "tenant", "status", "stop_ids", "order", "params"}
+REFERENCES = {"leader", "forks", "tenant", "status", "stop_ids", "order", "params", "matcher"}
 PLAIN_SLOTS = sorted(set(Sequence.__slots__) - TIMES - REFERENCES)
 
 
@@ -34,6 +36,7 @@ class SequenceState(msgspec.Struct, array_like=True):
     tenant: str
     leader: int | None
     forks: list[int]
+    is_constrained: bool  # what its grammar decides from here on stands in the recording
 
 
 class StepState(msgspec.Struct, array_like=True):
@@ -42,6 +45,14 @@ class StepState(msgspec.Struct, array_like=True):
     plan: StepPlan
     sequences: list[int]
     sampled: list[int]
+
+
+class CompilingState(msgspec.Struct, array_like=True):
+    """A request that waits for its grammar."""
+
+    sequences: list[int]
+    priority: int
+    tenant: str
 
 
 class BlockState(msgspec.Struct, array_like=True):
@@ -75,6 +86,7 @@ class Snapshot(msgspec.Struct):
     parked: dict[int, list[int]]
     tenants: dict[str, float]
     floor: float
+    compiling: list[CompilingState]
     blocks: BlockState
 
 
@@ -110,13 +122,26 @@ def take_snapshot(core: EngineCore) -> Snapshot:
         parked={client: indices(some) for client, some in waiting._parked.items()},
         tenants={name: tenant.served for name, tenant in waiting._tenants.items()},
         floor=waiting._floor,
+        compiling=[
+            CompilingState(indices(group.sequences), group.priority, group.tenant)
+            for group in core._compilations.waiting
+        ],
         blocks=_blocks_of(core._blocks),
     )
     return msgspec.msgpack.decode(msgspec.msgpack.encode(snapshot), type=Snapshot)
 
 
-def restore(core: EngineCore, snapshot: Snapshot) -> list[ScheduledStep]:
-    """Give a fresh `core` that state; returns the steps in flight, for their results to come."""
+def restore(
+    core: EngineCore,
+    snapshot: Snapshot,
+    *,
+    make_matcher: Callable[[Sequence], Matcher],
+    wait: Callable[[Waiting], None],
+) -> list[ScheduledStep]:
+    """Give a fresh `core` that state; returns the steps in flight, for their results to come.
+
+    make_matcher: for a sequence that is constrained. wait: takes who waits for a grammar.
+    """
     scheduler, waiting = core._scheduler, core._scheduler._waiting
     for name, served in snapshot.tenants.items():
         waiting.tenant(name).served = served
@@ -125,6 +150,9 @@ def restore(core: EngineCore, snapshot: Snapshot) -> list[ScheduledStep]:
         sequence.tenant = waiting.tenant(state.tenant)
         sequence.leader = None if state.leader is None else known[state.leader]
         sequence.forks = [known[number] for number in state.forks]
+        sequence.matcher = make_matcher(sequence) if state.is_constrained else None
+    for group in snapshot.compiling:
+        wait(Waiting([known[n] for n in group.sequences], group.priority, group.tenant))
     core._sequences = {(known[n].client_id, known[n].number): known[n] for n in snapshot.live}
     core._paused = set(snapshot.paused_clients)
     version, internal, gauss = snapshot.random
@@ -179,6 +207,7 @@ def _state_of(sequence: Sequence, index: dict[int, int]) -> SequenceState:
         tenant=sequence.tenant.name,
         leader=None if sequence.leader is None else index[id(sequence.leader)],
         forks=[index[id(fork)] for fork in sequence.forks],
+        is_constrained=sequence.matcher is not None,
     )
 
 

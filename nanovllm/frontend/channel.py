@@ -40,7 +40,7 @@ class Channel:
     def __init__(self, address: str, listener: Listener, *, keys: ClientKeys | None = None) -> None:
         self._address = address
         self._listener = listener
-        self._socket = _dealer(address, keys)
+        self._socket = make_dealer(address, keys)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
@@ -123,7 +123,7 @@ class Channel:
             self._turn = self._loop.call_soon(self._take_turn)
 
 
-def _dealer(address: str, keys: ClientKeys | None) -> zmq.Socket[bytes]:
+def make_dealer(address: str, keys: ClientKeys | None) -> zmq.Socket[bytes]:
     """A DEALER with finite queues that tries its peer often."""
     dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     dealer.set(zmq.SNDHWM, HIGH_WATER_MARK)

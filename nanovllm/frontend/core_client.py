@@ -20,7 +20,7 @@ from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
-    STATUS_INTERVAL_S,
+    PULSE_INTERVAL_S,
     Call,
     CallResult,
     CoreFailed,
@@ -42,10 +42,11 @@ from nanovllm.protocol import (
 CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
 SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
 CALL_TIMEOUT_S = 60.0
-STALL_S = 2.5 * STATUS_INTERVAL_S  # a ready core speaks once a STATUS_INTERVAL_S, or it is stuck
+STALL_S = 6 * PULSE_INTERVAL_S  # a ready core speaks once a PULSE_INTERVAL_S, or it is stuck
+NO_PROGRESS_S = 0.75  # of a loop that turns and yet finishes no step; it says so once a second
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
-WATCH_INTERVAL_S = 0.2
+WATCH_INTERVAL_S = 0.1
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ class CoreClient:
 
     @property
     def is_stalled(self) -> bool:
-        """Connected, and yet silent for longer than a core that is well ever is."""
+        """Connected, and yet silent for longer than a core that is well ever is; or it says itself
+        that it gets nowhere."""
         return self._stalled
 
     async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Welcome:
@@ -238,7 +240,7 @@ class CoreClient:
             if self._process is not None and self._process.poll() is not None:
                 await self._bury("the core ended")
             elif self._welcome.done():
-                if now - asleep_at < STATUS_INTERVAL_S:  # else it is this process that stood still
+                if now - asleep_at < WATCH_INTERVAL_S + PULSE_INTERVAL_S:  # else we stood still
                     self._watch_stall(now - self._last_heard)
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
@@ -260,9 +262,12 @@ class CoreClient:
     def _watch_stall(self, silent_s: float) -> None:
         """Nothing is done about a stall but to tell of it: a core may be stuck, or stopped, or in
         a very long step, and it loses nothing by being waited for."""
-        if self._stalled != (silent_s > STALL_S):
+        is_stuck = self._status is not None and self._status.stalled_s > NO_PROGRESS_S
+        if self._stalled != (is_stuck or silent_s > STALL_S):
             self._stalled = not self._stalled
-            state = f"has been silent for {silent_s:.1f} s" if self._stalled else "goes on"
+            state = "goes on"
+            if self._stalled:
+                state = "finishes no step" if is_stuck else f"has been silent for {silent_s:.1f} s"
             logger.warning("the core at %s %s", self.address, state)
 
     # ---- death

@@ -118,7 +118,7 @@ class Completion:
             self.finish_reason,
             self.stop_reason,
         )
-        if self.request.params.output_kind == "delta":
+        if self.request.gives_deltas:
             self.text = ""
             self.num_given = len(self.token_ids)
             if self.logprobs is not None:
@@ -176,9 +176,11 @@ class Request:
         self.numbers = range(message.number, message.number + params.n)
         self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
         self.metrics = RequestMetrics(arrival_time=time.time())
+        self.made_at = time.monotonic()
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[TokenAlternatives | None] | None = None
         self.final_only = params.output_kind == "final_only"
+        self.gives_deltas = params.output_kind == "delta"
         self.completions = [
             Completion(
                 self,
@@ -226,18 +228,22 @@ class Request:
         if self._error is not None:
             raise self._error
         self._has_news = False
-        delta = self.params.output_kind == "delta"
+        # With thousands of these a second, what follows is most of what a frontend does.
+        given = []
+        for one in self.completions:
+            if one.has_news or not self.gives_deltas:
+                given.append(one.take())
         output = RequestOutput(
             self.request_id,
             self.prompt,
             self.message.prompt_token_ids,
-            [one.take() for one in self.completions if one.has_news or not delta],
+            given,
             self.num_unfinished == 0,
             copy(self.metrics),
             self.prompt_logprobs,
             self.num_cached_tokens,
         )
-        if delta:
+        if self.gives_deltas:
             self.prompt_logprobs = None
         return output
 

@@ -1,7 +1,8 @@
 """What to ask of a core that knows nothing, so that a request goes on where it was cut off.
 
 `Session` sends it when the core is back. Randomness is counter-based, by (seed, position), so all
-that it takes is the effective seed and the tokens that have arrived.
+that it takes is the effective seed and the tokens that have arrived. Deadlines go on counting from
+when the request was made: the new core is told what is left of them.
 """
 
 import msgspec
@@ -12,20 +13,21 @@ from nanovllm.protocol import AddRequest, Finished, FinishReason, WorkerInfo
 SEED_MASK = 2**63 - 1  # the core's: output i of a request runs with seed + i
 
 
-def resumption(request: Request) -> list[AddRequest]:
-    """Messages for all completions that have not ended.
+def resumption(request: Request, now: float) -> list[AddRequest]:
+    """Messages for all completions that have not ended. now: on `time.monotonic`'s clock.
 
     If nothing has arrived it is the first message again, whose `n` outputs share a prompt.
     Otherwise each completion, with what it has, becomes a request of its own.
     """
     unfinished = [one for one in request.completions if one.finish_reason is None]
     if not any(one.num_received for one in request.completions):
-        return [request.message]
-    return [_resumption_of(one) for one in unfinished]
+        return [_with_time_left(request.message, unfinished[0], now)]
+    return [_with_time_left(_resumption_of(one), one, now) for one in unfinished]
 
 
-def missed_end(completion: Completion, info: WorkerInfo) -> Finished | None:
-    """The end a completion had reached if its last token has arrived, but the word of it has not.
+def missed_end(completion: Completion, info: WorkerInfo, now: float) -> Finished | None:
+    """The end a completion had reached if its last token has arrived, but the word of it has not;
+    or that its time has run out while the core was away.
 
     Such a one must not be sent: it would run past its end.
     """
@@ -42,6 +44,8 @@ def missed_end(completion: Completion, info: WorkerInfo) -> Finished | None:
     at_cap = params.max_tokens is not None and num_tokens >= params.max_tokens
     if reason is None and (at_cap or num_known >= info.max_model_len):
         reason = "length"
+    if reason is None and any(left <= 0 for left in _times_left(completion, now).values()):
+        reason = "timeout"
     return None if reason is None else Finished(completion.number, reason, stop_reason, 0)
 
 
@@ -61,4 +65,23 @@ def _resumption_of(completion: Completion) -> AddRequest:
         number=completion.number,
         params=params,
         output_token_ids=completion.received_token_ids(),
+    )
+
+
+def _times_left(completion: Completion, now: float) -> dict[str, float]:
+    """Milliseconds until each deadline that can still be missed."""
+    message = completion.request.message
+    limits = {"deadline_ms": message.deadline_ms}
+    if not completion.num_received:
+        limits["ttft_deadline_ms"] = message.ttft_deadline_ms
+    gone_ms = (now - completion.request.made_at) * 1e3
+    return {name: limit - gone_ms for name, limit in limits.items() if limit is not None}
+
+
+def _with_time_left(message: AddRequest, completion: Completion, now: float) -> AddRequest:
+    left = _times_left(completion, now)
+    return msgspec.structs.replace(
+        message,
+        deadline_ms=left.get("deadline_ms"),
+        ttft_deadline_ms=left.get("ttft_deadline_ms"),
     )

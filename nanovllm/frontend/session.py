@@ -4,6 +4,7 @@ Owned by `AsyncLLM`. Invariant: a request in the table is known to the core, or 
 when it is back; whatever has left the table is not.
 """
 
+import time
 from collections.abc import Iterable
 
 from nanovllm.config import SupervisionConfig
@@ -95,14 +96,15 @@ class Session:
         assert self.line.welcome is not None
         info = self.line.welcome.worker
         unfinished = [one for one in request.completions if one.finish_reason is None]
-        ends = [end for one in unfinished if (end := missed_end(one, info)) is not None]
+        now = time.monotonic()
+        ends = [end for one in unfinished if (end := missed_end(one, info, now)) is not None]
         if ends:
             self.on_outputs(Outputs(finished=ends))
         if len(ends) == len(unfinished):
             return
         request.forget_unfinished_prompt_logprobs()
         request.metrics.num_resumes += 1
-        for message in resumption(request):
+        for message in resumption(request, now):
             self.line.send(message)
 
     def _end_aborted(self, request: Request) -> None:

@@ -5,12 +5,15 @@ words (sampling columns, block table, tokens), so that everything a plan brings 
 Tokens are written at admission and by the sampler: the host never needs an id still on its way.
 """
 
+import logging
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.protocol import StepPlan
+from nanovllm.protocol import NewRow, StepPlan
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     NEUTRAL,
@@ -21,6 +24,7 @@ from nanovllm.worker.sampling.columns import (
 )
 from nanovllm.worker.sampling.edits import RowEdits, prepare_edits
 
+LOG = logging.getLogger(__name__)
 Int32Array = npt.NDArray[np.int32]
 _NEUTRAL_WORDS = NEUTRAL.view(np.int32)
 
@@ -68,6 +72,7 @@ class RequestRows:
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
         self.host_block_tables = np.zeros((num_rows + 1, max_num_blocks), np.int32)
         self.edits: dict[int, RowEdits] = {}
+        self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._device = device
@@ -80,14 +85,8 @@ class RequestRows:
         places: list[Int32Array] = []
         values: list[Int32Array] = []
         for new in plan.new_rows:
-            record = encode(new)
+            record, edits = self._prepare(new)
             self.host[new.row] = record[0]
-            edits = prepare_edits(
-                new,
-                vocab_size=self._vocab_size,
-                eos_token_ids=self._eos_token_ids,
-                device=self._device,
-            )
             self.edits.pop(new.row, None)
             if edits is not None:
                 self.edits[new.row] = edits
@@ -109,6 +108,33 @@ class RequestRows:
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))
+
+    def _prepare(self, new: NewRow) -> tuple[npt.NDArray[Any], RowEdits | None]:
+        """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""
+        self.failures.pop(new.row, None)
+        try:
+            edits = prepare_edits(
+                new,
+                vocab_size=self._vocab_size,
+                eos_token_ids=self._eos_token_ids,
+                device=self._device,
+            )
+            return encode(new), edits
+        except Exception as error:
+            self.note_failure(new.row, error)
+            return NEUTRAL, None
+
+    def note_failure(self, row: int, error: Exception) -> None:
+        """No token can be chosen for this row, and nobody else need suffer for it."""
+        LOG.error("sampling failed for one request", exc_info=error)
+        self.failures[row] = f"{type(error).__name__}: {error}"
+
+    def failures_of(self, plan: StepPlan) -> dict[int, str]:
+        """As `StepResult.failures`, of a step that has been queued."""
+        if not self.failures:
+            return {}
+        sampled = [plan.rows[entry] for entry in plan.sampling]
+        return {j: self.failures[row] for j, row in enumerate(sampled) if row in self.failures}
 
     def write(self, writes: Tensor) -> None:
         """Bring the device up to what `record` returned (writes: [2, num_words] int32)."""

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import msgspec
 import torch
 from torch import Tensor
 
 from nanovllm.checkpoint import Checkpoint, locate
 from nanovllm.config import EngineConfig, StepLimits
-from nanovllm.executor.base import DeviceLostError, ProgressCallback
+from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.model_size import read_model_size
-from nanovllm.protocol import StepPlan, WorkerInfo
+from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
@@ -57,6 +58,18 @@ class Parts:
     attention_spec: AttentionSpec
 
 
+@dataclass(frozen=True, slots=True)
+class PartlyFailedStep:
+    """A step in which some rows cannot be sampled from. failures: as in `StepResult`."""
+
+    step: PendingStep
+    failures: dict[int, str]
+
+    def result(self) -> StepResult:
+        """As `PendingStep.result`."""
+        return msgspec.structs.replace(self.step.result(), failures=self.failures)
+
+
 class Worker:
     """One device's model, KV cache and rows. `on_progress` is told of each phase of `start`."""
 
@@ -68,6 +81,7 @@ class Worker:
         self._device = torch.device("cpu")
         self._triton_refused: str | None = None
         self._runner: ModelRunner | None = None
+        self._rows: RequestRows | None = None
 
     def start(self) -> WorkerInfo:
         """Load everything; afterwards `execute` works.
@@ -123,7 +137,7 @@ class Worker:
                 spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
             )
             allocate_linears(model, scheme)
-        rows = self._make_rows(model, checkpoint)
+        rows = self._rows = self._make_rows(model, checkpoint)
         parts = Parts(model, rows, kernels, attention, attention_spec)
         with self._phase("weights"):
             self._load(model, checkpoint)
@@ -150,17 +164,19 @@ class Worker:
             memory_bytes=self._memory_bytes,
         )
 
-    def execute(self, plan: StepPlan) -> PendingStep:
-        """Queue one step; see `ModelRunner.execute`.
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Queue one step; see `ModelRunner.execute`. What fails for one row is in the result.
 
         Raises `DeviceLostError` if nothing can run any more. After any other exception the next
         plan may come: rows, staging and graphs of a failed step are written anew by its successors.
         """
         assert self._runner is not None, "start() first"
         try:
-            return self._runner.execute(plan)
+            step = self._runner.execute(plan)
         except Exception as error:
             raise self._recover(error) from error
+        failures = self._rows.failures_of(plan) if self._rows is not None else {}
+        return PartlyFailedStep(step, failures) if failures else step
 
     def _recover(self, error: Exception) -> Exception:
         """Make ready for the next step after one that raised; returns what that means."""

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,37 @@ def test_a_closed_loop_keeps_its_streams_going() -> None:
     load = ClientsLoad(clients=1, streams=3, duration=0.6, input_len=8, output_len=30)
     text = clients(load, dict(SYNTHETIC))
     assert "1 clients, 3 streams each for 0.6 s" in text and "0 errors" in text
+
+
+def test_a_standalone_core_is_watched_as_well(tmp_path: Path) -> None:
+    address, output = f"ipc://{tmp_path}/core.sock", tmp_path / "out.json"
+    command = [sys.executable, "-m", "nanovllm.launch", "--address", address]
+    for name, value in SYNTHETIC.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    core = subprocess.Popen(command)
+    try:
+        load = ClientsLoad(
+            clients=2, rate=20.0, duration=0.6, output_len=20, connect=address, output=str(output)
+        )
+        text = clients(load, {})
+        assert core.poll() is None, "it outlives its clients"
+    finally:
+        core.terminate()
+        assert core.wait(20) == 0
+    found = json.loads(output.read_text())
+    assert found["overall"]["num_errors"] == 0 and found["fairness"] > 0.5
+    watched = found["core"]
+    assert watched["peak_memory_mib"] > 10
+    assert 0 < watched["messaging_share"] < watched["loop_share"] < 1
+    assert f"messaging {watched['messaging_share']:.0%}" in text
+
+
+@pytest.mark.model
+def test_a_real_model_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    load = ClientsLoad(clients=2, rate=4.0, duration=1.0, input_len=16, output_len=6)
+    text = clients(load, {"model": "smollm2", "max_model_len": 256})
+    assert " 0 errors" in text and "peak memory" in text
 
 
 def test_a_running_core_has_settings_of_its_own() -> None:

@@ -30,6 +30,7 @@ from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 
 M = TypeVar("M", bound=msgspec.Struct)
+N = TypeVar("N", bound=msgspec.Struct)
 TIMEOUT_S = 10.0
 PROMPT = [5, 6, 7]
 
@@ -58,6 +59,15 @@ class RawClient:
             if isinstance(message, kind):
                 return message
         raise TimeoutError(f"no {kind.__name__} within {timeout_s} s")
+
+    def receive_any(self, kind: type[M], other: type[N]) -> M | N:
+        """The next message of one of two kinds."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.socket.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            message = self._decoder.decode(self.socket.recv())
+            if isinstance(message, kind | other):
+                return message
+        raise TimeoutError(f"no {kind.__name__} or {other.__name__} within {TIMEOUT_S} s")
 
     def greet(self) -> Welcome:
         self.send(Hello())

@@ -19,7 +19,7 @@ from nanovllm.protocol import (
     TokenLogprobs,
 )
 from nanovllm.sampling_params import SamplingParams
-from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
+from tests.core.fake_executor import FakeExecutor, FakeHandle, StepFailedError, reference
 from tests.core.serving import RawClient, add, collect, serving, status_where
 
 PROMPT = [5, 6, 7]
@@ -62,6 +62,49 @@ def test_a_failed_step_fails_its_requests_with_the_cause(address: str, where: st
         client.send(add(1))
         assert collect(client, 1)[0][1] == reference(PROMPT, 1, 4, frozenset())
         status = status_where(client, num_failed_steps=1, num_failed=1, num_running=0)
+        assert status.num_free_blocks == status.num_blocks
+        client.close()
+
+
+class PickyExecutor(FakeExecutor):
+    """Cannot sample for requests of seed 13 beyond their third output."""
+
+    def _run(self, plan: StepPlan) -> StepResult | StepFailedError:
+        result = super()._run(plan)
+        assert isinstance(result, StepResult)
+        for index, entry in enumerate(plan.sampling):
+            row = self._rows[plan.rows[entry]]
+            length = plan.num_computed[entry] + plan.num_scheduled[entry]
+            if row.seed == 13 and length >= row.num_prompt_tokens + 3:
+                result.failures[index] = "IndexError: no such word"
+        return result
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_request_that_cannot_be_sampled_fails_alone(address: str, depth: int) -> None:
+    config = EngineConfig.from_kwargs(max_inflight_steps=depth)
+    executor = PickyExecutor(config, num_blocks=200, max_model_len=512)
+    with serving(address, executor, max_inflight_steps=depth):
+        client = RawClient(address)
+        client.greet()
+        for number, seed in enumerate([1, 13, 2]):
+            client.send(add(number, seed=seed, max_tokens=40))
+        got: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        num_ended = 0
+        failure: RequestFailed | None = None
+        while num_ended < 2 or failure is None:
+            message = client.receive_any(Outputs, RequestFailed)
+            if isinstance(message, RequestFailed):
+                failure = message
+                continue
+            for number, token_id in zip(message.numbers, message.token_ids, strict=True):
+                got[number].append(token_id)
+            num_ended += len(message.finished)
+        assert (failure.number, failure.message) == (1, "IndexError: no such word")
+        assert len(got[1]) == 3, "what it had before is good"
+        for number, seed in ((0, 1), (2, 2)):
+            assert got[number] == reference(PROMPT, seed, 40, frozenset())
+        status = status_where(client, num_failed=1, num_failed_steps=0, num_running=0)
         assert status.num_free_blocks == status.num_blocks
         client.close()
 

@@ -11,8 +11,10 @@ import zmq
 
 from nanovllm import cli
 from nanovllm.config import EngineConfig
+from nanovllm.core.endpoint import Endpoint
 from nanovllm.core.process import CoreServer
 from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.channel import make_dealer
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.keys import ClientKeys, CoreKeys, make_keys
 from nanovllm.protocol import Hello, Welcome
@@ -54,6 +56,18 @@ def test_too_large_a_frame_disconnects_its_sender_only(tmp_path: Path) -> None:
         assert collect(other, 0)[1][0].reason == "length"
         large.close()
         other.close()
+
+
+def test_all_queues_are_finite(tmp_path: Path) -> None:
+    """In messages, on both sides, and in bytes per message."""
+    endpoint = Endpoint(f"ipc://{tmp_path}/core.sock", max_frame_bytes=2**20)
+    assert 0 < endpoint.socket.get(zmq.SNDHWM) <= 1000
+    assert 0 < endpoint.socket.get(zmq.RCVHWM) <= 1000
+    assert endpoint.socket.get(zmq.MAXMSGSIZE) == 2**20
+    endpoint.close()
+    dealer = make_dealer("ipc://nowhere", None)
+    assert 0 < dealer.get(zmq.SNDHWM) <= 1000 and 0 < dealer.get(zmq.RCVHWM) <= 1000
+    dealer.close(0)
 
 
 # ---- keys

@@ -1,6 +1,7 @@
 """The engine loop: depth, seeds, aborts, and what a request may not ask."""
 
 import re
+import time
 from typing import Any
 
 import msgspec
@@ -135,6 +136,22 @@ def test_a_grammar_that_cannot_be_used_fails_its_sequences_alone() -> None:
     with pytest.raises(ValueError, match=r"structured_outputs\.regex"):  # known by now
         core.add(0, AddRequest(1, [5], constrained("(a")))
     assert not core.busy
+
+
+def test_a_refused_grammar_takes_nobody_else_out_of_the_queue() -> None:
+    """Those it fails have never been in the scheduler."""
+    core = make_core()
+    core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=4, ignore_eos=True)))
+    core.add(0, AddRequest(1, [5, 6], constrained("(a", n=2)))
+    while not core._compilations.has_news:
+        time.sleep(1e-3)
+    outputs = core.step()
+    assert outputs is not None and [one.number for one in outputs.failed] == [1, 2]
+    status = core.status(epoch="", num_clients=0)
+    assert (status.num_waiting, status.num_queued, status.num_queued_tokens) == (1, 1, 1)
+    assert len(drain(core)[0]) == 4
+    status = core.status(epoch="", num_clients=0)
+    assert (status.num_queued, status.num_queued_tokens) == (0, 0)
 
 
 def test_an_output_beyond_the_limits_of_its_grammar_fails_alone(

@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.process import CoreServer
 from nanovllm.executor.base import DeviceLostError
 from nanovllm.protocol import (
+    STATUS_INTERVAL_S,
     Abort,
     AddRequest,
     Call,
@@ -22,6 +23,7 @@ from nanovllm.protocol import (
     Hello,
     Loading,
     Outputs,
+    Pulse,
     RequestFailed,
     ResetPrefixCache,
     WorkerInfo,
@@ -177,6 +179,16 @@ def test_status_comes_every_second_unasked(client: RawClient) -> None:
     status = client.receive(CoreStatus)
     assert time.monotonic() - started < 2.0
     assert (status.num_generation_tokens, status.num_prompt_tokens) == (4, 3)
+
+
+def test_pulses_come_several_times_a_second_idle_or_busy(client: RawClient) -> None:
+    client.greet()
+    for request in (add(0, max_tokens=1), add(1, max_tokens=500)):
+        client.send(request)
+        for _ in range(4):
+            client.receive(Pulse, timeout_s=STATUS_INTERVAL_S)
+    status = client.receive(CoreStatus)
+    assert 0 < status.messaging_cpu_s < status.loop_cpu_s
 
 
 def test_calls_are_answered(client: RawClient) -> None:

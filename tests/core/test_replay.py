@@ -1,5 +1,6 @@
 """A recording reproduces every plan, from the start or from the middle of a busy life."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,17 @@ import pytest
 from nanovllm import cli
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.recorder import RecordedCore
 from nanovllm.core.replay import DivergedError, Replay
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.executor.base import Executor
 from nanovllm.protocol import AddRequest, WorkerInfo
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core import test_property
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
+from tests.core.vocabulary import make_compiler
 
 
 def simulate(
@@ -27,9 +30,9 @@ def simulate(
 
     class Core(RecordedCore):
         def __init__(
-            self, config: EngineConfig, executor: Executor, info: WorkerInfo, *_: Any
+            self, config: EngineConfig, executor: Executor, info: WorkerInfo, *rest: Any
         ) -> None:
-            super().__init__(config, executor, info, path=path, max_bytes=max_bytes)
+            super().__init__(config, executor, info, *rest, path=path, max_bytes=max_bytes)
 
         def _turn_over(self) -> None:
             nonlocal turns
@@ -37,7 +40,7 @@ def simulate(
             super()._turn_over()
 
     monkeypatch.setattr(test_property, "EngineCore", Core)
-    simulation = test_property.Simulation(seed, share_failing=0.04, constrains=False)
+    simulation = test_property.Simulation(seed, share_failing=0.04)
     simulation.run()
     core = simulation.core
     assert isinstance(core, RecordedCore)
@@ -49,10 +52,13 @@ def simulate(
 def test_whole_lives_are_reproduced(
     first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    num_masked = 0
     for seed in range(first, 60, 4):
         simulate(seed, tmp_path / "record", monkeypatch)
         plans = list(Replay(tmp_path / "record"))
         assert len(plans) > 5 and [plan.step for plan in plans] == list(range(len(plans)))
+        num_masked += sum(bool(plan.masks) for plan in plans)
+    assert num_masked > 50, "constrained outputs are recorded as well"
 
 
 def test_so_are_lives_recorded_from_their_middle(
@@ -123,6 +129,42 @@ def test_a_served_core_can_be_replayed_from_the_command_line(
     assert cli.main(["replay", str(tmp_path / "record"), "--show", "3"]) == 0
     out = capsys.readouterr().out
     assert "StepPlan(step=3" in out and "10 steps planned as they were then" in out
+
+
+def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig()
+    executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
+    core = RecordedCore(
+        config, executor, executor.start(), make_compiler(), path=tmp_path / "record"
+    )
+    params = SamplingParams(
+        max_tokens=9, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
+    )
+    gate = threading.Event()
+    compile_ = GrammarCompiler.compile
+
+    def late(self: GrammarCompiler, wanted: StructuredOutputsParams) -> Matcher:
+        assert gate.wait(10)
+        return compile_(self, wanted)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", late)
+    core.add(0, AddRequest(0, [5], params))
+    core.add(0, AddRequest(1, [5, 6], params))
+    core._turn_over()
+    assert core.abort(0, [1])
+    gate.set()
+    while core.num_unfinished:
+        core.step()
+    core.add(0, AddRequest(2, [5], params))  # known by now
+    while core.num_unfinished:
+        core.step()
+    core.close()
+    replay = Replay(tmp_path / "record")
+    plans = list(replay)
+    assert len(plans) >= 2 and all(plan.masks for plan in plans)
+    assert replay.core.num_unfinished == 0
 
 
 def test_recording_costs_the_outputs_nothing(tmp_path: Path) -> None:

@@ -90,6 +90,27 @@ def test_preemption_changes_nothing(tiny: Any) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize(
+    "variation", [{"num_gpu_blocks_override": 20}, {"max_num_seqs": 1}], ids=str
+)
+def test_seeded_draws_from_the_whole_vocabulary_survive_what_recomputes_logits(
+    tiny: Any, variation: dict[str, Any]
+) -> None:
+    """Preemption and other batches: logits differ in their last bits, over a flat distribution."""
+    path, prompts, _ = tiny
+    params = [
+        SamplingParams(temperature=1.5, seed=seed, max_tokens=NUM_TINY_TOKENS, ignore_eos=True)
+        for seed in range(len(prompts))
+    ]
+    plain = Engine(model=str(path), max_model_len=160)
+    expected = plain.generate(prompts, params)
+    plain.close()
+    engine = Engine(model=str(path), max_model_len=160, **variation)
+    assert engine.generate(prompts, params) == expected
+    assert engine.status().num_preemptions > 0 or "max_num_seqs" in variation
+    engine.close()
+
+
 def test_aborted_neighbours_change_nothing(tiny: Any) -> None:
     path, prompts, expected = tiny
     engine = Engine(model=str(path), max_model_len=256, max_inflight_steps=2)

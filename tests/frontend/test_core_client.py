@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nanovllm.frontend import core_client
 from nanovllm.frontend.core_client import CoreClient
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.protocol import (
+    PULSE_INTERVAL_S,
     Call,
     CallResult,
     CoreFailed,
@@ -25,6 +27,7 @@ from nanovllm.protocol import (
     Hello,
     Loading,
     Outputs,
+    Pulse,
     RequestFailed,
     ResetPrefixCache,
     ToCore,
@@ -236,6 +239,41 @@ async def test_silence_is_a_stall_until_something_is_heard(
                 await asyncio.sleep(0.02)
         assert "goes on" in caplog.text
         await client.close()
+
+
+async def test_a_pulse_is_a_sign_of_life(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_client, "STALL_S", 0.6)
+    with FakeCore(address) as core:
+        client, recorder = await connected(address)
+        for _ in range(12):
+            core.push(Pulse())
+            await asyncio.sleep(0.1)
+            assert not client.is_stalled
+        assert recorder.heard == []
+        await client.close()
+
+
+async def test_a_core_that_says_it_gets_nowhere_is_stalled_however_often_it_speaks(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeCore(address) as core:
+        client, _ = await connected(address)
+        for seconds, stalled in [(0.0, False), (1.0, True), (0.1, False)]:
+            core.push(msgspec.structs.replace(STATUS, stalled_s=seconds))
+            async with asyncio.timeout(DEATH_S):
+                while client.is_stalled is not stalled:
+                    core.push(Pulse())
+                    await asyncio.sleep(0.02)
+        assert "finishes no step" in caplog.text and "goes on" in caplog.text
+        await client.close()
+
+
+def test_a_stall_is_visible_within_two_seconds_by_the_intervals_alone() -> None:
+    """And many pulses must be missed before, so that a busy machine does not look like one."""
+    latest = core_client.STALL_S + core_client.WATCH_INTERVAL_S
+    # A client that was itself late looks once more.
+    assert latest + core_client.WATCH_INTERVAL_S + PULSE_INTERVAL_S <= 2.0
+    assert core_client.STALL_S >= 5 * PULSE_INTERVAL_S
 
 
 # ---- death

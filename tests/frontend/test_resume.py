@@ -1,6 +1,7 @@
 """A core that dies and comes back, scripted: streams go on where they were, and only there."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -68,7 +69,7 @@ async def attach(address: str, **supervision: Any) -> AsyncLLM:
 
 
 async def through_a_death(
-    address: str, params: SamplingParams, *, first: int = 5
+    address: str, params: SamplingParams, *, first: int = 5, **options: Any
 ) -> tuple[list[RequestOutput], FakeCore]:
     """The outputs of one request whose core dies after `first` tokens, and the second core."""
     outputs: list[RequestOutput] = []
@@ -76,7 +77,7 @@ async def through_a_death(
         llm = await attach(address)
 
         async def read() -> None:
-            async for output in llm.generate("abc", params):
+            async for output in llm.generate("abc", params, **options):
                 outputs.append(output)
 
         reading = asyncio.create_task(read())
@@ -126,6 +127,42 @@ async def test_what_had_not_begun_is_asked_again_as_it_was(address: str) -> None
     assert again.params.n == 2 and again.output_token_ids == []
     assert again.params.seed is not None, "drawn by the client, so that it is the same"
     assert len(outputs[-1].prompt_logprobs or ()) == 3
+
+
+@pytest.mark.parametrize("first", [0, 5])
+async def test_deadlines_go_on_counting(address: str, first: int) -> None:
+    deadlines = {"deadline_ms": 60_000.0, "ttft_deadline_ms": 50_000.0}
+    before = time.monotonic()
+    outputs, second = await through_a_death(address, SamplingParams(), first=first, **deadlines)
+    most_ms = (time.monotonic() - before) * 1e3
+    (again,) = second.all_of(AddRequest)
+    assert again.deadline_ms is not None and 60_000 - most_ms <= again.deadline_ms < 60_000
+    if first:
+        assert again.ttft_deadline_ms is None, "it had its first token in time"
+    else:
+        assert again.ttft_deadline_ms is not None
+        assert again.deadline_ms - again.ttft_deadline_ms == pytest.approx(10_000)
+    assert bytes(outputs[-1].outputs[0].token_ids) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "first", "reason"),
+    [
+        ({"deadline_ms": 1.0}, TEXT[:5], "timeout"),
+        ({"ttft_deadline_ms": 1.0}, b"", "timeout"),
+        ({"ttft_deadline_ms": 1.0}, TEXT[:5], "length"),
+    ],
+)
+async def test_what_ran_out_of_time_while_the_core_was_away_is_not_sent_again(
+    address: str, deadlines: dict[str, float], first: bytes, reason: str
+) -> None:
+    outputs, second = await through_a_death(
+        address, SamplingParams(), first=len(first), **deadlines
+    )
+    (one,) = outputs[-1].outputs
+    assert one.finish_reason == reason
+    assert len(second.all_of(AddRequest)) == (reason == "length")
+    assert bytes(one.token_ids) == (TEXT if reason == "length" else first)
 
 
 async def test_stop_strings_across_the_cut(address: str) -> None:

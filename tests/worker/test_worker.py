@@ -10,12 +10,14 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import StepFailedError
 from nanovllm.protocol import WorkerInfo
-from nanovllm.worker import preflight
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker import preflight, request_rows
 from nanovllm.worker import worker as worker_module
 from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.rehearsal import run_heaviest_step
+from nanovllm.worker.sampling import sampler
 from nanovllm.worker.worker import (
     Worker,
     choose_max_model_len,
@@ -179,6 +181,39 @@ def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
         with pytest.raises(StepFailedError, match="max_num_batched_tokens"):
             worker.execute(plan)
     assert worker.execute(plan).result().token_ids == expected
+    worker.shutdown()
+
+
+@pytest.mark.parametrize("place", ["prepare_edits", "apply_edits"])
+def test_a_row_that_cannot_be_sampled_fails_alone(
+    model: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    module = request_rows if place == "prepare_edits" else sampler
+    real = getattr(module, place)
+
+    def picky(*arguments: Any, **keywords: Any) -> Any:
+        if place == "prepare_edits":
+            ids = list(arguments[0].params.logit_bias)
+        else:
+            ids = arguments[1].biased_ids.tolist()
+        if ids == [13]:
+            raise IndexError("no such word")
+        return real(*arguments, **keywords)
+
+    biased = [SamplingParams(temperature=0.0, logit_bias={t: 1.0}) for t in (12, 13, 14)]
+    new_rows = [new_row(row, [5, 6, 7], one) for row, one in enumerate(biased)]
+    worker = make_worker(model)
+    worker.start()
+    plan = make_plan(0, [(row, 0, 3) for row in range(3)], new_rows=new_rows)
+    expected = worker.execute(plan).result()
+    monkeypatch.setattr(module, place, picky)
+    result = worker.execute(plan).result()
+    assert expected.failures == {} and result.failures == {1: "IndexError: no such word"}
+    for index in (0, 2):
+        assert result.token_ids[index] == expected.token_ids[index]
+    # Whoever takes the row next has nothing to do with it.
+    again = make_plan(1, [(1, 0, 3)], new_rows=[new_row(1, [5, 6, 7], biased[0])])
+    assert worker.execute(again).result().failures == {}
     worker.shutdown()
 
 

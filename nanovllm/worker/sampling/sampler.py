@@ -105,7 +105,10 @@ class Sampler:
                 length = int(targets.host_positions[index])
                 num_outputs = length - int(rows.host["num_prompt_tokens"][row])
                 outputs = rows.token_ids[row, length - num_outputs : length]
-                apply_edits(logits[index], edits, outputs)
+                try:
+                    apply_edits(logits[index], edits, outputs)
+                except Exception as error:
+                    rows.note_failure(row, error)
 
     def _penalize(self, logits: Tensor, targets: SamplingTargets) -> None:
         rows = self._rows
