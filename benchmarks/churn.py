@@ -61,6 +61,9 @@ class PositionExecutor:
             eos_token_ids=[0],
         )
 
+    def rehearse(self) -> bool:
+        return False
+
     def submit(self, plan: StepPlan) -> "PositionHandle":
         ends = [plan.num_computed[entry] + plan.num_scheduled[entry] for entry in plan.sampling]
         return PositionHandle(StepResult(plan.step, ends))

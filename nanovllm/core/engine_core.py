@@ -216,6 +216,11 @@ class EngineCore:
             self._fail([sequence], sequence.failure)
         return outputs
 
+    def rehearse(self) -> bool:
+        """While not `busy`: let the executor practise for a moment. Returns whether there is more
+        to be gained so."""
+        return self._executor.rehearse()
+
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
         try:

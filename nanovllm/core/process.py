@@ -5,6 +5,7 @@ between steps. A bad frame or request costs its sender a typed error and nobody 
 client that does not read, or is gone, costs bounded memory and time.
 """
 
+import math
 import secrets
 import socket
 import time
@@ -53,6 +54,7 @@ from nanovllm.protocol import (
 
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
+IDLE_BEFORE_REHEARSING_S = 0.25
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
 UNKNOWN = "the core does not know this client: say Hello"
@@ -88,6 +90,7 @@ class CoreServer:
         self._last_loading = Loading("starting", 0.0)
         self._loading_due = self._pulse_due = self._status_due = 0.0
         self._awake_at = time.monotonic()
+        self._rehearse_from = 0.0  # when there will have been nothing to do for a while
         self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
         self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
         self._delivery = Delivery(self._endpoint)
@@ -150,6 +153,7 @@ class CoreServer:
             )
             self._clients.extend_leases(time.monotonic() - self._awake_at)
             self._awake_at = time.monotonic()
+            self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
             for client in self._clients:
                 self._answer(client, self._welcome(client))
             self._flush()
@@ -180,9 +184,7 @@ class CoreServer:
             self._pulse_due = now + PULSE_INTERVAL_S
             self._send_pulse(core, now)
         if not core.busy:
-            timeout_s = self._time_to_sleep(core, now)
-            self._poller.poll(int(timeout_s * 1e3) + 1)
-            late_s += time.monotonic() - now - timeout_s
+            late_s += self._wait(core, now)
         self._awake_at = time.monotonic()
         if late_s > LATE_S:
             self._clients.extend_leases(late_s)
@@ -198,6 +200,8 @@ class CoreServer:
             self._clock.pause()
             outputs = core.step()
             self._clock.resume()
+            if self._rehearse_from < math.inf:
+                self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
             if outputs is not None:
                 self._clients.collect(outputs)
                 self._finish(outputs.finished)
@@ -207,8 +211,21 @@ class CoreServer:
         if self._draining:
             self._end_drain(core)
 
+    def _wait(self, core: EngineCore, now: float) -> float:
+        """Until something arrives or is due; if nothing has been wanted for a while, practise.
+
+        Returns how much longer it took than meant.
+        """
+        timeout_s = self._time_to_sleep(core, now)
+        if not self._poller.poll(int(timeout_s * 1e3) + 1) and now >= self._rehearse_from:
+            self._clock.pause()
+            if not core.rehearse():
+                self._rehearse_from = math.inf
+            self._clock.resume()
+        return time.monotonic() - now - timeout_s
+
     def _time_to_sleep(self, core: EngineCore, now: float) -> float:
-        due = min(core.next_deadline, self._pulse_due)
+        due = min(core.next_deadline, self._pulse_due, max(now, self._rehearse_from))
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
         if self._draining:

@@ -313,6 +313,9 @@ class RecordedExecutor:
             self._write(submitted)
         return RecordedHandle(handle, self._write)
 
+    def rehearse(self) -> bool:
+        return self._executor.rehearse()
+
     def shutdown(self) -> None:
         self._executor.shutdown()
 

@@ -143,6 +143,9 @@ class Replay:
             raise RuntimeError(then.error)
         return self
 
+    def rehearse(self) -> bool:
+        return False
+
     def result(self) -> StepResult:
         then = self._tape.expect(Returned)
         if then.result is None:

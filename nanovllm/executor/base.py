@@ -1,4 +1,4 @@
-"""The seam between the core and the device: three methods, no torch.
+"""The seam between the core and the device: four methods, no torch.
 
 An executor runs plans in submission order; `EngineCore` is its only caller.
 """
@@ -49,6 +49,10 @@ class Executor(Protocol):
         Raises `DeviceLostError`, or whatever only this step is to blame for: it may have run in
         part, and its rows are new ones when they occur again.
         """
+
+    def rehearse(self) -> bool:
+        """Use a moment in which no step is under way: compile or capture what steps to come will
+        want. Returns whether there is more to do so; raises `DeviceLostError`."""
 
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""

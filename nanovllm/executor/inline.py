@@ -29,6 +29,11 @@ class InlineExecutor:
         with _telling_losses():
             return InlineHandle(self._worker.execute(plan))
 
+    def rehearse(self) -> bool:
+        """Run a step of a kind that has not occurred yet."""
+        with _telling_losses():
+            return self._worker.rehearse()
+
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""
         self._worker.shutdown()

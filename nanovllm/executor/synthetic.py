@@ -76,6 +76,10 @@ class SyntheticExecutor:
         self._free_at = max(self._free_at, time.monotonic()) + self._step_s
         return SyntheticStep(result, self._free_at)
 
+    def rehearse(self) -> bool:
+        """Nothing gets faster by practice."""
+        return False
+
     def shutdown(self) -> None:
         """Nothing to free."""
 

@@ -65,7 +65,7 @@ def token_buckets(most: int) -> list[int]:
 
 def row_buckets(most: int) -> list[int]:
     """Rows of steps with prompts: they only cost attention's lists, and rows of logits."""
-    sizes = [16, 32, 64, 128, *range(256, most, 128), most]
+    sizes = [16, 64, *range(256, most, 256), most]
     return sorted({size for size in sizes if size <= most})
 
 
@@ -81,6 +81,17 @@ class StepGraphs:
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._uncapturable: set[tuple[StepShape, Variant]] = set()
         self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def shapes(self) -> list[StepShape]:
+        """All there are, decode steps first."""
+        decode = [StepShape(size, size) for size in self._decode]
+        return decode + [
+            StepShape(tokens, rows)
+            for rows in self._rows
+            for tokens in self._tokens
+            if tokens > rows
+        ]
 
     def shape_for(self, num_tokens: int, num_rows: int) -> StepShape | None:
         """The least shape that holds so many; None if the step is too large to gain by a graph."""

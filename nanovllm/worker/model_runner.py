@@ -123,6 +123,11 @@ class ModelRunner:
             device=self._device,
         )
 
+    @property
+    def graph_shapes(self) -> list[StepShape]:
+        """Of steps that run by graph."""
+        return [] if self._graphs is None else self._graphs.shapes
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Queue one step. The plan before it must have been queued, but need not be done."""

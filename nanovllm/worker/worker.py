@@ -40,7 +40,7 @@ from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
-from nanovllm.worker.rehearsal import run_heaviest_step
+from nanovllm.worker.rehearsal import rehearsals, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.weights import load_weights
 
@@ -81,6 +81,7 @@ class Worker:
         self._device = torch.device("cpu")
         self._triton_refused: str | None = None
         self._runner: ModelRunner | None = None
+        self._rehearsals: Iterator[None] = iter(())
         self._rows: RequestRows | None = None
 
     def start(self) -> WorkerInfo:
@@ -144,6 +145,9 @@ class Worker:
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             self._runner = self._make_runner(parts, kv_cache)
+        self._rehearsals = rehearsals(
+            self._runner, self._limits(parts), max_model_len=max_model_len
+        )
         self._memory_bytes["KV cache"] = kv_cache.nbytes
         stored = describe_weights(model, scheme)
         found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
@@ -178,6 +182,21 @@ class Worker:
         failures = self._rows.failures_of(plan) if self._rows is not None else {}
         return PartlyFailedStep(step, failures) if failures else step
 
+    def rehearse(self) -> bool:
+        """Run one kind of step that requests may want later; False if there are no more.
+
+        Raises `DeviceLostError`. After any other failure there are no more rehearsals.
+        """
+        try:
+            return next(self._rehearsals, False) is None
+        except Exception as error:
+            self._rehearsals = iter(())
+            found = self._recover(error)
+            if isinstance(found, DeviceLostError):
+                raise found from error
+            logger.warning("a rehearsal failed, and is the last one", exc_info=error)
+            return False
+
     def _recover(self, error: Exception) -> Exception:
         """Make ready for the next step after one that raised; returns what that means."""
         if self._device.type == "cuda":
@@ -191,6 +210,7 @@ class Worker:
     def shutdown(self) -> None:
         """Free the device's memory. Safe to call twice, and after a failed start."""
         self._runner = None
+        self._rehearsals = iter(())
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 

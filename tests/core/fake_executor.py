@@ -119,6 +119,9 @@ class FakeExecutor:
             eos_token_ids=[0],
         )
 
+    def rehearse(self) -> bool:
+        return False
+
     def submit(self, plan: StepPlan) -> FakeHandle:
         assert len(plan.rows) == len(set(plan.rows)) <= self._max_seqs
         assert 0 < sum(plan.num_scheduled) <= self._budget

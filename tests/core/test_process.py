@@ -26,10 +26,11 @@ from nanovllm.protocol import (
     Pulse,
     RequestFailed,
     ResetPrefixCache,
+    StepPlan,
     WorkerInfo,
 )
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-from tests.core.fake_executor import FakeExecutor, reference
+from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import RawClient, add, collect, serving
 from tests.core.vocabulary import decode, make_compiler
 
@@ -349,3 +350,38 @@ def test_without_a_tokenizer_structured_outputs_are_refused(client: RawClient) -
     client.send(add(3, structured_outputs=StructuredOutputsParams(json_object=True)))
     failure = client.receive(RequestFailed)
     assert failure.number == 3 and "skip_tokenizer_init" in failure.message
+
+
+class Rehearsing(FakeExecutor):
+    """Has three rehearsals to do, and notes what was done when."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, num_blocks=200, max_model_len=512)
+        self.done: list[str] = []
+
+    def rehearse(self) -> bool:
+        self.done.append("rehearsal")
+        return self.done.count("rehearsal") < 3
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        self.done.append("step")
+        return super().submit(plan)
+
+
+def test_an_idle_core_rehearses_until_there_is_no_more(address: str) -> None:
+    executor = Rehearsing(EngineConfig())
+    with serving(address, executor):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0))  # at once: it comes first
+        collect(client, 0)
+        deadline = time.monotonic() + 10
+        while executor.done.count("rehearsal") < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        client.send(add(1))
+        collect(client, 1)
+        client.close()
+    first = executor.done.index("rehearsal")
+    assert set(executor.done[:first]) == {"step"}
+    assert executor.done[first : first + 3] == ["rehearsal"] * 3
+    assert set(executor.done[first + 3 :]) == {"step"}

@@ -135,7 +135,7 @@ def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = Non
 def run_steps(runner: ModelRunner, params: SamplingParams, *sizes: tuple[int, int]) -> None:
     """Steps of so many entries, with so many tokens each."""
     for num_entries, num_tokens in sizes:
-        rehearsal.run_step(runner, LIMITS, params, num_entries=num_entries, num_tokens=num_tokens)
+        rehearsal.run_step(runner, LIMITS, params, counts=[num_tokens] * num_entries)
 
 
 def run_sharing_step(runner: ModelRunner) -> None:

@@ -21,7 +21,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
         (9, 9, (16, 16)),
         (100, 100, (100, 100)),
         (2, 1, (32, 16)),
-        (600, 40, (640, 64)),
+        (600, 20, (640, 64)),
         (3000, 100, (3000, 100)),
         (101, 100, (128, 100)),
     ],
@@ -41,3 +41,9 @@ def test_little_is_computed_in_vain() -> None:
     assert buckets[-1] == 4096
     for smaller, larger in pairwise(buckets):
         assert larger - smaller <= max(32, smaller / 4)
+
+
+def test_every_shape_is_the_least_for_itself(graphs: StepGraphs) -> None:
+    assert len(graphs.shapes) == len(set(graphs.shapes))
+    for shape in graphs.shapes:
+        assert graphs.shape_for(*shape) == shape

@@ -10,13 +10,15 @@ from torch.profiler import ProfilerActivity, profile
 from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
 from nanovllm.memory_plan import GIB, Machine, MemoryPlan, Precision
 from nanovllm.model_size import ModelSize
+from nanovllm.protocol import StepPlan
 from nanovllm.worker import rehearsal
 from nanovllm.worker.attention.triton_attention import TritonAttention
+from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.layers.rotary import Rope
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.weight_names import QWEN
 from nanovllm.worker.quant.select import allocate_linears
@@ -158,3 +160,22 @@ def test_the_largest_step_stays_within_rows_and_budget(
     limits = SimpleNamespace(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
     found = rehearsal.largest_step(limits, max_model_len=max_model_len)  # type: ignore[arg-type]
     assert found == expected
+
+
+def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
+    runner, rows = make_runner(SIZE, limits)
+    shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(64, 4), StepShape(9 * MAX_MODEL_LEN, 4)]
+    monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
+    plans: list[StepPlan] = []
+    monkeypatch.setattr(
+        ModelRunner, "execute", lambda _, plan: plans.append(plan) or PendingStep(plan.step)
+    )
+    num_rehearsals = sum(
+        1 for _ in rehearsal.rehearsals(runner, limits, max_model_len=MAX_MODEL_LEN)
+    )
+    assert num_rehearsals == len(plans) == 2 * 2 * 3  # ways to sample, times, shapes that can be
+    assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
+    assert {row for plan in plans for row in plan.rows} == {rows.num_rows}
