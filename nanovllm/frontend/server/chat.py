@@ -5,7 +5,7 @@ events. Words, reasoning and tool calls are told apart by `reply_format.ReplyPar
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ async def chat_completions(request: Request) -> Response:
     return await generated(request, ChatBody, _prepare)
 
 
-async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
+async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str]) -> "ChatAnswer":
     """Everything that can be wrong with a request is found here."""
     tokenizer = serving.llm.tokenizer
     if tokenizer is None:
@@ -66,7 +66,7 @@ async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
     parsers = [form.make_parser(body, prompt.text or "") for _ in range(params.n)]
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
-    options = options_of(body, "chatcmpl")
+    options = options_of(body, "chatcmpl", headers)
     generation = serving.begin(prompt, params, options)
     names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
     choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]

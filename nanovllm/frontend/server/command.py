@@ -32,7 +32,7 @@ from nanovllm.frontend.server.run import (
     log_to_stderr,
     serve,
 )
-from nanovllm.frontend.server.serving import Serving
+from nanovllm.frontend.server.serving import Serving, require_tracing
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.launch import start_core
 
@@ -50,6 +50,8 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
     if settings.connect is not None and (idle := engine_fields.keys() - CONNECT_FIELDS):
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))
         raise ValueError(f"{flags}: the core at --connect has settings of its own: omit it")
+    if settings.otlp_traces_endpoint is not None:
+        require_tracing()  # before anybody waits for it, and before there are several frontends
     started = time.monotonic()
     # Bound without sharing first: another server on the same port would silently get half of ours.
     listener = bind(settings, shared=False)

@@ -7,7 +7,7 @@ p * n + i. Events of all of them share one stream.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,13 @@ async def completions(request: Request) -> Response:
     return await generated(request, CompletionBody, _prepare)
 
 
-async def _prepare(serving: Serving, body: CompletionBody) -> "CompletionAnswer":
+async def _prepare(
+    serving: Serving, body: CompletionBody, headers: Mapping[str, str]
+) -> "CompletionAnswer":
     """Everything that can be wrong with a request is found here."""
     params = completion_params(body, constraint_of(body))
     tokenizer = serving.llm.tokenizer
-    options = options_of(body, "cmpl")
+    options = options_of(body, "cmpl", headers)
     prompts = [
         truncated(prompt, body.truncate_prompt_tokens)
         for prompt in await text_prompts(tokenizer, body)

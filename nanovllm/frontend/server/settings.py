@@ -47,4 +47,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     shutdown_timeout: Annotated[
         float, Meta(ge=0, description="seconds for running requests to finish after SIGTERM")
     ] = 30.0
+    otlp_traces_endpoint: Annotated[
+        str | None, Meta(description="send OpenTelemetry spans of requests to this collector")
+    ] = None
     access_log: Annotated[bool, Meta(description="log every HTTP request")] = False
