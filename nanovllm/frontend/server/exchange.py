@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -82,6 +83,8 @@ class EventStream(Response):
             async for events in rest:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             last = DONE
+        except ClientDisconnect:
+            raise
         except Exception as error:
             last = b"data: " + as_api_error(error).body() + b"\n\n" + DONE
         await send({"type": "http.response.body", "body": last})
