@@ -95,6 +95,22 @@ def event(content: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % encode(content)
 
 
+class TextEvents:
+    """Events that differ in one text only, which is nearly all of a stream: encoded around it once.
+
+    content: such an event, where the text stands last and is "".
+    """
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(self, content: msgspec.Struct, field: bytes) -> None:
+        head, mark, self._tail = event(content).rpartition(b'"%b":""' % field)
+        self._head = head + mark[:-2]
+
+    def of(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._head, encode(text), self._tail)
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What the client is told; what nobody expected goes to the log."""
     found = from_engine(error)
