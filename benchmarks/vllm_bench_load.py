@@ -1,5 +1,5 @@
-"""`vllm bench serve`, by several processes that begin together: one Python process of it cannot
-read more than some ten thousand tokens a second.
+"""`vllm bench serve`, by several processes that begin together: one Python process of it would
+soon be what is measured.
 
 `serving.py` starts this file once. It imports vLLM once, and forks the processes of each run, which
 go vLLM's own way from its command line to its report. Only `benchmark` is wrapped, so that all wait
