@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm.frontend.server.command import default_frontends
 from nanovllm.protocol import AddRequest, Finished, Outputs
@@ -191,7 +191,9 @@ def test_a_port_in_use(frontends: str) -> None:
 
 
 class Town(BaseModel):
-    """What the model must describe."""
+    """What the model must describe, and nothing else: keys of its own could go on for ever."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=20)
     inhabitants: int = Field(ge=0, le=10**8)
