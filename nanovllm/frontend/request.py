@@ -7,7 +7,8 @@ is no queue in between: a slow caller finds one merged output, however much has 
 import asyncio
 import time
 from collections.abc import Iterator
-from copy import copy
+
+from msgspec import structs
 
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopStrings
 from nanovllm.frontend.outputs import (
@@ -239,7 +240,7 @@ class Request:
             self.message.prompt_token_ids,
             given,
             self.num_unfinished == 0,
-            copy(self.metrics),
+            structs.replace(self.metrics),
             self.prompt_logprobs,
             self.num_cached_tokens,
         )

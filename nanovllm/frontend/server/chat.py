@@ -5,7 +5,7 @@ events. Words, reasoning and tool calls are told apart by `reply_format.ReplyPar
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
 from nanovllm.frontend.server.errors import refused
-from nanovllm.frontend.server.exchange import event
+from nanovllm.frontend.server.exchange import TextEvents, event
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.messages import (
     AssistantMessage,
@@ -53,7 +53,7 @@ async def chat_completions(request: Request) -> Response:
     return await generated(request, ChatBody, _prepare)
 
 
-async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
+async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str]) -> "ChatAnswer":
     """Everything that can be wrong with a request is found here."""
     tokenizer = serving.llm.tokenizer
     if tokenizer is None:
@@ -66,7 +66,7 @@ async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
     parsers = [form.make_parser(body, prompt.text or "") for _ in range(params.n)]
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
-    options = options_of(body, "chatcmpl")
+    options = options_of(body, "chatcmpl", headers)
     generation = serving.begin(prompt, params, options)
     names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
     choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]
@@ -77,11 +77,13 @@ async def _prepare(serving: Serving, body: ChatBody) -> "ChatAnswer":
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One choice under way. call_ids: of the calls begun so far."""
+    """One choice under way. call_ids: of the calls begun so far; text_events: how more of its text
+    looks, if there is nothing else in its events."""
 
     index: int
     parser: ReplyParser | None
     begun: bool = False
+    text_events: TextEvents | None = None
     call_ids: list[str] = field(default_factory=list)
 
 
@@ -160,9 +162,9 @@ class ChatAnswer:
             if continuous:
                 usage = usage_of([output])
             events = [
-                event(self._chunk(choice, usage, output))
+                one
                 for completion in output.outputs
-                for choice in self._deltas(completion)
+                for one in self._events_of(completion, usage, output)
             ]
             if events:
                 yield events[0] if len(events) == 1 else b"".join(events)
@@ -172,6 +174,22 @@ class ChatAnswer:
                     self.request_id, self.created, self.model, [], usage=usage_of([last])
                 )
             )
+
+    def _events_of(
+        self,
+        completion: CompletionOutput,
+        usage: Usage | UnsetType | None,
+        output: RequestOutput,
+    ) -> list[bytes]:
+        state = self.choices[completion.index]
+        if state.text_events is not None and completion.finish_reason is None:
+            return [state.text_events.of(completion.text)]
+        choices = self._deltas(completion)
+        rich = self.body.logprobs or self.body.return_token_ids or state.parser is not None
+        if not rich and not isinstance(usage, Usage):
+            plain = ChatChunkChoice(completion.index, Delta(content=""))
+            state.text_events = TextEvents(self._chunk(plain, usage, output), b"content")
+        return [event(self._chunk(choice, usage, output)) for choice in choices]
 
     def _chunk(
         self, choice: ChatChunkChoice, usage: Usage | UnsetType | None, output: RequestOutput

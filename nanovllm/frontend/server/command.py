@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,10 +32,13 @@ from nanovllm.frontend.server.run import (
     log_to_stderr,
     serve,
 )
-from nanovllm.frontend.server.serving import Serving
+from nanovllm.frontend.server.serving import Serving, require_tracing
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.launch import start_core
 
+# Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
+GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+CPUS_PER_FRONTEND, MOST_FRONTENDS = 4, 4
 CONNECT_FIELDS = TOKENIZER_FIELDS | SUPERVISION_FIELDS
 KEY_VARIABLE = "NANOVLLM_API_KEY"
 
@@ -46,11 +50,15 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
     if settings.connect is not None and (idle := engine_fields.keys() - CONNECT_FIELDS):
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))
         raise ValueError(f"{flags}: the core at --connect has settings of its own: omit it")
+    if settings.otlp_traces_endpoint is not None:
+        require_tracing()  # before anybody waits for it, and before there are several frontends
     started = time.monotonic()
     # Bound without sharing first: another server on the same port would silently get half of ours.
     listener = bind(settings, shared=False)
-    settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
-    if settings.frontends > 1:
+    num_frontends = settings.frontends or default_frontends(engine_fields)
+    port = listener.getsockname()[1]
+    settings = msgspec.structs.replace(settings, port=port, frontends=num_frontends)
+    if num_frontends > 1:
         listener.close()
         listener = bind(settings, shared=True)
 
@@ -59,7 +67,7 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
         print(f"{model} is ready after {seconds:.1f} s: {_url(settings)}/v1", file=sys.stderr)
 
     print(f"listening on {_url(settings)} (Ctrl-C ends it)", file=sys.stderr)
-    if settings.frontends > 1:
+    if num_frontends > 1:
         return await _serve_many(settings, engine_fields, listener, on_ready)
 
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
@@ -78,6 +86,15 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
         on_ready(serving.model_name)
 
     return await serve(settings, open_llm, listener, on_open)
+
+
+def default_frontends(engine_fields: dict[str, Any]) -> int:
+    """As many as a GPU's tokens need. Without one, the model needs the processors itself."""
+    has_gpu = any(path.exists() for path in GPU_FILES)
+    if not has_gpu or engine_fields.get("device") == "cpu":
+        return 1
+    num_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(MOST_FRONTENDS, num_cpus // CPUS_PER_FRONTEND))
 
 
 async def _serve_many(

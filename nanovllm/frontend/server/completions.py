@@ -7,7 +7,7 @@ p * n + i. Events of all of them share one stream.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput, TokenAlternatives
 from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
-from nanovllm.frontend.server.exchange import event
+from nanovllm.frontend.server.exchange import TextEvents, event
 from nanovllm.frontend.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from nanovllm.frontend.server.messages import (
     Completion,
@@ -38,11 +38,13 @@ async def completions(request: Request) -> Response:
     return await generated(request, CompletionBody, _prepare)
 
 
-async def _prepare(serving: Serving, body: CompletionBody) -> "CompletionAnswer":
+async def _prepare(
+    serving: Serving, body: CompletionBody, headers: Mapping[str, str]
+) -> "CompletionAnswer":
     """Everything that can be wrong with a request is found here."""
     params = completion_params(body, constraint_of(body))
     tokenizer = serving.llm.tokenizer
-    options = options_of(body, "cmpl")
+    options = options_of(body, "cmpl", headers)
     prompts = [
         truncated(prompt, body.truncate_prompt_tokens)
         for prompt in await text_prompts(tokenizer, body)
@@ -59,7 +61,11 @@ async def _prepare(serving: Serving, body: CompletionBody) -> "CompletionAnswer"
 
 @dataclass(slots=True)
 class CompletionAnswer:
-    """One request's answer, as a whole or as events. text_ends: characters sent, per choice."""
+    """One request's answer, as a whole or as events.
+
+    Of each choice that has begun: text_ends are the characters sent; text_events is how more of its
+    text looks, if there is nothing else in its events.
+    """
 
     request_id: str
     model: str
@@ -69,6 +75,7 @@ class CompletionAnswer:
     names: TokenNames
     created: int = field(default_factory=lambda: int(time.time()))
     text_ends: dict[int, int] = field(default_factory=dict)
+    text_events: dict[int, TextEvents] = field(default_factory=dict)
 
     async def whole(self) -> Completion:
         finals = await _gather(self.generations)
@@ -91,13 +98,32 @@ class CompletionAnswer:
                 if continuous:
                     usage = self._usage(latest)
                 events = [
-                    event(self._completion([self._choice(prompt_index, output, completion)], usage))
+                    self._event(prompt_index, output, completion, usage)
                     for completion in output.outputs
                 ]
                 if events:
                     yield events[0] if len(events) == 1 else b"".join(events)
         if with_usage:
             yield event(self._completion([], self._usage(latest)))
+
+    def _event(
+        self,
+        prompt_index: int,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        usage: Usage | UnsetType | None,
+    ) -> bytes:
+        index = prompt_index * (self.body.n or 1) + completion.index
+        has_only_text = completion.finish_reason is None and index in self.text_events
+        if has_only_text:
+            return self.text_events[index].of(completion.text)
+        choice = self._choice(prompt_index, output, completion)
+        body = self.body
+        rich = body.logprobs is not None or body.return_token_ids or body.max_tokens == 0
+        if not rich and not isinstance(usage, Usage):
+            plain = CompletionChoice(index, "", None, None)
+            self.text_events[index] = TextEvents(self._completion([plain], usage), b"text")
+        return event(self._completion([choice], usage))
 
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None

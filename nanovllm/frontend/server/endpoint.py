@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -57,23 +57,26 @@ def blaming(body: Body) -> Iterator[None]:
 
 
 async def generated(
-    request: Request, kind: type[G], prepare: Callable[[Serving, G], Awaitable[Answer]]
+    request: Request,
+    kind: type[G],
+    prepare: Callable[[Serving, G, Mapping[str, str]], Awaitable[Answer]],
 ) -> Response:
     """The answer to a request for text, streamed or whole as its body asks.
 
-    prepare: finds everything that can be wrong with the request, and starts nothing.
+    prepare: of the body and the headers; finds everything that can be wrong with the request, and
+    starts nothing.
     """
     serving = serving_of(request)
     body = await read(request, kind)
     serving.check_model(body.model)
     with blaming(body):
-        answer = await prepare(serving, body)
+        answer = await prepare(serving, body, request.headers)
     if body.stream:
         return EventStream(serving, answer.events())
     return Whole(serving, answer.whole)
 
 
-def options_of(body: GenerationBody, prefix: str) -> Options:
+def options_of(body: GenerationBody, prefix: str, headers: Mapping[str, str]) -> Options:
     request_id = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
     how: RequestOptions = {
         "priority": body.priority or 0,
@@ -82,7 +85,7 @@ def options_of(body: GenerationBody, prefix: str) -> Options:
         "deadline_ms": body.deadline_ms,
         "ttft_deadline_ms": body.ttft_deadline_ms,
     }
-    return Options(request_id, how)
+    return Options(request_id, how, headers)
 
 
 def usage_of(outputs: Iterable[RequestOutput | None]) -> Usage:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -82,6 +83,8 @@ class EventStream(Response):
             async for events in rest:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             last = DONE
+        except ClientDisconnect:
+            raise
         except Exception as error:
             last = b"data: " + as_api_error(error).body() + b"\n\n" + DONE
         await send({"type": "http.response.body", "body": last})
@@ -90,6 +93,22 @@ class EventStream(Response):
 def event(content: msgspec.Struct) -> bytes:
     """One server-sent event."""
     return b"data: %b\n\n" % encode(content)
+
+
+class TextEvents:
+    """Events that differ in one text only, which is nearly all of a stream: encoded around it once.
+
+    content: such an event, where the text stands last and is "".
+    """
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(self, content: msgspec.Struct, field: bytes) -> None:
+        head, mark, self._tail = event(content).rpartition(b'"%b":""' % field)
+        self._head = head + mark[:-2]
+
+    def of(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._head, encode(text), self._tail)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -35,7 +35,8 @@ class Frontends:
         self._core = core
         self._stopping = asyncio.Event()
         self._processes: set[asyncio.subprocess.Process] = set()
-        self._num_unready = setup.settings.frontends
+        assert setup.settings.frontends is not None
+        self._num_frontends = self._num_unready = setup.settings.frontends
         self._restarts: list[float] = []
 
     async def run(self, on_ready: Callable[[], None]) -> int:
@@ -44,8 +45,7 @@ class Frontends:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         keepers = [
-            asyncio.create_task(self._keep_one(on_ready))
-            for _ in range(self._setup.settings.frontends)
+            asyncio.create_task(self._keep_one(on_ready)) for _ in range(self._num_frontends)
         ]
         codes = await asyncio.gather(*keepers)
         return max(codes)

@@ -1,8 +1,11 @@
 """What stands before every endpoint: keys, the limit on bodies, request ids, counting.
 
-Plain ASGI: it adds nothing to the cost of a streamed token but one call.
+Plain ASGI: it adds nothing to the cost of a streamed token but one call. A client that is gone,
+be it while its body is read or while it is answered, is `ClientDisconnect` within, and ends here.
 """
 
+import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -10,12 +13,15 @@ import time
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.frontend.server.errors import ApiError
 from nanovllm.frontend.server.metrics import ServerMetrics
 from nanovllm.frontend.server.settings import ServerSettings
 
+CLIENT_LEFT = 499  # as proxies count it; nobody is sent it
+DISCONNECT_TIMEOUT_S = 1.0
 SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 logger = logging.getLogger(__name__)
 
@@ -54,13 +60,19 @@ class Gate:
                 status = message["status"]
                 pair = (b"x-request-id", request_id.encode())
                 message["headers"] = [*message.get("headers", ()), pair]
-            await send(message)
+            try:
+                await send(message)
+            except (OSError, RuntimeError) as error:  # uvloop's, of a connection being closed
+                raise ClientDisconnect from error
 
         try:
             if refusal := self._refusal(scope["path"], headers):
                 await refusal.response()(scope, receive, send_on)
             else:
                 await self._app(scope, self._limited(receive), send_on)
+        except ClientDisconnect:
+            status = status or CLIENT_LEFT
+            await _disconnected(receive)
         finally:
             self._count(scope, status, time.perf_counter() - started, request_id)
 
@@ -108,3 +120,11 @@ class Gate:
         if self._settings.access_log:
             took = f"{seconds * 1e3:.1f} ms"
             logger.info("%s %s → %s, %s, %s", scope["method"], path, status, took, request_id)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Until the server knows it, too: else it would complain of an answer that is not complete."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
+            while (await receive())["type"] != "http.disconnect":
+                pass

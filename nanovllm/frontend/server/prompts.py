@@ -1,7 +1,8 @@
 """Request bodies → prompt token ids: chat templates, batches, truncation.
 
-Called by the endpoints. Long texts are encoded in a thread, where the tokenizer works without
-Python's lock, so that other clients' streams do not stop meanwhile.
+Called by the endpoints. All but short texts are encoded in threads, where the tokenizer works
+without Python's lock: other clients' streams do not stop meanwhile, and prompts that come together
+are encoded together.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from nanovllm.frontend.server.requests import (
 from nanovllm.frontend.server.tool_prompt import with_tools
 from nanovllm.frontend.tokenizer import Tokenizer
 
-LONG_TEXT = 8192  # characters; about 2 ms to encode
+LONG_TEXT = 768  # characters; up to 0.3 ms to encode, where a thread costs 0.05
 MAX_PROMPTS = 2048
 T = TypeVar("T")
 

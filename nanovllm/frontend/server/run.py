@@ -17,6 +17,7 @@ from typing import Any, Self
 import msgspec
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from nanovllm.config import EngineConfig, SupervisionConfig
 from nanovllm.frontend.async_llm import AsyncLLM
@@ -28,6 +29,7 @@ from nanovllm.frontend.server.settings import ServerSettings
 ABORT_GRACE_S = 5.0  # for clients to be told, after the drain has timed out
 CONNECT_TIMEOUT_S = 60.0
 BACKLOG = 2048
+MAX_PIPELINED = 4  # requests that a connection may have waiting while its end is watched for
 KEEP_ALIVE_S = 75  # longer than common proxies', or they would reuse connections just closed
 USAGE_ERROR = 2
 READY_LINE = "ready"
@@ -62,6 +64,30 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
             connect_timeout_s=CONNECT_TIMEOUT_S,
             **msgspec.structs.asdict(self.supervision),
         )
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Tells every request of a lost connection, also if the client has sent the next one before it
+    had the answer. uvicorn would stop reading then, and so not notice, and tell only the last."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._overtaken: list[RequestResponseCycle] = []
+
+    def on_headers_complete(self) -> None:
+        before: RequestResponseCycle | None = self.cycle
+        super().on_headers_complete()
+        self._overtaken = [one for one in self._overtaken if not one.response_complete]
+        if before is not None and before is not self.cycle and not before.response_complete:
+            self._overtaken.append(before)
+            if len(self.pipeline) <= MAX_PIPELINED:
+                self.flow.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for cycle in self._overtaken:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
 
 class HttpServer(uvicorn.Server):
@@ -109,7 +135,7 @@ async def serve(
     serving: Serving = app.state.serving
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

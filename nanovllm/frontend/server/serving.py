@@ -8,14 +8,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.errors import ApiError, from_finish, refused
 from nanovllm.frontend.server.messages import Health
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
@@ -24,6 +25,9 @@ from nanovllm.frontend.server.reply_format import ReplyFormat
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.frontend.server.tracing import RequestSpan, Tracing
 
 Opener = Callable[[ProgressCallback], Awaitable[AsyncLLM]]
 State = Literal["loading", "ready", "draining", "dead"]
@@ -34,10 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class Options(NamedTuple):
-    """What a request says beside its prompt and its sampling."""
+    """What a request says beside its prompt and its sampling. headers: of HTTP."""
 
     request_id: str
     how: RequestOptions
+    headers: Mapping[str, str]
 
 
 class Serving:
@@ -46,6 +51,8 @@ class Serving:
     def __init__(self, settings: ServerSettings, open_llm: Opener) -> None:
         self.settings = settings
         self.metrics = ServerMetrics(self._core_status)
+        endpoint = settings.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else require_tracing().to(endpoint)
         self.created = int(time.time())
         self.state: State = "loading"
         self.phase, self.progress = "starting", 0.0
@@ -71,6 +78,8 @@ class Serving:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._llm is not None:
             await self._llm.close()
+        if self.tracing is not None:
+            await self.tracing.close()
 
     def drain(self) -> None:
         """Take no more requests; those under way go on."""
@@ -162,14 +171,14 @@ class Serving:
 
     def begin(self, prompt: ServedPrompt, params: SamplingParams, options: Options) -> "Generation":
         """Check everything; the request starts when the result is iterated. `ValueError`."""
-        stream = self.llm.generate(
-            {"prompt_token_ids": prompt.token_ids},
-            params,
-            options.request_id,
-            **options.how,
-        )
+        llm = self.llm
+        made = llm.make_prompt({"prompt_token_ids": prompt.token_ids})
+        request = llm.prepare(made, params, options.request_id, **options.how)
         times = RequestTimes(self.metrics, self.model_name)
-        return Generation(stream, params, times, self._live, options.request_id)
+        span = None
+        if self.tracing is not None:
+            span = self.tracing.begin(options.request_id, self.model_name, params, options.headers)
+        return Generation(llm, request, times, self._live, span)
 
 
 class Generation:
@@ -177,30 +186,53 @@ class Generation:
 
     def __init__(
         self,
-        stream: AsyncGenerator[RequestOutput, None],
-        params: SamplingParams,
+        llm: AsyncLLM,
+        request: Request,
         times: RequestTimes,
         live: set[str],
-        request_id: str,
+        span: "RequestSpan | None",
     ) -> None:
-        self.params = params
-        self._stream = stream
+        self._llm = llm
+        self._request = request
         self._times = times
         self._live = live
-        self._request_id = request_id
+        self._span = span
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
-        if self._request_id in self._live:
-            raise refused("request_id", "is in use: choose another, or wait for its answer")
-        self._live.add(self._request_id)
+        request, error, output = self._request, None, None
+        params, request_id = request.params, request.request_id
         try:
-            async with contextlib.aclosing(self._stream) as stream:
-                async for output in stream:
-                    self._times.on_output(output, self.params)
+            if request_id in self._live:
+                raise refused("request_id", "is in use: choose another, or wait for its answer")
+            self._llm.submit(request)
+            self._live.add(request_id)
+            try:
+                while output is None or not output.finished:
+                    output = await request.next_output()
+                    self._times.on_output(output, params)
                     for completion in output.outputs:
                         if completion.finish_reason not in ANSWERED:
                             raise from_finish(str(completion.finish_reason))
                     yield output
+            finally:
+                self._llm.discard(request)
+                self._live.discard(request_id)
+        except BaseException as caught:
+            error = caught
+            raise
         finally:
-            self._live.discard(self._request_id)
+            if self._span is not None:
+                self._span.end(output, error)
+
+
+def require_tracing() -> "type[Tracing]":
+    """`ValueError` if OpenTelemetry's packages are missing."""
+    try:
+        from nanovllm.frontend.server.tracing import Tracing
+    except ImportError as error:
+        raise ValueError(
+            f"otlp_traces_endpoint: OpenTelemetry is not installed ({error}): "
+            "pip install 'nanovllm[otel]'"
+        ) from None
+    return Tracing

@@ -17,7 +17,13 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="0: any free one")] = 8000
-    frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes on one core")] = 1
+    frontends: Annotated[
+        Annotated[int, Meta(ge=1, le=64)] | None,
+        Meta(
+            description="HTTP processes on one core; by default 1, or with a GPU "
+            "one per 4 processors, at most 4",
+        ),
+    ] = None
     connect: Annotated[str | None, Meta(description="serve the core that runs at this address")] = (
         None
     )
@@ -41,4 +47,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     shutdown_timeout: Annotated[
         float, Meta(ge=0, description="seconds for running requests to finish after SIGTERM")
     ] = 30.0
+    otlp_traces_endpoint: Annotated[
+        str | None, Meta(description="send OpenTelemetry spans of requests to this collector")
+    ] = None
     access_log: Annotated[bool, Meta(description="log every HTTP request")] = False

@@ -7,7 +7,15 @@ import pytest
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 
-from nanovllm.protocol import AddRequest, Finished, Outputs, ToCore, TokenLogprobs
+from nanovllm.protocol import (
+    AddRequest,
+    Finished,
+    Outputs,
+    Overloaded,
+    RequestFailed,
+    ToCore,
+    TokenLogprobs,
+)
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import TOOL_TEMPLATE, listening, roomy, tokenizer_with
@@ -108,6 +116,65 @@ async def test_the_synchronous_client(address: str) -> None:
 
     async with listening(address, says("hel", "lo")) as (url, _, _s):
         assert await asyncio.to_thread(talk, url) == "hello"
+
+
+def failing(message: ToCore) -> Any:
+    """By the prompt: refused for now, failed, too late, or begun."""
+    if not isinstance(message, AddRequest):
+        return silent(message)
+    number = message.number
+    match chr(message.prompt_token_ids[0]):
+        case "o":
+            return [Overloaded(number, 2.5, False)]
+        case "f":
+            return [RequestFailed(number, "out of luck")]
+        case "t":
+            return [Outputs(finished=[Finished(number, "timeout", None, 0)])]
+        case _:
+            return [Outputs([number], [65])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_are_the_clients_own_classes(address: str, stream: bool) -> None:
+    async with (
+        listening(address, failing, max_body_bytes=4096) as (url, _, serving),
+        AsyncOpenAI(base_url=url + "/v1", api_key="k", max_retries=0) as client,
+    ):
+
+        async def ask(prompt: str) -> None:
+            await client.completions.create(model="fake", prompt=prompt, stream=stream)
+
+        with pytest.raises(openai.RateLimitError) as overloaded:
+            await ask("o")
+        assert overloaded.value.response.headers["retry-after"] == "3"
+        assert overloaded.value.code == "overloaded"
+        with pytest.raises(openai.InternalServerError, match="out of luck") as failed:
+            await ask("f")
+        assert failed.value.status_code == 500 and failed.value.code == "request_failed"
+        with pytest.raises(openai.InternalServerError, match="deadline_ms") as late:
+            await ask("t")
+        assert late.value.status_code == 504
+        with pytest.raises(openai.APIStatusError, match="exceeds") as large:
+            await ask("x" * 5000)
+        assert large.value.status_code == 413
+        with pytest.raises(openai.BadRequestError, match="empty"):
+            await ask("")
+        serving.drain()
+        with pytest.raises(openai.InternalServerError, match="shuts down") as draining:
+            await ask("x")
+        assert draining.value.status_code == 503
+
+
+async def test_a_failure_within_a_stream_is_raised_by_the_client(address: str) -> None:
+    async with (
+        listening(address, failing) as (url, core, _s),
+        AsyncOpenAI(base_url=url + "/v1", api_key="k", max_retries=0) as client,
+    ):
+        stream = await client.completions.create(model="fake", prompt="late", stream=True)
+        assert (await anext(aiter(stream))).choices[0].text == "A"
+        core.push(RequestFailed(core.wait_for(AddRequest).number, "out of luck"))
+        with pytest.raises(openai.APIError, match="out of luck"):
+            await anext(aiter(stream))
 
 
 async def test_langchain(address: str) -> None:

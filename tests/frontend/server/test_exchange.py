@@ -136,3 +136,50 @@ async def test_request_ids_come_back(address: str) -> None:
         assert len(odd.headers["x-request-id"]) == 32
         answer = await client.post("/v1/chat/completions", json={**CHAT, "request_id": "mine"})
         assert answer.json()["id"] == "chatcmpl-mine"
+
+
+async def test_leaving_ends_a_request_that_another_was_sent_behind(address: str) -> None:
+    async with listening(address, silent) as (url, core, serving):
+        _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        body = b'{"prompt":"x"}'
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        number = (await message_of(core, AddRequest)).number
+        writer.write(head.encode() + body)
+        await asyncio.sleep(0.05)
+        writer.close()
+        assert number in (await message_of(core, Abort)).numbers
+        await wait_until_idle(serving)
+
+
+async def test_a_client_that_leaves_in_its_body_is_no_error(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with listening(address, silent) as (url, _, serving):
+        _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        await asyncio.sleep(0.05)
+        writer.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            while b'status="499"' not in serving.metrics.exposition():
+                await asyncio.sleep(0.01)
+    assert not caplog.records
+
+
+async def test_writing_to_a_connection_being_closed_ends_the_request(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client has said that it sends no more, which uvloop takes for the end of both ways."""
+    async with listening(address, begin) as (url, _, serving):
+        for _ in range(20):
+            _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+            body = b'{"prompt":"x","stream":true}'
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            writer.write_eof()
+            await asyncio.sleep(0)
+            writer.close()
+        await wait_until_idle(serving)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

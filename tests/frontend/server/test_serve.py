@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from nanovllm.frontend.server.command import default_frontends
 from nanovllm.protocol import AddRequest, Finished, Outputs
 from tests.e2e.processes import alive, wait_until
 from tests.frontend.attached import says
@@ -190,7 +191,9 @@ def test_a_port_in_use(frontends: str) -> None:
 
 
 class Town(BaseModel):
-    """What the model must describe."""
+    """What the model must describe, and nothing else: keys of its own could go on for ever."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=20)
     inhabitants: int = Field(ge=0, le=10**8)
@@ -251,3 +254,29 @@ def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
             assert len({choice.text for choice in several.choices}) > 1
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpus", "fields", "number"),
+    [
+        (False, 16, {}, 1),
+        (True, 16, {}, 4),
+        (True, 64, {}, 4),
+        (True, 8, {}, 2),
+        (True, 2, {}, 1),
+        (True, 16, {"device": "cpu"}, 1),
+    ],
+)
+def test_frontends_are_chosen_by_processors_where_there_is_a_gpu(
+    gpu: bool,
+    cpus: int,
+    fields: dict[str, Any],
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = (tmp_path if gpu else tmp_path / "none",)
+    monkeypatch.setattr("nanovllm.frontend.server.command.GPU_FILES", files)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    assert default_frontends(fields) == number

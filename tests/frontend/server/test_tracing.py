@@ -1,0 +1,124 @@
+"""OpenTelemetry spans: their names and parents, and what there is without the packages."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from nanovllm.frontend.server.serving import Serving
+from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.frontend.server.tracing import Tracing
+from nanovllm.protocol import Abort, AddRequest
+from tests.e2e.processes import wait_until
+from tests.frontend.attached import says
+from tests.frontend.fake_core import silent
+from tests.frontend.server.served import Served, message_of, served
+
+TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACEPARENT = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
+LATENCIES = {"time_to_first_token", "e2e", "time_in_model_decode"}
+
+
+def traced(server: Served) -> InMemorySpanExporter:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    server.serving.tracing = Tracing(provider)
+    return exporter
+
+
+def attributes_of(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+def the_one(spans: Sequence[ReadableSpan]) -> ReadableSpan:
+    assert len(spans) == 1
+    return spans[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_is_a_span_of_its_clients_trace(address: str, stream: bool) -> None:
+    async with served(address, says("hel", "lo")) as server:
+        exporter = traced(server)
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "top_p": 0.5}
+        body |= {"max_tokens": 5, "temperature": 0.25, "request_id": "mine"}
+        path = "/v1/chat/completions"
+        response = await server.client.post(path, json=body, headers=TRACEPARENT)
+        assert response.status_code == 200
+        prompt_ids = server.core.wait_for(AddRequest).prompt_token_ids
+    span = the_one(exporter.get_finished_spans())
+    assert (span.name, span.kind) == ("llm_request", SpanKind.SERVER)
+    assert span.context is not None and span.parent is not None
+    assert f"{span.context.trace_id:032x}" == TRACE_ID
+    assert f"{span.parent.span_id:016x}" == PARENT_ID
+    assert span.status.status_code is StatusCode.UNSET
+    found = attributes_of(span)
+    assert found["gen_ai.request.id"] == "chatcmpl-mine"
+    assert found["gen_ai.request.max_tokens"] == 5 and found["gen_ai.request.n"] == 1
+    assert found["gen_ai.request.temperature"] == 0.25 and found["gen_ai.request.top_p"] == 0.5
+    assert found["gen_ai.response.model"] == server.serving.model_name
+    assert found["gen_ai.usage.prompt_tokens"] == len(prompt_ids)
+    assert found["gen_ai.usage.completion_tokens"] == 5
+    assert all(found[f"gen_ai.latency.{name}"] >= 0 for name in LATENCIES)
+
+
+async def test_each_prompt_of_a_batch_has_a_span(address: str) -> None:
+    async with served(address, says("x")) as server:
+        exporter = traced(server)
+        await server.complete(["a", "b", "c"])
+    spans = exporter.get_finished_spans()
+    assert len(spans) == 3 and all(span.parent is None for span in spans)
+    assert len({attributes_of(span)["gen_ai.request.id"] for span in spans}) == 3
+
+
+async def test_failures_and_leaving_show(address: str) -> None:
+    async with served(address, says("x", end="error")) as server:
+        exporter = traced(server)
+        assert (await server.complete("a")).status_code == 500
+        span = the_one(exporter.get_finished_spans())
+        assert span.status.status_code is StatusCode.ERROR
+        assert [event.name for event in span.events] == ["exception"]
+
+
+async def test_a_client_that_leaves_ends_its_span(address: str) -> None:
+    async with served(address, silent) as server:
+        exporter = traced(server)
+        asking = asyncio.create_task(server.complete("a"))
+        await message_of(server.core, AddRequest)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await message_of(server.core, Abort)
+        await asyncio.to_thread(
+            wait_until, lambda: len(exporter.get_finished_spans()) == 1, timeout_s=5, what="a span"
+        )
+    assert the_one(exporter.get_finished_spans()).status.description.startswith("aborted")  # type: ignore[union-attr]
+
+
+async def test_nothing_is_loaded_unless_asked_for(address: str) -> None:
+    async with served(address, says("x")) as server:
+        assert server.serving.tracing is None
+        assert (await server.complete("a")).status_code == 200
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+async def test_spans_go_to_the_collector(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    tracing = Tracing.to("http://127.0.0.1:9/v1/traces")
+    await tracing.close()  # nothing waits, so an absent collector is not noticed
+
+
+def test_without_the_packages_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "nanovllm.frontend.server.tracing")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+
+    async def never(on_progress: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"otlp_traces_endpoint.*pip install 'nanovllm\[otel\]'"):
+        Serving(ServerSettings(otlp_traces_endpoint="http://127.0.0.1:4317"), never)
