@@ -28,6 +28,7 @@ SHARED = {
     "keys",
     "memory_plan",
     "model_size",
+    "observation",
     "protocol",
     "sampling_params",
 }
@@ -49,7 +50,10 @@ ARROWS = {
     "worker": {"executor.base"},
     **{
         name: set()
-        for name in ("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size")
+        for name in (
+            *("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size"),
+            "observation",
+        )
     },
     "plan": set(),
 }

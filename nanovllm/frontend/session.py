@@ -59,6 +59,11 @@ class Session:
             for request in requests:
                 self._end_aborted(request)
 
+    def request_id_of(self, number: int) -> str | None:
+        """Whose output that is, if it is under way."""
+        owner = self._requests.owner_of(number)
+        return None if owner is None else owner.request_id
+
     # ---- what `Supervisor` tells
 
     def on_outputs(self, outputs: Outputs) -> None:
