@@ -118,8 +118,12 @@ class EndView(msgspec.Struct, frozen=True, array_like=True):
 
     uid: int
     reason: str
+    queued_at: float
     ended_at: float
+    num_prompt_tokens: int
     num_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
     queued_ms: float
     seats_ms: float
     budget_ms: float

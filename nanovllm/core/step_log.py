@@ -98,8 +98,12 @@ class StepLog:
             end = EndView(
                 uid_of(sequence),
                 sequence.finish_reason or "",
+                sequence.queued_at,
                 now,
+                sequence.num_prompt_tokens,
                 len(sequence.token_ids),
+                sequence.num_cached_tokens,
+                sequence.num_preemptions,
                 why.queued_ms,
                 why.seats_ms,
                 why.budget_ms,
