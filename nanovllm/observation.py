@@ -117,6 +117,8 @@ class EndView(msgspec.Struct, frozen=True, array_like=True):
     """A sequence has ended; what it waited for is as in `protocol.Why`."""
 
     uid: int
+    client_id: int
+    number: int
     reason: str
     queued_at: float
     ended_at: float

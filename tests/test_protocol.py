@@ -85,7 +85,7 @@ OBSERVATION = Observation(
     steps=[StepView(4, 1.0, 1.25, 2, [Chunk(1, 0, 16)], 3, [2])],
     batches={3: [1, 2, 3]},
     num_lost_steps=0,
-    ended=[EndView(2, "stop", 0.5, 1.25, 16, 20, 0, 1, 1.0, 0.0, 0.0, 1.0, 2.5, None)],
+    ended=[EndView(2, 0, 5, "stop", 0.5, 1.25, 16, 20, 0, 1, 1.0, 0.0, 0.0, 1.0, 2.5, None)],
 )
 FROM_CORE = [
     Loading("weights", 0.5),

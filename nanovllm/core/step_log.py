@@ -97,6 +97,8 @@ class StepLog:
             why = why_of(sequence, now)
             end = EndView(
                 uid_of(sequence),
+                sequence.client_id,
+                sequence.number,
                 sequence.finish_reason or "",
                 sequence.queued_at,
                 now,

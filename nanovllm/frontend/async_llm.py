@@ -260,7 +260,7 @@ class AsyncLLM:
         return answer
 
     def request_id_of(self, client_id: int, number: int) -> str | None:
-        """The id of a live request of this frontend, by what the core calls its output."""
+        """The id of a request of this frontend, live or just ended, by the core's names for it."""
         if client_id != self.info.client_id:
             return None
         return self._running.request_id_of(number)

@@ -109,6 +109,7 @@ class EndEvent(msgspec.Struct):
     """A sequence has ended: reason, times, and how long each lack held it up."""
 
     uid: int
+    request_id: str | None
     reason: str
     queued_at: float
     ended_at: float

@@ -25,7 +25,7 @@ from nanovllm.frontend.engine_events import (
     StepEvent,
     Table,
 )
-from nanovllm.observation import CacheLayout, Counters, Observation, SequenceView
+from nanovllm.observation import CacheLayout, Counters, EndView, Observation, SequenceView
 
 MAX_BEHIND = 8  # updates that wait for a viewer
 NUM_STEPS_KEPT = 200  # for the snapshots of those who come later
@@ -172,9 +172,13 @@ class Mirror:
             steps=steps,
             batches=seen.batches,
             num_lost_steps=seen.num_lost_steps,
-            ended=[EndEvent(*msgspec.structs.astuple(end)) for end in seen.ended],
+            ended=[self._end(end) for end in seen.ended],
         )
         return self._last
+
+    def _end(self, end: EndView) -> EndEvent:
+        uid, client_id, number, *rest = msgspec.structs.astuple(end)
+        return EndEvent(uid, self._llm.request_id_of(client_id, number), *rest)
 
     def snapshot(self) -> EngineEvent:
         """The whole state."""

@@ -173,7 +173,7 @@ class Answer {
 
   #showLife() {
     if (!this.#onLife(`chatcmpl-${this.name}`)) {
-      this.#facts.append(el("span", { class: "hint" }, " (not seen by this page: it was too short, or went through another frontend)"));
+      this.#facts.append(el("span", { class: "hint" }, " (not seen by this page: it went through another frontend, or is long past)"));
     }
   }
 

@@ -33,8 +33,8 @@ export class Engine {
     const { series } = store;
     this.#tiles = [
       new Tile("Tokens per second", series.tokens, { shown: (v) => number(Math.round(v)), hue: "accent" }),
-      new Tile("Time to first token", series.ttft, { shown: milliseconds, hue: "budget", dots: true }),
-      new Tile("Between tokens", series.interToken, { shown: milliseconds, hue: "decode" }),
+      new Tile("Time to first token", series.ttft, { shown: milliseconds, hue: "budget", dots: true, isMedian: true }),
+      new Tile("Between tokens", series.interToken, { shown: milliseconds, hue: "decode", isMedian: true, latest: 5 }),
       new Tile("Cache hit rate", series.hitRate, { shown: (v) => `${Math.round(v)} %`, hue: "cached-strong", top: 100 }),
     ];
     byId("tiles").append(...this.#tiles.map((tile) => tile.element));
@@ -112,11 +112,11 @@ class Tile {
   }
 
   draw(now) {
-    const { shown, hue, dots, top } = this.#options;
+    const { shown, hue, dots, top, isMedian = false, latest = WINDOW_S } = this.#options;
     const points = this.#points;
     const stroke = hue === "cached-strong" ? colour("cached") : colour(hue);
-    const recent = points.filter(([time]) => time > now - (dots ? WINDOW_S : 2)).map(([, value]) => value);
-    this.#value.textContent = recent.length ? shown(dots || recent.length > 3 ? median(recent) : recent.at(-1)) : "–";
+    const recent = points.filter(([time]) => time > now - (dots ? WINDOW_S : latest)).map(([, value]) => value);
+    this.#value.textContent = recent.length ? shown(isMedian ? median(recent) : recent.at(-1)) : "–";
     const { context, width, height } = prepared(this.#canvas, 46);
     context.strokeStyle = colour("line");
     context.beginPath();

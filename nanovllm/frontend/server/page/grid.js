@@ -3,7 +3,7 @@
 import { json } from "./api.js";
 import { byId, colour, el, hueOf, isCalm, legend, number, plural, prepared } from "./dom.js";
 
-const MAX_HEIGHT = 300;
+const MAX_HEIGHT = 230;
 const FLASH_S = 0.5;
 const LOOK_AGAIN_MS = 700;
 
@@ -13,7 +13,7 @@ export class Grid {
   #inspector = byId("inspector");
   #chosen = null; // cell
   #byHand = false; // chosen with the keyboard or a click: stays when the pointer leaves
-  #shape = { columns: 1, size: 8, gap: 1 };
+  #shape = { columns: 1, size: 8, gap: 1, pitch: 9 };
   #contents = null;
   #askedAt = 0;
   #timer = 0;
@@ -42,13 +42,12 @@ export class Grid {
     const { layout, cells } = this.#store;
     if (!layout) return;
     const { context } = this.#prepare(layout.num_cells);
-    const { columns, size, gap } = this.#shape;
+    const { size } = this.#shape;
     const radius = size >= 9 ? 2 : size >= 6 ? 1 : 0;
     const counts = { used: 0, shared: 0, cached: 0, free: 0 };
     const isQuiet = isCalm();
     for (let cell = 0; cell < layout.num_cells; cell += 1) {
-      const x = (cell % columns) * (size + gap);
-      const y = Math.floor(cell / columns) * (size + gap);
+      const [x, y] = this.#at(cell);
       const state = cells[cell];
       const held = state >> 1;
       if (held === 0) {
@@ -98,16 +97,20 @@ export class Grid {
     const heightOf = (s) => Math.ceil(count / Math.max(1, Math.floor(width / (s + gapOf(s))))) * (s + gapOf(s));
     while (size > 3 && heightOf(size) > MAX_HEIGHT) size -= 1;
     const gap = gapOf(size);
-    this.#shape = { columns: Math.max(1, Math.floor((width + gap) / (size + gap))), size, gap };
-    const rows = Math.ceil(count / this.#shape.columns);
-    return prepared(this.#canvas, rows * (size + gap));
+    const columns = Math.max(1, Math.floor((width + gap) / (size + gap)));
+    this.#shape = { columns, size, gap, pitch: (width + gap) / columns };
+    return prepared(this.#canvas, Math.ceil(count / columns) * (size + gap));
+  }
+
+  #at(cell) {
+    const { columns, size, gap, pitch } = this.#shape;
+    return [Math.round((cell % columns) * pitch), Math.floor(cell / columns) * (size + gap)];
   }
 
   #mark(context) {
     if (this.#chosen === null) return;
-    const { columns, size, gap } = this.#shape;
-    const x = (this.#chosen % columns) * (size + gap);
-    const y = Math.floor(this.#chosen / columns) * (size + gap);
+    const { size } = this.#shape;
+    const [x, y] = this.#at(this.#chosen);
     context.strokeStyle = colour("accent");
     context.lineWidth = 2;
     context.strokeRect(x - 1, y - 1, size + 2, size + 2);
@@ -137,8 +140,8 @@ export class Grid {
 
   #point(event, byHand) {
     if (!this.#store.layout || (this.#byHand && !byHand)) return;
-    const { columns, size, gap } = this.#shape;
-    const column = Math.floor(event.offsetX / (size + gap));
+    const { columns, pitch, size, gap } = this.#shape;
+    const column = Math.floor(event.offsetX / pitch);
     const cell = Math.floor(event.offsetY / (size + gap)) * columns + column;
     const isInside = column < columns && cell >= 0 && cell < this.#store.layout.num_cells;
     this.#byHand = byHand && isInside;
@@ -199,7 +202,7 @@ export class Grid {
   #details() {
     const contents = this.#contents;
     if (this.#store.layout.view !== "full") return [el("p", { class: "hint" }, "This server does not show what is in blocks.")];
-    if (!contents) return [];
+    if (!contents) return [el("p", { class: "hint" }, "…")];
     const facts = el("p", { class: "hash" });
     if (contents.index !== null) facts.append(`place ${contents.index} of the prompt’s blocks · `);
     facts.append(contents.key ? `hash ${contents.key.slice(0, 12)}… ${contents.parent_key ? `after ${contents.parent_key.slice(0, 12)}…` : "(the first of its prefix)"}` : "no hash yet: not full");

@@ -53,7 +53,7 @@ class Request {
 function brief(end) {
   return new Request({
     uid: end.uid,
-    request_id: null,
+    request_id: end.request_id,
     state: "running",
     cause: "",
     queued_at: end.queued_at,
@@ -215,6 +215,7 @@ export class Store extends EventTarget {
     const request = this.requests.get(end.uid);
     if (!request) return;
     request.end = end;
+    request.id ??= end.request_id;
     request.tokens = end.num_tokens;
     request.state = "ended";
     if (end.ttft_ms !== null && !request.ttftSeen) this.#sawFirstToken(end.uid, end.ttft_ms);
@@ -243,9 +244,9 @@ export class Store extends EventTarget {
     this.counters = counters;
     this.#history.push([this.now, counters.num_generation_tokens, counters.prefix_cache_queries, counters.prefix_cache_hits]);
     const [, tokens, queries, hits] = this.#history.at(-1);
-    const second = this.#history.find(([time]) => time >= this.now - 1.05);
-    if (this.now - second[0] > 0.2) {
-      this.series.tokens.push([this.now, (tokens - second[1]) / (this.now - second[0])]);
+    const before = this.#history.findLast(([time]) => time <= this.now - 1) ?? this.#history[0];
+    if (this.now - before[0] > 0.2) {
+      this.series.tokens.push([this.now, (tokens - before[1]) / (this.now - before[0])]);
     }
     const [, , oldQueries, oldHits] = this.#history[0];
     if (queries > oldQueries) this.series.hitRate.push([this.now, (100 * (hits - oldHits)) / (queries - oldQueries)]);
