@@ -44,9 +44,10 @@ ARROWS = {
     "flags": set(),
     "frontend": {"launch"},
     "launch": {"core", "executor", "flags", "frontend.tokenizer"},
-    "operator_commands": {"core.replay"},
+    "operator_commands": {"core.replay", "top"},
     "protocol": set(),
     "sampling_params": set(),
+    "top": {"frontend"},
     "worker": {"executor.base"},
     **{
         name: set()
