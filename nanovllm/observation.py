@@ -2,7 +2,8 @@
 
 `core/observer.py` answers, `frontend/engine_feed.py` asks. Times are seconds on the core's clock. A
 *uid* is a sequence's arrival number, unique in one life of the core. A *cell* is a block that is
-shown: all of them, or of a large cache the first `num_dense` and then every `stride`-th.
+shown: all of them, or of a large cache the first `num_dense` and then every `stride`-th. (gc=False:
+none of them is ever part of a cycle, and a core makes thousands a second.)
 """
 
 from typing import Literal
@@ -35,7 +36,7 @@ class ShowBlock(msgspec.Struct, frozen=True, tag=True):
 # ---- what is shown
 
 
-class CacheLayout(msgspec.Struct, frozen=True, array_like=True):
+class CacheLayout(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Blocks 1 … num_blocks exist; cell i is block i + 1 below `num_dense`, and from there on every
     `stride`-th."""
 
@@ -48,7 +49,7 @@ class CacheLayout(msgspec.Struct, frozen=True, array_like=True):
     max_num_seqs: int
 
 
-class Counters(msgspec.Struct, frozen=True, array_like=True):
+class Counters(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Of all clients, as in `CoreStatus`; from `num_preemptions` on they count since the start."""
 
     num_free_blocks: int
@@ -64,7 +65,7 @@ class Counters(msgspec.Struct, frozen=True, array_like=True):
     num_steps: int
 
 
-class SequenceView(msgspec.Struct, frozen=True, array_like=True):
+class SequenceView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An unfinished sequence. `num_tokens` are known, `num_computed` have KV (or soon will).
 
     `cause`: what keeps it waiting. `ttft_s` is 0 before the first token, `started_at` until it ran.
@@ -89,7 +90,7 @@ class SequenceView(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Part of a prompt (or of what is recomputed) that a step runs, from `start` on."""
 
     uid: int
@@ -97,7 +98,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
-class StepView(msgspec.Struct, frozen=True, array_like=True):
+class StepView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One forward pass. Whoever of `batch` has no chunk runs a single token: it decodes.
 
     `batch` is a key of `Observation.batches` (or of an earlier one's). `preempted`: who was put
@@ -113,7 +114,7 @@ class StepView(msgspec.Struct, frozen=True, array_like=True):
     preempted: list[int]
 
 
-class EndView(msgspec.Struct, frozen=True, array_like=True):
+class EndView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A sequence has ended; what it waited for is as in `protocol.Why`."""
 
     uid: int

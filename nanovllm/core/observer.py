@@ -24,11 +24,12 @@ from nanovllm.observation import (
 
 WATCH_LEASE_S = 5.0
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.125, 2.0
-COST_SHARE = 0.004  # of the core's time, for all watchers together
-UNSEEN_SHARE = 1.5  # the answer is encoded and sent after it has been timed: what it costs in all
+COST_SHARE = 0.006  # of the core's time, for all watchers together
+UNSEEN_SHARE = 1.3  # the answer is encoded and sent after it has been timed: what it costs in all
 MAX_CELLS = 4096
 MAX_RUNNING, MAX_WAITING = 256, 64
-MAX_BLOCK_IDS = 16_384  # in one answer; what is missing comes with the next
+MAX_BLOCK_IDS = 4096  # in one answer; what is missing comes with the next
+NO_IDS: list[int] = []
 
 
 @dataclass(slots=True)
@@ -149,12 +150,14 @@ class Observer:
         watcher.shown = {}
         views: list[SequenceView] = []
         for sequence in running:
-            uid, table = uid_of(sequence), sequence.block_ids
+            uid, table = sequence.order[1], sequence.block_ids
             num_preemptions, num_shown = shown.get(uid, (0, 0))
             if num_preemptions != sequence.num_preemptions:
                 num_shown = 0
-            new_ids = table[num_shown : num_shown + room]
-            room -= len(new_ids)
+            new_ids = NO_IDS
+            if len(table) != num_shown:
+                new_ids = table[num_shown : num_shown + room]
+                room -= len(new_ids)
             watcher.shown[uid] = (sequence.num_preemptions, num_shown + len(new_ids))
             is_paused = sequence.status is Status.PAUSED
             state: SequenceState = "paused" if is_paused else "running"

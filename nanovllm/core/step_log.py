@@ -17,12 +17,17 @@ from nanovllm.observation import Chunk, EndView, StepView
 
 MAX_STEPS = 256
 MAX_ENDS = 256
+MAX_ENTRIES = 4096  # of batches that differ, in one answer
 NUM_LOOKED_AT = 64  # of the latest in the queue, beyond as many as were preempted
 T = TypeVar("T")
 
 
+NOBODY_PREEMPTED: list[int] = []
+
+
 class Logged(NamedTuple):
-    """A finished step; lists are the plan's own, which nobody changes any more."""
+    """A finished step. The lists are the plan's own, which nobody changes any more; the rest of
+    the plan (tokens, masks) is let go."""
 
     step: int
     started_at: float
@@ -72,17 +77,22 @@ class StepLog:
         """A step's result was taken in, and these sequences ended by it."""
         if step.submitted_at:  # else it was on its way before anybody watched
             plan = step.plan
-            logged = Logged(
-                plan.step,
-                max(step.submitted_at, self._last_result_at),
-                now,
-                step.sequences,
-                plan.num_computed,
-                plan.num_scheduled,
-                bool(plan.new_rows),
-                self._preempted.pop(plan.step, []) if self._preempted else [],
+            started, last = step.submitted_at, self._last_result_at
+            preempted = NOBODY_PREEMPTED
+            if self._preempted:
+                preempted = self._preempted.pop(plan.step, preempted)
+            self._raw.append(
+                Logged(
+                    plan.step,
+                    started if started > last else last,
+                    now,
+                    step.sequences,
+                    plan.num_computed,
+                    plan.num_scheduled,
+                    bool(plan.new_rows),
+                    preempted,
+                )
             )
-            self._raw.append(logged)
             self._num_new += 1
         self._last_result_at = now
         if finished:
@@ -120,8 +130,8 @@ class StepLog:
 
     def steps(self, since: int) -> list[tuple[StepView, list[int]]]:
         """Steps after the first `since`, as far as they are still there, each with its batch."""
-        while self._raw:
-            self._views.append(self._view(self._raw.popleft()))
+        for logged, is_same in self._affordable():
+            self._views.append(self._view(logged, is_same))
         self.num_steps += self._num_new
         self._num_new = 0
         return _last(self._views, self.num_steps - since)
@@ -130,10 +140,29 @@ class StepLog:
         """Likewise, the sequences that have ended."""
         return _last(self._ends, self.num_ends - since)
 
-    def _view(self, logged: Logged) -> tuple[StepView, list[int]]:
+    def _affordable(self) -> list[tuple[Logged, bool]]:
+        """The latest steps, as many as can be worked out in bounded time; the others are lost.
+
+        With each, whether its batch is that of the step before.
+        """
+        room, chosen = MAX_ENTRIES, list[tuple[Logged, bool]]()
+        while self._raw and room > 0:
+            logged = self._raw.pop()
+            before = self._raw[-1].sequences if self._raw else self._batch
+            is_same = logged.sequences == before
+            room -= 1 if is_same else len(logged.sequences)
+            chosen.append((logged, is_same))
+        if self._raw:  # none of those before may be taken for the neighbours of these
+            self._raw.clear()
+            self._views.clear()
+            chosen[-1] = (chosen[-1][0], False)
+        chosen.reverse()
+        return chosen
+
+    def _view(self, logged: Logged, is_same: bool) -> tuple[StepView, list[int]]:
         sequences = logged.sequences
-        if sequences != self._batch:
-            self._batch, self._batch_uids = sequences, [uid_of(one) for one in sequences]
+        if not is_same:
+            self._batch, self._batch_uids = sequences, [one.order[1] for one in sequences]
             self._num_batches += 1
         chunks: list[Chunk] = []
         if logged.has_new_rows or sum(logged.num_scheduled) != len(sequences):
