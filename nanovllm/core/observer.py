@@ -6,6 +6,7 @@ core `COST_SHARE` however large it is. Unwatched for `WATCH_LEASE_S`, it all sto
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from nanovllm.core.engine_core import EngineCore
@@ -26,6 +27,7 @@ WATCH_LEASE_S = 5.0
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.125, 2.0
 COST_SHARE = 0.006  # of the core's time, for all watchers together
 UNSEEN_SHARE = 1.3  # the answer is encoded and sent after it has been timed: what it costs in all
+NUM_COSTS = 4
 MAX_CELLS = 4096
 MAX_RUNNING, MAX_WAITING = 256, 64
 MAX_BLOCK_IDS = 4096  # in one answer; what is missing comes with the next
@@ -49,6 +51,7 @@ class Observer:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._watchers: dict[int, Watcher] = {}
+        self._costs: deque[float] = deque(maxlen=NUM_COSTS)  # seconds each of the last looks took
         num_blocks = core._blocks.num_blocks - 1
         num_dense, stride, num_cells = num_blocks, 1, num_blocks
         if num_blocks > MAX_CELLS:
@@ -121,7 +124,9 @@ class Observer:
         self._watchers.clear()
 
     def _interval(self, seconds: float) -> float:
-        wanted = seconds * UNSEEN_SHARE * len(self._watchers) / COST_SHARE
+        self._costs.append(seconds)
+        # The least of the last few: what another program on the machine added is not our cost.
+        wanted = min(self._costs) * UNSEEN_SHARE * len(self._watchers) / COST_SHARE
         return min(max(wanted, MIN_INTERVAL_S), MAX_INTERVAL_S)
 
     def _counters(self) -> Counters:

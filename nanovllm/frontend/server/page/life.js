@@ -176,7 +176,7 @@ function axis(context, { from, to, x, height, width }) {
     context.stroke();
     context.fillStyle = colour("muted");
     context.textAlign = ms === 0 ? "left" : "center";
-    if (at < width - 20) context.fillText(ms === 0 ? "0" : milliseconds(ms).replace(/\.0+ /, " "), at, height - 6);
+    if (at < width - 20) context.fillText(ms === 0 ? "0" : milliseconds(ms).replace(/(\.\d*?)0+ s$/, "$1 s").replace(". s", " s"), at, height - 6);
   }
 }
 

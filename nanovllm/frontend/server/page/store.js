@@ -44,6 +44,13 @@ class Request {
     else this.waits.push({ from: Math.max(from, this.lastRanAt), to: now, cause: this.cause });
   }
 
+  /** It runs again: whatever it waited for last, it waited until now. */
+  run(chunk) {
+    const last = this.waits.at(-1);
+    if (last && last.to >= this.lastRanAt) last.to = Math.max(last.to, chunk.from);
+    this.chunks.push(chunk);
+  }
+
   get lastRanAt() {
     return Math.max(this.queuedAt, this.chunks.at(-1)?.to ?? 0, this.decodes.at(-1)?.to ?? 0);
   }
@@ -197,7 +204,7 @@ export class Store extends EventTarget {
     const chunked = new Set();
     for (const [uid, start, tokens] of step.chunks) {
       chunked.add(uid);
-      this.requests.get(uid)?.chunks.push({ step: step.step, from: step.started_at, to: step.ended_at, start, tokens });
+      this.requests.get(uid)?.run({ step: step.step, from: step.started_at, to: step.ended_at, start, tokens });
     }
     for (const uid of uids) {
       const decodes = this.requests.get(uid)?.decodes;
