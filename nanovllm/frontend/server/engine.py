@@ -4,6 +4,7 @@ Read-only, and behind the API key like the rest. `--engine-view` says how much m
 contents of blocks are users' prompts.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
@@ -16,6 +17,7 @@ from nanovllm.frontend.server.errors import ApiError
 from nanovllm.frontend.server.exchange import EventStream, JsonAnswer, event
 from nanovllm.frontend.server.serving import Serving
 
+LOADING_INTERVAL_S = 0.25
 STILL_HERE = b": nothing new\n\n"  # a comment, by which proxies and we notice who has left
 
 
@@ -54,7 +56,11 @@ async def show_block(request: Request) -> Response:
 
 
 async def _events(serving: Serving) -> AsyncGenerator[bytes, None]:
-    """Until the server drains, which these streams must not hold up."""
+    """Until the server drains, which these streams must not hold up. Whoever comes while the model
+    loads is told so, in comments, and has not come in vain."""
+    while serving.state == "loading":
+        yield f": loading, {serving.phase} {serving.progress:.0%}\n\n".encode()
+        await asyncio.sleep(LOADING_INTERVAL_S)
     async with contextlib.aclosing(serving.feed.events()) as events:
         async for one in events:
             if serving.state != "ready":

@@ -1,6 +1,7 @@
 """The engine's events and blocks over HTTP, who may see them, and the page's files."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -28,13 +29,17 @@ TIMEOUT_S = 10.0
 
 
 @asynccontextmanager
-async def engine(address: str, **settings: Any) -> AsyncIterator[tuple[str, Serving]]:
-    """A server on a port, with a core that really runs (on a fake device)."""
+async def opening(
+    address: str, may_open: asyncio.Event, **settings: Any
+) -> AsyncIterator[tuple[str, "asyncio.Future[Serving]"]]:
+    """A server on a port, with a core that really runs (on a fake device) once it `may_open`."""
     ready: asyncio.Future[Serving] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     made = ServerSettings(port=0, **settings)
 
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
+        on_progress("weights", 0.4)
+        await may_open.wait()
         return await AsyncLLM.connect(address, tokenizer=byte_tokenizer(), on_core_death="fail")
 
     with core_serving(address, block_size=4):
@@ -44,10 +49,19 @@ async def engine(address: str, **settings: Any) -> AsyncIterator[tuple[str, Serv
             run_server(made, open_llm, listener, ready.set_result, lifeline=stop)
         )
         try:
-            yield f"http://127.0.0.1:{port}", await asyncio.wait_for(ready, TIMEOUT_S)
+            yield f"http://127.0.0.1:{port}", ready
         finally:
             stop.set()
             await asyncio.wait_for(task, TIMEOUT_S)
+
+
+@asynccontextmanager
+async def engine(address: str, **settings: Any) -> AsyncIterator[tuple[str, Serving]]:
+    """Such a server, ready."""
+    may_open = asyncio.Event()
+    may_open.set()
+    async with opening(address, may_open, **settings) as (url, ready):
+        yield url, await asyncio.wait_for(ready, TIMEOUT_S)
 
 
 async def events_of(response: httpx.Response) -> AsyncIterator[EngineEvent]:
@@ -154,6 +168,30 @@ async def test_viewers_do_not_hold_up_a_drain(address: str) -> None:
                     lines.append(line)
         assert lines[0].startswith("data: {") and lines[-2:] == ["data: [DONE]", ""]
         await gone(state)
+
+
+async def test_who_comes_while_the_model_loads_is_told_so_and_then_sees_it(address: str) -> None:
+    may_open = asyncio.Event()
+    async with opening(address, may_open) as (url, _), httpx.AsyncClient() as client:
+        await until_listening(client, url)
+        async with client.stream("GET", f"{url}/v1/engine/events") as response:
+            assert response.status_code == 200
+            async with asyncio.timeout(TIMEOUT_S):
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        break
+                    assert line in (": loading, weights 40%", "")
+                    may_open.set()
+        assert '"kind":"snapshot"' in line
+
+
+async def until_listening(client: httpx.AsyncClient, url: str) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                await client.get(f"{url}/version")
+                return
+            await asyncio.sleep(0.01)
 
 
 async def gone(state: Serving) -> None:

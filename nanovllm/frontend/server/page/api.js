@@ -37,8 +37,9 @@ export async function json(path, options) {
   return (await ask(path, options)).json();
 }
 
-/** Yields the events of a stream, decoded. Ends with it; throws if it breaks. */
-export async function* events(path, options) {
+/** Yields the events of a stream, decoded. Ends with it; throws if it breaks. onComment: is told
+ * the comments between them. */
+export async function* events(path, { onComment, ...options } = {}) {
   const response = await ask(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
@@ -50,6 +51,7 @@ export async function* events(path, options) {
       const parts = pending.split("\n\n");
       pending = parts.pop();
       for (const part of parts) {
+        if (part.startsWith(": ")) onComment?.(part.slice(2));
         if (!part.startsWith("data: ")) continue;
         const content = part.slice(6);
         if (content === "[DONE]") return;

@@ -102,8 +102,9 @@ export class Store extends EventTarget {
       const leave = () => document.hidden && controller.abort();
       document.addEventListener("visibilitychange", leave);
       let waitS = 1;
+      const onComment = (text) => text.startsWith("loading") && onState("loading", text);
       try {
-        for await (const event of events("v1/engine/events", { signal: controller.signal })) {
+        for await (const event of events("v1/engine/events", { signal: controller.signal, onComment })) {
           this.apply(event);
           onState("ready", "");
         }
