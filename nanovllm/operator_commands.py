@@ -1,4 +1,4 @@
-"""Commands for who runs a core for others: making keys, and going through a recorded core again.
+"""Commands for who runs a core for others: keys, watching it, and running a recording again.
 
 `cli` adds them to its own.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm.keys import make_keys
+from nanovllm.top.command import add_top_command
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -20,6 +21,8 @@ def add_operator_commands(add: Callable[[str, Run, str], argparse.ArgumentParser
     keys.add_argument("directory", type=Path, help="the core's: nanovllm-core --keys DIRECTORY")
     names_help = "one or more clients; each gets its file: --keys DIRECTORY/NAME.json"
     keys.add_argument("--client", nargs="+", default=["client"], metavar="NAME", help=names_help)
+
+    add_top_command(add)
 
     replay = add("replay", run_replay, "run a recorded core's scheduler again, and compare plans")
     replay.add_argument("file", type=Path, help="of nanovllm-core --record FILE; or FILE.old")

@@ -3,13 +3,14 @@
 msgspec structs, encoded as MessagePack; nothing is ever pickled. Frontend messages are tagged
 unions (`ToCore`, `FromCore`); worker messages are positional (`array_like`). No torch here.
 A *number* is a client's own id of one output sequence: a request with `n` outputs owns the
-numbers `number … number + n - 1`.
+numbers `number … number + n - 1`. What viewers are shown is in `observation.py`.
 """
 
 from typing import Literal
 
 import msgspec
 
+from nanovllm.observation import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 3
@@ -78,7 +79,8 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     """Forget all cached blocks. Result: True, or False if blocks in use made it partial."""
 
 
-Operation = ResetPrefixCache
+Operation = ResetPrefixCache | Observe | ShowBlock
+Answer = bool | Observation | BlockContents
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
@@ -331,7 +333,7 @@ class CallResult(msgspec.Struct, frozen=True, tag=True):
     """`error` is None, or why the call failed."""
 
     call_id: int
-    result: bool | None = None
+    result: Answer | None = None
     error: str | None = None
 
 

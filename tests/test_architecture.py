@@ -28,6 +28,7 @@ SHARED = {
     "keys",
     "memory_plan",
     "model_size",
+    "observation",
     "protocol",
     "sampling_params",
 }
@@ -43,13 +44,17 @@ ARROWS = {
     "flags": set(),
     "frontend": {"launch"},
     "launch": {"core", "executor", "flags", "frontend.tokenizer"},
-    "operator_commands": {"core.replay"},
+    "operator_commands": {"core.replay", "top"},
     "protocol": set(),
     "sampling_params": set(),
+    "top": {"frontend"},
     "worker": {"executor.base"},
     **{
         name: set()
-        for name in ("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size")
+        for name in (
+            *("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size"),
+            "observation",
+        )
     },
     "plan": set(),
 }

@@ -3,7 +3,19 @@
 import msgspec
 import pytest
 
-from nanovllm import protocol
+from nanovllm import observation, protocol
+from nanovllm.observation import (
+    BlockContents,
+    CacheLayout,
+    Chunk,
+    Counters,
+    EndView,
+    Observation,
+    Observe,
+    SequenceView,
+    ShowBlock,
+    StepView,
+)
 from nanovllm.protocol import (
     Abort,
     AddRequest,
@@ -57,7 +69,24 @@ TO_CORE = [
     Heartbeat(),
     Goodbye(),
     Call(9, ResetPrefixCache()),
+    Call(9, Observe(fresh=True)),
+    Call(9, ShowBlock(7)),
 ]
+OBSERVATION = Observation(
+    fresh=True,
+    now=1.5,
+    interval_s=0.125,
+    layout=CacheLayout(*range(7)),
+    counters=Counters(*range(11)),
+    ref_counts=b"\0\xff",
+    has_key=b"\0\1",
+    sequences=[SequenceView(1, 0, 5, "waiting", "kv", 0.5, 0.0, 0.0, 9, 9, 0, 0, 1, 0, [3, 4])],
+    num_hidden=0,
+    steps=[StepView(4, 1.0, 1.25, 2, [Chunk(1, 0, 16)], 3, [2])],
+    batches={3: [1, 2, 3]},
+    num_lost_steps=0,
+    ended=[EndView(2, 0, 5, "stop", 0.5, 1.25, 16, 20, 0, 1, 1.0, 0.0, 0.0, 1.0, 2.5, None)],
+)
 FROM_CORE = [
     Loading("weights", 0.5),
     Welcome(1, "epoch", "model", "name", 16, 256, INFO),
@@ -70,6 +99,8 @@ FROM_CORE = [
     CoreStatus("epoch", *range(12)),
     Pulse(),
     CallResult(9, True),
+    CallResult(9, OBSERVATION),
+    CallResult(9, BlockContents(7, 1, "ab", "", 0, [1], [5, 6])),
     CoreFailed("why", "traceback", usage=True),
 ]
 WORKER = [
@@ -107,6 +138,16 @@ def test_no_message_is_left_out() -> None:
     tested = {type(message) for message in (*TO_CORE, *FROM_CORE, *WORKER)}
     nested = {
         ResetPrefixCache,
+        Observe,
+        ShowBlock,
+        Observation,
+        BlockContents,
+        CacheLayout,
+        Chunk,
+        Counters,
+        EndView,
+        SequenceView,
+        StepView,
         TokenLogprobs,
         PromptLogprobs,
         Started,
@@ -117,7 +158,7 @@ def test_no_message_is_left_out() -> None:
     }
     defined = {
         value
-        for value in vars(protocol).values()
+        for value in (*vars(protocol).values(), *vars(observation).values())
         if isinstance(value, type) and issubclass(value, msgspec.Struct)
     }
     assert defined - {msgspec.Struct, SamplingParams} == tested | nested

@@ -40,12 +40,12 @@ def finished_message(sequence: Sequence) -> Finished:
         sequence.stop_reason,
         sequence.num_preemptions,
         sequence.last_is_text,
-        _why(sequence, time.monotonic()),
+        why_of(sequence, time.monotonic()),
     )
 
 
-def _why(sequence: Sequence, now: float) -> Why:
-    """`now` stands for the time of the last token."""
+def why_of(sequence: Sequence, now: float) -> Why:
+    """Of a sequence that ends. `now` stands for the time of the last token."""
     first_at = sequence.first_token_at
     num_later = len(sequence.token_ids) - sequence.num_first_known - 1
     seats, budget, kv = sequence.waited_s

@@ -13,6 +13,8 @@ import xxhash
 
 from nanovllm.core.sequence import Sequence
 
+SALT_TAG = b"cache_salt:"
+
 
 class FreeList:
     """Doubly linked list of block ids over two arrays; all operations O(1). Entry 0 is the head."""
@@ -201,7 +203,7 @@ class BlockManager:
             return sequence.block_keys[index - 1] + tokens
         if sequence.cache_salt is None:
             return tokens
-        return tokens + b"cache_salt:" + sequence.cache_salt.encode()
+        return tokens + SALT_TAG + sequence.cache_salt.encode()
 
     def _forget(self, block_id: int) -> None:
         key = self._keys[block_id]
@@ -209,6 +211,30 @@ class BlockManager:
             del self._block_of_key[key]
             self._keys[block_id] = None
             self._messages[block_id] = b""
+
+    # ---- for viewers
+
+    def ref_counts(self, num_dense: int, stride: int) -> list[int]:
+        """Of the first `num_dense` blocks and every `stride`-th after them; block 0 left out."""
+        counts = self._ref_counts
+        return counts[1 : num_dense + 1] + counts[num_dense + 1 :: stride]
+
+    def keyed(self, num_dense: int, stride: int) -> bytes:
+        """Of the same blocks: 1 for those which hold a known prefix, else 0."""
+        keys = self._keys
+        return bytes(map(bool, keys[1 : num_dense + 1] + keys[num_dense + 1 :: stride]))
+
+    def prefix_of(self, block_id: int) -> tuple[bytes, bytes, list[int]] | None:
+        """Key, key of the block before it (empty for a first one) and token ids, if known."""
+        key, message = self._keys[block_id], self._messages[block_id]
+        if key is None:
+            return None
+        num_bytes = self.block_size * array("i").itemsize
+        # See `_message`: a first block begins with its tokens, any other with its parent's key.
+        is_first = len(message) != len(key) + num_bytes or message.startswith(SALT_TAG, num_bytes)
+        parent = b"" if is_first else message[: len(key)]
+        start = len(parent)
+        return key, parent, array("i", message[start : start + num_bytes]).tolist()
 
     # ---- for tests
 

@@ -22,6 +22,7 @@ from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
+from nanovllm.core.step_log import StepLog
 from nanovllm.core.validation import check_request
 from nanovllm.executor.base import DeviceLostError, Executor, StepHandle
 from nanovllm.protocol import AddRequest, CoreStatus, FinishReason, WorkerInfo
@@ -70,6 +71,7 @@ class EngineCore:
         self._sequences: dict[Key, Sequence] = {}
         self._paused: set[int] = set()
         self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self.log: StepLog | None = None  # while somebody watches
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_result_at = 0.0
@@ -207,7 +209,7 @@ class EngineCore:
             raise
         except Exception as error:
             return self._give_up(step, error)
-        self._count_step()
+        self._count_step(step, outputs.finished)
         if outputs.started:
             self._admission.note_starts(len(outputs.started), self._last_result_at)
         for sequence in outputs.finished:
@@ -226,6 +228,8 @@ class EngineCore:
         try:
             if step.constrained:
                 self._mask(step)
+            if self.log is not None:
+                self.log.on_submit(step)
             self._inflight.append((step, self._executor.submit(step.plan)))
         except DeviceLostError:
             raise
@@ -267,7 +271,7 @@ class EngineCore:
         """
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
-        self._count_step()
+        self._count_step(step, [])
         lost = dict.fromkeys(step.sequences)
         for later, _ in self._inflight:
             lost |= dict.fromkeys(later.admitted_on_a_prefix())
@@ -296,6 +300,8 @@ class EngineCore:
                 sequence.status, sequence.finish_reason = Status.FINISHED, reason
             elif sequence.status is not Status.FINISHED:
                 self._scheduler.finish(sequence, reason)
+        if self.log is not None:
+            self.log.on_ends(sequences)
         return sequences
 
     def reset_prefix_cache(self) -> bool:
@@ -338,11 +344,13 @@ class EngineCore:
             stalled_s=self.stalled_s,
         )
 
-    def _count_step(self) -> None:
+    def _count_step(self, step: ScheduledStep, finished: list[Sequence]) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
         self._last_result_at = now
         self._num_steps += 1
+        if self.log is not None:
+            self.log.on_result(step, finished, now)
 
 
 def _text(error: Exception) -> str:

@@ -25,6 +25,7 @@ from nanovllm.core.endpoint import Endpoint
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
+from nanovllm.core.operations import Operations, answer_call
 from nanovllm.core.sequence import Sequence
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
@@ -35,7 +36,6 @@ from nanovllm.protocol import (
     Abort,
     AddRequest,
     Call,
-    CallResult,
     CoreFailed,
     CoreStatus,
     Detached,
@@ -83,6 +83,7 @@ class CoreServer:
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
         self._core: EngineCore | None = None
+        self._operations: Operations | None = None
         self._info: WorkerInfo | None = None
         self._stopping = self._draining = False
         self._exit_code = ExitCode.DONE
@@ -151,6 +152,7 @@ class CoreServer:
             core = self._core = self._make_core(
                 self._config, executor, self._info, compiler, self._wake
             )
+            self._operations = Operations(core)
             self._clients.extend_leases(time.monotonic() - self._awake_at)
             self._awake_at = time.monotonic()
             self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
@@ -299,8 +301,8 @@ class CoreServer:
                     self._finish(self._core.abort(client.client_id, numbers))
             case Goodbye():
                 self._forget(client)
-            case Call(call_id):
-                self._call(client, call_id)
+            case Call():
+                self._answer(client, answer_call(self._operations, client.client_id, message))
             case Heartbeat():
                 pass
 
@@ -345,12 +347,6 @@ class CoreServer:
             )
         except Exception as error:
             self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
-
-    def _call(self, client: Client, call_id: int) -> None:
-        if self._core is None:
-            self._answer(client, CallResult(call_id, error="the core is still loading"))
-        else:  # ResetPrefixCache is the only operation so far
-            self._answer(client, CallResult(call_id, result=self._core.reset_prefix_cache()))
 
     def _forget(self, client: Client) -> None:
         """A client has gone: end what it has running."""
@@ -400,7 +396,7 @@ class CoreServer:
         usage = isinstance(error, ValueError) and self._core is None
         failure = CoreFailed(str(error) or type(error).__name__, traceback.format_exc(), usage)
         self._last_loading = Loading("failed", 0.0)
-        self._core = None
+        self._core = self._operations = None
         self._receive_all()  # whoever has just said Hello is to be told as well
         for client in self._clients:
             self._delivery.deliver(client)

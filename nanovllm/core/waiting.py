@@ -8,12 +8,15 @@ order alone. A sequence is in the queue at most once; removal is lazy and costs 
 import heapq
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from nanovllm.core.sequence import Sequence, Tenant
+from nanovllm.observation import WaitCause
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # the paper's: an output token costs about twice as much
 MAX_TENANTS = 4096  # remembered; beyond, those that wait for nothing are forgotten
 SEATS, BUDGET, KV = range(3)
+CAUSES: tuple[WaitCause, ...] = ("seats", "budget", "kv")
 
 
 class WaitClock:
@@ -33,6 +36,11 @@ class WaitClock:
             self._seconds[self._cause] += now - self._since
         self._cause = cause
         self._since = now
+
+    @property
+    def cause(self) -> WaitCause:
+        """What holds up whoever waits, in a word."""
+        return "" if self._cause is None else CAUSES[self._cause]
 
     def read(self, now: float) -> tuple[float, float, float]:
         """Seconds held up so far, by cause."""
@@ -75,6 +83,23 @@ class WaitingQueue:
     @property
     def num_parked(self) -> int:
         return sum(map(len, self._parked.values()))
+
+    @property
+    def cause(self) -> WaitCause:
+        """What keeps the head from running."""
+        return self._clock.cause
+
+    def some(self, most: int) -> list[Sequence]:
+        """At most so many of those who wait, in the order in which they came to wait."""
+        return list(islice(self._live.values(), most))
+
+    def latest(self, most: int) -> list[Sequence]:
+        """At most so many of those who wait, the latest first."""
+        return list(islice(reversed(self._live.values()), most))
+
+    def some_parked(self, most: int) -> list[Sequence]:
+        """At most so many of those whose client does not read."""
+        return list(islice((one for parked in self._parked.values() for one in parked), most))
 
     def tenant(self, name: str) -> Tenant:
         """Whom a sequence is to be charged to; all are one without sharing."""

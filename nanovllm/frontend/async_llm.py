@@ -34,6 +34,7 @@ from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle, start_core
+from nanovllm.observation import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.protocol import AddRequest, CoreStatus, ResetPrefixCache, Welcome
 from nanovllm.sampling_params import SamplingParams
 
@@ -242,6 +243,27 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False if blocks in use made it partial."""
         return bool(await self._line.call(ResetPrefixCache()))
+
+    # ---- looking into the core
+
+    async def observe(self, *, fresh: bool = False) -> Observation:
+        """What the core does, and what is new since the last call, for viewers that ask again after
+        `interval_s`. fresh: begin again. Waits while the core is being replaced."""
+        answer = await self._line.call(Observe(fresh))
+        assert isinstance(answer, Observation)
+        return answer
+
+    async def show_block(self, block_id: int) -> BlockContents:
+        """Who holds a block of KV cache, and its tokens. `RuntimeError`: there is no such block."""
+        answer = await self._line.call(ShowBlock(block_id))
+        assert isinstance(answer, BlockContents)
+        return answer
+
+    def request_id_of(self, client_id: int, number: int) -> str | None:
+        """The id of a request of this frontend, live or just ended, by the core's names for it."""
+        if client_id != self.info.client_id:
+            return None
+        return self._running.request_id_of(number)
 
     # ---- one request in steps, as `LLM` needs it
 

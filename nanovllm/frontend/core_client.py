@@ -21,6 +21,7 @@ from nanovllm.keys import ClientKeys
 from nanovllm.protocol import (
     HEARTBEAT_INTERVAL_S,
     PULSE_INTERVAL_S,
+    Answer,
     Call,
     CallResult,
     CoreFailed,
@@ -84,7 +85,7 @@ class CoreClient:
         self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
         self._channel = Channel(address, self, keys=keys)
         self._tasks: list[asyncio.Task[None]] = []
-        self._calls: dict[int, asyncio.Future[bool | None]] = {}
+        self._calls: dict[int, asyncio.Future[Answer | None]] = {}
         self._num_calls = 0
         self._connected = False
         self._last_heard = time.monotonic()
@@ -129,12 +130,14 @@ class CoreClient:
         self._check_alive()
         self._channel.send(self._encoder.encode(message))
 
-    async def call(self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S) -> bool | None:
+    async def call(
+        self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Answer | None:
         """Have the core do something. Raises `EngineDeadError`, `TimeoutError`, or
         `RuntimeError` with the core's reason."""
         call_id = self._num_calls
         self._num_calls += 1
-        future: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
             self.send(Call(call_id, operation))

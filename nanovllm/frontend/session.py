@@ -5,6 +5,7 @@ when it is back; whatever has left the table is not.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable
 
 from nanovllm.config import SupervisionConfig
@@ -15,6 +16,8 @@ from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
 from nanovllm.protocol import Abort, Finished, Outputs, Overloaded, RequestFailed
+
+NUM_LAST_IDS = 64
 
 
 class Session:
@@ -30,6 +33,7 @@ class Session:
     ) -> None:
         self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
+        self._last_ids: deque[tuple[range, str]] = deque(maxlen=NUM_LAST_IDS)  # of discarded ones
 
     def submit(self, request: Request) -> None:
         """Send it, at once or when the core is back. `ValueError` if its id is in use."""
@@ -42,6 +46,7 @@ class Session:
 
     def discard(self, request: Request) -> None:
         """Nobody waits for it any more: abort what still runs of it."""
+        self._last_ids.append((request.numbers, request.request_id))
         numbers = self._requests.remove(request)
         if numbers and not self.line.is_dead:
             self.line.send(Abort(numbers))
@@ -58,6 +63,13 @@ class Session:
         else:
             for request in requests:
                 self._end_aborted(request)
+
+    def request_id_of(self, number: int) -> str | None:
+        """Whose output that is, if it is under way or was one of the last."""
+        owner = self._requests.owner_of(number)
+        if owner is not None:
+            return owner.request_id
+        return next((name for numbers, name in self._last_ids if number in numbers), None)
 
     # ---- what `Supervisor` tells
 

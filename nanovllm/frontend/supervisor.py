@@ -24,6 +24,7 @@ from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
 from nanovllm.protocol import (
+    Answer,
     CoreStatus,
     Operation,
     Outputs,
@@ -133,7 +134,7 @@ class Supervisor:
             assert self._client is not None
             self._client.send(message)
 
-    async def call(self, operation: Operation) -> bool | None:
+    async def call(self, operation: Operation) -> Answer | None:
         """As `CoreClient.call`; asks again if the core dies over it."""
         return await self._ask(lambda client: client.call(operation))
 

@@ -14,7 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.frontend.server import chat, completions, info
+from nanovllm.frontend.engine_events import BlockDetails, EngineEvent
+from nanovllm.frontend.server import chat, completions, engine, info
 from nanovllm.frontend.server.errors import ApiError
 from nanovllm.frontend.server.gate import Gate
 from nanovllm.frontend.server.messages import (
@@ -29,6 +30,7 @@ from nanovllm.frontend.server.messages import (
     Version,
 )
 from nanovllm.frontend.server.openapi import Endpoint, document, operation
+from nanovllm.frontend.server.page_files import page_files
 from nanovllm.frontend.server.requests import (
     ChatBody,
     CompletionBody,
@@ -40,6 +42,7 @@ from nanovllm.frontend.server.settings import ServerSettings
 
 GENERATING = (400, 404, 413, 429, 500, 503, 504)
 READING = (400, 404, 413, 503)
+VIEWING = (403, 429, 503)
 ENDPOINTS = [
     Endpoint(
         "POST",
@@ -65,11 +68,21 @@ ENDPOINTS = [
     Endpoint(
         "POST", "/detokenize", info.detokenize, body=DetokenizeBody, answer=Text, errors=READING
     ),
+    Endpoint("GET", "/v1/engine/events", engine.engine_events, event=EngineEvent, errors=VIEWING),
+    Endpoint(
+        "GET",
+        "/v1/engine/blocks/{block_id}",
+        engine.show_block,
+        answer=BlockDetails,
+        errors=(*VIEWING, 404, 504),
+    ),
     Endpoint("GET", "/version", info.show_version, answer=Version),
     Endpoint("GET", "/health", info.health, answer=Health, also=503, is_open=True),
     Endpoint("GET", "/ready", info.ready, answer=Health, also=503, is_open=True),
     Endpoint("GET", "/metrics", info.metrics, is_open=True),
 ]
+PAGE = page_files()
+PAGE_PATHS = {file.path for file in PAGE}
 OPEN_PATHS = {one.path for one in ENDPOINTS if one.is_open} | {"/docs", "/openapi.json"}
 PATHS = {one.path for one in ENDPOINTS}
 
@@ -90,18 +103,24 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
     app.state.serving = serving
     for one in ENDPOINTS:
         app.add_api_route(
-            one.path.replace("{model}", "{model:path}"),
+            one.route,
             one.run,
             methods=[one.method],
             response_model=None,
             openapi_extra=operation(one, has_keys=bool(settings.api_key)),
         )
+    for file in PAGE:
+        app.add_route(file.path, file.answer, methods=["GET"], include_in_schema=False)
     app.openapi = lambda: document(app, ENDPOINTS, has_keys=bool(settings.api_key))  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(
-        Gate, settings=settings, metrics=serving.metrics, paths=PATHS, open=OPEN_PATHS
+        Gate,
+        settings=settings,
+        metrics=serving.metrics,
+        paths=PATHS | PAGE_PATHS,
+        open=OPEN_PATHS | PAGE_PATHS,
     )
     if settings.allowed_origins:
         app.add_middleware(

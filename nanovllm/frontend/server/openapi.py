@@ -16,7 +16,8 @@ JSON, EVENTS = "application/json", "text/event-stream"
 MEANINGS = {
     400: "Something in the request is wrong: `param` names it",
     401: "No valid API key",
-    404: "No such model",
+    403: "The server does not show this (`--engine-view`)",
+    404: "There is no such thing here",
     413: "The body is too large",
     429: "Too many requests: `Retry-After`",
     500: "The engine failed this request",
@@ -24,6 +25,19 @@ MEANINGS = {
     504: "The deadline has passed",
 }
 Struct = type[msgspec.Struct]
+
+
+class PathParameter(NamedTuple):
+    """converter: the framework's word for what may stand there."""
+
+    converter: str
+    schema: dict[str, Any]
+
+
+PATH_PARAMETERS = {
+    "model": PathParameter("path", {"type": "string"}),
+    "block_id": PathParameter("int", {"type": "integer", "minimum": 0}),
+}
 
 
 class Endpoint(NamedTuple):
@@ -40,12 +54,22 @@ class Endpoint(NamedTuple):
     also: int | None = None
     is_open: bool = False
 
+    @property
+    def route(self) -> str:
+        """The path as the framework wants it."""
+        route = self.path
+        for name, (converter, _) in PATH_PARAMETERS.items():
+            route = route.replace(f"{{{name}}}", f"{{{name}:{converter}}}")
+        return route
+
 
 def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     """What FastAPI cannot see of an endpoint that reads its request itself."""
-    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    content: dict[str, Any] = {}
+    if endpoint.answer is None and endpoint.event is None:
+        content["text/plain"] = {"schema": {"type": "string"}}
     if endpoint.answer is not None:
-        content = {JSON: {"schema": _ref(endpoint.answer)}}
+        content |= {JSON: {"schema": _ref(endpoint.answer)}}
     if endpoint.event is not None:
         events = f"`data:` lines of {endpoint.event.__name__}, then `[DONE]`"
         content[EVENTS] = {"schema": {"type": "string", "description": events}}
@@ -60,9 +84,11 @@ def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     if endpoint.body is not None:
         content = {JSON: {"schema": _ref(endpoint.body)}}
         found["requestBody"] = {"required": True, "content": content}
-    if "{model}" in endpoint.path:
+    named = {name: kind for name, kind in PATH_PARAMETERS.items() if f"{{{name}}}" in endpoint.path}
+    if named:
         found["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": kind.schema}
+            for name, kind in named.items()
         ]
     if guarded:
         found["security"] = [{"bearer": []}]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.engine_events import EngineView
+from nanovllm.frontend.engine_feed import EngineFeed
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
@@ -61,6 +63,7 @@ class Serving:
         self.reply_format = ReplyFormat.of(None, settings)
         self._open_llm = open_llm
         self._llm: AsyncLLM | None = None
+        self._feed: EngineFeed | None = None
         self._status: CoreStatus | None = None
         self._heard_at = time.monotonic()
         self.num_requests = 0
@@ -135,6 +138,18 @@ class Serving:
     @property
     def model_name(self) -> str:
         return self.llm.info.served_model_name
+
+    @property
+    def engine_view(self) -> EngineView | None:
+        """How much of the engine may be looked at; None: nothing."""
+        return self.settings.shown_view
+
+    @property
+    def feed(self) -> EngineFeed:
+        """What the engine does, for all viewers of this process. Raises as `llm` does."""
+        if self._feed is None:
+            self._feed = EngineFeed(self.llm, view=self.engine_view or "counts")
+        return self._feed
 
     def check_model(self, name: str | None) -> None:
         """None is the one model there is."""

@@ -8,8 +8,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from nanovllm.frontend.engine_events import EngineView
+
 ToolCallFormat = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
 ReasoningFormat = Literal["auto", "think", "deepseek_r1", "none"]
+EngineViewSetting = Literal["auto", "full", "counts", "off"]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,4 +54,20 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     otlp_traces_endpoint: Annotated[
         str | None, Meta(description="send OpenTelemetry spans of requests to this collector")
     ] = None
+    engine_view: Annotated[
+        EngineViewSetting,
+        Meta(
+            description="what /v1/engine shows: all, also what is in blocks (others' prompts), "
+            "counts alone, or nothing; auto: full if only this machine can ask, and needs no key"
+        ),
+    ] = "auto"
     access_log: Annotated[bool, Meta(description="log every HTTP request")] = False
+
+    @property
+    def shown_view(self) -> EngineView | None:
+        """What `engine_view` comes to; None is nothing."""
+        if self.engine_view == "off":
+            return None
+        if self.engine_view == "auto":
+            return "full" if self.host in LOOPBACK and not self.api_key else "counts"
+        return self.engine_view
