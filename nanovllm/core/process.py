@@ -218,21 +218,18 @@ class CoreServer:
 
         Returns how much longer it took than meant.
         """
-        timeout_s = self._time_to_sleep(core, now)
+        due = min(core.next_deadline, self._pulse_due, max(now, self._rehearse_from))
+        if any(client.has_mail for client in self._clients):
+            due = min(due, now + BACKLOG_INTERVAL_S)
+        if self._draining:
+            due = min(due, self._drain_until)
+        timeout_s = max(0.0, due - now)
         if not self._poller.poll(int(timeout_s * 1e3) + 1) and now >= self._rehearse_from:
             self._clock.pause()
             if not core.rehearse():
                 self._rehearse_from = math.inf
             self._clock.resume()
         return time.monotonic() - now - timeout_s
-
-    def _time_to_sleep(self, core: EngineCore, now: float) -> float:
-        due = min(core.next_deadline, self._pulse_due, max(now, self._rehearse_from))
-        if any(client.has_mail for client in self._clients):
-            due = min(due, now + BACKLOG_INTERVAL_S)
-        if self._draining:
-            due = min(due, self._drain_until)
-        return max(0.0, due - now)
 
     def _send_pulse(self, core: EngineCore, now: float) -> None:
         pulse: Pulse | CoreStatus = Pulse()

@@ -8,6 +8,7 @@ plan carries ids only for known tokens. Workers run plans in order: stream order
 
 import time
 from bisect import insort
+from operator import attrgetter
 
 from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
@@ -16,6 +17,8 @@ from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
 from nanovllm.protocol import BlockAppend, FinishReason, StepPlan, StepResult
+
+BY_ORDER = attrgetter("order")
 
 
 class Scheduler:
@@ -115,7 +118,7 @@ class Scheduler:
         for sequence in held:
             self._running.remove(sequence)
             sequence.status = Status.PAUSED
-            insort(self._paused, sequence, key=_order)
+            insort(self._paused, sequence, key=BY_ORDER)
         self._waiting.park(client_id)
 
     def resume(self, client_id: int) -> None:
@@ -123,7 +126,7 @@ class Scheduler:
         for sequence in [one for one in self._paused if one.client_id == client_id]:
             self._paused.remove(sequence)
             sequence.status = Status.RUNNING
-            insort(self._running, sequence, key=_order)
+            insort(self._running, sequence, key=BY_ORDER)
         self._waiting.unpark(client_id)
 
     # ---- one step
@@ -231,9 +234,8 @@ class Scheduler:
 
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
         """Give each running sequence its tokens, oldest first; returns the budget left."""
-        running = self._running
+        running, index = self._running, 0
         cap = self._limits.long_prefill_token_threshold or budget
-        index = 0
         while index < len(running) and budget > 0:
             sequence = self._at = running[index]
             index += 1
@@ -258,8 +260,7 @@ class Scheduler:
 
     def _advance(self, step: ScheduledStep, sequence: Sequence, num_new: int) -> None:
         """Enter `num_new` tokens of `sequence` into the plan and count them as computed."""
-        plan = step.plan
-        start = sequence.num_computed
+        plan, start = step.plan, sequence.num_computed
         end = start + num_new
         if end == len(sequence.token_ids) + sequence.num_pending:
             plan.sampling.append(len(plan.rows))
@@ -358,7 +359,7 @@ class Scheduler:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
         sequence.row = self._free_rows.pop()
-        insort(self._running, sequence, key=_order)
+        insort(self._running, sequence, key=BY_ORDER)
         sequence.status = Status.RUNNING
         if not sequence.started_at:
             sequence.started_at = time.monotonic()
@@ -390,14 +391,10 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert that rows, order and blocks are consistent; called between steps."""
-        assert self._running == sorted(self._running, key=_order)
+        assert self._running == sorted(self._running, key=BY_ORDER)
         rows = [sequence.row for sequence in self._running + self._paused]
         assert sorted(rows + self._free_rows) == list(range(self._limits.max_num_seqs))
         assert all(sequence.status is Status.RUNNING for sequence in self._running)
         assert all(s.status is Status.WAITING and s.row == -1 for s in self._waiting)
         assert all(s.status is Status.PAUSED for s in self._paused)
         self._blocks.check_invariants(self._running + self._paused)
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order

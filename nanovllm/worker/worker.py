@@ -144,10 +144,9 @@ class Worker:
             self._load(model, checkpoint)
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
-            self._runner = self._make_runner(parts, kv_cache)
-        self._rehearsals = rehearsals(
-            self._runner, self._limits(parts), max_model_len=max_model_len
-        )
+            runner = self._runner = self._make_runner(parts, kv_cache)
+        limits = self._limits(parts)
+        self._rehearsals = rehearsals(runner, limits, max_model_len=max_model_len)
         self._memory_bytes["KV cache"] = kv_cache.nbytes
         stored = describe_weights(model, scheme)
         found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
