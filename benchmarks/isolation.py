@@ -160,17 +160,20 @@ def check_streams(client: BriefClient, num_streams: int, num_outputs: int) -> No
 
 
 def beside_one_that_does_not_read(
-    seconds: float, num_streams: int = 32
+    seconds: float, *, deaf_first: bool, num_streams: int = 32
 ) -> tuple[list[float], list[float], int]:
-    """A client's inter-token times beside streams of one that reads and then of one that does not,
-    and by how many bytes the core grew for it. Raises if the latter misses a token at last."""
+    """A client's inter-token times beside streams of one that reads and of one that does not, and
+    by how many bytes the core grew for the latter. Raises if that misses a token at last."""
     num_outputs = min(8000, int(seconds / STEP_S))
     with core_process("fair", 64) as (address, pid):
-        reader, deaf = (BriefClient(address, random.Random(seed)) for seed in (1, 2))
-        company = BriefClient(address, random.Random(3))
-        for number in range(num_streams):  # the same load, from somebody who reads
-            company.send(request(number, num_outputs))
-        alone = _gaps_while_reading(reader, company, seconds, num_streams)
+        reader, company, deaf = (BriefClient(address, random.Random(seed)) for seed in (1, 2, 3))
+
+        def beside_company() -> list[float]:
+            for number in range(num_streams):
+                company.send(request(number, num_outputs))
+            return _gaps_while_reading(reader, company, seconds, num_streams)
+
+        alone = [] if deaf_first else beside_company()
         memory, _ = footprint(pid)
         for number in range(num_streams):
             deaf.send(request(number, num_outputs))
@@ -179,6 +182,7 @@ def beside_one_that_does_not_read(
         status = reader.receive(CoreStatus)
         assert isinstance(status, CoreStatus) and status.num_paused == num_streams
         check_streams(deaf, num_streams, num_outputs)
+        alone = alone or beside_company()
         for client in (reader, deaf, company):
             client.send(Goodbye())
             client.close()
@@ -186,10 +190,10 @@ def beside_one_that_does_not_read(
 
 
 def report_reading(seconds: float, rounds: int) -> None:
-    """Rounds are there because what else the machine does changes p99 by more than a client may."""
+    """In rounds, in either order: what else a machine does changes p99 by more than this may."""
     pooled: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        alone, beside, growth = beside_one_that_does_not_read(seconds)
+    for number in range(rounds):
+        alone, beside, growth = beside_one_that_does_not_read(seconds, deaf_first=number % 2 == 1)
         for gaps, all_gaps in zip((alone, beside), pooled, strict=True):
             all_gaps += gaps
         p99s = [f"{percentile(gaps, 0.99) * 1e3:.2f}" for gaps in (alone, beside)]
@@ -218,7 +222,7 @@ def _gaps_while_reading(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="of not reading")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--serve", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--policy", default="fair", help=argparse.SUPPRESS)
     parser.add_argument("--seats", type=int, default=16, help=argparse.SUPPRESS)

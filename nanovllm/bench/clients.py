@@ -96,10 +96,7 @@ async def run_clients(
             )
         await watch.start()
         start_at = time.monotonic() + LEAD_S
-        async with asyncio.timeout(_longest(tasks) + DRAIN_S):
-            lines = await asyncio.gather(
-                *(_exchange(process, str(start_at).encode()) for process in processes)
-            )
+        lines = await _gather_reports(processes, start_at, seconds=_longest(tasks) + DRAIN_S)
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
@@ -108,6 +105,20 @@ async def run_clients(
     reports = [msgspec.json.decode(line, type=ClientReport) for line in lines]
     ends = [one.at + (one.e2e_s or 0.0) for report in reports for one in report.requests]
     return reports, max(ends, default=0.0) or tasks[0].load.duration
+
+
+async def _gather_reports(
+    processes: list[asyncio.subprocess.Process], start_at: float, *, seconds: float
+) -> list[bytes]:
+    """Let the clients begin, and read what each says at its end."""
+    begin = str(start_at).encode()
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.gather(*(_exchange(process, begin) for process in processes))
+    except TimeoutError:
+        raise ValueError(
+            f"rate: the core was not done {DRAIN_S:g} s after the last request: ask for less"
+        ) from None
 
 
 def _longest(tasks: list[ClientTask]) -> float:

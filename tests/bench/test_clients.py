@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.bench import clients as clients_module
 from nanovllm.bench.clients import clients, cpu_seconds, listening_pid, memory_mib
 from nanovllm.bench.load import ClientsLoad
 
@@ -47,6 +48,13 @@ def test_a_closed_loop_keeps_its_streams_going() -> None:
     load = ClientsLoad(clients=1, streams=3, duration=0.6, input_len=8, output_len=30)
     text = clients(load, dict(SYNTHETIC))
     assert "1 clients, 3 streams each for 0.6 s" in text and "0 errors" in text
+
+
+def test_more_than_can_be_done_is_refused_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients_module, "DRAIN_S", 0.0)
+    load = ClientsLoad(clients=1, rate=50.0, duration=0.2, output_len=1000, length_spread=0.0)
+    with pytest.raises(ValueError, match="rate: the core was not done"):
+        clients(load, dict(SYNTHETIC))
 
 
 def test_a_standalone_core_is_watched_as_well(tmp_path: Path) -> None:
