@@ -23,7 +23,7 @@ from nanovllm.observation import (
     WaitCause,
 )
 
-WATCH_LEASE_S = 5.0
+WATCH_LEASE_S = 15.0  # a step of a long prompt on a CPU takes seconds, and nobody can ask meanwhile
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.125, 2.0
 COST_SHARE = 0.006  # of the core's time, for all watchers together
 UNSEEN_SHARE = 1.3  # the answer is encoded and sent after it has been timed: what it costs in all

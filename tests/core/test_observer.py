@@ -269,6 +269,7 @@ def test_what_looking_costs_decides_how_soon_to_look_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     observer = Observer(make_core())
+    monkeypatch.setattr(observer_module, "COST_SHARE", 1e9)
     assert look(observer).interval_s == observer_module.MIN_INTERVAL_S
     monkeypatch.setattr(observer_module, "COST_SHARE", 1e-9)
     assert look(observer).interval_s == observer_module.MAX_INTERVAL_S

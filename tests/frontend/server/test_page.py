@@ -111,7 +111,8 @@ def test_a_block_tells_its_tokens_and_its_hash(browser: Any, url: str) -> None:
         page.page.wait_for_selector(".assistant .cache")
         page.until("Number(document.querySelector('#grid').dataset.cached) > 0")
         # Whichever it is: earlier tests have used blocks as well.
-        texts = {i: block_text(url, i) for i in range(1, 120)}
+        with httpx.Client(base_url=url) as client:
+            texts = {i: block_text(client, i) for i in range(1, 120)}
         (block_id,) = (i for i, text in texts.items() if text == "1234567890123456")
         page.page.focus("#grid")
         for _ in range(block_id):
@@ -127,8 +128,8 @@ def test_a_block_tells_its_tokens_and_its_hash(browser: Any, url: str) -> None:
         page.until("document.querySelector('#inspector').innerText.includes('Block 1 ')")
 
 
-def block_text(url: str, block_id: int) -> str:
-    texts: list[str] = httpx.get(f"{url}/v1/engine/blocks/{block_id}").json()["texts"]
+def block_text(client: httpx.Client, block_id: int) -> str:
+    texts: list[str] = client.get(f"/v1/engine/blocks/{block_id}").json()["texts"]
     return "".join(texts)
 
 

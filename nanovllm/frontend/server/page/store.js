@@ -181,6 +181,7 @@ export class Store extends EventTarget {
     if (goesOn) {
       const last = this.steps.at(-1)?.step ?? -1;
       event.steps = event.steps.filter((step) => step.step > last);
+      if (event.steps.length) this.numLost += event.steps[0].step - last - 1;
       for (const request of this.requests.values()) request.table = [];
     } else {
       this.requests.clear();
