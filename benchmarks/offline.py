@@ -62,6 +62,12 @@ def run_workload(llm: Any, params_type: Any, name: str, repeats: int) -> tuple[f
     return best, workload
 
 
+def wanted_workloads(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """Names, and how often each runs: `--repeats` times, or as `name:times` says."""
+    parts = [text.partition(":") for text in arguments.workload.split(",")]
+    return [(name, int(times or arguments.repeats)) for name, _, times in parts]
+
+
 def measure(engine: str, arguments: argparse.Namespace) -> None:
     """Run all workloads on one engine in this process."""
     config = json.loads((Path(arguments.model) / "config.json").read_text())
@@ -73,8 +79,8 @@ def measure(engine: str, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     llm, params_type = make_engine(engine, arguments)
     print(f"{engine:9s} start {time.perf_counter() - started:.1f} s", flush=True)
-    for name in arguments.workload.split(","):
-        seconds, workload = run_workload(llm, params_type, name, arguments.repeats)
+    for name, repeats in wanted_workloads(arguments):
+        seconds, workload = run_workload(llm, params_type, name, repeats)
         num_out = sum(workload[1])
         num_all = num_out + sum(map(len, workload[0]))
         print(
@@ -89,13 +95,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="directory with a config.json")
     parser.add_argument("--load-format", default="auto", choices=["auto", "safetensors", "dummy"])
-    parser.add_argument("--workload", default=",".join(WORKLOADS), help="names, comma-separated")
+    parser.add_argument(
+        "--workload",
+        default=",".join(WORKLOADS),
+        help="names, comma-separated; name:1 runs it once",
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--config", default="{}", help="further nanovllm settings, as JSON")
     parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
     arguments = parser.parse_args()
-    unknown = set(arguments.workload.split(",")) - set(WORKLOADS)
+    unknown = {name for name, _ in wanted_workloads(arguments)} - set(WORKLOADS)
     if unknown:
         parser.error(f"unknown workload {', '.join(unknown)}: known are {', '.join(WORKLOADS)}")
     if arguments.engine:
