@@ -95,8 +95,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         AtLeast1 | None,
         Meta(
             description="prompt tokens that a step may always hold beside sequences that decode; "
-            "more, up to max_num_batched_tokens, in proportion to how many sequences have yet to "
-            "decode; default: CUDA 2048, CPU 512"
+            "more, up to max_num_batched_tokens, the more others have yet to decode; "
+            "default: CUDA 2048, CPU 512"
         ),
     ] = None
     long_prefill_token_threshold: Annotated[
