@@ -91,7 +91,7 @@ def test_with_all_else_that_shapes_an_output(llm: LLM) -> None:
         sampled({"regex": "(ab ?)+"}, 1, min_tokens=12, max_tokens=20, **shaped),
         sampled({"choice": ["yes"]}, 2, min_tokens=12, **shaped),
         sampled({"regex": "[0-9]{1,3};[0-9]{9}"}, 3, stop=[";"], **shaped),
-        sampled({"json_object": True}, 4, max_tokens=3, **shaped),
+        sampled({"json": PERSON}, 4, max_tokens=3, **shaped),  # an object may be {} and whole
     ]
     long, whole, stopped, cut = (
         one.outputs[0] for one in llm.chat([QUESTION] * 4, params, use_tqdm=False)
