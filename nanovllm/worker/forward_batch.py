@@ -144,43 +144,23 @@ class PlanStaging:
             prefix=None if sharing is None else _prefix_in(on_device[4], num_rows),
         )
 
-    def decode_view(
+    def view(
         self, num_tokens: int, num_rows: int, *, max_seq_len: int, shares_prefix: bool
     ) -> StagedPlan:
-        """The first `num_rows` entries on the device as a pure decode step of whatever is staged.
+        """The first `num_rows` entries, and one of padding, of whatever is staged.
 
-        Its tensors are the persistent buffer itself and constants; its arrays are upper bounds.
+        As many tokens as rows make it a pure decode step; else entries have any numbers of tokens,
+        and those beyond the entries' are padding (`expand_view`). Its tensors are the persistent
+        buffer itself and constants; its arrays are upper bounds, as of one row with all tokens.
         """
         sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
-        bounds = np.arange(num_rows + 1, dtype=np.int32)
-        assert num_tokens == num_rows
-        starts = self._counting[: num_rows + 1]
-        return StagedPlan(
-            rows=sections[0, :num_rows],
-            num_computed=sections[1, :num_rows],
-            query_start_loc=starts,
-            sampling=starts[:-1],
-            writes=starts.new_empty(2, 0),
-            host_rows=np.full(num_rows, self._padding_row, np.int32),
-            host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
-            host_query_start_loc=bounds,
-            host_sampling=bounds[:-1],
-            prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
-        )
-
-    def padded_view(
-        self, num_tokens: int, num_rows: int, *, max_seq_len: int, shares_prefix: bool
-    ) -> StagedPlan:
-        """The first `num_rows` entries, with any numbers of tokens, of whatever is staged.
-
-        Its tensors are the persistent buffer itself; its arrays are upper bounds, as of one row
-        with `num_tokens` tokens. Tokens beyond the entries' are padding (`expand_view`).
-        """
-        sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
+        starts = sections[2, : num_rows + 2]
+        if num_tokens == num_rows:
+            starts = self._counting[: num_rows + 1]
         return StagedPlan(
             rows=sections[0, : num_rows + 1],
             num_computed=sections[1, : num_rows + 1],
-            query_start_loc=sections[2, : num_rows + 2],
+            query_start_loc=starts,
             sampling=sections[3, :num_rows],
             writes=sections.new_empty(2, 0),
             host_rows=np.full(num_rows, self._padding_row, np.int32),

@@ -171,18 +171,16 @@ class ModelRunner:
         assert self._fused is not None
         rows, staging = self._rows, self._staging
         max_seq_len, shares_prefix = rows.token_ids.shape[1], variant.shares_prefix
-        decodes = shape.num_tokens == shape.num_rows
-        view = staging.decode_view if decodes else staging.padded_view
-        staged = view(*shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix)
+        staged = staging.view(*shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix)
         batch = self._fused.expand_view(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
-        row_ids, positions, wanted = staged.rows, batch.seq_lens, None
-        if not decodes:
+        row_ids, positions, wanted = staged.rows[: shape.num_rows], batch.seq_lens, None
+        if shape.num_tokens > shape.num_rows:
             entries = staged.sampling.long()
             ends = staged.query_start_loc[entries + 1]
             wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
-            row_ids = row_ids[entries]
+            row_ids = staged.rows[entries]
         hidden = self._model.forward(batch, self._kv_cache, wanted=wanted)
         return self._fused.sample_tokens(
             self._model.raw_logits(hidden),

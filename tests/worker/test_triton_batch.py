@@ -49,7 +49,7 @@ def test_decode_step(num_rows: int) -> None:
         make_plan(1, [(6, 11, 1), (1, 3, 1)]),
     )
     rows.token_ids[6, 11], rows.token_ids[1, 3] = 50, 51  # as the sampler would
-    view = staging.decode_view(num_rows, num_rows, max_seq_len=24, shares_prefix=False)
+    view = staging.view(num_rows, num_rows, max_seq_len=24, shares_prefix=False)
     check(*both(view, rows))
 
 
@@ -63,5 +63,5 @@ def test_step_with_prompts(num_tokens: int, num_rows: int) -> None:
         make_plan(0, [(6, 0, 4)], new_rows=new_rows),
         make_plan(1, [(6, 4, 7), (1, 0, 3), (3, 0, 4)]),
     )
-    view = staging.padded_view(num_tokens, num_rows, max_seq_len=24, shares_prefix=False)
+    view = staging.view(num_tokens, num_rows, max_seq_len=24, shares_prefix=False)
     check(*both(view, rows))

@@ -17,9 +17,9 @@ BLOCK = 128  # tokens of a program, or words of a block table at once
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def _expand_kernel(
-    rows,  # [num_rows + 1] int32, the last one the padding row's; [num_rows] if DECODES
+    rows,  # [num_rows + 1] int32, the last one the padding row's
     num_computed,  # like rows
-    starts,  # one more than rows: first token of each
+    starts,  # first token of each, and behind the last; if DECODES that of num_rows
     token_ids,  # [rows of the device, …] int32
     tables,  # likewise: block tables
     stride,  # of both
