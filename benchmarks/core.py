@@ -88,7 +88,7 @@ def timed(
     for _ in range(num_steps):
         outputs = core.step()
         if outputs is not None:
-            server._collect(outputs)
+            server._clients.collect(outputs)
             encoder.encode(client.outputs)
             client.take_outputs()
     return (time.perf_counter() - started) / num_steps

@@ -145,7 +145,7 @@ class Engine:
     def step(self) -> None:
         outputs = self.core.step()
         if outputs is not None:
-            self._server._collect(outputs)
+            self._server._clients.collect(outputs)
             self._encoder.encode(self._client.outputs)
             self._client.take_outputs()
             for _ in outputs.finished:

@@ -15,6 +15,8 @@ def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_admis
     """Tokens of the next step. num_admissible: waiting sequences for which there is a row."""
     most = limits.max_num_batched_tokens
     num_prompts = sum(one.num_computed < one.num_prompt_tokens for one in running)
+    if num_prompts + num_admissible == 0:
+        return most  # for nobody
     # The last token of some is sampled, or on its way.
     num_ended = sum(one.num_computed >= one.max_total - 1 for one in running)
     num_decoding = len(running) - num_prompts - num_ended

@@ -25,7 +25,8 @@ def running(*, num_decoding: int, num_prompts: int) -> list[Sequence]:
     [
         (0, 0, 5, 8000),
         (0, 3, 0, 8000),
-        (1, 0, 0, 1001),
+        (1, 0, 0, 8000),  # nobody wants it
+        (2, 0, 1, 4002),
         (64, 0, 1, 1064),  # a newcomer must not hold up 64 others for long
         (16, 16, 0, 8000),  # half still wait for their first token
         (17, 16, 0, 4017),
