@@ -22,8 +22,10 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# Of benchmarks only whether what they call is there, and called as it can be.
 types: setup
 	$(PY) -m mypy
+	MYPYPATH=benchmarks $(PY) -m mypy --config-file benchmarks/mypy.ini benchmarks
 
 bench: setup
 	$(PY) benchmarks/core.py

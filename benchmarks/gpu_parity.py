@@ -101,7 +101,8 @@ def main() -> None:
     path = locate(arguments.model).path
     where = {"gguf_file": path.name} if path.is_file() else {}
     root = path.parent if path.is_file() else path
-    reference = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, **where).cuda()
+    reference = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, **where)
+    reference.to("cuda")
     tokenizer = Tokenizer.load(arguments.model)
     prompts = [tokenizer.encode(text) for text in TEXTS]
     for name, settings in PATHS.items():

@@ -74,6 +74,9 @@ class InstantExecutor:
             eos_token_ids=[0],
         )
 
+    def rehearse(self) -> bool:
+        return False
+
     def submit(self, plan: StepPlan) -> "InstantHandle":
         return InstantHandle(StepResult(plan.step, [7] * len(plan.sampling)))
 

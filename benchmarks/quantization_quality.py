@@ -75,7 +75,7 @@ class Scorer:
         self._model = Decoder(
             spec, kernels=kernels, attention=attention, dtype=dtype, device=self._device
         )
-        allocate_linears(model, choose_scheme(variant.quantization, config))
+        allocate_linears(self._model, choose_scheme(variant.quantization, config))
         load_weights(
             self._model,
             checkpoint,
@@ -114,6 +114,8 @@ class Scorer:
             block_tables=blocks[None],
             num_tokens=count,
             num_rows=1,
+            num_decode_rows=int(count == 1),
+            num_chunk_keys=end if count > 1 else 0,
             max_query_len=count,
             max_seq_len=end,
         )
