@@ -31,14 +31,18 @@ from nanovllm.sampling_params import SamplingParams
 class InstantExecutor:
     """Samples token 7 for everyone, at once."""
 
+    def __init__(self, *, num_blocks: int = 100_000, max_model_len: int = 4096) -> None:
+        self._num_blocks = num_blocks
+        self._max_model_len = max_model_len
+
     def start(self) -> WorkerInfo:
         return WorkerInfo(
             device="none",
             dtype="none",
             attention_backend="none",
             architecture="none",
-            num_blocks=100_000,
-            max_model_len=4096,
+            num_blocks=self._num_blocks,
+            max_model_len=self._max_model_len,
             vocab_size=1000,
             eos_token_ids=[0],
         )

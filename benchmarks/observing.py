@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
+from core import InstantExecutor
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import observer
@@ -28,7 +29,7 @@ from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import ScheduledStep
 from nanovllm.core.step_log import StepLog
 from nanovllm.observation import Observation, Observe
-from nanovllm.protocol import AddRequest, Call, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol import AddRequest, Call
 from nanovllm.sampling_params import SamplingParams
 
 VIEWER = 1_000_000  # some other client's id
@@ -54,42 +55,6 @@ LOADS = (
     Load("256, of prompts of 8,000 tokens", 5.0, 256, num_blocks=300_000, prompt_len=8_000),
     Load("256, of 20 to 400 tokens each", 5.0, 256, output_len=400),
 )
-
-
-class InstantExecutor:
-    """Samples token 7 for everyone, at once."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self._num_blocks = num_blocks
-
-    def start(self) -> WorkerInfo:
-        return WorkerInfo(
-            device="none",
-            dtype="none",
-            attention_backend="none",
-            architecture="none",
-            num_blocks=self._num_blocks,
-            max_model_len=1_000_000,
-            vocab_size=1000,
-            eos_token_ids=[0],
-        )
-
-    def rehearse(self) -> bool:
-        return False
-
-    def submit(self, plan: StepPlan) -> "InstantHandle":
-        return InstantHandle(StepResult(plan.step, [7] * len(plan.sampling)))
-
-    def shutdown(self) -> None:
-        pass
-
-
-class InstantHandle:
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def result(self) -> StepResult:
-        return self._result
 
 
 class TimedLog(StepLog):
@@ -123,7 +88,7 @@ class Engine:
         config = EngineConfig.from_kwargs(
             max_num_seqs=load.num_running, max_inflight_steps=2, max_num_batched_tokens=8192
         )
-        executor = InstantExecutor(load.num_blocks)
+        executor = InstantExecutor(num_blocks=load.num_blocks, max_model_len=1_000_000)
         self.load = load
         self.core = EngineCore(config, executor, executor.start())
         self.operations = Operations(self.core)
