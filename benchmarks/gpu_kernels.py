@@ -31,7 +31,7 @@ from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tun
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels import triton_kernels, triton_sampler
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
+from nanovllm.worker.kernels.triton_linear import Tile, can_norm, fp8_tile_for, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import Decoder
@@ -296,7 +296,12 @@ def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int,
     def run() -> Tensor:
         for linear in linears:
             if tile is not None:
-                out = skinny_linear(x, linear, norm=norm, residual=residual, gated=gated, tile=tile)
+                apart = norm is not None and not can_norm(x)
+                inputs = KERNELS.rms_norm(x, *norm) if apart else x
+                out = skinny_linear(
+                    inputs, linear, norm=None if apart else norm, residual=residual, gated=gated,
+                    tile=tile,
+                )  # fmt: skip
                 continue
             if residual is not None:
                 out = torch.addmm(residual, x, linear.weight.t())
@@ -365,7 +370,7 @@ def describe(tile: Tile) -> str:
 
 def linear_cases() -> Iterator[Case]:
     wanted = [("linear", m, QWEN3_06B) for m in (8, 16)]
-    wanted += [("medium", m, QWEN3_06B) for m in (64, 256)]
+    wanted += [("medium", m, QWEN3_06B) for m in (32, 64, 128)]
     wanted += [("large", m, QWEN3_8B | LM_HEAD) for m in (1, 8, 16)]
     for group, num_tokens, model in wanted:
         for name, size in model.items():
@@ -410,7 +415,7 @@ def build_layer(num_tokens: int, *, ours: bool, num_layers: int = 28):
 
 def layer_cases() -> Iterator[Case]:
     num_bytes = sum(n * k * 2 for n, k in QWEN3_06B.values())
-    for num_tokens in (1, 4, 8, 16, 32, 64, 128):
+    for num_tokens in (1, 4, 8, 16, 32, 64, 128, 256):
         for label, ours in (("cuBLAS", False), ("as the engine runs it", True)):
             build = partial(build_layer, num_tokens, ours=ours)
             yield Case("layer", f"m{num_tokens}", label, num_bytes, 0, build)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear
+from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear, tile_for
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
 from tests.worker.triton_device import DEVICE
@@ -52,6 +52,37 @@ def test_norm_before_few_tokens(num_tokens: int, tile: Tile) -> None:
     out = skinny_linear(x, Linear(weight, None, {}, 0), norm=(factors, 1e-6), tile=tile)
     expected = rms_normed(x.double(), factors.double(), 1e-6) @ weight.double().T
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("num_tokens", [17, 33, 65])
+@pytest.mark.parametrize("num_inputs", [576, 1536])
+def test_inputs_that_no_tile_divides(num_tokens: int, num_inputs: int) -> None:
+    x, residual = torch.randn(num_tokens, num_inputs + 40, device=DEVICE).split((num_inputs, 40), 1)
+    x, residual = x.contiguous(), residual.contiguous()
+    weight = torch.randn(40, num_inputs, device=DEVICE) * num_inputs**-0.5
+    if DEVICE.type == "cuda":  # where tiles are measured, and fit, in halves
+        x, residual, weight = x.bfloat16(), residual.bfloat16(), weight.bfloat16()
+    tolerance = 1e-6 if x.dtype == torch.float32 else 4e-3
+    linear, product = Linear(weight, None, {}, 0), x.double() @ weight.double().T
+    expected = product + residual
+    out = skinny_linear(x, linear, residual=residual)
+    assert (out - expected).norm() < tolerance * expected.norm()
+    gate, up = product.chunk(2, dim=1)
+    expected = gate * gate.sigmoid() * up
+    out = skinny_linear(x, linear, gated=True)
+    assert (out - expected).norm() < tolerance * expected.norm()
+
+
+def test_small_layers_are_cut_as_measured() -> None:
+    """Qwen3-0.6B's, so that all programs of a product run at once."""
+    whole, halves = Tile(32, 1024, 1, 4, 2), Tile(32, 128, 12, 4, 5)
+    assert tile_for(32, 4096, 1024, gated=False) == Tile(32, 256, 4, 4, 3)
+    assert tile_for(64, 4096, 1024, gated=False) == tile_for(64, 1024, 3072, gated=False) == whole
+    assert tile_for(128, 1024, 2048, gated=False) == whole
+    assert tile_for(128, 1024, 3072, gated=False) == halves
+    assert tile_for(128, 4096, 1024, gated=False) == Tile(64, 128, 8, 4, 4)
+    assert tile_for(32, 3072, 1024, gated=True) == Tile(64, 256, 1, 4, 2)
+    assert tile_for(64, 3072, 1024, gated=True) == Tile(32, 128, 8, 4, 5)
 
 
 def fp8_linear(num_outputs: int, num_inputs: int, *, bias: bool = False) -> Linear:
