@@ -29,9 +29,10 @@ from nanovllm.worker.attention.flash_attention import FlashAttention
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
-from nanovllm.worker.kernels import triton_kernels, triton_sampler
+from nanovllm.worker.kernels import triton_kernels, triton_linear, triton_sampler
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_linear import Tile, can_norm, fp8_tile_for, skinny_linear
+from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import Decoder
@@ -286,52 +287,56 @@ def weights_of(num_outputs: int, num_inputs: int) -> list[Tensor]:
 
 
 def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int, int]):
-    """With what surrounds the product in a layer: norm and gate, or the residual."""
+    """With what surrounds the product in a layer: norm and gate, or the residual and what the
+    next norm needs of it."""
     weights, x = weights_of(*size), randn(num_tokens, size[1])
     linears = [Linear(weight, None, {}, 0) for weight in weights]
     gated, factors = name == "gate_up", randn(size[1])
     norm = (factors, 1e-6) if name in ("qkv", "gate_up") else None
     residual = None if norm or name == "lm_head" else randn(num_tokens, size[0])
+    values = x if norm is None else x * factors
+    squares = x.float().square().unflatten(1, (-1, 64)).sum(2)
+    next_norm = randn(size[0])
+
+    def cublas(linear: Linear) -> Tensor:
+        if residual is not None:
+            return torch.addmm(residual, x, linear.weight.t())
+        out = linear(x if norm is None else KERNELS.rms_norm(x, *norm))
+        return KERNELS.silu_and_mul(out) if gated else out
+
+    def ours(linear: Linear) -> Tensor:
+        if residual is not None:
+            return skinny_add(x, linear, residual, next_norm=next_norm, tile=tile).hidden
+        scale = norm and (squares, norm[1])
+        return skinny_linear(values, linear, norm=scale, gated=gated, tile=tile)
+
+    multiply = cublas if tile is None else ours
 
     def run() -> Tensor:
         for linear in linears:
-            if tile is not None:
-                apart = norm is not None and not can_norm(x)
-                inputs = KERNELS.rms_norm(x, *norm) if apart else x
-                out = skinny_linear(
-                    inputs, linear, norm=None if apart else norm, residual=residual, gated=gated,
-                    tile=tile,
-                )  # fmt: skip
-                continue
-            if residual is not None:
-                out = torch.addmm(residual, x, linear.weight.t())
-                continue
-            out = linear(x if norm is None else KERNELS.rms_norm(x, *norm))
-            out = KERNELS.silu_and_mul(out) if gated else out
+            out = multiply(linear)
         return out
 
-    def error() -> float:
+    def expected() -> Tensor:
         inputs = x.double()
         if norm is not None:
-            inputs *= torch.rsqrt(inputs.square().mean(1, keepdim=True)) * factors.double()
-        expected = inputs @ weights[-1].double().T
+            inputs = F.rms_norm(inputs, (size[1],), factors.double(), 1e-6)
+        out = inputs @ weights[-1].double().T
         if residual is not None:
-            expected += residual.double()
-        if gated:
-            gate, up = expected.chunk(2, dim=1)
-            expected = F.silu(gate) * up
-        return relative_error(run(), expected)
+            out += residual.double()
+        return F.silu(out[:, : size[0] // 2]) * out[:, size[0] // 2 :] if gated else out
 
-    return run, len(weights), error
+    return run, len(weights), lambda: relative_error(run(), expected())
 
 
-def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
-    """Candidates around what `tile_for` chooses."""
+def tiles_for(num_tokens: int, size: tuple[int, int], *, gated: bool = False) -> Iterator[Tile]:
+    """Candidates around what `tile_for` chooses, of up to 16 tokens."""
+    num_inputs = size[1]
     if num_tokens == 1:
         for block_n, block_k, warps in ((8, 1024, 8), (8, 1024, 4), (4, 2048, 8), (4, 4096, 8)):
             if block_k < 2 * num_inputs:
                 yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
-    elif num_tokens <= 16:
+    else:
         for block_n, block_k, num_tiles, stages in (
             (32, 512, 1, 2), (64, 512, 1, 2), (32, 512, 2, 3), (64, 512, 2, 2), (32, 256, 4, 4),
             (32, 256, 2, 3), (32, 256, 1, 2), (32, 128, 8, 5), (32, 128, 4, 4), (64, 128, 8, 4),
@@ -339,86 +344,145 @@ def tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Ti
         ):  # fmt: skip
             if num_inputs % (block_k * num_tiles) == 0:
                 yield Tile(block_n, block_k, num_tiles, 4, stages)
-    else:
-        yield from wide_tiles_for(num_tokens, num_outputs, num_inputs)
 
 
-def wide_tiles_for(num_tokens: int, num_outputs: int, num_inputs: int) -> Iterator[Tile]:
-    """Of many tokens: what gives most multiprocessors something to do."""
-    num_parts = 1 + (num_outputs in (6144, 24576) and num_inputs in (1024, 4096))  # gated
+def tiles_of_many(num_tokens: int, size: tuple[int, int], *, gated: bool) -> Iterator[Tile]:
+    """What gives most multiprocessors something to do, and fits their shared memory."""
+    num_outputs, num_inputs = size[0] // (1 + gated), size[1]
+    least = max(16, triton.next_power_of_2(min(num_tokens, 64)))
     for block_m, block_n, block_k, splits in product(
-        (64, 128), (32, 64, 128), (64, 128), (1, 2, 4)
+        sorted({least, 64}), (32, 64), (128, 256, 512, 1024), (1, 2, 3, 4)
     ):
-        num_n = -(-num_outputs // (block_n * num_parts))
-        programs = -(-num_tokens // block_m) * num_n * splits
-        tile_bytes = (block_m + block_n * num_parts) * block_k * 2
-        whole = num_inputs % (block_k * splits) == 0
-        size = block_m * block_n * num_parts
-        if block_m <= num_tokens and 60 <= programs <= 400 and size <= 2**14 and whole:
-            num_tiles = num_inputs // (block_k * splits)
-            # Deep enough to hide latency; the shallower one may share a multiprocessor.
-            for stages in sorted({min(100_000 // tile_bytes, 5), min(200_000 // tile_bytes, 5)}):
-                if stages >= 2:
-                    warps = 8 if size > 2**13 else 4
-                    yield Tile(block_n, block_k, num_tiles, warps, stages, block_m)
+        num_tiles = num_inputs / (block_k * splits)
+        programs = -(-num_tokens // block_m) * -(-num_outputs // block_n) * splits
+        if num_tiles != int(num_tiles) or not 60 <= programs <= 264:
+            continue
+        room = 230_000 // ((block_m + block_n * (1 + gated)) * block_k * 2)
+        # One for the first tile; the fewer may share a multiprocessor.
+        depths = {2} if num_tiles == 1 else {min(room - 1, 5), min(room // 2 - 1, 5)}
+        for stages in sorted(depths):
+            if room >= 1 and (num_tiles == 1 or stages >= 2):
+                yield Tile(block_n, block_k, int(num_tiles), 4, stages, block_m)
 
 
 def describe(tile: Tile) -> str:
     label = f"n{tile.block_n} k{tile.block_k}×{tile.num_tiles} w{tile.warps}"
-    return f"{label} s{tile.stages} m{tile.block_m}"
+    return f"{label} s{tile.stages} m{tile.block_m or ''}"
 
 
 def linear_cases() -> Iterator[Case]:
     wanted = [("linear", m, QWEN3_06B) for m in (8, 16)]
-    wanted += [("medium", m, QWEN3_06B) for m in (32, 64, 128)]
     wanted += [("large", m, QWEN3_8B | LM_HEAD) for m in (1, 8, 16)]
     for group, num_tokens, model in wanted:
         for name, size in model.items():
             shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
-            for tile in (None, *tiles_for(num_tokens, *size)):
+            for tile in (None, *tiles_for(num_tokens, size)):
                 label = "cuBLAS" if tile is None else describe(tile)
                 build = partial(build_linear, tile, num_tokens, name, size)
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
 
 
-def build_layer(num_tokens: int, *, ours: bool, num_layers: int = 28):
-    """One layer's products with all that lies between them but attention and RoPE."""
-    layers = [
+@lru_cache(maxsize=1)
+def chain_of_layers(num_layers: int = 28) -> list[dict[str, Linear]]:
+    return [
         {
             name: Linear(randn(n, k, scale=k**-0.5), None, {}, 0)
             for name, (n, k) in QWEN3_06B.items()
         }
         for _ in range(num_layers)
     ]
-    factors, start = randn(1024), randn(num_tokens, 1024)
 
-    def cublas() -> Tensor:
+
+@dataclass(frozen=True)
+class Choice:
+    """How a chain multiplies: as the engine does, but for what is given here."""
+
+    tiles: tuple[tuple[str, Tile], ...] = ()  # of layers by name, which are ours then
+    max_weighed_tokens: int = triton_linear.MAX_WEIGHED_TOKENS
+
+    def take(self) -> None:
+        """For all launches that follow."""
+        tiles = {QWEN3_06B[name]: tile for name, tile in self.tiles}
+
+        def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+            tile = tiles.get((num_outputs * (1 + gated), num_inputs))
+            return tile or TILE_FOR(num_tokens, num_outputs, num_inputs, gated=gated)
+
+        def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> bool:
+            is_ours = tuple(weight.shape) in tiles
+            return is_ours or POLICIES["as chosen"](num_tokens, weight, gated=gated)
+
+        triton_linear.tile_for, triton_kernels.beats_cublas = tile_for, beats_cublas
+        triton_linear.MAX_WEIGHED_TOKENS = self.max_weighed_tokens
+
+
+TILE_FOR = triton_linear.tile_for
+
+
+def build_layer(num_tokens: int, choice: Choice | None):
+    """Layers' products with all that lies between them but attention and RoPE. None: cuBLAS."""
+    layers, factors, start = chain_of_layers(), randn(1024), randn(num_tokens, 1024)
+    num_heads = num_tokens * 2048  # of the queries' numbers, here those that come first
+
+    def cublas(layers: list[dict[str, Linear]]) -> Tensor:
         stream = start.clone()
         for layer in layers:
-            heads = layer["qkv"](KERNELS.rms_norm(stream, factors, 1e-6))[:, :2048]
+            qkv = layer["qkv"](KERNELS.rms_norm(stream, factors, 1e-6))
+            heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
             stream = stream.addmm_(heads, layer["o"].weight.t())
             inner = layer["gate_up"](KERNELS.rms_norm(stream, factors, 1e-6))
             stream = stream.addmm_(KERNELS.silu_and_mul(inner), layer["down"].weight.t())
         return stream
 
-    def chosen() -> Tensor:
-        stream = start.clone()
+    def chosen(layers: list[dict[str, Linear]]) -> Tensor:
+        choice.take()
+        stream = Stream(start.clone())
         for layer in layers:
             qkv = KERNELS.norm_linear(stream, factors, 1e-6, layer["qkv"])
-            heads = qkv.view(-1)[: num_tokens * 2048].view(num_tokens, 2048)  # contiguous
-            stream = KERNELS.linear_add(heads, layer["o"], stream)
-            stream = KERNELS.mlp(stream, factors, 1e-6, layer["gate_up"], layer["down"])
+            heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
+            stream = KERNELS.linear_add(heads, layer["o"], stream.hidden, factors)
+            mlp = layer["gate_up"], layer["down"]
+            stream = KERNELS.mlp(stream, factors, 1e-6, *mlp, factors)
+        return stream.hidden
+
+    def exact(layers: list[dict[str, Linear]]) -> Tensor:
+        stream, wide = start.double(), factors.double()
+        for layer in layers:
+            weights = {name: linear.weight.double() for name, linear in layer.items()}
+            qkv = F.rms_norm(stream, (1024,), wide, 1e-6) @ weights["qkv"].T
+            heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
+            stream = stream + heads @ weights["o"].T
+            gates = F.rms_norm(stream, (1024,), wide, 1e-6) @ weights["gate_up"].T
+            stream = stream + (F.silu(gates[:, :3072]) * gates[:, 3072:]) @ weights["down"].T
         return stream
 
-    return (chosen if ours else cublas), num_layers, None
+    run = cublas if choice is None else chosen
+    return (
+        lambda: run(layers),
+        len(layers),
+        lambda: relative_error(run(layers[:2]), exact(layers[:2])),
+    )
 
 
 def layer_cases() -> Iterator[Case]:
+    """A layer as it runs, and, of medium numbers of tokens, with other tiles for one product."""
     num_bytes = sum(n * k * 2 for n, k in QWEN3_06B.values())
+    ways = {"cuBLAS": None, "as the engine runs it": Choice()}
+    ways |= {"norms apart": Choice(max_weighed_tokens=0)}
+    ways |= {"norms ahead": Choice(max_weighed_tokens=128)}
     for num_tokens in (1, 4, 8, 16, 32, 64, 128, 256):
-        for label, ours in (("cuBLAS", False), ("as the engine runs it", True)):
-            build = partial(build_layer, num_tokens, ours=ours)
+        for label, choice in ways.items():
+            build = partial(build_layer, num_tokens, choice)
             yield Case("layer", f"m{num_tokens}", label, num_bytes, 0, build)
+    for num_tokens, (name, size) in product((1, 8, 16, 32, 64, 128), QWEN3_06B.items()):
+        tiles = tiles_for if num_tokens <= 16 else tiles_of_many
+        yield Case(
+            "medium", f"m{num_tokens} {name}", "as chosen", num_bytes, 0,
+            partial(build_layer, num_tokens, Choice()),
+        )  # fmt: skip
+        for tile in tiles(num_tokens, size, gated=name == "gate_up"):
+            build = partial(build_layer, num_tokens, Choice(((name, tile),)))
+            yield Case("medium", f"m{num_tokens} {name}", describe(tile), num_bytes, 0, build)
 
 
 # ---------------------------------------------------------------- the whole model
@@ -448,11 +512,12 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
     def run() -> Tensor:
         triton_kernels.beats_cublas = POLICIES[policy]
         backend.prepare(batch)
-        stream = F.embedding(batch.input_ids, model.embedding)
+        stream = Stream(F.embedding(batch.input_ids, model.embedding))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
             layer._attention = backend
-            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache)
-        return KERNELS.rms_norm(stream, model.final_norm, 1e-6)
+            norm = layer.input_norm  # as good as the next layer's
+            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, next_norm=norm)
+        return KERNELS.rms_norm(stream.hidden, model.final_norm, 1e-6)
 
     return run, 1, None
 

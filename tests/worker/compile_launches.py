@@ -87,14 +87,14 @@ def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) 
 
 
 def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None) -> ModelRunner:
-    """A model as wide as Qwen3-0.6B, of one layer and few tokens, with nothing in its weights."""
+    """A model as wide as Qwen3-0.6B, of two layers and few tokens, with nothing in its weights."""
     spec = DecoderSpec(
         architecture="Qwen3ForCausalLM",
         names=QWEN,
         vocab_size=4000,
         hidden_size=1024,
         intermediate_size=3072,
-        num_layers=1,
+        num_layers=2,
         num_heads=16,
         num_kv_heads=8,
         head_dim=128,
@@ -120,7 +120,7 @@ def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = Non
         eos_token_ids=[0],
         device=CPU,
     )
-    shape = attention.kv_shape(attention_spec, num_layers=1, num_blocks=8)
+    shape = attention.kv_shape(attention_spec, num_layers=2, num_blocks=8)
     return ModelRunner(
         model,
         attention,
@@ -150,7 +150,7 @@ def run_sharing_step(runner: ModelRunner) -> None:
 def main() -> None:
     found = compile_instead_of_launching()
     runner = make_runner()
-    run_steps(runner, PLAIN, (1, 1), (8, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
+    run_steps(runner, PLAIN, (1, 1), (8, 1), (24, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
     run_steps(runner, TRUNCATING, (1, 1))
     run_sharing_step(runner)
     fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)

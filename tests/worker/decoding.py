@@ -8,6 +8,7 @@ from torch import Tensor
 from nanovllm.checkpoint import Checkpoint
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.models.decoder import Decoder
@@ -68,13 +69,15 @@ class Driver:
         block_size: int = 4,
         scheme: Scheme | None = None,
         kv_dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
     ) -> "Driver":
         spec = replace(spec_from_config(checkpoint.config()), max_position_embeddings=512)
         wanted = spec.attention_spec(
             block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
         )
         attention, _ = select_backend("auto", wanted)
-        model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
+        kernels = kernels or TorchKernels()
+        model = Decoder(spec, kernels=kernels, attention=attention, dtype=dtype, device=CPU)
         allocate_linears(model, scheme)
         load_weights(
             model,

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm.checkpoint import Checkpoint
+from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from tests.conftest import TINY
 from tests.worker.decoding import Driver
+from tests.worker.triton_device import DEVICE
 
 PROMPT = torch.randint(3, 160, (75,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -111,6 +113,22 @@ def test_half_precision_stays_near(
     last = driver.run({"prefill": PROMPT[-1:]})["prefill"]
     our_error = (torch.cat((logits, last)) - exact).square().mean()
     assert our_error < 1.5 * their_error
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels run on the CPU if interpreted only")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_fused_kernels(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Norms ahead of products, from layer to layer, with one token, with few and with many."""
+    path = tiny_checkpoint(name)
+    driver = Driver.load(Checkpoint(path, "safetensors"), kernels=TritonKernels())
+    expected, start = reference_logits(load_reference(path), PROMPT), 0
+    for size in (40, 9, 1, 7):
+        logits = driver.run({"chunk": PROMPT[start : start + size]})["chunk"]
+        assert_near(logits, expected[start : start + size])
+        start += size
+    wanted = torch.tensor([0, len(PROMPT) - start - 1])
+    logits = driver.run_batch({"chunk": PROMPT[start:]}, wanted=wanted)
+    assert_near(logits, expected[start + wanted])
 
 
 @pytest.mark.model

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rope, cos_sin_table
@@ -52,14 +53,16 @@ def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
     linear.weight.copy_(random(48, 48, dtype=dtype))
     before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
     product = normed @ linear.weight.T
-    assert torch.equal(KERNELS.norm_linear(stream, factors, 1e-6, linear), product)
+    assert torch.equal(KERNELS.norm_linear(Stream(stream), factors, 1e-6, linear), product)
     down = Linear.empty(24, {"down": 48}, bias=False, shard_axis=1, dtype=dtype, device=CPU)
     down.weight.copy_(random(48, 24, dtype=dtype))
     gated = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
     expected = before + gated @ down.weight.T
-    assert torch.equal(KERNELS.mlp(stream.clone(), factors, 1e-6, linear, down), expected)
+    out = KERNELS.mlp(Stream(stream.clone()), factors, 1e-6, linear, down, factors)
+    assert torch.equal(out.hidden, expected)
     assert torch.equal(stream, before), "the stream goes on"
-    assert torch.equal(KERNELS.linear_add(normed, linear, stream), before + product)
+    out = KERNELS.linear_add(normed, linear, stream, factors)
+    assert torch.equal(out.hidden, before + product)
 
 
 def test_an_fp8_cache_takes_what_is_too_large_as_its_largest() -> None:

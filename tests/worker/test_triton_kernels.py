@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import E4M3, FP8, QuantizedRows, quantize_rows
@@ -54,21 +55,27 @@ def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
     linear.weight.normal_()
     if linear.bias is not None:
         linear.bias.normal_()
-    product = normed(stream, weight, EPS) @ linear.weight.double().T
-    plain = stream.double() @ linear.weight.double().T
-    if linear.bias is not None:
-        product, plain = product + linear.bias.double(), plain + linear.bias.double()
+
+    def exact(x: Tensor) -> Tensor:
+        wide = x.double() @ linear.weight.double().T
+        return wide if linear.bias is None else wide + linear.bias.double()
+
+    product = exact(normed(stream, weight, EPS))
     gate, up = product.chunk(2, dim=-1)
     down = Linear.empty(
         32, {"down": 64}, bias=False, shard_axis=1, dtype=stream.dtype, device=stream.device
     )
     down.weight.normal_()
-    close(KERNELS.norm_linear(stream, weight, EPS, linear), product)
+    close(KERNELS.norm_linear(Stream(stream), weight, EPS, linear), product)
     inner = gate * gate.sigmoid() * up
     total = stream.double() + inner @ down.weight.double().T
-    close(KERNELS.mlp(stream.clone(), weight, EPS, linear, down), total)
-    total = stream.double() + plain
-    close(KERNELS.linear_add(stream.clone(), linear, stream), total)
+    found = KERNELS.mlp(Stream(stream.clone()), weight, EPS, linear, down, weight)
+    close(found.hidden, total)
+    close(KERNELS.norm_linear(found, weight, EPS, linear), exact(normed(total, weight, EPS)))
+    total = stream.double() + exact(stream)
+    found = KERNELS.linear_add(stream.clone(), linear, stream, weight)
+    close(found.hidden, total)
+    close(KERNELS.norm_linear(found, weight, EPS, linear), exact(normed(total, weight, EPS)))
 
 
 @pytest.mark.parametrize("size", [96, 1536])
@@ -126,12 +133,16 @@ def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
         assert (out.double() - expected).norm() <= tolerance * expected.norm()
 
     wide = product(normed(stream, weight, EPS), gate_up)
-    near(KERNELS.norm_linear(stream, weight, EPS, gate_up), wide)
-    near(KERNELS.linear_add(stream[:, :48].contiguous(), down, stream.clone()),
-         stream.double() + product(stream[:, :48], down))  # fmt: skip
+    near(KERNELS.norm_linear(Stream(stream), weight, EPS, gate_up), wide)
+    hidden = stream[:, :48].contiguous()
+    near(KERNELS.linear_add(hidden, down, stream.clone(), weight).hidden,
+         stream.double() + product(hidden, down))  # fmt: skip
     gate, up = wide.chunk(2, dim=-1)
     total = stream.double() + product(gate * gate.sigmoid() * up, down)
-    near(KERNELS.mlp(stream.clone(), weight, EPS, gate_up, down), total)
+    found = KERNELS.mlp(Stream(stream.clone()), weight, EPS, gate_up, down, weight)
+    near(found.hidden, total)
+    near(KERNELS.norm_linear(found, weight, EPS, gate_up),
+         product(normed(total, weight, EPS), gate_up))  # fmt: skip
 
 
 def test_keys_and_values_of_an_fp8_cache_stay_in_its_range() -> None:

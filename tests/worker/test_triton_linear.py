@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.worker.kernels.triton_linear import Tile, skinny_linear, tile_for
+from nanovllm.worker.kernels.triton_linear import Tile, skinny_add, skinny_linear, tile_for
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
 from tests.worker.triton_device import DEVICE
@@ -26,14 +26,20 @@ def rms_normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
 def test_linear(num_tokens: int, tile: Tile, extras: bool) -> None:
     x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
     bias = torch.randn(40, device=DEVICE) if extras else None
-    residual = torch.randn(num_tokens, 40, device=DEVICE) if extras else None
+    residual = torch.randn(num_tokens, 40, device=DEVICE)
     linear = Linear(weight, bias, {}, 0)
-    out = skinny_linear(x, linear, residual=residual, tile=tile)
     expected = x.double() @ weight.double().T
-    if bias is not None and residual is not None:
+
+    def product() -> torch.Tensor:
+        if extras:
+            return skinny_add(x, linear, residual, tile=tile).hidden
+        return skinny_linear(x, linear, tile=tile)
+
+    out = product()
+    if bias is not None:
         expected += bias.double() + residual.double()
     assert (out - expected).norm() < 1e-6 * expected.norm()
-    assert torch.equal(out, skinny_linear(x, linear, residual=residual, tile=tile))
+    assert torch.equal(out, product())
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
@@ -45,13 +51,35 @@ def test_gated(num_tokens: int, tile: Tile) -> None:
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize(("num_tokens", "tile"), [case for case in CASES if case[0] <= 16])
-def test_norm_before_few_tokens(num_tokens: int, tile: Tile) -> None:
-    x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(40, 160, device=DEVICE)
-    factors = torch.randn(160, device=DEVICE)
-    out = skinny_linear(x, Linear(weight, None, {}, 0), norm=(factors, 1e-6), tile=tile)
-    expected = rms_normed(x.double(), factors.double(), 1e-6) @ weight.double().T
+@pytest.mark.parametrize(("num_tokens", "tile"), CASES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_product_weighs_the_stream_for_the_next(
+    num_tokens: int, tile: Tile, gated: bool
+) -> None:
+    """Into a stream of a size that no tile divides, and out of it through a norm."""
+    x, stream = torch.randn(num_tokens, 200, device=DEVICE).split((160, 40), 1)
+    x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(40, device=DEVICE)
+    into, out_of = torch.randn(40, 160, device=DEVICE), torch.randn(80, 40, device=DEVICE)
+    added = skinny_add(x, Linear(into, None, {}, 0), stream, next_norm=factors, tile=tile)
+    assert added.weighed is not None
+    values, squares = added.weighed
+    torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
+    torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
+    linear = Linear(out_of, None, {}, 0)
+    out = skinny_linear(values, linear, norm=(squares, 1e-6), gated=gated, tile=tile)
+    hidden = stream.double() + x.double() @ into.double().T
+    expected = rms_normed(hidden, factors.double(), 1e-6) @ out_of.double().T
+    if gated:
+        gate, up = expected.chunk(2, dim=1)
+        expected = gate * gate.sigmoid() * up
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_float16_is_not_weighed() -> None:
+    """The stream times a weight might leave its range."""
+    x, weight = torch.randn(1, 160, device=DEVICE).half(), torch.randn(40, 160, device=DEVICE)
+    linear, stream = Linear(weight.half(), None, {}, 0), x[:, :40].contiguous()
+    assert skinny_add(x, linear, stream, next_norm=torch.ones_like(stream[0])).weighed is None
 
 
 @pytest.mark.parametrize("num_tokens", [17, 33, 65])
@@ -65,7 +93,7 @@ def test_inputs_that_no_tile_divides(num_tokens: int, num_inputs: int) -> None:
     tolerance = 1e-6 if x.dtype == torch.float32 else 4e-3
     linear, product = Linear(weight, None, {}, 0), x.double() @ weight.double().T
     expected = product + residual
-    out = skinny_linear(x, linear, residual=residual)
+    out = skinny_add(x, linear, residual).hidden
     assert (out - expected).norm() < tolerance * expected.norm()
     gate, up = product.chunk(2, dim=1)
     expected = gate * gate.sigmoid() * up
@@ -106,7 +134,7 @@ def test_fp8_weights_times_tokens_as_they_are(num_tokens: int, num_inputs: int) 
     x, residual = torch.randn(num_tokens, num_inputs + 40, device=DEVICE).split((num_inputs, 40), 1)
     x, residual = x.contiguous(), residual.contiguous()
     expected = x.double() @ widened(linear).T + linear.bias.double() + residual.double()
-    out = skinny_linear(x, linear, residual=residual)
+    out = skinny_add(x, linear, residual).hidden
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -120,9 +148,14 @@ def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_fp8_norm_before_one_token() -> None:
-    linear, x = fp8_linear(40, 160), torch.randn(1, 160, device=DEVICE)
-    factors = torch.randn(160, device=DEVICE)
-    out = skinny_linear(x, linear, norm=(factors, 1e-6))
-    expected = rms_normed(x.double(), factors.double(), 1e-6) @ widened(linear).T
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_fp8_weights_between_streams(num_tokens: int) -> None:
+    into, out_of = fp8_linear(48, 160), fp8_linear(40, 48)
+    x, stream = torch.randn(num_tokens, 208, device=DEVICE).split((160, 48), 1)
+    x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(48, device=DEVICE)
+    added = skinny_add(x, into, stream, next_norm=factors)
+    assert added.weighed is not None
+    out = skinny_linear(added.weighed.values, out_of, norm=(added.weighed.squares, 1e-6))
+    hidden = stream.double() + x.double() @ widened(into).T
+    expected = rms_normed(hidden, factors.double(), 1e-6) @ widened(out_of).T
     assert (out - expected).norm() < 1e-6 * expected.norm()

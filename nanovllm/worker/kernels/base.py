@@ -3,15 +3,29 @@
 One object, chosen once at start (`select`) and handed to every layer.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear
 
 
+class Weighed(NamedTuple):
+    """An RMS norm but for its scale, which belongs to the token and may follow the next product."""
+
+    values: Tensor  # [num_tokens, hidden_size]: the stream times the norm's weight
+    squares: Tensor  # [num_tokens, num_parts] fp32, whose sums are those of the stream's squares
+
+
+class Stream(NamedTuple):
+    """The residual stream of the decoder."""
+
+    hidden: Tensor  # [num_tokens, hidden_size]
+    weighed: Weighed | None = None  # for the norm that comes next, if who added to it did so
+
+
 class Kernels(Protocol):
-    """What layers ask for besides attention. `stream` is the residual stream of the decoder.
+    """What layers ask for besides attention.
 
     Products with what surrounds them are one call each, so that a device may fuse them.
     """
@@ -19,16 +33,25 @@ class Kernels(Protocol):
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         """hidden: [num_tokens, hidden_size], kept. Mean square in fp32 (Zhang & Sennrich 2019)."""
 
-    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
         """linear(rms_norm(stream)), new memory; stream is kept."""
 
-    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
-        """stream + linear(hidden), perhaps written over stream."""
+    def linear_add(
+        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+    ) -> Stream:
+        """stream + linear(hidden), perhaps written over stream. next_norm: the weight of the norm
+        that comes next, by which the result may be `Weighed`."""
 
     def mlp(
-        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
-    ) -> Tensor:
-        """stream + down(silu(gate) * up), perhaps written over stream.
+        self,
+        stream: Stream,
+        weight: Tensor,
+        eps: float,
+        gate_up: Linear,
+        down: Linear,
+        next_norm: Tensor,
+    ) -> Stream:
+        """stream + down(silu(gate) * up), as `linear_add`.
 
         gate and up: the halves of gate_up(rms_norm(stream)).
         """

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.kernels.base import QKNorm
+from nanovllm.worker.kernels.base import QKNorm, Stream
 from nanovllm.worker.layers.linear import Linear
 
 
@@ -20,17 +20,25 @@ class TorchKernels:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return normed.to(hidden.dtype).mul_(weight)
 
-    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return linear(self.rms_norm(stream, weight, eps))
+    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        return linear(self.rms_norm(stream.hidden, weight, eps))
 
-    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
-        return linear(hidden).add_(stream)
+    def linear_add(
+        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+    ) -> Stream:
+        return Stream(linear(hidden).add_(stream))
 
     def mlp(
-        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
-    ) -> Tensor:
-        inner = self.silu_and_mul(gate_up(self.rms_norm(stream, weight, eps)))
-        return self.linear_add(inner, down, stream)
+        self,
+        stream: Stream,
+        weight: Tensor,
+        eps: float,
+        gate_up: Linear,
+        down: Linear,
+        next_norm: Tensor,
+    ) -> Stream:
+        inner = self.silu_and_mul(self.norm_linear(stream, weight, eps, gate_up))
+        return self.linear_add(inner, down, stream.hidden, next_norm)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up: [num_tokens, 2 * intermediate], gate first; overwritten."""

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.kernels.base import QKNorm
+from nanovllm.worker.kernels.base import QKNorm, Stream
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
-from nanovllm.worker.kernels.triton_linear import beats_cublas, can_norm, skinny_linear
+from nanovllm.worker.kernels.triton_linear import beats_cublas, skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
@@ -203,7 +203,7 @@ def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
 class TritonKernels:
     """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous.
 
-    A few tokens go through our own products, which take norm, gate and residual along, and widen
+    A few tokens go through our own products, which take norms, gate and residual along, and widen
     FP8 weights instead of quantizing tokens. More go through cuBLAS: in the model's precision with
     the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
     """
@@ -214,44 +214,56 @@ class TritonKernels:
         _launch_rows(hidden, QuantizedRows(out, out), norm=(weight, eps))
         return out
 
-    def norm_linear(self, stream: Tensor, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if _is_skinny(stream, linear):
+    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
+        if _is_skinny(stream.hidden, linear):
             return self._skinny(stream, (weight, eps), linear, gated=False)
-        return self._wide(stream, (weight, eps), linear)
+        return self._wide(stream.hidden, (weight, eps), linear)
 
-    def linear_add(self, hidden: Tensor, linear: Linear, stream: Tensor) -> Tensor:
+    def linear_add(
+        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+    ) -> Stream:
         if _is_skinny(hidden, linear):
-            return skinny_linear(hidden, linear, residual=stream)
+            return skinny_add(hidden, linear, stream, next_norm=next_norm)
         if linear.method is UNQUANTIZED and linear.bias is None:
-            return stream.addmm_(hidden, linear.weight.t())
+            return Stream(stream.addmm_(hidden, linear.weight.t()))
         if (method := _fp8(linear)) is not None:
-            return stream.add_(method.multiply(linear, self.quantize(hidden), hidden.dtype))
-        return stream.add_(linear(hidden))
+            product = method.multiply(linear, self.quantize(hidden), hidden.dtype)
+            return Stream(stream.add_(product))
+        return Stream(stream.add_(linear(hidden)))
 
     def mlp(
-        self, stream: Tensor, weight: Tensor, eps: float, gate_up: Linear, down: Linear
-    ) -> Tensor:
-        if _is_skinny(stream, gate_up, gated=True):
+        self,
+        stream: Stream,
+        weight: Tensor,
+        eps: float,
+        gate_up: Linear,
+        down: Linear,
+        next_norm: Tensor,
+    ) -> Stream:
+        hidden = stream.hidden
+        if _is_skinny(hidden, gate_up, gated=True):
             inner = self._skinny(stream, (weight, eps), gate_up, gated=True)
-            return self.linear_add(inner, down, stream)
-        product = self._wide(stream, (weight, eps), gate_up)
-        if (method := _fp8(down)) is None or beats_cublas(len(stream), down.weight):
-            return self.linear_add(self.silu_and_mul(product), down, stream)
-        return stream.add_(method.multiply(down, self.silu_and_mul_fp8(product), stream.dtype))
+            return self.linear_add(inner, down, hidden, next_norm)
+        product = self._wide(hidden, (weight, eps), gate_up)
+        if (method := _fp8(down)) is None or beats_cublas(len(hidden), down.weight):
+            return self.linear_add(self.silu_and_mul(product), down, hidden, next_norm)
+        rows = self.silu_and_mul_fp8(product)
+        return Stream(hidden.add_(method.multiply(down, rows, hidden.dtype)))
 
     def _skinny(
-        self, stream: Tensor, norm: tuple[Tensor, float], linear: Linear, *, gated: bool
+        self, stream: Stream, norm: tuple[Tensor, float], linear: Linear, *, gated: bool
     ) -> Tensor:
-        """Norm and product of a few tokens; in one kernel if it can."""
-        if can_norm(stream):
-            return skinny_linear(stream, linear, norm=norm, gated=gated)
-        return skinny_linear(self.rms_norm(stream, *norm), linear, gated=gated)
+        """Norm and product of a few tokens; in one kernel if the stream comes weighed."""
+        if stream.weighed is None:
+            return skinny_linear(self.rms_norm(stream.hidden, *norm), linear, gated=gated)
+        values, squares = stream.weighed
+        return skinny_linear(values, linear, norm=(squares, norm[1]), gated=gated)
 
-    def _wide(self, stream: Tensor, norm: tuple[Tensor, float], linear: Linear) -> Tensor:
+    def _wide(self, hidden: Tensor, norm: tuple[Tensor, float], linear: Linear) -> Tensor:
         """Norm and product of many tokens."""
         if (method := _fp8(linear)) is not None:
-            return method.multiply(linear, self.quantize(stream, norm), stream.dtype)
-        return linear(self.rms_norm(stream, *norm))
+            return method.multiply(linear, self.quantize(hidden, norm), hidden.dtype)
+        return linear(self.rms_norm(hidden, *norm))
 
     def quantize(self, hidden: Tensor, norm: tuple[Tensor, float] | None = None) -> QuantizedRows:
         """As `quant.fp8.quantize_rows`, of rms_norm(hidden) if norm (weight and eps) is given."""

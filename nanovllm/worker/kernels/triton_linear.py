@@ -1,8 +1,8 @@
 """Linear layers for a handful of tokens: products bound by how fast weights stream in.
 
-Layers call `skinny_linear` where it `beats_cublas`. A program loads its whole
-first weight tile before it waits for the kernel before it (see triton_launch), so weights stream
-while that kernel still runs; what surrounds the product (norm, gate, residual) rides along.
+Layers call `skinny_linear` or `skinny_add` where it `beats_cublas`. A program loads its whole first
+weight tile before it waits for the kernel before it (see triton_launch), so weights stream while
+that kernel still runs. Gate, residual and norms ride along (`Weighed`).
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -17,10 +17,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.worker.kernels.base import Stream, Weighed
 from nanovllm.worker.kernels.triton_launch import has_tensor_memory_accelerator, launch_options
 from nanovllm.worker.layers.linear import Linear
 
 MAX_TOKENS = 128
+MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
 MAX_FP8_TOKENS = 16  # beyond, tensor cores take FP8 weights and quantized tokens as they are
 MAX_TILES = 65536  # output tiles whose splits can be counted
 FULL = 128  # programs that run at once on an H100, each with much of its shared memory
@@ -30,7 +32,7 @@ FULL = 128  # programs that run at once on an H100, each with much of its shared
 class Tile:
     """What one program computes: block_n outputs over num_tiles * block_k inputs.
 
-    Of up to block_m tokens, where there are several.
+    Of block_m tokens, where there are several; None: as few as hold all, and at most 64.
     """
 
     block_n: int
@@ -38,7 +40,7 @@ class Tile:
     num_tiles: int  # along the inputs
     warps: int
     stages: int = 3
-    block_m: int = 64
+    block_m: int | None = None
 
 
 @triton.jit
@@ -47,49 +49,70 @@ def _silu(x):
 
 
 @triton.jit
-def _finish(acc, up, channel_scale, bias, residual, out, places, outputs, real, num_outputs,
-            GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-            RESIDUAL: tl.constexpr):  # fmt: skip
-    """Scale, bias, gate and residual, then the store. acc, up, places, real: any one shape."""
+def _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
+            tokens, outputs, num_tokens, num_outputs, GATED: tl.constexpr):  # fmt: skip
+    """Scale, bias, gate and residual, then the store; and what the next norm needs, if it is known.
+
+    acc, up: [tokens, outputs].
+    """
     dtype = out.dtype.element_ty
-    if SCALE:
-        acc *= tl.load(channel_scale + outputs, outputs < num_outputs, other=0.0)
+    inside = (outputs < num_outputs)[None, :]
+    real = (tokens < num_tokens)[:, None] & inside
+    places = tokens[:, None] * num_outputs + outputs[None, :]
+    outputs = outputs[None, :]
+    if channel_scale is not None:
+        acc *= tl.load(channel_scale + outputs, inside, other=0.0)
         if GATED:
-            up *= tl.load(channel_scale + num_outputs + outputs, outputs < num_outputs, other=0.0)
-    if BIAS:
-        acc += tl.load(bias + outputs, outputs < num_outputs, other=0.0)
+            up *= tl.load(channel_scale + num_outputs + outputs, inside, other=0.0)
+    if bias is not None:
+        acc += tl.load(bias + outputs, inside, other=0.0)
+        if GATED:
+            up += tl.load(bias + num_outputs + outputs, inside, other=0.0)
     if GATED:
-        if BIAS:
-            up += tl.load(bias + num_outputs + outputs, outputs < num_outputs, other=0.0)
         acc = _silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
-    if RESIDUAL:
+    if residual is not None:
         acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
-    tl.store(out + places, acc.to(dtype), real)
+    acc = acc.to(dtype)
+    tl.store(out + places, acc, real)
+    if next_weight is not None:
+        wide = acc.to(tl.float32)  # zero where no outputs are
+        factors = tl.load(next_weight + outputs, inside, other=0.0).to(tl.float32)
+        tl.store(weighed + places, (wide * factors).to(dtype), real)
+        mine = tokens * tl.num_programs(0) + tl.program_id(0)
+        tl.store(squares + mine, tl.sum(wide * wide, 1), tokens < num_tokens)
+
+
+@triton.jit
+def _load_squares(squares, tokens, num_tokens, PARTS: tl.constexpr):
+    """The parts that tokens' sums of squares come in, [tokens, parts]."""
+    parts = tl.arange(0, triton.next_power_of_2(PARTS))[None, :]
+    real = (tokens < num_tokens)[:, None] & (parts < PARTS)
+    return tl.load(squares + tokens[:, None] * PARTS + parts, real, other=0.0)
+
+
+@triton.jit
+def _normed(acc, up, squares, K: tl.constexpr, eps):
+    """Products times the scale that the norm gives each token."""
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+    return acc * scale, up * scale
 
 
 @triton.jit
 def _vector_kernel(
     x,  # [K]
     weight,  # [num_outputs, K]; if GATED [2 * num_outputs, K], gates first
-    channel_scale,  # fp32, of each row of weight
+    channel_scale,  # fp32, of each row of weight; like all that follow up to `out` perhaps None
     bias,  # [num_outputs], twice as many if GATED
     residual,  # [num_outputs]
-    norm_weight,  # [K]
+    squares,  # [PARTS] fp32: of the stream, whose product with a norm's weight x is
+    next_weight,  # [num_outputs], of the norm that comes next
     out,  # [num_outputs]
-    num_outputs,
-    eps,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NORM: tl.constexpr,
-    NORM_BLOCK: tl.constexpr,
-    GATED: tl.constexpr,
-    SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    weighed,  # [num_outputs]: out * next_weight
+    next_squares,  # [programs] fp32
+    num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One token: products and sums in fp32, without tensor cores."""
     if PDL:
         gdc_launch_dependents()
@@ -103,39 +126,26 @@ def _vector_kernel(
         up_w = tl.load(rows + up_offset + columns, real & (columns < K), other=0.0)
     if PDL:
         gdc_wait()
-    scale = 1.0
-    if NORM:
-        whole = tl.arange(0, NORM_BLOCK)
-        all_x = tl.load(x + whole, whole < K, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(all_x * all_x, 0) / K + eps)
-    inputs = _input_tile(x, norm_weight, scale, columns, K, NORM)
+    tokens = tl.arange(0, 1)
+    if squares is not None:
+        parts = _load_squares(squares, tokens, 1, PARTS)
+    inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)[None, :]
     acc = w.to(tl.float32) * inputs
     up = acc
     if GATED:
         up = up_w.to(tl.float32) * inputs
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         ks = start + columns
-        inputs = _input_tile(x, norm_weight, scale, ks, K, NORM)
+        inputs = tl.load(x + ks, ks < K, other=0.0).to(tl.float32)[None, :]
         acc += tl.load(rows + ks, real & (ks < K), other=0.0).to(tl.float32) * inputs
         if GATED:
             up_w = tl.load(rows + up_offset + ks, real & (ks < K), other=0.0)
             up += up_w.to(tl.float32) * inputs
-    acc = tl.sum(acc, 1)
-    if GATED:
-        up = tl.sum(up, 1)
-    _finish(acc, up, channel_scale, bias, residual, out, outputs, outputs, outputs < num_outputs,
-            num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
-
-
-@triton.jit
-def _input_tile(x, norm_weight, scale, ks, K: tl.constexpr, NORM: tl.constexpr):
-    """Inputs `ks` of one token, normed if asked for; [1, BLOCK_K] fp32."""
-    dtype = x.dtype.element_ty
-    inputs = tl.load(x + ks, ks < K, other=0.0).to(tl.float32)
-    if NORM:
-        factors = tl.load(norm_weight + ks, ks < K, other=0.0).to(tl.float32)
-        inputs = ((inputs * scale).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
-    return inputs[None, :]
+    acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
+    if squares is not None:
+        acc, up = _normed(acc, up, parts, K, eps)
+    _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+            tokens, outputs, 1, num_outputs, GATED)  # fmt: skip
 
 
 @triton.jit
@@ -145,46 +155,38 @@ def _matrix_kernel(
     channel_scale,
     bias,
     residual,  # [num_tokens, num_outputs]
-    norm_weight,  # [K]
+    squares,  # [num_tokens, PARTS]
+    next_weight,  # [num_outputs]
     out,  # [num_tokens, num_outputs]
+    weighed,  # [num_tokens, num_outputs]
+    next_squares,  # [num_tokens, programs along the outputs]
     partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
     arrivals,  # [tiles] int32, zero before and after
     num_tokens, num_outputs, eps,
-    K: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
-    output = tl.program_id(0) * BLOCK_N
-    token = tl.program_id(2) * BLOCK_M
-    acc, up, squares = _products(
-        x_desc, weight_desc, norm_weight, token, output, tl.program_id(1) * (NUM_TILES * BLOCK_K),
-        num_outputs, K, NUM_TILES, BLOCK_M, BLOCK_K, STAGES, NORM, GATED, PDL,
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc, up = _products(
+        x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps, K, PARTS, NUM_TILES,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATED, PDL,
     )  # fmt: skip
-    tokens = token + tl.arange(0, BLOCK_M)
-    outputs = output + tl.arange(0, BLOCK_N)
-    present = (tokens < num_tokens)[:, None]
-    real = present & (outputs < num_outputs)[None, :]
-    places = tokens[:, None] * num_outputs + outputs[None, :]
     if SPLITS == 1:
-        if NORM:
-            acc, up = _normed(acc, up, squares, K, eps)
-        _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
-                num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
+        _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+                tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
         lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        present = (tokens < num_tokens)[:, None]
         tile_id = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        parts = partial + tile_id * (SPLITS * (PART * (2 if GATED else 1) + BLOCK_M))
+        parts = partial + tile_id * (SPLITS * PART * (2 if GATED else 1))
         mine = parts + tl.program_id(1) * PART
         tl.store(mine + lanes, acc, present)
         if GATED:
             tl.store(mine + SPLITS * PART + lanes, up, present)
-        all_squares = parts + SPLITS * PART * (2 if GATED else 1)
-        members = tl.arange(0, BLOCK_M)
-        if NORM:
-            tl.store(all_squares + tl.program_id(1) * BLOCK_M + members, squares)
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         arrival = arrivals + tile_id
         if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
@@ -192,69 +194,46 @@ def _matrix_kernel(
             up = acc
             if GATED:
                 up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
-            if NORM:
-                squares = _sum_parts(all_squares, members, members >= 0, SPLITS, BLOCK_M)
-                acc, up = _normed(acc, up, squares, K, eps)
-            _finish(acc, up, channel_scale, bias, residual, out, places, outputs[None, :], real,
-                    num_outputs, GATED, SCALE, BIAS, RESIDUAL)  # fmt: skip
+            _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
+                    next_squares, tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
             tl.store(arrival, 0)
 
 
 @triton.jit
 def _products(
-    x_desc, weight_desc, norm_weight, token, output, first, num_outputs,
-    K: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs over inputs from `first` on, and of their ups if GATED.
-
-    If NORM, also each token's sum of squares over these inputs: a norm's weight belongs to the
-    inputs, but its scale to the token, so that the product need not wait for it. Weights become
-    what the inputs are only here, on their way from shared memory to the product.
-    """
+    """This program's tile of outputs over its share of the inputs, and of their ups if GATED."""
     if PDL:
         gdc_launch_dependents()
+    output, token = tl.program_id(0) * BLOCK_N, tl.program_id(2) * BLOCK_M
+    first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
     w = weight_desc.load([output, first])
     if GATED:
         up_w = weight_desc.load([num_outputs + output, first])
     if PDL:
         gdc_wait()
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    x, squares = _weighed_tile(x_desc, norm_weight, squares, token, first, K, BLOCK_K, NORM)
+    if squares is not None:  # on their way while the products are made
+        parts = _load_squares(squares, tokens, num_tokens, PARTS)
+    x = x_desc.load([token, first])
     acc = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
     up = acc
     if GATED:
         up = tl.dot(x, tl.trans(up_w.to(x.dtype)), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        x, squares = _weighed_tile(x_desc, norm_weight, squares, token, k, K, BLOCK_K, NORM)
+        x = x_desc.load([token, k])
         w = weight_desc.load([output, k])
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
             up = tl.dot(x, tl.trans(up_w.to(x.dtype)), up, input_precision="ieee")
-    return acc, up, squares
-
-
-@triton.jit
-def _weighed_tile(x_desc, norm_weight, squares, token, k, K: tl.constexpr, BLOCK_K: tl.constexpr,
-                  NORM: tl.constexpr):  # fmt: skip
-    """Inputs k … k + BLOCK_K of some tokens; if NORM times its weight, and their squares added."""
-    x = x_desc.load([token, k])
-    if NORM:
-        ks = k + tl.arange(0, BLOCK_K)
-        factors = tl.load(norm_weight + ks, ks < K, other=0.0).to(tl.float32)
-        wide = x.to(tl.float32)
-        squares += tl.sum(wide * wide, 1)
-        x = (wide * factors[None, :]).to(x.dtype)
-    return x, squares
-
-
-@triton.jit
-def _normed(acc, up, squares, K: tl.constexpr, eps):
-    """Products times the scale that the norm gives each token."""
-    scale = tl.rsqrt(squares / K + eps)[:, None]
-    return acc * scale, up * scale
+    if squares is not None:
+        acc, up = _normed(acc, up, parts, K, eps)
+    return acc, up
 
 
 @triton.jit
@@ -290,12 +269,6 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     # More tokens: layers that are read in a few µs, where launches and their gaps weigh most.
     is_small = weight.numel() < 2**23 and weight.itemsize == 2
     return is_small and not (gated and num_tokens > 64)
-
-
-def can_norm(x: Tensor) -> bool:
-    """Whether `skinny_linear` takes a norm along. Weighed before they are scaled, the inputs of
-    several tokens might leave the range of float16; of many, a norm of its own is faster."""
-    return len(x) == 1 or (len(x) <= 16 and x.dtype != torch.float16)
 
 
 def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
@@ -346,54 +319,82 @@ def skinny_linear(
     x: Tensor,
     linear: Linear,
     *,
-    residual: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     gated: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """linear(x) + residual for up to 128 tokens, [num_tokens, num_outputs].
+    """linear(x) for up to 128 tokens, [num_tokens, num_outputs].
 
     x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; x is multiplied as it is.
-    norm: RMSNorm weight and eps, applied to x first (`can_norm`). gated: the layer's outputs are
-    gates, then ups, and the result is silu(gate) * up. Sums are fp32 in an order fixed by the
-    shapes.
+    norm: squares and eps, if x is the values of a `Weighed` stream: its scale goes to the result.
+    gated: the layer's outputs are gates, then ups, and the result is silu(gate) * up. Sums are
+    fp32 in an order fixed by the shapes.
     """
-    weight, bias, scale = linear.weight, linear.bias, linear.scale
+    return _launch(x, linear, None, norm=norm, next_norm=None, gated=gated, tile=tile).hidden
+
+
+def skinny_add(
+    x: Tensor,
+    linear: Linear,
+    stream: Tensor,
+    *,
+    next_norm: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Stream:
+    """stream + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next.
+
+    But for many tokens, and in float16, whose range the stream might leave before it is scaled.
+    """
+    if len(x) > MAX_WEIGHED_TOKENS or x.dtype == torch.float16:
+        next_norm = None
+    return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
+
+
+def _launch(
+    x: Tensor,
+    linear: Linear,
+    residual: Tensor | None,
+    *,
+    norm: tuple[Tensor, float] | None,
+    next_norm: Tensor | None,
+    gated: bool,
+    tile: Tile | None,
+) -> Stream:
+    """Either product, in new memory."""
+    weight = linear.weight
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    assert norm is None or can_norm(x)
-    choose = tile_for if scale is None else fp8_tile_for
+    choose = tile_for if linear.scale is None else fp8_tile_for
     tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
-    out = x.new_empty(num_tokens, num_outputs)
-    # `out` stands for tensors a kernel will not touch.
-    extras = [out if t is None else t for t in (scale, bias, residual)]
-    options = {
-        "GATED": gated, "SCALE": scale is not None, "BIAS": bias is not None,
-        "RESIDUAL": residual is not None, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages, "num_warps": tile.warps, **launch_options(x.device),
-    }  # fmt: skip
     num_n = triton.cdiv(num_outputs, tile.block_n)
-    norm_weight, eps = norm or (out, 0.0)
-    options["NORM"] = norm is not None
+    squares, eps = norm or (None, 0.0)
+    stream = Stream(out := x.new_empty(num_tokens, num_outputs))
+    if next_norm is not None:
+        parts = x.new_empty(num_tokens, num_n, dtype=torch.float32)
+        stream = Stream(out, Weighed(torch.empty_like(out), parts))
+    left = stream.weighed or (None, None)
+    tensors = (linear.scale, linear.bias, residual, squares, next_norm, out, *left)
+    options = {
+        "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "num_warps": tile.warps, **launch_options(x.device),
+    }  # fmt: skip
     if num_tokens == 1:
-        _vector_kernel[(num_n,)](
-            x, weight, *extras, norm_weight, out, num_outputs, eps,
-            K=num_inputs, NORM_BLOCK=triton.next_power_of_2(num_inputs), **options,
-        )  # fmt: skip
-        return out
+        _vector_kernel[(num_n,)](x, weight, *tensors, num_outputs, eps, **options)
+        return stream
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
-    block_m = min(max(16, triton.next_power_of_2(num_tokens)), tile.block_m)
+    block_m = tile.block_m or min(max(16, triton.next_power_of_2(num_tokens)), 64)
     num_m = triton.cdiv(num_tokens, block_m)
     assert num_n * num_m <= MAX_TILES
-    parts = num_n * num_m * splits * ((1 + gated) * tile.block_n + 1) * block_m if splits > 1 else 0
+    size = num_n * num_m * splits * (1 + gated) * tile.block_n * block_m if splits > 1 else 0
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        *extras, norm_weight, out,
-        torch.empty(parts, dtype=torch.float32, device=x.device), _arrivals(x.device),
+        *tensors,
+        x.new_empty(size, dtype=torch.float32), _arrivals(x.device),
         num_tokens, num_outputs, eps,
-        K=num_inputs, NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
+        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
     )  # fmt: skip
-    return out
+    return stream

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.rotary import Rope, Rotary, cos_sin_table
 from nanovllm.worker.models.weight_names import WeightNames
@@ -114,21 +114,23 @@ class DecoderLayer:
 
     def forward(
         self,
-        stream: Tensor,
+        stream: Stream,
         *,
         batch: ForwardBatch,
         layer_cache: Tensor,
+        next_norm: Tensor,
         wanted: Tensor | None = None,
-    ) -> Tensor:
-        """stream: [num_tokens, hidden_size]. Returns it after this layer; of `wanted` tokens if
-        given, as of the last layer the others only leave keys and values."""
+    ) -> Stream:
+        """The stream after this layer, of `wanted` tokens if given: as of the last layer the others
+        only leave keys and values. next_norm: the weight of the norm that comes next."""
         kernels = self._kernels
         qkv = kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv)
         attended = self._attention.forward(qkv, self._rotary, layer_cache, batch)
+        hidden = stream.hidden
         if wanted is not None:
-            attended, stream = attended[wanted], stream[wanted]
-        stream = kernels.linear_add(attended.flatten(1), self.o, stream)
-        return kernels.mlp(stream, self.post_norm, self._eps, self.gate_up, self.down)
+            attended, hidden = attended[wanted], hidden[wanted]
+        stream = kernels.linear_add(attended.flatten(1), self.o, hidden, self.post_norm)
+        return kernels.mlp(stream, self.post_norm, self._eps, self.gate_up, self.down, next_norm)
 
     def linears(self) -> Iterator[Linear]:
         yield from (self.qkv, self.o, self.gate_up, self.down)
@@ -193,13 +195,17 @@ class Decoder:
         int64, the tokens whose states are asked for; None: all. Returns the states after the final
         norm, [n, hidden_size].
         """
-        stream = F.embedding(batch.input_ids, self.embedding)
-        *earlier, last = zip(self.layers, kv_cache.unbind(1), strict=True)
-        for layer, layer_cache in earlier:
-            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache)
-        layer, layer_cache = last
-        stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, wanted=wanted)
-        return self._kernels.rms_norm(stream, self.final_norm, self.spec.rms_norm_eps)
+        stream = Stream(F.embedding(batch.input_ids, self.embedding))
+        norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, layer_cache, norm in zip(self.layers, kv_cache.unbind(1), norms, strict=True):
+            stream = layer.forward(
+                stream,
+                batch=batch,
+                layer_cache=layer_cache,
+                next_norm=norm,
+                wanted=wanted if layer is self.layers[-1] else None,
+            )
+        return self._kernels.rms_norm(stream.hidden, self.final_norm, self.spec.rms_norm_eps)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
