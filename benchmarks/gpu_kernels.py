@@ -34,7 +34,7 @@ from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
-from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
 from nanovllm.worker.quant.select import allocate_linears
@@ -98,14 +98,17 @@ def attention_inputs(
     spec = attention_spec(heads, block_size, kv_dtype)
     num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
-    nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
+    starts = torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int()
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=CUDA)
+    rows = torch.arange(num_rows, device=CUDA).repeat_interleave(starts.diff())
+    positions = torch.arange(sum(query_lens), device=CUDA) + (lens - starts[1:])[rows]
+    slots = slots_of(blocks.view(num_rows, width), rows, positions, block_size)
     batch = ForwardBatch(
-        input_ids=nothing,
-        positions=torch.tensor(seq_lens, device=CUDA) - 1,  # as decoding has them
-        slot_mapping=blocks[width - 1 :: width].long() * block_size
-        + (seq_lens[0] - 1) % block_size,
-        query_start_loc=torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int(),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=CUDA),
+        input_ids=torch.empty(0, dtype=torch.int64, device=CUDA),
+        positions=positions,
+        slot_mapping=slots,
+        query_start_loc=starts,
+        seq_lens=lens,
         block_tables=blocks.view(num_rows, width),
         num_tokens=sum(query_lens),
         num_rows=num_rows,
@@ -120,10 +123,6 @@ def attention_inputs(
     cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_().to(spec.cache_dtype)
     qkv = randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128)
     # New keys and values lie in qkv as they do in the last layer's cache.
-    rows = torch.arange(num_rows, device=CUDA).repeat_interleave(batch.query_start_loc.diff())
-    firsts = batch.seq_lens - batch.query_start_loc[1:]
-    positions = torch.arange(batch.num_tokens, device=CUDA) + firsts[rows]
-    slots = slots_of(batch.block_tables, rows, positions, block_size)
     new = cache[:, -1].to(BF16).flatten(1, 2)[:, slots]  # torch may not index FP8
     qkv[:, heads[0] * 128 :] = new.transpose(0, 1).flatten(1)
     return spec, batch, qkv, cache
@@ -156,16 +155,20 @@ def attention_error(
 
 
 class Rotated(Rotary):
-    """The queries are rotated already, and the cache is full."""
+    """Keys are rotated already, and the cache is full."""
 
     def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
         return qkv.view(batch.num_tokens, -1, 128)[:, : -2 * layer_cache.shape[3]]
 
 
 def build_attention(
-    tuning: Tuning, *args, num_shared: int = 0, shares: bool = False, backend_class=TritonAttention
-):
-    """Decoding is timed with rotation and cache writes, all else without."""
+    tuning: Tuning, *args, num_shared: int = 0, shares: bool = False, rotates: bool = False,
+    backend_class=TritonAttention,
+):  # fmt: skip
+    """Decoding is timed with rotation and cache writes; all else, if it `rotates`, with norms, too.
+
+    Norms of weight one: to repeat them changes nothing.
+    """
     inputs = attention_inputs(*args)
     spec, batch, qkv, cache = inputs
     if num_shared:
@@ -178,7 +181,9 @@ def build_attention(
     backend = backend_class(spec, tuning)
     cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
     decodes = batch.max_query_len == 1 and batch.prefix is None
-    rotary = (Rotary if decodes else Rotated)(KERNELS, cos_sin, None)  # angles of zero
+    ones = torch.ones(128, device=CUDA, dtype=BF16)
+    norm = PerHeadNorm(ones, ones, 1e-6) if rotates else None
+    rotary = (Rotary if decodes or rotates else Rotated)(KERNELS, cos_sin, norm)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
     between = torch.empty(1, device=CUDA)
@@ -253,10 +258,11 @@ def prefill_cases() -> Iterator[Case]:
         (64, Tiling(64, 2, 4, True), True),
     ]  # fmt: skip
     shapes = [((4088,) * 2, (4088,) * 2), ((512,) * 16, (512,) * 16), ((2048,), (10240,))]
-    shapes += [((64,) * 64, (2112,) * 64)]
+    shapes += [((64,) * 64, (2112,) * 64), ((1,) * 64 + (7680,), (1024,) * 64 + (7680,))]
     for queries, keys in shapes:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
-        shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
+        shape = f"{len(queries)}×{queries[-1]}/{keys[-1]} h16/8"
+        shape += " mixed" * (1 in queries)
         for block_size, tiling, own in variants:
             tuning = Tuning(decode, tiling, 128, own)
             build = partial(build_attention, tuning, queries, keys, (16, 8), block_size)
@@ -264,6 +270,8 @@ def prefill_cases() -> Iterator[Case]:
             name += f"{' tma' * tiling.tma}{' own' * own} {tiling.max_registers or ''}"
             yield Case("prefill", shape, name, 0, pairs * 8192, build)
         args = tuning_for(attention_spec((16, 8), 16)), queries, keys, (16, 8), 16
+        build = partial(build_attention, *args, rotates=True)
+        yield Case("prefill", shape, "b16 chosen, with RoPE", 0, pairs * 8192, build)
         build = partial(build_attention, *args, backend_class=FlashAttention)
         yield Case("prefill", shape, "b16 gathered, flash-attn", 0, pairs * 8192, build)
         if queries == keys:
@@ -641,14 +649,16 @@ def build_elementwise(name: str, num_tokens: int):
         "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], factors, 1e-6), copies),
         "silu_and_mul": (lambda i: KERNELS.silu_and_mul(gate_up[i]), len(gate_up)),
         "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
+        "rope_and_cache of keys": (lambda i: rope(qkv[i, :, 2048:]), len(qkv)),
     }  # fmt: skip
     one, count = runs[name]
     return (lambda: [one(i) for i in range(count)]), count, None
 
 
 def elementwise_cases() -> Iterator[Case]:
-    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 16384}
-    for name, num_tokens in product(token_bytes, (1, 256, 16384)):
+    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 18432}
+    token_bytes["rope_and_cache of keys"] = 10240
+    for name, num_tokens in product(token_bytes, (1, 256, 8192, 16384)):
         build = partial(build_elementwise, name, num_tokens)
         num_bytes = token_bytes[name] * num_tokens
         yield Case("elementwise", f"{num_tokens} tokens", name, num_bytes, 0, build)
