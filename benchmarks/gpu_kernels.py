@@ -1,6 +1,6 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,layer,fp8,…]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,gated,layer,fp8,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
@@ -30,6 +30,7 @@ from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels import triton_kernels, triton_sampler
+from nanovllm.worker.kernels.triton_gated import CHOSEN, GatedTile, gated_linear
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_linear
 from nanovllm.worker.layers.linear import Linear
@@ -382,6 +383,51 @@ def linear_cases() -> Iterator[Case]:
                 label = "cuBLAS" if tile is None else describe(tile)
                 build = partial(build_linear, tile, num_tokens, name, size)
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
+
+
+GATED_TILES = [
+    CHOSEN,
+    GatedTile(128, 128, 64, 4, 8), GatedTile(128, 128, 128, 2, 8),
+    GatedTile(128, 128, 64, 3, 8, None), GatedTile(128, 128, 64, 4, 8, None),
+    GatedTile(256, 64, 64, 3, 8), GatedTile(256, 64, 64, 4, 8), GatedTile(256, 64, 64, 3, 8, None),
+    GatedTile(128, 64, 64, 3, 4, 2), GatedTile(128, 64, 64, 4, 4), GatedTile(128, 64, 64, 4, 8),
+    GatedTile(128, 64, 64, 3, 4, None), GatedTile(64, 128, 64, 2, 4, 2),
+]  # fmt: skip
+
+
+def build_gated(tile: GatedTile | None, num_tokens: int, size: tuple[int, int]):
+    """The gated product of many tokens, normed already."""
+    linears = [Linear(weight, None, {}, 0) for weight in weights_of(*size)[:8]]
+    xs = [randn(num_tokens, size[1]) for _ in range(4)]  # more than the L2 cache holds
+
+    def run() -> Tensor:
+        for index, linear in enumerate(linears):
+            x = xs[index % len(xs)]
+            if tile is None:
+                out = KERNELS.silu_and_mul(linear(x))
+            else:
+                out = gated_linear(x, linear, tile=tile)
+        return out
+
+    def error() -> float:
+        x, weight = xs[(len(linears) - 1) % len(xs)].double(), linears[-1].weight.double()
+        gate, up = (x @ weight.T).chunk(2, dim=1)
+        return relative_error(run(), F.silu(gate) * up)
+
+    return run, len(linears), error
+
+
+def gated_cases() -> Iterator[Case]:
+    for size, num_tokens in product(
+        (QWEN3_06B["gate_up"], QWEN3_8B["gate_up"]), (512, 1024, 2048, 8192)
+    ):
+        shape, work = f"m{num_tokens} {size[0]}×{size[1]}", 2 * num_tokens * size[0] * size[1]
+        for tile in (None, *GATED_TILES):
+            label = "cuBLAS, silu_and_mul"
+            if tile is not None:
+                label = f"{tile.block_m}×{tile.block_n}×{tile.block_k} s{tile.stages} w{tile.warps}"
+                label += f" p{tile.programs_per_sm or '-'}"
+            yield Case("gated", shape, label, 0, work, partial(build_gated, tile, num_tokens, size))
 
 
 def build_layer(num_tokens: int, *, ours: bool, num_layers: int = 28):
@@ -771,6 +817,7 @@ def all_cases(groups: list[str]) -> list[Case]:
         decode_cases,
         prefill_cases,
         linear_cases,
+        gated_cases,
         layer_cases,
         model_cases,
         fp8_cases,
@@ -803,7 +850,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--only",
-        default="elementwise,decode,prefix,prefill,layer,model,linear,large,fp8few,fp8,sampler",
+        default="elementwise,decode,prefix,prefill,layer,model,linear,large,gated,fp8few,fp8,sampler",
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm
+from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
 from nanovllm.worker.kernels.triton_linear import beats_cublas, can_norm, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
@@ -209,6 +210,7 @@ class TritonKernels:
     A few tokens go through our own products, which take norm, gate and residual along, and widen
     FP8 weights instead of quantizing tokens. More go through cuBLAS: in the model's precision with
     the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
+    Of a prompt's tokens the gated product is ours again (`triton_gated`).
     """
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -236,6 +238,9 @@ class TritonKernels:
     ) -> Tensor:
         if _is_skinny(stream, gate_up, gated=True):
             inner = self._skinny(stream, (weight, eps), gate_up, gated=True)
+            return self.linear_add(inner, down, stream)
+        if can_gate(stream, gate_up):
+            inner = gated_linear(self.rms_norm(stream, weight, eps), gate_up)
             return self.linear_add(inner, down, stream)
         product = self._wide(stream, (weight, eps), gate_up)
         if (method := _fp8(down)) is None or beats_cublas(len(stream), down.weight):
