@@ -1,6 +1,6 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,layer,fp8,…]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,gated,layer,fp8,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
@@ -31,11 +31,12 @@ from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tun
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels import triton_kernels, triton_linear, triton_sampler
 from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.triton_gated import CHOSEN, GatedTile, gated_linear
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
-from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
 from nanovllm.worker.quant.select import allocate_linears
@@ -99,14 +100,17 @@ def attention_inputs(
     spec = attention_spec(heads, block_size, kv_dtype)
     num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
-    nothing = torch.empty(0, dtype=torch.int64, device=CUDA)
+    starts = torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int()
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=CUDA)
+    rows = torch.arange(num_rows, device=CUDA).repeat_interleave(starts.diff())
+    positions = torch.arange(sum(query_lens), device=CUDA) + (lens - starts[1:])[rows]
+    slots = slots_of(blocks.view(num_rows, width), rows, positions, block_size)
     batch = ForwardBatch(
-        input_ids=nothing,
-        positions=torch.tensor(seq_lens, device=CUDA) - 1,  # as decoding has them
-        slot_mapping=blocks[width - 1 :: width].long() * block_size
-        + (seq_lens[0] - 1) % block_size,
-        query_start_loc=torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int(),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=CUDA),
+        input_ids=torch.empty(0, dtype=torch.int64, device=CUDA),
+        positions=positions,
+        slot_mapping=slots,
+        query_start_loc=starts,
+        seq_lens=lens,
         block_tables=blocks.view(num_rows, width),
         num_tokens=sum(query_lens),
         num_rows=num_rows,
@@ -121,10 +125,6 @@ def attention_inputs(
     cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_().to(spec.cache_dtype)
     qkv = randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128)
     # New keys and values lie in qkv as they do in the last layer's cache.
-    rows = torch.arange(num_rows, device=CUDA).repeat_interleave(batch.query_start_loc.diff())
-    firsts = batch.seq_lens - batch.query_start_loc[1:]
-    positions = torch.arange(batch.num_tokens, device=CUDA) + firsts[rows]
-    slots = slots_of(batch.block_tables, rows, positions, block_size)
     new = cache[:, -1].to(BF16).flatten(1, 2)[:, slots]  # torch may not index FP8
     qkv[:, heads[0] * 128 :] = new.transpose(0, 1).flatten(1)
     return spec, batch, qkv, cache
@@ -157,16 +157,20 @@ def attention_error(
 
 
 class Rotated(Rotary):
-    """The queries are rotated already, and the cache is full."""
+    """Keys are rotated already, and the cache is full."""
 
     def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
         return qkv.view(batch.num_tokens, -1, 128)[:, : -2 * layer_cache.shape[3]]
 
 
 def build_attention(
-    tuning: Tuning, *args, num_shared: int = 0, shares: bool = False, backend_class=TritonAttention
-):
-    """Decoding is timed with rotation and cache writes, all else without."""
+    tuning: Tuning, *args, num_shared: int = 0, shares: bool = False, rotates: bool = False,
+    backend_class=TritonAttention,
+):  # fmt: skip
+    """Decoding is timed with rotation and cache writes; all else, if it `rotates`, with norms, too.
+
+    Norms of weight one: to repeat them changes nothing.
+    """
     inputs = attention_inputs(*args)
     spec, batch, qkv, cache = inputs
     if num_shared:
@@ -179,7 +183,9 @@ def build_attention(
     backend = backend_class(spec, tuning)
     cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
     decodes = batch.max_query_len == 1 and batch.prefix is None
-    rotary = (Rotary if decodes else Rotated)(KERNELS, cos_sin, None)  # angles of zero
+    ones = torch.ones(128, device=CUDA, dtype=BF16)
+    norm = PerHeadNorm(ones, ones, 1e-6) if rotates else None
+    rotary = (Rotary if decodes or rotates else Rotated)(KERNELS, cos_sin, norm)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
     between = torch.empty(1, device=CUDA)
@@ -254,10 +260,11 @@ def prefill_cases() -> Iterator[Case]:
         (64, Tiling(64, 2, 4, True), True),
     ]  # fmt: skip
     shapes = [((4088,) * 2, (4088,) * 2), ((512,) * 16, (512,) * 16), ((2048,), (10240,))]
-    shapes += [((64,) * 64, (2112,) * 64)]
+    shapes += [((64,) * 64, (2112,) * 64), ((1,) * 64 + (7680,), (1024,) * 64 + (7680,))]
     for queries, keys in shapes:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
-        shape = f"{len(queries)}×{queries[0]}/{keys[0]} h16/8"
+        shape = f"{len(queries)}×{queries[-1]}/{keys[-1]} h16/8"
+        shape += " mixed" * (1 in queries)
         for block_size, tiling, own in variants:
             tuning = Tuning(decode, tiling, 128, own)
             build = partial(build_attention, tuning, queries, keys, (16, 8), block_size)
@@ -265,6 +272,8 @@ def prefill_cases() -> Iterator[Case]:
             name += f"{' tma' * tiling.tma}{' own' * own} {tiling.max_registers or ''}"
             yield Case("prefill", shape, name, 0, pairs * 8192, build)
         args = tuning_for(attention_spec((16, 8), 16)), queries, keys, (16, 8), 16
+        build = partial(build_attention, *args, rotates=True)
+        yield Case("prefill", shape, "b16 chosen, with RoPE", 0, pairs * 8192, build)
         build = partial(build_attention, *args, backend_class=FlashAttention)
         yield Case("prefill", shape, "b16 gathered, flash-attn", 0, pairs * 8192, build)
         if queries == keys:
@@ -380,6 +389,51 @@ def linear_cases() -> Iterator[Case]:
                 label = "cuBLAS" if tile is None else describe(tile)
                 build = partial(build_linear, tile, num_tokens, name, size)
                 yield Case(group, shape, label, size[0] * size[1] * 2, 0, build)
+
+
+GATED_TILES = [
+    CHOSEN,
+    GatedTile(128, 128, 64, 4, 8), GatedTile(128, 128, 128, 2, 8),
+    GatedTile(128, 128, 64, 3, 8, None), GatedTile(128, 128, 64, 4, 8, None),
+    GatedTile(256, 64, 64, 3, 8), GatedTile(256, 64, 64, 4, 8), GatedTile(256, 64, 64, 3, 8, None),
+    GatedTile(128, 64, 64, 3, 4, 2), GatedTile(128, 64, 64, 4, 4), GatedTile(128, 64, 64, 4, 8),
+    GatedTile(128, 64, 64, 3, 4, None), GatedTile(64, 128, 64, 2, 4, 2),
+]  # fmt: skip
+
+
+def build_gated(tile: GatedTile | None, num_tokens: int, size: tuple[int, int]):
+    """The gated product of many tokens, normed already."""
+    linears = [Linear(weight, None, {}, 0) for weight in weights_of(*size)[:8]]
+    xs = [randn(num_tokens, size[1]) for _ in range(4)]  # more than the L2 cache holds
+
+    def run() -> Tensor:
+        for index, linear in enumerate(linears):
+            x = xs[index % len(xs)]
+            if tile is None:
+                out = KERNELS.silu_and_mul(linear(x))
+            else:
+                out = gated_linear(x, linear, tile=tile)
+        return out
+
+    def error() -> float:
+        x, weight = xs[(len(linears) - 1) % len(xs)].double(), linears[-1].weight.double()
+        gate, up = (x @ weight.T).chunk(2, dim=1)
+        return relative_error(run(), F.silu(gate) * up)
+
+    return run, len(linears), error
+
+
+def gated_cases() -> Iterator[Case]:
+    for size, num_tokens in product(
+        (QWEN3_06B["gate_up"], QWEN3_8B["gate_up"]), (512, 1024, 2048, 8192)
+    ):
+        shape, work = f"m{num_tokens} {size[0]}×{size[1]}", 2 * num_tokens * size[0] * size[1]
+        for tile in (None, *GATED_TILES):
+            label = "cuBLAS, silu_and_mul"
+            if tile is not None:
+                label = f"{tile.block_m}×{tile.block_n}×{tile.block_k} s{tile.stages} w{tile.warps}"
+                label += f" p{tile.programs_per_sm or '-'}"
+            yield Case("gated", shape, label, 0, work, partial(build_gated, tile, num_tokens, size))
 
 
 @lru_cache(maxsize=1)
@@ -711,14 +765,16 @@ def build_elementwise(name: str, num_tokens: int):
         "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], factors, 1e-6), copies),
         "silu_and_mul": (lambda i: KERNELS.silu_and_mul(gate_up[i]), len(gate_up)),
         "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
+        "rope_and_cache of keys": (lambda i: rope(qkv[i, :, 2048:]), len(qkv)),
     }  # fmt: skip
     one, count = runs[name]
     return (lambda: [one(i) for i in range(count)]), count, None
 
 
 def elementwise_cases() -> Iterator[Case]:
-    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 16384}
-    for name, num_tokens in product(token_bytes, (1, 256, 16384)):
+    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 18432}
+    token_bytes["rope_and_cache of keys"] = 10240
+    for name, num_tokens in product(token_bytes, (1, 256, 8192, 16384)):
         build = partial(build_elementwise, name, num_tokens)
         num_bytes = token_bytes[name] * num_tokens
         yield Case("elementwise", f"{num_tokens} tokens", name, num_bytes, 0, build)
@@ -831,6 +887,7 @@ def all_cases(groups: list[str]) -> list[Case]:
         decode_cases,
         prefill_cases,
         linear_cases,
+        gated_cases,
         layer_cases,
         model_cases,
         fp8_cases,
@@ -863,7 +920,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--only",
-        default="elementwise,decode,prefix,prefill,layer,model,linear,large,fp8few,fp8,sampler",
+        default="elementwise,decode,prefix,prefill,layer,model,linear,large,gated,fp8few,fp8,sampler",
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")

@@ -1,12 +1,14 @@
 """Compile Triton kernels to machine code of a GPU that need not be there.
 
-`python tests/worker/compile_for_gpu.py` prints a JSON object: case → registers, bytes spilled. A
-program of its own, since Triton decides when it is imported whether to compile or to interpret.
+`python tests/worker/compile_for_gpu.py sampler` (or `gated`) prints a JSON object: case → what it
+uses. A program of its own, since Triton decides when it is imported whether to compile or to
+interpret.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +19,18 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanovllm.worker.kernels import triton_sampler
+from nanovllm.worker.kernels import triton_gated, triton_sampler
 
 HOPPER = GPUTarget("cuda", 90, 32)
 VOCAB_SIZE = 151_936
 
 
 def usage(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: int
 ) -> dict[str, int]:
-    """What ptxas says of it: registers per thread, and bytes spilled. Raises if it does not
-    compile. types: of the arguments, by name; the others are `constants`."""
+    """Registers per thread and bytes spilled, as ptxas says, bytes of shared memory, and whether
+    products wait for each other. Raises if it does not compile. types: of the arguments, by name;
+    the others are `constants`."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # Pointers come from torch's allocator: 16-byte aligned, as a launch would have found out.
     aligned = [["tt.divisibility", 16]]
@@ -37,7 +40,7 @@ def usage(
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, dict(constants), attributes)
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=HOPPER, options=options)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.ptx")
         path.write_text(compiled.asm["ptx"])
@@ -45,7 +48,12 @@ def usage(
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", told)
     spills = re.findall(r"(\d+) bytes spill", told)
-    return {"registers": int(registers), "spilled": sum(map(int, spills))}
+    return {
+        "registers": int(registers),
+        "spilled": sum(map(int, spills)),
+        "shared": compiled.metadata.shared,
+        "serialized": int("wgmma" in told),
+    }
 
 
 def sampler() -> dict[str, dict[str, int]]:
@@ -92,5 +100,27 @@ def sampler() -> dict[str, dict[str, int]]:
     return found
 
 
+def gated() -> dict[str, dict[str, int]]:
+    """As `gated_linear` launches it for Qwen3-0.6B."""
+    tile = triton_gated.CHOSEN
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    boxes = {
+        "x_desc": [tile.block_m, tile.block_k],
+        "weight_desc": [2, tile.block_n, tile.block_k],
+        "out_desc": [tile.block_m, tile.block_n],
+    }
+    return {
+        dtype: usage(
+            triton_gated._gated_kernel,
+            {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
+            | {"num_tokens": "i32", "num_outputs": "i32"},
+            blocks | {"K": 1024, "GROUP": 8, "PDL": True},
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        for dtype in ("bf16", "fp16")
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps(sampler()))
+    print(json.dumps({"sampler": sampler, "gated": gated}[sys.argv[1]]()))

@@ -24,6 +24,7 @@ from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels import triton_batch
 from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.kernels.triton_gated import MIN_TOKENS
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.layers.rotary import Rope
@@ -146,6 +147,13 @@ def run_sharing_step(runner: ModelRunner) -> None:
     runner.execute(StepPlan(0, [], [], entries, starts, counts, entries))
 
 
+def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
+    """As a layer would that is not the last, where few tokens are wanted."""
+    layer = runner._model.layers[0]
+    stream = torch.zeros(num_tokens, 1024, dtype=torch.bfloat16)
+    TritonKernels().mlp(stream, layer.post_norm, 1e-6, layer.gate_up, layer.down)
+
+
 @torch.inference_mode()
 def main() -> None:
     found = compile_instead_of_launching()
@@ -153,6 +161,7 @@ def main() -> None:
     run_steps(runner, PLAIN, (1, 1), (8, 1), (24, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
     run_steps(runner, TRUNCATING, (1, 1))
     run_sharing_step(runner)
+    run_mlp(runner, num_tokens=MIN_TOKENS)
     fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)
     run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
     print(json.dumps(found))

@@ -92,6 +92,17 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
     return runner, rows
 
 
+def plan_of(size: ModelSize, limits: StepLimits) -> MemoryPlan:
+    return MemoryPlan(
+        size=size,
+        machine=Machine(name="GPU", memory_bytes=GIB, taken_bytes=0, is_gpu=True),
+        precision=Precision.of("bfloat16"),
+        cache=CacheConfig(),
+        limits=limits,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels that would have been launched; none is, which leaves their allocations."""
@@ -124,7 +135,7 @@ def peak_bytes(runner: ModelRunner, limits: StepLimits) -> int:
 @pytest.mark.parametrize(
     ("changes", "num_seqs", "num_tokens"),
     [
-        pytest.param({}, 8, 4096, id="layer"),
+        pytest.param({}, 8, 1000, id="layer"),
         pytest.param({"intermediate_size": 64}, 8, 4096, id="attention"),
         pytest.param({"vocab_size": 60000}, 64, 512, id="sampler"),
     ],
@@ -137,17 +148,21 @@ def test_the_heaviest_step_takes_what_the_plan_foresees(
         "cuda"
     )
     runner, _ = make_runner(size, limits)
-    plan = MemoryPlan(
-        size=size,
-        machine=Machine(name="GPU", memory_bytes=GIB, taken_bytes=0, is_gpu=True),
-        precision=Precision.of("bfloat16"),
-        cache=CacheConfig(),
-        limits=limits,
-        max_model_len=MAX_MODEL_LEN,
-    )
+    plan = plan_of(size, limits)
     measured = peak_bytes(runner, limits)
     assert 0.85 < plan.activation_bytes / measured < 1.15
     assert "prefill_kernel" in launches
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="skips kernels of the interpreter")
+def test_a_step_whose_gates_are_never_in_memory_takes_that_much_less(launches: list[str]) -> None:
+    """The plan foresees them: not every device, dtype and layer can do without."""
+    limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4096).limits("cuda")
+    runner, _ = make_runner(SIZE, limits)
+    foreseen = plan_of(SIZE, limits).activation_bytes
+    gates_and_ups = 4096 * 2 * SIZE.intermediate_size * 2
+    assert 0.85 < (foreseen - gates_and_ups) / peak_bytes(runner, limits) < 1.15
+    assert "_gated_kernel" in launches
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,21 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(together[8:], decoded, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("normed", [True, False])
+def test_queries_are_rotated_where_they_lie(head_dim: int, normed: bool) -> None:
+    """Beside a chunk, too, the kernels of decoding rows find theirs as they do elsewhere."""
+    spec = replace(SPEC, head_dim=head_dim)
+    batch = batch_of([1, 30, 1, 7], [140, 61, 10, 7], spec.block_size)
+    qkv, cache = inputs_for(spec, batch)
+    expected = qkv.clone()
+    rotary_for(spec, TorchKernels(), normed=normed).apply(expected, batch, cache.clone())
+    backend = TritonAttention(spec, TUNING)
+    backend.prepare(batch)
+    backend.forward(qkv, rotary_for(spec, TritonKernels(), normed=normed), cache, batch)
+    torch.testing.assert_close(qkv, expected)
+
+
 @pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
 @pytest.mark.parametrize(("num_shared", "prefix_splits"), [(256, 16), (320, 1)])
 def test_shared_prefix(tuning: Tuning, num_shared: int, prefix_splits: int) -> None:

@@ -171,7 +171,8 @@ def test_keys_and_values_of_an_fp8_cache_stay_in_its_range() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("norm", [False, True])
-def test_rope_and_cache(head_dim: int, norm: bool) -> None:
+@pytest.mark.parametrize("with_queries", [True, False])
+def test_rope_and_cache(head_dim: int, norm: bool, with_queries: bool) -> None:
     num_tokens, num_heads, num_kv_heads, block_size = 3, 6, 3, 4
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     qkv = torch.randn(num_tokens, sum(sizes), device=DEVICE)
@@ -184,15 +185,20 @@ def test_rope_and_cache(head_dim: int, norm: bool) -> None:
     positions, slots = torch.tensor([[17, 0, 5], [23, 4, 9]], device=DEVICE)
     cache = torch.full((2, 2, 6, block_size, num_kv_heads, head_dim), torch.nan, device=DEVICE)
     layer_cache = cache[:, 1]
+    before = qkv.clone()
     queries = KERNELS.rope_and_cache(
-        qkv,
+        qkv if with_queries else qkv[:, sizes[0] :],
         cos_sin=cos_sin,
         positions=positions,
         slot_mapping=slots,
         layer_cache=layer_cache,
         qk_norm=norms,
     )
-    close(queries, rotated(q, cos_sin[positions]))
+    if with_queries:
+        close(queries, rotated(q, cos_sin[positions]))
+    else:
+        assert queries.numel() == 0
+        assert torch.equal(qkv[:, : sizes[0]], before[:, : sizes[0]])
     close(layer_cache[0].flatten(0, 1)[slots], rotated(k, cos_sin[positions]))
     assert torch.equal(layer_cache[1].flatten(0, 1)[slots].double(), v)
     assert cache.isfinite().sum() == 2 * v.numel()  # nothing else was written

@@ -1,11 +1,5 @@
 """The fused sampler against the plain one (`sampling.distribution`), token by token."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +12,7 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_k,
     truncate_top_p,
 )
+from tests.worker.compiling import run_compiling
 from tests.worker.triton_device import DEVICE
 
 VOCAB_SIZE = 1000
@@ -180,15 +175,7 @@ def test_a_row_without_numbers_gets_an_index() -> None:
 
 
 def test_it_compiles_for_hopper_without_spilling() -> None:
-    """In a process of its own, where Triton compiles. No GPU is needed for it."""
-    program = Path(__file__).with_name("compile_for_gpu.py")
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = run_compiling("compile_for_gpu.py", "sampler")
     assert len(found) == 6
     for case, usage in found.items():
         assert usage["spilled"] == 0, case

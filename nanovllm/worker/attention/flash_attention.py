@@ -15,6 +15,7 @@ from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Tuning
 from nanovllm.worker.forward_batch import ForwardBatch, slots_of
+from nanovllm.worker.layers.rotary import Rotary
 
 MAX_GATHERED_KEYS = 65536  # rows of more, together, attend over their blocks
 MIN_TOKENS = 512  # fewer are launched faster than the package's Python can call
@@ -85,10 +86,11 @@ class FlashAttention(TritonAttention):
             self._gathering = gathering_of(batch, block_size=self._spec.block_size)
 
     def _prefill(
-        self, qkv: Tensor, query: Tensor, layer_cache: Tensor, batch: ForwardBatch
+        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
         if self._gathering is None:
-            return super()._prefill(qkv, query, layer_cache, batch)
+            return super()._prefill(qkv, rotary, layer_cache, batch)
+        query = rotary.apply(qkv, batch, layer_cache)
         spec, slots = self._spec, self._gathering.slots
         if self._gathered is None:
             shape = 2, MAX_GATHERED_KEYS, spec.num_kv_heads * spec.head_dim

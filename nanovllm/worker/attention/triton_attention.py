@@ -140,12 +140,12 @@ class TritonAttention:
             out = self._output(qkv)
             self._decode(qkv, layer_cache, batch, out, fused=(fitting, rotary))
             return out
-        query = rotary.apply(qkv, batch, layer_cache)
-        assert query.stride()[1:] == (self._spec.head_dim, 1)
         if batch.max_query_len > 1:
-            out = self._prefill(qkv, query, layer_cache, batch)
+            out = self._prefill(qkv, rotary, layer_cache, batch)
         else:
-            out = self._output(query)
+            rotary.apply(qkv, batch, layer_cache)
+            out = self._output(qkv)
+        query = qkv.view(len(qkv), -1, self._spec.head_dim)[:, : self._spec.num_heads]
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
@@ -200,14 +200,14 @@ class TritonAttention:
         return [TensorDescriptor.from_tensor(half, box) for half in slots]
 
     def _prefill(
-        self, qkv: Tensor, query: Tensor, layer_cache: Tensor, batch: ForwardBatch
+        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        """Attend for rows with several tokens; those of the others are left to be written.
-
-        qkv: rotated, with `query` in it.
-        """
+        """Rotate and cache, and attend for rows with several tokens; those of the others are left
+        to be written. The kernel rotates the queries, which it has to load anyway."""
         assert self._tile_rows is not None
-        out, tiling = self._output(query), self._tuning.prefill
+        num_query_lanes = self._spec.num_heads * self._spec.head_dim
+        rotary.apply(qkv[:, num_query_lanes:], batch, layer_cache)
+        out, tiling, norm = self._output(qkv), self._tuning.prefill, rotary.qk_norm
         own = None
         if self._tuning.copies_own:
             own = TensorDescriptor.from_tensor(qkv, [tiling.keys, self._spec.head_dim])
@@ -223,9 +223,13 @@ class TritonAttention:
             batch.query_start_loc,
             self._tile_rows,
             self._spec.scale * LOG2E,
+            rotary.cos_sin,
+            None if norm is None else norm.q_weight,
+            0.0 if norm is None else norm.eps,
             **self._shape,
             BLOCK_M=self._tuning.queries,
             OWN_TMA=own is not None,
+            NORM=norm is not None,
             **tiling.options,
             **self._options,
         )

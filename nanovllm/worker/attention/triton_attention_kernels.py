@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.worker.kernels.triton_kernels import normed, rotated
+
 FLOOR = tl.constexpr(-1.0e30)  # finite: a tile without a visible key gives no NaN
 
 
@@ -70,17 +72,42 @@ def _query_tile(tile_rows, query_start_loc, seq_lens, index, TOKENS: tl.constexp
     """Which TOKENS queries the index-th tile holds; of one row, the longest tiles first.
 
     Row i owns tiles query_start_loc[i] // TOKENS + i and on, at least as many as it needs. A tile
-    too many, or one of a row that decodes, has num_queries 0.
+    too many has num_queries 0.
     """
     row = tl.load(tile_rows + index)
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     num_tiles = tl.cdiv(num_queries, TOKENS)
     tile = num_tiles - 1 - (index - first_token // TOKENS - row)
-    absent = (tile < 0) | (num_queries == 1)
+    absent = tile < 0
     context = tl.load(seq_lens + row) - num_queries
     first_query = tl.where(absent, 0, tile * TOKENS)
     return row, first_token, tl.where(absent, 0, num_queries), context, first_query
+
+
+@triton.jit
+def _rotate_queries(
+    queries, real, positions, cos_sin, q_weight, eps,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Heads that start at `queries` [n], of tokens at `positions`: normed if asked for, and
+    rotated, where they lie and for all threads to see, as `Kernels.rope_and_cache` would."""
+    HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
+    lanes = tl.arange(0, BLOCK_D // 2)
+    inside = lanes < HALF
+    real = real[:, None] & inside[None, :]
+    places = queries[:, None] + lanes[None, :]
+    first = tl.load(places, real, other=0.0).to(tl.float32)
+    second = tl.load(places + HALF, real, other=0.0).to(tl.float32)
+    if NORM:
+        first, second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+    angles = (cos_sin + positions * HEAD_DIM)[:, None] + lanes[None, :]
+    cos, sin = tl.load(angles, real, other=0.0), tl.load(angles + HALF, real, other=0.0)
+    first, second = rotated(first, second, cos, sin)
+    # A thread stores what it alone has loaded: both halves lie in the same way.
+    tl.store(places, first.to(queries.dtype.element_ty), real)
+    tl.store(places + HALF, second.to(queries.dtype.element_ty), real)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -166,7 +193,7 @@ def _attend_to_own(
 # A stride that changes from step to step must not ask for a kernel of its own.
 @triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
-    qkv,  # [num_tokens, (KV_HEADS * GROUP + 2 * KV_HEADS) * HEAD_DIM], rotated
+    qkv,  # [num_tokens, (KV_HEADS * GROUP + 2 * KV_HEADS) * HEAD_DIM], queries not rotated yet
     query_stride,
     own,  # if OWN_TMA: a descriptor of qkv, boxes [BLOCK_N, HEAD_DIM]
     keys, values, out, block_tables, table_stride,  # as in decode_kernel
@@ -174,12 +201,16 @@ def prefill_kernel(
     query_start_loc,  # [num_rows + 1] int32
     tile_rows,  # [number of tiles] int32
     scale,
+    cos_sin,  # [max_positions, HEAD_DIM] fp32
+    q_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, OWN_TMA: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, OWN_TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head.
 
+    It rotates their queries first, and that is all it does for a row that decodes, whose queries
+    the kernels after it expect so.
     First to what earlier steps have cached, then to the row's tokens of this step, which lie side
     by side in qkv. Of both, tiles that all these tokens see in full need no mask.
     """
@@ -196,14 +227,17 @@ def prefill_kernel(
     lanes = tl.arange(0, BLOCK_D)
     local = first_query + members // GROUP
     heads = kv_head * GROUP + members % GROUP
-    real = ((local < num_queries) & (members < TOKENS * GROUP))[:, None] & (lanes < HEAD_DIM)
+    present = (local < num_queries) & (members < TOKENS * GROUP)
     tokens = (first_token + local).to(tl.int64)
-    places = (tokens * query_stride + heads * HEAD_DIM)[:, None] + lanes
-    q = tl.load(qkv + places, real, other=0.0)
+    queries = qkv + tokens * query_stride + heads * HEAD_DIM
+    _rotate_queries(queries, present, context + local, cos_sin, q_weight, eps,
+                    HEAD_DIM, BLOCK_D, NORM)  # fmt: skip
+    real = (present & (num_queries > 1))[:, None] & (lanes < HEAD_DIM)
+    q = tl.load(queries[:, None] + lanes, real, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if num_queries > 0:
+    if num_queries > 1:
         table = block_tables + row.to(tl.int64) * table_stride
         acc, peak, total = _attend_to_cached(
             q, keys, values, table, context, first_query, local, kv_head, scale, acc, peak, total,

@@ -68,10 +68,11 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Split, (QK-)norm, rotate (neox halves), and write keys and values to their slots.
 
-        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin: [max_positions,
-        head_dim] fp32, cosines then sines; layer_cache as in `AttentionBackend.forward`. Returns
-        the queries, [num_tokens, num_heads, head_dim], in the memory of qkv; there, too, lie keys
-        and values, as whoever reads them from the cache finds them.
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], perhaps of no query heads,
+        and lines may lie apart; cos_sin: [max_positions, head_dim] fp32, cosines then sines;
+        layer_cache as in `AttentionBackend.forward`. Returns the queries, [num_tokens, num_heads,
+        head_dim], in the memory of qkv; there, too, lie keys and values, as whoever reads them
+        from the cache finds them.
         """
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
 from nanovllm.worker.kernels.triton_linear import beats_cublas, skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
@@ -92,7 +93,7 @@ def _silu_and_mul_kernel(
 
 
 @triton.jit
-def _normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
+def normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
     """RMS norm of heads given in halves, [heads, lanes] fp32 each."""
     square = tl.sum(first * first + second * second, 1) / (2 * HALF)
     scale = tl.rsqrt(square + eps)[:, None]
@@ -108,16 +109,14 @@ def _normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
 def _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside, eps,
                     HALF: tl.constexpr):  # fmt: skip
     """Queries by one weight, all other heads by the other."""
-    q_first, q_second = _normed(first, second, q_weight, lanes, inside, eps, HALF)
-    k_first, k_second = _normed(first, second, k_weight, lanes, inside, eps, HALF)
+    q_first, q_second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+    k_first, k_second = normed(first, second, k_weight, lanes, inside, eps, HALF)
     return tl.where(is_query, q_first, k_first), tl.where(is_query, q_second, k_second)
 
 
 @triton.jit
-def _rotated(first, second, angles, inside, HALF: tl.constexpr):
-    """Heads given in halves, [heads, lanes] fp32 each, turned by one token's angles."""
-    cos = tl.load(angles, inside, other=0.0)[None, :]
-    sin = tl.load(angles + HALF, inside, other=0.0)[None, :]
+def rotated(first, second, cos, sin):
+    """Heads given in halves, [heads, lanes] fp32 each, turned by the angles of their tokens."""
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -132,6 +131,7 @@ def narrowed(x, DTYPE: tl.constexpr):
 @triton.jit
 def _rope_and_cache_kernel(
     qkv,  # [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF]; rotated in place
+    token_stride,
     cos_sin,  # [max_positions, 2 * HALF] fp32
     positions,  # [num_tokens] int64
     slot_mapping,  # [num_tokens] int64
@@ -158,17 +158,21 @@ def _rope_and_cache_kernel(
     kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
     value_side = tl.where(rotates, 0, value_offset)
     real = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & inside[None, :]
-    source = qkv + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF)
-    source += heads[:, None] * (2 * HALF) + lanes[None, :]
+    source = qkv + token * token_stride + heads[:, None] * (2 * HALF) + lanes[None, :]
     raw_first = tl.load(source, real, other=0.0)
     raw_second = tl.load(source + HALF, real, other=0.0)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
-        first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside,
-                                        eps, HALF)  # fmt: skip
+        if NUM_HEADS > 0:
+            first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes,
+                                            inside, eps, HALF)  # fmt: skip
+        else:
+            first, second = normed(first, second, k_weight, lanes, inside, eps, HALF)
     dtype = qkv.dtype.element_ty
     angles = cos_sin + tl.load(positions + token) * (2 * HALF) + lanes
-    first, second = _rotated(first, second, angles, inside, HALF)
+    cos = tl.load(angles, inside, other=0.0)[None, :]
+    sin = tl.load(angles + HALF, inside, other=0.0)[None, :]
+    first, second = rotated(first, second, cos, sin)
     new_first = tl.where(rotates, first.to(dtype), raw_first)
     new_second = tl.where(rotates, second.to(dtype), raw_second)
     cached = cache.dtype.element_ty
@@ -206,6 +210,7 @@ class TritonKernels:
     A few tokens go through our own products, which take norms, gate and residual along, and widen
     FP8 weights instead of quantizing tokens. More go through cuBLAS: in the model's precision with
     the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
+    Of a prompt's tokens the gated product is ours again (`triton_gated`).
     """
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -243,6 +248,9 @@ class TritonKernels:
         hidden = stream.hidden
         if _is_skinny(hidden, gate_up, gated=True):
             inner = self._skinny(stream, (weight, eps), gate_up, gated=True)
+            return self.linear_add(inner, down, hidden, next_norm)
+        if can_gate(hidden, gate_up):
+            inner = gated_linear(self.rms_norm(hidden, weight, eps), gate_up)
             return self.linear_add(inner, down, hidden, next_norm)
         product = self._wide(hidden, (weight, eps), gate_up)
         if (method := _fp8(down)) is None or beats_cublas(len(hidden), down.weight):
@@ -298,10 +306,11 @@ class TritonKernels:
         num_kv_heads, head_dim = layer_cache.shape[-2:]
         num_tokens, num_all = qkv.shape[0], qkv.shape[1] // head_dim
         num_heads = num_all - 2 * num_kv_heads
-        assert qkv.is_contiguous() and layer_cache[0].is_contiguous() and cos_sin.is_contiguous()
+        assert qkv.stride(1) == 1 and layer_cache[0].is_contiguous() and cos_sin.is_contiguous()
         heads = min(ROPE_HEADS, triton.next_power_of_2(num_all))
         _rope_and_cache_kernel[(num_tokens, triton.cdiv(num_all, heads))](
             qkv,
+            qkv.stride(0),
             cos_sin,
             positions,
             slot_mapping,
