@@ -9,6 +9,7 @@ from pathlib import Path
 LAUNCHED = {
     "_expand_kernel",
     "plan_kernel",
+    "stream_plan_kernel",
     "_vector_kernel",
     "_matrix_kernel",
     "_rows_kernel",
@@ -16,6 +17,7 @@ LAUNCHED = {
     "_rope_and_cache_kernel",
     "prefill_kernel",
     "decode_kernel",
+    "stream_kernel",
     "combine_kernel",
     "shared_prefix_kernel",
     "_segments_kernel",
