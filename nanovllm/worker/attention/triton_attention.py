@@ -217,7 +217,9 @@ class TritonAttention:
 
     @property
     def _block_group(self) -> int:
-        return max(16, triton.next_power_of_2(self._group))
+        """Lines of a tile of queries: tensor cores take 16."""
+        lines: int = triton.next_power_of_2(self._group)
+        return max(16, lines)
 
     @property
     def _slots(self) -> int:

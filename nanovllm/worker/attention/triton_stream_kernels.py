@@ -75,6 +75,7 @@ def _stream(
                        BLOCK_N, TMA)  # fmt: skip
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
     REPEATS: tl.constexpr = BLOCK_G // MEMBERS  # noqa: N806
+    WIDTH: tl.constexpr = KV_HEADS * GROUP * HEAD_DIM  # noqa: N806
     members = tl.arange(0, MEMBERS)
     lanes = tl.arange(0, BLOCK_D)
     real = (members < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
@@ -87,10 +88,8 @@ def _stream(
         q = tl.load(query + token.to(tl.int64) * query_stride + places, real, other=0.0)
         q = tl.broadcast_to(q[None, :, :], [REPEATS, MEMBERS, BLOCK_D])
         q = tl.reshape(q, [BLOCK_G, BLOCK_D])
-        k, v = vectors_in(
-            blocks, keys, values, start, end, kv_head, query.dtype.element_ty,
-            KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
-        )  # fmt: skip
+        k, v = vectors_in(blocks, keys, values, start, end, kv_head, q.dtype, KV_HEADS * HEAD_DIM,
+                          BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, end, tl.maximum(end - WINDOW, 0), scale,
                                        acc, peak, total, BLOCK_N, WINDOW)  # fmt: skip
         ends = start + BLOCK_N >= end
@@ -102,16 +101,9 @@ def _stream(
             is_whole = ends & (part == 0)
             if SHARED:
                 is_whole &= tl.load(shared_keys + row) == 0
-            one = tl.max(tl.reshape(acc, [REPEATS, MEMBERS, BLOCK_D]), 0)
-            one_total = tl.max(tl.reshape(total, [REPEATS, MEMBERS]), 0)
-            if is_whole:
-                target = out + token.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM) + places
-                tl.store(target, (one / one_total[:, None]).to(out.dtype.element_ty), real)
-            else:
-                one_peak = tl.max(tl.reshape(peak, [REPEATS, MEMBERS]), 0)
-                leave_part(one, one_peak, one_total, partial_out, partial_max, partial_sum,
-                           row.to(tl.int64) * KV_HEADS + kv_head, part,
-                           GROUP, BLOCK_D, MEMBERS, SLOTS)  # fmt: skip
+            _leave(acc, peak, total, is_whole, out + token.to(tl.int64) * WIDTH + places, real,
+                   partial_out, partial_max, partial_sum, row.to(tl.int64) * KV_HEADS + kv_head,
+                   part, GROUP, BLOCK_D, MEMBERS, REPEATS, SLOTS)  # fmt: skip
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
             peak = tl.full([BLOCK_G], FLOOR, tl.float32)
             total = tl.zeros([BLOCK_G], tl.float32)
@@ -121,6 +113,26 @@ def _stream(
         # Behind the range's last tile nothing is attended to, but a block of this row is looked up.
         blocks = blocks_of(block_tables + row.to(tl.int64) * table_stride,
                            tl.minimum(start, end - 1), end, BLOCK_SIZE, BLOCK_N, TMA)  # fmt: skip
+
+
+@triton.jit
+def _leave(
+    acc, peak, total, is_whole, targets, real, partial_out, partial_max, partial_sum,
+    row_head, part, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr,
+    REPEATS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What a row has in a range: at `targets` if that is all of it, else for `join`.
+
+    The lines of `acc` repeat those of the group, REPEATS times: one of each is stored.
+    """
+    acc = tl.max(tl.reshape(acc, [REPEATS, MEMBERS, BLOCK_D]), 0)
+    peak = tl.max(tl.reshape(peak, [REPEATS, MEMBERS]), 0)
+    total = tl.max(tl.reshape(total, [REPEATS, MEMBERS]), 0)
+    if is_whole:
+        tl.store(targets, (acc / total[:, None]).to(targets.dtype.element_ty), real)
+    else:
+        leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head, part,
+                   GROUP, BLOCK_D, MEMBERS, SLOTS)  # fmt: skip
 
 
 @triton.jit
