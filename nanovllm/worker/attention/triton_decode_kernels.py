@@ -1,4 +1,4 @@
-"""Triton kernels of a few rows with one query token each: split-KV ("Flash-Decoding", Dao 2023).
+"""Triton kernel of a few rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
 
 `triton_attention` launches `decode_kernel` after `plan_kernel` has cut rows up, if all splits fit
 on the device at once. Latency is all there, so it also does what lies before and behind: it rotates
