@@ -133,12 +133,13 @@ def attention_inputs(
 def attention_error(
     out: Tensor, inputs: tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]
 ) -> float:
-    """Of the last layer's result: the first, a middle and the last row, at most 64 queries each."""
+    """Of the last layer's result, the worst of some rows, at most 64 queries each."""
     spec, batch, qkv, cache = inputs
     query = qkv.view(batch.num_tokens, -1, 128)[:, : spec.num_heads]
     starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     errors = []
-    for row in {0, batch.num_rows // 2, batch.num_rows - 1}:
+    apart = batch.num_rows // 2 if batch.max_query_len > 1 else max(1, batch.num_rows // 32)
+    for row in {*range(0, batch.num_rows, max(1, apart)), batch.num_rows - 1}:
         table = batch.block_tables[row].long()
         keys, values = (
             half[table].flatten(0, 1)[: lens[row]].double().repeat_interleave(
@@ -210,45 +211,62 @@ def build_sdpa(backend: SDPBackend, rows: int, length: int, heads: tuple[int, in
     return run, 1, None
 
 
+def stream_tunings(chosen: Tuning) -> Iterator[tuple[str, Tuning]]:
+    """Ways to decode many rows: (keys, stages, warps), and as many programs as fit or fewer."""
+    for (keys, stages, warps), counts in STREAMS.items():
+        for programs in counts:
+            tiling = Tiling(keys, stages, warps, tma=False)
+            tuning = replace(chosen, decode=tiling, programs_per_sm=programs, few=None)
+            yield f"n{keys} s{stages} w{warps} p{programs}", tuning
+    tiling = Tiling(16, 4, 1, tma=True)
+    yield "n16 s4 w1 p7 TMA", replace(chosen, decode=tiling, programs_per_sm=7, few=None)
+
+
+STREAMS = {
+    (16, 2, 1): (12,),
+    (16, 3, 1): (8, 10, 12),
+    (16, 4, 1): (6, 8),
+    (32, 2, 1): (8,),
+    (32, 2, 2): (6, 7),
+    (32, 3, 2): (4, 5, 6),
+    (32, 4, 2): (3, 4),
+    (32, 3, 4): (4,),
+    (64, 2, 2): (4, 5),
+    (64, 2, 4): (3,),
+    (64, 3, 4): (2, 3),
+}
+MIXED = tuple(100 + (row * 617) % 1401 for row in range(256))  # lengths 100 … 1500
+
+
 def decode_cases() -> Iterator[Case]:
-    prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
-    many = Tiling(keys=16, stages=6, warps=1, tma=True)
-    others = {"prefill": prefill, "queries": 128}
-    variants = {"16 keys, TMA": Tuning(many, **others, programs_per_sm=7, min_split=128)}
-    wide = Tiling(keys=32, stages=2, warps=2, tma=False)
-    for split, programs in ((256, 5), (256, 6), (256, 7)):
-        variants[f"32 keys p{programs} k{split}"] = Tuning(
-            wide, **others, min_split=split, programs_per_sm=programs
-        )
-    variants["chosen"] = tuning_for(attention_spec((16, 8), 16))
-    shapes = [(1, 512, 16), (8, 1024, 16)]
-    shapes += [
-        (8, 4096, 16),
-        (16, 384, 16),
-        (16, 1024, 16),
-        (64, 384, 16),
-        (80, 640, 16),
-        (256, 1024, 16),
-    ]
-    shapes += [(1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
     spec = attention_spec((16, 8), 16)
+    chosen = tuning_for(spec)
     args = ((1,) * 256, (2112,) * 256, (16, 8), 16)
     for label, shares in (("each row alone", False), ("read once", True)):
-        build = partial(build_attention, tuning_for(spec), *args, num_shared=2048, shares=shares)
+        build = partial(build_attention, chosen, *args, num_shared=2048, shares=shares)
         yield Case("prefix", "256×2112, 2048 shared", label, (256 * 64 + 2048) * 4096, 0, build)
     for num_shared in (1024,):
         args = ((1,) * 64, (1088,) * 64, (16, 8), 16)
-        build = partial(
-            build_attention, tuning_for(spec), *args, num_shared=num_shared, shares=True
-        )
+        build = partial(build_attention, chosen, *args, num_shared=num_shared, shares=True)
         num_bytes = (64 * (1088 - num_shared) + num_shared) * 4096
         yield Case("prefix", f"64×1088, {num_shared} shared", "read once", num_bytes, 0, build)
-    for rows, length, heads in shapes:
-        num_bytes = rows * length * 8 * 512
-        args = ((1,) * rows, (length,) * rows, (heads, 8))
-        for name, tuning in variants.items():
-            build = partial(build_attention, tuning, *args, 16)
-            yield Case("decode", f"{rows}×{length} h{heads}/8", name, num_bytes, 0, build)
+    few = [(1, 512, 16), (8, 1024, 16), (8, 4096, 16), (16, 384, 16), (16, 1024, 16)]
+    few += [(64, 384, 16), (1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
+    many = [(64, 704, 16), (80, 640, 16), (128, 704, 16), (256, 704, 16), (256, 1024, 16)]
+    shapes = [(f"{rows}×{length}", (length,) * rows, heads) for rows, length, heads in few + many]
+    shapes.append((f"256×{min(MIXED)}…{max(MIXED)}", MIXED, 16))
+    for name, lengths, heads in shapes:
+        num_bytes, args = sum(lengths) * 8 * 512, ((1,) * len(lengths), lengths, (heads, 8), 16)
+        variants = [("chosen", chosen)]
+        if len(lengths) <= 80:
+            for programs in (4, 5, 6):
+                fused = replace(chosen, few=Fitting(chosen.decode, programs))
+                variants.append((f"fused, if all fit, p{programs}", fused))
+        if (len(lengths), lengths[0], heads) not in few:
+            variants += stream_tunings(chosen)
+        for variant, tuning in variants:
+            build = partial(build_attention, tuning, *args)
+            yield Case("decode", f"{name} h{heads}/8", variant, num_bytes, 0, build)
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -714,6 +732,9 @@ def build_quantizing(name: str, num_tokens: int):
     return run, 1, error
 
 
+FP8_STREAMS = ((16, 4, 1, 12), (16, 5, 1, 9), (32, 2, 2, 5), (32, 3, 2, 6), (32, 4, 2, 5))
+
+
 def fp8_cases() -> Iterator[Case]:
     token_bytes = {"quantize": 3 * 4096, "norm, quantize": 3 * 4096}
     token_bytes["silu_and_mul, quantize"] = 5 * 12288
@@ -721,16 +742,20 @@ def fp8_cases() -> Iterator[Case]:
         build = partial(build_quantizing, name, num_tokens)
         yield Case("fp8", f"{num_tokens} tokens", name, token_bytes[name] * num_tokens, 0, build)
     yield from fp8_linear_cases()
-    prefill = tuning_for(attention_spec((16, 8), 16, E4M3)).prefill
+    chosen = tuning_for(attention_spec((16, 8), 16, E4M3))
     for rows, length in ((1, 4096), (8, 1024), (64, 1024), (256, 1024)):
         args, num_bytes = ((1,) * rows, (length,) * rows, (16, 8), 16), rows * length * 8 * 256
-        for dtype, stages, programs in ((None, 6, 7), (E4M3, 6, 7), (E4M3, 8, 7), (E4M3, 6, 10)):
-            tuning = Tuning(
-                Tiling(16, stages, 1, tma=True), prefill, 128,
-                programs_per_sm=programs, min_split=128,
-            )  # fmt: skip
+        ways = [(None, chosen, "as chosen"), (E4M3, chosen, "as chosen")]
+        if rows >= 64:
+            for keys, stages, warps, programs in FP8_STREAMS:
+                tuning = replace(
+                    chosen, decode=Tiling(keys, stages, warps, tma=False),
+                    programs_per_sm=programs, few=None,
+                )  # fmt: skip
+                ways.append((E4M3, tuning, f"n{keys} s{stages} w{warps} p{programs}"))
+        for dtype, tuning, way in ways:
             build = partial(build_attention, tuning, *args, dtype)
-            label = f"{'bf16' if dtype is None else 'fp8'} KV s{stages} p{programs}"
+            label = f"{'bf16' if dtype is None else 'fp8'} KV {way}"
             total = num_bytes * (2 if dtype is None else 1)
             yield Case("fp8", f"decode {rows}×{length} h16/8", label, total, 0, build)
     for dtype in (None, E4M3):

@@ -5,6 +5,7 @@ from tests.worker.compiling import run_compiling
 LAUNCHED = {
     "_expand_kernel",
     "plan_kernel",
+    "stream_plan_kernel",
     "_vector_kernel",
     "_matrix_kernel",
     "_gated_kernel",
@@ -13,6 +14,7 @@ LAUNCHED = {
     "_rope_and_cache_kernel",
     "prefill_kernel",
     "decode_kernel",
+    "stream_kernel",
     "combine_kernel",
     "shared_prefix_kernel",
     "_segments_kernel",

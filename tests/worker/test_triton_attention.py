@@ -32,7 +32,7 @@ TUNING = Tuning(
     decode=Tiling(keys=16, stages=2, warps=1, tma=False),
     prefill=Tiling(keys=16, stages=2, warps=4, tma=False),
     queries=16,
-    min_split=32,
+    min_range=32,
     max_splits=4,
 )
 FUSED_TUNING = replace(TUNING, few=Fitting(TUNING.decode, 14))
@@ -173,7 +173,8 @@ def test_chosen_tuning() -> None:
         check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
 
 
-def test_more_rows_than_one_program_plans() -> None:
+def test_more_rows_than_programs() -> None:
+    """Nor does one program plan them all."""
     check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])
 
 
@@ -222,8 +223,59 @@ def test_an_fp8_cache_is_copied_in_whole_16_bytes() -> None:
     assert tuning_for(wider).prefill.tma
 
 
-def test_decoding_does_not_depend_on_the_batch() -> None:
-    """A row's bits are the same alone, in company, and beside a chunk."""
+# As many programs as 3 multiprocessors have, for 2 KV heads: one range, 4, 13 and 30.
+@pytest.mark.parametrize("programs_per_sm", [1, 3, 9, 20])
+@pytest.mark.parametrize("block_size", [5, 16, 64])
+def test_rows_in_ranges(block_size: int, programs_per_sm: int) -> None:
+    """Rows in one range and in several, ranges in one row and in several, ends at tiles' ends."""
+    seq_lens = [1, 15, 16, 17, 150, 32, 1, 48, 290, 2, 64, 33]
+    tuning = TMA_TUNING if block_size == 64 else TUNING
+    tuning = replace(tuning, programs_per_sm=programs_per_sm, min_range=16)
+    check(replace(SPEC, block_size=block_size), [1] * len(seq_lens), seq_lens, tuning)
+
+
+@pytest.mark.parametrize("programs_per_sm", [1, 9])
+def test_ranges_of_other_batches(programs_per_sm: int) -> None:
+    """Beside chunks, in a window, from an FP8 cache."""
+    tuning = replace(TUNING, programs_per_sm=programs_per_sm, min_range=16)
+    query_lens, seq_lens = [1, 20, 1, 2, 1, 1], [70, 20, 5, 34, 129, 64]
+    for changes in ({}, {"sliding_window": 40}, {"kv_dtype": torch.float8_e4m3fn}):
+        check(replace(SPEC, **changes), query_lens, seq_lens, tuning)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("programs_per_sm", [1, 4, 20])
+def test_ranges_hold_every_tile_once(programs_per_sm: int, window: int | None) -> None:
+    """The plan itself: equal ranges over the tiles of the rows that decode, in their order."""
+    torch.manual_seed(4)
+    spec = replace(SPEC, num_kv_heads=1, sliding_window=window)
+    lens, tile = torch.randint(1, 400, (70,)).tolist(), TUNING.decode.keys
+    query_lens = [1 if row % 7 else min(length, 3) for row, length in enumerate(lens)]
+    backend = TritonAttention(spec, replace(TUNING, programs_per_sm=programs_per_sm))
+    backend.prepare(batch_of(query_lens, lens, SPEC.block_size))
+    scratch = backend._scratch_for(len(lens))
+    firsts = [max(0, n - window) // tile * tile if window else 0 for n in lens]
+    counts = [-(-(n - f) // tile) for n, f in zip(lens, firsts, strict=True)]
+    decoding = [row for row, count in enumerate(query_lens) if count == 1]
+    tiles = [(row, firsts[row] + i * tile) for row in decoding for i in range(counts[row])]
+    share, num_tiles, num_lines = scratch.totals.tolist()
+    longest = -(-max(counts[row] for row in decoding) // (TUNING.max_splits - 1))
+    assert share == max(-(-len(tiles) // (3 * programs_per_sm)), TUNING.min_range // tile, longest)
+    assert (num_tiles, num_lines) == (len(tiles), len(decoding))
+    row_tiles = {row: tiles.index((row, firsts[row])) for row in decoding}
+    for line, row in zip(scratch.lines.tolist(), decoding, strict=False):
+        in_ranges = {place // share for place in range(len(tiles)) if tiles[place][0] == row}
+        token = sum(query_lens[:row])
+        assert line[:5] == [row, token, firsts[row], lens[row], len(in_ranges)]
+        assert len(in_ranges) <= TUNING.max_splits
+    for which, begin in enumerate(range(0, len(tiles), share)):
+        index, part, start, _ = scratch.ranges[which].tolist()
+        assert (decoding[index], start) == tiles[begin]
+        assert part == which - row_tiles[decoding[index]] // share
+
+
+def test_decoding_depends_on_the_batch_by_rounding_alone() -> None:
+    """A row is cut up otherwise alone, in company, and beside a chunk."""
     torch.manual_seed(1)
     batch = batch_of([1, 1, 6, 1], [100, 7, 20, 60], SPEC.block_size)
     qkv, cache = inputs_for(SPEC, batch)
@@ -241,7 +293,7 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
         num_chunk_keys=0,
         max_query_len=1,
     )
-    pair = replace(  # rotated by the same kernel as the mixed batch, or by attention itself
+    pair = replace(
         alone,
         positions=batch.positions[[0, 8]],
         slot_mapping=batch.slot_mapping[[0, 8]],
@@ -253,7 +305,8 @@ def test_decoding_does_not_depend_on_the_batch() -> None:
         num_decode_rows=2,
     )
     decoded = attend(SPEC, qkv[8:], cache, alone)
-    assert torch.equal(decoded, attend(SPEC, qkv[[0, 8]], cache, pair)[1:])
+    in_a_pair = attend(SPEC, qkv[[0, 8]], cache, pair)[1:]
+    torch.testing.assert_close(in_a_pair, decoded, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together[8:], decoded, rtol=1e-5, atol=1e-6)
 
 
@@ -273,8 +326,12 @@ def test_queries_are_rotated_where_they_lie(head_dim: int, normed: bool) -> None
 
 
 @pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
-@pytest.mark.parametrize(("num_shared", "prefix_splits"), [(256, 16), (320, 1)])
-def test_shared_prefix(tuning: Tuning, num_shared: int, prefix_splits: int) -> None:
+@pytest.mark.parametrize(
+    ("num_shared", "prefix_splits", "programs_per_sm"), [(256, 16, 9), (320, 1, 9), (256, 16, 1)]
+)
+def test_shared_prefix(
+    tuning: Tuning, num_shared: int, prefix_splits: int, programs_per_sm: int
+) -> None:
     """Rows 0, 2 and 5 share; beside them a chunk, padding, and a row that keeps to itself."""
     torch.manual_seed(3)
     batch = batch_of([1, 1, 1, 7, 1, 1], [330, 300, 345, 340, 1, 321], SPEC.block_size)
@@ -288,7 +345,8 @@ def test_shared_prefix(tuning: Tuning, num_shared: int, prefix_splits: int) -> N
     batch.prefix = SharedPrefix(num_keys.to(DEVICE), leader)
     qkv, cache = inputs_for(SPEC, batch)
     before = cache.clone()
-    out = attend(SPEC, qkv, cache, batch, replace(tuning, prefix_splits=prefix_splits))
+    tuning = replace(tuning, prefix_splits=prefix_splits, programs_per_sm=programs_per_sm)
+    out = attend(SPEC, qkv, cache, batch, tuning)
     assert (out.double() - dense(SPEC, qkv, before, batch)).norm(dim=(1, 2)).max() < 1e-5
 
 

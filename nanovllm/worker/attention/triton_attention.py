@@ -6,6 +6,7 @@ without work end at once.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention_kernels import prefill_kernel
-from nanovllm.worker.attention.triton_decode_kernels import combine_kernel, decode_kernel
-from nanovllm.worker.attention.triton_decode_plan import PLANNED_ROWS, RECORD, plan_kernel
+from nanovllm.worker.attention.triton_decode_kernels import decode_kernel
+from nanovllm.worker.attention.triton_decode_plan import (
+    LINE,
+    PLANNED_ROWS,
+    RANGE,
+    RECORD,
+    plan_kernel,
+    stream_plan_kernel,
+)
 from nanovllm.worker.attention.triton_shared_prefix import shared_prefix_kernel
+from nanovllm.worker.attention.triton_stream_kernels import combine_kernel, stream_kernel
 from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.triton_launch import (
@@ -37,6 +46,9 @@ class Scratch:
 
     work: Tensor  # [rows * max_splits, RECORD] int32
     num_work: Tensor  # [1] int32
+    lines: Tensor  # [rows, LINE] int32
+    ranges: Tensor  # [most ranges, RANGE] int32
+    totals: Tensor  # [3] int32
     arrivals: Tensor  # [rows, num_kv_heads] int32, zero between kernels
     partial_out: Tensor  # [rows, num_heads, slots, padded head_dim] fp32
     partial_max: Tensor  # [rows, num_heads, slots] fp32
@@ -47,13 +59,18 @@ class Scratch:
         """What splits of a row leave for the one that joins them."""
         return self.partial_out, self.partial_max, self.partial_sum
 
+    @property
+    def stream(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `stream_plan_kernel` lists."""
+        return self.lines, self.ranges, self.totals
+
 
 class TritonAttention:
     """One per model: layers call it one after the other and share its scratch.
 
     The cache must hold finite numbers everywhere (it starts as zeros): keys beyond a row's end are
-    read and then weighted with zero. A row's bits do not depend on its neighbours, but for how many
-    they are (a few rows are cut up more finely) and whether they share a prefix.
+    read and then weighted with zero. Where a decoding row is cut up, and so its last bits, depends
+    on the lengths of all that decode in the step; the same step always gives the same bits.
     """
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
@@ -72,13 +89,6 @@ class TritonAttention:
             "BLOCK_D": triton.next_power_of_2(spec.head_dim),
             "BLOCK_SIZE": spec.block_size,
             "WINDOW": spec.sliding_window or 0,
-        }
-        # Of each row by its own length: for `plan_kernel`, and `combine_kernel` after it.
-        self._own_cuts = {
-            "WINDOW": spec.sliding_window or 0,
-            "MIN_SPLIT": self._tuning.min_split,
-            "MAX_SPLITS": self._tuning.max_splits,
-            "BLOCK_N": self._tuning.decode.keys,
         }
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
@@ -106,19 +116,8 @@ class TritonAttention:
         An ordinary launch (the embedding's) must lie between this and `forward`: its kernels read
         the lists before they wait for their predecessors.
         """
-        scratch = self._scratch_for(batch.num_rows)
         if batch.num_decode_rows:
-            plan_kernel[(triton.cdiv(batch.num_rows, PLANNED_ROWS.value),)](
-                batch.seq_lens,
-                batch.query_start_loc,
-                None if batch.prefix is None else batch.prefix.num_keys,
-                scratch.work,
-                scratch.num_work,
-                batch.num_rows,
-                SHARED=batch.prefix is not None,
-                **self._cuts(batch),
-                BLOCK_ROWS=triton.next_power_of_2(batch.num_rows),
-            )
+            self._plan(batch)
         if batch.max_query_len > 1:
             rows = torch.arange(batch.num_rows, device=self._spec.device, dtype=torch.int32)
             starts = batch.query_start_loc[:-1] // self._tile_tokens + rows
@@ -132,13 +131,13 @@ class TritonAttention:
     def forward(
         self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        """Rows with one token are split over their keys, the others tiled over their queries."""
+        """Rows with one token are cut up over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
         fitting = self._fitting(batch)
         if fitting is not None:
             assert qkv.stride(1) == 1
             out = self._output(qkv)
-            self._decode(qkv, layer_cache, batch, out, fused=(fitting, rotary))
+            self._decode(qkv, rotary, layer_cache, batch, out, fitting)
             return out
         if batch.max_query_len > 1:
             out = self._prefill(qkv, rotary, layer_cache, batch)
@@ -149,9 +148,7 @@ class TritonAttention:
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
-            self._decode(query, layer_cache, batch, out)
-            if batch.max_seq_len > self._tuning.min_split // 2:
-                self._combine(batch, out)
+            self._stream(query, layer_cache, batch, out)
         return out
 
     def _output(self, query: Tensor) -> Tensor:
@@ -173,19 +170,56 @@ class TritonAttention:
         """Of all rows together, so that all programs fit."""
         return self._num_programs(fitting.programs_per_sm) // self._spec.num_kv_heads
 
-    def _cuts(self, batch: ForwardBatch) -> dict[str, int]:
-        """How `plan_kernel` cuts rows up."""
-        fitting = self._fitting(batch)
-        if fitting is None:
-            return self._own_cuts | {"MOST": 0}
-        return self._own_cuts | {
-            "MOST": self._most_splits(fitting),
-            "BLOCK_N": fitting.tiling.keys,
+    @property
+    def _num_ranges(self) -> int:
+        """Into which the tiles of many rows are cut, each for a program per KV head."""
+        num_programs = self._num_programs(self._tuning.programs_per_sm)
+        return max(1, num_programs // self._spec.num_kv_heads)
+
+    def _plan(self, batch: ForwardBatch) -> None:
+        """List what `decode_kernel` or `stream_kernel` will do."""
+        scratch, tuning = self._scratch_for(batch.num_rows), self._tuning
+        grid = (triton.cdiv(batch.num_rows, PLANNED_ROWS.value),)
+        shape: dict[str, Any] = {
+            "WINDOW": self._shape["WINDOW"],
+            "MAX_SPLITS": tuning.max_splits,
+            "BLOCK_ROWS": triton.next_power_of_2(batch.num_rows),
         }
+        fitting = self._fitting(batch)
+        if fitting is not None:
+            plan_kernel[grid](
+                batch.seq_lens,
+                batch.query_start_loc,
+                scratch.work,
+                scratch.num_work,
+                batch.num_rows,
+                self._most_splits(fitting),
+                **shape,
+                BLOCK_N=fitting.tiling.keys,
+            )
+            return
+        stream_plan_kernel[grid](
+            batch.seq_lens,
+            batch.query_start_loc,
+            None if batch.prefix is None else batch.prefix.num_keys,
+            *scratch.stream,
+            batch.num_rows,
+            self._num_ranges,
+            **shape,
+            SHARED=batch.prefix is not None,
+            LEAST=triton.cdiv(tuning.min_range, tuning.decode.keys),
+            BLOCK_N=tuning.decode.keys,
+        )
 
     @property
     def _tile_tokens(self) -> int:
         return self._tuning.queries // self._group
+
+    @property
+    def _block_group(self) -> int:
+        """Lines of a tile of queries: tensor cores take 16."""
+        lines: int = triton.next_power_of_2(self._group)
+        return max(16, lines)
 
     @property
     def _slots(self) -> int:
@@ -237,26 +271,21 @@ class TritonAttention:
 
     def _decode(
         self,
-        query: Tensor,
+        qkv: Tensor,
+        rotary: Rotary,
         layer_cache: Tensor,
         batch: ForwardBatch,
         out: Tensor,
-        *,
-        fused: tuple[Fitting, Rotary] | None = None,
+        fitting: Fitting,
     ) -> None:
-        """query: rotated, [num_tokens, num_heads, head_dim]; if fused, qkv as it came."""
+        """A few rows: all in one kernel. qkv: as the product left it."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
-        tiling, rotary, norm = tuning.decode, None, None
-        most = self._num_programs(tuning.programs_per_sm)
-        if fused is not None:
-            fitting, rotary = fused
-            tiling, norm = fitting.tiling, rotary.qk_norm
-            most = self._most_splits(fitting) * spec.num_kv_heads
-        programs = min(batch.num_rows * spec.num_kv_heads * tuning.max_splits, most)
-        decode_kernel[(programs,)](
-            query,
-            query.stride(0),
-            *self._keys_and_values(layer_cache, tiling),
+        norm, most = rotary.qk_norm, self._most_splits(fitting)
+        num_splits = min(batch.num_rows * tuning.max_splits, most)
+        decode_kernel[(num_splits * spec.num_kv_heads,)](
+            qkv,
+            qkv.stride(0),
+            *self._keys_and_values(layer_cache, fitting.tiling),
             out,
             *scratch.partials,
             scratch.arrivals,
@@ -267,35 +296,56 @@ class TritonAttention:
             spec.scale * LOG2E,
             layer_cache,
             layer_cache.stride(0),
-            None if rotary is None else rotary.cos_sin,
+            rotary.cos_sin,
             None if norm is None else norm.q_weight,
             None if norm is None else norm.k_weight,
             0.0 if norm is None else norm.eps,
             **self._shape,
-            BLOCK_G=max(16, triton.next_power_of_2(self._group)),
+            BLOCK_G=self._block_group,
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
-            FUSED=fused is not None,
             NORM=norm is not None,
-            **tiling.options,
+            **fitting.tiling.options,
             **self._options,
         )
 
-    def _combine(self, batch: ForwardBatch, out: Tensor) -> None:
-        spec, prefix = self._spec, batch.prefix
-        combine_kernel[(batch.num_rows, spec.num_heads)](
+    def _stream(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor) -> None:
+        """Many rows. query: rotated, [num_tokens, num_heads, head_dim]."""
+        spec, tuning = self._spec, self._tuning
+        scratch, prefix = self._scratch_for(batch.num_rows), batch.prefix
+        shared_keys = None if prefix is None else prefix.num_keys
+        num_ranges = min(batch.num_rows * tuning.max_splits, self._num_ranges)
+        stream_kernel[(num_ranges * spec.num_kv_heads,)](
+            query,
+            query.stride(0),
+            *self._keys_and_values(layer_cache, tuning.decode),
             out,
-            *self._scratch_for(batch.num_rows).partials,
-            batch.seq_lens,
-            batch.query_start_loc,
-            batch.num_rows,
-            None if prefix is None else prefix.num_keys,
-            HEADS=spec.num_heads,
+            *scratch.partials,
+            *scratch.stream,
+            shared_keys,
+            batch.block_tables,
+            batch.block_tables.stride(0),
+            spec.scale * LOG2E,
+            **self._shape,
+            BLOCK_G=self._block_group,
+            SLOTS=self._slots,
+            SHARED=prefix is not None,
+            **tuning.decode.options,
+            **self._options,
+        )
+        combine_kernel[(batch.num_rows, spec.num_kv_heads)](
+            out,
+            *scratch.partials,
+            scratch.lines,
+            scratch.totals,
+            shared_keys,
+            KV_HEADS=spec.num_kv_heads,
+            GROUP=self._group,
             HEAD_DIM=spec.head_dim,
             BLOCK_D=self._shape["BLOCK_D"],
-            SHARED=prefix is not None,
+            MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
-            **self._own_cuts,
+            SHARED=prefix is not None,
             num_warps=2,
             **self._options,
         )
@@ -333,11 +383,14 @@ class TritonAttention:
             return self._scratch[min(large_enough)]
         rows, device = triton.next_power_of_2(num_rows), self._spec.device
         parts = (rows, self._spec.num_heads, self._slots)
-        num_records = rows * self._tuning.max_splits
+        integers = partial(torch.zeros, dtype=torch.int32, device=device)
         self._scratch[rows] = Scratch(
-            work=torch.zeros(num_records, RECORD.value, dtype=torch.int32, device=device),
-            num_work=torch.empty(1, dtype=torch.int32, device=device),
-            arrivals=torch.zeros(rows, self._spec.num_kv_heads, dtype=torch.int32, device=device),
+            work=integers(rows * self._tuning.max_splits, RECORD.value),
+            num_work=integers(1),
+            lines=integers(rows, LINE.value),
+            ranges=integers(self._num_ranges, RANGE.value),
+            totals=integers(3),
+            arrivals=integers(rows, self._spec.num_kv_heads),
             partial_out=torch.empty(*parts, self._shape["BLOCK_D"], device=device),
             partial_max=torch.empty(parts, device=device),
             partial_sum=torch.empty(parts, device=device),

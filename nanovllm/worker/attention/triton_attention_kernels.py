@@ -1,9 +1,9 @@
 """Triton kernels of paged causal attention with grouped queries; `triton_attention` launches them.
 
 Here: what all share, and rows with several query tokens, by FlashAttention-2 (Dao 2023) over pages
-and the step's own keys. How a row is cut up and in which order its parts are summed follows from
-its own length alone: its bits do not depend on its neighbours. Where a block holds whole tiles of
-keys, the copy engine (TMA) fetches them.
+and the step's own keys. In which order these are summed follows from the row's own length alone:
+its bits do not depend on its neighbours. Where a block holds whole tiles of keys, the copy engine
+(TMA) fetches them.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -37,14 +37,37 @@ def key_and_value(
 
     Places from `end` on hold any finite numbers: masked scores cancel them.
     """
+    blocks = blocks_of(block_table, start, end, BLOCK_SIZE, BLOCK_N, TMA)
+    return vectors_in(blocks, keys, values, start, end, kv_head, DTYPE, SLOT, BLOCK_SIZE, HEAD_DIM,
+                      BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+
+
+@triton.jit
+def blocks_of(block_table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+              TMA: tl.constexpr):  # fmt: skip
+    """In which block each of BLOCK_N places from `start` on lies; if TMA, the one of them all."""
     if TMA:
-        slot = tl.load(block_table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+        blocks = tl.load(block_table + start // BLOCK_SIZE)
+    else:
+        places = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
+        blocks = tl.load(block_table + places // BLOCK_SIZE)
+    return blocks
+
+
+@triton.jit
+def vectors_in(
+    blocks, keys, values, start, end, kv_head, DTYPE: tl.constexpr,
+    SLOT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`key_and_value` where `blocks_of` is known."""
+    if TMA:
+        slot = blocks * BLOCK_SIZE + start % BLOCK_SIZE
         k = keys.load([slot, kv_head * HEAD_DIM])
         v = values.load([slot, kv_head * HEAD_DIM])
     else:
         places = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
-        slots = tl.load(block_table + places // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
-        slots += places % BLOCK_SIZE
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + places % BLOCK_SIZE
         lanes = tl.arange(0, BLOCK_D)
         vectors = (slots * SLOT + kv_head * HEAD_DIM)[:, None] + lanes[None, :]
         if HEAD_DIM == BLOCK_D:

@@ -1,9 +1,9 @@
-"""Triton kernels of rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
+"""Triton kernel of a few rows with one query token: split-KV ("Flash-Decoding", Dao et al. 2023).
 
-`triton_attention` launches them, after `triton_decode_plan` has cut rows up. In every layer
-`decode_kernel` attends and `combine_kernel` joins the splits of a row, in their order. For a few
-rows, where latency is all, one kernel (FUSED) also does what lies before and behind: it rotates
-queries, writes the new keys and values, and the last split of a row to end joins them all.
+`triton_attention` launches `decode_kernel` after `plan_kernel` has cut rows up, if all splits fit
+on the device at once. Latency is all there, so it also does what lies before and behind: it rotates
+queries, writes the new keys and values, and the last split of a row to end joins them all, in their
+order. `triton_stream_kernels` serve more rows.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -13,20 +13,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, key_and_value
-from nanovllm.worker.attention.triton_decode_plan import (
-    RECORD,
-    least_split,
-    prefix_splits,
-    row_facts,
-    splits_of,
-)
+from nanovllm.worker.attention.triton_decode_plan import RECORD
 from nanovllm.worker.kernels.triton_kernels import narrowed
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
-    query,  # [num_tokens, num_heads, HEAD_DIM], token stride query_stride; if FUSED all of qkv
-    query_stride,
+    qkv,  # [num_tokens, (KV_HEADS * GROUP + 2 * KV_HEADS) * HEAD_DIM], not rotated
+    qkv_stride,
     keys,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM], as values.
     values,  # If TMA: descriptors, both [num_slots, KV_HEADS * HEAD_DIM], boxes [BLOCK_N, HEAD_DIM]
     out,  # [num_tokens, num_heads, HEAD_DIM]
@@ -36,116 +30,92 @@ def decode_kernel(
     arrivals,  # [num_rows, KV_HEADS] int32, zero before and after
     work, num_work, block_tables, table_stride,
     scale,  # softmax scale * log2(e)
-    cache, value_offset: tl.int64,  # keys, and how far behind them values lie, for FUSED to write
+    cache, value_offset: tl.int64,  # keys, and how far behind them values lie, to be written
     cos_sin,  # [max_positions, HEAD_DIM] fp32
     q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs share out the work list: (split, KV head) each, all heads of the group at once."""
+    """A program: one split of one row, all heads of one KV head at once."""
     if PDL:
         gdc_launch_dependents()
-    item, stride = tl.program_id(0), tl.num_programs(0)
-    num_items = tl.load(num_work) * KV_HEADS
-    row, split, num_splits, begin, end, token, position = _record(work, item // KV_HEADS)
-    if PDL and not FUSED:
-        gdc_wait()
-    if item < num_items:
+    item = tl.program_id(0)
+    record = work + item // KV_HEADS * RECORD
+    row, split, num_splits = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
+    begin, end = tl.load(record + 3), tl.load(record + 4)
+    token, position = tl.load(record + 5).to(tl.int64), tl.load(record + 6)
+    if item < tl.load(num_work) * KV_HEADS:
         _decode_item(
-            query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
+            qkv + token * qkv_stride, keys, values, out, partial_out, partial_max, partial_sum,
             arrivals, block_tables + row * table_stride, item % KV_HEADS,
             row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
             cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
-            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
+            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, NORM, PDL,
         )  # fmt: skip
-    elif PDL and FUSED:
+    elif PDL:
         gdc_wait()
-    # The other records are not read ahead: Triton 3.6 takes a bound that a loop carries for the
-    # first one's (its pass that removes layout conversions).
-    for later in tl.range(item + stride, num_items, stride):
-        row, split, num_splits, begin, end, token, position = _record(work, later // KV_HEADS)
-        _decode_item(
-            query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
-            arrivals, block_tables + row * table_stride, later % KV_HEADS,
-            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
-            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
-            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, FUSED, NORM, PDL,
-        )  # fmt: skip
-
-
-@triton.jit
-def _record(work, index):
-    """A line of the work list; see RECORD."""
-    record = work + index * RECORD
-    row, split, num_splits = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-    begin, end, token = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
-    position = tl.load(record + 6)
-    return row.to(tl.int64), split, num_splits, begin, end, token.to(tl.int64), position
 
 
 @triton.jit
 def _decode_item(
-    query, query_stride, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
+    qkv, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
     block_table, kv_head, row, split, num_splits, begin, end, token, position, scale,
     cache, value_offset, cos_sin, q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row, for the heads of one KV head: into `out` if it is all there is."""
+    """Into `out` if the split is all there is. qkv: of this token."""
     heads = tl.arange(0, BLOCK_G)
     lanes = tl.arange(0, BLOCK_D)
-    real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
-    places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     peak, total = tl.full([BLOCK_G], FLOOR, tl.float32), tl.zeros([BLOCK_G], tl.float32)
-    first = tl.maximum(position + 1 - WINDOW, 0) if WINDOW > 0 else 0
-    if FUSED:
-        # The row's last key is that of this token: not in the cache yet.
-        is_last = end > position
-        cached_end = tl.minimum(end, position)
-        # What lies in the cache is from earlier steps, so the first tile need not wait.
-        k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
-                             kv_head, query.dtype.element_ty, KV_HEADS * HEAD_DIM, BLOCK_SIZE,
-                             HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-        if PDL:
-            gdc_wait()
-        q, new_k, new_v = _rotate_row(
-            query + token * query_stride, kv_head, position, cos_sin, q_weight, k_weight, eps,
-            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
-        )  # fmt: skip
-        if is_last:
-            slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
-            slot = (slot + position % BLOCK_SIZE) * KV_HEADS + kv_head
-            _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
-            peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
-            total = tl.full([BLOCK_G], 1.0, tl.float32)
-            acc += new_v.to(tl.float32)[None, :]
-        acc, peak, total = _absorb_tile(q, k, v, begin, cached_end, first, scale, acc, peak, total,
-                                        BLOCK_N, WINDOW)  # fmt: skip
-        begin += BLOCK_N
-    else:
-        cached_end = end
-        q = tl.load(query + token * query_stride + places, real, other=0.0)
-    for start in tl.range(begin, cached_end, BLOCK_N):
+    first = tl.maximum(position + 1 - WINDOW, 0)
+    # The row's last key is that of this token: not in the cache yet.
+    cached_end = tl.minimum(end, position)
+    # What lies in the cache is from earlier steps, so the first tile need not wait.
+    k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
+                         kv_head, qkv.dtype.element_ty, KV_HEADS * HEAD_DIM, BLOCK_SIZE,
+                         HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+    if PDL:
+        gdc_wait()
+    q, new_k, new_v = _rotate_row(
+        qkv, kv_head, position, cos_sin, q_weight, k_weight, eps,
+        KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
+    )  # fmt: skip
+    if end > position:
+        slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
+        slot = (slot + position % BLOCK_SIZE) * KV_HEADS + kv_head
+        _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
+        peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        total = tl.full([BLOCK_G], 1.0, tl.float32)
+        acc += new_v.to(tl.float32)[None, :]
+    acc, peak, total = absorb_tile(q, k, v, begin, cached_end, first, scale, acc, peak, total,
+                                   BLOCK_N, WINDOW)  # fmt: skip
+    for start in tl.range(begin + BLOCK_N, cached_end, BLOCK_N):
         k, v = key_and_value(
-            keys, values, block_table, start, cached_end, kv_head, query.dtype.element_ty,
+            keys, values, block_table, start, cached_end, kv_head, qkv.dtype.element_ty,
             KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
         )  # fmt: skip
-        acc, peak, total = _absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
-                                        BLOCK_N, WINDOW)  # fmt: skip
+        acc, peak, total = absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
+                                       BLOCK_N, WINDOW)  # fmt: skip
     out_row = out + token * (KV_HEADS * GROUP * HEAD_DIM)
     if num_splits == 0:
+        real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
+        places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
         tl.store(out_row + places, (acc / total[:, None]).to(out.dtype.element_ty), real)
     else:
-        _leave_part(
-            acc, peak, total, out_row, partial_out, partial_max, partial_sum, arrivals,
-            row * KV_HEADS + kv_head, kv_head, split, num_splits,
-            GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_SPLITS, SLOTS, FUSED,
-        )  # fmt: skip
+        row_head = row * KV_HEADS + kv_head
+        leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head, split,
+                   GROUP, BLOCK_D, BLOCK_G, SLOTS)  # fmt: skip
+        tl.debug_barrier()  # all threads' parts are written before one thread says so
+        if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
+            join(out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, 0,
+                 GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, 64)  # fmt: skip
+            tl.store(arrivals + row_head, 0)
 
 
 @triton.jit
@@ -158,13 +128,10 @@ def _keep(place, value_offset, key, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
-def _leave_part(
-    acc, peak, total, out_row, partial_out, partial_max, partial_sum, arrivals,
-    row_head, kv_head, split, num_splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, FUSED: tl.constexpr,
-):  # fmt: skip
-    """Store one split's part; if FUSED, the last one to arrive joins them all into `out_row`."""
+def leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head, split,
+               GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+               SLOTS: tl.constexpr):  # fmt: skip
+    """Store what one split of a row makes of the heads of one KV head, for `join`."""
     heads = tl.arange(0, BLOCK_G)
     lanes = tl.arange(0, BLOCK_D)
     parts = (row_head * GROUP + heads) * SLOTS + split
@@ -172,59 +139,11 @@ def _leave_part(
     tl.store(partial_out + part_lanes, acc, (heads < GROUP)[:, None])
     tl.store(partial_max + parts, peak, heads < GROUP)
     tl.store(partial_sum + parts, total, heads < GROUP)
-    if FUSED:
-        tl.debug_barrier()  # all threads' parts are written before one thread says so
-        if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
-            first_part = row_head * GROUP * SLOTS
-            joined = _join(
-                partial_out + first_part * BLOCK_D, partial_max + first_part,
-                partial_sum + first_part, num_splits, 0,
-                GROUP, BLOCK_D, MAX_SPLITS, SLOTS, 64,
-            )  # fmt: skip
-            members = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
-            targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes[None, :]
-            inside = (members < GROUP) & (lanes < HEAD_DIM)[None, :]
-            tl.store(targets, joined.to(out_row.dtype.element_ty), inside)
-            tl.store(arrivals + row_head, 0)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_kernel(
-    out, partial_out, partial_max, partial_sum, seq_lens, query_start_loc, num_rows,
-    shared_keys,  # [num_rows] int32, if SHARED
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr,
-    WINDOW: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A program joins the parts of one head of one row, if that row decodes in several.
-
-    For rows that are cut by their own length (MOST is 0 in plan_kernel).
-    """
-    if PDL:
-        gdc_launch_dependents()
-    row, head = tl.program_id(0), tl.program_id(1)
-    num_keys, token, num_shared = row_facts(
-        row, num_rows, seq_lens, query_start_loc, shared_keys, SHARED
-    )
-    least = least_split(num_keys, num_shared, MIN_SPLIT)
-    _, _, num_splits = splits_of(num_keys, num_shared, least, WINDOW, MAX_SPLITS, BLOCK_N)
-    num_prefix = prefix_splits(num_shared, SLOTS - MAX_SPLITS)
-    if PDL:
-        gdc_wait()
-    if (num_splits > 0) & (num_splits + num_prefix > 1):
-        first_part = (row.to(tl.int64) * HEADS + head) * SLOTS
-        joined = _join(
-            partial_out + first_part * BLOCK_D, partial_max + first_part, partial_sum + first_part,
-            num_splits, num_prefix, 1, BLOCK_D, MAX_SPLITS, SLOTS, 16,
-        )  # fmt: skip
-        lanes = tl.arange(0, BLOCK_D)[None, :]
-        places = (token.to(tl.int64) * HEADS + head) * HEAD_DIM + lanes
-        tl.store(out + places, joined.to(out.dtype.element_ty), lanes < HEAD_DIM)
 
 
 @triton.jit
-def _absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl.constexpr,
-                 WINDOW: tl.constexpr):  # fmt: skip
+def absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl.constexpr,
+                WINDOW: tl.constexpr):  # fmt: skip
     """Attend to keys start … start + BLOCK_N, of which those in first … end are visible."""
     places = start + tl.arange(0, BLOCK_N)
     visible = places < end
@@ -290,37 +209,50 @@ def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _join(parts, peaks, sums, num_splits, num_prefix, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-          MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """Parts of GROUP heads, [heads, BLOCK_D]: own splits, then those of a shared prefix.
+def join(
+    out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, num_prefix,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr, SHARED: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Parts of the heads of one KV head, into `out_row`: own splits, then those of a shared prefix.
 
     AT_ONCE: parts, of all heads together, that are loaded at once.
     """
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+    JOINED: tl.constexpr = AT_ONCE // MEMBERS if MEMBERS < AT_ONCE else 1  # noqa: N806
+    first_part = row_head * GROUP * SLOTS
+    parts, peaks, sums = (
+        partial_out + first_part * BLOCK_D, partial_max + first_part, partial_sum + first_part
+    )  # fmt: skip
     acc = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
     peak = tl.full([MEMBERS], FLOOR, tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     acc, peak, total = _join_some(
         parts, peaks, sums, 0, num_splits, acc, peak, total,
-        GROUP, MEMBERS, BLOCK_D, SLOTS, AT_ONCE,
+        GROUP, MEMBERS, BLOCK_D, SLOTS, JOINED,
     )  # fmt: skip
-    if SLOTS > MAX_SPLITS:
+    if SHARED:
         acc, peak, total = _join_some(
             parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total,
-            GROUP, MEMBERS, BLOCK_D, SLOTS, AT_ONCE,
+            GROUP, MEMBERS, BLOCK_D, SLOTS, JOINED,
         )  # fmt: skip
-    return acc / total[:, None]
+    members = tl.arange(0, MEMBERS)[:, None]
+    lanes = tl.arange(0, BLOCK_D)[None, :]
+    targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes
+    inside = (members < GROUP) & (lanes < HEAD_DIM)
+    total = tl.maximum(total, 1e-30)[:, None]  # of members beyond the group, nothing
+    tl.store(targets, (acc / total).to(out_row.dtype.element_ty), inside)
 
 
 @triton.jit
 def _join_some(parts, peaks, sums, begin, end, acc, peak, total, GROUP: tl.constexpr,
                MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
-               AT_ONCE: tl.constexpr):  # fmt: skip
+               JOINED: tl.constexpr):  # fmt: skip
     """Joins the parts in slots begin … end, written by other programs: past the L1 cache."""
     members = tl.arange(0, MEMBERS)[:, None]
     lanes = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, AT_ONCE // MEMBERS):
-        slots = start + tl.arange(0, AT_ONCE // MEMBERS)[None, :]
+    for start in tl.range(begin, end, JOINED):
+        slots = start + tl.arange(0, JOINED)[None, :]
         present = (slots < end) & (members < GROUP)
         places = members * SLOTS + slots  # [MEMBERS, JOINED]
         some_peaks = tl.load(peaks + places, present, other=FLOOR, cache_modifier=".cg")

@@ -1,6 +1,6 @@
 """A kernel that reads leading keys which decoding rows share once, for all those rows together.
 
-`triton_attention` launches it before `decode_kernel`. It attends like a prefill, rows and grouped
+`triton_attention` launches it before `stream_kernel`. It attends like a prefill, rows and grouped
 heads in one tile (cascade inference: Juravsky et al., "Hydragen", 2024), and leaves its parts in
 the slots behind those of the rows' own splits.
 """
@@ -17,7 +17,7 @@ from nanovllm.worker.attention.triton_decode_plan import shared_split
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def shared_prefix_kernel(
-    query, query_stride, keys, values, partial_out, partial_max, partial_sum,  # as decode_kernel's
+    query, query_stride, keys, values, partial_out, partial_max, partial_sum,  # as stream_kernel's
     shared_keys,  # [num_rows] int32: how many, 0 for rows that do not share
     leader,  # [1] int32: a row that does
     query_start_loc,

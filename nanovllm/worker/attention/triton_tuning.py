@@ -55,8 +55,8 @@ class Tuning:
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
     few: Fitting | None = None
-    programs_per_sm: int = 6
-    min_split: int = 256  # keys; half as many for rows of up to twice that
+    programs_per_sm: int = 6  # that share the tiles of many decoding rows
+    min_range: int = 128  # keys, for one of them
     max_splits: int = 32  # of one row, however long
     prefix_splits: int = 16  # of the keys that rows share
 
