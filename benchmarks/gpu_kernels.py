@@ -33,7 +33,8 @@ from nanovllm.worker.kernels import triton_kernels, triton_linear, triton_sample
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton_gated import CHOSEN, GatedTile, gated_linear
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_linear import Tile, fp8_tile_for, skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear_tuning import Tile, fp8_tile_for
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
@@ -260,7 +261,7 @@ def decode_cases() -> Iterator[Case]:
         variants = [("chosen", chosen)]
         if len(lengths) <= 80:
             for programs in (4, 5, 6):
-                fused = replace(chosen, few=Fitting(chosen.decode, programs))
+                fused = replace(chosen, few=Fitting(Tiling(32, 2, 2, tma=False), programs))
                 variants.append((f"fused, if all fit, p{programs}", fused))
         if (len(lengths), lengths[0], heads) not in few:
             variants += stream_tunings(chosen)

@@ -1,11 +1,11 @@
 """On a GPU: do all paths give the right tokens? Run before any timing means something.
 
-    python benchmarks/gpu_parity.py [--model smollm2]
+    python benchmarks/gpu_parity.py [--model smollm2] [--only "triton, graphs"]
 
 Greedy answers of the real model in bf16 through every attention backend, eager and by CUDA graph,
-one request at a time and all at once, against transformers in fp32. Prints, per path, how many
-answers are equal token for token, where the first one parts, and how far apart the two best
-log-probabilities were there (a bf16 model may choose the other side of a near tie).
+one request at a time, all at once, and many of each at once, against transformers in fp32. Prints,
+per path, how many answers are equal token for token, and how far a token that was taken lies behind
+the one that fp32 would have taken (a bf16 model may choose the other side of a near tie).
 """
 
 import argparse
@@ -34,6 +34,7 @@ TEXTS = [
     "The three laws of robotics are",
 ]
 NUM_TOKENS = 48
+NUM_COPIES = 27  # of each text, so that decoding takes the way of many rows
 PATHS: dict[str, dict[str, Any]] = {
     "torch, eager": {"attention_backend": "torch", "enforce_eager": True},
     "triton, eager": {"attention_backend": "triton", "enforce_eager": True},
@@ -61,17 +62,20 @@ def generate(core: EngineCore, prompts: list[list[int]], start: int) -> list[lis
 
 
 def run_path(model: str, settings: dict[str, Any], prompts: list[list[int]]) -> list[Any]:
-    """Outputs all at once, and one at a time, with a cold prefix cache each."""
+    """Outputs all at once, one at a time, and many of each at once, each with a cold cache."""
+    num_seqs = NUM_COPIES * len(prompts)
     config = EngineConfig.from_kwargs(
-        model=model, dtype="bfloat16", max_model_len=1024, max_num_seqs=64, **settings
+        model=model, dtype="bfloat16", max_model_len=1024, max_num_seqs=num_seqs, **settings
     )
     executor = InlineExecutor(config, lambda phase, progress: None)
     core = EngineCore(config, executor, executor.start())
     together = generate(core, prompts, 0)
     core.reset_prefix_cache()
     apart = [generate(core, [prompt], 1000 + i)[0] for i, prompt in enumerate(prompts)]
+    core.reset_prefix_cache()
+    crowd = generate(core, prompts * NUM_COPIES, 2000)
     executor.shutdown()
-    return [together, apart]
+    return [together, apart, crowd]
 
 
 def compare(
@@ -95,6 +99,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", choices=PATHS, nargs="+", default=list(PATHS), help="these paths")
     arguments = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
@@ -105,10 +110,11 @@ def main() -> None:
     reference.to("cuda")
     tokenizer = Tokenizer.load(arguments.model)
     prompts = [tokenizer.encode(text) for text in TEXTS]
-    for name, settings in PATHS.items():
-        together, apart = run_path(arguments.model, settings, prompts)
+    for name in arguments.only:
+        together, apart, crowd = run_path(arguments.model, PATHS[name], prompts)
         compare(f"{name}, together", together, reference, prompts)
         compare(f"{name}, one by one", apart, reference, prompts)
+        compare(f"{name}, {NUM_COPIES} of each", crowd, reference, prompts * NUM_COPIES)
         same = sum(a == b for a, b in zip(together, apart, strict=True))
         print(f"{'':45s} {same}/{len(prompts)} the same together and one by one")
 

@@ -23,6 +23,7 @@ from nanovllm.worker.attention import triton_attention
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels import triton_batch
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_gated import MIN_TOKENS
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
@@ -150,8 +151,8 @@ def run_sharing_step(runner: ModelRunner) -> None:
 def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
     """As a layer would that is not the last, where few tokens are wanted."""
     layer = runner._model.layers[0]
-    stream = torch.zeros(num_tokens, 1024, dtype=torch.bfloat16)
-    TritonKernels().mlp(stream, layer.post_norm, 1e-6, layer.gate_up, layer.down)
+    stream, norm = Stream(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16)), layer.post_norm
+    TritonKernels().mlp(stream, norm, 1e-6, layer.gate_up, layer.down, norm)
 
 
 @torch.inference_mode()
@@ -161,7 +162,8 @@ def main() -> None:
     run_steps(runner, PLAIN, (1, 1), (8, 1), (24, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
     run_steps(runner, TRUNCATING, (1, 1))
     run_sharing_step(runner)
-    run_mlp(runner, num_tokens=MIN_TOKENS)
+    for num_tokens in (MIN_TOKENS, 2 * MIN_TOKENS):
+        run_mlp(runner, num_tokens=num_tokens)
     fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)
     run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
     print(json.dumps(found))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanovllm.worker.kernels.triton_linear import Tile, skinny_add, skinny_linear, tile_for
+from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear_tuning import Tile, tile_for
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
 from tests.worker.triton_device import DEVICE
@@ -103,13 +104,19 @@ def test_inputs_that_no_tile_divides(num_tokens: int, num_inputs: int) -> None:
 
 def test_small_layers_are_cut_as_measured() -> None:
     """Qwen3-0.6B's, so that all programs of a product run at once."""
-    whole, halves = Tile(32, 1024, 1, 4, 2), Tile(32, 128, 12, 4, 5)
-    assert tile_for(32, 4096, 1024, gated=False) == Tile(32, 256, 4, 4, 3)
+    whole, narrow, halves = (
+        Tile(32, 1024, 1, 4, 2),
+        Tile(16, 1024, 1, 4, 2),
+        Tile(32, 128, 12, 4, 5),
+    )
+    assert tile_for(8, 4096, 1024, gated=False) == whole
+    assert tile_for(32, 4096, 1024, gated=False) == Tile(64, 512, 1, 4, 2)
     assert tile_for(64, 4096, 1024, gated=False) == tile_for(64, 1024, 3072, gated=False) == whole
+    assert tile_for(64, 1024, 2048, gated=False) == narrow
     assert tile_for(128, 1024, 2048, gated=False) == whole
     assert tile_for(128, 1024, 3072, gated=False) == halves
     assert tile_for(128, 4096, 1024, gated=False) == Tile(64, 128, 8, 4, 4)
-    assert tile_for(32, 3072, 1024, gated=True) == Tile(64, 256, 1, 4, 2)
+    assert tile_for(32, 3072, 1024, gated=True) == Tile(16, 256, 4, 4, 4)
     assert tile_for(64, 3072, 1024, gated=True) == Tile(32, 128, 8, 4, 5)
 
 

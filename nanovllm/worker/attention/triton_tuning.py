@@ -82,6 +82,15 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         tma=can_copy and spec.block_size % 64 == 0,
         max_registers=128,
     )
-    decode = Tiling(keys=32, stages=2, warps=2, tma=False)
-    few = Fitting(decode, programs_per_sm=4)
-    return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)
+    # As many programs as have room for their registers; to widen keys from FP8 takes more of them.
+    widens = spec.cache_dtype != spec.dtype
+    fused = Tiling(keys=32, stages=2, warps=2, tma=False)
+    streaming = fused if widens else Tiling(keys=64, stages=2, warps=2, tma=False)
+    return Tuning(
+        streaming,
+        prefill,
+        queries=128,
+        copies_own=can_copy,
+        few=Fitting(fused, programs_per_sm=4 if widens else 6),
+        programs_per_sm=5 if widens else 4,
+    )

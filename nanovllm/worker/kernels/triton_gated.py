@@ -38,7 +38,7 @@ class GatedTile:
     programs_per_sm: int | None = 1  # None: as many as tiles, each of which ends its program
 
 
-CHOSEN = GatedTile(128, 128, 64, stages=3, warps=8)
+FEWER, CHOSEN = GatedTile(128, 64, 64, 4, warps=4), GatedTile(128, 128, 64, 3, warps=8)
 
 
 @triton.jit
@@ -94,13 +94,14 @@ def can_gate(x: Tensor, linear: Linear) -> bool:
     return can and len(x) >= MIN_TOKENS
 
 
-def gated_linear(x: Tensor, linear: Linear, *, tile: GatedTile = CHOSEN) -> Tensor:
+def gated_linear(x: Tensor, linear: Linear, *, tile: GatedTile | None = None) -> Tensor:
     """silu(gate) * up, [num_tokens, num_outputs], of the layer's outputs: gates, then ups.
 
     x: [num_tokens, num_inputs].
     """
     num_tokens, num_inputs = x.shape
     num_outputs = len(linear.weight) // 2
+    tile = tile or (CHOSEN if num_tokens >= 2048 else FEWER)
     halves = linear.weight.view(2, num_outputs, num_inputs)
     assert x.is_contiguous() and halves.is_contiguous()
     out = x.new_empty(num_tokens, num_outputs)

@@ -15,7 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.worker.kernels.base import QKNorm, Stream
 from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
-from nanovllm.worker.kernels.triton_linear import beats_cublas, skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear_tuning import beats_cublas
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
