@@ -168,6 +168,28 @@ def test_equals_dense_attention(query_lens: list[int], seq_lens: list[int], tuni
     check(SPEC, query_lens, seq_lens, tuning)
 
 
+@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+def test_padding_behind_the_rows_may_hold_anything(tuning: Tuning) -> None:
+    """As where a graph's tokens belong to no row: nobody has written what they attend to."""
+    torch.manual_seed(0)
+    batch = batch_of([20, 9], [50, 9], SPEC.block_size)
+    qkv, cache = inputs_for(SPEC, batch)
+    expected = dense(SPEC, qkv, cache, batch)
+    nowhere = torch.full((5,), -1, device=DEVICE)
+    padded = replace(
+        batch,
+        num_tokens=batch.num_tokens + 5,
+        positions=torch.cat((batch.positions, nowhere + 1)),
+        slot_mapping=torch.cat((batch.slot_mapping, nowhere)),
+    )
+    nothing = torch.full((5, qkv.shape[1]), torch.nan, device=DEVICE)
+    backend = TritonAttention(SPEC, tuning)
+    backend.prepare(padded)
+    rotary = rotary_for(SPEC, TritonKernels())
+    out = backend.forward(torch.cat((qkv, nothing)), rotary, cache, padded)[: batch.num_tokens]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_chosen_tuning() -> None:
     for spec in (SPEC, replace(SPEC, block_size=64), replace(SPEC, head_dim=80)):
         check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))

@@ -145,7 +145,9 @@ def _rope_and_cache_kernel(
     """A program takes HEADS heads of one token: queries, then keys, then values, as qkv has them.
 
     Values pass through the arithmetic, unchanged, so that no program needs to know what it holds.
-    Keys and values are left in qkv as a reader of the cache would find them.
+    Keys and values are left in qkv as a reader of the cache would find them; where they are not to
+    be cached, as zeros, since tiles of a row's keys reach beyond its end: weights of zero would not
+    silence the NaN that a token without attention may hold.
     """
     if PDL:
         gdc_launch_dependents()
@@ -182,9 +184,10 @@ def _rope_and_cache_kernel(
         rotates = heads[:, None] >= 0
         new_first = tl.where(is_query, new_first, kept_first.to(dtype))
         new_second = tl.where(is_query, new_second, kept_second.to(dtype))
-    tl.store(source, new_first, real & rotates)
-    tl.store(source + HALF, new_second, real & rotates)
     slot = tl.load(slot_mapping + token)  # negative: not to be cached
+    lost = ~is_query & (slot < 0)
+    tl.store(source, tl.where(lost, 0.0, new_first).to(dtype), real & (rotates | lost))
+    tl.store(source + HALF, tl.where(lost, 0.0, new_second).to(dtype), real & (rotates | lost))
     kept = real & ~is_query & (slot >= 0)
     target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
     target += value_side
