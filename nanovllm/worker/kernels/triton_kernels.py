@@ -108,11 +108,14 @@ def normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside, eps,
-                    HALF: tl.constexpr):  # fmt: skip
-    """Queries by one weight, all other heads by the other."""
-    q_first, q_second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+                    NUM_HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Queries, if there are any, by one weight, all other heads by the other."""
     k_first, k_second = normed(first, second, k_weight, lanes, inside, eps, HALF)
-    return tl.where(is_query, q_first, k_first), tl.where(is_query, q_second, k_second)
+    if NUM_HEADS > 0:
+        q_first, q_second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+        k_first = tl.where(is_query, q_first, k_first)
+        k_second = tl.where(is_query, q_second, k_second)
+    return k_first, k_second
 
 
 @triton.jit
@@ -145,9 +148,8 @@ def _rope_and_cache_kernel(
     """A program takes HEADS heads of one token: queries, then keys, then values, as qkv has them.
 
     Values pass through the arithmetic, unchanged, so that no program needs to know what it holds.
-    Keys and values are left in qkv as a reader of the cache would find them; where they are not to
-    be cached, as zeros, since tiles of a row's keys reach beyond its end: weights of zero would not
-    silence the NaN that a token without attention may hold.
+    Keys and values are left in qkv as a reader of the cache would find them; of tokens that are not
+    cached as zeros, as tiles of a row's keys reach beyond its end, and 0 * NaN is NaN.
     """
     if PDL:
         gdc_launch_dependents()
@@ -159,18 +161,14 @@ def _rope_and_cache_kernel(
     is_query = (heads < NUM_HEADS)[:, None]
     rotates = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
     kv_heads = heads[:, None] - tl.where(rotates, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
-    value_side = tl.where(rotates, 0, value_offset)
     real = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & inside[None, :]
     source = qkv + token * token_stride + heads[:, None] * (2 * HALF) + lanes[None, :]
     raw_first = tl.load(source, real, other=0.0)
     raw_second = tl.load(source + HALF, real, other=0.0)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
-        if NUM_HEADS > 0:
-            first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes,
-                                            inside, eps, HALF)  # fmt: skip
-        else:
-            first, second = normed(first, second, k_weight, lanes, inside, eps, HALF)
+        first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside,
+                                        eps, NUM_HEADS, HALF)  # fmt: skip
     dtype = qkv.dtype.element_ty
     angles = cos_sin + tl.load(positions + token) * (2 * HALF) + lanes
     cos = tl.load(angles, inside, other=0.0)[None, :]
@@ -188,9 +186,9 @@ def _rope_and_cache_kernel(
     lost = ~is_query & (slot < 0)
     tl.store(source, tl.where(lost, 0.0, new_first).to(dtype), real & (rotates | lost))
     tl.store(source + HALF, tl.where(lost, 0.0, new_second).to(dtype), real & (rotates | lost))
-    kept = real & ~is_query & (slot >= 0)
-    target = cache + slot * (NUM_KV_HEADS * 2 * HALF) + kv_heads * (2 * HALF) + lanes[None, :]
-    target += value_side
+    kept = real & ~is_query & ~lost
+    target = cache + (slot * NUM_KV_HEADS + kv_heads) * (2 * HALF) + lanes[None, :]
+    target += tl.where(heads[:, None] < NUM_HEADS + NUM_KV_HEADS, 0, value_offset)
     tl.store(target, kept_first, kept)
     tl.store(target + HALF, kept_second, kept)
 
