@@ -9,7 +9,8 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +81,11 @@ class StepGraphs:
         self._seen: set[tuple[StepShape, Variant]] = set()
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._uncapturable: set[tuple[StepShape, Variant]] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def _pool(self) -> Any:
+        """Of memory, one for all graphs."""
+        return torch.cuda.graph_pool_handle()
 
     @property
     def shapes(self) -> list[StepShape]:

@@ -113,7 +113,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if captures:
             self._graphs = StepGraphs(
-                self._graph_step,
+                self.graph_step,
                 max_num_rows=rows.num_rows,
                 max_num_tokens=limits.max_num_batched_tokens,
             )
@@ -166,7 +166,7 @@ class ModelRunner:
             pending.token_ids = token_ids[: len(plan.sampling)].to("cpu", non_blocking=True)
         return self._mark(pending)
 
-    def _graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
+    def graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
         """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
         assert self._fused is not None
         rows, staging = self._rows, self._staging

@@ -6,10 +6,12 @@ found on the way (device, precision, block count, and why) returns in `WorkerInf
 
 import gc
 import logging
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import torch
@@ -21,6 +23,7 @@ from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.model_size import read_model_size
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
+from nanovllm.worker import precompile
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
@@ -83,6 +86,7 @@ class Worker:
         self._runner: ModelRunner | None = None
         self._rehearsals: Iterator[None] = iter(())
         self._rows: RequestRows | None = None
+        self._compiling: subprocess.Popen[bytes] | None = None  # kernels, ahead
 
     def start(self) -> WorkerInfo:
         """Load everything; afterwards `execute` works.
@@ -133,6 +137,8 @@ class Worker:
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_backend(backend, attention_spec)
         kernels = select_kernels(device, refused=self._triton_refused)
+        if scheme is None and backend != "torch":
+            self._compile_ahead(kernels, attention_spec, checkpoint_config, max_model_len)
         with self._phase("build"):
             model = Decoder(
                 spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
@@ -145,10 +151,8 @@ class Worker:
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             runner = self._runner = self._make_runner(parts, kv_cache)
-        limits = self._limits(parts)
-        self._rehearsals = rehearsals(runner, limits, max_model_len=max_model_len)
+        self._rehearsals = rehearsals(runner, self._limits(parts), max_model_len=max_model_len)
         self._memory_bytes["KV cache"] = kv_cache.nbytes
-        stored = describe_weights(model, scheme)
         found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
         logger.info("memory of %s: %s", describe(device), "; ".join(found))
         return WorkerInfo(
@@ -162,7 +166,7 @@ class Worker:
             eos_token_ids=checkpoint.eos_token_ids(),
             num_parameters=model.num_parameters,
             kv_cache_bytes=kv_cache.nbytes,
-            notes=[why_dtype, why_attention, kernels.why, *stored, *found],
+            notes=[why_dtype, why_attention, kernels.why, *describe_weights(model, scheme), *found],
             phase_seconds=self._phase_seconds,
             memory_bytes=self._memory_bytes,
         )
@@ -210,8 +214,28 @@ class Worker:
         """Free the device's memory. Safe to call twice, and after a failed start."""
         self._runner = None
         self._rehearsals = iter(())
+        if self._compiling is not None:
+            self._compiling.kill()
+            self._compiling.wait()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+    def _compile_ahead(
+        self,
+        kernels: DeviceKernels,
+        attention_spec: AttentionSpec,
+        checkpoint_config: dict[str, Any],
+        max_model_len: int,
+    ) -> None:
+        """Where Triton compiles, have it begin while the rest of the start takes its time."""
+        if kernels.gpu is not None:
+            self._compiling = precompile.start(
+                checkpoint_config,
+                attention_spec,
+                self._config.scheduler.limits(attention_spec.device.type),
+                max_model_len=max_model_len,
+                gpu=kernels.gpu,
+            )
 
     def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
         load_weights(

@@ -7,12 +7,9 @@ does nothing else. Prints a JSON object: kernel → number of variants. A failur
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from nanovllm.config import SchedulerConfig
@@ -27,6 +24,8 @@ from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_gated import MIN_TOKENS
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.kernels.triton_launch import Gpu
+from nanovllm.worker.kernels.triton_precompile import leave_launches_out
 from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
@@ -41,19 +40,6 @@ LIMITS = SchedulerConfig(max_num_seqs=NUM_ROWS).limits("cuda")
 PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
 
 
-class TargetWithoutDevice:
-    """What compiling asks of `triton.runtime.driver.active`."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-
 class UncapturedGraphs(StepGraphs):
     """Every step as a graph would have it, without one."""
 
@@ -63,22 +49,19 @@ class UncapturedGraphs(StepGraphs):
 
 def compile_instead_of_launching() -> Counter[str]:
     """From now on. The result counts the variants of each kernel as they come."""
-    triton.runtime.driver.set_active(TargetWithoutDevice())
+    leave_launches_out(Gpu((9, 0), 132))
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=132)
-    torch.cuda.graph_pool_handle = lambda: None
-    triton_attention.unusable = lambda _: None
     model_runner.StepGraphs = UncapturedGraphs
     launch, found, seen = JITFunction.run, Counter[str](), set[str]()
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = launch(self, *args, **options)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             found[self.fn.__name__] += 1
         return kernel
 
-    JITFunction.run = compile_only
+    JITFunction.run = count
     return found
 
 

@@ -9,8 +9,7 @@ from nanovllm.worker.cuda_graph import StepGraphs, StepShape, token_buckets
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+def graphs() -> StepGraphs:
     return StepGraphs(lambda *_: torch.empty(0), max_num_rows=100, max_num_tokens=3000)
 
 

@@ -8,7 +8,7 @@ from nanovllm.config import SchedulerConfig
 from nanovllm.protocol import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
-from nanovllm.worker.cuda_graph import Step, StepGraphs, StepShape, Variant
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.model_runner import ModelRunner
@@ -27,11 +27,6 @@ PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
 class UncapturedGraphs(StepGraphs):
     """Steps in their padded shapes, but run eagerly each time."""
-
-    def __init__(self, step: Step, **bounds: int) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-            super().__init__(step, **bounds)
 
     def run(self, shape: StepShape, variant: Variant) -> torch.Tensor:
         return self._step(shape, variant)

@@ -50,11 +50,15 @@ class FusedStep:
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """The kernels of one device. Without a fused step plain torch does what it would."""
+    """The kernels of one device. Without a fused step plain torch does what it would.
+
+    gpu: the facts by which Triton compiles (`triton_launch.Gpu`), where it does.
+    """
 
     layers: Kernels
     fused: FusedStep | None
     why: str
+    gpu: tuple[tuple[int, int], int] | None = None
 
 
 def select_kernels(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
@@ -70,6 +74,7 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                     sample_tokens=_load("triton_sampler:sample_tokens"),
                 ),
                 why="fused Triton kernels",
+                gpu=_load("triton_launch:gpu_of")(device),
             )
     return DeviceKernels(
         layers=_load("torch_kernels:TorchKernels")(),

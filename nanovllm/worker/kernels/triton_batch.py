@@ -15,7 +15,7 @@ from nanovllm.worker.request_rows import RequestRows
 BLOCK = 128  # tokens of a program, or words of a block table at once
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "halvings"])
 def _expand_kernel(
     rows,  # [num_rows + 1] int32, the last one the padding row's
     num_computed,  # like rows
@@ -28,8 +28,8 @@ def _expand_kernel(
     seq_lens,  # [num_rows] int32, out
     block_tables,  # [num_rows, width] int32, out as far as a row's keys reach
     num_rows, num_tokens, width,
-    BLOCK_SIZE: tl.constexpr, DECODES: tl.constexpr, NOWHERE: tl.constexpr, HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    halvings,  # that find one of num_rows
+    BLOCK_SIZE: tl.constexpr, DECODES: tl.constexpr, NOWHERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first programs take a row each, the others BLOCK tokens each."""
     program = tl.program_id(0)
@@ -49,7 +49,7 @@ def _expand_kernel(
         entries = tl.minimum(tokens, num_rows - 1)
         if not DECODES:  # how many entries end at or before a token
             low, high = tokens * 0, tokens * 0 + num_rows
-            for _ in range(HALVINGS):
+            for _ in range(halvings):
                 middle = (low + high) // 2
                 after = tl.load(starts + middle + 1, low < high, other=0) <= tokens
                 low, high = (
@@ -79,8 +79,8 @@ def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         staged.rows, staged.num_computed, staged.query_start_loc,
         rows.token_ids, rows.block_tables, rows.token_ids.stride(0),
         batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens, batch.block_tables,
-        num_rows, num_tokens, batch.block_tables.shape[1],
+        num_rows, num_tokens, batch.block_tables.shape[1], num_rows.bit_length(),
         BLOCK_SIZE=block_size, DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
-        HALVINGS=num_rows.bit_length(), BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return batch

@@ -6,7 +6,7 @@ and before that writes nothing and reads nothing but arguments, weights and a st
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -17,40 +17,59 @@ ADA = (8, 9)
 HOPPER = (9, 0)
 
 
+class Gpu(NamedTuple):
+    """What kernels are chosen, cut and compiled by."""
+
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+_stand_in: list[Gpu] = []
+
+
+def stand_in(gpu: Gpu) -> None:
+    """From now on all devices are like this one: for a process that compiles and runs nothing."""
+    _stand_in[:] = [gpu]
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The facts of a CUDA device."""
+    if _stand_in:
+        return _stand_in[0]
+    facts = torch.cuda.get_device_properties(device)
+    return Gpu(torch.cuda.get_device_capability(device), facts.multi_processor_count)
+
+
 def unusable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, or None if they can."""
-    if INTERPRETED:
+    if INTERPRETED or _stand_in:
         return None
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = gpu_of(device).capability
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0 (Ampere)"
     return None
 
 
-@cache
 def num_multiprocessors(device: torch.device) -> int:
     """Of the device; a small odd number in the interpreter, so that loops over work are walked."""
-    if INTERPRETED:
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return 3 if INTERPRETED else gpu_of(device).num_multiprocessors
 
 
-@cache
 def has_tensor_memory_accelerator(device: torch.device) -> bool:
     """Whether tiles can be fetched by descriptor, without a thread's help (Hopper and later)."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= HOPPER
+    return INTERPRETED or gpu_of(device).capability >= HOPPER
 
 
-@cache
 def converts_fp8(device: torch.device) -> bool:
     """Whether kernels may load and store e4m3 (Ada and later)."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= ADA
+    return INTERPRETED or gpu_of(device).capability >= ADA
 
 
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keywords of every launch: `PDL`, which kernels read, and `launch_pdl`, which Triton does."""
-    pdl = not INTERPRETED and torch.cuda.get_device_capability(device) >= HOPPER
+    pdl = not INTERPRETED and gpu_of(device).capability >= HOPPER
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
