@@ -1,6 +1,6 @@
 """Kernels compiled beside the engine, before steps ask for them.
 
-`Worker` starts the program `kernels/triton_precompile.py`, which compiles into Triton's cache on
+`Worker` starts the program `triton_precompile.py`, which compiles into Triton's cache on
 disk; whoever launches a kernel then only loads it. What is in the cache already is not compiled
 again, and a program that fails costs nothing but the time it would have saved.
 """
@@ -16,7 +16,7 @@ import torch
 from nanovllm.config import StepLimits
 from nanovllm.worker.attention.base import AttentionSpec
 
-PROGRAM = "nanovllm.worker.kernels.triton_precompile"
+PROGRAM = "nanovllm.worker.triton_precompile"
 
 
 class Job(msgspec.Struct, frozen=True):

@@ -25,7 +25,6 @@ from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_gated import MIN_TOKENS
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_launch import Gpu
-from nanovllm.worker.kernels.triton_precompile import leave_launches_out
 from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
@@ -33,6 +32,7 @@ from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.weight_names import QWEN
 from nanovllm.worker.quant.select import Scheme, allocate_linears
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.triton_precompile import leave_launches_out
 
 CPU = torch.device("cpu")
 NUM_ROWS, MAX_MODEL_LEN, BLOCK_SIZE = 280, 640, 16

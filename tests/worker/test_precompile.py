@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from nanovllm.config import SchedulerConfig
+from nanovllm.worker import triton_precompile
 from nanovllm.worker.cuda_graph import StepShape
-from nanovllm.worker.kernels import triton_precompile
-from nanovllm.worker.kernels.triton_precompile import Collector, typical
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.precompile import start
+from nanovllm.worker.triton_precompile import Collector, typical
 
 TIMEOUT_S = 200.0
 
