@@ -9,6 +9,7 @@ the roofline time over the time taken. Each engine runs in a process of its own,
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def main() -> None:
     if arguments.engine:
         measure(arguments.engine, arguments)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("offline.py: ended"))  # and end the engine
     for engine in ENGINES:
         if find_spec(engine) is None:
             print(f"{engine} is not installed: skipped")

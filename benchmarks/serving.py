@@ -188,7 +188,7 @@ class Measurement:
         arguments = self._arguments
         for concurrency in arguments.concurrency:  # shapes are compiled and captured when first met
             self._load(concurrency, max(4, concurrency + concurrency // 4), output_len=32)
-        for concurrency in arguments.concurrency:
+        for concurrency in arguments.concurrency if arguments.vllm_bench != "only" else ():
             before = cpu_seconds(self._server.pid)
             timings = self._load(concurrency, self._num_prompts(concurrency))
             used = cpu_seconds(self._server.pid) - before
@@ -286,6 +286,7 @@ def cpu_seconds(pid: int | None) -> float:
 
 def main() -> None:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("serving.py: ended"))  # and end its servers
     report: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
         "input_len": arguments.input_len,
@@ -312,7 +313,7 @@ def main() -> None:
                     log=arguments.logs / "serving-vllm-bench.log",
                 )
             )
-        elif arguments.vllm_bench == "yes":
+        elif arguments.vllm_bench in ("yes", "only"):
             raise SystemExit("serving.py: --vllm-bench: vllm is not installed here")
         if arguments.url is not None:
             figures = report["engines"].setdefault(arguments.url, {})
@@ -374,7 +375,7 @@ def parse() -> argparse.Namespace:
     add("--max-model-len", type=int, default=4096)
     add("--nanovllm-args", default="", help="further flags for its server, in one string")
     add("--vllm-args", default="", help="further flags for its server, in one string")
-    add("--vllm-bench", choices=("auto", "yes", "no"), default="auto")
+    add("--vllm-bench", choices=("auto", "yes", "no", "only"), default="auto")
     add("--timeout", type=float, default=60.0, help="seconds for one figure")
     add("--start-timeout", type=float, default=240.0, help="seconds for a server to be ready")
     add("--logs", type=Path, default=Path(tempfile.gettempdir()), help="where servers' logs go")
