@@ -8,6 +8,7 @@ import ipaddress
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ SEND_HIGH_WATER_MARK = 32  # messages per client; then outputs are merged
 RECEIVE_HIGH_WATER_MARK = 256
 LINGER_MS = 1000  # how long the last words to clients may take to leave
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
+AUTHENTICATOR_TIMEOUT_S = 2.0
 Sent = Literal["sent", "full", "gone"]
 
 
@@ -40,13 +42,16 @@ class Endpoint:
             router.set(zmq.IPV6, 1)
             router.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
             router.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
-        if keys is not None:
-            self._authenticator = _require_keys(router, keys)
         try:
+            if keys is not None:
+                self._authenticator = _require_keys(router, keys)
             router.bind(address)
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(f"address {address!r} cannot be bound: {error}") from None
+        except ValueError:
+            self.close()
+            raise
 
     def receive(self) -> tuple[bytes, list[bytes]] | None:
         """Who sent what, or None if nothing has arrived; never blocks."""
@@ -90,13 +95,29 @@ class _KnownKeys:
 def _require_keys(router: "zmq.Socket[bytes]", keys: CoreKeys) -> ThreadAuthenticator:
     """CurveZMQ: traffic is encrypted, and only clients with a known key get through."""
     authenticator = ThreadAuthenticator(zmq.Context.instance())
-    authenticator.start()
+    _start(authenticator)
     authenticator.configure_curve_callback("core", credentials_provider=_KnownKeys(keys))
     router.set(zmq.ZAP_DOMAIN, b"core")
     router.set(zmq.CURVE_SERVER, 1)
     router.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
     router.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
     return authenticator
+
+
+def _start(authenticator: ThreadAuthenticator) -> None:
+    """There is one at most in a process, and ZeroMQ takes a moment to let go of the one before."""
+    give_up_at = time.monotonic() + AUTHENTICATOR_TIMEOUT_S
+    while True:
+        try:
+            authenticator.start()
+            return
+        except zmq.ZMQError as error:
+            authenticator.stop()
+            if error.errno != zmq.EADDRINUSE:
+                raise
+        if time.monotonic() > give_up_at:
+            raise ValueError("keys: another core in this process has some: close it first")
+        time.sleep(0.01)
 
 
 def _check_address(address: str, *, has_keys: bool) -> None:

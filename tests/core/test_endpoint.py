@@ -1,6 +1,7 @@
 """Who can reach a core: directories, loopback, keys, and sizes of frames."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -124,6 +125,22 @@ def keyed(address: str, keys: ClientKeys) -> RawClient:
     client.socket.set(zmq.CURVE_SERVERKEY, keys.core.encode())
     client.socket.connect(address)
     return client
+
+
+def test_a_core_waits_for_the_keys_of_the_one_before(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its authenticator's address is free only a moment after that core has closed."""
+    held: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
+    held.bind("inproc://zeromq.zap.01")
+    release = threading.Timer(0.3, held.close)
+    release.start()
+    endpoint = Endpoint("tcp://127.0.0.1:*", max_frame_bytes=1000, keys=CoreKeys(keys))
+    release.join()
+    monkeypatch.setattr("nanovllm.core.endpoint.AUTHENTICATOR_TIMEOUT_S", 0.05)
+    with pytest.raises(ValueError, match="keys: another core"):
+        Endpoint("tcp://127.0.0.1:*", max_frame_bytes=1000, keys=CoreKeys(keys))
+    endpoint.close()
 
 
 def test_a_known_client_is_served(guarded: str, keys: Path) -> None:
