@@ -55,7 +55,7 @@ from nanovllm.protocol import (
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
 IDLE_BEFORE_REHEARSING_S = 0.25
-MAX_FRAMES_PER_TURN = 32  # then the next step runs, however many more are waiting
+MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
 UNKNOWN = "the core does not know this client: say Hello"
 MakeCore = Callable[..., EngineCore]  # of the same arguments as `EngineCore`
