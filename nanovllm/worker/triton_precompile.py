@@ -19,18 +19,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from nanovllm.config import StepLimits
+from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape, Variant
 from nanovllm.worker.kernels import triton_launch
-from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.kernels.select import ExpandView, FusedStep
 from nanovllm.worker.kernels.triton_batch import expand_view
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.precompile import Job
-from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.quant.select import Scheme, allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 
 NOWHERE = torch.device("meta")
@@ -113,38 +115,50 @@ def go_through_steps(job: Job) -> None:
     """Launch, or what stands for it, all that steps of any size would."""
     spec = spec_from_config(job.checkpoint_config)
     spec = replace(spec, num_layers=NUM_LAYERS, max_position_embeddings=job.max_model_len)
-    dtype: torch.dtype = getattr(torch, job.dtype)
     attention_spec = spec.attention_spec(
         block_size=job.block_size,
-        dtype=dtype,
+        dtype=getattr(torch, job.dtype),
         device=NOWHERE,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    kernels, attention = TritonKernels(), TritonAttention(attention_spec)
-    model = Decoder(spec, kernels=kernels, attention=attention, dtype=dtype, device=NOWHERE)
-    allocate_linears(model, None)
+    runner = runner_without_weights(spec, attention_spec, job.limits)
+    for variant in VARIANTS:
+        if not variant.shares_prefix or spec.sliding_window is None:
+            for step in typical(runner.graph_shapes):
+                runner.graph_step(step, variant)
+
+
+def runner_without_weights(
+    spec: DecoderSpec,
+    attention_spec: AttentionSpec,
+    limits: StepLimits,
+    *,
+    scheme: Scheme | None = None,
+    expand: ExpandView = expand_view,
+) -> ModelRunner:
+    """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
+    device, dtype = attention_spec.device, attention_spec.dtype
+    attention = TritonAttention(attention_spec)
+    model = Decoder(spec, kernels=TritonKernels(), attention=attention, dtype=dtype, device=device)
+    allocate_linears(model, scheme)
     rows = RequestRows(
-        num_rows=job.limits.max_num_seqs,
+        num_rows=limits.max_num_seqs,
         max_model_len=spec.max_position_embeddings,
-        block_size=job.block_size,
+        block_size=attention_spec.block_size,
         vocab_size=spec.vocab_size,
         eos_token_ids=[],
-        device=NOWHERE,
+        device=device,
     )
-    shape = attention.kv_shape(attention_spec, num_layers=NUM_LAYERS, num_blocks=8)
-    runner = ModelRunner(
+    shape = attention.kv_shape(attention_spec, num_layers=spec.num_layers, num_blocks=8)
+    return ModelRunner(
         model,
         attention,
         rows=rows,
-        kv_cache=torch.empty(shape, dtype=attention_spec.cache_dtype, device=NOWHERE),
-        limits=job.limits,
-        fused=FusedStep(expand_view, sample_tokens),
+        kv_cache=torch.zeros(shape, dtype=attention_spec.cache_dtype, device=device),
+        limits=limits,
+        fused=FusedStep(expand, sample_tokens),
         captures=True,
     )
-    for variant in VARIANTS:
-        if attention.shares_prefix or not variant.shares_prefix:
-            for step in typical(runner.graph_shapes):
-                runner.graph_step(step, variant)
 
 
 def typical(shapes: list[StepShape]) -> Iterator[StepShape]:

@@ -151,7 +151,7 @@ class Worker:
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             runner = self._runner = self._make_runner(parts, kv_cache)
-        self._rehearsals = rehearsals(runner, self._limits(parts), max_model_len=max_model_len)
+        self._rehearsals = rehearsals(runner, self._limits, max_model_len=max_model_len)
         self._memory_bytes["KV cache"] = kv_cache.nbytes
         found = report(plan, self._memory_bytes, num_blocks=kv_cache.shape[2])
         logger.info("memory of %s: %s", describe(device), "; ".join(found))
@@ -232,7 +232,7 @@ class Worker:
             self._compiling = precompile.start(
                 checkpoint_config,
                 attention_spec,
-                self._config.scheduler.limits(attention_spec.device.type),
+                self._limits,
                 max_model_len=max_model_len,
                 gpu=kernels.gpu,
             )
@@ -266,7 +266,7 @@ class Worker:
             parts.attention,
             rows=parts.rows,
             kv_cache=kv_cache,
-            limits=self._limits(parts),
+            limits=self._limits,
             fused=fused,
             captures=fused is not None and not self._config.model.enforce_eager,
         )
@@ -281,7 +281,7 @@ class Worker:
             runner = self._make_runner(parts, self._allocate(parts, num_blocks=1))
             max_model_len = parts.model.spec.max_position_embeddings
             reserved = torch.cuda.memory_reserved(spec.device)
-            run_heaviest_step(runner, self._limits(parts), max_model_len=max_model_len)
+            run_heaviest_step(runner, self._limits, max_model_len=max_model_len)
             reserved = torch.cuda.memory_reserved(spec.device) - reserved
             self._memory_bytes["heaviest step"] = reserved
             memory_bytes = cuda_memory_budget(spec.device, share=cache.gpu_memory_utilization)
@@ -301,8 +301,9 @@ class Worker:
         shape = parts.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
         return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
 
-    def _limits(self, parts: Parts) -> StepLimits:
-        return self._config.scheduler.limits(parts.attention_spec.device.type)
+    @property
+    def _limits(self) -> StepLimits:
+        return self._config.scheduler.limits(self._device.type)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -16,23 +16,20 @@ from nanovllm.config import SchedulerConfig
 from nanovllm.protocol import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner, rehearsal
-from nanovllm.worker.attention import triton_attention
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels import triton_batch
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton_gated import MIN_TOKENS
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
 from nanovllm.worker.kernels.triton_launch import Gpu
-from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
+from nanovllm.worker.models.decoder import DecoderSpec
 from nanovllm.worker.models.weight_names import QWEN
-from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.quant.select import Scheme
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.triton_precompile import leave_launches_out
+from nanovllm.worker.triton_precompile import leave_launches_out, runner_without_weights
 
 CPU = torch.device("cpu")
 NUM_ROWS, MAX_MODEL_LEN, BLOCK_SIZE = 280, 640, 16
@@ -92,28 +89,8 @@ def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = Non
     attention_spec = spec.attention_spec(
         block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
     )
-    attention = triton_attention.TritonAttention(attention_spec)
-    model = Decoder(
-        spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
-    )
-    allocate_linears(model, scheme)
-    rows = RequestRows(
-        num_rows=NUM_ROWS,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=BLOCK_SIZE,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=[0],
-        device=CPU,
-    )
-    shape = attention.kv_shape(attention_spec, num_layers=2, num_blocks=8)
-    return ModelRunner(
-        model,
-        attention,
-        rows=rows,
-        kv_cache=torch.zeros(shape, dtype=attention_spec.cache_dtype),
-        limits=LIMITS,
-        fused=FusedStep(expand_after_all, sample_tokens),
-        captures=True,
+    return runner_without_weights(
+        spec, attention_spec, LIMITS, scheme=scheme, expand=expand_after_all
     )
 
 

@@ -249,7 +249,7 @@ def test_a_kernel_that_fails_at_start_is_done_without(
         """As on CUDA, where the heaviest step is run to be measured."""
         kv_cache = size_cache(self, parts)
         runner = self._make_runner(parts, kv_cache)
-        run_heaviest_step(runner, self._limits(parts), max_model_len=64)
+        run_heaviest_step(runner, self._limits, max_model_len=64)
         return kv_cache
 
     size_cache = Worker._size_cache

@@ -21,6 +21,7 @@ from nanovllm.worker.kernels.triton_launch import (
     launch_options,
     num_multiprocessors,
 )
+from nanovllm.worker.kernels.triton_linear import silu
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 
 MIN_TOKENS = 1024
@@ -76,8 +77,7 @@ def _gated_kernel(
         both = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1])
         gate, up = tl.split(both)
         dtype = x_desc.dtype
-        gate = gate.to(dtype).to(tl.float32)
-        gate = (gate / (1 + tl.exp(-gate))).to(dtype)  # rounded, as silu alone would be
+        gate = silu(gate.to(dtype).to(tl.float32)).to(dtype)  # rounded, as silu alone would be
         out_desc.store([token, output], gate * up.to(dtype))
 
 

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.worker.kernels.base import QKNorm, Stream
 from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
-from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton_linear import silu, skinny_add, skinny_linear
 from nanovllm.worker.kernels.triton_linear_tuning import beats_cublas
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.quant import fp8
@@ -89,7 +89,7 @@ def _silu_and_mul_kernel(
     inside = columns < size
     gate = tl.load(gate_up + token * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (token * 2 + 1) * size + columns, inside, other=0.0)
-    gate = (gate / (1 + tl.exp(-gate))).to(up.dtype)  # rounded, as silu alone would be
+    gate = silu(gate).to(up.dtype)  # rounded, as silu alone would be
     _store_row(gate * up, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 

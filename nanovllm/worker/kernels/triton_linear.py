@@ -26,7 +26,7 @@ MAX_TILES = 65536  # output tiles whose splits can be counted
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return x / (1 + tl.exp(-x))
 
 
@@ -51,7 +51,7 @@ def _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, s
         if GATED:
             up += tl.load(bias + num_outputs + outputs, inside, other=0.0)
     if GATED:
-        acc = _silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
+        acc = silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
     if residual is not None:
         acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
     acc = acc.to(dtype)
