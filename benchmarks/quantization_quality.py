@@ -97,8 +97,8 @@ class Scorer:
         for start in range(0, len(token_ids), tokens_per_step):
             batch = self._batch(token_ids[start : start + tokens_per_step], start)
             self._model.attention.prepare(batch)
-            hidden = self._model.forward(batch, self._cache)
-            results.append(self._model.raw_logits(hidden).cpu())
+            stream = self._model.forward(batch, self._cache)
+            results.append(self._model.raw_logits(stream).cpu())
         return torch.cat(results)
 
     def _batch(self, token_ids: list[int], start: int) -> ForwardBatch:

@@ -22,6 +22,7 @@ from nanovllm.worker.forward_batch import (
     StagedPlan,
     build_batch,
 )
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
@@ -40,14 +41,13 @@ class Model(Protocol):
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states after the final norm of the `wanted` tokens ([n] int64; None: of all),
-        [n, hidden_size]."""
+    ) -> Stream:
+        """What the last layer leaves of the `wanted` tokens ([n] int64; None: of all)."""
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
+    def compute_logits(self, stream: Stream) -> Tensor:
+        """stream: of n tokens. Returns new memory, [n, vocab_size] float32."""
 
-    def raw_logits(self, hidden: Tensor) -> Tensor:
+    def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision, as a fused sampler takes them."""
 
 
@@ -181,9 +181,9 @@ class ModelRunner:
             wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
             row_ids = staged.rows[entries]
-        hidden = self._model.forward(batch, self._kv_cache, wanted=wanted)
+        stream = self._model.forward(batch, self._kv_cache, wanted=wanted)
         return self._fused.sample_tokens(
-            self._model.raw_logits(hidden),
+            self._model.raw_logits(stream),
             rows=row_ids,
             positions=positions,
             columns=rows.columns,
@@ -202,14 +202,14 @@ class ModelRunner:
         )  # where the sampling entries' tokens end
         pending = PendingStep(plan.step)
         if self._wants_prompt_logprobs(staged):
-            hidden = self._model.forward(batch, self._kv_cache)  # [num_tokens, hidden_size]
+            hidden = self._model.forward(batch, self._kv_cache).hidden
             self._collect_prompt_logprobs(pending, staged, hidden)
-            hidden = hidden[ends]
+            stream = Stream(hidden[ends])
         else:
             only_ends = 0 < len(entries) < batch.num_tokens
-            hidden = self._model.forward(batch, self._kv_cache, wanted=ends if only_ends else None)
+            stream = self._model.forward(batch, self._kv_cache, wanted=ends if only_ends else None)
         if plan.sampling:
-            self._collect_samples(pending, self._sample(staged, batch, hidden, plan.masks))
+            self._collect_samples(pending, self._sample(staged, batch, stream, plan.masks))
         return self._mark(pending)
 
     def _wants_prompt_logprobs(self, staged: StagedPlan) -> bool:
@@ -223,12 +223,10 @@ class ModelRunner:
         return pending
 
     def _sample(
-        self, staged: StagedPlan, batch: ForwardBatch, hidden: Tensor, masks: dict[int, bytes]
+        self, staged: StagedPlan, batch: ForwardBatch, stream: Stream, masks: dict[int, bytes]
     ) -> Sampled:
-        """Sample for the plan's entries and let the device remember the tokens.
-
-        hidden: [num_samples, hidden_size].
-        """
+        """Sample for the plan's entries, whose stream it is, and let the device remember the
+        tokens."""
         entries = staged.sampling.long()
         targets = SamplingTargets(
             rows=staged.rows[entries].long(),
@@ -236,7 +234,7 @@ class ModelRunner:
             host_rows=staged.host_rows[staged.host_sampling],
             host_positions=staged.host_seq_lens[staged.host_sampling],
         )
-        logits = self._model.compute_logits(hidden)
+        logits = self._model.compute_logits(stream)
         allowed = unpack_masks(masks, vocab_size=logits.shape[1], device=logits.device)
         sampled = self._sampler.sample(logits, targets, allowed)
         self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
@@ -270,8 +268,8 @@ class ModelRunner:
             wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end].long()
             states = hidden[starts[entry] : starts[entry] + end - first]
             parts = [
-                gather_logprobs(self._model.compute_logits(some), token_ids, num_top=num_top)
-                for some, token_ids in zip(
+                gather_logprobs(self._model.compute_logits(Stream(some)), ids, num_top=num_top)
+                for some, ids in zip(
                     torch.split(states, MAX_LOGIT_ROWS),
                     torch.split(wanted, MAX_LOGIT_ROWS),
                     strict=True,

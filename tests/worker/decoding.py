@@ -108,5 +108,5 @@ class Driver:
         tables = [self.tables[name] for name in new]
         batch = make_batch(rows, tables, block_size=self.block_size)
         self.model.attention.prepare(batch)
-        hidden = self.model.forward(batch, self.kv_cache, wanted=wanted)
-        return self.model.compute_logits(hidden)
+        stream = self.model.forward(batch, self.kv_cache, wanted=wanted)
+        return self.model.compute_logits(stream)

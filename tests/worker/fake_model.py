@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.sampling.distribution import draw, to_probabilities
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
@@ -75,7 +76,7 @@ class FakeModel:
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Tensor:
+    ) -> Stream:
         slots = kv_cache[0, 0].view(-1, WIDTH)
         slots[batch.slot_mapping] = key_of(batch.input_ids, batch.positions)
         hidden = kv_cache.new_empty(batch.num_tokens, WIDTH)
@@ -87,14 +88,14 @@ class FakeModel:
             context = slots[block_ids * BLOCK_SIZE + places % BLOCK_SIZE].cumsum(0)  # [end, WIDTH]
             num_new = starts[row + 1] - starts[row]
             hidden[starts[row] : starts[row + 1]] = context[end - num_new :]
-        return hidden if wanted is None else hidden[wanted]
+        return Stream(hidden if wanted is None else hidden[wanted])
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        self.max_logit_rows = max(self.max_logit_rows, len(hidden))
-        return hidden @ READOUT.to(hidden.device)
+    def compute_logits(self, stream: Stream) -> Tensor:
+        self.max_logit_rows = max(self.max_logit_rows, len(stream.hidden))
+        return stream.hidden @ READOUT.to(stream.hidden.device)
 
-    def raw_logits(self, hidden: Tensor) -> Tensor:
-        return self.compute_logits(hidden)
+    def raw_logits(self, stream: Stream) -> Tensor:
+        return self.compute_logits(stream)
 
 
 def sample_tokens(

@@ -10,6 +10,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, expand_view
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.model_runner import ModelRunner
 from tests.worker.fake_model import (
@@ -207,12 +208,12 @@ class FaultyModel(FakeModel):
 
     def forward(
         self, batch: ForwardBatch, kv_cache: torch.Tensor, *, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> Stream:
         self._num_forwards += 1
-        hidden = super().forward(batch, kv_cache, wanted=wanted)
+        stream = super().forward(batch, kv_cache, wanted=wanted)
         if self._num_forwards in self._failing:
             raise torch.OutOfMemoryError("no memory for the logits")
-        return hidden
+        return stream
 
 
 @pytest.mark.parametrize("failing", [(1,), (2,), (2, 3), (1, 2, 3)])

@@ -17,6 +17,7 @@ from nanovllm.checkpoint import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
 from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
@@ -319,12 +320,14 @@ def test_prepacking_changes_no_result(
     model = load(Checkpoint(tiny_checkpoint(name), "safetensors"), dtype=dtype)
     embedding = model.embedding.clone()
     inputs = {n: torch.randn(n, 48).to(dtype) for n in (1, 8, 33)}
-    before = {n: (model.layers[0].qkv(x), model.compute_logits(x)) for n, x in inputs.items()}
+    before = {
+        n: (model.layers[0].qkv(x), model.compute_logits(Stream(x))) for n, x in inputs.items()
+    }
     prepack(model.linears())
     assert isinstance(model.lm_head.method, Prepacked)
     assert torch.equal(model.embedding, embedding), "the embedding lives on"
     for n, x in inputs.items():
-        after = model.layers[0].qkv(x), model.compute_logits(x)
+        after = model.layers[0].qkv(x), model.compute_logits(Stream(x))
         for ours, plain in zip(after, before[n], strict=True):
             torch.testing.assert_close(
                 ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5

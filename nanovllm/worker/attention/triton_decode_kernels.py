@@ -76,19 +76,20 @@ def _decode_item(
     first = tl.maximum(position + 1 - WINDOW, 0)
     # The row's last key is that of this token: not in the cache yet.
     cached_end = tl.minimum(end, position)
-    # What lies in the cache is from earlier steps, so the first tile need not wait.
+    # What lies in the cache is from earlier steps: neither the first tile nor tables need wait.
     k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
                          kv_head, qkv.dtype.element_ty, KV_HEADS * HEAD_DIM, BLOCK_SIZE,
                          HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+    cos, sin = _angles(cos_sin, position, HEAD_DIM, BLOCK_D)
+    block = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64)
     if PDL:
         gdc_wait()
     q, new_k, new_v = _rotate_row(
-        qkv, kv_head, position, cos_sin, q_weight, k_weight, eps,
+        qkv, kv_head, cos, sin, q_weight, k_weight, eps,
         KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
     )  # fmt: skip
     if end > position:
-        slot = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
-        slot = (slot + position % BLOCK_SIZE) * KV_HEADS + kv_head
+        slot = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
         _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
         peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
         total = tl.full([BLOCK_G], 1.0, tl.float32)
@@ -155,8 +156,21 @@ def absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl
 
 
 @triton.jit
+def _angles(cos_sin, position, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and signed sines for a head that lies at a position, [1, BLOCK_D] each."""
+    HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
+    lanes = tl.arange(0, BLOCK_D)
+    places = (
+        cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(lanes < HALF, lanes, lanes - HALF)
+    )
+    cos = tl.load(places, lanes < HEAD_DIM, other=0.0)
+    sin = tl.load(places + HALF, lanes < HEAD_DIM, other=0.0)
+    return cos[None, :], tl.where(lanes < HALF, -sin, sin)[None, :]
+
+
+@triton.jit
 def _rotate_row(
-    qkv, kv_head, position, cos_sin, q_weight, k_weight, eps,
+    qkv, kv_head, cos, sin, q_weight, k_weight, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, NORM: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -165,16 +179,9 @@ def _rotate_row(
     Rounds where `Kernels.rope_and_cache` does, and as the cache (of type KEPT) will, as later steps
     read from there. Lines of queries beyond the group repeat it.
     """
-    HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
     lanes = tl.arange(0, BLOCK_D)
     members = tl.arange(0, MEMBERS)
-    angles = (
-        cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(lanes < HALF, lanes, lanes - HALF)
-    )
-    cos = tl.load(angles, lanes < HEAD_DIM, other=0.0)[None, :]
-    sin = tl.load(angles + HALF, lanes < HEAD_DIM, other=0.0)[None, :]
-    sin = tl.where((lanes < HALF)[None, :], -sin, sin)
     sources = qkv + (kv_head * GROUP + members)[:, None] * HEAD_DIM
     q = _rotate(sources, (members < GROUP)[:, None], cos, sin, q_weight, eps, HEAD_DIM, BLOCK_D,
                 NORM)  # fmt: skip

@@ -188,12 +188,11 @@ class Decoder:
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Tensor:
+    ) -> Stream:
         """One step. `attention.prepare(batch)` must have run.
 
         kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. wanted: [n]
-        int64, the tokens whose states are asked for; None: all. Returns the states after the final
-        norm, [n, hidden_size].
+        int64, the tokens that are asked for; None: all. Returns what the last layer leaves of them.
         """
         stream = Stream(F.embedding(batch.input_ids, self.embedding))
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
@@ -205,15 +204,16 @@ class Decoder:
                 next_norm=norm,
                 wanted=wanted if layer is self.layers[-1] else None,
             )
-        return self._kernels.rms_norm(stream.hidden, self.final_norm, self.spec.rms_norm_eps)
+        return stream
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, hidden_size]. Returns new memory, [n, vocab_size] float32."""
-        return self.raw_logits(hidden).float()
+    def compute_logits(self, stream: Stream) -> Tensor:
+        """stream: of n tokens, from `forward`. Returns new memory, [n, vocab_size] float32."""
+        return self.raw_logits(stream).float()
 
-    def raw_logits(self, hidden: Tensor) -> Tensor:
+    def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision."""
-        return self.lm_head(hidden)
+        eps = self.spec.rms_norm_eps
+        return self._kernels.norm_linear(stream, self.final_norm, eps, self.lm_head)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""
