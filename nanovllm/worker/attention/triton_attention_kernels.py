@@ -17,6 +17,13 @@ from nanovllm.worker.kernels.triton_kernels import normed, rotated
 FLOOR = tl.constexpr(-1.0e30)  # finite: a tile without a visible key gives no NaN
 
 
+@triton.constexpr_function
+def multiplied_as(dtype, cached):
+    """In which type queries meet cached keys. From e4m3 it is one instruction to float16, where all
+    its numbers are exact and queries lose nothing, but several to bfloat16."""
+    return tl.float16 if cached == tl.float8e4nv and dtype == tl.bfloat16 else dtype
+
+
 @triton.jit
 def first_visible(last_position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first key a query may see, rounded down to a tile. WINDOW 0: no window."""

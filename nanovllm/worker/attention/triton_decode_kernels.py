@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, key_and_value
+from nanovllm.worker.attention.triton_attention_kernels import (
+    FLOOR,
+    absorb,
+    key_and_value,
+    multiplied_as,
+)
 from nanovllm.worker.attention.triton_decode_plan import RECORD
 from nanovllm.worker.kernels.triton_kernels import narrowed
 
@@ -74,12 +79,13 @@ def _decode_item(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     peak, total = tl.full([BLOCK_G], FLOOR, tl.float32), tl.zeros([BLOCK_G], tl.float32)
     first = tl.maximum(position + 1 - WINDOW, 0)
+    DTYPE: tl.constexpr = multiplied_as(qkv.dtype.element_ty, cache.dtype.element_ty)  # noqa: N806
     # The row's last key is that of this token: not in the cache yet.
     cached_end = tl.minimum(end, position)
     # What lies in the cache is from earlier steps: neither the first tile nor tables need wait.
     k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
-                         kv_head, qkv.dtype.element_ty, KV_HEADS * HEAD_DIM, BLOCK_SIZE,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+                         kv_head, DTYPE, KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D,
+                         BLOCK_N, TMA)  # fmt: skip
     cos, sin = _angles(cos_sin, position, HEAD_DIM, BLOCK_D)
     block = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64)
     if PDL:
@@ -88,6 +94,7 @@ def _decode_item(
         qkv, kv_head, cos, sin, q_weight, k_weight, eps,
         KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
     )  # fmt: skip
+    q = q.to(DTYPE)
     if end > position:
         slot = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
         _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
@@ -98,7 +105,7 @@ def _decode_item(
                                    BLOCK_N, WINDOW)  # fmt: skip
     for start in tl.range(begin + BLOCK_N, cached_end, BLOCK_N):
         k, v = key_and_value(
-            keys, values, block_table, start, cached_end, kv_head, qkv.dtype.element_ty,
+            keys, values, block_table, start, cached_end, kv_head, DTYPE,
             KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
         )  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,

@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.attention.triton_attention_kernels import FLOOR, blocks_of, vectors_in
+from nanovllm.worker.attention.triton_attention_kernels import (
+    FLOOR,
+    blocks_of,
+    multiplied_as,
+    vectors_in,
+)
 from nanovllm.worker.attention.triton_decode_kernels import absorb_tile, join, leave_part
 from nanovllm.worker.attention.triton_decode_plan import LINE, RANGE, prefix_splits
 
@@ -76,6 +81,8 @@ def _stream(
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
     REPEATS: tl.constexpr = BLOCK_G // MEMBERS  # noqa: N806
     WIDTH: tl.constexpr = KV_HEADS * GROUP * HEAD_DIM  # noqa: N806
+    CACHED: tl.constexpr = keys.dtype if TMA else keys.dtype.element_ty  # noqa: N806
+    DTYPE: tl.constexpr = multiplied_as(query.dtype.element_ty, CACHED)  # noqa: N806
     members = tl.arange(0, MEMBERS)
     lanes = tl.arange(0, BLOCK_D)
     real = (members < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
@@ -87,8 +94,8 @@ def _stream(
     for tile in tl.range(0, num_tiles):
         q = tl.load(query + token.to(tl.int64) * query_stride + places, real, other=0.0)
         q = tl.broadcast_to(q[None, :, :], [REPEATS, MEMBERS, BLOCK_D])
-        q = tl.reshape(q, [BLOCK_G, BLOCK_D])
-        k, v = vectors_in(blocks, keys, values, start, end, kv_head, q.dtype, KV_HEADS * HEAD_DIM,
+        q = tl.reshape(q, [BLOCK_G, BLOCK_D]).to(DTYPE)
+        k, v = vectors_in(blocks, keys, values, start, end, kv_head, DTYPE, KV_HEADS * HEAD_DIM,
                           BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, end, tl.maximum(end - WINDOW, 0), scale,
                                        acc, peak, total, BLOCK_N, WINDOW)  # fmt: skip
