@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
-from nanovllm.worker import precompile
+from nanovllm.worker import driver, precompile
 
 
 class InlineExecutor:
@@ -17,9 +17,11 @@ class InlineExecutor:
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
         precompiler = precompile.Precompiler()
-        if precompile.is_likely(config):
-            precompiler.begin()
-        # Loads torch, which takes seconds: meanwhile that program does so, too.
+        if driver.is_likely(config.model.device):
+            if precompile.is_likely(config):
+                precompiler.begin()
+            driver.wake()
+        # Loads torch, which takes seconds: the others do not wait for it.
         from nanovllm.worker.worker import Worker
 
         self._worker = Worker(config, on_progress, precompiler)

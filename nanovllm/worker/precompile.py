@@ -21,7 +21,6 @@ import msgspec
 from nanovllm.config import EngineConfig, StepLimits
 
 PROGRAM = (sys.executable, "-m", "nanovllm.worker.triton_precompile")
-DRIVER_SIGNS = ("/dev/nvidiactl", "/dev/dxg")  # Linux; Windows' own Linux
 MOST_WAIT_S = 10.0  # longer than compiling takes, unless something is amiss
 TELL_EVERY_S = 0.1
 
@@ -39,12 +38,8 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def is_likely(config: EngineConfig) -> bool:
-    """Whether there will be a job, as far as that can be told in no time and without torch."""
-    model = config.model
-    if model.device == "cpu" or model.attention_backend == "torch" or model.quantization:
-        return False
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path(sign).exists() for sign in DRIVER_SIGNS)
+    """Whether a worker that takes a GPU will have a job, as far as that can be told at once."""
+    return config.model.attention_backend != "torch" and config.model.quantization is None
 
 
 def stamp_of(job: Job) -> Path:

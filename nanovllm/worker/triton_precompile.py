@@ -2,7 +2,8 @@
 
 A program (`worker/precompile.py` starts it). It goes through steps of all sizes on tensors without
 memory, with launches left out: Triton is asked to compile asynchronously, and each kernel it hands
-over is compiled by a child, while this process goes on. What the profile run launches comes first.
+over is compiled by a child, while this process goes on. What the profile run launches comes first,
+and with each kernel the C function that launches it, on which Triton spends a C compiler's run.
 """
 
 import os
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils, libcuda_dirs
 from triton.runtime.jit import JITFunction
 
 from nanovllm.config import StepLimits
@@ -81,26 +84,32 @@ def is_awaited() -> bool:
 
 
 class Children(Executor):
-    """Compiles every kernel that Triton hands over in a child of its own, so many at a time."""
+    """Compiles every kernel that Triton hands over in a child of its own, so many at a time.
 
-    def __init__(self, most: int) -> None:
+    launches: and what launches it.
+    """
+
+    def __init__(self, most: int, *, launches: bool = False) -> None:
         self._most = most
+        self._launches = launches
         self._running: set[int] = set()
         self._all_succeeded = True
 
     def submit(self, fn: Any, /, *args: Any, **options: Any) -> Future[Any]:
-        """Called by Triton; neither arguments nor options come.
+        """Called by Triton with what compiles a kernel; neither arguments nor options come."""
+        self.start(partial(_compile_with_launcher, fn) if self._launches else fn)
+        future: Future[Any] = Future()
+        future.set_result(None)
+        return future
 
-        Waits for a child to end if there are enough. Raises `SystemExit` once nobody is waiting.
-        """
+    def start(self, task: Callable[[], Any]) -> None:
+        """Waits for a child to end if there are enough. Raises `SystemExit` if nobody is waiting
+        for any of it any more."""
         while len(self._running) >= self._most:
             self._wait_for_one()
         if not is_awaited():
             sys.exit()
-        self._running.add(_fork(fn))
-        future: Future[Any] = Future()
-        future.set_result(None)
-        return future
+        self._running.add(_fork(task))
 
     def wait(self) -> bool:
         """Until all is done; whether all of it succeeded."""
@@ -112,6 +121,11 @@ class Children(Executor):
         child, status = os.wait()
         self._running.discard(child)
         self._all_succeeded = self._all_succeeded and status == 0
+
+
+def _compile_with_launcher(compile_kernel: Callable[[], Any]) -> None:
+    kernel = compile_kernel()
+    CudaLauncher(kernel.src, kernel.metadata)
 
 
 def _fork(task: Callable[[], Any]) -> int:
@@ -206,6 +220,15 @@ def typical(shapes: list[StepShape]) -> Iterator[StepShape]:
             yield shape
 
 
+def has_driver() -> bool:
+    """Whether this machine has the library that launchers are linked to: whoever only compiles
+    kernels needs none."""
+    try:
+        return bool(libcuda_dirs())
+    except (AssertionError, OSError):
+        return False
+
+
 def load_ahead() -> None:
     """What takes a second or two, and is the same for every job."""
     naming = triton_launch.name_kernels_ahead()
@@ -217,7 +240,10 @@ def load_ahead() -> None:
 def compile_all(job: Job) -> None:
     """In processes of their own; tells by a line when what is waited for is done."""
     leave_launches_out(triton_launch.Gpu(*job.gpu))
-    children = Children(min(MAX_PROCESSES, max(1, (os.cpu_count() or 2) // 2)))
+    launches = has_driver()
+    children = Children(min(MAX_PROCESSES, max(1, (os.cpu_count() or 2) // 2)), launches=launches)
+    if launches:
+        children.start(CudaUtils)  # what loads kernels is C as well
     with triton.AsyncCompileMode(children):
         runner = runner_for(job)
         go_through_first(runner, job)
