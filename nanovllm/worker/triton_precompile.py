@@ -42,7 +42,7 @@ from nanovllm.worker.request_rows import RequestRows
 
 NOWHERE = torch.device("meta")
 NUM_LAYERS = 2  # one that is the first, and one that is the last
-MAX_PROCESSES = 8
+MAX_PROCESSES = 16
 POLITENESS = 10  # added to the niceness
 FEW_ROWS = 16
 VARIANTS = [Variant(truncates, shares) for shares in (False, True) for truncates in (False, True)]
@@ -90,7 +90,7 @@ class Children(Executor):
     """
 
     def __init__(self, most: int, *, launches: bool = False) -> None:
-        self._most = most
+        self.most = most
         self._launches = launches
         self._running: set[int] = set()
         self._all_succeeded = True
@@ -105,7 +105,7 @@ class Children(Executor):
     def start(self, task: Callable[[], Any]) -> None:
         """Waits for a child to end if there are enough. Raises `SystemExit` if nobody is waiting
         for any of it any more."""
-        while len(self._running) >= self._most:
+        while len(self._running) >= self.most:
             self._wait_for_one()
         if not is_awaited():
             sys.exit()
@@ -240,8 +240,8 @@ def load_ahead() -> None:
 def compile_all(job: Job) -> None:
     """In processes of their own; tells by a line when what is waited for is done."""
     leave_launches_out(triton_launch.Gpu(*job.gpu))
-    launches = has_driver()
-    children = Children(min(MAX_PROCESSES, max(1, (os.cpu_count() or 2) // 2)), launches=launches)
+    launches, num_processors = has_driver(), os.cpu_count() or 2
+    children = Children(min(MAX_PROCESSES, num_processors), launches=launches)
     if launches:
         children.start(CudaUtils)  # what loads kernels is C as well
     with triton.AsyncCompileMode(children):
@@ -250,6 +250,7 @@ def compile_all(job: Job) -> None:
         if children.wait():
             stamp_of(job).touch()
         print("the first steps' kernels are compiled", flush=True)
+        children.most = min(MAX_PROCESSES, max(1, num_processors // 2))  # the engine now works
         go_through_all(runner, job)
         children.wait()
 
