@@ -11,11 +11,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import gguf  # else with the first such file: most starts read none
 
 SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
@@ -37,11 +39,13 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: gguf.GGMLQuantizationType
+    type: "gguf.GGMLQuantizationType"
     raw: npt.NDArray[np.uint8]  # [rows, bytes per row], memory-mapped
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """All values as float32, in `shape`. Raises `ValueError` for types gguf cannot decode."""
+        import gguf
+
         try:
             values = gguf.quants.dequantize(self.raw, self.type)
         except NotImplementedError as error:
@@ -156,6 +160,8 @@ class GGUFFile:
         return name, shape, type_id, offset
 
     def _tensor(self, name: str, shape: tuple[int, ...], type_id: int, start: int) -> GGUFTensor:
+        import gguf
+
         try:
             tensor_type = gguf.GGMLQuantizationType(type_id)
             block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]

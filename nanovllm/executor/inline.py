@@ -6,19 +6,25 @@ On CUDA `submit` returns while the device works; on the CPU the step has run whe
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
-from nanovllm.worker.worker import Worker
+from nanovllm.worker import driver, precompile
 
 
 class InlineExecutor:
     """An `executor.base.Executor` around one `Worker`."""
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
-        self._worker = Worker(config, on_progress)
+        precompiler = precompile.Precompiler()
+        if driver.is_likely(config.model.device):
+            if precompile.is_likely(config):
+                precompiler.begin()
+            driver.wake()
+        # Loads torch, which takes seconds: the others do not wait for it.
+        from nanovllm.worker.worker import Worker
+
+        self._worker = Worker(config, on_progress, precompiler)
 
     def start(self) -> WorkerInfo:
         """Load the model; `ValueError` if the configuration is at fault."""
@@ -60,6 +66,8 @@ def _telling_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        import torch
+
         lost = isinstance(error, torch.AcceleratorError) or any(
             sign in str(error) for sign in ("CUDA error:", "Triton Error [CUDA]")
         )

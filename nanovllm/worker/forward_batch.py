@@ -172,11 +172,12 @@ class PlanStaging:
 
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:
         """The buffer's first words, on the device. On the CPU they are there already."""
-        if not self._copied:
+        if self._device.type == "cpu":
             self._resident = buffer
             return buffer[:num_words]
         sent = self._resident[:num_words].copy_(buffer[:num_words], non_blocking=True)
-        self._copied[self._turn].record()
+        if self._copied:
+            self._copied[self._turn].record()
         return sent
 
     def _send_apart(self, writes: Int32Array) -> Tensor:

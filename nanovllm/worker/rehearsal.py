@@ -19,9 +19,17 @@ HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1
 
 def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:
     """Let the allocator take what the largest step needs."""
+    for params, counts in heaviest_steps(limits, max_model_len=max_model_len):
+        run_step(runner, limits, params, counts=counts)
+
+
+def heaviest_steps(
+    limits: StepLimits, *, max_model_len: int
+) -> Iterator[tuple[SamplingParams, list[int]]]:
+    """The largest step and the usual least one: what all entries ask for, tokens of each."""
     num_entries, num_tokens = largest_step(limits, max_model_len=max_model_len)
-    run_step(runner, limits, HEAVY, counts=[num_tokens] * num_entries)
-    run_step(runner, limits, PLAIN, counts=[1])
+    yield HEAVY, [num_tokens] * num_entries
+    yield PLAIN, [1]
 
 
 def rehearsals(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:

@@ -1,22 +1,26 @@
 """Compile all kernels that steps of a model launch, for a GPU that this process never touches.
 
 A program (`worker/precompile.py` starts it). It goes through steps of all sizes on tensors without
-memory, with launches left out: Triton is asked to compile asynchronously, and what it hands over is
-compiled by as many processes as leave the engine enough processors.
+memory, with launches left out: Triton is asked to compile asynchronously, and each kernel it hands
+over is compiled by a child, while this process goes on. What the profile run launches comes first,
+and with each kernel the C function that launches it, on which Triton spends a C compiler's run.
 """
 
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils, libcuda_dirs
 from triton.runtime.jit import JITFunction
 
 from nanovllm.config import StepLimits
@@ -31,14 +35,16 @@ from nanovllm.worker.kernels.triton_sampler import sample_tokens
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.registry import spec_from_config
-from nanovllm.worker.precompile import Job
+from nanovllm.worker.precompile import Job, stamp_of
 from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.rehearsal import heaviest_steps, run_step
 from nanovllm.worker.request_rows import RequestRows
 
 NOWHERE = torch.device("meta")
 NUM_LAYERS = 2  # one that is the first, and one that is the last
-MAX_PROCESSES = 8
+MAX_PROCESSES = 16
 POLITENESS = 10  # added to the niceness
+FEW_ROWS = 16
 VARIANTS = [Variant(truncates, shares) for shares in (False, True) for truncates in (False, True)]
 
 
@@ -70,62 +76,105 @@ def leave_launches_out(gpu: triton_launch.Gpu) -> None:
     JITFunction.run = compile_only
 
 
-class Collector(Executor):
-    """Keeps what Triton wants compiled, one entry per kernel, until somebody does it."""
+def is_awaited() -> bool:
+    """Whether whoever started this program still holds the other end of its standard input."""
+    poll = select.poll()
+    poll.register(0)
+    return not poll.poll(0)  # nothing more is ever written there
 
-    def __init__(self) -> None:
-        self.tasks: list[tuple[Callable[[], Any], Future[Any]]] = []
+
+class Children(Executor):
+    """Compiles every kernel that Triton hands over in a child of its own, so many at a time.
+
+    launches: and what launches it.
+    """
+
+    def __init__(self, most: int, *, launches: bool = False) -> None:
+        self.most = most
+        self._launches = launches
+        self._running: set[int] = set()
+        self._all_succeeded = True
 
     def submit(self, fn: Any, /, *args: Any, **options: Any) -> Future[Any]:
-        """Called by Triton; neither arguments nor options come."""
+        """Called by Triton with what compiles a kernel; neither arguments nor options come."""
+        self.start(partial(_compile_with_launcher, fn) if self._launches else fn)
         future: Future[Any] = Future()
-        self.tasks.append((fn, future))
+        future.set_result(None)
         return future
 
-    def share_out(self, num_processes: int) -> None:
-        """Have it all done in children, as long as the process that asked for it lives."""
-        asker = os.getppid()
-        children = [
-            _fork([task for task, _ in self.tasks[first::num_processes]], asker)
-            for first in range(num_processes)
-        ]
-        for child in children:
-            os.waitpid(child, 0)
-        for _, future in self.tasks:
-            future.set_result(None)
+    def start(self, task: Callable[[], Any]) -> None:
+        """Waits for a child to end if there are enough. Raises `SystemExit` if nobody is waiting
+        for any of it any more."""
+        while len(self._running) >= self.most:
+            self._wait_for_one()
+        if not is_awaited():
+            sys.exit()
+        self._running.add(_fork(task))
+
+    def wait(self) -> bool:
+        """Until all is done; whether all of it succeeded."""
+        while self._running:
+            self._wait_for_one()
+        return self._all_succeeded
+
+    def _wait_for_one(self) -> None:
+        child, status = os.wait()
+        self._running.discard(child)
+        self._all_succeeded = self._all_succeeded and status == 0
 
 
-def _fork(tasks: list[Callable[[], Any]], asker: int) -> int:
-    """A child that does these, one after the other; this process has no thread that it would miss.
+def _compile_with_launcher(compile_kernel: Callable[[], Any]) -> None:
+    kernel = compile_kernel()
+    CudaLauncher(kernel.src, kernel.metadata)
 
-    Returns the child's id.
-    """
+
+def _fork(task: Callable[[], Any]) -> int:
+    """A child that does this; this process has no thread that it would miss. Returns its id."""
     if child := os.fork():
         return child
+    failed = 1
     try:
-        for task in tasks:
-            os.kill(asker, 0)  # raises if there is no such process any more
-            with suppress(Exception):  # whoever launches it will be told
-                task()
+        with suppress(Exception):  # whoever launches it will be told
+            task()
+            failed = 0
     finally:
-        os._exit(0)
+        os._exit(failed)
 
 
-def go_through_steps(job: Job) -> None:
-    """Launch, or what stands for it, all that steps of any size would."""
+def runner_for(job: Job, device: torch.device = NOWHERE) -> ModelRunner:
+    """Whose steps are those of the job, of a model with few layers."""
     spec = spec_from_config(job.checkpoint_config)
     spec = replace(spec, num_layers=NUM_LAYERS, max_position_embeddings=job.max_model_len)
     attention_spec = spec.attention_spec(
         block_size=job.block_size,
         dtype=getattr(torch, job.dtype),
-        device=NOWHERE,
+        device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    runner = runner_without_weights(spec, attention_spec, job.limits)
-    for variant in VARIANTS:
-        if not variant.shares_prefix or spec.sliding_window is None:
-            for step in typical(runner.graph_shapes):
-                runner.graph_step(step, variant)
+    return runner_without_weights(spec, attention_spec, job.limits)
+
+
+def go_through_first(runner: ModelRunner, job: Job) -> None:
+    """What the worker's profile run launches."""
+    for params, counts in heaviest_steps(job.limits, max_model_len=job.max_model_len):
+        # Raised when sampled ids are to be read, which nobody has computed: all is launched then.
+        with suppress(NotImplementedError):
+            run_step(runner, job.limits, params, counts=counts)
+
+
+def go_through_all(runner: ModelRunner, job: Job) -> None:
+    """What steps of any size launch, in about the order in which a server meets them."""
+    sharing = spec_from_config(job.checkpoint_config).sliding_window is None
+    variants = [variant for variant in VARIANTS if sharing or not variant.shares_prefix]
+    steps = [(shape, variant) for shape in typical(runner.graph_shapes) for variant in variants]
+    for shape, variant in sorted(steps, key=_lateness):
+        runner.graph_step(shape, variant)
+
+
+def _lateness(step: tuple[StepShape, Variant]) -> tuple[bool, int, bool]:
+    """Few rows are met before many, and every request begins with a prompt."""
+    (num_tokens, num_rows), variant = step
+    return variant.shares_prefix, max(FEW_ROWS, num_rows), num_tokens == num_rows
 
 
 def runner_without_weights(
@@ -171,18 +220,47 @@ def typical(shapes: list[StepShape]) -> Iterator[StepShape]:
             yield shape
 
 
+def has_driver() -> bool:
+    """Whether this machine has the library that launchers are linked to: whoever only compiles
+    kernels needs none."""
+    try:
+        return bool(libcuda_dirs())
+    except (AssertionError, OSError):
+        return False
+
+
+def load_ahead() -> None:
+    """What takes a second or two, and is the same for every job."""
+    naming = triton_launch.name_kernels_ahead()
+    torch.zeros(1, device=NOWHERE) + 1  # the first computation there loads half of torch
+    naming.join()
+
+
 @torch.inference_mode()
 def compile_all(job: Job) -> None:
-    """In processes of their own, while the one that asked for it lives."""
+    """In processes of their own; tells by a line when what is waited for is done."""
     leave_launches_out(triton_launch.Gpu(*job.gpu))
-    with triton.AsyncCompileMode(collector := Collector()):
-        go_through_steps(job)
-        collector.share_out(min(MAX_PROCESSES, max(1, (os.cpu_count() or 2) // 2)))
+    launches, num_processors = has_driver(), os.cpu_count() or 2
+    children = Children(min(MAX_PROCESSES, num_processors), launches=launches)
+    if launches:
+        children.start(CudaUtils)  # what loads kernels is C as well
+    with triton.AsyncCompileMode(children):
+        runner = runner_for(job)
+        go_through_first(runner, job)
+        if children.wait():
+            with suppress(OSError):  # nobody may write there, and all was found
+                stamp_of(job).touch()
+        print("the first steps' kernels are compiled", flush=True)
+        children.most = min(MAX_PROCESSES, max(1, num_processors // 2))  # the engine now works
+        go_through_all(runner, job)
+        children.wait()
 
 
 def main() -> None:
     os.nice(POLITENESS)
-    compile_all(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
+    load_ahead()
+    if line := sys.stdin.buffer.readline():
+        compile_all(msgspec.json.decode(line, type=Job))
 
 
 if __name__ == "__main__":

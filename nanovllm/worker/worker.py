@@ -6,11 +6,11 @@ found on the way (device, precision, block count, and why) returns in `WorkerInf
 
 import gc
 import logging
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,7 +23,6 @@ from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.model_size import read_model_size
 from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
-from nanovllm.worker import precompile
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
@@ -40,8 +39,9 @@ from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
+from nanovllm.worker.precompile import Job, Precompiler
 from nanovllm.worker.preflight import plan_memory, precision_of, report
-from nanovllm.worker.quant.select import allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.rehearsal import rehearsals, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
@@ -76,9 +76,16 @@ class PartlyFailedStep:
 class Worker:
     """One device's model, KV cache and rows. `on_progress` is told of each phase of `start`."""
 
-    def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: ProgressCallback,
+        precompiler: Precompiler | None = None,
+    ) -> None:
+        """precompiler: one that has begun, if any."""
         self._config = config
         self._on_progress = on_progress
+        self._precompiler = precompiler or Precompiler()
         self._phase_seconds: dict[str, float] = {}
         self._memory_bytes: dict[str, int] = {}
         self._device = torch.device("cpu")
@@ -86,7 +93,6 @@ class Worker:
         self._runner: ModelRunner | None = None
         self._rehearsals: Iterator[None] = iter(())
         self._rows: RequestRows | None = None
-        self._compiling: subprocess.Popen[bytes] | None = None  # kernels, ahead
 
     def start(self) -> WorkerInfo:
         """Load everything; afterwards `execute` works.
@@ -127,6 +133,10 @@ class Worker:
             device=device,
             kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
         )
+        backend = wanted.attention_backend if self._triton_refused is None else "torch"
+        attention, why_attention = select_backend(backend, attention_spec)
+        kernels = select_kernels(device, refused=self._triton_refused)
+        self._compile_ahead(kernels, attention_spec, checkpoint_config, scheme, max_model_len)
         plan = plan_memory(
             self._config,
             read_model_size(checkpoint),
@@ -134,11 +144,6 @@ class Worker:
             precision=precision_of(attention_spec, scheme),
             max_model_len=max_model_len,
         )
-        backend = wanted.attention_backend if self._triton_refused is None else "torch"
-        attention, why_attention = select_backend(backend, attention_spec)
-        kernels = select_kernels(device, refused=self._triton_refused)
-        if scheme is None and backend != "torch":
-            self._compile_ahead(kernels, attention_spec, checkpoint_config, max_model_len)
         with self._phase("build"):
             model = Decoder(
                 spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
@@ -148,6 +153,7 @@ class Worker:
         parts = Parts(model, rows, kernels, attention, attention_spec)
         with self._phase("weights"):
             self._load(model, checkpoint)
+        self._await_kernels(kernels)
         with self._phase("kv cache"):
             kv_cache = self._size_cache(parts)
             runner = self._runner = self._make_runner(parts, kv_cache)
@@ -157,7 +163,7 @@ class Worker:
         logger.info("memory of %s: %s", describe(device), "; ".join(found))
         return WorkerInfo(
             device=describe(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name_of(dtype),
             attention_backend=type(attention).__name__,
             architecture=spec.architecture,
             num_blocks=kv_cache.shape[2],
@@ -214,28 +220,42 @@ class Worker:
         """Free the device's memory. Safe to call twice, and after a failed start."""
         self._runner = None
         self._rehearsals = iter(())
-        if self._compiling is not None:
-            self._compiling.kill()
-            self._compiling.wait()
+        self._precompiler.end()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
     def _compile_ahead(
         self,
         kernels: DeviceKernels,
-        attention_spec: AttentionSpec,
+        spec: AttentionSpec,
         checkpoint_config: dict[str, Any],
+        scheme: Scheme | None,
         max_model_len: int,
     ) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
-        if kernels.gpu is not None:
-            self._compiling = precompile.start(
-                checkpoint_config,
-                attention_spec,
-                self._limits,
+        by_torch = self._config.model.attention_backend == "torch"
+        if kernels.gpu is None or scheme is not None or by_torch:
+            self._precompiler.end()
+            return
+        kv_dtype = None if spec.kv_dtype is None else name_of(spec.kv_dtype)
+        self._precompiler.ask(
+            Job(
+                checkpoint_config=checkpoint_config,
                 max_model_len=max_model_len,
+                block_size=spec.block_size,
+                dtype=name_of(spec.dtype),
+                kv_dtype=kv_dtype,
+                limits=self._limits,
                 gpu=kernels.gpu,
             )
+        )
+
+    def _await_kernels(self, kernels: DeviceKernels) -> None:
+        """What Triton does ahead of the first launch, which else would do the same once more."""
+        if kernels.naming is not None:
+            with self._phase("kernels"):
+                kernels.naming.join()
+                self._precompiler.wait(partial(self._on_progress, "kernels"))
 
     def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
         load_weights(
@@ -316,6 +336,11 @@ class Worker:
         seconds = time.perf_counter() - started
         self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + seconds
         self._on_progress(name, 1.0)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As torch has it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_max_model_len(wanted: int | None, most: int) -> int:

@@ -13,6 +13,8 @@ from nanovllm.executor.base import DeviceLostError, Executor
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol import NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker import driver, worker
+from nanovllm.worker.precompile import Precompiler
 from tests.worker.planning import make_plan, new_row
 
 PROMPTS = {4: [31, 7, 22, 150, 9, 10, 11, 12, 13, 99, 8], 0: [5, 6, 7], 7: [42]}
@@ -133,6 +135,28 @@ def test_shutdown_is_safe_twice_and_after_a_failed_start(tiny_checkpoint: Checkp
     for executor in (failed, make_executor(Path(model))):
         executor.shutdown()
         executor.shutdown()
+
+
+def test_what_began_for_a_gpu_is_ended_where_there_is_none(
+    tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Precompiler] = []
+    monkeypatch.setattr(driver, "SIGNS", ("/",))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(driver, "wake", lambda: None)
+    begin = Precompiler.begin
+
+    def note(precompiler: Precompiler) -> None:
+        begin(precompiler)
+        assert precompiler._program is not None
+        begun.append(precompiler)
+
+    monkeypatch.setattr(Precompiler, "begin", note)
+    monkeypatch.setattr(worker, "choose_device", lambda device: torch.device("cpu"))
+    executor = make_executor(tiny_checkpoint("llama"), device="auto")
+    assert begun == [executor._worker._precompiler]
+    assert begun[0]._program is None
+    executor.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a worker chooses, what it reports, and whose fault it is when it cannot."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nanovllm.worker import worker as worker_module
 from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.precompile import Precompiler
 from nanovllm.worker.rehearsal import run_heaviest_step
 from nanovllm.worker.sampling import sampler
 from nanovllm.worker.worker import (
@@ -93,6 +95,16 @@ def test_progress_of_every_phase_starts_at_zero_and_ends_at_one(model: str) -> N
     for phase in ("locate", "build", "weights", "kv cache"):
         assert (seen[phase][0], seen[phase][-1]) == (0.0, 1.0)
         assert seen[phase] == sorted(seen[phase])
+
+
+def test_what_compiles_ahead_is_ended_where_nothing_compiles(model: str) -> None:
+    precompiler = Precompiler([sys.executable, "-c", "import time; time.sleep(60)"])
+    precompiler.begin()
+    config = EngineConfig.from_kwargs(model=model, load_format="dummy", device="cpu")
+    worker = Worker(config, lambda phase, progress: None, precompiler)
+    assert "kernels" not in worker.start().phase_seconds
+    assert precompiler._program is None
+    worker.shutdown()
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

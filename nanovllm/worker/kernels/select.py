@@ -6,6 +6,7 @@ Modules are imported only when chosen, so a CPU never loads Triton.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from threading import Thread
 from typing import Protocol
 
 import torch
@@ -52,13 +53,15 @@ class FusedStep:
 class DeviceKernels:
     """The kernels of one device. Without a fused step plain torch does what it would.
 
-    gpu: the facts by which Triton compiles (`triton_launch.Gpu`), where it does.
+    gpu: the facts by which Triton compiles (`triton_launch.Gpu`), where it does. naming: under way
+    there, and to be joined before the first launch (`triton_launch.name_kernels_ahead`).
     """
 
     layers: Kernels
     fused: FusedStep | None
     why: str
     gpu: tuple[tuple[int, int], int] | None = None
+    naming: Thread | None = None
 
 
 def select_kernels(device: torch.device, *, refused: str | None = None) -> DeviceKernels:
@@ -75,6 +78,7 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 ),
                 why="fused Triton kernels",
                 gpu=_load("triton_launch:gpu_of")(device),
+                naming=_load("triton_launch:name_kernels_ahead")(),
             )
     return DeviceKernels(
         layers=_load("torch_kernels:TorchKernels")(),

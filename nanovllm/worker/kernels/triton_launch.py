@@ -6,10 +6,12 @@ and before that writes nothing and reads nothing but arguments, weights and a st
 """
 
 from functools import cache
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
+from triton.runtime.cache import triton_key
 
 INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in NumPy, on a CPU
 MIN_CAPABILITY = (8, 0)
@@ -39,6 +41,17 @@ def gpu_of(device: torch.device) -> Gpu:
         return _stand_in[0]
     facts = torch.cuda.get_device_properties(device)
     return Gpu(torch.cuda.get_device_capability(device), facts.multi_processor_count)
+
+
+def name_kernels_ahead() -> Thread:
+    """Started, and to be joined before the first launch.
+
+    Triton names what it caches by all it consists of, and so reads itself: 400 MB, which takes most
+    of a second, once, and holds no lock of Python's.
+    """
+    naming = Thread(target=triton_key, name="naming kernels", daemon=True)
+    naming.start()
+    return naming
 
 
 def unusable(device: torch.device) -> str | None:

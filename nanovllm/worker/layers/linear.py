@@ -81,9 +81,10 @@ class Linear:
 
     def allocate(self, device: torch.device) -> None:
         """Give a layer that was built on the meta device memory; its weights are yet unset."""
-        self.weight = torch.empty_like(self.weight, device=device)
+        # Not by `empty_like`: the first use of it on the meta device imports all of sympy.
+        self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=device)
         if self.bias is not None:
-            self.bias = torch.zeros_like(self.bias, device=device)
+            self.bias = torch.zeros(self.bias.shape, dtype=self.bias.dtype, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
