@@ -166,9 +166,9 @@ class TritonAttention:
         needed = batch.num_rows * self._spec.num_kv_heads
         return fitting if needed <= self._num_programs(fitting.programs_per_sm) else None
 
-    def _most_splits(self, fitting: Fitting) -> int:
+    def _most_splits(self, fitting: Fitting, num_rows: int) -> int:
         """Of all rows together, so that all programs fit."""
-        return self._num_programs(fitting.programs_per_sm) // self._spec.num_kv_heads
+        return max(num_rows, self._num_programs(fitting.cut_per_sm) // self._spec.num_kv_heads)
 
     @property
     def _num_ranges(self) -> int:
@@ -193,7 +193,7 @@ class TritonAttention:
                 scratch.work,
                 scratch.num_work,
                 batch.num_rows,
-                self._most_splits(fitting),
+                self._most_splits(fitting, batch.num_rows),
                 **shape,
                 BLOCK_N=fitting.tiling.keys,
             )
@@ -280,7 +280,7 @@ class TritonAttention:
     ) -> None:
         """A few rows: all in one kernel. qkv: as the product left it."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
-        norm, most = rotary.qk_norm, self._most_splits(fitting)
+        norm, most = rotary.qk_norm, self._most_splits(fitting, batch.num_rows)
         num_splits = min(batch.num_rows * tuning.max_splits, most)
         decode_kernel[(num_splits * spec.num_kv_heads,)](
             qkv,

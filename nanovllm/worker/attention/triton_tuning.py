@@ -39,11 +39,13 @@ class Tiling:
 class Fitting:
     """How rows decode whose (row, KV head) pairs, each a program, all fit on the device at once.
 
-    One fused kernel does it all; rows are cut up as long as more programs fit.
+    One fused kernel does it all. Rows are cut up as long as that makes no more than `cut_per_sm`
+    programs: fewer than fit, so that the product behind them finds room to fetch its weights.
     """
 
     tiling: Tiling
     programs_per_sm: int
+    cut_per_sm: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,13 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     )
     # As many programs as have room for their registers; to widen keys from FP8 takes more of them.
     widens = spec.cache_dtype != spec.dtype
-    fused = Tiling(keys=32, stages=2, warps=2, tma=False)
-    streaming = fused if widens else Tiling(keys=64, stages=2, warps=2, tma=False)
+    streaming = Tiling(keys=64, stages=2, warps=2, tma=False)
+    fused = streaming if widens else Tiling(keys=32, stages=2, warps=2, tma=False)
     return Tuning(
         streaming,
         prefill,
         queries=128,
         copies_own=can_copy,
         few=Fitting(fused, programs_per_sm=4 if widens else 6),
-        programs_per_sm=5 if widens else 4,
+        programs_per_sm=4,
     )
