@@ -12,16 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.worker.kernels.triton_fp8 import widened
 from nanovllm.worker.kernels.triton_kernels import normed, rotated
 
 FLOOR = tl.constexpr(-1.0e30)  # finite: a tile without a visible key gives no NaN
-
-
-@triton.constexpr_function
-def multiplied_as(dtype, cached):
-    """In which type queries meet cached keys. From e4m3 it is one instruction to float16, where all
-    its numbers are exact and queries lose nothing, but several to bfloat16."""
-    return tl.float16 if cached == tl.float8e4nv and dtype == tl.bfloat16 else dtype
 
 
 @triton.jit
@@ -83,7 +77,7 @@ def vectors_in(
         else:
             k = tl.load(keys + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(values + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
-    return k.to(DTYPE), v.to(DTYPE)
+    return widened(k, DTYPE), widened(v, DTYPE)
 
 
 @triton.jit

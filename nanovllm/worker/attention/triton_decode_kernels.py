@@ -12,14 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.attention.triton_attention_kernels import (
-    FLOOR,
-    absorb,
-    key_and_value,
-    multiplied_as,
-)
+from nanovllm.worker.attention.triton_attention_kernels import FLOOR, absorb, key_and_value
 from nanovllm.worker.attention.triton_decode_plan import RECORD
-from nanovllm.worker.kernels.triton_kernels import narrowed
+from nanovllm.worker.kernels.triton_fp8 import multiplied_as, narrowed
 
 
 @triton.jit(do_not_specialize=["table_stride"])

@@ -12,14 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.worker.attention.triton_attention_kernels import (
-    FLOOR,
-    blocks_of,
-    multiplied_as,
-    vectors_in,
-)
+from nanovllm.worker.attention.triton_attention_kernels import FLOOR, blocks_of, vectors_in
 from nanovllm.worker.attention.triton_decode_kernels import absorb_tile, join, leave_part
 from nanovllm.worker.attention.triton_decode_plan import LINE, RANGE, prefix_splits
+from nanovllm.worker.kernels.triton_fp8 import multiplied_as
 
 
 @triton.jit(do_not_specialize=["table_stride"])

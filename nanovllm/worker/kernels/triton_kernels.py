@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.triton_fp8 import E4M3_MAX, LEAST_PEAK, narrowed
 from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
 from nanovllm.worker.kernels.triton_linear import silu, skinny_add, skinny_linear
@@ -23,8 +24,6 @@ from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
 
 ROPE_HEADS = 8  # heads per program
 SILU_BLOCK = 1024
-E4M3_MAX = tl.constexpr(fp8.E4M3_MAX)
-LEAST_PEAK = tl.constexpr(fp8.LEAST_PEAK)
 
 
 @triton.jit
@@ -122,14 +121,6 @@ def _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside, 
 def rotated(first, second, cos, sin):
     """Heads given in halves, [heads, lanes] fp32 each, turned by the angles of their tokens."""
     return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def narrowed(x, DTYPE: tl.constexpr):
-    """x as a cache of that type keeps it: in FP8 larger numbers would become NaN."""
-    if tl.float8e4nv == DTYPE:
-        x = tl.clamp(x.to(tl.float32), -E4M3_MAX, E4M3_MAX)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.kernels.base import Stream, Weighed
+from nanovllm.worker.kernels.triton_fp8 import widened
 from nanovllm.worker.kernels.triton_launch import launch_options
 from nanovllm.worker.kernels.triton_linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
 from nanovllm.worker.layers.linear import Linear
@@ -201,18 +202,18 @@ def _products(
     if squares is not None:  # on their way while the products are made
         parts = _load_squares(squares, tokens, num_tokens, PARTS)
     x = x_desc.load([token, first])
-    acc = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
+    acc = tl.dot(x, tl.trans(widened(w, x.dtype)), input_precision="ieee")
     up = acc
     if GATED:
-        up = tl.dot(x, tl.trans(up_w.to(x.dtype)), input_precision="ieee")
+        up = tl.dot(x, tl.trans(widened(up_w, x.dtype)), input_precision="ieee")
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
         x = x_desc.load([token, k])
         w = weight_desc.load([output, k])
-        acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.trans(widened(w, x.dtype)), acc, input_precision="ieee")
         if GATED:
             up_w = weight_desc.load([num_outputs + output, k])
-            up = tl.dot(x, tl.trans(up_w.to(x.dtype)), up, input_precision="ieee")
+            up = tl.dot(x, tl.trans(widened(up_w, x.dtype)), up, input_precision="ieee")
     if squares is not None:
         acc, up = _normed(acc, up, parts, K, eps)
     return acc, up
