@@ -14,6 +14,8 @@ from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -45,6 +47,7 @@ NUM_LAYERS = 2  # one that is the first, and one that is the last
 MAX_PROCESSES = 16
 POLITENESS = 10  # added to the niceness
 FEW_ROWS = 16
+DYNAMO = "torch._dynamo"
 VARIANTS = [Variant(truncates, shares) for shares in (False, True) for truncates in (False, True)]
 
 
@@ -229,8 +232,25 @@ def has_driver() -> bool:
         return False
 
 
+class NotTracing(ModuleType):
+    """Stands in for `torch._dynamo`, whose import takes a second.
+
+    Torch loads it with the first computation on the meta device, only to keep it from tracing that.
+    Whoever wants anything else of it gets the module itself.
+    """
+
+    def disable(self, fn: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        return fn
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(DYNAMO) is self:
+            del sys.modules[DYNAMO]
+        return getattr(import_module(DYNAMO), name)
+
+
 def load_ahead() -> None:
     """What takes a second or two, and is the same for every job."""
+    sys.modules.setdefault(DYNAMO, NotTracing(DYNAMO))
     naming = triton_launch.name_kernels_ahead()
     torch.zeros(1, device=NOWHERE) + 1  # the first computation there loads half of torch
     naming.join()

@@ -191,3 +191,17 @@ def test_a_job_is_likely_where_triton_may_compile() -> None:
     assert is_likely(EngineConfig.from_kwargs(model="m"))
     for settings in ({"attention_backend": "torch"}, {"quantization": "fp8"}):
         assert not is_likely(EngineConfig.from_kwargs(model="m", **settings))
+
+
+def test_what_stands_in_for_torchs_tracing_gives_way_to_it() -> None:
+    lines = (
+        "import sys, torch",
+        "from nanovllm.worker.triton_precompile import NotTracing, load_ahead",
+        "load_ahead()",
+        "held = sys.modules['torch._dynamo']",
+        "assert isinstance(held, NotTracing), held",
+        "compiled = torch.compile(lambda x: x + 1, backend='eager')",
+        "assert compiled(torch.zeros(1)) == 1 and held.config is torch._dynamo.config",
+        "assert sys.modules['torch._dynamo'] is not held",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=TIMEOUT_S)
