@@ -101,13 +101,14 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class StepView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One forward pass. Whoever of `batch` has no chunk runs a single token: it decodes.
 
-    `batch` is a key of `Observation.batches` (or of an earlier one's). `preempted`: who was put
-    back to waiting when it was planned.
+    `batch` is a key of `Observation.batches` (or of an earlier one's). `budget`: how many tokens it
+    might have held. `preempted`: who was put back to waiting when it was planned.
     """
 
     step: int
     started_at: float
     ended_at: float
+    budget: int
     num_decodes: int
     chunks: list[Chunk]
     batch: int

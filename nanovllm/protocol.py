@@ -13,7 +13,7 @@ import msgspec
 from nanovllm.observation import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25

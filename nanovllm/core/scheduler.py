@@ -155,8 +155,8 @@ class Scheduler:
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
         num_admissible = min(len(self._waiting), len(self._free_rows))
-        budget = token_budget(self._limits, self._running, num_admissible=num_admissible)
-        budget = self._schedule_running(step, budget)
+        step.budget = token_budget(self._limits, self._running, num_admissible=num_admissible)
+        budget = self._schedule_running(step, step.budget)
         cause: int | None = None
         if self._waiting:
             # Whoever was just preempted would only be preempted again.

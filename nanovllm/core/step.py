@@ -17,6 +17,7 @@ class ScheduledStep:
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
     constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
+    budget: int = 0  # of tokens
     submitted_at: float = 0.0  # written down only while somebody watches
 
     def admitted_on_a_prefix(self) -> list[Sequence]:

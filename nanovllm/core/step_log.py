@@ -35,6 +35,7 @@ class Logged(NamedTuple):
     sequences: list[Sequence]
     num_computed: list[int]
     num_scheduled: list[int]
+    budget: int
     has_new_rows: bool
     preempted: list[int]
 
@@ -89,6 +90,7 @@ class StepLog:
                     step.sequences,
                     plan.num_computed,
                     plan.num_scheduled,
+                    step.budget,
                     bool(plan.new_rows),
                     preempted,
                 )
@@ -176,6 +178,7 @@ class StepLog:
             logged.step,
             logged.started_at,
             logged.ended_at,
+            logged.budget,
             len(sequences) - len(chunks),
             chunks,
             self._num_batches,

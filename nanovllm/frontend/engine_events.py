@@ -94,11 +94,13 @@ class ChunkEvent(msgspec.Struct, array_like=True):
 
 class StepEvent(msgspec.Struct):
     """One forward pass. Whoever of `batch` (a key of `batches`, this event's or an earlier one's)
-    has no chunk decodes one token. `preempted` sequences lost their blocks when it was planned."""
+    has no chunk decodes one token. `budget`: how many tokens it might have held: fewer while
+    somebody decodes. `preempted` sequences lost their blocks when it was planned."""
 
     step: int
     started_at: float
     ended_at: float
+    budget: int
     num_decodes: int
     chunks: list[ChunkEvent]
     batch: int

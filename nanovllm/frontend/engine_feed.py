@@ -147,7 +147,7 @@ class Mirror:
             self._tables.pop(uid, None)
         steps = [
             StepEvent(
-                *(step.step, step.started_at, step.ended_at, step.num_decodes),
+                *(step.step, step.started_at, step.ended_at, step.budget, step.num_decodes),
                 [ChunkEvent(one.uid, one.start, one.num_tokens) for one in step.chunks],
                 *(step.batch, step.preempted),
             )

@@ -75,6 +75,7 @@ def test_every_step_is_shown_once_with_its_chunks_and_decodes() -> None:
     chunks = [[(one.uid, one.start, one.num_tokens) for one in step.chunks] for step in seen.steps]
     assert chunks == [[(0, 0, 32)], [(0, 32, 32)], [(0, 64, 6)], [(1, 0, 5)], []]
     assert [step.num_decodes for step in seen.steps] == [0, 0, 0, 1, 2]
+    assert [step.budget for step in seen.steps] == [32] * 5
     assert [seen.batches[step.batch] for step in seen.steps] == [[0], [0], [0], [0, 1], [0, 1]]
     assert [step.step for step in seen.steps] == list(range(5))
     for before, after in zip(seen.steps, seen.steps[1:], strict=False):
@@ -298,6 +299,20 @@ def test_a_block_shows_its_tokens_key_and_holders() -> None:
     for unknown in (0, -1, 50):
         with pytest.raises(ValueError, match=r"is not in \[1, 49\]"):
             observer.show_block(unknown)
+
+
+def test_a_step_beside_decodes_shows_its_smaller_budget() -> None:
+    core = make_core(max_num_batched_tokens=32, mixed_prefill_tokens=8, max_inflight_steps=1)
+    observer = Observer(core)
+    look(observer)
+    for number in range(4):
+        core.add(0, request(number, 4, 20))
+    core.step()
+    core.add(0, request(4, 30, 2))
+    core.step()
+    core.step()
+    assert [step.budget for step in look(observer).steps] == [32, 4 + 8, 4 + 8]
+    run(core)
 
 
 def test_over_the_socket(tmp_path: Any) -> None:

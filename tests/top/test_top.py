@@ -68,8 +68,8 @@ BUSY = event(
     ],
     tables=[Table(0, 0, [1, 2]), Table(1, 0, [1, 3])],
     steps=[
-        StepEvent(3, 0.8, 0.85, 0, [ChunkEvent(1, 0, 48)], 1, []),
-        StepEvent(4, 0.9, 0.95, 2, [], 2, [2]),
+        StepEvent(3, 0.8, 0.85, 512, 0, [ChunkEvent(1, 0, 48)], 1, []),
+        StepEvent(4, 0.9, 0.95, 512, 2, [], 2, [2]),
     ],
 )
 

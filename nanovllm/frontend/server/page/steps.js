@@ -24,6 +24,7 @@ export class Steps {
     legend(byId("steps-legend"), [
       ["decode", "decodes, a token each"],
       ["used", "chunks of prompts, in their request’s colour"],
+      ["limit", "their limit, where it is less than the dashed line"],
       ["bad", "a request was preempted"],
     ]);
   }
@@ -32,11 +33,11 @@ export class Steps {
     const { layout, steps, counters } = this.#store;
     if (!layout) return;
     const { context, width } = prepared(this.#canvas, HEIGHT);
-    const budget = layout.max_num_batched_tokens;
+    const most = layout.max_num_batched_tokens;
     const full = HEIGHT - TOP - BOTTOM;
     // Of a budget of thousands a decode is nothing: the scale is logarithmic, and says so.
-    const heightOf = (tokens) => (full * Math.log2(1 + tokens)) / Math.log2(1 + budget);
-    this.#axis(context, { width, budget, heightOf });
+    const heightOf = (tokens) => (full * Math.log2(1 + tokens)) / Math.log2(1 + most);
+    this.#axis(context, { width, most, heightOf });
     const count = Math.floor((width - LEFT) / (BAR + GAP));
     this.#shown = steps.slice(-count);
     this.#shown.forEach((step, i) => {
@@ -50,6 +51,11 @@ export class Steps {
       };
       if (step.num_decodes) segment(step.num_decodes, colour("decode"));
       for (const [uid, , more] of step.chunks) segment(more, hueOf(uid));
+      if (step.chunks.length && step.budget < most) {
+        // Beside decodes a step takes fewer tokens of prompts: up to here.
+        context.fillStyle = colour("muted");
+        context.fillRect(x - 1, Math.round(HEIGHT - BOTTOM - heightOf(step.budget)), BAR + 2, 1);
+      }
       if (step.preempted.length) {
         context.fillStyle = colour("bad");
         context.beginPath();
@@ -64,20 +70,20 @@ export class Steps {
         context.strokeRect(x - 1.5, TOP - 1, BAR + 3, full + 2);
       }
     });
-    byId("steps-sub").textContent = `${number(counters.num_steps)} so far, ${plural(counters.num_preemptions, "preemption")}; up to ${number(budget)} tokens each`;
+    byId("steps-sub").textContent = `${number(counters.num_steps)} so far, ${plural(counters.num_preemptions, "preemption")}; up to ${number(most)} tokens each`;
     this.#canvas.dataset.count = steps.length;
     this.#caption();
   }
 
-  #axis(context, { width, budget, heightOf }) {
+  #axis(context, { width, most, heightOf }) {
     context.font = "10px ui-monospace, 'JetBrains Mono', monospace";
     context.textAlign = "right";
     context.textBaseline = "middle";
-    const marks = [1, 8, 64, 512, 4096].filter((mark) => mark < budget / 2);
-    for (const mark of [...marks, budget]) {
+    const marks = [1, 8, 64, 512, 4096].filter((mark) => mark < most / 2);
+    for (const mark of [...marks, most]) {
       const y = Math.round(HEIGHT - BOTTOM - heightOf(mark)) + 0.5;
-      context.strokeStyle = mark === budget ? colour("muted") : colour("line");
-      context.setLineDash(mark === budget ? [3, 3] : []);
+      context.strokeStyle = mark === most ? colour("muted") : colour("line");
+      context.setLineDash(mark === most ? [3, 3] : []);
       context.beginPath();
       context.moveTo(LEFT, y);
       context.lineTo(width, y);
@@ -119,6 +125,7 @@ function describe(step) {
   const parts = [];
   if (step.num_decodes) parts.push(plural(step.num_decodes, "decode"));
   for (const [uid, start, tokens] of step.chunks) parts.push(`tokens ${number(start)} to ${number(start + tokens)} of #${uid}`);
+  if (step.chunks.length) parts.push(`of at most ${plural(step.budget, "token")}`);
   for (const uid of step.preempted) parts.push(`#${uid} preempted`);
   return `Step ${number(step.step)}, ${milliseconds((step.ended_at - step.started_at) * 1000)}: ${parts.join(", ")}.`;
 }
