@@ -300,7 +300,7 @@ def _launch(
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "num_warps": tile.warps, **launch_options(x.device),
     }  # fmt: skip
-    if num_tokens == 1 and tile.block_m is None:
+    if num_tokens == 1:
         _vector_kernel[(num_n,)](x, weight, *tensors, num_outputs, eps, **options)
         return stream
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
