@@ -50,6 +50,7 @@ class ForwardBatch:
     max_query_len: int
     max_seq_len: int
     prefix: SharedPrefix | None = None
+    is_fresh: bool = False  # rows with several tokens have no others
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class StagedPlan:
     host_query_start_loc: Int32Array
     host_sampling: Int32Array
     prefix: SharedPrefix | None = None
+    is_fresh: bool = False  # of a view, whose arrays do not tell
 
 
 class PlanStaging:
@@ -145,7 +147,13 @@ class PlanStaging:
         )
 
     def view(
-        self, num_tokens: int, num_rows: int, *, max_seq_len: int, shares_prefix: bool
+        self,
+        num_tokens: int,
+        num_rows: int,
+        *,
+        max_seq_len: int,
+        shares_prefix: bool,
+        is_fresh: bool = False,
     ) -> StagedPlan:
         """The first `num_rows` entries, and one of padding, of whatever is staged.
 
@@ -168,6 +176,7 @@ class PlanStaging:
             host_query_start_loc=np.array([0, num_tokens], np.int32),
             host_sampling=np.arange(num_rows, dtype=np.int32),
             prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
+            is_fresh=is_fresh,
         )
 
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:
@@ -230,6 +239,7 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         max_query_len=int(counts.max()),
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
+        is_fresh=bool((lens == counts)[counts > 1].all()),
     )
 
 
@@ -257,6 +267,7 @@ def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> 
         max_query_len=1 if decodes else num_tokens,
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
+        is_fresh=staged.is_fresh,
     )
 
 

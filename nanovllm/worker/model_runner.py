@@ -151,8 +151,13 @@ class ModelRunner:
             return None
         if shape.num_tokens == shape.num_rows and len(plan.sampling) < len(plan.rows):
             return None  # a decode graph samples for all of its rows
+        starts = zip(plan.num_computed, plan.num_scheduled, strict=True)
         variant = Variant(
-            truncates=not active.isdisjoint(TRUNCATING_COLUMNS), shares_prefix=shares_prefix
+            truncates=not active.isdisjoint(TRUNCATING_COLUMNS),
+            shares_prefix=shares_prefix,
+            is_fresh=self._attention.tells_fresh
+            and shape.num_tokens > shape.num_rows
+            and not any(start for start, count in starts if count > 1),
         )
         return graphs, shape, variant
 
@@ -169,9 +174,13 @@ class ModelRunner:
     def graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
         """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
         assert self._fused is not None
-        rows, staging = self._rows, self._staging
-        max_seq_len, shares_prefix = rows.token_ids.shape[1], variant.shares_prefix
-        staged = staging.view(*shape, max_seq_len=max_seq_len, shares_prefix=shares_prefix)
+        rows = self._rows
+        staged = self._staging.view(
+            *shape,
+            max_seq_len=rows.token_ids.shape[1],
+            shares_prefix=variant.shares_prefix,
+            is_fresh=variant.is_fresh,
+        )
         batch = self._fused.expand_view(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)
         row_ids, positions, wanted = staged.rows[: shape.num_rows], batch.seq_lens, None

@@ -40,11 +40,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def make_runner(device: str, model: FakeModel | None = None) -> ModelRunner:
+def make_runner(
+    device: str, model: FakeModel | None = None, attention: FakeAttention | None = None
+) -> ModelRunner:
     device, _, padded = device.partition(", ")
     return ModelRunner(
         model or FakeModel(),
-        FakeAttention(),
+        attention or FakeAttention(),
         rows=make_rows(device=device),
         kv_cache=make_kv_cache(device),
         limits=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24).limits("cuda"),
@@ -214,6 +216,30 @@ class FaultyModel(FakeModel):
         if self._num_forwards in self._failing:
             raise torch.OutOfMemoryError("no memory for the logits")
         return stream
+
+
+class CuriousAttention(FakeAttention):
+    """Notes of each step whether it was fresh."""
+
+    tells_fresh = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        self.seen.append(batch.is_fresh)
+
+
+def test_attention_is_told_of_fresh_steps(device: str) -> None:
+    """Those in which no row with several tokens has any from steps before."""
+    attention = CuriousAttention()
+    runner = make_runner(device, attention=attention)
+    first, other = PROMPTS[3], PROMPTS[0]
+    run(runner, 0, [(3, 0, 4)], new_rows=[new_row(3, first)], sampling=[])
+    run(runner, 1, [(3, 4, 5)])
+    run(runner, 2, [(3, 9, 1), (0, 0, 3)], new_rows=[new_row(0, other)])
+    assert attention.seen == [True, False, True]
 
 
 @pytest.mark.parametrize("failing", [(1,), (2,), (2, 3), (1, 2, 3)])

@@ -1,8 +1,9 @@
 """Attention by the flash-attn packages where they are best: rows with several new tokens.
 
 The rest is `TritonAttention`'s: rows with one token, which FlashAttention-4 does not split over
-their keys on Hopper. Keys and values are gathered from their blocks first, which costs a few
-percent of attending to them and makes any block size do.
+their keys on Hopper. Of a fresh step keys and values are taken where the product left them; else
+they are gathered from their blocks first, which costs a few percent of attending to them and makes
+any block size do, but needs to know how many there are, and so is not done in graphs.
 """
 
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def installed_package() -> str | None:
 
 class FlashAttention(TritonAttention):
     """Implements `attention.base.AttentionBackend`."""
+
+    tells_fresh = True
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
         super().__init__(spec, tuning)
@@ -82,35 +85,48 @@ class FlashAttention(TritonAttention):
         super().prepare(batch)
         num_keys, num_tokens = batch.num_chunk_keys, batch.num_tokens - batch.num_decode_rows
         self._gathering = None
-        if num_tokens >= MIN_TOKENS and num_keys <= MAX_GATHERED_KEYS:
+        if num_tokens >= MIN_TOKENS and num_keys <= MAX_GATHERED_KEYS and not batch.is_fresh:
             self._gathering = gathering_of(batch, block_size=self._spec.block_size)
 
     def _prefill(
         self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        if self._gathering is None:
+        gathering, is_fresh = self._gathering, batch.is_fresh and batch.num_tokens >= MIN_TOKENS
+        if gathering is None and not is_fresh:
             return super()._prefill(qkv, rotary, layer_cache, batch)
         query = rotary.apply(qkv, batch, layer_cache)
-        spec, slots = self._spec, self._gathering.slots
-        if self._gathered is None:
-            shape = 2, MAX_GATHERED_KEYS, spec.num_kv_heads * spec.head_dim
-            self._gathered = torch.empty(shape, dtype=layer_cache.dtype, device=spec.device)
-        for half, gathered in zip(layer_cache, self._gathered, strict=True):
-            torch.index_select(half.flatten(0, 1).flatten(1), 0, slots, out=gathered[: len(slots)])
-        heads = 2, len(slots), spec.num_kv_heads, spec.head_dim
+        if gathering is None:
+            spec = self._spec
+            heads = qkv.view(len(qkv), -1, spec.head_dim)[:, spec.num_heads :]
+            keys, values = heads.tensor_split(2, dim=1)
+            key_starts, max_keys = batch.query_start_loc, batch.max_query_len
+        else:
+            keys, values = self._gather(layer_cache, gathering.slots)
+            key_starts, max_keys = gathering.starts, batch.max_seq_len
         attended = self._attend(
             query,
-            *self._gathered[:, : len(slots)].view(heads),
+            keys,
+            values,
             cu_seqlens_q=batch.query_start_loc,
-            cu_seqlens_k=self._gathering.starts,
+            cu_seqlens_k=key_starts,
             max_seqlen_q=batch.max_query_len,
-            max_seqlen_k=batch.max_seq_len,
-            softmax_scale=spec.scale,
+            max_seqlen_k=max_keys,
+            softmax_scale=self._spec.scale,
             causal=True,
             window_size=self._window,
         )
         out: Tensor = attended[0] if isinstance(attended, tuple) else attended
         return out
+
+    def _gather(self, layer_cache: Tensor, slots: Tensor) -> Tensor:
+        """What lies in those slots, [2, num_slots, num_kv_heads, head_dim]."""
+        spec, num_slots = self._spec, len(slots)
+        if self._gathered is None:
+            shape = 2, MAX_GATHERED_KEYS, spec.num_kv_heads * spec.head_dim
+            self._gathered = torch.empty(shape, dtype=layer_cache.dtype, device=spec.device)
+        for half, gathered in zip(layer_cache, self._gathered, strict=True):
+            torch.index_select(half.flatten(0, 1).flatten(1), 0, slots, out=gathered[:num_slots])
+        return self._gathered[:, :num_slots].view(2, num_slots, spec.num_kv_heads, spec.head_dim)
 
 
 def gathering_of(batch: ForwardBatch, *, block_size: int) -> Gathering:

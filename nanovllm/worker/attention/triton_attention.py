@@ -73,6 +73,8 @@ class TritonAttention:
     on the lengths of all that decode in the step; the same step always gives the same bits.
     """
 
+    tells_fresh = False
+
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
         reason = self.unsupported(spec)
         assert reason is None, reason
