@@ -40,7 +40,8 @@ class Fitting:
     """How rows decode whose (row, KV head) pairs, each a program, all fit on the device at once.
 
     One fused kernel does it all. Rows are cut up as long as that makes no more than `cut_per_sm`
-    programs: fewer than fit, so that the product behind them finds room to fetch its weights.
+    programs, where it comes near that many: fewer than fit, so that the product behind them finds
+    room to fetch its weights.
     """
 
     tiling: Tiling
