@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.worker.attention import triton_attention
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
@@ -196,13 +195,11 @@ def test_chosen_tuning() -> None:
         check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
 
 
-def test_few_rows_are_cut_to_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_cut_to_fill_the_device() -> None:
     """Of 132 multiprocessors, by four programs each, or by as many as six where four are out of
     reach: 24 rows in 2 pieces each would make 48."""
-    monkeypatch.setattr(triton_attention, "num_multiprocessors", lambda device: 132)
     fitting = Fitting(TUNING.decode, programs_per_sm=6, cut_per_sm=4)
-    backend = TritonAttention(replace(SPEC, num_heads=16, num_kv_heads=8), TUNING)
-    cuts = {rows: backend._most_splits(fitting, rows) for rows in (1, 8, 16, 24, 32, 40, 64, 80)}
+    cuts = {rows: fitting.most_splits(rows, 132 / 8) for rows in (1, 8, 16, 24, 32, 40, 64, 80)}
     assert cuts == {1: 66, 8: 66, 16: 66, 24: 99, 32: 66, 40: 99, 64: 66, 80: 99}
 
 

@@ -169,13 +169,8 @@ class TritonAttention:
         return fitting if needed <= self._num_programs(fitting.programs_per_sm) else None
 
     def _most_splits(self, fitting: Fitting, num_rows: int) -> int:
-        """Of all rows together, so that all programs fit, and with rows of one length keep most of
-        the device busy."""
-        few, most = (
-            self._num_programs(per_sm) // self._spec.num_kv_heads
-            for per_sm in (fitting.cut_per_sm, fitting.programs_per_sm)
-        )
-        return few if few // num_rows * num_rows >= 0.75 * few else max(num_rows, most)
+        num_multiprocessors = self._num_programs(1)
+        return fitting.most_splits(num_rows, num_multiprocessors / self._spec.num_kv_heads)
 
     @property
     def _num_ranges(self) -> int:

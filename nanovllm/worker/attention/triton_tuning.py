@@ -48,6 +48,14 @@ class Fitting:
     programs_per_sm: int
     cut_per_sm: int = 4
 
+    def most_splits(self, num_rows: int, sms_per_head: float) -> int:
+        """Of all rows together; rows of one length then keep most of the device busy.
+
+        sms_per_head: multiprocessors for each KV head.
+        """
+        few, most = (int(n * sms_per_head) for n in (self.cut_per_sm, self.programs_per_sm))
+        return few if few // num_rows * num_rows >= 0.75 * few else max(num_rows, most)
+
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
