@@ -195,14 +195,6 @@ def test_chosen_tuning() -> None:
         check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
 
 
-def test_few_rows_are_cut_to_fill_the_device() -> None:
-    """Of 132 multiprocessors, by four programs each, or by as many as six where four are out of
-    reach: 24 rows in 2 pieces each would make 48."""
-    fitting = Fitting(TUNING.decode, programs_per_sm=6, cut_per_sm=4)
-    cuts = {rows: fitting.most_splits(rows, 132 / 8) for rows in (1, 8, 16, 24, 32, 40, 64, 80)}
-    assert cuts == {1: 66, 8: 66, 16: 66, 24: 99, 32: 66, 40: 99, 64: 66, 80: 99}
-
-
 def test_more_rows_than_programs() -> None:
     """Nor does one program plan them all."""
     check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])
