@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.config import EngineConfig, StepLimits
+from nanovllm.config import EngineConfig, Quantization, StepLimits
 
 PROGRAM = (sys.executable, "-m", "nanovllm.worker.triton_precompile")
 MOST_WAIT_S = 10.0  # longer than compiling takes, unless something is amiss
@@ -33,13 +33,14 @@ class Job(msgspec.Struct, frozen=True):
     block_size: int
     dtype: str
     kv_dtype: str | None
+    quantization: Quantization | None  # as asked for; the checkpoint's own is in its config
     limits: StepLimits
     gpu: tuple[tuple[int, int], int]  # a `triton_launch.Gpu`; Triton is not loaded to pass it on
 
 
 def is_likely(config: EngineConfig) -> bool:
     """Whether a worker that takes a GPU will have a job, as far as that can be told at once."""
-    return config.model.attention_backend != "torch" and config.model.quantization is None
+    return config.model.attention_backend != "torch"
 
 
 def stamp_of(job: Job) -> Path:

@@ -38,7 +38,7 @@ from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder, DecoderSpec
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.precompile import Job, stamp_of
-from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
 from nanovllm.worker.rehearsal import heaviest_steps, run_step
 from nanovllm.worker.request_rows import RequestRows
 
@@ -154,7 +154,8 @@ def runner_for(job: Job, device: torch.device = NOWHERE) -> ModelRunner:
         device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    return runner_without_weights(spec, attention_spec, job.limits)
+    scheme = choose_scheme(job.quantization, job.checkpoint_config)
+    return runner_without_weights(spec, attention_spec, job.limits, scheme=scheme)
 
 
 def go_through_first(runner: ModelRunner, job: Job) -> None:

@@ -41,7 +41,7 @@ from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
 from nanovllm.worker.precompile import Job, Precompiler
 from nanovllm.worker.preflight import plan_memory, precision_of, report
-from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.rehearsal import rehearsals, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
@@ -136,7 +136,7 @@ class Worker:
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_backend(backend, attention_spec)
         kernels = select_kernels(device, refused=self._triton_refused)
-        self._compile_ahead(kernels, attention_spec, checkpoint_config, scheme, max_model_len)
+        self._compile_ahead(kernels, attention_spec, checkpoint_config, max_model_len)
         plan = plan_memory(
             self._config,
             read_model_size(checkpoint),
@@ -229,12 +229,11 @@ class Worker:
         kernels: DeviceKernels,
         spec: AttentionSpec,
         checkpoint_config: dict[str, Any],
-        scheme: Scheme | None,
         max_model_len: int,
     ) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
         by_torch = self._config.model.attention_backend == "torch"
-        if kernels.gpu is None or scheme is not None or by_torch:
+        if kernels.gpu is None or by_torch:
             self._precompiler.end()
             return
         kv_dtype = None if spec.kv_dtype is None else name_of(spec.kv_dtype)
@@ -245,6 +244,7 @@ class Worker:
                 block_size=spec.block_size,
                 dtype=name_of(spec.dtype),
                 kv_dtype=kv_dtype,
+                quantization=self._config.model.quantization,
                 limits=self._limits,
                 gpu=kernels.gpu,
             )

@@ -38,9 +38,11 @@ JOB = Job(  # of a model that takes few sizes of steps
     block_size=16,
     dtype="bfloat16",
     kv_dtype=None,
+    quantization=None,
     limits=LIMITS,
     gpu=((9, 0), 132),
 )
+FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", quantization="fp8")
 STUCK = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -58,18 +60,19 @@ def seconds_waited(precompiler: Precompiler) -> float:
     return time.monotonic() - started
 
 
-def test_what_steps_launch_is_compiled_once(cache: Path) -> None:
+@pytest.mark.parametrize("job", [JOB, FP8_JOB], ids=["bf16", "fp8"])
+def test_what_steps_launch_is_compiled_once(cache: Path, job: Job) -> None:
     found: list[dict[Path, int]] = []
     for _ in range(2):
         precompiler = Precompiler(most_wait_s=TIMEOUT_S)
         precompiler.begin()
-        precompiler.ask(JOB)
+        precompiler.ask(job)
         waited_s = seconds_waited(precompiler)
         if not found:  # the profile run comes now, while the rest is compiled
-            profiled = run_compiling("compile_profile_run.py", msgspec.json.encode(JOB).decode())
+            profiled = run_compiling("compile_profile_run.py", msgspec.json.encode(job).decode())
             assert len(profiled) > 10
             assert all(profiled.values()), profiled
-            assert stamp_of(JOB).exists()
+            assert stamp_of(job).exists()
         else:
             assert waited_s < 0.1
         assert precompiler._program is not None
@@ -189,8 +192,8 @@ def test_nobody_waits_for_what_has_been_compiled() -> None:
 
 def test_a_job_is_likely_where_triton_may_compile() -> None:
     assert is_likely(EngineConfig.from_kwargs(model="m"))
-    for settings in ({"attention_backend": "torch"}, {"quantization": "fp8"}):
-        assert not is_likely(EngineConfig.from_kwargs(model="m", **settings))
+    assert is_likely(EngineConfig.from_kwargs(model="m", quantization="fp8"))
+    assert not is_likely(EngineConfig.from_kwargs(model="m", attention_backend="torch"))
 
 
 def test_what_stands_in_for_torchs_tracing_gives_way_to_it() -> None:
