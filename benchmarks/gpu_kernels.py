@@ -733,7 +733,7 @@ def build_quantizing(name: str, num_tokens: int):
     return run, 1, error
 
 
-FP8_STREAMS = ((16, 4, 1, 12), (16, 5, 1, 9), (32, 2, 2, 5), (32, 3, 2, 6), (32, 4, 2, 5))
+FP8_STREAMS = ((32, 2, 2, 5), (32, 3, 2, 6), (64, 2, 2, 3), (64, 2, 2, 4), (64, 3, 2, 3))
 
 
 def fp8_cases() -> Iterator[Case]:
