@@ -20,6 +20,7 @@ from nanovllm.executor.inline import InlineExecutor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol import AddRequest
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.attention import flash_attention
 
 TEXTS = [
     "The capital of France is",
@@ -41,6 +42,12 @@ PATHS: dict[str, dict[str, Any]] = {
     "triton, graphs": {"attention_backend": "triton"},
     "triton, graphs, chunks of 16": {
         "attention_backend": "triton",
+        "long_prefill_token_threshold": 16,
+    },
+    "flash_attn, graphs": {"attention_backend": "flash_attn"},
+    "flash_attn, eager, chunks of 16": {
+        "attention_backend": "flash_attn",
+        "enforce_eager": True,
         "long_prefill_token_threshold": 16,
     },
 }
@@ -110,7 +117,11 @@ def main() -> None:
     reference.to("cuda")
     tokenizer = Tokenizer.load(arguments.model)
     prompts = [tokenizer.encode(text) for text in TEXTS]
+    flash_attention.MIN_TOKENS = 2  # the package is to see all prompts, however short
     for name in arguments.only:
+        if name.startswith("flash_attn") and flash_attention.installed_package() is None:
+            print(f"{name}: neither flash-attn-4 nor flash-attn is installed")
+            continue
         together, apart, crowd = run_path(arguments.model, PATHS[name], prompts)
         compare(f"{name}, together", together, reference, prompts)
         compare(f"{name}, one by one", apart, reference, prompts)
