@@ -50,14 +50,14 @@ class EngineCore:
         self._max_inflight = limits.max_inflight_steps
         self._executor = executor
         self._info = info
-        self._blocks = BlockManager(
+        self.blocks = BlockManager(
             num_blocks=info.num_blocks,
             block_size=config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
         )
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             limits,
-            self._blocks,
+            self.blocks,
             max_model_len=info.max_model_len,
             eos_token_ids=frozenset(info.eos_token_ids),
         )
@@ -81,7 +81,7 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
-        return bool(self._inflight or self._scheduler.has_work or self._compilations.has_news)
+        return bool(self._inflight or self.scheduler.has_work or self._compilations.has_news)
 
     @property
     def num_unfinished(self) -> int:
@@ -104,8 +104,8 @@ class EngineCore:
                 raise ValueError(f"number {request.number + index} is in use: count upwards")
         self._admission.check(
             request,
-            num_queued=self._scheduler.num_queued,
-            num_queued_tokens=self._scheduler.num_queued_tokens,
+            num_queued=self.scheduler.num_queued,
+            num_queued_tokens=self.scheduler.num_queued_tokens,
         )
         if not self.busy:
             self._idle_at = time.monotonic()
@@ -145,7 +145,7 @@ class EngineCore:
         for sequence in others:
             sequence.leader = leader
         for sequence in request.sequences:
-            self._scheduler.add(sequence, priority=request.priority, tenant=request.tenant)
+            self.scheduler.add(sequence, priority=request.priority, tenant=request.tenant)
 
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
@@ -171,7 +171,7 @@ class EngineCore:
         """Run nothing for this client until `resume`: it does not read what it has got."""
         if client_id not in self._paused:
             self._paused.add(client_id)
-            self._scheduler.pause(client_id)
+            self.scheduler.pause(client_id)
 
     def resume(self, client_id: int) -> None:
         """Undo `pause`, if there was one."""
@@ -179,7 +179,7 @@ class EngineCore:
             if not self.busy:
                 self._idle_at = time.monotonic()
             self._paused.remove(client_id)
-            self._scheduler.resume(client_id)
+            self.scheduler.resume(client_id)
 
     def expire(self, now: float) -> list[Sequence]:
         """End the sequences whose deadline has passed; returns them, finished."""
@@ -195,7 +195,7 @@ class EngineCore:
         if self._compilations.has_news and (refused := self._take_compiled()):
             return StepOutputs(failed=refused)
         try:
-            step = self._scheduler.schedule()
+            step = self.scheduler.schedule()
         except SchedulingFailedError as failure:
             return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
         if step is not None and (failed := self._submit(step)) is not None:
@@ -204,7 +204,7 @@ class EngineCore:
             return None
         step, handle = self._inflight.popleft()
         try:
-            outputs = self._scheduler.update(step, handle.result())
+            outputs = self.scheduler.update(step, handle.result())
         except DeviceLostError:
             raise
         except Exception as error:
@@ -275,7 +275,7 @@ class EngineCore:
         lost = dict.fromkeys(step.sequences)
         for later, _ in self._inflight:
             lost |= dict.fromkeys(later.admitted_on_a_prefix())
-        self._blocks.reset_prefix_cache()
+        self.blocks.reset_prefix_cache()
         return StepOutputs(failed=self._fail(list(lost), _text(error)))
 
     def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
@@ -299,14 +299,14 @@ class EngineCore:
                 self._compilations.withdraw(sequence)
                 sequence.status, sequence.finish_reason = Status.FINISHED, reason
             elif sequence.status is not Status.FINISHED:
-                self._scheduler.finish(sequence, reason)
+                self.scheduler.finish(sequence, reason)
         if self.log is not None:
             self.log.on_ends(sequences)
         return sequences
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; True if none was in use."""
-        return self._blocks.reset_prefix_cache()
+        return self.blocks.reset_prefix_cache()
 
     @property
     def stalled_s(self) -> float:
@@ -317,7 +317,7 @@ class EngineCore:
 
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
-        scheduler, blocks = self._scheduler, self._blocks
+        scheduler, blocks = self.scheduler, self.blocks
         return CoreStatus(
             epoch=epoch,
             step=self._num_steps,

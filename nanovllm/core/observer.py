@@ -52,7 +52,7 @@ class Observer:
         self._core = core
         self._watchers: dict[int, Watcher] = {}
         self._costs: deque[float] = deque(maxlen=NUM_COSTS)  # seconds each of the last looks took
-        num_blocks = core._blocks.num_blocks - 1
+        num_blocks = core.blocks.num_blocks - 1
         num_dense, stride, num_cells = num_blocks, 1, num_blocks
         if num_blocks > MAX_CELLS:
             num_dense = MAX_CELLS // 2
@@ -60,12 +60,12 @@ class Observer:
             num_cells = num_dense + -(-(num_blocks - num_dense) // stride)
         self._layout = CacheLayout(
             num_blocks,
-            core._blocks.block_size,
+            core.blocks.block_size,
             num_cells,
             num_dense,
             stride,
-            core._scheduler._limits.max_num_batched_tokens,
-            core._scheduler._limits.max_num_seqs,
+            core.scheduler.limits.max_num_batched_tokens,
+            core.scheduler.limits.max_num_seqs,
         )
 
     # ---- Observe
@@ -85,7 +85,7 @@ class Observer:
         steps, batches, num_lost = _new_steps(log, watcher)
         ended = log.ends(watcher.num_ends)
         watcher.num_ends = log.num_ends
-        layout, blocks = self._layout, self._core._blocks
+        layout, blocks = self._layout, self._core.blocks
         ref_counts = blocks.ref_counts(layout.num_dense, layout.stride)
         return Observation(
             fresh=is_new,
@@ -115,7 +115,7 @@ class Observer:
         log = self._core.log
         if log is None:
             self._watchers.clear()
-            log = self._core.log = StepLog(self._core._scheduler, self._stop)
+            log = self._core.log = StepLog(self._core.scheduler, self._stop)
         log.watched_until = now + WATCH_LEASE_S
         return log
 
@@ -147,11 +147,11 @@ class Observer:
 
     def _sequences(self, watcher: Watcher) -> tuple[list[SequenceView], int]:
         """Those who run, then those who wait; and how many more there are."""
-        scheduler = self._core._scheduler
-        running = (scheduler._running + scheduler._paused)[:MAX_RUNNING]
+        scheduler = self._core.scheduler
+        running = (scheduler.running + scheduler.paused)[:MAX_RUNNING]
         forks = [fork for one in running if one.forks for fork in one.forks]
-        waiting = [*forks, *scheduler._waiting.some(MAX_WAITING)][:MAX_WAITING]
-        cause, shown, room = scheduler._waiting.cause, watcher.shown, MAX_BLOCK_IDS
+        waiting = [*forks, *scheduler.waiting.some(MAX_WAITING)][:MAX_WAITING]
+        cause, shown, room = scheduler.waiting.cause, watcher.shown, MAX_BLOCK_IDS
         watcher.shown = {}
         views: list[SequenceView] = []
         for sequence in running:
@@ -168,7 +168,7 @@ class Observer:
             state: SequenceState = "paused" if is_paused else "running"
             views.append(_view(sequence, state, "client" if is_paused else "", num_shown, new_ids))
         views += [_view(one, "waiting", _cause(one, cause), 0, []) for one in waiting]
-        parked = scheduler._waiting.some_parked(MAX_WAITING - len(waiting))
+        parked = scheduler.waiting.some_parked(MAX_WAITING - len(waiting))
         views += [_view(one, "paused", "client", 0, []) for one in parked]
         return views, max(0, self._core.num_unfinished - len(views))
 
@@ -176,11 +176,11 @@ class Observer:
 
     def show_block(self, block_id: int) -> BlockContents:
         """Raises `ValueError` if there is no such block."""
-        blocks, size = self._core._blocks, self._core._blocks.block_size
+        blocks, size = self._core.blocks, self._core.blocks.block_size
         if not 1 <= block_id < blocks.num_blocks:
             raise ValueError(f"block_id {block_id} is not in [1, {blocks.num_blocks - 1}]")
-        scheduler = self._core._scheduler
-        candidates = scheduler._running + scheduler._paused
+        scheduler = self._core.scheduler
+        candidates = scheduler.running + scheduler.paused
         holders = [one for one in candidates if block_id in one.block_ids]
         key, parent, token_ids = blocks.prefix_of(block_id) or (b"", b"", list[int]())
         index = holders[0].block_ids.index(block_id) if holders else None

@@ -37,13 +37,13 @@ class Scheduler:
         self.num_queued_tokens = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self._limits = limits
+        self.limits = limits
         self._blocks = block_manager
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
-        self._running: list[Sequence] = []  # sorted by order, so the last is preempted first
-        self._paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
-        self._waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
+        self.running: list[Sequence] = []  # sorted by order, so the last is preempted first
+        self.paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
+        self.waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
         self._at: Sequence | None = None  # whom planning is busy with
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_arrived = 0
@@ -52,20 +52,20 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     @property
     def num_paused(self) -> int:
-        return len(self._paused) + self._waiting.num_parked
+        return len(self.paused) + self.waiting.num_parked
 
     @property
     def has_work(self) -> bool:
         """Whether anybody runs or may be admitted."""
-        return bool(self._running or self._waiting)
+        return bool(self.running or self.waiting)
 
     # ---- arrivals and departures
 
@@ -81,29 +81,29 @@ class Scheduler:
         sequence.stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             sequence.stop_ids |= self._eos_token_ids
-        by_priority = self._limits.scheduling_policy == "priority"
+        by_priority = self.limits.scheduling_policy == "priority"
         sequence.order = (priority if by_priority else 0, self._num_arrived)
-        sequence.tenant = self._waiting.tenant(tenant)
+        sequence.tenant = self.waiting.tenant(tenant)
         self._num_arrived += 1
         self.num_queued += 1
         self.num_queued_tokens += len(sequence.token_ids)
         if sequence.leader is not None:
             sequence.leader.forks.append(sequence)
         else:
-            self._waiting.push(sequence)
+            self.waiting.push(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is and free what it holds. Its results still in flight are
         dropped by `update`."""
         assert sequence.status is not Status.FINISHED
         if sequence.status is Status.RUNNING:
-            self._running.remove(sequence)
+            self.running.remove(sequence)
         elif sequence.status is Status.PAUSED:
-            self._paused.remove(sequence)
+            self.paused.remove(sequence)
         elif sequence.leader is not None and sequence in sequence.leader.forks:
             sequence.leader.forks.remove(sequence)
         else:
-            self._waiting.discard(sequence)
+            self.waiting.discard(sequence)
         if not sequence.started_at:
             self.num_queued -= 1
             self.num_queued_tokens -= len(sequence.token_ids)
@@ -114,20 +114,20 @@ class Scheduler:
     def pause(self, client_id: int) -> None:
         """Plan nothing for this client until `resume`. What runs keeps its row and blocks, unless
         somebody else needs them."""
-        held = [sequence for sequence in self._running if sequence.client_id == client_id]
+        held = [sequence for sequence in self.running if sequence.client_id == client_id]
         for sequence in held:
-            self._running.remove(sequence)
+            self.running.remove(sequence)
             sequence.status = Status.PAUSED
-            insort(self._paused, sequence, key=BY_ORDER)
-        self._waiting.park(client_id)
+            insort(self.paused, sequence, key=BY_ORDER)
+        self.waiting.park(client_id)
 
     def resume(self, client_id: int) -> None:
         """Go on with a paused client where it was."""
-        for sequence in [one for one in self._paused if one.client_id == client_id]:
-            self._paused.remove(sequence)
+        for sequence in [one for one in self.paused if one.client_id == client_id]:
+            self.paused.remove(sequence)
             sequence.status = Status.RUNNING
-            insort(self._running, sequence, key=BY_ORDER)
-        self._waiting.unpark(client_id)
+            insort(self.running, sequence, key=BY_ORDER)
+        self.waiting.unpark(client_id)
 
     # ---- one step
 
@@ -154,15 +154,15 @@ class Scheduler:
     def _plan(self, step: ScheduledStep) -> None:
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
-        num_admissible = min(len(self._waiting), len(self._free_rows))
-        step.budget = token_budget(self._limits, self._running, num_admissible=num_admissible)
+        num_admissible = min(len(self.waiting), len(self._free_rows))
+        step.budget = token_budget(self.limits, self.running, num_admissible=num_admissible)
         budget = self._schedule_running(step, step.budget)
         cause: int | None = None
-        if self._waiting:
+        if self.waiting:
             # Whoever was just preempted would only be preempted again.
             spared = self.num_preemptions != num_preemptions
             cause = KV if spared else self._admit_waiting(step, budget)
-        self._waiting.hold_up(cause)
+        self.waiting.hold_up(cause)
 
     def _unwind(self, step: ScheduledStep) -> None:
         """A plan is given up half made: its sequences run again from the start, and no prefix that
@@ -202,7 +202,7 @@ class Scheduler:
             if len(sequence.token_ids) >= sequence.next_registration <= sequence.num_computed:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
-        self._waiting.charge_for_outputs(sequences)
+        self.waiting.charge_for_outputs(sequences)
         return outputs
 
     def _is_over(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> bool:
@@ -234,8 +234,8 @@ class Scheduler:
 
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
         """Give each running sequence its tokens, oldest first; returns the budget left."""
-        running, index = self._running, 0
-        cap = self._limits.long_prefill_token_threshold or budget
+        running, index = self.running, 0
+        cap = self.limits.long_prefill_token_threshold or budget
         while index < len(running) and budget > 0:
             sequence = self._at = running[index]
             index += 1
@@ -282,7 +282,7 @@ class Scheduler:
         """Preempt the paused, then from the end of the order, until a block is free; False if it
         hit `sequence`."""
         while self._blocks.num_free_blocks == 0:
-            victim = self._paused[-1] if self._paused else self._running[-1]
+            victim = self.paused[-1] if self.paused else self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -290,7 +290,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Recompute later: everything is freed, and admission waits for its pending ids."""
-        among = self._paused if sequence.status is Status.PAUSED else self._running
+        among = self.paused if sequence.status is Status.PAUSED else self.running
         if among[-1] is sequence:
             among.pop()
         else:
@@ -302,7 +302,7 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.push(sequence)
+        self.waiting.push(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         # Safe with steps in flight: their writes run before any reuse (stream order).
@@ -316,13 +316,13 @@ class Scheduler:
 
     def _make_room_for_urgent(self) -> None:
         """Let a waiting sequence of higher priority preempt the running ones below it."""
-        while self._waiting and self._running:
-            urgent = self._at = self._waiting.head()
+        while self.waiting and self.running:
+            urgent = self._at = self.waiting.head()
             assert urgent is not None
-            outranks = urgent.order[0] < self._running[-1].order[0]
+            outranks = urgent.order[0] < self.running[-1].order[0]
             if not outranks or urgent.num_pending or self._blocks_to_share(urgent) is not None:
                 return
-            self._preempt(self._running[-1])
+            self._preempt(self.running[-1])
 
     def _blocks_to_share(self, sequence: Sequence) -> list[int] | None:
         """What `sequence` may reuse if it is admitted now; None if there is no room for it."""
@@ -330,13 +330,13 @@ class Scheduler:
             return None
         shared = self._reusable_blocks(sequence)
         # Each running sequence will soon want one block more: leave them that much.
-        has_room = self._blocks.can_hold(sequence, shared, reserve=len(self._running))
+        has_room = self._blocks.can_hold(sequence, shared, reserve=len(self.running))
         return shared if has_room else None
 
     def _admit_waiting(self, step: ScheduledStep, budget: int) -> int | None:
         """Admit while there is room; returns what holds up the rest, if there is one."""
-        cap = self._limits.long_prefill_token_threshold or budget
-        while sequence := self._waiting.head():
+        cap = self.limits.long_prefill_token_threshold or budget
+        while sequence := self.waiting.head():
             self._at = sequence
             if budget <= 0:
                 return BUDGET
@@ -344,11 +344,11 @@ class Scheduler:
                 return KV  # preempted with steps in flight: its last ids are not known yet
             shared = self._blocks_to_share(sequence)
             if shared is None:
-                if self._paused:
-                    self._preempt(self._paused[-1])
+                if self.paused:
+                    self._preempt(self.paused[-1])
                     continue
                 return KV if self._free_rows else SEATS
-            self._waiting.remove(sequence)
+            self.waiting.remove(sequence)
             self._admit(step, sequence, shared)
             num_new = min(len(sequence.token_ids) - sequence.num_computed, cap, budget)
             self._advance(step, sequence, num_new)
@@ -359,13 +359,13 @@ class Scheduler:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
         sequence.row = self._free_rows.pop()
-        insort(self._running, sequence, key=BY_ORDER)
+        insort(self.running, sequence, key=BY_ORDER)
         sequence.status = Status.RUNNING
         if not sequence.started_at:
             sequence.started_at = time.monotonic()
             self.num_queued -= 1
             self.num_queued_tokens -= len(sequence.token_ids)
-            self._waiting.charge_for_prompt(sequence)
+            self.waiting.charge_for_prompt(sequence)
             sequence.num_cached_tokens = sequence.num_computed
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self._blocks.num_queries += sequence.num_prompt_tokens
@@ -384,17 +384,17 @@ class Scheduler:
 
     def _release_forks(self, leader: Sequence) -> None:
         for sequence in leader.forks:
-            self._waiting.push(sequence)
+            self.waiting.push(sequence)
         leader.forks = []
 
     # ---- for tests
 
     def check_invariants(self) -> None:
         """Assert that rows, order and blocks are consistent; called between steps."""
-        assert self._running == sorted(self._running, key=BY_ORDER)
-        rows = [sequence.row for sequence in self._running + self._paused]
-        assert sorted(rows + self._free_rows) == list(range(self._limits.max_num_seqs))
-        assert all(sequence.status is Status.RUNNING for sequence in self._running)
-        assert all(s.status is Status.WAITING and s.row == -1 for s in self._waiting)
-        assert all(s.status is Status.PAUSED for s in self._paused)
-        self._blocks.check_invariants(self._running + self._paused)
+        assert self.running == sorted(self.running, key=BY_ORDER)
+        rows = [sequence.row for sequence in self.running + self.paused]
+        assert sorted(rows + self._free_rows) == list(range(self.limits.max_num_seqs))
+        assert all(sequence.status is Status.RUNNING for sequence in self.running)
+        assert all(s.status is Status.WAITING and s.row == -1 for s in self.waiting)
+        assert all(s.status is Status.PAUSED for s in self.paused)
+        self._blocks.check_invariants(self.running + self.paused)

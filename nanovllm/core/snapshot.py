@@ -92,7 +92,7 @@ class Snapshot(msgspec.Struct):
 
 def take_snapshot(core: EngineCore) -> Snapshot:
     """Between two steps; nothing of `core` is shared with it."""
-    scheduler, waiting = core._scheduler, core._scheduler._waiting
+    scheduler, waiting = core.scheduler, core.scheduler.waiting
     known = _known_sequences(core)
     index = {id(sequence): number for number, sequence in enumerate(known)}
 
@@ -109,8 +109,8 @@ def take_snapshot(core: EngineCore) -> Snapshot:
         ],
         paused_clients=sorted(core._paused),
         random=(version, list(internal), gauss),
-        running=indices(scheduler._running),
-        paused=indices(scheduler._paused),
+        running=indices(scheduler.running),
+        paused=indices(scheduler.paused),
         started=indices(scheduler._started),
         free_rows=scheduler._free_rows,
         num_arrived=scheduler._num_arrived,
@@ -126,7 +126,7 @@ def take_snapshot(core: EngineCore) -> Snapshot:
             CompilingState(indices(group.sequences), group.priority, group.tenant)
             for group in core._compilations.waiting
         ],
-        blocks=_blocks_of(core._blocks),
+        blocks=_blocks_of(core.blocks),
     )
     return msgspec.msgpack.decode(msgspec.msgpack.encode(snapshot), type=Snapshot)
 
@@ -142,7 +142,7 @@ def restore(
 
     make_matcher: for a sequence that is constrained. wait: takes who waits for a grammar.
     """
-    scheduler, waiting = core._scheduler, core._scheduler._waiting
+    scheduler, waiting = core.scheduler, core.scheduler.waiting
     for name, served in snapshot.tenants.items():
         waiting.tenant(name).served = served
     known = [_sequence_of(state) for state in snapshot.sequences]
@@ -157,8 +157,8 @@ def restore(
     core._paused = set(snapshot.paused_clients)
     version, internal, gauss = snapshot.random
     core._seeds.setstate((version, tuple(internal), gauss))
-    scheduler._running = [known[n] for n in snapshot.running]
-    scheduler._paused = [known[n] for n in snapshot.paused]
+    scheduler.running = [known[n] for n in snapshot.running]
+    scheduler.paused = [known[n] for n in snapshot.paused]
     scheduler._started = [known[n] for n in snapshot.started]
     for name in ("free_rows", "num_arrived", "num_steps"):
         setattr(scheduler, "_" + name, getattr(snapshot, name))
@@ -174,7 +174,7 @@ def restore(
         client: dict.fromkeys(known[n] for n in some) for client, some in snapshot.parked.items()
     }
     waiting._floor = snapshot.floor
-    _restore_blocks(core._blocks, snapshot.blocks)
+    _restore_blocks(core.blocks, snapshot.blocks)
     return [
         ScheduledStep(
             step.plan, [known[n] for n in step.sequences], [known[n] for n in step.sampled], []
@@ -188,7 +188,7 @@ def _known_sequences(core: EngineCore) -> list[Sequence]:
     found: dict[Sequence, None] = dict.fromkeys(core._sequences.values())
     for step, _ in core._inflight:
         found |= dict.fromkeys(step.sequences)
-    found |= dict.fromkeys(core._scheduler._started)
+    found |= dict.fromkeys(core.scheduler._started)
     for sequence in list(found):
         while sequence.leader is not None and sequence.leader not in found:
             sequence = sequence.leader

@@ -69,7 +69,7 @@ class StepLog:
         num_preemptions = self._scheduler.num_preemptions
         if num_preemptions != self._num_preemptions:
             most = num_preemptions - self._num_preemptions
-            latest = self._scheduler._waiting.latest(most + NUM_LOOKED_AT)
+            latest = self._scheduler.waiting.latest(most + NUM_LOOKED_AT)
             uids = [uid_of(one) for one in latest if one.num_preemptions]
             self._preempted[step.plan.step] = uids[:most]
             self._num_preemptions = num_preemptions

@@ -145,7 +145,7 @@ def test_a_table_longer_than_an_answer_comes_in_parts(monkeypatch: pytest.Monkey
         (view,) = look(observer).sequences
         assert view.num_shown == len(table) and len(view.block_ids) <= 3
         table += view.block_ids
-    assert table == core._scheduler._running[0].block_ids
+    assert table == core.scheduler.running[0].block_ids
 
 
 def test_preemptions_are_shown_with_the_step_that_made_them() -> None:
@@ -262,7 +262,7 @@ def test_a_large_cache_is_shown_in_part(monkeypatch: pytest.MonkeyPatch) -> None
     assert (layout.num_blocks, layout.num_dense, layout.stride) == (200, 20, 9)
     assert len(seen.ref_counts) == len(seen.has_key) == layout.num_cells == 40
     shown = [*range(1, 21), *range(21, 201, 9)]
-    held = set(core._scheduler._running[0].block_ids)
+    held = set(core.scheduler.running[0].block_ids)
     assert list(seen.ref_counts) == [int(block_id in held) for block_id in shown]
 
 
@@ -284,7 +284,7 @@ def test_a_block_shows_its_tokens_key_and_holders() -> None:
         core.add(0, request(number, 0, 40, prompt=prompt, cache_salt="abcde"))
         core.step()
         core.step()
-    first, second, tail = core._scheduler._running[0].block_ids[:3]
+    first, second, tail = core.scheduler.running[0].block_ids[:3]
     root, child, rest = map(observer.show_block, (first, second, tail))
     assert (root.token_ids, root.holders, root.index) == (prompt[:8], [0, 1], 0)
     assert root.parent_key == "" and len(root.key) == 32

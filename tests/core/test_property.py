@@ -185,7 +185,7 @@ class Simulation:
 
 
 def scheduler_of(core: EngineCore) -> Scheduler:
-    return core._scheduler
+    return core.scheduler
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -308,7 +308,7 @@ def sample_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule_running = Scheduler._schedule_running
 
     def broken(self: Scheduler, step: ScheduledStep, budget: int) -> int:
-        matchers = [(sequence, sequence.matcher) for sequence in self._running]
+        matchers = [(sequence, sequence.matcher) for sequence in self.running]
         for sequence, _ in matchers:
             sequence.matcher = None
         left = schedule_running(self, step, budget)
