@@ -39,7 +39,7 @@ from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
-from nanovllm.worker.precompile import Job, Precompiler
+from nanovllm.worker.precompile import Job, Precompiler, is_likely
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
@@ -232,8 +232,7 @@ class Worker:
         max_model_len: int,
     ) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
-        by_torch = self._config.model.attention_backend == "torch"
-        if kernels.gpu is None or by_torch:
+        if kernels.gpu is None or not is_likely(self._config):
             self._precompiler.end()
             return
         kv_dtype = None if spec.kv_dtype is None else name_of(spec.kv_dtype)

@@ -26,7 +26,7 @@ MIN_TOKENS = 512  # fewer are launched faster than the package's Python can call
 class Gathering:
     """Where the keys of a step's rows with several tokens lie, one row after the other."""
 
-    slots: Tensor  # [num_keys] int64
+    slots: Tensor | None  # [num_keys] int64; None: they are the step's own, of all its rows
     starts: Tensor  # [num_rows + 1] int32; rows with one token have no keys here
 
 
@@ -85,32 +85,31 @@ class FlashAttention(TritonAttention):
         super().prepare(batch)
         num_keys, num_tokens = batch.num_chunk_keys, batch.num_tokens - batch.num_decode_rows
         self._gathering = None
-        if num_tokens >= MIN_TOKENS and num_keys <= MAX_GATHERED_KEYS and not batch.is_fresh:
+        if batch.is_fresh:
+            if batch.num_tokens >= MIN_TOKENS:
+                self._gathering = Gathering(None, batch.query_start_loc)
+        elif num_tokens >= MIN_TOKENS and num_keys <= MAX_GATHERED_KEYS:
             self._gathering = gathering_of(batch, block_size=self._spec.block_size)
 
     def _prefill(
         self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        gathering, is_fresh = self._gathering, batch.is_fresh and batch.num_tokens >= MIN_TOKENS
-        if gathering is None and not is_fresh:
+        if self._gathering is None:
             return super()._prefill(qkv, rotary, layer_cache, batch)
-        query = rotary.apply(qkv, batch, layer_cache)
-        if gathering is None:
-            spec = self._spec
-            heads = qkv.view(len(qkv), -1, spec.head_dim)[:, spec.num_heads :]
+        query, slots = rotary.apply(qkv, batch, layer_cache), self._gathering.slots
+        if slots is None:
+            heads = qkv.view(len(qkv), -1, self._spec.head_dim)[:, self._spec.num_heads :]
             keys, values = heads.tensor_split(2, dim=1)
-            key_starts, max_keys = batch.query_start_loc, batch.max_query_len
         else:
-            keys, values = self._gather(layer_cache, gathering.slots)
-            key_starts, max_keys = gathering.starts, batch.max_seq_len
+            keys, values = self._gather(layer_cache, slots)
         attended = self._attend(
             query,
             keys,
             values,
             cu_seqlens_q=batch.query_start_loc,
-            cu_seqlens_k=key_starts,
+            cu_seqlens_k=self._gathering.starts,
             max_seqlen_q=batch.max_query_len,
-            max_seqlen_k=max_keys,
+            max_seqlen_k=batch.max_seq_len,
             softmax_scale=self._spec.scale,
             causal=True,
             window_size=self._window,

@@ -33,5 +33,5 @@ def widened(x, DTYPE: tl.constexpr):
 @triton.constexpr_function
 def multiplied_as(dtype, cached):
     """In which type decoding queries meet cached keys: from e4m3 float16 is one instruction away,
-    and holds all its numbers and whatever queries there are."""
+    and holds all its numbers, and queries of up to 65,504."""
     return tl.float16 if cached == tl.float8e4nv and dtype == tl.bfloat16 else dtype
