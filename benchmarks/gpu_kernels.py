@@ -116,7 +116,6 @@ def attention_inputs(
         num_tokens=sum(query_lens),
         num_rows=num_rows,
         num_decode_rows=query_lens.count(1),
-        num_chunk_keys=sum(s for s, q in zip(seq_lens, query_lens, strict=True) if q > 1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
@@ -293,8 +292,8 @@ def prefill_cases() -> Iterator[Case]:
         args = tuning_for(attention_spec((16, 8), 16)), queries, keys, (16, 8), 16
         build = partial(build_attention, *args, rotates=True)
         yield Case("prefill", shape, "b16 chosen, with RoPE", 0, pairs * 8192, build)
-        build = partial(build_attention, *args, backend_class=FlashAttention)
-        yield Case("prefill", shape, "b16 gathered, flash-attn", 0, pairs * 8192, build)
+        build = partial(build_attention, *args, rotates=True, backend_class=FlashAttention)
+        yield Case("prefill", shape, "b16 flash-attn, with RoPE", 0, pairs * 8192, build)
         if queries == keys:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))

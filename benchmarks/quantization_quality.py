@@ -115,7 +115,6 @@ class Scorer:
             num_tokens=count,
             num_rows=1,
             num_decode_rows=int(count == 1),
-            num_chunk_keys=end if count > 1 else 0,
             max_query_len=count,
             max_seq_len=end,
         )

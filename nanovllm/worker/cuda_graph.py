@@ -30,7 +30,6 @@ class Variant(NamedTuple):
 
     truncates: bool  # the sampler looks at top-k, top-p and min-p
     shares_prefix: bool  # attention reads keys that rows share apart
-    is_fresh: bool = False  # attention knows that rows with several tokens have no others
 
 
 Step = Callable[[StepShape, Variant], Tensor]

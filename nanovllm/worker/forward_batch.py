@@ -46,11 +46,9 @@ class ForwardBatch:
     num_tokens: int
     num_rows: int
     num_decode_rows: int  # rows with one token
-    num_chunk_keys: int  # context of all other rows
     max_query_len: int
     max_seq_len: int
     prefix: SharedPrefix | None = None
-    is_fresh: bool = False  # rows with several tokens have no others
 
 
 @dataclass(slots=True)
@@ -71,7 +69,6 @@ class StagedPlan:
     host_query_start_loc: Int32Array
     host_sampling: Int32Array
     prefix: SharedPrefix | None = None
-    is_fresh: bool = False  # of a view, whose arrays do not tell
 
 
 class PlanStaging:
@@ -153,7 +150,6 @@ class PlanStaging:
         *,
         max_seq_len: int,
         shares_prefix: bool,
-        is_fresh: bool = False,
     ) -> StagedPlan:
         """The first `num_rows` entries, and one of padding, of whatever is staged.
 
@@ -176,7 +172,6 @@ class PlanStaging:
             host_query_start_loc=np.array([0, num_tokens], np.int32),
             host_sampling=np.arange(num_rows, dtype=np.int32),
             prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
-            is_fresh=is_fresh,
         )
 
     def _send(self, buffer: Tensor, num_words: int) -> Tensor:
@@ -235,11 +230,9 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=int((counts == 1).sum()),
-        num_chunk_keys=int(lens[counts > 1].sum()),
         max_query_len=int(counts.max()),
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
-        is_fresh=bool((lens == counts)[counts > 1].all()),
     )
 
 
@@ -263,11 +256,9 @@ def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> 
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=num_rows,
-        num_chunk_keys=0 if decodes else num_rows * max_seq_len,
         max_query_len=1 if decodes else num_tokens,
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
-        is_fresh=staged.is_fresh,
     )
 
 

@@ -151,13 +151,9 @@ class ModelRunner:
             return None
         if shape.num_tokens == shape.num_rows and len(plan.sampling) < len(plan.rows):
             return None  # a decode graph samples for all of its rows
-        starts = zip(plan.num_computed, plan.num_scheduled, strict=True)
         variant = Variant(
             truncates=not active.isdisjoint(TRUNCATING_COLUMNS),
             shares_prefix=shares_prefix,
-            is_fresh=self._attention.tells_fresh
-            and shape.num_tokens > shape.num_rows
-            and not any(start for start, count in starts if count > 1),
         )
         return graphs, shape, variant
 
@@ -179,7 +175,6 @@ class ModelRunner:
             *shape,
             max_seq_len=rows.token_ids.shape[1],
             shares_prefix=variant.shares_prefix,
-            is_fresh=variant.is_fresh,
         )
         batch = self._fused.expand_view(staged, rows, block_size=self._block_size)
         self._attention.prepare(batch)

@@ -43,7 +43,6 @@ def make_batch(
         num_tokens=sum(counts),
         num_rows=len(rows),
         num_decode_rows=counts.count(1),
-        num_chunk_keys=sum(s for s, count in zip(seq_lens, counts, strict=True) if count > 1),
         max_query_len=max(counts),
         max_seq_len=max(seq_lens),
     )

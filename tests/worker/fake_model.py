@@ -49,7 +49,6 @@ class FakeAttention:
     """The fake model attends by itself; this only counts the batches it is shown."""
 
     shares_prefix = True
-    tells_fresh = False
 
     def __init__(self) -> None:
         self.num_prepared = 0

@@ -218,30 +218,6 @@ class FaultyModel(FakeModel):
         return stream
 
 
-class CuriousAttention(FakeAttention):
-    """Notes of each step whether it was fresh."""
-
-    tells_fresh = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[bool] = []
-
-    def prepare(self, batch: ForwardBatch) -> None:
-        self.seen.append(batch.is_fresh)
-
-
-def test_attention_is_told_of_fresh_steps(device: str) -> None:
-    """Those in which no row with several tokens has any from steps before."""
-    attention = CuriousAttention()
-    runner = make_runner(device, attention=attention)
-    first, other = PROMPTS[3], PROMPTS[0]
-    run(runner, 0, [(3, 0, 4)], new_rows=[new_row(3, first)], sampling=[])
-    run(runner, 1, [(3, 4, 5)])
-    run(runner, 2, [(3, 9, 1), (0, 0, 3)], new_rows=[new_row(0, other)])
-    assert attention.seen == [True, False, True]
-
-
 @pytest.mark.parametrize("failing", [(1,), (2,), (2, 3), (1, 2, 3)])
 def test_steps_after_one_that_raised_are_right(device: str, failing: tuple[int, ...]) -> None:
     """Rows of a failed step are admitted anew; rows that were not in it go on."""

@@ -68,7 +68,6 @@ def batch_of(query_lens: list[int], seq_lens: list[int], block_size: int) -> For
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=query_lens.count(1),
-        num_chunk_keys=sum(s for s, q in zip(seq_lens, query_lens, strict=True) if q > 1),
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
@@ -312,7 +311,6 @@ def test_decoding_depends_on_the_batch_by_rounding_alone() -> None:
         num_tokens=1,
         num_rows=1,
         num_decode_rows=1,
-        num_chunk_keys=0,
         max_query_len=1,
     )
     pair = replace(

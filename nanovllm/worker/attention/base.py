@@ -38,11 +38,9 @@ class AttentionBackend(Protocol):
     """Causal paged attention with grouped queries (Dao et al. 2022; Kwon et al. 2023).
 
     shares_prefix: whether it makes use of a batch's `prefix`, which is else not looked for.
-    tells_fresh: whether steps that are fresh are worth graphs of their own to it.
     """
 
     shares_prefix: bool
-    tells_fresh: bool
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:

@@ -136,7 +136,6 @@ class TorchAttention:
     """Implements `attention.base.AttentionBackend`; supports everything."""
 
     shares_prefix = False
-    tells_fresh = False
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

@@ -73,8 +73,6 @@ class TritonAttention:
     on the lengths of all that decode in the step; the same step always gives the same bits.
     """
 
-    tells_fresh = False
-
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
         reason = self.unsupported(spec)
         assert reason is None, reason
@@ -121,14 +119,14 @@ class TritonAttention:
         if batch.num_decode_rows:
             self._plan(batch)
         if batch.max_query_len > 1:
-            rows = torch.arange(batch.num_rows, device=self._spec.device, dtype=torch.int32)
-            starts = batch.query_start_loc[:-1] // self._tile_tokens + rows
-            tiles = torch.arange(
-                batch.num_tokens // self._tile_tokens + batch.num_rows,
-                device=self._spec.device,
-                dtype=torch.int32,
-            )
-            self._tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
+            self._prepare_chunks(batch)
+
+    def _prepare_chunks(self, batch: ForwardBatch) -> None:
+        """For `_prefill`."""
+        integers = partial(torch.arange, device=self._spec.device, dtype=torch.int32)
+        starts = batch.query_start_loc[:-1] // self._tile_tokens + integers(batch.num_rows)
+        tiles = integers(batch.num_tokens // self._tile_tokens + batch.num_rows)
+        self._tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
 
     def forward(
         self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
