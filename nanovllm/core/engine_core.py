@@ -84,6 +84,12 @@ class EngineCore:
         return bool(self._inflight or self.scheduler.has_work or self._compilations.has_news)
 
     @property
+    def lets_device_wait(self) -> bool:
+        """Whether a whole step is queued and none under way: it should go before more comes in."""
+        most = self.scheduler.limits.max_num_batched_tokens
+        return not self._inflight and self.scheduler.num_queued_tokens >= most
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._sequences)
 

@@ -263,6 +263,8 @@ class CoreServer:
             if received is None:
                 break
             self._receive(*received)
+            if self._core is not None and self._core.lets_device_wait:
+                break
         with suppress(BlockingIOError):
             while self._wakeup.recv(1024):
                 pass
@@ -338,10 +340,8 @@ class CoreServer:
             if self._draining:
                 raise OverloadedError(self._config.service.drain_timeout, draining=True)
             self._core.add(client.client_id, request)
-        except OverloadedError as refusal:
-            self._answer(
-                client, Overloaded(request.number, refusal.retry_after_s, refusal.draining)
-            )
+        except OverloadedError as error:
+            self._answer(client, Overloaded(request.number, error.retry_after_s, error.draining))
         except Exception as error:
             self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
 

@@ -45,6 +45,19 @@ def test_so_many_steps_are_submitted_before_a_result_is_taken(depth: int) -> Non
     assert idle == depth - 1
 
 
+def test_a_full_step_in_the_queue_does_not_wait_for_more_requests() -> None:
+    core = make_core(max_num_batched_tokens=16, max_inflight_steps=2)
+    waited = []
+    for number in range(3):
+        core.add(0, AddRequest(number, [5] * 10, SamplingParams(max_tokens=1)))
+        waited.append(core.lets_device_wait)
+    assert waited == [False, True, True]
+    assert core.step() is None
+    assert not core.lets_device_wait, "one is under way: there is time to take in the rest"
+    assert len(drain(core)) == 3
+    assert not core.lets_device_wait
+
+
 def test_output_tokens_given_are_continued_as_if_generated_here() -> None:
     params = SamplingParams(max_tokens=10, seed=3, ignore_eos=True)
     whole = reference([5, 6], 3, 10, frozenset())
