@@ -654,9 +654,11 @@ def build_fp8(how: str | Tile, num_tokens: int, name: str, size: tuple[int, int]
 
     def error() -> float:
         last = linears[-1]
-        meant = x.double()
-        if not isinstance(how, Tile):
-            meant = quantized.values.double() * quantized.scale.double()
+        meant, rows = x.double(), quantized
+        if isinstance(how, Tile):
+            rows = quantize_rows(x.unflatten(1, (-1, min(how.block_k, x.shape[1]))))
+        if num_tokens > 1 or not isinstance(how, Tile):
+            meant = (rows.values.double() * rows.scale.double()).reshape(x.shape)
         expected = meant @ (last.weight.double() * last.scale.double()[:, None]).T
         if gated:
             gate, up = expected.chunk(2, dim=1)
@@ -679,12 +681,12 @@ def fp8_tiles_for(num_tokens: int, name: str, size: tuple[int, int]) -> Iterator
                 yield Tile(block_n, block_k, -(-num_inputs // block_k), warps)
         return
     for block_n, block_k, num_tiles, stages in (
-        (32, 512, 1, 2), (64, 512, 2, 3), (32, 512, 2, 3), (32, 512, 4, 4), (64, 512, 4, 3),
-        (32, 1024, 1, 2), (64, 1024, 1, 2), (32, 1024, 2, 3), (64, 1024, 2, 2), (32, 256, 4, 4),
-        (64, 256, 8, 4), (128, 256, 4, 3),
+        (64, 512, 1, 2), (64, 256, 1, 2), (64, 512, 2, 3), (64, 256, 8, 4), (64, 512, 4, 3),
+        (128, 512, 1, 2), (128, 256, 1, 2), (128, 256, 4, 3), (128, 256, 8, 3), (128, 256, 16, 3),
+        (128, 128, 16, 4), (128, 128, 32, 4),
     ):  # fmt: skip
         if num_inputs % (block_k * num_tiles) == 0:
-            yield Tile(block_n, block_k, num_tiles, 4, stages)
+            yield Tile(block_n, block_k, num_tiles, block_n // 16, stages)
 
 
 def fp8_linear_cases() -> Iterator[Case]:

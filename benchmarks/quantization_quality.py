@@ -6,8 +6,9 @@
 The text is Python's own language reference, which comes with every Python. Prints, per variant, the
 mean, median, 99th percentile and largest KL(reference ‖ variant) per token in nats, how often both
 think the same token likeliest, and the variant's perplexity. float32 shows how far bf16 itself is
-from exact arithmetic, and "tokens as they are" what the kernels for up to 16 tokens do on a GPU
-(there --tokens-per-step 16 runs those): FP8 weights times activations that are not quantized.
+from exact arithmetic, and "tokens as they are" what the kernel for one token does on a GPU (there
+--tokens-per-step 1 runs it, and 16 those for a few): FP8 weights times activations that are not
+quantized.
 """
 
 import argparse

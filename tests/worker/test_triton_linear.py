@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
-from nanovllm.worker.kernels.triton_linear_tuning import Tile, tile_for
+from nanovllm.worker.kernels.triton_linear_tuning import Tile, fp8_tile_for, tile_for
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
 from tests.worker.triton_device import DEVICE
@@ -133,14 +133,26 @@ def widened(linear: Linear) -> torch.Tensor:
     return linear.weight.double() * linear.scale.double()[:, None]
 
 
+def as_multiplied(x: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """Several tokens have a scale for every tile of inputs; one is multiplied as it is."""
+    if len(x) == 1:
+        return x.double()
+    size = x.shape[1]
+    padded = torch.nn.functional.pad(x, (0, -size % tile.block_k))
+    rows = quantize_rows(padded.unflatten(1, (-1, tile.block_k)))
+    return (rows.values.double() * rows.scale.double()).flatten(1)[:, :size]
+
+
 @pytest.mark.parametrize("num_tokens", [1, 9])
 @pytest.mark.parametrize("num_inputs", [160, 2064])
-def test_fp8_weights_times_tokens_as_they_are(num_tokens: int, num_inputs: int) -> None:
+def test_fp8_weights(num_tokens: int, num_inputs: int) -> None:
     linear = fp8_linear(40, num_inputs, bias=True)
     assert linear.bias is not None
     x, residual = torch.randn(num_tokens, num_inputs + 40, device=DEVICE).split((num_inputs, 40), 1)
     x, residual = x.contiguous(), residual.contiguous()
-    expected = x.double() @ widened(linear).T + linear.bias.double() + residual.double()
+    tile = fp8_tile_for(num_tokens, 40, num_inputs, gated=False)
+    product = as_multiplied(x, tile) @ widened(linear).T
+    expected = product + linear.bias.double() + residual.double()
     out = skinny_add(x, linear, residual).hidden
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
@@ -149,7 +161,8 @@ def test_fp8_weights_times_tokens_as_they_are(num_tokens: int, num_inputs: int) 
 def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
     linear, x = fp8_linear(80, 160, bias=True), torch.randn(num_tokens, 160, device=DEVICE)
     assert linear.bias is not None
-    gate, up = (x.double() @ widened(linear).T + linear.bias.double()).chunk(2, dim=1)
+    product = as_multiplied(x, tile) @ widened(linear).T + linear.bias.double()
+    gate, up = product.chunk(2, dim=1)
     out = skinny_linear(x, linear, gated=True, tile=tile)
     expected = gate * gate.sigmoid() * up
     assert (out - expected).norm() < 1e-6 * expected.norm()
@@ -157,12 +170,33 @@ def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 9])
 def test_fp8_weights_between_streams(num_tokens: int) -> None:
+    """The second product takes the stream as the first has weighed it."""
     into, out_of = fp8_linear(48, 160), fp8_linear(40, 48)
     x, stream = torch.randn(num_tokens, 208, device=DEVICE).split((160, 48), 1)
     x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(48, device=DEVICE)
     added = skinny_add(x, into, stream, next_norm=factors)
     assert added.weighed is not None
-    out = skinny_linear(added.weighed.values, out_of, norm=(added.weighed.squares, 1e-6))
-    hidden = stream.double() + x.double() @ widened(into).T
-    expected = rms_normed(hidden, factors.double(), 1e-6) @ widened(out_of).T
+    values, squares = added.weighed
+    out = skinny_linear(values, out_of, norm=(squares, 1e-6))
+    first, second = (
+        fp8_tile_for(num_tokens, *shape, gated=False) for shape in ((48, 160), (40, 48))
+    )
+    hidden = stream.double() + as_multiplied(x, first) @ widened(into).T
+    assert (added.hidden - hidden).norm() < 1e-6 * hidden.norm()
+    scale = (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    expected = as_multiplied(values, second) @ widened(out_of).T * scale
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 16])
+def test_fp8_layers_are_cut_as_measured(num_tokens: int) -> None:
+    """Of Qwen3-0.6B and 8B; 64 outputs at the least, as Hopper's tensor cores ask for."""
+    small, narrow = Tile(128, 512, 1, 8, 2), Tile(64, 512, 1, 4, 2)
+    assert fp8_tile_for(num_tokens, 4096, 1024, gated=False) == small
+    assert fp8_tile_for(num_tokens, 3072, 1024, gated=True) == small
+    assert fp8_tile_for(num_tokens, 1024, 3072, gated=False) == small
+    assert fp8_tile_for(num_tokens, 1024, 2048, gated=False) == narrow
+    assert fp8_tile_for(num_tokens, 6144, 4096, gated=False) == Tile(128, 256, 8, 8, 3)
+    assert fp8_tile_for(num_tokens, 4096, 4096, gated=False) == Tile(128, 256, 4, 8, 3)
+    assert fp8_tile_for(num_tokens, 12288, 4096, gated=True) == Tile(128, 128, 32, 8, 4)
+    assert fp8_tile_for(num_tokens, 4096, 12288, gated=False) == Tile(128, 256, 12, 8, 3)

@@ -19,6 +19,14 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def quantized(x):
+    """x [..., size] in e4m3, and the scale of each row, [..., 1] fp32: as `fp8.quantize_rows`."""
+    wide = x.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), -1, keep_dims=True), LEAST_PEAK) / E4M3_MAX
+    return narrowed(wide / scale, tl.float8e4nv), scale
+
+
+@triton.jit
 def widened(x, DTYPE: tl.constexpr):
     """x, perhaps of e4m3, as DTYPE.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.base import QKNorm, Stream
-from nanovllm.worker.kernels.triton_fp8 import E4M3_MAX, LEAST_PEAK, narrowed
+from nanovllm.worker.kernels.triton_fp8 import narrowed, quantized
 from nanovllm.worker.kernels.triton_gated import can_gate, gated_linear
 from nanovllm.worker.kernels.triton_launch import converts_fp8, launch_options
 from nanovllm.worker.kernels.triton_linear import silu, skinny_add, skinny_linear
@@ -29,13 +29,10 @@ SILU_BLOCK = 1024
 @triton.jit
 def _store_row(row, columns, inside, out, out_scale, token, size, QUANTIZE: tl.constexpr):
     """A token's row, [BLOCK] in the precision it has; if asked for, quantized to e4m3."""
-    places = token * size + columns
     if QUANTIZE:
-        wide = row.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(wide), 0), LEAST_PEAK) / E4M3_MAX
-        tl.store(out_scale + token, scale)
-        row = tl.clamp(wide / scale, -E4M3_MAX, E4M3_MAX)
-    tl.store(out + places, row.to(out.dtype.element_ty), inside)
+        row, scale = quantized(row)
+        tl.store(out_scale + token + tl.arange(0, 1), scale)
+    tl.store(out + token * size + columns, row, inside)
 
 
 @triton.jit
@@ -200,8 +197,8 @@ def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
 class TritonKernels:
     """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous.
 
-    A few tokens go through our own products, which take norms, gate and residual along, and widen
-    FP8 weights instead of quantizing tokens. More go through cuBLAS: in the model's precision with
+    A few tokens go through our own products, which take norms, gate and residual along, and with
+    FP8 weights quantize what they multiply. More go through cuBLAS: in the model's precision with
     the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
     Of a prompt's tokens the gated product is ours again (`triton_gated`).
     """

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.kernels.base import Stream, Weighed
-from nanovllm.worker.kernels.triton_fp8 import widened
+from nanovllm.worker.kernels.triton_fp8 import quantized
 from nanovllm.worker.kernels.triton_launch import launch_options
 from nanovllm.worker.kernels.triton_linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
 from nanovllm.worker.layers.linear import Linear
@@ -201,22 +201,41 @@ def _products(
         gdc_wait()
     if squares is not None:  # on their way while the products are made
         parts = _load_squares(squares, tokens, num_tokens, PARTS)
-    x = x_desc.load([token, first])
-    acc = tl.dot(x, tl.trans(widened(w, x.dtype)), input_precision="ieee")
+    x, scale = _multiplicand(x_desc.load([token, first]), w.dtype)
+    acc = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, w)
     up = acc
     if GATED:
-        up = tl.dot(x, tl.trans(widened(up_w, x.dtype)), input_precision="ieee")
+        up = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, up_w)
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        x = x_desc.load([token, k])
-        w = weight_desc.load([output, k])
-        acc = tl.dot(x, tl.trans(widened(w, x.dtype)), acc, input_precision="ieee")
+        x, scale = _multiplicand(x_desc.load([token, k]), w.dtype)
+        acc = _add_product(acc, x, scale, weight_desc.load([output, k]))
         if GATED:
-            up_w = weight_desc.load([num_outputs + output, k])
-            up = tl.dot(x, tl.trans(widened(up_w, x.dtype)), up, input_precision="ieee")
+            up = _add_product(up, x, scale, weight_desc.load([num_outputs + output, k]))
     if squares is not None:
         acc, up = _normed(acc, up, parts, K, eps)
     return acc, up
+
+
+@triton.jit
+def _multiplicand(x, WEIGHT: tl.constexpr):
+    """A tile of tokens as weights of a type are multiplied with it, and what scales the product."""
+    if tl.float8e4nv == WEIGHT:
+        rows, scale = quantized(x)
+    else:
+        rows, scale = x, tl.full([1, 1], 1.0, tl.float32)
+    return rows, scale
+
+
+@triton.jit
+def _add_product(acc, x, scale, w):
+    """acc + x · wᵀ, [tokens, outputs]. Of e4m3, Hopper's tensor cores take both operands from
+    shared memory as they are if there are 64 outputs, whatever the number of tokens."""
+    if w.dtype == tl.float8e4nv:
+        acc += tl.trans(tl.dot(w, tl.trans(x))) * scale
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -244,7 +263,8 @@ def skinny_linear(
 ) -> Tensor:
     """linear(x) for up to 128 tokens, [num_tokens, num_outputs].
 
-    x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; x is multiplied as it is.
+    x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; several tokens are quantized
+    then, each with a scale for every tile of inputs.
     norm: squares and eps, if x is the values of a `Weighed` stream: its scale goes to the result.
     gated: the layer's outputs are gates, then ups, and the result is silu(gate) * up. Sums are
     fp32 in an order fixed by the shapes.

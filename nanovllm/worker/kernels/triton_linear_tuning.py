@@ -8,7 +8,7 @@ from torch import Tensor
 from nanovllm.worker.kernels.triton_launch import has_tensor_memory_accelerator
 
 MAX_TOKENS = 128
-MAX_FP8_TOKENS = 16  # beyond, tensor cores take FP8 weights and quantized tokens as they are
+MAX_FP8_TOKENS = 16  # beyond, tokens are quantized by kernels of their own
 FULL = 128  # programs that run at once on an H100, each with much of its shared memory
 
 
@@ -38,8 +38,7 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     if num_tokens > MAX_TOKENS or not (is_whole and has_tensor_memory_accelerator(weight.device)):
         return False
     if weight.itemsize == 1:
-        is_wide = gated and weight.numel() >= 2**26
-        return num_tokens <= MAX_FP8_TOKENS and not is_wide
+        return num_tokens <= MAX_FP8_TOKENS
     if num_tokens <= 16:
         return True
     if weight.itemsize > 2:
@@ -90,12 +89,16 @@ def _tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int, *, gated:
 
 
 def fp8_tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
-    """Measured on an H100 with the same layers."""
-    if num_tokens > 1:
-        if num_inputs > 8192:
-            return Tile(64, 256, 8, warps=4, stages=4)
-        return Tile(32, 512, 1, warps=4, stages=2)
-    if num_inputs > 4096:
+    """Measured on an H100 with the same layers, several tokens in whole steps."""
+    if num_tokens == 1 and num_inputs > 4096:
         return Tile(8, 1024, -(-num_inputs // 1024), warps=4)
-    block_k = triton.next_power_of_2(num_inputs)
-    return Tile(8 if block_k <= 1024 else 4, block_k, 1, warps=8)
+    if num_tokens == 1:
+        block_k = triton.next_power_of_2(num_inputs)
+        return Tile(8 if block_k <= 1024 else 4, block_k, 1, warps=8)
+    if num_outputs * num_inputs >= 2**23:
+        block_k, num_n = 128 if gated else 256, triton.cdiv(num_outputs, 128)
+        num_tiles = triton.cdiv(num_inputs, block_k * max(1, FULL // num_n))
+        return Tile(128, block_k, num_tiles, warps=8, stages=4 if gated else 3)
+    if triton.cdiv(num_outputs, 128) * triton.cdiv(num_inputs, 512) < 48:
+        return Tile(64, 512, 1, warps=4, stages=2)
+    return Tile(128, 512, 1, warps=8, stages=2)
