@@ -44,6 +44,7 @@ PATHS: dict[str, dict[str, Any]] = {
         "attention_backend": "triton",
         "long_prefill_token_threshold": 16,
     },
+    "triton, graphs, fp8 cache": {"attention_backend": "triton", "kv_cache_dtype": "fp8"},
     "flash_attn, graphs": {"attention_backend": "flash_attn"},
     "flash_attn, eager, chunks of 16": {
         "attention_backend": "flash_attn",

@@ -13,6 +13,7 @@ from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch_kernels import TorchKernels
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
+from nanovllm.worker.kernels.triton_launch import num_multiprocessors
 from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import PerHeadNorm
 from tests.worker.triton_device import DEVICE
@@ -281,7 +282,8 @@ def test_ranges_hold_every_tile_once(programs_per_sm: int, window: int | None) -
     tiles = [(row, firsts[row] + i * tile) for row in decoding for i in range(counts[row])]
     share, num_tiles, num_lines = scratch.totals.tolist()
     longest = -(-max(counts[row] for row in decoding) // (TUNING.max_splits - 1))
-    assert share == max(-(-len(tiles) // (3 * programs_per_sm)), TUNING.min_range // tile, longest)
+    programs = num_multiprocessors(DEVICE) * programs_per_sm
+    assert share == max(-(-len(tiles) // programs), TUNING.min_range // tile, longest)
     assert (num_tiles, num_lines) == (len(tiles), len(decoding))
     row_tiles = {row: tiles.index((row, firsts[row])) for row in decoding}
     for line, row in zip(scratch.lines.tolist(), decoding, strict=False):

@@ -128,6 +128,11 @@ def fp8_linear(num_outputs: int, num_inputs: int, *, bias: bool = False) -> Line
     return Linear(rows.values, biases, {}, 0, FP8, rows.scale[:, 0])
 
 
+def tolerance_of(num_tokens: int) -> float:
+    """Hopper's tensor cores add up products of e4m3 in less than single precision."""
+    return 1e-3 if num_tokens > 1 and DEVICE.type == "cuda" else 1e-6
+
+
 def widened(linear: Linear) -> torch.Tensor:
     assert linear.scale is not None
     return linear.weight.double() * linear.scale.double()[:, None]
@@ -154,7 +159,7 @@ def test_fp8_weights(num_tokens: int, num_inputs: int) -> None:
     product = as_multiplied(x, tile) @ widened(linear).T
     expected = product + linear.bias.double() + residual.double()
     out = skinny_add(x, linear, residual).hidden
-    assert (out - expected).norm() < 1e-6 * expected.norm()
+    assert (out - expected).norm() < tolerance_of(num_tokens) * expected.norm()
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
@@ -165,7 +170,7 @@ def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
     gate, up = product.chunk(2, dim=1)
     out = skinny_linear(x, linear, gated=True, tile=tile)
     expected = gate * gate.sigmoid() * up
-    assert (out - expected).norm() < 1e-6 * expected.norm()
+    assert (out - expected).norm() < tolerance_of(num_tokens) * expected.norm()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9])
@@ -182,10 +187,10 @@ def test_fp8_weights_between_streams(num_tokens: int) -> None:
         fp8_tile_for(num_tokens, *shape, gated=False) for shape in ((48, 160), (40, 48))
     )
     hidden = stream.double() + as_multiplied(x, first) @ widened(into).T
-    assert (added.hidden - hidden).norm() < 1e-6 * hidden.norm()
+    assert (added.hidden - hidden).norm() < tolerance_of(num_tokens) * hidden.norm()
     scale = (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     expected = as_multiplied(values, second) @ widened(out_of).T * scale
-    assert (out - expected).norm() < 1e-6 * expected.norm()
+    assert (out - expected).norm() < tolerance_of(num_tokens) * expected.norm()
 
 
 @pytest.mark.parametrize("num_tokens", [2, 16])

@@ -165,11 +165,10 @@ def _rope_and_cache_kernel(
     new_first = tl.where(rotates, first.to(dtype), raw_first)
     new_second = tl.where(rotates, second.to(dtype), raw_second)
     cached = cache.dtype.element_ty
-    kept_first, kept_second = narrowed(new_first, cached), narrowed(new_second, cached)
     if cached != dtype:  # values change, too
         rotates = heads[:, None] >= 0
-        new_first = tl.where(is_query, new_first, kept_first.to(dtype))
-        new_second = tl.where(is_query, new_second, kept_second.to(dtype))
+        new_first = tl.where(is_query, new_first, narrowed(new_first, cached).to(dtype))
+        new_second = tl.where(is_query, new_second, narrowed(new_second, cached).to(dtype))
     slot = tl.load(slot_mapping + token)  # negative: not to be cached
     lost = ~is_query & (slot < 0)
     tl.store(source, tl.where(lost, 0.0, new_first).to(dtype), real & (rotates | lost))
@@ -177,8 +176,10 @@ def _rope_and_cache_kernel(
     kept = real & ~is_query & ~lost
     target = cache + (slot * NUM_KV_HEADS + kv_heads) * (2 * HALF) + lanes[None, :]
     target += tl.where(heads[:, None] < NUM_HEADS + NUM_KV_HEADS, 0, value_offset)
-    tl.store(target, kept_first, kept)
-    tl.store(target + HALF, kept_second, kept)
+    # Narrowed once more: of e4m3 numbers that are stored and widened as well, ptxas 12.8 widens
+    # every second pair from a register that holds something else.
+    tl.store(target, narrowed(new_first, cached), kept)
+    tl.store(target + HALF, narrowed(new_second, cached), kept)
 
 
 def _fp8(linear: Linear) -> Fp8 | None:
