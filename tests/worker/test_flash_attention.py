@@ -18,7 +18,7 @@ from nanovllm.worker.attention.flash_attention import (
 )
 from nanovllm.worker.attention.triton_attention import TritonAttention
 from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from tests.worker.test_triton_attention import (
+from tests.worker.attending import (
     SPEC,
     TUNING,
     batch_of,

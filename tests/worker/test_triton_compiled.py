@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.worker.attention.triton_tuning import tuning_for
-from tests.worker.test_triton_attention import SPEC, check
+from tests.worker.attending import SPEC, check
 from tests.worker.triton_device import DEVICE
 
 pytestmark = [
@@ -22,6 +22,7 @@ pytestmark = [
     [
         pytest.param([70, 44], [70, 44], id="prompts"),
         pytest.param([20, 9], [170, 44], id="chunks"),
+        pytest.param([40], [3000], id="a context in pieces"),
         pytest.param([1, 1], [170, 44], id="decode"),
         pytest.param([1] * 150, [90] * 150, id="many decode"),
         pytest.param([1, 20, 1], [70, 44, 9], id="mixed"),

@@ -5,7 +5,6 @@ host anything and can be captured. Grids depend on host integers of the batch al
 without work end at once.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,18 +17,17 @@ from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton_attention_kernels import prefill_kernel
 from nanovllm.worker.attention.triton_decode_kernels import decode_kernel
 from nanovllm.worker.attention.triton_decode_plan import (
-    LINE,
     PLANNED_ROWS,
-    RANGE,
-    RECORD,
     plan_kernel,
     stream_plan_kernel,
 )
+from nanovllm.worker.attention.triton_scratch import Scratch, allocate_scratch
 from nanovllm.worker.attention.triton_shared_prefix import shared_prefix_kernel
 from nanovllm.worker.attention.triton_stream_kernels import combine_kernel, stream_kernel
 from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.triton_launch import (
+    arrival_counters,
     launch_options,
     num_multiprocessors,
     unusable,
@@ -38,31 +36,6 @@ from nanovllm.worker.layers.rotary import Rotary
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """Device memory between the kernels of one step, for up to a number of rows."""
-
-    work: Tensor  # [rows * max_splits, RECORD] int32
-    num_work: Tensor  # [1] int32
-    lines: Tensor  # [rows, LINE] int32
-    ranges: Tensor  # [most ranges, RANGE] int32
-    totals: Tensor  # [3] int32
-    arrivals: Tensor  # [rows, num_kv_heads] int32, zero between kernels
-    partial_out: Tensor  # [rows, num_heads, slots, padded head_dim] fp32
-    partial_max: Tensor  # [rows, num_heads, slots] fp32
-    partial_sum: Tensor  # likewise
-
-    @property
-    def partials(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What splits of a row leave for the one that joins them."""
-        return self.partial_out, self.partial_max, self.partial_sum
-
-    @property
-    def stream(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What `stream_plan_kernel` lists."""
-        return self.lines, self.ranges, self.totals
 
 
 class TritonAttention:
@@ -239,13 +212,17 @@ class TritonAttention:
         """Rotate and cache, and attend for rows with several tokens; those of the others are left
         to be written. The kernel rotates the queries, which it has to load anyway."""
         assert self._tile_rows is not None
+        pieces = self._most_pieces(len(self._tile_rows))
+        # Whoever shares a tile's context with others must find its queries rotated.
         num_query_lanes = self._spec.num_heads * self._spec.head_dim
-        rotary.apply(qkv[:, num_query_lanes:], batch, layer_cache)
+        rotary.apply(qkv[:, 0 if pieces > 1 else num_query_lanes :], batch, layer_cache)
         out, tiling, norm = self._output(qkv), self._tuning.prefill, rotary.qk_norm
+        num_tiles = len(self._tile_rows) * self._spec.num_kv_heads
+        piece = self._tuning.queries * (self._shape["BLOCK_D"] + 2)
         own = None
         if self._tuning.copies_own:
             own = TensorDescriptor.from_tensor(qkv, [tiling.keys, self._spec.head_dim])
-        prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows))](
+        prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows), pieces)](
             qkv,
             qkv.stride(0),
             own,
@@ -260,14 +237,27 @@ class TritonAttention:
             rotary.cos_sin,
             None if norm is None else norm.q_weight,
             0.0 if norm is None else norm.eps,
+            qkv.new_empty(num_tiles * pieces * piece if pieces > 1 else 0, dtype=torch.float32),
+            arrival_counters(self._spec.device),
+            batch.num_rows,
+            self._num_programs(self._tuning.piece_programs_per_sm),
             **self._shape,
             BLOCK_M=self._tuning.queries,
             OWN_TMA=own is not None,
             NORM=norm is not None,
+            PIECES=pieces,
+            LEAST=self._tuning.min_piece,
             **tiling.options,
             **self._options,
         )
         return out
+
+    def _most_pieces(self, num_tiles: int) -> int:
+        """Into which the context of a step's query tiles may be cut, if they are so few at most."""
+        pieces, room = 1, 4 * self._num_programs(self._tuning.piece_programs_per_sm)
+        while 2 * pieces * num_tiles * self._spec.num_kv_heads <= room:
+            pieces *= 2
+        return min(pieces, self._tuning.max_pieces)
 
     def _decode(
         self,
@@ -381,18 +371,8 @@ class TritonAttention:
         large_enough = [rows for rows in self._scratch if rows >= num_rows]
         if large_enough:
             return self._scratch[min(large_enough)]
-        rows, device = triton.next_power_of_2(num_rows), self._spec.device
-        parts = (rows, self._spec.num_heads, self._slots)
-        integers = partial(torch.zeros, dtype=torch.int32, device=device)
-        self._scratch[rows] = Scratch(
-            work=integers(rows * self._tuning.max_splits, RECORD.value),
-            num_work=integers(1),
-            lines=integers(rows, LINE.value),
-            ranges=integers(self._num_ranges, RANGE.value),
-            totals=integers(3),
-            arrivals=integers(rows, self._spec.num_kv_heads),
-            partial_out=torch.empty(*parts, self._shape["BLOCK_D"], device=device),
-            partial_max=torch.empty(parts, device=device),
-            partial_sum=torch.empty(parts, device=device),
+        rows = triton.next_power_of_2(num_rows)
+        self._scratch[rows] = allocate_scratch(
+            self._spec, self._tuning, num_rows=rows, num_ranges=self._num_ranges
         )
         return self._scratch[rows]

@@ -1,9 +1,9 @@
 """Triton kernels of paged causal attention with grouped queries; `triton_attention` launches them.
 
 Here: what all share, and rows with several query tokens, by FlashAttention-2 (Dao 2023) over pages
-and the step's own keys. In which order these are summed follows from the row's own length alone:
-its bits do not depend on its neighbours. Where a block holds whole tiles of keys, the copy engine
-(TMA) fetches them.
+and the step's own keys. Where a block holds whole tiles of keys, the copy engine (TMA) fetches
+them. In which order they are summed follows from the row's own length, and in steps of few tokens
+from these, as its context is then shared out among programs.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -164,20 +164,22 @@ def _visible_scores(q, k, ahead, WINDOW: tl.constexpr):
 
 @triton.jit
 def _attend_to_cached(
-    q, keys, values, table, context, first_query, local, kv_head, scale, acc, peak, total,
+    q, keys, values, table, context, low, high, first_query, local, kv_head, scale,
+    acc, peak, total,
     SLOT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Queries at `local` places past the context attend to it, as far as their window reaches."""
-    begin = first_visible(context + first_query, WINDOW, BLOCK_N)
+    """Queries at `local` places past the context attend to its places low … high, as far as their
+    window reaches. low: where a tile begins."""
+    begin = tl.maximum(low, first_visible(context + first_query, WINDOW, BLOCK_N))
     if WINDOW == 0:  # whole tiles need no mask
-        begin = context // BLOCK_N * BLOCK_N
-        for start in tl.range(0, begin, BLOCK_N):
+        begin = tl.maximum(low, high // BLOCK_N * BLOCK_N)
+        for start in tl.range(low, begin, BLOCK_N):
             k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
                                  BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
-    for start in tl.range(begin, context, BLOCK_N):
+    for start in tl.range(begin, high, BLOCK_N):
         k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
                              BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         places = start + tl.arange(0, BLOCK_N)
@@ -214,6 +216,76 @@ def _attend_to_own(
     return acc, peak, total
 
 
+@triton.jit
+def _pieces_of(context, num_tokens, room, KV_HEADS: tl.constexpr, TOKENS: tl.constexpr,
+               PIECES: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
+    """Into how many pieces a context is cut: as many as find room beside the step's other tiles, if
+    all of its tokens are prompts', and of no less than LEAST keys but the last."""
+    most = room // (tl.cdiv(num_tokens, TOKENS) * KV_HEADS)
+    return tl.maximum(tl.minimum(tl.minimum(tl.cdiv(context, LEAST), most), PIECES), 1)
+
+
+@triton.jit
+def _attend_to_piece(
+    q, qkv, query_stride, own, keys, values, table, first_token, num_queries, context, first_query,
+    local, piece, num_pieces, kv_head, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, OWN_TMA: tl.constexpr,
+):  # fmt: skip
+    """To a piece of what earlier steps have cached, and with the first also to the row's tokens of
+    this step, which lie side by side in qkv. Of both, tiles that all queries see in full need no
+    mask."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    size = tl.cdiv(tl.cdiv(context, BLOCK_N), num_pieces) * BLOCK_N
+    acc, peak, total = _attend_to_cached(
+        q, keys, values, table, context, piece * size, tl.minimum((piece + 1) * size, context),
+        first_query, local, kv_head, scale, acc, peak, total,
+        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, TMA,
+    )  # fmt: skip
+    if piece == 0:
+        end = tl.minimum(first_query + BLOCK_M // GROUP, num_queries)
+        acc, peak, total = _attend_to_own(
+            q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
+            acc, peak, total, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, WINDOW, BLOCK_N, OWN_TMA,
+        )  # fmt: skip
+    return acc, peak, total
+
+
+@triton.jit
+def _join_if_last(acc, peak, total, partial, arrivals, tile_id, piece, num_pieces,
+                  PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Leave a piece of a tile for the program that arrives last. Returns whether that is this one,
+    and then all of them joined, in their order. Each is results, then peaks and totals."""
+    members, lanes = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    PIECE: tl.constexpr = BLOCK_M * (BLOCK_D + 2)  # noqa: N806
+    parts, arrival = partial + tile_id.to(tl.int64) * (PIECES * PIECE), arrivals + tile_id
+    results = members[:, None] * BLOCK_D + lanes[None, :]
+    ends = BLOCK_M * BLOCK_D + members
+    mine = parts + piece * PIECE
+    tl.store(mine + results, acc)
+    tl.store(mine + ends, peak)
+    tl.store(mine + ends + BLOCK_M, total)
+    tl.debug_barrier()  # all threads' parts are written before one thread says so
+    is_last = tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1
+    if is_last:
+        acc, total, peak = acc * 0.0, total * 0.0, tl.full([BLOCK_M], FLOOR, tl.float32)
+        for other in tl.range(0, num_pieces):
+            part = parts + other * PIECE
+            other_peak = tl.load(part + ends, cache_modifier=".cg")
+            new_peak = tl.maximum(peak, other_peak)
+            shrink, weight = tl.exp2(peak - new_peak), tl.exp2(other_peak - new_peak)
+            other_acc = tl.load(part + results, cache_modifier=".cg")
+            other_total = tl.load(part + ends + BLOCK_M, cache_modifier=".cg")
+            acc = acc * shrink[:, None] + other_acc * weight[:, None]
+            total = total * shrink + other_total * weight
+            peak = new_peak
+        tl.store(arrival, 0)
+    return acc, total, is_last
+
+
 # A stride that changes from step to step must not ask for a kernel of its own.
 @triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
@@ -221,57 +293,58 @@ def prefill_kernel(
     query_stride,
     own,  # if OWN_TMA: a descriptor of qkv, boxes [BLOCK_N, HEAD_DIM]
     keys, values, out, block_tables, table_stride,  # as in decode_kernel
-    seq_lens,  # [num_rows] int32
-    query_start_loc,  # [num_rows + 1] int32
-    tile_rows,  # [number of tiles] int32
-    scale,
-    cos_sin,  # [max_positions, HEAD_DIM] fp32
-    q_weight, eps,
+    seq_lens, query_start_loc, tile_rows,  # [num_rows], [num_rows + 1], [number of tiles] int32
+    scale, cos_sin, q_weight, eps,  # as in decode_kernel
+    partial,  # [tiles, KV_HEADS, PIECES, BLOCK_M * (BLOCK_D + 2)] fp32
+    arrivals,  # [tiles * KV_HEADS] int32, zero before and after
+    num_rows, room,  # for how many programs
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, OWN_TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    PIECES: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head.
 
-    It rotates their queries first, and that is all it does for a row that decodes, whose queries
-    the kernels after it expect so.
-    First to what earlier steps have cached, then to the row's tokens of this step, which lie side
-    by side in qkv. Of both, tiles that all these tokens see in full need no mask.
+    If PIECES is 1 it rotates their queries first, and that is all it does for a row that decodes,
+    whose queries the kernels after it expect so. Else several may share a row's context.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     TOKENS: tl.constexpr = BLOCK_M // GROUP  # noqa: N806
-    SLOT: tl.constexpr = KV_HEADS * HEAD_DIM  # noqa: N806
-    kv_head = tl.program_id(0)
+    kv_head, index, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_pieces = 1
     row, first_token, num_queries, context, first_query = _query_tile(
-        tile_rows, query_start_loc, seq_lens, tl.program_id(1), TOKENS
+        tile_rows, query_start_loc, seq_lens, index, TOKENS
     )
-    members = tl.arange(0, BLOCK_M)  # token-major: the heads of a token lie together
-    lanes = tl.arange(0, BLOCK_D)
-    local = first_query + members // GROUP
+    members, lanes = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    local = first_query + members // GROUP  # token-major: the heads of a token lie together
     heads = kv_head * GROUP + members % GROUP
     present = (local < num_queries) & (members < TOKENS * GROUP)
     tokens = (first_token + local).to(tl.int64)
     queries = qkv + tokens * query_stride + heads * HEAD_DIM
-    _rotate_queries(queries, present, context + local, cos_sin, q_weight, eps,
-                    HEAD_DIM, BLOCK_D, NORM)  # fmt: skip
-    real = (present & (num_queries > 1))[:, None] & (lanes < HEAD_DIM)
-    q = tl.load(queries[:, None] + lanes, real, other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_M], FLOOR, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if num_queries > 1:
-        table = block_tables + row.to(tl.int64) * table_stride
-        acc, peak, total = _attend_to_cached(
-            q, keys, values, table, context, first_query, local, kv_head, scale, acc, peak, total,
-            SLOT, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, TMA,
+    if PIECES == 1:
+        _rotate_queries(queries, present, context + local, cos_sin, q_weight, eps,
+                        HEAD_DIM, BLOCK_D, NORM)  # fmt: skip
+    else:
+        num_pieces = _pieces_of(context, tl.load(query_start_loc + num_rows), room, KV_HEADS,
+                                TOKENS, PIECES, LEAST)  # fmt: skip
+    if (num_queries > 1) & (piece < num_pieces):
+        real = present[:, None] & (lanes < HEAD_DIM)
+        q = tl.load(queries[:, None] + lanes, real, other=0.0)
+        acc, peak, total = _attend_to_piece(
+            q, qkv, query_stride, own, keys, values,
+            block_tables + row.to(tl.int64) * table_stride, first_token, num_queries, context,
+            first_query, local, piece, num_pieces, kv_head, scale, KV_HEADS, GROUP, HEAD_DIM,
+            BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, TMA, OWN_TMA,
         )  # fmt: skip
-        end = tl.minimum(first_query + TOKENS, num_queries)
-        acc, peak, total = _attend_to_own(
-            q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
-            acc, peak, total, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, WINDOW, BLOCK_N, OWN_TMA,
-        )  # fmt: skip
-    result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
-    places = (tokens * (SLOT * GROUP) + heads * HEAD_DIM)[:, None] + lanes
-    tl.store(out + places, result, real)
+        is_last = num_pieces == 1
+        if num_pieces > 1:
+            acc, total, is_last = _join_if_last(
+                acc, peak, total, partial, arrivals, index * KV_HEADS + kv_head, piece, num_pieces,
+                PIECES, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        if is_last:
+            result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
+            places = (tokens * (KV_HEADS * GROUP) + heads)[:, None] * HEAD_DIM + lanes
+            tl.store(out + places, result, real)

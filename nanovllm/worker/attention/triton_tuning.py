@@ -70,6 +70,10 @@ class Tuning:
     min_range: int = 128  # keys, for one of them
     max_splits: int = 32  # of one row, however long
     prefix_splits: int = 16  # of the keys that rows share
+    # The context of few query tiles is cut as well, for so many programs together.
+    piece_programs_per_sm: int = 2
+    min_piece: int = 512  # keys
+    max_pieces: int = 8
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:

@@ -17,6 +17,7 @@ INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run i
 MIN_CAPABILITY = (8, 0)
 ADA = (8, 9)
 HOPPER = (9, 0)
+MAX_ARRIVALS = 65536  # output tiles of one launch whose parts can be counted
 
 
 class Gpu(NamedTuple):
@@ -86,3 +87,10 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     """Keywords of every launch: `PDL`, which kernels read, and `launch_pdl`, which Triton does."""
     pdl = not INTERPRETED and gpu_of(device).capability >= HOPPER
     return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@cache
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """[MAX_ARRIVALS] int32, which every launch leaves at zero. Launches of one stream share them:
+    whoever's programs add something up lets the last one to arrive do it."""
+    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)

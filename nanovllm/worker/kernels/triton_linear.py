@@ -7,8 +7,6 @@ that kernel still runs. Gate, residual and norms ride along (`Weighed`).
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,12 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.kernels.base import Stream, Weighed
 from nanovllm.worker.kernels.triton_fp8 import quantized
-from nanovllm.worker.kernels.triton_launch import launch_options
+from nanovllm.worker.kernels.triton_launch import MAX_ARRIVALS, arrival_counters, launch_options
 from nanovllm.worker.kernels.triton_linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
 from nanovllm.worker.layers.linear import Linear
 
 MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
-MAX_TILES = 65536  # output tiles whose splits can be counted
 
 
 @triton.jit
@@ -247,12 +244,6 @@ def _sum_parts(parts, lanes, present, SPLITS: tl.constexpr, PART: tl.constexpr):
     return total
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters that every launch leaves at zero. Launches of one stream may share them."""
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-
-
 def skinny_linear(
     x: Tensor,
     linear: Linear,
@@ -326,13 +317,13 @@ def _launch(
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
     block_m = tile.block_m or min(max(16, triton.next_power_of_2(num_tokens)), 64)
     num_m = triton.cdiv(num_tokens, block_m)
-    assert num_n * num_m <= MAX_TILES
+    assert num_n * num_m <= MAX_ARRIVALS
     size = num_n * num_m * splits * (1 + gated) * tile.block_n * block_m if splits > 1 else 0
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
         *tensors,
-        x.new_empty(size, dtype=torch.float32), _arrivals(x.device),
+        x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
         num_tokens, num_outputs, eps,
         NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
     )  # fmt: skip
