@@ -271,7 +271,9 @@ def _join_if_last(acc, peak, total, partial, arrivals, tile_id, piece, num_piece
     tl.debug_barrier()  # all threads' parts are written before one thread says so
     is_last = tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1
     if is_last:
-        acc, total, peak = acc * 0.0, total * 0.0, tl.full([BLOCK_M], FLOOR, tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        peak = tl.full([BLOCK_M], FLOOR, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
         for other in tl.range(0, num_pieces):
             part = parts + other * PIECE
             other_peak = tl.load(part + ends, cache_modifier=".cg")
