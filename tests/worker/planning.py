@@ -12,13 +12,11 @@ BLOCK_SIZE = 4
 VOCAB_SIZE = 200
 EOS = 0
 GREEDY = SamplingParams(temperature=0.0)
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    ],
-)
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+CUDA = pytest.param("cuda", marks=NEEDS_GPU)
 
 
 def make_rows(*, vocab_size: int = VOCAB_SIZE, device: str = "cpu") -> RequestRows:

@@ -7,12 +7,9 @@ import torch
 
 from nanovllm.worker.attention.triton_tuning import tuning_for
 from tests.worker.attending import SPEC, check
-from tests.worker.triton_device import DEVICE
+from tests.worker.planning import NEEDS_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU"),
-]
+pytestmark = NEEDS_GPU
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])

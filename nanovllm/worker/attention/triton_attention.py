@@ -43,7 +43,8 @@ class TritonAttention:
 
     The cache must hold finite numbers everywhere (it starts as zeros): keys beyond a row's end are
     read and then weighted with zero. Where a decoding row is cut up, and so its last bits, depends
-    on the lengths of all that decode in the step; the same step always gives the same bits.
+    on the lengths of all that decode in the step, and where a chunk's context is, on the step's
+    tokens; the same step always gives the same bits.
     """
 
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
@@ -212,17 +213,17 @@ class TritonAttention:
         """Rotate and cache, and attend for rows with several tokens; those of the others are left
         to be written. The kernel rotates the queries, which it has to load anyway."""
         assert self._tile_rows is not None
-        pieces = self._most_pieces(len(self._tile_rows))
+        num_tiles = len(self._tile_rows)
+        pieces = self._most_pieces(num_tiles)
         # Whoever shares a tile's context with others must find its queries rotated.
         num_query_lanes = self._spec.num_heads * self._spec.head_dim
         rotary.apply(qkv[:, 0 if pieces > 1 else num_query_lanes :], batch, layer_cache)
         out, tiling, norm = self._output(qkv), self._tuning.prefill, rotary.qk_norm
-        num_tiles = len(self._tile_rows) * self._spec.num_kv_heads
-        piece = self._tuning.queries * (self._shape["BLOCK_D"] + 2)
+        parts = num_tiles * self._spec.num_kv_heads * pieces if pieces > 1 else 0
         own = None
         if self._tuning.copies_own:
             own = TensorDescriptor.from_tensor(qkv, [tiling.keys, self._spec.head_dim])
-        prefill_kernel[(self._spec.num_kv_heads, len(self._tile_rows), pieces)](
+        prefill_kernel[(self._spec.num_kv_heads, num_tiles, pieces)](
             qkv,
             qkv.stride(0),
             own,
@@ -237,7 +238,9 @@ class TritonAttention:
             rotary.cos_sin,
             None if norm is None else norm.q_weight,
             0.0 if norm is None else norm.eps,
-            qkv.new_empty(num_tiles * pieces * piece if pieces > 1 else 0, dtype=torch.float32),
+            torch.empty(
+                parts, self._tuning.queries, self._shape["BLOCK_D"] + 2, device=self._spec.device
+            ),
             arrival_counters(self._spec.device),
             batch.num_rows,
             self._num_programs(self._tuning.piece_programs_per_sm),
