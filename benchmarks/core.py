@@ -22,9 +22,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.lifetime import stop_on_signals
-from nanovllm.core.process import CoreServer
+from nanovllm.core.server import CoreServer
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.protocol import AddRequest, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.messages import AddRequest, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 

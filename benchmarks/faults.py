@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import AsyncLLM, SamplingParams
-from nanovllm.protocol import CoreStatus
+from nanovllm.protocol.messages import CoreStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH_S = 120.0  # for a client to finish, whatever happens

@@ -20,7 +20,7 @@ import uvloop
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.request import Request, RequestTable
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol import AddRequest, Finished, FromCore, Outputs
+from nanovllm.protocol.messages import AddRequest, Finished, FromCore, Outputs
 from nanovllm.sampling_params import OutputKind, SamplingParams
 
 TEXT = (

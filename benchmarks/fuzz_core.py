@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     AddRequest,

@@ -26,15 +26,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.flash_attention import FlashAttention
-from nanovllm.worker.attention.triton_attention import TritonAttention
-from nanovllm.worker.attention.triton_tuning import Fitting, Tiling, Tuning, tuning_for
+from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
+from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
-from nanovllm.worker.kernels import triton_kernels, triton_linear, triton_sampler
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.kernels.triton_gated import CHOSEN, GatedTile, gated_linear
-from nanovllm.worker.kernels.triton_kernels import TritonKernels
-from nanovllm.worker.kernels.triton_linear import skinny_add, skinny_linear
-from nanovllm.worker.kernels.triton_linear_tuning import Tile, fp8_tile_for
+from nanovllm.worker.kernels.triton import fused_sampler, layer_kernels
+from nanovllm.worker.kernels.triton import skinny_linear as linear_kernels
+from nanovllm.worker.kernels.triton.gated_linear import CHOSEN, GatedTile, gated_linear
+from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for
+from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
@@ -470,7 +471,7 @@ class Choice:
     """How a chain multiplies: as the engine does, but for what is given here."""
 
     tiles: tuple[tuple[str, Tile], ...] = ()  # of layers by name, which are ours then
-    max_weighed_tokens: int = triton_linear.MAX_WEIGHED_TOKENS
+    max_weighed_tokens: int = linear_kernels.MAX_WEIGHED_TOKENS
 
     def take(self) -> None:
         """For all launches that follow."""
@@ -484,11 +485,11 @@ class Choice:
             is_ours = tuple(weight.shape) in tiles
             return is_ours or POLICIES["as chosen"](num_tokens, weight, gated=gated)
 
-        triton_linear.tile_for, triton_kernels.beats_cublas = tile_for, beats_cublas
-        triton_linear.MAX_WEIGHED_TOKENS = self.max_weighed_tokens
+        linear_kernels.tile_for, layer_kernels.beats_cublas = tile_for, beats_cublas
+        linear_kernels.MAX_WEIGHED_TOKENS = self.max_weighed_tokens
 
 
-TILE_FOR = triton_linear.tile_for
+TILE_FOR = linear_kernels.tile_for
 
 
 def build_layer(num_tokens: int, choice: Choice | None):
@@ -582,7 +583,7 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
     backend = TritonAttention(spec, tuning)
 
     def run() -> Tensor:
-        triton_kernels.beats_cublas = POLICIES[policy]
+        layer_kernels.beats_cublas = POLICIES[policy]
         backend.prepare(batch)
         stream = Stream(F.embedding(batch.input_ids, model.embedding))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
@@ -595,7 +596,7 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
 
 
 POLICIES: dict[str, Callable[..., bool]] = {
-    "as chosen": triton_kernels.beats_cublas,
+    "as chosen": layer_kernels.beats_cublas,
     "cuBLAS": lambda num_tokens, weight, gated=False: num_tokens == 1,
     "all ours": lambda num_tokens, weight, gated=False: weight.numel() < 2**23,
     "ours but gated": lambda num_tokens, weight, gated=False: weight.numel() < 2**23 and not gated,
@@ -822,9 +823,9 @@ def build_sampler(n: int, dtype: torch.dtype, spread: float, top_k: int, top_p: 
     seeds, positions = torch.randint(2**40, (2, n), device=CUDA)
 
     def run() -> Tensor:
-        triton_sampler.SEGMENTS_PER_PROGRAM = num
+        fused_sampler.SEGMENTS_PER_PROGRAM = num
         for line in logits:
-            out = triton_sampler.sample_tokens(
+            out = fused_sampler.sample_tokens(
                 line, rows=rows, positions=positions, columns=columns, seeds=seeds,
                 truncates=top_k > 0 or top_p < 1,
             )  # fmt: skip

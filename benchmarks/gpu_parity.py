@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol import AddRequest
+from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention import flash_attention
 

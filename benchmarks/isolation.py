@@ -22,8 +22,8 @@ from churn import BriefClient, PositionExecutor, PositionHandle, footprint
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.lifetime import stop_on_signals
-from nanovllm.core.process import CoreServer
-from nanovllm.protocol import (
+from nanovllm.core.server import CoreServer
+from nanovllm.protocol.messages import (
     AddRequest,
     CoreStatus,
     Goodbye,

@@ -20,17 +20,17 @@ import msgspec
 from core import InstantExecutor
 
 from nanovllm.config import EngineConfig
-from nanovllm.core import observer
 from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.operations import Operations, answer_call
-from nanovllm.core.process import CoreServer
 from nanovllm.core.sequence import Sequence
+from nanovllm.core.server import CoreServer
 from nanovllm.core.step import ScheduledStep
-from nanovllm.core.step_log import StepLog
-from nanovllm.observation import Observation, Observe
-from nanovllm.protocol import AddRequest, Call
+from nanovllm.protocol.messages import AddRequest, Call
+from nanovllm.protocol.watch import Observation, Observe
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.watch import observer
+from nanovllm.watch.step_log import StepLog
 
 VIEWER = 1_000_000  # some other client's id
 NUM_LOOKS = 40

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 
 FIRST_ID = 3  # leaves out special tokens
 MAX_MODEL_LEN = 1024

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 from nanovllm.config import KVCacheDType, Quantization
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.attention.select import select_backend

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nanovllm.bench.load import ClientsLoad
-from nanovllm.fetch import ALIASES, fetch
+from nanovllm.checkpoint.fetch import ALIASES, fetch
 from nanovllm.flags import add_config_flags, add_struct_flags, config_values, struct_values
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.operator_commands import add_operator_commands
@@ -298,7 +298,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    from nanovllm.plan import run
+    from nanovllm.plan.command import run
 
     return run(arguments, config_values(arguments))
 

@@ -23,11 +23,11 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
-from nanovllm.core.process import CoreServer, MakeCore
-from nanovllm.core.recorder import RecordedCore
+from nanovllm.core.server import CoreServer, MakeCore
 from nanovllm.executor.base import Executor, ProgressCallback
 from nanovllm.flags import add_config_flags, config_values
 from nanovllm.keys import CoreKeys
+from nanovllm.replay.recorder import RecordedCore
 
 EXECUTORS = {
     "inline": "nanovllm.executor.inline:InlineExecutor",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm.keys import make_keys
-from nanovllm.top.command import add_top_command
+from nanovllm.watch.top.command import add_top_command
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -36,7 +36,7 @@ def run_keys(arguments: argparse.Namespace) -> int:
 
 
 def run_replay(arguments: argparse.Namespace) -> int:
-    from nanovllm.core.replay import DivergedError, Replay
+    from nanovllm.replay.replay import DivergedError, Replay
 
     num_steps = 0
     try:

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 
 # Head sizes that do not follow from the hidden size, grouped queries, windows shorter than prompts.
 SIZES = {

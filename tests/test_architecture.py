@@ -20,43 +20,28 @@ MAX_PARAMETERS = 7
 MAX_DOCSTRING_LINES = 6
 
 # What everyone may import.
-SHARED = {
-    "checkpoint",
-    "config",
-    "fetch",
-    "gguf_file",
-    "keys",
-    "memory_plan",
-    "model_size",
-    "observation",
-    "protocol",
-    "sampling_params",
-}
+SHARED = {"checkpoint", "config", "keys", "protocol", "sampling_params"}
 
 # folder (or top-level module) → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
+    "checkpoint": set(),
     "cli": {"bench", "flags", "frontend", "operator_commands", "plan"},
     "config": set(),
-    "core": {"executor.base"},
+    "core": {"executor.base", "watch.observer", "watch.step_log"},
     "executor": {"worker"},
     "flags": set(),
-    "frontend": {"launch"},
-    "launch": {"core", "executor", "flags", "frontend.tokenizer"},
-    "operator_commands": {"core.replay", "top"},
-    "protocol": set(),
-    "sampling_params": set(),
-    "top": {"frontend"},
-    "worker": {"executor.base"},
-    **{
-        name: set()
-        for name in (
-            *("checkpoint", "fetch", "gguf_file", "keys", "memory_plan", "model_size"),
-            "observation",
-        )
-    },
+    "frontend": {"launch", "watch.events", "watch.feed"},
+    "keys": set(),
+    "launch": {"core", "executor", "flags", "frontend.tokenizer", "replay.recorder"},
+    "operator_commands": {"replay", "watch.top"},
     "plan": set(),
+    "protocol": set(),
+    "replay": {"core", "executor.base"},
+    "sampling_params": set(),
+    "watch": {"core", "frontend"},
+    "worker": {"executor.base", "plan.memory_plan"},
 }
 
 
@@ -94,10 +79,10 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         "nanovllm",
         "nanovllm.cli",
-        "nanovllm.plan",
+        "nanovllm.plan.command",
         "nanovllm.launch",
         "nanovllm.core.scheduler",
-        "nanovllm.core.process",
+        "nanovllm.core.server",
         "nanovllm.frontend.async_llm",
         "nanovllm.frontend.llm",
         "nanovllm.frontend.server.run",
@@ -188,7 +173,7 @@ def test_banned_things_are_absent(path: Path) -> None:
 def test_nothing_is_called_by_a_name_from_the_wire() -> None:
     """Where frames are read, attributes are looked up by names that stand in the source: a message
     is matched by its type, and there is no other way from it to code."""
-    core = ("process", "endpoint", "clients", "delivery", "engine_core")
+    core = ("server", "socket", "clients", "delivery", "engine_core")
     frontend = ("core_client", "channel", "supervisor", "session", "request")
     paths = [PACKAGE / "core" / f"{name}.py" for name in core]
     paths += [PACKAGE / "frontend" / f"{name}.py" for name in frontend]

@@ -22,7 +22,7 @@ from nanovllm.bench.client import ClientReport
 from nanovllm.bench.load import ClientsLoad, ClientTask, plan
 from nanovllm.bench.report import CoreFigures, Report, describe, draw, need_matplotlib, summarize
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.protocol import CoreStatus
+from nanovllm.protocol.messages import CoreStatus
 
 START_S = 60.0  # for a client process to start and connect
 DRAIN_S = 120.0  # for what runs to end, once no more requests come

@@ -6,7 +6,7 @@
 import time
 
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol import Finished, Started, Why
+from nanovllm.protocol.messages import Finished, Started, Why
 
 
 class CpuClock:

@@ -8,7 +8,7 @@ import heapq
 
 from nanovllm.config import ServiceConfig
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.protocol import AddRequest
+from nanovllm.protocol.messages import AddRequest
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
 SMOOTHING = 0.2  # weight of the newest start in the mean time between starts

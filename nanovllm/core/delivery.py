@@ -7,8 +7,8 @@ with the `Client`, the oldest part as a finished frame, the rest as outputs stil
 import msgspec
 
 from nanovllm.core.clients import Client, select
-from nanovllm.core.endpoint import Endpoint, Sent
-from nanovllm.protocol import FromCore, Outputs, RequestFailed
+from nanovllm.core.socket import Endpoint, Sent
+from nanovllm.protocol.messages import FromCore, Outputs, RequestFailed
 
 
 class Delivery:

@@ -22,10 +22,10 @@ from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
-from nanovllm.core.step_log import StepLog
 from nanovllm.core.validation import check_request
 from nanovllm.executor.base import DeviceLostError, Executor, StepHandle
-from nanovllm.protocol import AddRequest, CoreStatus, FinishReason, WorkerInfo
+from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason, WorkerInfo
+from nanovllm.watch.step_log import StepLog
 
 Key = tuple[int, int]
 LOG = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Typed operations on a core that runs: what a client's `Call` does. `CoreServer` is the caller."""
 
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.observer import Observer
-from nanovllm.observation import Observe, ShowBlock
-from nanovllm.protocol import Answer, Call, CallResult, Operation, ResetPrefixCache
+from nanovllm.protocol.messages import Answer, Call, CallResult, Operation, ResetPrefixCache
+from nanovllm.protocol.watch import Observe, ShowBlock
+from nanovllm.watch.observer import Observer
 
 
 class Operations:

@@ -16,7 +16,7 @@ from nanovllm.core.budget import token_budget
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
-from nanovllm.protocol import BlockAppend, FinishReason, StepPlan, StepResult
+from nanovllm.protocol.messages import BlockAppend, FinishReason, StepPlan, StepResult
 
 BY_ORDER = attrgetter("order")
 

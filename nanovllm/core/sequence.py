@@ -10,7 +10,7 @@ import time
 from enum import Enum
 
 from nanovllm.core.grammar import Matcher
-from nanovllm.protocol import FinishReason
+from nanovllm.protocol.messages import FinishReason
 from nanovllm.sampling_params import SamplingParams
 
 

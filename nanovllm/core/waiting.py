@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from nanovllm.core.sequence import Sequence, Tenant
-from nanovllm.observation import WaitCause
+from nanovllm.protocol.watch import WaitCause
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # the paper's: an output token costs about twice as much
 MAX_TENANTS = 4096  # remembered; beyond, those that wait for nothing are forgotten

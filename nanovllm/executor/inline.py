@@ -5,8 +5,8 @@ On CUDA `submit` returns while the device works; on the CPU the step has run whe
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import ProgressCallback, StepHandle
-from nanovllm.protocol import StepPlan, WorkerInfo
-from nanovllm.worker import driver, precompile
+from nanovllm.protocol.messages import StepPlan, WorkerInfo
+from nanovllm.worker.warmup import driver, precompile
 
 
 class InlineExecutor:

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import msgspec
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, ProgressCallback
@@ -34,8 +34,8 @@ from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle, start_core
-from nanovllm.observation import BlockContents, Observation, Observe, ShowBlock
-from nanovllm.protocol import AddRequest, CoreStatus, ResetPrefixCache, Welcome
+from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache, Welcome
+from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
 

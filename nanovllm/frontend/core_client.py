@@ -18,7 +18,7 @@ import zmq
 from nanovllm.frontend.channel import Channel
 from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
     PULSE_INTERVAL_S,
     Answer,

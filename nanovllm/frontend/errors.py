@@ -3,7 +3,7 @@
 Raised by `AsyncLLM`, `LLM` and `CoreClient`.
 """
 
-from nanovllm.protocol import Overloaded, RequestFailed
+from nanovllm.protocol.messages import Overloaded, RequestFailed
 
 
 class EngineDeadError(RuntimeError):

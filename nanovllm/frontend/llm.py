@@ -23,7 +23,7 @@ from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.launch import CoreHandle
-from nanovllm.protocol import CoreStatus, Welcome
+from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ nothing in it changes later.
 
 import msgspec
 
-from nanovllm.protocol import FinishReason, Why
+from nanovllm.protocol.messages import FinishReason, Why
 
 
 class Logprob(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from nanovllm.frontend.outputs import (
     TokenAlternatives,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol import AddRequest, Finished, FinishReason, Outputs, TokenLogprobs
+from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, Outputs, TokenLogprobs
 
 
 class Completion:

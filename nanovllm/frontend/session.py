@@ -15,7 +15,7 @@ from nanovllm.frontend.resume import missed_end, resumption
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
-from nanovllm.protocol import Abort, Finished, Outputs, Overloaded, RequestFailed
+from nanovllm.protocol.messages import Abort, Finished, Outputs, Overloaded, RequestFailed
 
 NUM_LAST_IDS = 64
 

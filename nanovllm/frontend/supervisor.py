@@ -23,7 +23,7 @@ from nanovllm.frontend.core_client import (
 from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
 from nanovllm.launch import CoreHandle
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Answer,
     CoreStatus,
     Operation,

@@ -12,10 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, processors
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.gguf import GGUFFile
+from nanovllm.checkpoint.locate import locate
 from nanovllm.frontend import gguf_tokenizer
 from nanovllm.frontend.chat_template import ChatTemplate, Message
-from nanovllm.gguf_file import GGUFFile
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What transformers may make a tokenizer of, if there is no tokenizer.json.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.protocol import StepPlan
+from nanovllm.protocol.messages import StepPlan
+from nanovllm.worker.attention.shared_prefix import SharingRows
 from nanovllm.worker.request_rows import Int32Array, RequestRows
-from nanovllm.worker.shared_prefix import SharingRows
 
 ROOM_FOR_WRITES = 8192  # row state, in writes, that travels in the same copy as the plan
 NOT_CACHED = -1  # the slot of a token whose key and value are not kept

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import StepLimits
-from nanovllm.protocol import StepPlan, StepResult
+from nanovllm.protocol.messages import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
+from nanovllm.worker.attention.shared_prefix import PrefixFinder
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import (
@@ -25,11 +26,10 @@ from nanovllm.worker.forward_batch import (
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.bitmask import unpack_masks
 from nanovllm.worker.sampling.columns import NO_LOGPROBS
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
-from nanovllm.worker.sampling.masks import unpack_masks
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
-from nanovllm.worker.shared_prefix import PrefixFinder
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
 TRUNCATING_COLUMNS = {"top_k", "top_p", "min_p"}

@@ -6,9 +6,9 @@ own figures for how much memory there is.
 
 import torch
 
+from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import EngineConfig
-from nanovllm.memory_plan import GIB, Machine, MemoryPlan, Precision, explain, free_memory
-from nanovllm.model_size import ModelSize
+from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, Precision, explain, free_memory
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.quant.select import Scheme
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.protocol import NewRow, StepPlan
+from nanovllm.protocol.messages import NewRow, StepPlan
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     NEUTRAL,
@@ -22,7 +22,7 @@ from nanovllm.worker.sampling.columns import (
     encode,
     word_offset,
 )
-from nanovllm.worker.sampling.edits import RowEdits, prepare_edits
+from nanovllm.worker.sampling.logits_processors import RowEdits, prepare_edits
 
 LOG = logging.getLogger(__name__)
 Int32Array = npt.NDArray[np.int32]

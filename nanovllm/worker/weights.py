@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanovllm.checkpoint import Checkpoint
+from nanovllm.checkpoint.gguf import GGUFTensor
+from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.executor.base import ProgressCallback
-from nanovllm.gguf_file import GGUFTensor
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder

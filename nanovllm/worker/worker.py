@@ -17,12 +17,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint import Checkpoint, locate
+from nanovllm.checkpoint.locate import Checkpoint, locate
+from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.config import EngineConfig, StepLimits
 from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
-from nanovllm.memory_plan import cpu_memory_budget, fit_blocks, free_memory
-from nanovllm.model_size import read_model_size
-from nanovllm.protocol import StepPlan, StepResult, WorkerInfo
+from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.protocol.messages import StepPlan, StepResult, WorkerInfo
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
@@ -39,12 +39,12 @@ from nanovllm.worker.kv_cache import allocate, block_bytes
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
-from nanovllm.worker.precompile import Job, Precompiler, is_likely
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.quant.select import describe as describe_weights
-from nanovllm.worker.rehearsal import rehearsals, run_heaviest_step
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.warmup.dummy_steps import rehearsals, run_heaviest_step
+from nanovllm.worker.warmup.precompile import Job, Precompiler, is_likely
 from nanovllm.worker.weights import load_weights
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import zmq
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
-from nanovllm.core.process import CoreServer, MakeCore
+from nanovllm.core.server import CoreServer, MakeCore
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     AddRequest,
     CoreStatus,
     Finished,

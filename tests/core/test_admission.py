@@ -13,7 +13,7 @@ from nanovllm.core.accounts import finished_message
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
+from nanovllm.protocol.messages import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving

@@ -7,9 +7,9 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
-from nanovllm.core.endpoint import Endpoint
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol import (
+from nanovllm.core.socket import Endpoint
+from nanovllm.protocol.messages import (
     AddRequest,
     CoreStatus,
     Outputs,

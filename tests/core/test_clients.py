@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from nanovllm.config import EngineConfig
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Abort,
     CoreFailed,
     CoreStatus,

@@ -12,8 +12,8 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
-from nanovllm.core.process import CoreServer
-from nanovllm.protocol import CoreStatus, Finished, Outputs, Overloaded, StepPlan
+from nanovllm.core.server import CoreServer
+from nanovllm.protocol.messages import CoreStatus, Finished, Outputs, Overloaded, StepPlan
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving
 
@@ -21,7 +21,7 @@ SERVE = """
 import sys, time
 from nanovllm.config import EngineConfig
 from nanovllm.core.lifetime import stop_on_signals
-from nanovllm.core.process import CoreServer
+from nanovllm.core.server import CoreServer
 from tests.core.test_drain import PacedExecutor
 config = EngineConfig.from_kwargs(drain_timeout=float(sys.argv[2]))
 server = CoreServer(config, sys.argv[1])

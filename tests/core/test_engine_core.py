@@ -10,7 +10,7 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol import AddRequest
+from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import decode, make_compiler

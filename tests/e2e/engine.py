@@ -5,7 +5,7 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.protocol import AddRequest, CoreStatus
+from nanovllm.protocol.messages import AddRequest, CoreStatus
 from nanovllm.sampling_params import SamplingParams
 
 CLIENT = 0

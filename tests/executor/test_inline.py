@@ -10,10 +10,11 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import DeviceLostError, Executor
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.protocol import NewRow, StepPlan, StepResult
+from nanovllm.protocol.messages import NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker import driver, failures, worker
-from nanovllm.worker.precompile import Precompiler
+from nanovllm.worker import failures, worker
+from nanovllm.worker.warmup import driver
+from nanovllm.worker.warmup.precompile import Precompiler
 from tests.worker.planning import make_plan, new_row
 
 PROMPTS = {4: [31, 7, 22, 150, 9, 10, 11, 12, 13, 99, 8], 0: [5, 6, 7], 7: [42]}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.protocol import AddRequest, CallResult, Finished, FromCore, Outputs, ToCore
+from nanovllm.protocol.messages import AddRequest, CallResult, Finished, FromCore, Outputs, ToCore
 from tests.frontend.fake_core import FakeCore, Script, silent
 from tests.frontend.vocabulary import byte_tokenizer
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     AddRequest,
     CoreStatus,
     Finished,

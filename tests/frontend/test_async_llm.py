@@ -10,7 +10,7 @@ import pytest
 from nanovllm.frontend import async_llm
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
     Call,

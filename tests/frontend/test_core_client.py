@@ -16,7 +16,7 @@ import pytest
 from nanovllm.frontend import core_client
 from nanovllm.frontend.core_client import CoreClient
 from nanovllm.frontend.errors import EngineDeadError
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     PULSE_INTERVAL_S,
     Call,
     CallResult,

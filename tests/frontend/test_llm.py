@@ -12,7 +12,7 @@ import pytest
 
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.llm import LLM
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
     Call,

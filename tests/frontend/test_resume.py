@@ -13,7 +13,7 @@ from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.supervisor import RestartBudget
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
     CallResult,

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from nanovllm.frontend.outputs import Logprob, RequestOutput
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
     Finished,

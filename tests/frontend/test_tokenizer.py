@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.gguf_tokenizer import build
 from nanovllm.frontend.tokenizer import Tokenizer
+from tests.checkpoint.gguf_writing import write_gguf
 from tests.frontend.vocabulary import (
     BOS,
     CHAT_TEMPLATE,
@@ -23,7 +24,6 @@ from tests.frontend.vocabulary import (
     fast_tokenizer,
     save,
 )
-from tests.gguf_writing import write_gguf
 
 CORPUS = [
     "",

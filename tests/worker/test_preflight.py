@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.memory_plan import GIB, Precision
+from nanovllm.plan.memory_plan import GIB, Precision
 from nanovllm.worker.preflight import machine_of, plan_memory, report
-from tests.test_memory_plan import SIZE
+from tests.plan.test_memory_plan import SIZE
 
 GPU = torch.device("cuda", 0)
 

@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nanovllm.checkpoint import Checkpoint
+from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
-from tests.gguf_writing import QuantizationType, write_gguf
+from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
 
 CPU = torch.device("cpu")
 TensorFile = dict[str, Tensor]

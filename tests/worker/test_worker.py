@@ -10,16 +10,16 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import StepFailedError
-from nanovllm.protocol import WorkerInfo
+from nanovllm.protocol.messages import WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import preflight, request_rows
 from nanovllm.worker import worker as worker_module
 from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.precompile import Precompiler
-from nanovllm.worker.rehearsal import run_heaviest_step
 from nanovllm.worker.sampling import sampler
+from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
+from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import (
     Worker,
     choose_max_model_len,

@@ -14,11 +14,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.frontend.engine_events import BlockDetails, EngineEvent
 from nanovllm.frontend.server import chat, completions, engine, info
-from nanovllm.frontend.server.errors import ApiError
-from nanovllm.frontend.server.gate import Gate
-from nanovllm.frontend.server.messages import (
+from nanovllm.frontend.server.api_errors import ApiError
+from nanovllm.frontend.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
+from nanovllm.frontend.server.middleware import Gate
+from nanovllm.frontend.server.openapi import Endpoint, document, operation
+from nanovllm.frontend.server.page_files import page_files
+from nanovllm.frontend.server.replies import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -29,16 +36,9 @@ from nanovllm.frontend.server.messages import (
     Tokens,
     Version,
 )
-from nanovllm.frontend.server.openapi import Endpoint, document, operation
-from nanovllm.frontend.server.page_files import page_files
-from nanovllm.frontend.server.requests import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-)
 from nanovllm.frontend.server.serving import Opener, Serving
 from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.watch.events import BlockDetails, EngineEvent
 
 GENERATING = (400, 404, 413, 429, 500, 503, 504)
 READING = (400, 404, 413, 503)

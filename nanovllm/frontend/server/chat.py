@@ -15,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
+from nanovllm.frontend.server.api_errors import refused
+from nanovllm.frontend.server.bodies import ChatBody
 from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
-from nanovllm.frontend.server.errors import refused
-from nanovllm.frontend.server.exchange import TextEvents, event
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from nanovllm.frontend.server.messages import (
+from nanovllm.frontend.server.prompts import chat_prompt, truncated
+from nanovllm.frontend.server.replies import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -34,9 +35,8 @@ from nanovllm.frontend.server.messages import (
     ToolCallDelta,
     Usage,
 )
-from nanovllm.frontend.server.prompts import chat_prompt, truncated
 from nanovllm.frontend.server.reply_format import ReplyFormat, ReplyParser
-from nanovllm.frontend.server.requests import ChatBody
+from nanovllm.frontend.server.responses import TextEvents, event
 from nanovllm.frontend.server.sampling import chat_params, constraint_of
 from nanovllm.frontend.server.serving import Generation, Serving
 from nanovllm.frontend.server.tool_parsers.pieces import (

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.checkpoint import locate
+from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback

@@ -17,18 +17,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput, TokenAlternatives
+from nanovllm.frontend.server.bodies import CompletionBody
 from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
-from nanovllm.frontend.server.exchange import TextEvents, event
 from nanovllm.frontend.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
-from nanovllm.frontend.server.messages import (
+from nanovllm.frontend.server.prompts import ServedPrompt, text_prompts, truncated
+from nanovllm.frontend.server.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     FinishReasonName,
     Usage,
 )
-from nanovllm.frontend.server.prompts import ServedPrompt, text_prompts, truncated
-from nanovllm.frontend.server.requests import CompletionBody
+from nanovllm.frontend.server.responses import TextEvents, event
 from nanovllm.frontend.server.sampling import completion_params, constraint_of
 from nanovllm.frontend.server.serving import Generation, Serving
 

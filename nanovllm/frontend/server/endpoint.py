@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.server.errors import from_decoding, from_value_error
-from nanovllm.frontend.server.exchange import EventStream, Whole
-from nanovllm.frontend.server.messages import PromptTokensDetails, Usage
-from nanovllm.frontend.server.requests import Body, ChatBody, GenerationBody
+from nanovllm.frontend.server.api_errors import from_decoding, from_value_error
+from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
+from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
+from nanovllm.frontend.server.responses import EventStream, Whole
 from nanovllm.frontend.server.serving import Options, Serving
 
 B = TypeVar("B", bound=Body)

@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.frontend.engine_events import BlockDetails
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.endpoint import serving_of
-from nanovllm.frontend.server.errors import ApiError
-from nanovllm.frontend.server.exchange import EventStream, JsonAnswer, event
+from nanovllm.frontend.server.responses import EventStream, JsonAnswer, event
 from nanovllm.frontend.server.serving import Serving
+from nanovllm.watch.events import BlockDetails
 
 LOADING_INTERVAL_S = 0.25
 STILL_HERE = b": nothing new\n\n"  # a comment, by which proxies and we notice who has left

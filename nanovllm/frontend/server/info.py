@@ -6,12 +6,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.frontend.server.api_errors import refused
+from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody
 from nanovllm.frontend.server.endpoint import blaming, read, serving_of
-from nanovllm.frontend.server.errors import refused
-from nanovllm.frontend.server.exchange import JsonAnswer
-from nanovllm.frontend.server.messages import ModelCard, ModelList, Text, Tokens, Version
 from nanovllm.frontend.server.prompts import chat_prompt, plain_prompt
-from nanovllm.frontend.server.requests import DetokenizeBody, TokenizeBody
+from nanovllm.frontend.server.replies import ModelCard, ModelList, Text, Tokens, Version
+from nanovllm.frontend.server.responses import JsonAnswer
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.tokenizer import Tokenizer
 

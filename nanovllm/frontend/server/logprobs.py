@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanovllm.frontend.outputs import Logprob, TokenAlternatives
-from nanovllm.frontend.server.messages import (
+from nanovllm.frontend.server.replies import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,

@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.protocol import CoreStatus, Welcome
+from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
 
 LABELS = ("model_name", "engine")

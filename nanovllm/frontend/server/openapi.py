@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.frontend.server.messages import ErrorReply
+from nanovllm.frontend.server.replies import ErrorReply
 
 REF = "#/components/schemas/{name}"
 JSON, EVENTS = "application/json", "text/event-stream"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
-DIRECTORY = Path(__file__).parent / "page"
+DIRECTORY = Path(__file__).parents[2] / "watch" / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

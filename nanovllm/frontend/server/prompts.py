@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from nanovllm.frontend.chat_template import Message
-from nanovllm.frontend.server.errors import refused
-from nanovllm.frontend.server.requests import (
+from nanovllm.frontend.server.api_errors import refused
+from nanovllm.frontend.server.bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,

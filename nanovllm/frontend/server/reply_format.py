@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from nanovllm.frontend.server import reasoning
+from nanovllm.frontend.server.bodies import ChatBody
 from nanovllm.frontend.server.reasoning import ThinkSplitter
-from nanovllm.frontend.server.requests import ChatBody
 from nanovllm.frontend.server.sampling import called_tools
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.server.tool_parsers import hermes, llama3, mistral

@@ -6,8 +6,8 @@ which of the fields that OpenAI and vLLM know have only one value that means any
 
 from typing import Any
 
-from nanovllm.frontend.server.errors import ApiError, refused
-from nanovllm.frontend.server.requests import (
+from nanovllm.frontend.server.api_errors import ApiError, refused
+from nanovllm.frontend.server.bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,

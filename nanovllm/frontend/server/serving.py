@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
-from nanovllm.frontend.engine_events import EngineView
-from nanovllm.frontend.engine_feed import EngineFeed
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
-from nanovllm.frontend.server.errors import ApiError, from_finish, refused
-from nanovllm.frontend.server.messages import Health
+from nanovllm.frontend.server.api_errors import ApiError, from_finish, refused
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
+from nanovllm.frontend.server.replies import Health
 from nanovllm.frontend.server.reply_format import ReplyFormat
 from nanovllm.frontend.server.settings import ServerSettings
-from nanovllm.protocol import CoreStatus, Welcome
+from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.watch.events import EngineView
+from nanovllm.watch.feed import EngineFeed
 
 if TYPE_CHECKING:
     from nanovllm.frontend.server.tracing import RequestSpan, Tracing

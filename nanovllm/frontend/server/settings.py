@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from nanovllm.frontend.engine_events import EngineView
+from nanovllm.watch.events import EngineView
 
 ToolCallFormat = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
 ReasoningFormat = Literal["auto", "think", "deepseek_r1", "none"]

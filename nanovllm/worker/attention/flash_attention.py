@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton_attention import TritonAttention
-from nanovllm.worker.attention.triton_tuning import Tuning
+from nanovllm.worker.attention.triton.attention_tuning import Tuning
+from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.layers.rotary import Rotary
 

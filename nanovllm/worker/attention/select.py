@@ -12,7 +12,7 @@ from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 
 BACKENDS = {
     "torch": "nanovllm.worker.attention.torch_ref:TorchAttention",
-    "triton": "nanovllm.worker.attention.triton_attention:TritonAttention",
+    "triton": "nanovllm.worker.attention.triton.backend:TritonAttention",
     "flash_attn": "nanovllm.worker.attention.flash_attention:FlashAttention",
 }
 # "auto" takes the first that supports the model.

@@ -18,7 +18,7 @@ from nanovllm.worker.request_rows import RequestRows
 
 
 class SampleTokens(Protocol):
-    """A sampler for all rows at once (`triton_sampler.sample_tokens`)."""
+    """A sampler for all rows at once (`fused_sampler.sample_tokens`)."""
 
     def __call__(
         self,
@@ -53,8 +53,8 @@ class FusedStep:
 class DeviceKernels:
     """The kernels of one device. Without a fused step plain torch does what it would.
 
-    gpu: the facts by which Triton compiles (`triton_launch.Gpu`), where it does. naming: under way
-    there, and to be joined before the first launch (`triton_launch.name_kernels_ahead`).
+    gpu: the facts by which Triton compiles (`launch.Gpu`), where it does. naming: under way
+    there, and to be joined before the first launch (`launch.name_kernels_ahead`).
     """
 
     layers: Kernels
@@ -68,20 +68,20 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
     """Triton's on a GPU that runs them, else plain torch's. refused: why not Triton's, if known."""
     reason = refused or f"{device.type} device"
     if device.type == "cuda" and refused is None:
-        reason = _load("triton_launch:unusable")(device)
+        reason = _load("triton.launch:unusable")(device)
         if reason is None:
             return DeviceKernels(
-                layers=_load("triton_kernels:TritonKernels")(),
+                layers=_load("triton.layer_kernels:TritonKernels")(),
                 fused=FusedStep(
-                    expand_view=_load("triton_batch:expand_view"),
-                    sample_tokens=_load("triton_sampler:sample_tokens"),
+                    expand_view=_load("triton.expand_batch:expand_view"),
+                    sample_tokens=_load("triton.fused_sampler:sample_tokens"),
                 ),
                 why="fused Triton kernels",
-                gpu=_load("triton_launch:gpu_of")(device),
-                naming=_load("triton_launch:name_kernels_ahead")(),
+                gpu=_load("triton.launch:gpu_of")(device),
+                naming=_load("triton.launch:name_kernels_ahead")(),
             )
     return DeviceKernels(
-        layers=_load("torch_kernels:TorchKernels")(),
+        layers=_load("torch.layer_kernels:TorchKernels")(),
         fused=None,
         why=f"plain torch kernels ({reason})",
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm.worker.kernels.select import SampleTokens
 from nanovllm.worker.request_rows import Int32Array, RequestRows
+from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS
 from nanovllm.worker.sampling.distribution import (
     draw,
@@ -22,9 +23,8 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_k,
     truncate_top_p,
 )
-from nanovllm.worker.sampling.edits import apply_edits
+from nanovllm.worker.sampling.logits_processors import apply_edits
 from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
-from nanovllm.worker.sampling.masks import TokenMasks, apply_masks
 from nanovllm.worker.sampling.penalties import penalize
 
 IndexArray = npt.NDArray[np.intp]

@@ -19,7 +19,7 @@ from nanovllm.frontend.server.run import serve as run_server
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol import FromCore, Hello, ToCore
+from nanovllm.protocol.messages import FromCore, Hello, ToCore
 from tests.frontend.fake_core import INFO, WELCOME, FakeCore, M, Script, echo
 from tests.frontend.vocabulary import SPECIAL_TOKENS, byte_tokenizer, fast_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     AddRequest,
     Finished,
     Outputs,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.protocol import (
+from nanovllm.protocol.messages import (
     AddRequest,
     Finished,
     Outputs,

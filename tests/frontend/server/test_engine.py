@@ -15,12 +15,12 @@ import pytest
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
-from nanovllm.frontend.engine_events import EngineEvent
 from nanovllm.frontend.server.page_files import DIRECTORY
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.watch.events import EngineEvent
 from tests.core.serving import serving as core_serving
 from tests.frontend.server.served import error_of, served
 from tests.frontend.vocabulary import byte_tokenizer

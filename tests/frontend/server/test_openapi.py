@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import httpx
 
 from nanovllm.frontend.server.app import ENDPOINTS
-from nanovllm.observation import BlockContents
-from nanovllm.protocol import Call, CallResult, FromCore, ToCore
+from nanovllm.protocol.messages import Call, CallResult, FromCore, ToCore
+from nanovllm.protocol.watch import BlockContents
 from tests.frontend.fake_core import STATUS, echo
 from tests.frontend.server.served import listening
 

@@ -18,7 +18,7 @@ from openai import BadRequestError, OpenAI
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm.frontend.server.command import default_frontends
-from nanovllm.protocol import AddRequest, Finished, Outputs
+from nanovllm.protocol.messages import AddRequest, Finished, Outputs
 from tests.e2e.processes import alive, wait_until
 from tests.frontend.attached import says
 from tests.frontend.fake_core import FakeCore, begin

@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.server.tracing import Tracing
-from nanovllm.protocol import Abort, AddRequest
+from nanovllm.protocol.messages import Abort, AddRequest
 from tests.e2e.processes import wait_until
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent

@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanovllm.checkpoint import Checkpoint
+from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
 from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
 from nanovllm.worker.weights import load_weights
-from tests.gguf_writing import QuantizationType
-from tests.worker.decoding import Driver
+from tests.checkpoint.gguf_writing import QuantizationType
+from tests.worker.attention.decoding import Driver
 from tests.worker.quant.compressed import dequantized, write_compressed
 from tests.worker.test_weights import as_gguf
 

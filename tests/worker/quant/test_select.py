@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.kernels.torch_kernels import TorchKernels
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import spec_from_config

@@ -1,0 +1,400 @@
+"""The core process: one ROUTER socket, its clients, and the busy loop around `EngineCore`.
+
+`launch` calls `CoreServer` in a process of its own. Idle, it blocks in poll; busy, it polls with 0
+between steps. A bad frame or request costs its sender a typed error and nobody else anything; a
+client that does not read, or is gone, costs bounded memory and time.
+"""
+
+import math
+import secrets
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+import zmq
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.accounts import CpuClock, finished_message
+from nanovllm.core.admission import OverloadedError
+from nanovllm.core.clients import Client, ClientTable
+from nanovllm.core.delivery import Delivery
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import MakeCompiler
+from nanovllm.core.lifetime import ExitCode, watching_for_stalls
+from nanovllm.core.operations import Operations, answer_call
+from nanovllm.core.sequence import Sequence
+from nanovllm.core.socket import Endpoint
+from nanovllm.executor.base import Executor
+from nanovllm.keys import CoreKeys
+from nanovllm.protocol.messages import (
+    PROTOCOL_VERSION,
+    PULSE_INTERVAL_S,
+    STATUS_INTERVAL_S,
+    Abort,
+    AddRequest,
+    Call,
+    CoreFailed,
+    CoreStatus,
+    Detached,
+    FromCore,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Loading,
+    Overloaded,
+    Pulse,
+    RequestFailed,
+    ToCore,
+    Welcome,
+    WorkerInfo,
+)
+
+LOADING_INTERVAL_S = 0.1
+BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
+IDLE_BEFORE_REHEARSING_S = 0.25
+MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
+LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
+UNKNOWN = "the core does not know this client: say Hello"
+MakeCore = Callable[..., EngineCore]  # of the same arguments as `EngineCore`
+
+
+class CoreServer:
+    """Serves any number of clients at `address` until `stop` or `drain` is called."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        address: str,
+        *,
+        keys: CoreKeys | None = None,
+        make_core: MakeCore = EngineCore,
+    ) -> None:
+        """Bind, so that clients can attach while the model loads. `ValueError`: a bad address.
+
+        keys: those of a core that other machines may reach.
+        """
+        service = config.service
+        self._config = config
+        self._make_core = make_core
+        self._epoch = secrets.token_hex(8)
+        self._decoder = msgspec.msgpack.Decoder(ToCore)
+        self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
+        self._core: EngineCore | None = None
+        self._operations: Operations | None = None
+        self._info: WorkerInfo | None = None
+        self._stopping = self._draining = False
+        self._exit_code = ExitCode.DONE
+        self._drain_until = 0.0
+        self._last_loading = Loading("starting", 0.0)
+        self._loading_due = self._pulse_due = self._status_due = 0.0
+        self._awake_at = time.monotonic()
+        self._rehearse_from = 0.0  # when there will have been nothing to do for a while
+        self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
+        self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
+        self._delivery = Delivery(self._endpoint)
+        # A byte on this pair interrupts a blocking poll, from a signal handler or a thread.
+        self._wakeup, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakeup.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._endpoint.socket, zmq.POLLIN)
+        self._poller.register(self._wakeup, zmq.POLLIN)
+
+    def drain(self) -> None:
+        """Take no new requests, and end when those there have finished or `drain_timeout` has
+        passed; callable from signal handlers and other threads."""
+        self._drain_until = time.monotonic() + self._config.service.drain_timeout
+        self._draining = True
+        self._wake()
+
+    def stop(self) -> None:
+        """Ask the loop to end now, aborting what runs; callable like `drain`."""
+        self._stopping = True
+        self._wake()
+
+    def close(self) -> None:
+        """Release the address. Nothing can be served afterwards."""
+        self._stopping = True
+        self._endpoint.close()
+        self._wakeup.close()
+        self._waker.close()
+
+    def on_progress(self, phase: str, progress: float) -> None:
+        """Answer clients while the executor loads; called by the loading code, often."""
+        if self._stopping or self._draining:
+            raise SystemExit(0)
+        now = time.monotonic()
+        new_phase = phase != self._last_loading.phase
+        if new_phase or now >= self._loading_due:
+            self._loading_due = now + LOADING_INTERVAL_S
+            self._last_loading = Loading(phase, progress)
+            self._receive_all()
+            for client in self._clients:
+                self._delivery.post(client.identity, self._last_loading)
+            self._flush()
+
+    def run(
+        self, make_executor: Callable[[], Executor], make_compiler: MakeCompiler | None = None
+    ) -> ExitCode:
+        """Load, then serve until stopped. Whatever goes wrong is told to every client first.
+
+        make_compiler: for structured outputs, which are refused without.
+        """
+        executor: Executor | None = None
+        try:
+            self.on_progress("starting", 0.0)
+            executor = make_executor()
+            self._info = executor.start()
+            compiler = make_compiler(self._info) if make_compiler else None
+            core = self._core = self._make_core(
+                self._config, executor, self._info, compiler, self._wake
+            )
+            self._operations = Operations(core)
+            self._clients.extend_leases(time.monotonic() - self._awake_at)
+            self._awake_at = time.monotonic()
+            self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
+            for client in self._clients:
+                self._answer(client, self._welcome(client))
+            self._flush()
+            with watching_for_stalls(lambda: core.stalled_s, self._config.service.stall_timeout):
+                while not self._stopping:
+                    self._turn(core)
+            if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
+                self._exit_code = ExitCode.CUT_SHORT
+            for client in self._clients:
+                self._finish(core.abort_client(client.client_id))
+            self._flush()
+        except Exception as error:
+            self._tell_failure(error)
+            raise
+        finally:
+            if executor is not None:
+                executor.shutdown()
+            self.close()
+        return self._exit_code
+
+    # ---- the busy loop
+
+    def _turn(self, core: EngineCore) -> None:
+        self._clock.resume()
+        now = time.monotonic()
+        late_s = now - self._awake_at
+        if now >= self._pulse_due:
+            self._pulse_due = now + PULSE_INTERVAL_S
+            self._send_pulse(core, now)
+        if not core.busy:
+            late_s += self._wait(core, now)
+        self._awake_at = time.monotonic()
+        if late_s > LATE_S:
+            self._clients.extend_leases(late_s)
+        self._receive_all()
+        for client in self._clients.pop_expired(self._awake_at):
+            core.abort_client(client.client_id)
+            self._delivery.post(
+                client.identity, Detached("the client was silent for its whole lease")
+            )
+        if core.next_deadline <= self._awake_at:
+            self._finish(core.expire(self._awake_at))
+        if core.busy and not self._stopping:
+            self._clock.pause()
+            outputs = core.step()
+            self._clock.resume()
+            if self._rehearse_from < math.inf:
+                self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
+            if outputs is not None:
+                self._clients.collect(outputs)
+                self._finish(outputs.finished)
+                self._finish(outputs.failed)
+        self._flush()
+        self._clock.pause()
+        if self._draining:
+            self._end_drain(core)
+
+    def _wait(self, core: EngineCore, now: float) -> float:
+        """Until something arrives or is due; if nothing has been wanted for a while, practise.
+
+        Returns how much longer it took than meant.
+        """
+        due = min(core.next_deadline, self._pulse_due, max(now, self._rehearse_from))
+        if any(client.has_mail for client in self._clients):
+            due = min(due, now + BACKLOG_INTERVAL_S)
+        if self._draining:
+            due = min(due, self._drain_until)
+        timeout_s = max(0.0, due - now)
+        if not self._poller.poll(int(timeout_s * 1e3) + 1) and now >= self._rehearse_from:
+            self._clock.pause()
+            if not core.rehearse():
+                self._rehearse_from = math.inf
+            self._clock.resume()
+        return time.monotonic() - now - timeout_s
+
+    def _send_pulse(self, core: EngineCore, now: float) -> None:
+        pulse: Pulse | CoreStatus = Pulse()
+        if now >= self._status_due:
+            self._status_due = now + STATUS_INTERVAL_S
+            pulse = msgspec.structs.replace(
+                core.status(epoch=self._epoch, num_clients=len(self._clients)),
+                num_expired_clients=self._clients.num_expired,
+                draining=self._draining,
+                loop_cpu_s=time.thread_time(),
+                messaging_cpu_s=self._clock.seconds,
+            )
+        for client in self._clients:
+            if self._delivery.post(client.identity, pulse) == "gone":
+                self._forget(client)
+
+    def _end_drain(self, core: EngineCore) -> None:
+        done = not core.num_unfinished and not any(client.has_mail for client in self._clients)
+        if done or time.monotonic() >= self._drain_until:
+            self._stopping = True
+            self._exit_code = ExitCode.DONE if done else ExitCode.DRAIN_TIMEOUT
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # the loop may have seen it and closed everything by now
+            self._waker.send(b"\0")
+
+    def _receive_all(self) -> None:
+        """Take in the frames that have arrived, up to a limit; never blocks."""
+        for _ in range(MAX_FRAMES_PER_TURN):
+            received = self._endpoint.receive()
+            if received is None:
+                break
+            self._receive(*received)
+            if self._core is not None and self._core.lets_device_wait:
+                break
+        with suppress(BlockingIOError):
+            while self._wakeup.recv(1024):
+                pass
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        client = self._clients.find(identity)
+        if client is not None:
+            client.last_heard = self._awake_at
+        try:
+            (frame,) = frames
+            message = self._decoder.decode(frame)
+        except Exception as error:  # whatever bytes may do to a decoder: too deep, too large, odd
+            failure = RequestFailed(-1, f"bad frame: {error}")
+            if client is None:
+                self._delivery.post(identity, failure)
+            else:
+                self._answer(client, failure)
+            return
+        match message:
+            case Hello(protocol_version):
+                self._greet(identity, client, protocol_version)
+            case _ if client is None:
+                self._delivery.post(identity, Detached(UNKNOWN))
+            case _:
+                self._serve(client, message)
+
+    def _serve(self, client: Client, message: ToCore) -> None:
+        match message:
+            case AddRequest():
+                self._add(client, message)
+            case Abort(numbers):
+                if self._core is not None:
+                    self._finish(self._core.abort(client.client_id, numbers))
+            case Goodbye():
+                self._forget(client)
+            case Call():
+                self._answer(client, answer_call(self._operations, client.client_id, message))
+            case Heartbeat():
+                pass
+
+    # ---- what clients ask
+
+    def _greet(self, identity: bytes, client: Client | None, protocol_version: int) -> None:
+        if protocol_version != PROTOCOL_VERSION:
+            text = f"the core speaks protocol {PROTOCOL_VERSION}, the client {protocol_version}: "
+            text += "install the same nanovllm on both sides"
+            self._delivery.post(identity, CoreFailed(text, details="", usage=True))
+        elif client is None and self._clients.is_full:
+            text = f"the core has {len(self._clients)} clients already: raise max_clients"
+            self._delivery.post(identity, CoreFailed(text, details=""))
+        else:
+            client = client or self._clients.attach(identity, self._awake_at)
+            loading = self._core is None
+            self._answer(client, self._last_loading if loading else self._welcome(client))
+
+    def _welcome(self, client: Client) -> Welcome:
+        assert self._info is not None
+        model = self._config.model
+        return Welcome(
+            client_id=client.client_id,
+            epoch=self._epoch,
+            model=model.tokenizer or model.model,
+            served_model_name=model.served_model_name or model.model,
+            block_size=self._config.cache.block_size,
+            max_num_seqs=self._config.scheduler.max_num_seqs,
+            worker=self._info,
+        )
+
+    def _add(self, client: Client, request: AddRequest) -> None:
+        try:
+            if self._core is None:
+                raise ValueError("the core is still loading: wait for Welcome")
+            if self._draining:
+                raise OverloadedError(self._config.service.drain_timeout, draining=True)
+            self._core.add(client.client_id, request)
+        except OverloadedError as error:
+            self._answer(client, Overloaded(request.number, error.retry_after_s, error.draining))
+        except Exception as error:
+            self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
+
+    def _forget(self, client: Client) -> None:
+        """A client has gone: end what it has running."""
+        self._clients.remove(client)
+        if self._core is not None:
+            self._core.abort_client(client.client_id)
+
+    # ---- what clients get
+
+    def _finish(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            client = self._clients.with_id(sequence.client_id)
+            if client is None:
+                continue
+            if sequence.failure:
+                self._answer(client, RequestFailed(sequence.number, sequence.failure))
+            else:
+                client.outputs.finished.append(finished_message(sequence))
+
+    def _answer(self, client: Client, message: FromCore) -> None:
+        """Queue a message for the next flush, after the outputs that are there."""
+        client.answers.append(message)
+        if client.asks_too_much:
+            self._forget(client)
+
+    def _flush(self) -> None:
+        """Send what waits; a client that has left too much unread is paused until it reads."""
+        core = self._core
+        for client in self._clients:
+            if not client.has_mail:
+                continue
+            sent = self._delivery.deliver(client)
+            if sent == "gone":
+                self._forget(client)
+            elif core is None:
+                continue
+            elif sent == "sent":
+                core.resume(client.client_id)
+            elif client.backlog > self._config.service.client_buffer_tokens:
+                core.pause(client.client_id)
+        failures, self._delivery.failures = self._delivery.failures, []
+        for failure in failures:
+            assert core is not None
+            core.fail(*failure)
+
+    def _tell_failure(self, error: Exception) -> None:
+        usage = isinstance(error, ValueError) and self._core is None
+        failure = CoreFailed(str(error) or type(error).__name__, traceback.format_exc(), usage)
+        self._last_loading = Loading("failed", 0.0)
+        self._core = self._operations = None
+        self._receive_all()  # whoever has just said Hello is to be told as well
+        for client in self._clients:
+            self._delivery.deliver(client)
+            self._delivery.post(client.identity, failure)

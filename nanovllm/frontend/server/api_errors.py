@@ -1,0 +1,127 @@
+"""Errors as OpenAI's API gives them: a status, and what to mend, in one JSON shape.
+
+Endpoints raise `ApiError`; `from_engine` says what an engine's own errors mean over HTTP.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+
+import msgspec
+from starlette.responses import Response
+
+from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
+from nanovllm.frontend.server.replies import ErrorDetails, ErrorReply
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+RETRY_AFTER_S = 1
+# Names that `SamplingParams` and `AsyncLLM` use for what a request calls otherwise.
+REQUEST_NAMES = {"prompt_token_ids": "prompt", "sampling_params": "", "structured_outputs": ""}
+PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
+UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+
+
+class ApiError(Exception):
+    """`param` is the field to mend; `code` is OpenAI's word for the case, where it has one."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.details = ErrorDetails(message, TYPES.get(status, "server_error"), param or None, code)
+        self.headers = headers or {}
+        if status in (429, 503):
+            self.headers.setdefault("retry-after", str(RETRY_AFTER_S))
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorReply(self.details))
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def refused(field: str, reason: str) -> ApiError:
+    """A field that cannot be honoured."""
+    return ApiError(400, f"{field}: {reason}", param=field, code="unsupported_field")
+
+
+def from_value_error(
+    error: ValueError, fields: Collection[str], names: Mapping[str, str]
+) -> ApiError:
+    """A caller's mistake. Such texts begin with the name of the field, if it is about one.
+
+    names: of `SamplingParams`, and what the request calls them.
+    """
+    message = str(error)
+    name = re.match(r"\w*", message)
+    param = name[0] if name else ""
+    param = names.get(param) or REQUEST_NAMES.get(param, param)
+    too_long = "max_model_len" in message
+    code = "context_length_exceeded" if too_long else None
+    return ApiError(400, message, param=param if param in fields else None, code=code)
+
+
+def from_decoding(error: Exception) -> ApiError:
+    """The body is no JSON, or not of the shape that the endpoint takes."""
+    message = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return ApiError(400, f"the body is not valid JSON: {message}", code="invalid_json")
+    where, unknown = PATH.search(message), UNKNOWN_FIELD.search(message)
+    path = where[1] if where else ""
+    if unknown:
+        path = f"{path}.{unknown[1]}".lstrip(".")
+        return ApiError(
+            400, f"{path}: this server knows no such field", param=path, code="unknown_field"
+        )
+    text = PATH.sub("", message)
+    return ApiError(400, f"{path}: {text}" if path else text, param=path)
+
+
+def from_engine(error: Exception) -> ApiError:
+    """What an engine's error means to an HTTP client."""
+    match error:
+        case ApiError():
+            return error
+        case EngineDeadError():
+            return ApiError(503, f"the engine is down: {error}", code="engine_dead")
+        case OverloadedError():
+            status, code = (503, "draining") if error.draining else (429, "overloaded")
+            headers = {"retry-after": str(math.ceil(error.retry_after))}
+            return ApiError(status, str(error), code=code, headers=headers)
+        case RequestFailedError() if "structured_outputs" in str(error):
+            # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
+            return ApiError(400, str(error), param="structured_outputs")
+        case RequestFailedError():
+            return ApiError(500, f"the engine failed this request: {error}", code="request_failed")
+        case TimeoutError():
+            return ApiError(504, str(error) or "the engine did not answer in time")
+        case _:
+            return ApiError(500, "internal error: the server's log says more")
+
+
+def from_finish(reason: str) -> ApiError:
+    """A request that ended in a way no client asked for."""
+    if reason == "timeout":
+        return ApiError(
+            504, "deadline_ms has passed", param="deadline_ms", code="deadline_exceeded"
+        )
+    if reason == "abort":
+        return ApiError(503, "the request was aborted: the server shuts down", code="aborted")
+    return ApiError(500, "the engine failed this request", code="request_failed")

@@ -1,0 +1,130 @@
+"""What stands before every endpoint: keys, the limit on bodies, request ids, counting.
+
+Plain ASGI: it adds nothing to the cost of a streamed token but one call. A client that is gone,
+be it while its body is read or while it is answered, is `ClientDisconnect` within, and ends here.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanovllm.frontend.server.api_errors import ApiError
+from nanovllm.frontend.server.metrics import ServerMetrics
+from nanovllm.frontend.server.settings import ServerSettings
+
+CLIENT_LEFT = 499  # as proxies count it; nobody is sent it
+DISCONNECT_TIMEOUT_S = 1.0
+SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """Middleware. paths: as they are counted; all others are one. open: those that need no key."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        settings: ServerSettings,
+        metrics: ServerMetrics,
+        paths: Collection[str],
+        open: Collection[str],
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._keys = [key.encode() for key in settings.api_key]
+        self._metrics = metrics
+        self._paths = paths
+        self._open = open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given_id = headers.get("x-request-id", "")
+        request_id = given_id if SAFE_ID.fullmatch(given_id) else secrets.token_hex(16)
+        started, status = time.perf_counter(), 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                pair = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", ()), pair]
+            try:
+                await send(message)
+            except (OSError, RuntimeError) as error:  # uvloop's, of a connection being closed
+                raise ClientDisconnect from error
+
+        try:
+            if refusal := self._refusal(scope["path"], headers):
+                await refusal.response()(scope, receive, send_on)
+            else:
+                await self._app(scope, self._limited(receive), send_on)
+        except ClientDisconnect:
+            status = status or CLIENT_LEFT
+            await _disconnected(receive)
+        finally:
+            self._count(scope, status, time.perf_counter() - started, request_id)
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if self._keys and path not in self._open:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            given = key.strip().encode() if scheme.lower() == "bearer" else b""
+            # All are compared, so that the time tells nothing.
+            if not sum(secrets.compare_digest(given, known) for known in self._keys):
+                return ApiError(
+                    401,
+                    "no valid API key: send it as `Authorization: Bearer KEY`",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Bodies that do not tell their length are counted as they come."""
+        num_bytes = 0
+
+        async def receive_some() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._settings.max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        return receive_some
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body exceeds {self._settings.max_body_bytes} bytes", code="body_too_large"
+        )
+
+    def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        path = scope["path"]
+        shown = path if path in self._paths else "other"
+        self._metrics.http.labels(scope["method"], shown, str(status)).inc()
+        if self._settings.access_log:
+            took = f"{seconds * 1e3:.1f} ms"
+            logger.info("%s %s → %s, %s, %s", scope["method"], path, status, took, request_id)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Until the server knows it, too: else it would complain of an answer that is not complete."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
+            while (await receive())["type"] != "http.disconnect":
+                pass

@@ -1,0 +1,196 @@
+"""`nanovllm plan`: what a model would take on a device, from its config and headers alone.
+
+Called by `cli`. Needs no GPU, loads no torch, reads no weights; the arithmetic is `memory_plan`'s.
+"""
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanovllm.checkpoint.locate import locate
+from nanovllm.checkpoint.model_size import ModelSize, read_model_size
+from nanovllm.config import EngineConfig, unknown_name
+from nanovllm.plan.memory_plan import (
+    GIB,
+    Machine,
+    MemoryPlan,
+    Precision,
+    explain,
+    free_memory,
+)
+
+LENGTHS = (1024, 4096, 8192, 32768, 131072)
+# What CUDA itself, its libraries and our kernels take on a GPU, about.
+CONTEXT_BYTES = int(0.7 * GIB)
+# GiB that CUDA reports of a whole device.
+GPUS = {
+    "B200": 178.4,
+    "H200": 139.8,
+    "H100": 79.2,
+    "A100-80GB": 79.3,
+    "A100-40GB": 39.4,
+    "L40S": 44.4,
+    "A10G": 22.0,
+    "L4": 22.0,
+    "RTX 5090": 31.4,
+    "RTX 4090": 23.5,
+    "RTX 3090": 23.6,
+}
+
+
+def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Print the plan; returns the exit code, 1 if the model does not fit."""
+    if arguments.of_model is not None and "model" in settings:
+        raise ValueError("model: it is named twice: give MODEL or --model")
+    if arguments.of_model is not None:
+        settings = {**settings, "model": arguments.of_model}
+    config = EngineConfig.from_kwargs(**settings)
+    machine = choose_machine(config, gpu=arguments.gpu, gpu_memory=arguments.gpu_memory)
+    plan = make_plan(config, machine)
+    print_plan(plan, Console())
+    return 0 if plan.fits else 1
+
+
+def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> MemoryPlan:
+    """The plan of `config` on `machine`. Raises `ValueError` naming field and remedy."""
+    checkpoint = locate(config.model.model, weights=False)
+    size = read_model_size(checkpoint)
+    wanted, most = config.model.max_model_len, size.max_position_embeddings
+    if wanted is not None and wanted > most:
+        raise ValueError(f"max_model_len: the model has {most} positions: set at most {most}")
+    quantization = config.model.quantization or checkpoint.config().get("quantization_config")
+    return MemoryPlan(
+        size=size,
+        machine=machine,
+        precision=Precision.of(
+            _dtype(config, size, machine),
+            fp8_weights=quantization is not None,
+            fp8_cache=config.cache.kv_cache_dtype != "auto",
+        ),
+        cache=config.cache,
+        limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
+        max_model_len=wanted or most,
+        num_ranks=num_ranks,
+    )
+
+
+def choose_machine(config: EngineConfig, *, gpu: str | None, gpu_memory: float | None) -> Machine:
+    """The device to plan for: one named or given by its GiB, else this computer's."""
+    if gpu is None and gpu_memory is None:
+        found = None if config.model.device == "cpu" else _local_gpu()
+        if config.model.device == "cuda" and found is None:
+            raise ValueError("device: no GPU is found here: name one by --gpu or --gpu-memory")
+        return found or Machine(
+            name="this machine", memory_bytes=free_memory(), taken_bytes=0, is_gpu=False
+        )
+    if config.model.device == "cpu":
+        raise ValueError("--gpu and --gpu-memory: omit them to plan for device 'cpu'")
+    if gpu is not None:
+        names = {name.lower(): name for name in GPUS}
+        if gpu.lower() not in names:
+            raise ValueError(unknown_name("--gpu", gpu, list(GPUS)) + ", or give --gpu-memory GiB")
+        gpu = names[gpu.lower()]
+    gib = gpu_memory if gpu_memory is not None else GPUS[str(gpu)]
+    if gib <= 0:
+        raise ValueError(f"--gpu-memory: {gib} is no amount of memory: give GiB")
+    name = gpu or f"a GPU of {gib:g} GiB"
+    return Machine(name=name, memory_bytes=int(gib * GIB), taken_bytes=CONTEXT_BYTES, is_gpu=True)
+
+
+def print_plan(plan: MemoryPlan, console: Console) -> None:
+    """Tables of what goes where and of what fits; in words what would do if it does not fit."""
+    size, machine = plan.size, plan.machine
+    console.print(
+        f"{size.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
+        f"(by {size.source}), {plan.precision.dtype}, on {machine.name} "
+        f"({machine.memory_bytes / GIB:.1f} GiB{'' if machine.is_gpu else ' free'})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(memory_table(plan))
+    if plan.fits:
+        console.print(length_table(plan))
+        each = plan.num_kv_tokens // plan.limits.max_num_seqs
+        console.print(
+            f"max_num_seqs={plan.limits.max_num_seqs} run at once "
+            f"at up to {min(each, plan.max_model_len):,} tokens each on average.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print(explain(plan), highlight=False, soft_wrap=True)
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """Where the memory goes, from what is there already to what is left for KV."""
+    table = Table("memory", "what", box=None, pad_edge=False)
+    table.add_column("GiB", justify="right")
+
+    def add(name: str, what: str, num_bytes: float) -> None:
+        table.add_row(name, what, f"{num_bytes / GIB:.2f}")
+
+    weights, limits = plan.weight_bytes, plan.limits
+    if plan.machine.taken_bytes:
+        add("device", "CUDA's own, other programs'", plan.machine.taken_bytes)
+    for group, num_bytes in weights.items():
+        if num_bytes:
+            add("weights", group, num_bytes)
+    add("sequences", f"state of {limits.max_num_seqs}, rotary table", plan.row_bytes)
+    step = f"heaviest step: {limits.max_num_batched_tokens} tokens, scratch"
+    add("activations", step, plan.activation_bytes)
+    per_token = f"{plan.bytes_per_token / 1024:g} KiB a token"
+    blocks = f"{plan.num_blocks} blocks of {plan.cache.block_size}, {per_token}"
+    add("KV cache", blocks, plan.kv_cache_bytes)
+    spare = plan.machine.memory_bytes - plan.machine.taken_bytes
+    spare -= plan.fixed_bytes + plan.kv_cache_bytes
+    graphs = f", graphs take about {plan.graph_bytes / GIB:.2f}" if plan.graph_bytes else ""
+    add("left", f"not used by KV{graphs}", spare)
+    return table
+
+
+def length_table(plan: MemoryPlan) -> Table:
+    """How many sequences of which length have room at once."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens per sequence", justify="right")
+    table.add_column("fit at once", justify="right")
+    shorter = [length for length in LENGTHS if length < plan.max_model_len]
+    for length in (*shorter, plan.max_model_len):
+        table.add_row(f"{length:,}", f"{plan.num_sequences(length):,}")
+    return table
+
+
+def _dtype(config: EngineConfig, size: ModelSize, machine: Machine) -> str:
+    """As the worker would choose (`worker.choose_dtype`), without asking torch."""
+    wanted = config.model.dtype
+    if wanted != "auto":
+        return wanted
+    if machine.is_gpu:
+        stored = size.stored_dtype
+        return stored if stored in ("float16", "bfloat16") else "bfloat16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    native = "avx512_bf16" in flags or "amx_tile" in flags
+    return "bfloat16" if native else "float32"
+
+
+def _local_gpu() -> Machine | None:
+    """The first GPU of this computer that programs may see, or None."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used"]
+    command += ["--format=csv,noheader,nounits", "-i", visible]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        name, total, used = shown.stdout.splitlines()[0].split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return Machine(
+        name=name,
+        memory_bytes=int(total) * 2**20,
+        taken_bytes=int(used) * 2**20 + CONTEXT_BYTES,
+        is_gpu=True,
+    )

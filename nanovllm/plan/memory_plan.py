@@ -1,0 +1,378 @@
+"""What goes into a device's memory, as arithmetic on plain data; no torch and no device.
+
+`nanovllm plan` prints a `MemoryPlan`, the worker checks one before it loads and sizes the KV cache
+by `fit_blocks`. KV gets what the rest leaves. Everything is in bytes.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from nanovllm.checkpoint.model_size import ModelSize, WeightGroup
+from nanovllm.config import CacheConfig, StepLimits
+
+GIB = 2**30
+NUM_RESERVED = 1  # block 0, which padding reads and writes
+CPU_MAX_BYTES = 4 * GIB
+CPU_SHARE_OF_FREE = 0.25
+QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A sampled row at its heaviest holds its logits, a raw copy, a penalized copy and counts, in fp32.
+SAMPLER_BYTES_PER_LOGIT = 17
+SPLITS_PER_ROW = 48  # partial results of decode attention, fp32, in scratch
+GRAPH_BYTES_PER_KERNEL = 16 * 1024
+KERNELS_PER_LAYER = 8
+RECORD_WORDS = 12  # sampling parameters of a row
+SHORTEST_WORTH_NAMING = 256  # tokens: nobody lowers max_model_len further than this
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A device. taken_bytes: in use before the engine brings weights (its context, others)."""
+
+    name: str
+    memory_bytes: int
+    taken_bytes: int
+    is_gpu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What values are stored in. linear_bytes: of a weight of a quantizable layer."""
+
+    dtype: str
+    linear_bytes: float
+    kv_bytes: float
+
+    @classmethod
+    def of(cls, dtype: str, *, fp8_weights: bool = False, fp8_cache: bool = False) -> "Precision":
+        """Scales of quantized weights are not worth counting."""
+        value_bytes = VALUE_BYTES[dtype]
+        return cls(
+            dtype=dtype,
+            linear_bytes=1 if fp8_weights else value_bytes,
+            kv_bytes=1 if fp8_cache else value_bytes,
+        )
+
+    @property
+    def value_bytes(self) -> int:
+        return VALUE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """One configuration of one model on one device; every figure follows from the fields.
+
+    num_ranks: devices that share weights and KV heads between them; figures are those of one.
+    """
+
+    size: ModelSize
+    machine: Machine
+    precision: Precision
+    cache: CacheConfig
+    limits: StepLimits
+    max_model_len: int
+    num_ranks: int = 1
+
+    # ---- what is there before KV
+
+    @property
+    def weight_bytes(self) -> dict[WeightGroup, int]:
+        """Of each group of weights."""
+        sizes: dict[WeightGroup, int] = {}
+        for group, count in self.size.parameters.items():
+            quantizable = group in QUANTIZABLE
+            each = self.precision.linear_bytes if quantizable else self.precision.value_bytes
+            shared = 1 if group == "norms" else self.num_ranks
+            sizes[group] = int(count * each) // shared
+        if not self.machine.is_gpu and self.size.tied_embeddings:
+            sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
+        return sizes
+
+    @property
+    def row_bytes(self) -> int:
+        """Tokens, block tables and parameters of every sequence, and the rotary table."""
+        words = self.max_model_len + self._blocks_for(self.max_model_len) + RECORD_WORDS
+        rotary = self.max_model_len * self.size.head_dim * 4
+        return (self.limits.max_num_seqs + 1) * words * 4 + rotary
+
+    @property
+    def activation_bytes(self) -> int:
+        """Most that the heaviest step holds at once, and the scratch of attention."""
+        num_samples = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        num_tokens = min(self.limits.max_num_batched_tokens, num_samples * self.max_model_len)
+        sampler = num_samples * self.size.vocab_size * SAMPLER_BYTES_PER_LOGIT
+        layer = num_tokens * self._layer_values * (4 if not self.machine.is_gpu else self._bytes)
+        states = 2 * num_tokens * self.size.hidden_size * self._bytes
+        return max(layer, sampler + states) + self._attention_scratch
+
+    @property
+    def graph_bytes(self) -> int:
+        """About what graphs of all sizes take, in what gpu_memory_utilization leaves free."""
+        if not self.machine.is_gpu:
+            return 0
+        num_rows = self.limits.max_num_seqs
+        num_graphs = 15 + num_rows // 32
+        nodes = num_graphs * self.size.num_layers * KERNELS_PER_LAYER * GRAPH_BYTES_PER_KERNEL
+        return nodes + num_rows * (self.size.vocab_size + self._layer_values) * self._bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but KV that the engine brings."""
+        return sum(self.weight_bytes.values()) + self.row_bytes + self.activation_bytes
+
+    # ---- KV
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of KV, in all layers."""
+        heads = max(1, self.size.num_kv_heads // self.num_ranks)
+        values = 2 * self.size.num_layers * heads * self.size.head_dim
+        return math.ceil(values * self.precision.kv_bytes)
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.bytes_per_token * self.cache.block_size
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the engine may take for everything it brings."""
+        machine = self.machine
+        share = self.cache.gpu_memory_utilization if machine.is_gpu else 1.0
+        return int(machine.memory_bytes * share) - machine.taken_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """How many KV blocks there would be, the reserved one included; perhaps too few."""
+        left = self.budget_bytes - self.fixed_bytes
+        if not self.machine.is_gpu:
+            left = cpu_memory_budget(left)
+        return count_blocks(
+            self.cache,
+            bytes_per_block=self.bytes_per_block,
+            memory_bytes=left,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.limits.max_num_seqs,
+        )
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return max(0, self.num_blocks - NUM_RESERVED) * self.cache.block_size
+
+    def num_sequences(self, length: int) -> int:
+        """How many sequences of `length` tokens have room at once, whatever max_num_seqs says."""
+        return max(0, self.num_blocks - NUM_RESERVED) // self._blocks_for(length)
+
+    # ---- whether it fits, and what would
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything has room, with KV for at least one sequence of full length."""
+        room = self.machine.memory_bytes - self.machine.taken_bytes
+        explicit = self.fixed_bytes + self.kv_cache_bytes <= room
+        return explicit and self.num_sequences(self.max_model_len) >= 1
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it cannot fit even if steps took nothing: no estimate is in this."""
+        brought = sum(self.weight_bytes.values()) + self.row_bytes
+        one = (self._blocks_for(self.max_model_len) + NUM_RESERVED) * self.bytes_per_block
+        room = self.machine.memory_bytes - self.machine.taken_bytes
+        if self.kv_bytes_asked:
+            return brought + self.kv_bytes_asked > room
+        return brought + one > self.budget_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The least memory of a device that this would fit, at the same share."""
+        blocks = self._blocks_for(self.max_model_len) + NUM_RESERVED
+        kv = max(blocks * self.bytes_per_block, self.kv_bytes_asked)
+        share = self.cache.gpu_memory_utilization if self.machine.is_gpu else 1.0
+        if not self.machine.is_gpu:
+            kv = math.ceil(kv / CPU_SHARE_OF_FREE)
+        return math.ceil((self.fixed_bytes + kv + self.machine.taken_bytes) / share)
+
+    @property
+    def longest_that_fits(self) -> int:
+        """The largest max_model_len with room for one sequence; 0 if there is none."""
+        low, high = 0, self.max_model_len // self.cache.block_size
+        while low < high:
+            middle = (low + high + 1) // 2
+            shorter = replace(self, max_model_len=middle * self.cache.block_size)
+            low, high = (middle, high) if shorter.fits else (low, middle - 1)
+        return self.max_model_len if self.fits else low * self.cache.block_size
+
+    @property
+    def _bytes(self) -> int:
+        return self.precision.value_bytes
+
+    @property
+    def kv_bytes_asked(self) -> int:
+        """What the configuration fixes for KV; 0 if it leaves that to be measured."""
+        if self.cache.num_gpu_blocks_override is not None:
+            return self.cache.num_gpu_blocks_override * self.bytes_per_block
+        return self.cache.kv_cache_memory_bytes or 0
+
+    @property
+    def _layer_values(self) -> int:
+        """Most values a layer holds per token: in its MLP, with what attention left."""
+        size, ranks = self.size, self.num_ranks
+        queries = size.num_heads * size.head_dim
+        sharded = 3 * size.intermediate_size + size.qkv_size + queries
+        return 2 * size.hidden_size + sharded // ranks
+
+    @property
+    def _attention_scratch(self) -> int:
+        if not self.machine.is_gpu:
+            return 0
+        num_rows = 1 << (self.limits.max_num_seqs - 1).bit_length()
+        heads, width = self.size.num_heads // self.num_ranks, self.size.head_dim + 2
+        return num_rows * heads * SPLITS_PER_ROW * width * 4
+
+    def _blocks_for(self, length: int) -> int:
+        return math.ceil(length / self.cache.block_size)
+
+
+def remedies(plan: MemoryPlan) -> list[str]:
+    """What would make `plan` fit, each by itself and each tried; ends with more memory."""
+    found = []
+    for text, changed in ("", plan), *_quantized(plan):
+        longest = changed.longest_that_fits
+        if longest < SHORTEST_WORTH_NAMING:
+            continue
+        shorter = f"max_model_len={longest}" if longest < plan.max_model_len else ""
+        found.append(" with ".join(filter(None, (text, shorter))))
+    found += [text for text, changed in _variants(plan) if changed.fits]
+    needed = f"{plan.needed_bytes / GIB:.1f} GiB"
+    found.append(f"a GPU of at least {needed}" if plan.machine.is_gpu else f"{needed} free")
+    return found
+
+
+def _variants(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Changes of configuration that take less, and what they are called."""
+    limits, machine = plan.limits, plan.machine
+    tokens, seqs = min(limits.max_num_batched_tokens, 2048), min(limits.max_num_seqs, 32)
+    smaller = {"max_num_batched_tokens": tokens, "max_num_seqs": seqs}
+    text = ", ".join(f"{name}={value}" for name, value in smaller.items())
+    yield text, replace(plan, limits=_with(limits, **smaller))
+    share = 0.97
+    if machine.is_gpu and plan.cache.gpu_memory_utilization < share:
+        cache = _with(plan.cache, gpu_memory_utilization=share)
+        yield f"gpu_memory_utilization={share}", replace(plan, cache=cache)
+    if plan.kv_bytes_asked:
+        cache = _with(plan.cache, num_gpu_blocks_override=None, kv_cache_memory_bytes=None)
+        yield "the KV size left to be measured", replace(plan, cache=cache)
+
+
+def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """The same with weights, KV, or both in FP8."""
+    if not plan.machine.is_gpu:
+        return
+    weights = replace(plan.precision, linear_bytes=1)
+    yield "quantization=fp8", replace(plan, precision=weights)
+    kv = replace(plan.precision, kv_bytes=1)
+    yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
+    both = replace(weights, kv_bytes=1)
+    yield "quantization=fp8 and kv_cache_dtype=fp8", replace(plan, precision=both)
+
+
+def _with(struct: _S, **changes: Any) -> _S:
+    """A frozen config with other values."""
+    return msgspec.structs.replace(struct, **changes)
+
+
+def explain(plan: MemoryPlan) -> str:
+    """Why `plan` does not fit and what would make it, in a sentence each."""
+    assert not plan.fits
+    machine, kv = plan.machine, plan._blocks_for(plan.max_model_len) * plan.bytes_per_block
+    return (
+        f"{plan.size.architecture} with {plan.size.num_parameters / 1e9:.2f} billion parameters "
+        f"does not fit {machine.name}: of {machine.memory_bytes / GIB:.1f} GiB the engine may take "
+        f"{max(0, plan.budget_bytes) / GIB:.1f}, and it needs "
+        f"{sum(plan.weight_bytes.values()) / GIB:.1f} for weights in {plan.precision.dtype}, "
+        f"{(plan.row_bytes + plan.activation_bytes) / GIB:.1f} for the heaviest step, and "
+        f"{max(kv, plan.kv_bytes_asked) / GIB:.1f} for KV (one sequence of "
+        f"{plan.max_model_len} tokens takes {kv / GIB:.1f}). "
+        f"What would do: {'; or '.join(remedies(plan))}"
+    )
+
+
+def count_blocks(
+    cache: CacheConfig,
+    *,
+    bytes_per_block: int,
+    memory_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> int:
+    """How many blocks `cache` asks for or memory holds, block 0 included.
+
+    memory_bytes: what may be used if `cache` does not say it; never more is taken than
+    `max_num_seqs` sequences of `max_model_len` tokens could fill.
+    """
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override
+    if cache.kv_cache_memory_bytes is not None:
+        return cache.kv_cache_memory_bytes // bytes_per_block
+    most = NUM_RESERVED + max_num_seqs * math.ceil(max_model_len / cache.block_size)
+    return min(max(0, memory_bytes) // bytes_per_block, most)
+
+
+def fit_blocks(
+    cache: CacheConfig,
+    *,
+    bytes_per_block: int,
+    memory_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> int:
+    """`count_blocks`; `ValueError` if not one sequence of `max_model_len` fits."""
+    blocks_per_sequence = math.ceil(max_model_len / cache.block_size)
+    num_blocks = count_blocks(
+        cache,
+        bytes_per_block=bytes_per_block,
+        memory_bytes=memory_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+    )
+    usable = num_blocks - NUM_RESERVED
+    if usable < blocks_per_sequence:
+        num_bytes = bytes_per_block * (blocks_per_sequence + NUM_RESERVED)
+        fits = max(0, usable) * cache.block_size
+        shorter = f"set max_model_len to at most {fits}, or " if fits >= 2 else ""
+        raise ValueError(
+            f"max_model_len: a sequence of {max_model_len} tokens needs {blocks_per_sequence} KV "
+            f"blocks (with the reserved one {num_bytes:,} bytes), and {max(0, usable)} fit: "
+            f"{shorter}raise kv_cache_memory_bytes, gpu_memory_utilization or "
+            "num_gpu_blocks_override"
+        )
+    return num_blocks
+
+
+def cpu_memory_budget(free_bytes: int) -> int:
+    """Bytes a CPU engine gives to KV by default: a quarter of free memory, at most 4 GiB.
+
+    The system takes memory only as blocks are first written, so this is a limit, not a cost.
+    """
+    return min(CPU_MAX_BYTES, int(max(0, free_bytes) * CPU_SHARE_OF_FREE))
+
+
+def free_memory() -> int:
+    """Bytes that programs could still take; all the machine's where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, amount = line.partition(":")
+            if name == "MemAvailable":
+                return int(amount.removesuffix("kB")) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

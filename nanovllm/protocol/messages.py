@@ -1,0 +1,362 @@
+"""Every message that crosses a process: frontend <-> core and core <-> worker.
+
+msgspec structs, encoded as MessagePack; nothing is ever pickled. Frontend messages are tagged
+unions (`ToCore`, `FromCore`); worker messages are positional (`array_like`). No torch here.
+A *number* is a client's own id of one output sequence: a request with `n` outputs owns the
+numbers `number … number + n - 1`. What viewers are shown is in `observation.py`.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
+from nanovllm.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 4
+HEARTBEAT_INTERVAL_S = 2.0
+STATUS_INTERVAL_S = 1.0
+PULSE_INTERVAL_S = 0.25
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token's own, its rank from 1, and the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+# ---- frontend -> core
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a client; answered by `Loading` (repeatedly) and then one `Welcome`."""
+
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """One request. `output_token_ids` were generated before (preemption, resume, replay).
+
+    `bad_words_token_ids` are the token sequences of `params.bad_words`, encoded by the frontend.
+    `tenant`: who shares fairly with whom; by default each client is a tenant of its own.
+    Counted from its arrival at the core, a sequence without a token after `ttft_deadline_ms`, or
+    unfinished after `deadline_ms`, ends with reason "timeout". Sent again after the core's death,
+    a request has what is left of them.
+    """
+
+    number: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []
+    bad_words_token_ids: list[list[int]] = []
+    priority: int = 0
+    cache_salt: str | None = None
+    tenant: str | None = None
+    deadline_ms: float | None = None
+    ttft_deadline_ms: float | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these sequences; each still unfinished one is answered with reason "abort"."""
+
+    numbers: list[int]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Renews the client's lease, as any message does."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The client leaves; its requests are aborted and nothing more is sent to it."""
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget all cached blocks. Result: True, or False if blocks in use made it partial."""
+
+
+Operation = ResetPrefixCache | Observe | ShowBlock
+Answer = bool | Observation | BlockContents
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """A typed operation; answered by the `CallResult` with the same `call_id`."""
+
+    call_id: int
+    operation: Operation
+
+
+ToCore = Hello | AddRequest | Abort | Heartbeat | Goodbye | Call
+
+
+# ---- core -> worker and back
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that takes (or, preempted before, takes again) a device row.
+
+    `token_ids` are all known tokens: the prompt, then outputs so far. `block_ids` cover them all.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: list[int]
+    params: SamplingParams
+    seed: int
+    bad_words_token_ids: list[list[int]]
+
+
+class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
+    """`block_id` becomes entry `index` of the row's block table."""
+
+    row: int
+    index: int
+    block_id: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass, in counts. Parallel lists, one entry per row that runs.
+
+    Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
+    `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
+    stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
+    `masks` maps an index j into `sampling` to the ids that may be sampled there, one bit each in
+    little-endian 32-bit words; an index that is missing is free.
+    Order of effects: new_rows, block_appends, then the forward pass.
+    """
+
+    step: int
+    new_rows: list[NewRow]
+    block_appends: list[BlockAppend]
+    rows: list[int]
+    num_computed: list[int]
+    num_scheduled: list[int]
+    sampling: list[int]
+    masks: dict[int, bytes] = {}
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """`token_ids[j]` was sampled for `plan.sampling[j]`.
+
+    `logprobs` maps such a j to that token's log-probabilities; `prompt_logprobs` maps an entry i
+    of the plan to those of the prompt tokens at positions `num_computed[i] + 1 …` of this chunk.
+    `failures` maps a j to why no token could be chosen there alone; `token_ids[j]` means nothing.
+    """
+
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    failures: dict[int, str] = {}
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts found at start, by whoever owns the device.
+
+    `num_blocks` includes block 0, which is reserved for padding and never handed out.
+    `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
+    `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
+    """
+
+    device: str
+    dtype: str
+    attention_backend: str
+    architecture: str
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_parameters: int = 0
+    kv_cache_bytes: int = 0
+    notes: list[str] = []
+    phase_seconds: dict[str, float] = {}
+    memory_bytes: dict[str, int] = {}
+
+
+# ---- core -> frontend
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """The core is not ready yet: what it does, and how far that is in [0, 1]."""
+
+    phase: str
+    progress: float
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The core is ready and knows the client. `epoch` names this life of the core."""
+
+    client_id: int
+    epoch: str
+    model: str
+    served_model_name: str
+    block_size: int
+    max_num_seqs: int
+    worker: WorkerInfo
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ran for the first time."""
+
+    number: int
+    num_cached_tokens: int
+    queued_ms: float
+
+
+class Why(msgspec.Struct, frozen=True, array_like=True):
+    """Why a sequence took as long as it did, as the core saw it; times since its arrival there.
+
+    `seats_ms`, `budget_ms` and `kv_ms` are the parts of its waiting for which admission was held up
+    by `max_num_seqs`, by `max_num_batched_tokens` and by lack of KV blocks. `num_recomputed_tokens`
+    were computed before a preemption took their KV. `ttft_ms` is None without a token,
+    `inter_token_ms` (the mean) without a second one.
+    """
+
+    queued_ms: float
+    seats_ms: float
+    budget_ms: float
+    kv_ms: float
+    num_cached_tokens: int
+    num_preemptions: int
+    num_recomputed_tokens: int
+    ttft_ms: float | None
+    inter_token_ms: float | None
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ended. `stop_reason`: the stop token id, if one of `stop_token_ids` ended it.
+
+    `last_is_text`: a grammar was complete with the last token, which is no EOS or stop token then.
+    """
+
+    number: int
+    reason: FinishReason
+    stop_reason: int | None
+    num_preemptions: int
+    last_is_text: bool = False
+    why: Why | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of some next prompt tokens, in order; position 0 has none."""
+
+    number: int
+    logprobs: list[TokenLogprobs]
+
+
+class Outputs(msgspec.Struct, tag=True, omit_defaults=True):
+    """What one step (or several, merged) brought one client.
+
+    `numbers[i]` got the new token `token_ids[i]`; a number may occur more than once. `logprobs`
+    is empty or maps an index i to that token's log-probabilities. `finished` comes after tokens.
+    """
+
+    numbers: list[int] = []
+    token_ids: list[int] = []
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: list[PromptLogprobs] = []
+    started: list[Started] = []
+    finished: list[Finished] = []
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    """Only this sequence failed. `number` is -1 if the frame was too bad to tell which."""
+
+    number: int
+    message: str
+
+
+class Overloaded(msgspec.Struct, frozen=True, tag=True):
+    """This request was refused; nothing of it runs. `draining`: the core is about to end."""
+
+    number: int
+    retry_after_s: float
+    draining: bool = False
+
+
+class Detached(msgspec.Struct, frozen=True, tag=True):
+    """The core does not know the client (any more), and runs nothing for it: say `Hello`."""
+
+    reason: str
+
+
+class CoreStatus(msgspec.Struct, frozen=True, tag=True):
+    """Sent once a second to every client, the same to all. Counters count from the core's start.
+
+    It tells of progress: `step` has moved on, or there was nothing to do, or `stalled_s` says for
+    how long no step has finished although there was. A loop that is stuck sends none at all, and no
+    `Pulse` either.
+    `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
+    wait for their client to read. `loop_cpu_s` is CPU time of the loop's thread, `messaging_cpu_s`
+    the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
+    """
+
+    epoch: str
+    step: int
+    last_step_ms: float
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_clients: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_paused: int = 0
+    num_queued: int = 0
+    num_queued_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_failed_steps: int = 0
+    num_failed: int = 0
+    num_timeouts: int = 0
+    num_overloaded: int = 0
+    num_expired_clients: int = 0
+    uptime_s: float = 0.0
+    stalled_s: float = 0.0
+    loop_cpu_s: float = 0.0
+    messaging_cpu_s: float = 0.0
+    draining: bool = False
+
+
+class Pulse(msgspec.Struct, frozen=True, tag=True):
+    """Between two `CoreStatus`, from the loop that also runs the steps: it is not stuck."""
+
+
+class CallResult(msgspec.Struct, frozen=True, tag=True):
+    """`error` is None, or why the call failed."""
+
+    call_id: int
+    result: Answer | None = None
+    error: str | None = None
+
+
+class CoreFailed(msgspec.Struct, frozen=True, tag=True):
+    """The core dies of this; sent to every client, also while loading.
+
+    `usage`: the user's configuration is at fault (a `ValueError` at the frontend), not the engine.
+    """
+
+    message: str
+    details: str
+    usage: bool = False
+
+
+FromCore = (
+    Loading
+    | Welcome
+    | Outputs
+    | RequestFailed
+    | Overloaded
+    | CoreStatus
+    | Pulse
+    | CallResult
+    | Detached
+    | CoreFailed
+)

@@ -1,0 +1,247 @@
+"""Runs the scheduler alone, on a recording, and compares its plans with those made then.
+
+`nanovllm replay FILE` calls it. Nothing is sampled, and no grammar is looked at: results, and what
+grammars decided, come from the file. To step through a bug, iterate over `Replay` in a debugger.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.admission import OverloadedError
+from nanovllm.core.compilations import Compilations, Outcome, Waiting
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import Matcher
+from nanovllm.core.sequence import Sequence
+from nanovllm.core.step import ScheduledStep
+from nanovllm.executor.base import DeviceLostError, Executor
+from nanovllm.protocol.messages import StepPlan, StepResult, WorkerInfo
+from nanovllm.replay.recorder import (
+    LENGTH_BYTES,
+    Added,
+    Begun,
+    CacheReset,
+    Collected,
+    Constrained,
+    Ended,
+    Event,
+    GrammarEnded,
+    Header,
+    Masked,
+    Paused,
+    Resumed,
+    Returned,
+    Stepped,
+    Submitted,
+    digest_of,
+)
+from nanovllm.replay.snapshot import restore
+from nanovllm.sampling_params import StructuredOutputsParams
+
+E = TypeVar("E", bound=Event)
+
+
+class DivergedError(DeviceLostError):
+    """The scheduler did something else than it did then. No failure of one step, so it leaves the
+    core as a lost device does."""
+
+
+class EndOfRecordingError(DeviceLostError):
+    """The core was ended, or the file cut, in the middle of a step."""
+
+
+class Tape:
+    """Events in order; `next` is None at the end."""
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+        self.next = next(events, None)
+
+    def take(self) -> Event:
+        """The next one. Raises `EndOfRecordingError`."""
+        event = self.next
+        if event is None:
+            raise EndOfRecordingError
+        self.next = next(self._events, None)
+        return event
+
+    def expect(self, kind: type[E]) -> E:
+        """The next one, which is of this kind unless the core has done something else."""
+        event = self.take()
+        if not isinstance(event, kind):
+            raise DivergedError(f"{kind.__name__} differs from the recording, which has {event}")
+        return event
+
+
+class Replay:
+    """Iterate for the plans, each equal to the one recorded; `core` is there to be looked at.
+
+    Raises `ValueError` if `path` is no recording, `DivergedError` where plans part ways.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tape = Tape(_events(path))
+        header = self._tape.next
+        if not isinstance(header, Header):
+            raise ValueError(f"{path} is no recording of nanovllm-core --record")
+        self._tape.take()
+        self._plans: list[StepPlan] = []
+        self.core = ReplayedCore(header.config, self, header.info, self._tape)
+        self._info = header.info
+        if header.snapshot is not None:
+            steps = restore(
+                self.core,
+                header.snapshot,
+                make_matcher=lambda sequence: ReplayedMatcher(sequence, self._tape),
+                wait=self.core.grammars.waiting.append,
+            )
+            for step in steps:
+                self.core._inflight.append((step, self))
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        while self._tape.next is not None:
+            self._apply(self._tape.take())
+            yield from self._plans
+            self._plans.clear()
+
+    def _apply(self, event: Event) -> None:
+        core = self.core
+        match event:
+            case Added(client_id, request):
+                # It was refused then, too, or never entered in whole.
+                with suppress(ValueError, OverloadedError, EndOfRecordingError):
+                    core.add(client_id, request)
+            case Ended(keys, reason):
+                sequences = [core._sequences[client_id, number] for client_id, number in keys]
+                core._end_by_request(sequences, reason)
+            case Paused(client_id):
+                core.pause(client_id)
+            case Resumed(client_id):
+                core.resume(client_id)
+            case CacheReset():
+                core.reset_prefix_cache()
+            case Stepped():
+                with suppress(EndOfRecordingError):
+                    core.step()
+
+    # ---- the executor of this core: what was answered then
+
+    def start(self) -> WorkerInfo:
+        return self._info
+
+    def submit(self, plan: StepPlan) -> "Replay":
+        then = self._tape.take()
+        if not isinstance(then, Submitted) or then.digest != digest_of(plan):
+            raise DivergedError(f"step {plan.step} differs from the recording: {plan}")
+        self._plans.append(plan)
+        if then.error:
+            raise RuntimeError(then.error)
+        return self
+
+    def rehearse(self) -> bool:
+        return False
+
+    def result(self) -> StepResult:
+        then = self._tape.expect(Returned)
+        if then.result is None:
+            raise RuntimeError(then.error)
+        return then.result
+
+    def shutdown(self) -> None:
+        pass
+
+
+class ReplayedCore(EngineCore):
+    """An `EngineCore` without grammars: what they decided is on the tape."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, tape: Tape):
+        super().__init__(config, executor, info)
+        self._tape = tape
+        self._compilations = self.grammars = ReplayedCompilations(tape)
+
+    def _mask(self, step: ScheduledStep) -> None:
+        if error := self._tape.expect(Masked).error:
+            raise RuntimeError(error)
+        step.plan.masks.update(dict.fromkeys(step.constrained, b""))
+
+
+class ReplayedCompilations(Compilations):
+    """Nothing is compiled; what was is there when it was then."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(None, timeout_s=math.inf, wake=lambda: None)
+        self._tape = tape
+        self._waiting: list[Waiting] = []
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        return self._waiting
+
+    @property
+    def has_news(self) -> bool:
+        return isinstance(self._tape.next, Collected)
+
+    def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+        begun = self._tape.expect(Begun)
+        if begun.error:
+            raise ValueError(begun.error)
+        if begun.is_known:
+            return ReplayedMatcher(request.sequences[0], self._tape)
+        self._waiting.append(request)
+        return None
+
+    def collect(self) -> list[tuple[Waiting, Outcome]]:
+        over: list[tuple[Waiting, Outcome]] = []
+        for keys in self._tape.expect(Collected).requests:
+            (group,) = (one for one in self._waiting if _keys_of(one.sequences) == keys)
+            self._waiting.remove(group)
+            over.append((group, ReplayedMatcher(group.sequences[0], self._tape)))
+        return over
+
+    def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
+        if error := self._tape.expect(Constrained).error:
+            raise ValueError(error)
+        for sequence in sequences:
+            sequence.matcher = ReplayedMatcher(sequence, self._tape)
+
+
+class ReplayedMatcher(Matcher):
+    """Ends where the recorded one did."""
+
+    __slots__ = ("_key", "_tape")
+
+    def __init__(self, sequence: Sequence, tape: Tape) -> None:
+        self._key = sequence.client_id, sequence.number
+        self._tape = tape
+        self.error = None
+
+    def accept(self, token_id: int) -> bool:
+        then = self._tape.next
+        if not isinstance(then, GrammarEnded) or then.key != self._key:
+            return True
+        self._tape.take()
+        self.error = then.error
+        return False
+
+
+def _keys_of(sequences: list[Sequence]) -> list[tuple[int, int]]:
+    return [(one.client_id, one.number) for one in sequences]
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """Up to the end, or to where an interrupted write has cut it."""
+    decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+    try:
+        with path.open("rb") as file:
+            while len(prefix := file.read(LENGTH_BYTES)) == LENGTH_BYTES:
+                encoded = file.read(int.from_bytes(prefix, "little"))
+                if len(encoded) < int.from_bytes(prefix, "little"):
+                    return
+                yield decoder.decode(encoded)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{path} cannot be replayed: {error}") from None

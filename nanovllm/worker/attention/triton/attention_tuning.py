@@ -1,0 +1,111 @@
+"""Tiles and cuts of the attention kernels, as measured; `backend` launches by them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Keys per tile and how a kernel runs on them; `keys` must divide the block size for TMA.
+
+    max_registers: 128 lets two programs of 8 warps share a multiprocessor, so that one's softmax
+    hides behind the other's products.
+    """
+
+    keys: int
+    stages: int
+    warps: int
+    tma: bool
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton and the kernels take as keywords."""
+        return {
+            "BLOCK_N": self.keys,
+            "TMA": self.tma,
+            "num_stages": self.stages,
+            "num_warps": self.warps,
+            "maxnreg": self.max_registers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How rows decode whose (row, KV head) pairs, each a program, all fit on the device at once.
+
+    One fused kernel does it all. Rows are cut up as long as that makes no more than `cut_per_sm`
+    programs, where it comes near that many: fewer than fit, so that the product behind them finds
+    room to fetch its weights.
+    """
+
+    tiling: Tiling
+    programs_per_sm: int
+    cut_per_sm: int = 4
+
+    def most_splits(self, num_rows: int, sms_per_head: float) -> int:
+        """Of all rows together; rows of one length then keep most of the device busy.
+
+        sms_per_head: multiprocessors for each KV head.
+        """
+        few, most = (int(n * sms_per_head) for n in (self.cut_per_sm, self.programs_per_sm))
+        return few if few // num_rows * num_rows >= 0.75 * few else max(num_rows, most)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How rows are cut up, and the tiles of the kernels."""
+
+    decode: Tiling
+    prefill: Tiling
+    queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
+    copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
+    few: Fitting | None = None
+    programs_per_sm: int = 6  # that share the tiles of many decoding rows
+    min_range: int = 128  # keys, for one of them
+    max_splits: int = 32  # of one row, however long
+    prefix_splits: int = 16  # of the keys that rows share
+    # The context of few query tiles is cut as well, for so many programs together.
+    piece_programs_per_sm: int = 2
+    min_piece: int = 512  # keys
+    max_pieces: int = 8
+
+
+def tuning_for(spec: AttentionSpec) -> Tuning:
+    """Measured on an H100 and an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    head_bytes = spec.head_dim * spec.cache_dtype.itemsize
+    can_copy = (
+        has_tensor_memory_accelerator(spec.device)
+        and spec.head_dim == triton.next_power_of_2(spec.head_dim)
+        and head_bytes >= 16
+        and spec.num_kv_heads * head_bytes % 16 == 0
+    )
+    if spec.head_dim > 128:
+        prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
+        decode = Tiling(keys=32, stages=3, warps=4, tma=False)
+        return Tuning(decode, prefill, queries=128, copies_own=can_copy)
+    # Two stages, so that the tiles of two programs fit in a multiprocessor's shared memory, too.
+    prefill = Tiling(
+        keys=64,
+        stages=2,
+        warps=8,
+        tma=can_copy and spec.block_size % 64 == 0,
+        max_registers=128,
+    )
+    # As many programs as have room for their registers; to widen keys from FP8 takes more of them.
+    widens = spec.cache_dtype != spec.dtype
+    streaming = Tiling(keys=64, stages=2, warps=2, tma=False)
+    fused = streaming if widens else Tiling(keys=32, stages=2, warps=2, tma=False)
+    return Tuning(
+        streaming,
+        prefill,
+        queries=128,
+        copies_own=can_copy,
+        few=Fitting(fused, programs_per_sm=4 if widens else 6),
+        programs_per_sm=4,
+    )

@@ -1,0 +1,104 @@
+"""Which products are ours and how they are cut, as measured; `skinny_linear` launches by them."""
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator
+
+MAX_TOKENS = 128
+MAX_FP8_TOKENS = 16  # beyond, tokens are quantized by kernels of their own
+FULL = 128  # programs that run at once on an H100, each with much of its shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program computes: block_n outputs over num_tiles * block_k inputs.
+
+    Of block_m tokens, where there are several; None: as few as hold all, and at most 64.
+    """
+
+    block_n: int
+    block_k: int
+    num_tiles: int  # along the inputs
+    warps: int
+    stages: int = 3
+    block_m: int | None = None
+
+
+def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> bool:
+    """Whether `skinny_linear` is the faster one, as measured on an H100 and an H200.
+
+    With several tokens it needs the copy engine, and so rows of whole 16 bytes.
+    """
+    if num_tokens == 1:
+        return True
+    is_whole = weight.stride(0) * weight.itemsize % 16 == 0
+    if num_tokens > MAX_TOKENS or not (is_whole and has_tensor_memory_accelerator(weight.device)):
+        return False
+    if weight.itemsize == 1:
+        return num_tokens <= MAX_FP8_TOKENS
+    if num_tokens <= 16:
+        return True
+    if weight.itemsize > 2:
+        return False
+    if gated:
+        return num_tokens <= 64
+    # More tokens: layers that are read in a few µs, where launches and their gaps weigh most.
+    return weight.numel() < 2**23
+
+
+def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Measured on an H100 and an H200 with the layers of Qwen3-0.6B and 8B (gpu_kernels.py)."""
+    if num_tokens == 1:
+        block_k = 1024 if num_inputs <= 1024 else 2048
+        warps = 8 if num_inputs <= 4096 else 4
+        return Tile(8192 // block_k, block_k, -(-num_inputs // block_k), warps)
+    if num_tokens > 16:
+        return _tile_for_many(num_tokens, num_outputs, num_inputs, gated=gated)
+    if num_outputs * num_inputs >= 2**23:
+        block_n = 32 if gated else 64
+        # Some waves of programs hide each other's ends; more splits would be added up for nothing.
+        splits = min(4, max(1, 3 * FULL // triton.cdiv(num_outputs, block_n)))
+        return Tile(block_n, 512, triton.cdiv(num_inputs, 512 * splits), warps=4, stages=2)
+    # All programs fit on the device at once, so each has its weights on the way at once.
+    if num_inputs <= 1024:
+        return Tile(32, 512 if gated else 1024, 1, warps=4, stages=2)
+    return Tile(64, 512, 1, warps=4, stages=2)
+
+
+def _tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Of 17 to 128 tokens, measured on an H100 in whole steps of Qwen3-0.6B, and gates of 8B."""
+    if gated and num_outputs * num_inputs >= 2**23:
+        return Tile(64, 128, triton.cdiv(num_inputs, 128), warps=4, stages=3)
+    if gated and num_tokens <= 32:
+        return Tile(16, 256, triton.cdiv(num_inputs, 256), warps=4, stages=4)
+    if gated:
+        return Tile(32, 128, triton.cdiv(num_inputs, 128), warps=4, stages=5)
+    if num_tokens <= 32:
+        return Tile(64 if num_inputs <= 1024 else 32, 512, 1, warps=4, stages=2)
+    num_m = triton.cdiv(num_tokens, 64)
+    for block_n in (16, 32):  # all inputs of a split at once, as long as all programs fit
+        if num_m * triton.cdiv(num_outputs, block_n) * triton.cdiv(num_inputs, 1024) <= FULL:
+            return Tile(block_n, 1024, 1, warps=4, stages=2)
+    block_n, stages = (64, 4) if num_outputs > num_inputs else (32, 5)
+    # More splits would spend the time they save on adding up.
+    splits = max(1, FULL // (num_m * triton.cdiv(num_outputs, block_n)))
+    return Tile(block_n, 128, triton.cdiv(num_inputs, 128 * splits), warps=4, stages=stages)
+
+
+def fp8_tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Measured on an H100 with the same layers, several tokens in whole steps."""
+    if num_tokens == 1 and num_inputs > 4096:
+        return Tile(8, 1024, -(-num_inputs // 1024), warps=4)
+    if num_tokens == 1:
+        block_k = triton.next_power_of_2(num_inputs)
+        return Tile(8 if block_k <= 1024 else 4, block_k, 1, warps=8)
+    if num_outputs * num_inputs >= 2**23:
+        block_k, num_n = 128 if gated else 256, triton.cdiv(num_outputs, 128)
+        num_tiles = triton.cdiv(num_inputs, block_k * max(1, FULL // num_n))
+        return Tile(128, block_k, num_tiles, warps=8, stages=4 if gated else 3)
+    if triton.cdiv(num_outputs, 128) * triton.cdiv(num_inputs, 512) < 48:
+        return Tile(64, 512, 1, warps=4, stages=2)
+    return Tile(128, 512, 1, warps=8, stages=2)

@@ -1,0 +1,330 @@
+"""Linear layers for a handful of tokens: products bound by how fast weights stream in.
+
+Layers call `skinny_linear` or `skinny_add` where it `beats_cublas`. A program loads its whole first
+weight tile before it waits for the kernel before it (see `launch`), so weights stream while
+that kernel still runs. Gate, residual and norms ride along (`Weighed`).
+"""
+# ruff: noqa: N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.worker.kernels.base import Stream, Weighed
+from nanovllm.worker.kernels.triton.e4m3 import quantized
+from nanovllm.worker.kernels.triton.launch import MAX_ARRIVALS, arrival_counters, launch_options
+from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
+from nanovllm.worker.layers.linear import Linear
+
+MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
+
+
+@triton.jit
+def silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
+            tokens, outputs, num_tokens, num_outputs, GATED: tl.constexpr):  # fmt: skip
+    """Scale, bias, gate and residual, then the store; and what the next norm needs, if it is known.
+
+    acc, up: [tokens, outputs].
+    """
+    dtype = out.dtype.element_ty
+    inside = (outputs < num_outputs)[None, :]
+    real = (tokens < num_tokens)[:, None] & inside
+    places = tokens[:, None] * num_outputs + outputs[None, :]
+    outputs = outputs[None, :]
+    if channel_scale is not None:
+        acc *= tl.load(channel_scale + outputs, inside, other=0.0)
+        if GATED:
+            up *= tl.load(channel_scale + num_outputs + outputs, inside, other=0.0)
+    if bias is not None:
+        acc += tl.load(bias + outputs, inside, other=0.0)
+        if GATED:
+            up += tl.load(bias + num_outputs + outputs, inside, other=0.0)
+    if GATED:
+        acc = silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
+    if residual is not None:
+        acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
+    acc = acc.to(dtype)
+    tl.store(out + places, acc, real)
+    if next_weight is not None:
+        wide = acc.to(tl.float32)  # zero where no outputs are
+        factors = tl.load(next_weight + outputs, inside, other=0.0).to(tl.float32)
+        tl.store(weighed + places, (wide * factors).to(dtype), real)
+        mine = tokens * tl.num_programs(0) + tl.program_id(0)
+        tl.store(squares + mine, tl.sum(wide * wide, 1), tokens < num_tokens)
+
+
+@triton.jit
+def _load_squares(squares, tokens, num_tokens, PARTS: tl.constexpr):
+    """The parts that tokens' sums of squares come in, [tokens, parts]."""
+    parts = tl.arange(0, triton.next_power_of_2(PARTS))[None, :]
+    real = (tokens < num_tokens)[:, None] & (parts < PARTS)
+    return tl.load(squares + tokens[:, None] * PARTS + parts, real, other=0.0)
+
+
+@triton.jit
+def _normed(acc, up, squares, K: tl.constexpr, eps):
+    """Products times the scale that the norm gives each token."""
+    scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+    return acc * scale, up * scale
+
+
+@triton.jit
+def _vector_kernel(
+    x,  # [K]
+    weight,  # [num_outputs, K]; if GATED [2 * num_outputs, K], gates first
+    channel_scale,  # fp32, of each row of weight; like all that follow up to `out` perhaps None
+    bias,  # [num_outputs], twice as many if GATED
+    residual,  # [num_outputs]
+    squares,  # [PARTS] fp32: of the stream, whose product with a norm's weight x is
+    next_weight,  # [num_outputs], of the norm that comes next
+    out,  # [num_outputs]
+    weighed,  # [num_outputs]: out * next_weight
+    next_squares,  # [programs] fp32
+    num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: products and sums in fp32, without tensor cores."""
+    if PDL:
+        gdc_launch_dependents()
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    real = (outputs < num_outputs)[:, None]
+    rows = weight + outputs.to(tl.int64)[:, None] * K
+    up_offset = num_outputs.to(tl.int64) * K
+    w = tl.load(rows + columns, real & (columns < K), other=0.0)
+    if GATED:
+        up_w = tl.load(rows + up_offset + columns, real & (columns < K), other=0.0)
+    if PDL:
+        gdc_wait()
+    tokens = tl.arange(0, 1)
+    if squares is not None:
+        parts = _load_squares(squares, tokens, 1, PARTS)
+    inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)[None, :]
+    acc = w.to(tl.float32) * inputs
+    up = acc
+    if GATED:
+        up = up_w.to(tl.float32) * inputs
+    for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        ks = start + columns
+        inputs = tl.load(x + ks, ks < K, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(rows + ks, real & (ks < K), other=0.0).to(tl.float32) * inputs
+        if GATED:
+            up_w = tl.load(rows + up_offset + ks, real & (ks < K), other=0.0)
+            up += up_w.to(tl.float32) * inputs
+    acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
+    if squares is not None:
+        acc, up = _normed(acc, up, parts, K, eps)
+    _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+            tokens, outputs, 1, num_outputs, GATED)  # fmt: skip
+
+
+@triton.jit
+def _matrix_kernel(
+    x_desc,  # [num_tokens, K], boxes [BLOCK_M, BLOCK_K]
+    weight_desc,  # as in _vector_kernel, like the rest; boxes [BLOCK_N, BLOCK_K]
+    channel_scale,
+    bias,
+    residual,  # [num_tokens, num_outputs]
+    squares,  # [num_tokens, PARTS]
+    next_weight,  # [num_outputs]
+    out,  # [num_tokens, num_outputs]
+    weighed,  # [num_tokens, num_outputs]
+    next_squares,  # [num_tokens, programs along the outputs]
+    partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
+    arrivals,  # [tiles] int32, zero before and after
+    num_tokens, num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc, up = _products(
+        x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps, K, PARTS, NUM_TILES,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATED, PDL,
+    )  # fmt: skip
+    if SPLITS == 1:
+        _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+                tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
+    else:
+        PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
+        lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        present = (tokens < num_tokens)[:, None]
+        tile_id = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        parts = partial + tile_id * (SPLITS * PART * (2 if GATED else 1))
+        mine = parts + tl.program_id(1) * PART
+        tl.store(mine + lanes, acc, present)
+        if GATED:
+            tl.store(mine + SPLITS * PART + lanes, up, present)
+        tl.debug_barrier()  # all threads' parts are written before one thread says so
+        arrival = arrivals + tile_id
+        if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
+            acc = _sum_parts(parts, lanes, present, SPLITS, PART)
+            up = acc
+            if GATED:
+                up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
+            _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
+                    next_squares, tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
+            tl.store(arrival, 0)
+
+
+@triton.jit
+def _products(
+    x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of outputs over its share of the inputs, and of their ups if GATED."""
+    if PDL:
+        gdc_launch_dependents()
+    output, token = tl.program_id(0) * BLOCK_N, tl.program_id(2) * BLOCK_M
+    first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
+    w = weight_desc.load([output, first])
+    if GATED:
+        up_w = weight_desc.load([num_outputs + output, first])
+    if PDL:
+        gdc_wait()
+    if squares is not None:  # on their way while the products are made
+        parts = _load_squares(squares, tokens, num_tokens, PARTS)
+    x, scale = _multiplicand(x_desc.load([token, first]), w.dtype)
+    acc = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, w)
+    up = acc
+    if GATED:
+        up = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, up_w)
+    for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
+        k = first + tile * BLOCK_K
+        x, scale = _multiplicand(x_desc.load([token, k]), w.dtype)
+        acc = _add_product(acc, x, scale, weight_desc.load([output, k]))
+        if GATED:
+            up = _add_product(up, x, scale, weight_desc.load([num_outputs + output, k]))
+    if squares is not None:
+        acc, up = _normed(acc, up, parts, K, eps)
+    return acc, up
+
+
+@triton.jit
+def _multiplicand(x, WEIGHT: tl.constexpr):
+    """A tile of tokens as weights of a type are multiplied with it, and what scales the product."""
+    if tl.float8e4nv == WEIGHT:
+        rows, scale = quantized(x)
+    else:
+        rows, scale = x, tl.full([1, 1], 1.0, tl.float32)
+    return rows, scale
+
+
+@triton.jit
+def _add_product(acc, x, scale, w):
+    """acc + x · wᵀ, [tokens, outputs]. Of e4m3, Hopper's tensor cores take both operands from
+    shared memory as they are if there are 64 outputs, whatever the number of tokens."""
+    if w.dtype == tl.float8e4nv:
+        acc += tl.trans(tl.dot(w, tl.trans(x))) * scale
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _sum_parts(parts, lanes, present, SPLITS: tl.constexpr, PART: tl.constexpr):
+    """In the order of the splits, whichever came last."""
+    total = tl.load(parts + lanes, present, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * PART + lanes, present, other=0.0, cache_modifier=".cg")
+    return total
+
+
+def skinny_linear(
+    x: Tensor,
+    linear: Linear,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """linear(x) for up to 128 tokens, [num_tokens, num_outputs].
+
+    x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; several tokens are quantized
+    then, each with a scale for every tile of inputs.
+    norm: squares and eps, if x is the values of a `Weighed` stream: its scale goes to the result.
+    gated: the layer's outputs are gates, then ups, and the result is silu(gate) * up. Sums are
+    fp32 in an order fixed by the shapes.
+    """
+    return _launch(x, linear, None, norm=norm, next_norm=None, gated=gated, tile=tile).hidden
+
+
+def skinny_add(
+    x: Tensor,
+    linear: Linear,
+    stream: Tensor,
+    *,
+    next_norm: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Stream:
+    """stream + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next.
+
+    But for many tokens, and in float16, whose range the stream might leave before it is scaled.
+    """
+    if len(x) > MAX_WEIGHED_TOKENS or x.dtype == torch.float16:
+        next_norm = None
+    return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
+
+
+def _launch(
+    x: Tensor,
+    linear: Linear,
+    residual: Tensor | None,
+    *,
+    norm: tuple[Tensor, float] | None,
+    next_norm: Tensor | None,
+    gated: bool,
+    tile: Tile | None,
+) -> Stream:
+    """Either product, in new memory."""
+    weight = linear.weight
+    num_tokens, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    choose = tile_for if linear.scale is None else fp8_tile_for
+    tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
+    num_n = triton.cdiv(num_outputs, tile.block_n)
+    squares, eps = norm or (None, 0.0)
+    stream = Stream(out := x.new_empty(num_tokens, num_outputs))
+    if next_norm is not None:
+        parts = x.new_empty(num_tokens, num_n, dtype=torch.float32)
+        stream = Stream(out, Weighed(torch.empty_like(out), parts))
+    left = stream.weighed or (None, None)
+    tensors = (linear.scale, linear.bias, residual, squares, next_norm, out, *left)
+    options = {
+        "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "num_warps": tile.warps, **launch_options(x.device),
+    }  # fmt: skip
+    if num_tokens == 1:
+        _vector_kernel[(num_n,)](x, weight, *tensors, num_outputs, eps, **options)
+        return stream
+    splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
+    block_m = tile.block_m or min(max(16, triton.next_power_of_2(num_tokens)), 64)
+    num_m = triton.cdiv(num_tokens, block_m)
+    assert num_n * num_m <= MAX_ARRIVALS
+    size = num_n * num_m * splits * (1 + gated) * tile.block_n * block_m if splits > 1 else 0
+    _matrix_kernel[(num_n, splits, num_m)](
+        TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+        *tensors,
+        x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
+        num_tokens, num_outputs, eps,
+        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
+    )  # fmt: skip
+    return stream

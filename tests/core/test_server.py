@@ -1,0 +1,387 @@
+"""The core's socket: attach at any time, typed answers, and nothing lost for anyone else."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.server import CoreServer
+from nanovllm.executor.base import DeviceLostError
+from nanovllm.protocol.messages import (
+    STATUS_INTERVAL_S,
+    Abort,
+    AddRequest,
+    Call,
+    CallResult,
+    CoreFailed,
+    CoreStatus,
+    Goodbye,
+    Hello,
+    Loading,
+    Outputs,
+    Pulse,
+    RequestFailed,
+    ResetPrefixCache,
+    StepPlan,
+    WorkerInfo,
+)
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
+from tests.core.serving import RawClient, add, collect, serving
+from tests.core.vocabulary import decode, make_compiler
+
+PROMPT = [5, 6, 7]
+NO_STOP: frozenset[int] = frozenset()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/core.sock"
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[RawClient]:
+    with serving(address):
+        client = RawClient(address)
+        yield client
+        client.close()
+
+
+def test_hello_is_answered_with_the_facts(client: RawClient) -> None:
+    welcome = client.greet()
+    assert welcome.worker.max_model_len == 512 and welcome.model == "smollm2"
+
+
+def test_a_request_streams_its_tokens_and_ends(client: RawClient) -> None:
+    client.greet()
+    client.send(add())
+    token_ids, finished = collect(client, 0)
+    assert token_ids[0] == reference(PROMPT, 1, 4, NO_STOP)
+    assert finished[0].reason == "length"
+
+
+def test_n_outputs_are_numbered_consecutively(client: RawClient) -> None:
+    client.greet()
+    client.send(add(10, n=3))
+    token_ids, _ = collect(client, 10, 11, 12)
+    assert [token_ids[10 + i] for i in range(3)] == [
+        reference(PROMPT, 1 + i, 4, NO_STOP) for i in range(3)
+    ]
+
+
+def test_clients_attach_at_any_time_and_their_numbers_do_not_collide(address: str) -> None:
+    with serving(address):
+        first, second = RawClient(address), RawClient(address)
+        assert first.greet().client_id != (first.send(add(seed=1)), second.greet().client_id)[1]
+        second.send(add(seed=2))
+        assert collect(first, 0)[0][0] == reference(PROMPT, 1, 4, NO_STOP)
+        assert collect(second, 0)[0][0] == reference(PROMPT, 2, 4, NO_STOP)
+        first.close()
+        second.close()
+
+
+@pytest.mark.parametrize(
+    "frames", [[b""], [b"\xc1garbage"], [b"\x81\xa4type\xa4Nope"], [b"one", b"two"], [b"\x80"]]
+)
+def test_a_bad_frame_costs_its_sender_an_error_only(client: RawClient, frames: list[bytes]) -> None:
+    client.greet()
+    client.send_frames(*frames)
+    failure = client.receive(RequestFailed)
+    assert failure.number == -1 and "bad frame" in failure.message
+    client.send(add())
+    assert collect(client, 0)[1][0].reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (AddRequest(1, [], SamplingParams()), "prompt_token_ids"),
+        (AddRequest(1, [5] * 512, SamplingParams()), "max_model_len"),
+        (AddRequest(1, [1000], SamplingParams()), "token ids"),
+        (AddRequest(1, [5], SamplingParams(logit_bias={1000: 1.0})), "logit_bias"),
+        (AddRequest(1, [5], SamplingParams(allowed_token_ids=[1000])), "allowed_token_ids"),
+        (AddRequest(1, [5], SamplingParams(), bad_words_token_ids=[[1000]]), "bad_words"),
+        (AddRequest(1, [5], SamplingParams(), bad_words_token_ids=[[]]), "bad_words"),
+        (AddRequest(1, [5], SamplingParams(max_tokens=1), output_token_ids=[6]), "max_tokens"),
+    ],
+)
+def test_a_bad_request_fails_alone(client: RawClient, request_: AddRequest, field: str) -> None:
+    client.greet()
+    client.send(add(0, max_tokens=50))
+    client.send(request_)
+    failure = client.receive(RequestFailed)
+    assert failure.number == 1 and field in failure.message
+    client.send(add(2))
+    assert collect(client, 2)[1][2].reason == "length"
+
+
+def test_bad_sampling_values_do_not_decode(client: RawClient) -> None:
+    client.greet()
+    client.send_frames(
+        b"\x84\xa4type\xaaAddRequest\xa6number\x01\xb0prompt_token_ids\x91\x05"
+        b"\xa6params\x81\xabtemperature\xcb\xbf\xf0\x00\x00\x00\x00\x00\x00"
+    )
+    assert "temperature" in client.receive(RequestFailed).message
+
+
+def test_abort_ends_a_request_and_only_it(client: RawClient) -> None:
+    client.greet()
+    client.send(add(0, max_tokens=400))
+    client.send(add(1, max_tokens=8))
+    client.receive(Outputs)
+    client.send(Abort([0, 77]))
+    _, finished = collect(client, 0, 1)
+    assert finished[0].reason == "abort" and finished[1].reason == "length"
+
+
+def test_goodbye_aborts_everything_of_that_client(address: str) -> None:
+    with serving(address):
+        leaver, stayer = RawClient(address), RawClient(address)
+        leaver.greet()
+        stayer.greet()
+        leaver.send(add(max_tokens=400))
+        leaver.receive(Outputs)
+        leaver.send(Goodbye())
+        assert wait_for_status(stayer, num_clients=1, num_running=0).num_free_blocks == 199
+        leaver.close()
+        stayer.close()
+
+
+def test_a_vanished_client_is_noticed(address: str) -> None:
+    with serving(address):
+        vanishing, stayer = RawClient(address), RawClient(address)
+        vanishing.greet()
+        stayer.greet()
+        vanishing.send(add(max_tokens=None))
+        vanishing.receive(Outputs)
+        vanishing.close()
+        assert wait_for_status(stayer, num_clients=1, num_running=0).num_free_blocks == 199
+        stayer.close()
+
+
+def wait_for_status(client: RawClient, **expected: int) -> CoreStatus:
+    for _ in range(5):
+        status = client.receive(CoreStatus)
+        if all(getattr(status, name) == value for name, value in expected.items()):
+            return status
+    raise AssertionError(f"never {expected}: {status}")
+
+
+def test_status_comes_every_second_unasked(client: RawClient) -> None:
+    client.greet()
+    client.send(add())
+    collect(client, 0)
+    client.receive(CoreStatus)
+    started = time.monotonic()
+    status = client.receive(CoreStatus)
+    assert time.monotonic() - started < 2.0
+    assert (status.num_generation_tokens, status.num_prompt_tokens) == (4, 3)
+
+
+def test_pulses_come_several_times_a_second_idle_or_busy(client: RawClient) -> None:
+    client.greet()
+    for request in (add(0, max_tokens=1), add(1, max_tokens=500)):
+        client.send(request)
+        for _ in range(4):
+            client.receive(Pulse, timeout_s=STATUS_INTERVAL_S)
+    status = client.receive(CoreStatus)
+    assert 0 < status.messaging_cpu_s < status.loop_cpu_s
+
+
+def test_calls_are_answered(client: RawClient) -> None:
+    client.greet()
+    client.send(Call(7, ResetPrefixCache()))
+    answer = client.receive(CallResult)
+    assert (answer.call_id, answer.result, answer.error) == (7, True, None)
+
+
+def test_stopping_tells_clients_what_ended(address: str) -> None:
+    with serving(address) as server:
+        client = RawClient(address)
+        client.greet()
+        client.send(add(max_tokens=None))
+        client.receive(Outputs)
+        server.stop()
+        _, finished = collect(client, 0)
+        assert finished[0].reason == "abort"
+        client.close()
+
+
+class SlowStart(FakeExecutor):
+    """Loads until told to go on, reporting progress like a real one."""
+
+    server: CoreServer
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, num_blocks=20, max_model_len=64)
+        self.go_on = threading.Event()
+
+    def start(self) -> WorkerInfo:
+        while not self.go_on.wait(0.02):
+            self.server.on_progress("weights", 0.5)
+        return super().start()
+
+
+def test_clients_that_come_while_loading_see_progress_then_welcome(address: str) -> None:
+    executor = SlowStart(EngineConfig())
+    server = CoreServer(EngineConfig(), address)
+    executor.server = server
+    thread = threading.Thread(target=server.run, args=(lambda: executor,))
+    thread.start()
+    client = RawClient(address)
+    client.send(Hello())
+    while client.receive(Loading) != Loading("weights", 0.5):
+        pass
+    client.send(add())
+    assert "loading" in client.receive(RequestFailed).message
+    executor.go_on.set()
+    client.greet()
+    server.stop()
+    thread.join(10)
+    client.close()
+
+
+class FailingStart(FakeExecutor):
+    error: Exception
+
+    def start(self) -> WorkerInfo:
+        time.sleep(0.3)
+        raise self.error
+
+
+class LosingDevice(FakeExecutor):
+    def submit(self, plan: object) -> object:  # type: ignore[override]
+        raise DeviceLostError("the device is gone")
+
+
+@pytest.mark.parametrize(
+    ("error", "usage"), [(ValueError("dtype: x"), True), (OSError("x"), False)]
+)
+def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, usage: bool) -> None:
+    executor = FailingStart(EngineConfig(), num_blocks=20, max_model_len=64)
+    executor.error = error
+    failure = failure_of(address, executor, type(error))
+    assert failure.usage is usage and str(error) in failure.message
+    assert "Traceback" in failure.details
+
+
+def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(address: str) -> None:
+    executor = LosingDevice(EngineConfig(), num_blocks=20, max_model_len=64)
+    failure = failure_of(address, executor, DeviceLostError, request=add())
+    assert failure.message == "the device is gone" and not failure.usage
+
+
+def failure_of(
+    address: str, executor: FakeExecutor, kind: type[Exception], request: AddRequest | None = None
+) -> CoreFailed:
+    """Run a server that is to die of `kind`, and return what its client is told."""
+    server = CoreServer(EngineConfig(), address)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(lambda: executor)
+        except kind as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    client = RawClient(address)
+    client.send(Hello())
+    if request is not None:
+        client.greet()
+        client.send(request)
+    failure = client.receive(CoreFailed)
+    thread.join(10)
+    client.close()
+    assert [type(error) for error in raised] == [kind]
+    return failure
+
+
+def test_an_address_in_use_is_refused(address: str) -> None:
+    with serving(address), pytest.raises(ValueError, match="in use"):
+        CoreServer(EngineConfig(), address)
+
+
+def test_a_socket_file_left_behind_is_no_obstacle(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(f"{tmp_path}/core.sock")
+    CoreServer(EngineConfig(), f"ipc://{tmp_path}/core.sock").close()
+
+
+def test_bad_addresses_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not a socket"):
+        CoreServer(EngineConfig(), f"ipc://{tmp_path}/file")
+    with pytest.raises(ValueError, match="does not exist"):
+        CoreServer(EngineConfig(), f"ipc://{tmp_path}/nowhere/core.sock")
+    with pytest.raises(ValueError, match="ipc:// or tcp://"):
+        CoreServer(EngineConfig(), "udp://127.0.0.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match="cannot be bound"):
+            CoreServer(EngineConfig(), f"tcp://127.0.0.1:{port}")
+
+
+def test_a_grammar_is_compiled_while_the_core_sleeps_and_a_bad_one_is_told(address: str) -> None:
+    """Nothing else runs: the thread that compiles has to wake the loop."""
+    with serving(address, make_compiler=lambda info: make_compiler()):
+        client = RawClient(address)
+        client.greet()
+        start = time.monotonic()
+        client.send(add(0, structured_outputs=StructuredOutputsParams(regex="[a-z]{4}")))
+        token_ids, finished = collect(client, 0)
+        assert len(decode(tuple(token_ids[0]))) == 4
+        assert finished[0].reason == "stop" and finished[0].last_is_text
+        client.send(add(1, n=2, structured_outputs=StructuredOutputsParams(regex="(a")))
+        failures = [client.receive(RequestFailed) for _ in range(2)]
+        assert [failure.number for failure in failures] == [1, 2]
+        assert "ValueError: structured_outputs.regex" in failures[0].message
+        assert time.monotonic() - start < 0.9, "it was found at the next status only"
+        client.close()
+
+
+def test_without_a_tokenizer_structured_outputs_are_refused(client: RawClient) -> None:
+    client.greet()
+    client.send(add(3, structured_outputs=StructuredOutputsParams(json_object=True)))
+    failure = client.receive(RequestFailed)
+    assert failure.number == 3 and "skip_tokenizer_init" in failure.message
+
+
+class Rehearsing(FakeExecutor):
+    """Has three rehearsals to do, and notes what was done when."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, num_blocks=200, max_model_len=512)
+        self.done: list[str] = []
+
+    def rehearse(self) -> bool:
+        self.done.append("rehearsal")
+        return self.done.count("rehearsal") < 3
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        self.done.append("step")
+        return super().submit(plan)
+
+
+def test_an_idle_core_rehearses_until_there_is_no_more(address: str) -> None:
+    executor = Rehearsing(EngineConfig())
+    with serving(address, executor):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0))  # at once: it comes first
+        collect(client, 0)
+        deadline = time.monotonic() + 10
+        while executor.done.count("rehearsal") < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        client.send(add(1))
+        collect(client, 1)
+        client.close()
+    first = executor.done.index("rehearsal")
+    assert set(executor.done[:first]) == {"step"}
+    assert executor.done[first : first + 3] == ["rehearsal"] * 3
+    assert set(executor.done[first + 3 :]) == {"step"}

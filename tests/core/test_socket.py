@@ -1,0 +1,181 @@
+"""Who can reach a core: directories, loopback, keys, and sizes of frames."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from nanovllm import cli
+from nanovllm.config import EngineConfig
+from nanovllm.core.server import CoreServer
+from nanovllm.core.socket import Endpoint
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.channel import make_dealer
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.keys import ClientKeys, CoreKeys, make_keys
+from nanovllm.protocol.messages import Hello, Welcome
+from nanovllm.sampling_params import SamplingParams
+from tests.core.serving import RawClient, add, collect, serving
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    make_keys(tmp_path / "keys", ["alice"])
+    return tmp_path / "keys"
+
+
+def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with pytest.raises(ValueError, match="chmod 700"):
+        CoreServer(EngineConfig(), f"ipc://{tmp_path}/core.sock")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "192.0.2.1", "example.org", "[::]"])
+def test_other_machines_are_refused_without_keys(host: str) -> None:
+    with pytest.raises(ValueError, match="keys new"):
+        CoreServer(EngineConfig(), f"tcp://{host}:5555")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1.2.3"])
+def test_this_machine_is_fine(host: str) -> None:
+    CoreServer(EngineConfig(), f"tcp://{host}:*").close()
+
+
+def test_too_large_a_frame_disconnects_its_sender_only(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    with serving(address, max_frame_bytes=2**16):
+        large, other = RawClient(address), RawClient(address)
+        large.greet()
+        other.greet()
+        large.send_frames(b"x" * 2**20)
+        other.send(add())
+        assert collect(other, 0)[1][0].reason == "length"
+        large.close()
+        other.close()
+
+
+def test_all_queues_are_finite(tmp_path: Path) -> None:
+    """In messages, on both sides, and in bytes per message."""
+    endpoint = Endpoint(f"ipc://{tmp_path}/core.sock", max_frame_bytes=2**20)
+    assert 0 < endpoint.socket.get(zmq.SNDHWM) <= 1000
+    assert 0 < endpoint.socket.get(zmq.RCVHWM) <= 1000
+    assert endpoint.socket.get(zmq.MAXMSGSIZE) == 2**20
+    endpoint.close()
+    dealer = make_dealer("ipc://nowhere", None)
+    assert 0 < dealer.get(zmq.SNDHWM) <= 1000 and 0 < dealer.get(zmq.RCVHWM) <= 1000
+    dealer.close(0)
+
+
+# ---- keys
+
+
+def test_keys_are_for_their_owner_only(keys: Path) -> None:
+    assert (keys / "core.json").stat().st_mode & 0o777 == 0o600
+    assert (keys / "alice.json").stat().st_mode & 0o777 == 0o600
+    assert keys.stat().st_mode & 0o777 == 0o700
+    os.chmod(keys / "core.json", 0o644)
+    with pytest.raises(ValueError, match="chmod 600"):
+        CoreKeys(keys)
+
+
+def test_more_clients_can_be_added_but_none_twice(keys: Path) -> None:
+    before = CoreKeys(keys)
+    (bob,) = make_keys(keys, ["bob"])
+    after = CoreKeys(keys)
+    assert after.public == before.public == ClientKeys.load(bob).core
+    assert len(after.client_keys()) == 2
+    with pytest.raises(ValueError, match="bob"):
+        make_keys(keys, ["bob"])
+    for name in ("../evil", "core", ""):
+        with pytest.raises(ValueError, match="name of letters"):
+            make_keys(keys, [name])
+
+
+def test_files_that_are_no_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keys new"):
+        CoreKeys(tmp_path)
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "x.json").chmod(0o600)
+    with pytest.raises(ValueError, match="keys new"):
+        ClientKeys.load(tmp_path / "x.json")
+
+
+def test_the_command_line_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "a", "b"]) == 0
+    assert capsys.readouterr().out.split() == [f"{tmp_path}/k/a.json", f"{tmp_path}/k/b.json"]
+    assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "a"]) == 2
+
+
+@pytest.fixture
+def guarded(keys: Path) -> Iterator[str]:
+    """The address of a core that wants keys."""
+    with serving("tcp://127.0.0.1:*", keys=CoreKeys(keys)) as server:
+        yield server._endpoint.socket.get(zmq.LAST_ENDPOINT).decode()
+
+
+def keyed(address: str, keys: ClientKeys) -> RawClient:
+    client = RawClient("")
+    client.socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
+    client.socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
+    client.socket.set(zmq.CURVE_SERVERKEY, keys.core.encode())
+    client.socket.connect(address)
+    return client
+
+
+def test_a_core_waits_for_the_keys_of_the_one_before(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its authenticator's address is free only a moment after that core has closed."""
+    held: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
+    held.bind("inproc://zeromq.zap.01")
+    release = threading.Timer(0.3, held.close)
+    release.start()
+    endpoint = Endpoint("tcp://127.0.0.1:*", max_frame_bytes=1000, keys=CoreKeys(keys))
+    release.join()
+    monkeypatch.setattr("nanovllm.core.socket.AUTHENTICATOR_TIMEOUT_S", 0.05)
+    with pytest.raises(ValueError, match="keys: another core"):
+        Endpoint("tcp://127.0.0.1:*", max_frame_bytes=1000, keys=CoreKeys(keys))
+    endpoint.close()
+
+
+def test_a_known_client_is_served(guarded: str, keys: Path) -> None:
+    client = keyed(guarded, ClientKeys.load(keys / "alice.json"))
+    client.greet()
+    client.send(add())
+    assert collect(client, 0)[1][0].reason == "length"
+    client.close()
+
+
+def test_an_unknown_client_gets_nothing(guarded: str, keys: Path) -> None:
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    unknown = keyed(guarded, ClientKeys(public, secret, CoreKeys(keys).public))
+    plain = RawClient(guarded)
+    for client in (unknown, plain):
+        with suppress(zmq.Again):  # there is no connection any more, if it was refused already
+            client.socket.send(msgspec.msgpack.encode(Hello()), zmq.NOBLOCK)
+        with pytest.raises(TimeoutError):
+            client.receive(Welcome, timeout_s=0.5)
+        client.close()
+
+
+def test_a_client_can_be_let_in_while_the_core_runs(guarded: str, keys: Path) -> None:
+    (carol,) = make_keys(keys, ["carol"])
+    client = keyed(guarded, ClientKeys.load(carol))
+    client.greet()
+    client.close()
+
+
+async def test_frontends_take_the_file(guarded: str, keys: Path) -> None:
+    with pytest.raises(EngineDeadError):
+        await AsyncLLM.connect(guarded, skip_tokenizer_init=True, connect_timeout_s=0.5)
+    async with await AsyncLLM.connect(
+        guarded, skip_tokenizer_init=True, keys=keys / "alice.json"
+    ) as llm:
+        params = SamplingParams(max_tokens=3, detokenize=False, ignore_eos=True)
+        outputs = [one async for one in llm.generate({"prompt_token_ids": [5]}, params)]
+        assert len(outputs[-1].outputs[0].token_ids) == 3

@@ -1,0 +1,109 @@
+"""`nanovllm plan` as a user runs it: what it prints, what it needs, how it refuses bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.plan import command
+from nanovllm.plan.memory_plan import GIB
+from tests.plan.test_memory_plan import SIZE
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": SIZE.hidden_size,
+    "intermediate_size": SIZE.intermediate_size,
+    "num_hidden_layers": SIZE.num_layers,
+    "num_attention_heads": SIZE.num_heads,
+    "num_key_value_heads": SIZE.num_kv_heads,
+    "head_dim": SIZE.head_dim,
+    "vocab_size": SIZE.vocab_size,
+    "max_position_embeddings": SIZE.max_position_embeddings,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+def test_prints_where_memory_goes_and_what_fits(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", model, "--gpu", "h200", "--max-num-seqs", "128"]) == 0
+    out = capsys.readouterr().out
+    assert "Qwen3ForCausalLM, 8.191 billion parameters (by config.json), bfloat16, on H200" in out
+    rows = {tuple(line.split()[:2]): line.split()[-1] for line in out.splitlines() if line}
+    assert rows["weights", "mlp"] == "10.12" and rows["weights", "head"] == "1.16"
+    assert "144 KiB a token" in out
+    lengths = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [length for length, _ in lengths] == ["1,024", "4,096", "8,192", "32,768", "40,960"]
+    counts = [int(count) for _, count in lengths]
+    assert counts == sorted(counts, reverse=True) and counts[-1] >= 1
+    assert "max_num_seqs=128 run at once" in out
+
+
+def test_says_what_would_do_when_it_does_not_fit(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--model", model, "--gpu-memory", "20"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit a GPU of 20 GiB" in out and "What would do: " in out
+    assert "max_model_len=" in out and "a GPU of at least" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu", "H20"], "did you mean 'H200'"),
+        (["--gpu-memory", "0"], "--gpu-memory: 0.0"),
+        (["--gpu", "H200", "--device", "cpu"], "omit them"),
+        (["--max-model-len", "40961"], "max_model_len: the model has 40960 positions"),
+        (["--model", "smollm2"], "named twice"),
+    ],
+)
+def test_bad_input_is_named(
+    model: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", model, *flags]) == cli.USAGE_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_this_computer_s_own_gpu_is_found(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = SimpleNamespace(stdout="NVIDIA L40S, 46068, 512\n")
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: shown)
+    assert cli.main(["plan", model]) == 0
+    assert "on NVIDIA L40S (45.0 GiB)" in capsys.readouterr().out
+    found = command._local_gpu()
+    assert found is not None and found.taken_bytes == GIB // 2 + command.CONTEXT_BYTES
+
+
+def test_without_a_gpu_it_plans_for_this_machine(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(command.subprocess, "run", missing)
+    monkeypatch.setattr(command, "free_memory", lambda: 100 * GIB)
+    assert cli.main(["plan", model, "--dtype", "float32", "--max-model-len", "4096"]) == 0
+    assert "float32, on this machine (100.0 GiB free)" in capsys.readouterr().out
+    assert cli.main(["plan", model, "--device", "cuda"]) == cli.USAGE_ERROR
+    assert "--gpu-memory" in capsys.readouterr().err
+
+
+def test_loads_no_torch(model: str) -> None:
+    program = (
+        "import sys; from nanovllm.cli import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, "plan", model, "--gpu", "H200"], check=True)

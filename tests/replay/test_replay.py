@@ -1,0 +1,186 @@
+"""A recording reproduces every plan, from the start or from the middle of a busy life."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.core.scheduler import Scheduler
+from nanovllm.executor.base import Executor
+from nanovllm.protocol.messages import AddRequest, WorkerInfo
+from nanovllm.replay.recorder import RecordedCore
+from nanovllm.replay.replay import DivergedError, Replay
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from tests.core import test_property
+from tests.core.fake_executor import FakeExecutor
+from tests.core.serving import RawClient, add, collect, serving
+from tests.core.vocabulary import make_compiler
+
+
+def simulate(
+    seed: int, path: Path, monkeypatch: pytest.MonkeyPatch, *, max_bytes: int = 2**20
+) -> int:
+    """A random life as in the property test, recorded; returns how often the file began anew."""
+    turns = 0
+
+    class Core(RecordedCore):
+        def __init__(
+            self, config: EngineConfig, executor: Executor, info: WorkerInfo, *rest: Any
+        ) -> None:
+            super().__init__(config, executor, info, *rest, path=path, max_bytes=max_bytes)
+
+        def _turn_over(self) -> None:
+            nonlocal turns
+            turns += 1
+            super()._turn_over()
+
+    monkeypatch.setattr(test_property, "EngineCore", Core)
+    simulation = test_property.Simulation(seed, share_failing=0.04)
+    simulation.run()
+    core = simulation.core
+    assert isinstance(core, RecordedCore)
+    core.close()
+    return turns
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_whole_lives_are_reproduced(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_masked = 0
+    for seed in range(first, 60, 4):
+        simulate(seed, tmp_path / "record", monkeypatch)
+        plans = list(Replay(tmp_path / "record"))
+        assert len(plans) > 5 and [plan.step for plan in plans] == list(range(len(plans)))
+        num_masked += sum(bool(plan.masks) for plan in plans)
+    assert num_masked > 50, "constrained outputs are recorded as well"
+
+
+def test_so_are_lives_recorded_from_their_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 0
+    for seed in range(80):
+        turns += simulate(seed, tmp_path / "record", monkeypatch, max_bytes=6000)
+        for path in tmp_path.iterdir():
+            replay = Replay(path)
+            list(replay)
+        assert (tmp_path / "record").stat().st_size < 200_000
+        if path.name == "record":
+            status = replay.core.status(epoch="", num_clients=0)
+            assert status.num_free_blocks == status.num_blocks
+    assert turns > 100
+
+
+def test_another_scheduler_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(3, tmp_path / "record", monkeypatch)
+    schedule_running = Scheduler._schedule_running
+
+    def timid(self: Scheduler, step: Any, budget: int) -> int:
+        return min(schedule_running(self, step, budget), 1)
+
+    monkeypatch.setattr(Scheduler, "_schedule_running", timid)
+    with pytest.raises(DivergedError, match="differs"):
+        list(Replay(tmp_path / "record"))
+
+
+def test_a_cut_off_file_is_replayed_as_far_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(5, tmp_path / "record", monkeypatch)
+    whole = (tmp_path / "record").read_bytes()
+    num_plans = len(list(Replay(tmp_path / "record")))
+    for cut in range(len(whole) // 2, len(whole), 97):
+        (tmp_path / "cut").write_bytes(whole[:cut])
+        assert len(list(Replay(tmp_path / "cut"))) <= num_plans
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    for content in (b"", b"nonsense", b"\x05\x00\x00\x00abcde"):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(ValueError, match=r"record|replayed"):
+            Replay(tmp_path / "x")
+
+
+def test_a_served_core_can_be_replayed_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    cores: list[RecordedCore] = []
+
+    def make_core(
+        config: EngineConfig, executor: Executor, info: WorkerInfo, *_: Any
+    ) -> EngineCore:
+        cores.append(RecordedCore(config, executor, info, path=tmp_path / "record"))
+        return cores[0]
+
+    with serving(address, make_core=make_core):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0, max_tokens=10))
+        collect(client, 0)
+        client.close()
+    cores[0].close()
+    assert cli.main(["replay", str(tmp_path / "record"), "--show", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "StepPlan(step=3" in out and "10 steps planned as they were then" in out
+
+
+def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig()
+    executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
+    core = RecordedCore(
+        config, executor, executor.start(), make_compiler(), path=tmp_path / "record"
+    )
+    params = SamplingParams(
+        max_tokens=9, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
+    )
+    gate = threading.Event()
+    compile_ = GrammarCompiler.compile
+
+    def late(self: GrammarCompiler, wanted: StructuredOutputsParams) -> Matcher:
+        assert gate.wait(10)
+        return compile_(self, wanted)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", late)
+    core.add(0, AddRequest(0, [5], params))
+    core.add(0, AddRequest(1, [5, 6], params))
+    core._turn_over()
+    assert core.abort(0, [1])
+    gate.set()
+    while core.num_unfinished:
+        core.step()
+    core.add(0, AddRequest(2, [5], params))  # known by now
+    while core.num_unfinished:
+        core.step()
+    core.close()
+    replay = Replay(tmp_path / "record")
+    plans = list(replay)
+    assert len(plans) >= 2 and all(plan.masks for plan in plans)
+    assert replay.core.num_unfinished == 0
+
+
+def test_recording_costs_the_outputs_nothing(tmp_path: Path) -> None:
+    config = EngineConfig()
+    for make in (EngineCore, None):
+        executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
+        core = (
+            make(config, executor, executor.start())
+            if make
+            else RecordedCore(config, executor, executor.start(), path=tmp_path / "r")
+        )
+        core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=8, ignore_eos=True)))
+        tokens = []
+        while core.busy:
+            outputs = core.step()
+            tokens += outputs.token_ids if outputs is not None else []
+        assert len(tokens) == 8
+    assert isinstance(core, RecordedCore)
+    core.close()

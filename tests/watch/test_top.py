@@ -1,0 +1,181 @@
+"""`nanovllm top`: what it makes of events, how it looks, and where it gets them."""
+
+import asyncio
+import io
+import threading
+from argparse import Namespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nanovllm import cli
+from nanovllm.watch.events import (
+    ChunkEvent,
+    Counts,
+    EngineEvent,
+    Layout,
+    Progress,
+    SequenceEvent,
+    StepEvent,
+    Table,
+)
+from nanovllm.watch.top.command import from_core, from_server
+from nanovllm.watch.top.screen import Screen
+from nanovllm.watch.top.state import State
+from tests.core.serving import RawClient, add, serving
+from tests.frontend.server.test_engine import complete, engine
+
+TIMEOUT_S = 10.0
+
+
+def layout(**changes: Any) -> Layout:
+    fields = {
+        **{"model": "m", "device": "cpu", "view": "full", "num_blocks": 40, "block_size": 16},
+        **{"num_cells": 40, "num_dense": 40, "stride": 1, "max_num_batched_tokens": 64},
+        **{"max_num_seqs": 4, "max_model_len": 128},
+    }
+    return Layout(**{**fields, **changes})
+
+
+def sequence(uid: int, **changes: Any) -> SequenceEvent:
+    fields = {
+        **{"request_id": None, "state": "running", "cause": "", "queued_at": 0.0},
+        **{"started_at": 0.5, "ttft_s": 0.0, "num_prompt_tokens": 30, "num_tokens": 34},
+        **{"num_computed": 33, "num_cached_tokens": 16, "num_preemptions": 0},
+    }
+    return SequenceEvent(uid, **{**fields, **changes})
+
+
+def event(now: float = 1.0, **changes: Any) -> EngineEvent:
+    fields = {
+        **{"kind": "update", "now": now, "interval_s": 0.1, "cells": [], "sequences": []},
+        **{"progress": [], "tables": [], "gone": [], "num_hidden": 0, "steps": []},
+        **{"batches": {}, "num_lost_steps": 0, "ended": []},
+        "counters": Counts(37, 2, 1, 0, 3, 60, 10, 0, 60, 15, 5),
+    }
+    return EngineEvent(**{**fields, **changes})
+
+
+BUSY = event(
+    kind="snapshot",
+    layout=layout(),
+    cells=[0, 5, 1, 3, 2, 2, 7, 1],  # shared by two; held and full; held; cached but free
+    sequences=[
+        sequence(0),
+        sequence(1, num_computed=20),
+        sequence(2, state="waiting", cause="seats", num_computed=0),
+    ],
+    tables=[Table(0, 0, [1, 2]), Table(1, 0, [1, 3])],
+    steps=[
+        StepEvent(3, 0.8, 0.85, 512, 0, [ChunkEvent(1, 0, 48)], 1, []),
+        StepEvent(4, 0.9, 0.95, 512, 2, [], 2, [2]),
+    ],
+)
+
+
+def shown(state: State, width: int = 120, height: int = 40) -> str:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
+    console.print(Screen(state))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_state_is_what_its_events_say() -> None:
+    state = State()
+    state.apply(BUSY)
+    assert state.owners == {1: 1, 2: 0, 3: 1} and state.hit_rate == 0.25
+    later = Counts(38, 1, 0, 0, 3, 60, 110, 0, 60, 15, 9)
+    update = {"progress": [Progress(0, 40, 39)], "gone": [1], "cells": [0, 3, 2, 0]}
+    state.apply(event(1.5, counters=later, tables=[Table(0, 1, [2, 9])], **update))
+    assert (state.cells[0], state.cells[2], state.owners) == (3, 0, {1: 0, 2: 0, 9: 0})
+    assert state.sequences[0].num_tokens == 40 and set(state.sequences) == {0, 2}
+    assert state.tokens_per_s == pytest.approx(200)
+    state.apply(event(kind="snapshot", layout=layout()))
+    assert state.sequences == {} and sum(state.cells) == 0
+
+
+def test_the_screen_shows_it() -> None:
+    state = State()
+    assert "waiting for the engine" in shown(state)
+    state.apply(BUSY)
+    text = shown(state)
+    assert "m on cpu" in text and "cache hits 25%" in text and "preempted 3" in text
+    assert "3 of 40 blocks in use, 16 tokens each" in text
+    assert "2█▓····░" in text, "shared, full, being written, free …, cached but free"
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("#")}
+    assert "decode" in rows["#0"] and "prefill" in rows["#1"]
+    assert "waits for a seat" in rows["#2"]
+    assert "▼" in text, "a preemption"
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 16), (80, 24), (200, 60)])
+def test_it_fits_into_any_terminal(width: int, height: int) -> None:
+    state = State()
+    many = [sequence(uid) for uid in range(100)]
+    large = layout(num_blocks=100_000, num_cells=4096, num_dense=2048, stride=48)
+    state.apply(event(kind="snapshot", layout=large, sequences=many, num_hidden=7))
+    lines = shown(state, width, height).splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert len(lines) <= max(height, 24)
+    assert "blocks in use (a sample)" in "".join(lines)
+    listed = sum(line.startswith("#") for line in lines)
+    assert listed >= 2 and f"and {107 - listed} more" in lines[-1]
+
+
+async def first_of(events: Any) -> EngineEvent:
+    async with asyncio.timeout(TIMEOUT_S):
+        found: EngineEvent = await anext(events)
+        await events.aclose()
+        return found
+
+
+async def test_events_of_a_core(tmp_path: Any) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    with serving(address):
+        first = await first_of(from_core(Namespace(address=address, keys=None)))
+        assert first.kind == "snapshot" and first.layout
+
+
+async def test_events_of_a_server(tmp_path: Any) -> None:
+    import httpx
+
+    address = f"ipc://{tmp_path}/core.sock"
+    async with engine(address, api_key=["k"]) as (url, _):
+        headers = {"authorization": "Bearer k"}
+        async with httpx.AsyncClient(headers=headers) as client:
+            events = from_server(url, "k")
+            assert (await anext(events)).kind == "snapshot"  # type: ignore[union-attr]
+            await complete(client, url)
+            async with asyncio.timeout(TIMEOUT_S):
+                async for one in events:
+                    if one is not None and one.ended:
+                        break
+            await events.aclose()
+        with pytest.raises(ValueError, match="answers 401"):
+            await first_of(from_server(url, None))
+
+
+async def test_a_url_where_nobody_is() -> None:
+    with pytest.raises(ValueError, match=r"--url: .* cannot be reached"):
+        await first_of(from_server("http://127.0.0.1:9", None))
+
+
+def test_the_command_prints_once(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    with serving(address):
+        client = RawClient(address)
+        client.greet()
+        client.send(add(0, max_tokens=400))
+        assert cli.main(["top", "--address", address, "--once"]) == 0
+        client.close()
+    out = capsys.readouterr().out
+    assert "KV cache" in out and "of 199 blocks" in out
+
+
+def test_the_command_goes_on_until_the_core_ends(tmp_path: Any) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    with serving(address) as server:
+        threading.Timer(0.6, server.stop).start()
+        arguments = ["top", "--address", address]
+        assert cli.main(arguments) == 1, "the core's end is told, not waited out"

@@ -1,0 +1,111 @@
+"""Drives a `Decoder` without runner, rows or core: batches made by hand, blocks by a counter."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.kv_cache import allocate
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import spec_from_config
+from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.weights import load_weights
+
+CPU = torch.device("cpu")
+
+
+def make_batch(
+    rows: list[tuple[list[int], int]], tables: list[list[int]], *, block_size: int
+) -> ForwardBatch:
+    """rows: each its new ids and how many tokens came before; tables: each its block ids."""
+    positions = [torch.arange(start, start + len(ids)) for ids, start in rows]
+    padded = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+    slots = [
+        padded[row, p // block_size].long() * block_size + p % block_size
+        for row, p in enumerate(positions)
+    ]
+    counts = [len(ids) for ids, _ in rows]
+    seq_lens = [start + len(ids) for ids, start in rows]
+    return ForwardBatch(
+        input_ids=torch.tensor([token for ids, _ in rows for token in ids]),
+        positions=torch.cat(positions),
+        slot_mapping=torch.cat(slots),
+        query_start_loc=torch.tensor([0, *counts]).cumsum(0).int(),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_tables=padded,
+        num_tokens=sum(counts),
+        num_rows=len(rows),
+        num_decode_rows=counts.count(1),
+        max_query_len=max(counts),
+        max_seq_len=max(seq_lens),
+    )
+
+
+@dataclass
+class Driver:
+    """A loaded model with a cache; `run` advances named sequences by some tokens each."""
+
+    model: Decoder
+    kv_cache: Tensor
+    block_size: int
+    lengths: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[int]] = field(default_factory=dict)
+    num_taken: int = 0
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 4,
+        scheme: Scheme | None = None,
+        kv_dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
+    ) -> "Driver":
+        spec = replace(spec_from_config(checkpoint.config()), max_position_embeddings=512)
+        wanted = spec.attention_spec(
+            block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
+        )
+        attention, _ = select_backend("auto", wanted)
+        kernels = kernels or TorchKernels()
+        model = Decoder(spec, kernels=kernels, attention=attention, dtype=dtype, device=CPU)
+        allocate_linears(model, scheme)
+        load_weights(
+            model,
+            checkpoint,
+            load_format="auto",
+            seed=0,
+            on_progress=lambda *_: None,
+        )
+        shape = attention.kv_shape(wanted, num_layers=spec.num_layers, num_blocks=256)
+        return cls(model, allocate(shape, dtype=wanted.cache_dtype, device=CPU), block_size)
+
+    @torch.inference_mode()
+    def run(self, new: dict[str, list[int]]) -> dict[str, Tensor]:
+        """One step over all of `new`. Returns each sequence's logits, [new tokens, vocab_size]."""
+        logits = self.run_batch(new)
+        return dict(zip(new, logits.split([len(ids) for ids in new.values()]), strict=True))
+
+    @torch.inference_mode()
+    def run_batch(self, new: dict[str, list[int]], *, wanted: Tensor | None = None) -> Tensor:
+        """`run`, with the logits of all tokens, or of those wanted, as they lie in the batch."""
+        rows = [(ids, self.lengths.get(name, 0)) for name, ids in new.items()]
+        for name, (ids, start) in zip(new, rows, strict=True):
+            self.lengths[name] = start + len(ids)
+            table = self.tables.setdefault(name, [])
+            while len(table) * self.block_size < self.lengths[name]:
+                self.num_taken += 1  # blocks of the sequences interleave; block 0 is not taken
+                table.append(self.num_taken)
+        tables = [self.tables[name] for name in new]
+        batch = make_batch(rows, tables, block_size=self.block_size)
+        self.model.attention.prepare(batch)
+        stream = self.model.forward(batch, self.kv_cache, wanted=wanted)
+        return self.model.compute_logits(stream)

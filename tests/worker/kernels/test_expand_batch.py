@@ -1,0 +1,66 @@
+"""The kernel that expands rows to tokens, against the torch operations that say what it means."""
+
+import pytest
+import torch
+
+from nanovllm.protocol.messages import StepPlan
+from nanovllm.worker import forward_batch
+from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan
+from nanovllm.worker.kernels.triton import expand_batch
+from nanovllm.worker.request_rows import RequestRows
+from tests.worker.kernels.triton_device import DEVICE
+from tests.worker.planning import BLOCK_SIZE, make_plan, make_rows, new_row
+
+TENSORS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens")
+
+
+def staging_of(rows: RequestRows, *plans: StepPlan) -> PlanStaging:
+    staging = PlanStaging(max_num_rows=rows.num_rows, num_buffers=2, device=DEVICE)
+    for plan in plans:
+        rows.write(staging.stage(plan, rows.record(plan)).writes)
+    return staging
+
+
+def both(staged: StagedPlan, rows: RequestRows) -> tuple[ForwardBatch, ForwardBatch]:
+    return (
+        expand_batch.expand_view(staged, rows, block_size=BLOCK_SIZE),
+        forward_batch.expand_view(staged, rows, block_size=BLOCK_SIZE),
+    )
+
+
+def check(got: ForwardBatch, expected: ForwardBatch) -> None:
+    for name in TENSORS:
+        assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
+        assert getattr(got, name).dtype == getattr(expected, name).dtype
+    for row, seq_len in enumerate(expected.seq_lens.tolist()):
+        reached = -(-seq_len // BLOCK_SIZE)
+        assert torch.equal(got.block_tables[row, :reached], expected.block_tables[row, :reached])
+    assert got.max_query_len == expected.max_query_len
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 8])
+def test_decode_step(num_rows: int) -> None:
+    rows = make_rows(device=str(DEVICE))
+    new_rows = [new_row(6, list(range(10, 21))), new_row(1, [7, 8, 9])]
+    staging = staging_of(
+        rows,
+        make_plan(0, [(6, 0, 11), (1, 0, 3)], new_rows=new_rows),
+        make_plan(1, [(6, 11, 1), (1, 3, 1)]),
+    )
+    rows.token_ids[6, 11], rows.token_ids[1, 3] = 50, 51  # as the sampler would
+    view = staging.view(num_rows, num_rows, max_seq_len=24, shares_prefix=False)
+    check(*both(view, rows))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(14, 3), (16, 4), (300, 8), (18, 3)])
+def test_step_with_prompts(num_tokens: int, num_rows: int) -> None:
+    rows = make_rows(device=str(DEVICE))
+    prompts = {6: list(range(10, 21)), 1: [7, 8, 9], 3: list(range(30, 41))}
+    new_rows = [new_row(row, prompt) for row, prompt in prompts.items()]
+    staging = staging_of(
+        rows,
+        make_plan(0, [(6, 0, 4)], new_rows=new_rows),
+        make_plan(1, [(6, 4, 7), (1, 0, 3), (3, 0, 4)]),
+    )
+    view = staging.view(num_tokens, num_rows, max_seq_len=24, shares_prefix=False)
+    check(*both(view, rows))

@@ -1,0 +1,135 @@
+"""Compile for Hopper, without a GPU, every Triton kernel that steps of a model launch.
+
+`python tests/worker/warmup/compile_launches.py` runs steps on CPU tensors with a driver that knows
+a target but no device: a launch compiles, with the very arguments and options it would have had,
+and does nothing else. Prints a JSON object: kernel → number of variants. A failure to compile
+raises.
+"""
+
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from nanovllm.config import SchedulerConfig
+from nanovllm.protocol.messages import StepPlan
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker import model_runner
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
+from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.triton import expand_batch
+from nanovllm.worker.kernels.triton.gated_linear import MIN_TOKENS
+from nanovllm.worker.kernels.triton.launch import Gpu
+from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.layers.rotary import Rope
+from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.models.decoder import DecoderSpec
+from nanovllm.worker.models.weight_names import QWEN
+from nanovllm.worker.quant.select import Scheme
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.warmup import dummy_steps
+from nanovllm.worker.warmup.triton_precompile import leave_launches_out, runner_without_weights
+
+CPU = torch.device("cpu")
+NUM_ROWS, MAX_MODEL_LEN, BLOCK_SIZE = 280, 640, 16
+LIMITS = SchedulerConfig(max_num_seqs=NUM_ROWS).limits("cuda")
+PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
+
+
+class UncapturedGraphs(StepGraphs):
+    """Every step as a graph would have it, without one."""
+
+    def run(self, shape: StepShape, variant: Variant) -> torch.Tensor:
+        return self._step(shape, variant)
+
+
+def compile_instead_of_launching() -> Counter[str]:
+    """From now on. The result counts the variants of each kernel as they come."""
+    leave_launches_out(Gpu((9, 0), 132))
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    model_runner.StepGraphs = UncapturedGraphs
+    launch, found, seen = JITFunction.run, Counter[str](), set[str]()
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = launch(self, *args, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found[self.fn.__name__] += 1
+        return kernel
+
+    JITFunction.run = count
+    return found
+
+
+def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+    """The kernel compiles; plain torch fills in ids that the embedding can look up."""
+    expand_batch.expand_view(staged, rows, block_size=block_size)
+    return expand_view(staged, rows, block_size=block_size)
+
+
+def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None) -> ModelRunner:
+    """A model as wide as Qwen3-0.6B, of two layers and few tokens, with nothing in its weights."""
+    spec = DecoderSpec(
+        architecture="Qwen3ForCausalLM",
+        names=QWEN,
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=2,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope=Rope(10000.0),
+        max_position_embeddings=MAX_MODEL_LEN,
+        tied_embeddings=True,
+        qk_norm=True,
+    )
+    attention_spec = spec.attention_spec(
+        block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
+    )
+    return runner_without_weights(
+        spec, attention_spec, LIMITS, scheme=scheme, expand=expand_after_all
+    )
+
+
+def run_steps(runner: ModelRunner, params: SamplingParams, *sizes: tuple[int, int]) -> None:
+    """Steps of so many entries, with so many tokens each."""
+    for num_entries, num_tokens in sizes:
+        dummy_steps.run_step(runner, LIMITS, params, counts=[num_tokens] * num_entries)
+
+
+def run_sharing_step(runner: ModelRunner) -> None:
+    """Rows whose blocks are all the same."""
+    runner._rows.host_block_tables[:] = 1
+    entries = list(range(NUM_ROWS))
+    starts, counts = [600] * NUM_ROWS, [1] * NUM_ROWS
+    runner.execute(StepPlan(0, [], [], entries, starts, counts, entries))
+
+
+def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
+    """As a layer would that is not the last, where few tokens are wanted."""
+    layer = runner._model.layers[0]
+    stream, norm = Stream(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16)), layer.post_norm
+    TritonKernels().mlp(stream, norm, 1e-6, layer.gate_up, layer.down, norm)
+
+
+@torch.inference_mode()
+def main() -> None:
+    found = compile_instead_of_launching()
+    runner = make_runner()
+    run_steps(runner, PLAIN, (1, 1), (8, 1), (24, 1), (48, 1), (NUM_ROWS, 1), (2, 60))
+    run_steps(runner, TRUNCATING, (1, 1))
+    run_sharing_step(runner)
+    for num_tokens in (MIN_TOKENS, 2 * MIN_TOKENS):
+        run_mlp(runner, num_tokens=num_tokens)
+    fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)
+    run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The interpreter runs what compilers may refuse: every kernel is compiled for Hopper, too."""
+
+from tests.worker.warmup.compiling import run_compiling
+
+LAUNCHED = {
+    "_expand_kernel",
+    "plan_kernel",
+    "stream_plan_kernel",
+    "_vector_kernel",
+    "_matrix_kernel",
+    "_gated_kernel",
+    "_rows_kernel",
+    "_silu_and_mul_kernel",
+    "_rope_and_cache_kernel",
+    "prefill_kernel",
+    "decode_kernel",
+    "stream_kernel",
+    "combine_kernel",
+    "shared_prefix_kernel",
+    "_segments_kernel",
+    "_choose_kernel",
+}
+
+
+def test_every_kernel_as_it_is_launched() -> None:
+    assert run_compiling("compile_launches.py").keys() == LAUNCHED

@@ -1,0 +1,195 @@
+"""Steps run for what they cost: they leave nothing behind, and cost what was foreseen."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanovllm.checkpoint.model_size import ModelSize
+from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
+from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, Precision
+from nanovllm.protocol.messages import StepPlan
+from nanovllm.worker.attention.triton.backend import TritonAttention
+from nanovllm.worker.cuda_graph import StepShape
+from nanovllm.worker.forward_batch import expand_view
+from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.layers.rotary import Rope
+from nanovllm.worker.model_runner import ModelRunner, PendingStep
+from nanovllm.worker.models.decoder import Decoder, DecoderSpec
+from nanovllm.worker.models.weight_names import QWEN
+from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.warmup import dummy_steps
+
+CPU = torch.device("cpu")
+MAX_MODEL_LEN = 512
+SIZE = ModelSize(
+    architecture="Qwen3ForCausalLM",
+    num_layers=2,
+    hidden_size=256,
+    intermediate_size=768,
+    vocab_size=1000,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=MAX_MODEL_LEN,
+    tied_embeddings=True,
+    stored_dtype="bfloat16",
+    parameters={},
+    source="",
+)
+
+
+def sample_first(logits: torch.Tensor, **_: object) -> torch.Tensor:
+    return torch.zeros(len(logits), dtype=torch.int64)
+
+
+def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, RequestRows]:
+    """A model as on a GPU, of tensors of the CPU; nobody has written to its weights."""
+    spec = DecoderSpec(
+        architecture=size.architecture,
+        names=QWEN,
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        num_kv_heads=size.num_kv_heads,
+        head_dim=size.head_dim,
+        rms_norm_eps=1e-6,
+        rope=Rope(10000.0),
+        max_position_embeddings=MAX_MODEL_LEN,
+        tied_embeddings=True,
+        qk_norm=True,
+    )
+    attention_spec = spec.attention_spec(block_size=16, dtype=torch.bfloat16, device=CPU)
+    attention = TritonAttention(attention_spec)
+    model = Decoder(
+        spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
+    )
+    allocate_linears(model, None)
+    rows = RequestRows(
+        num_rows=limits.max_num_seqs,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        vocab_size=size.vocab_size,
+        eos_token_ids=[0],
+        device=CPU,
+    )
+    shape = attention.kv_shape(attention_spec, num_layers=size.num_layers, num_blocks=1)
+    runner = ModelRunner(
+        model,
+        attention,
+        rows=rows,
+        kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
+        limits=limits,
+        fused=FusedStep(expand_view, sample_first),
+    )
+    return runner, rows
+
+
+def plan_of(size: ModelSize, limits: StepLimits) -> MemoryPlan:
+    return MemoryPlan(
+        size=size,
+        machine=Machine(name="GPU", memory_bytes=GIB, taken_bytes=0, is_gpu=True),
+        precision=Precision.of("bfloat16"),
+        cache=CacheConfig(),
+        limits=limits,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels that would have been launched; none is, which leaves their allocations."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: list[str] = []
+
+    def skip(self: InterpretedFunction, *_: object, **__: object) -> None:
+        names.append(self.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "run", skip)
+    return names
+
+
+def peak_bytes(runner: ModelRunner, limits: StepLimits) -> int:
+    """Most that was allocated at once during the heaviest step, beyond what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        dummy_steps.run_heaviest_step(runner, limits, max_model_len=MAX_MODEL_LEN)
+    held = most = 0
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="skips kernels of the interpreter")
+@pytest.mark.parametrize(
+    ("changes", "num_seqs", "num_tokens"),
+    [
+        pytest.param({}, 8, 1000, id="layer"),
+        pytest.param({"intermediate_size": 64}, 8, 4096, id="attention"),
+        pytest.param({"vocab_size": 60000}, 64, 512, id="sampler"),
+    ],
+)
+def test_the_heaviest_step_takes_what_the_plan_foresees(
+    launches: list[str], changes: dict[str, int], num_seqs: int, num_tokens: int
+) -> None:
+    size = replace(SIZE, **changes)  # type: ignore[arg-type]
+    limits = SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens).limits(
+        "cuda"
+    )
+    runner, _ = make_runner(size, limits)
+    plan = plan_of(size, limits)
+    measured = peak_bytes(runner, limits)
+    assert 0.85 < plan.activation_bytes / measured < 1.15
+    assert "prefill_kernel" in launches
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="skips kernels of the interpreter")
+def test_a_step_whose_gates_are_never_in_memory_takes_that_much_less(launches: list[str]) -> None:
+    """The plan foresees them: not every device, dtype and layer can do without."""
+    limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4096).limits("cuda")
+    runner, _ = make_runner(SIZE, limits)
+    foreseen = plan_of(SIZE, limits).activation_bytes
+    gates_and_ups = 4096 * 2 * SIZE.intermediate_size * 2
+    assert 0.85 < (foreseen - gates_and_ups) / peak_bytes(runner, limits) < 1.15
+    assert "_gated_kernel" in launches
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_tokens", "max_model_len", "expected"),
+    [(8, 4096, 513, (8, 512)), (8, 4096, 100, (8, 99)), (256, 8, 100, (8, 1))],
+)
+def test_the_largest_step_stays_within_rows_and_budget(
+    num_seqs: int, num_tokens: int, max_model_len: int, expected: tuple[int, int]
+) -> None:
+    limits = SimpleNamespace(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    found = dummy_steps.largest_step(limits, max_model_len=max_model_len)  # type: ignore[arg-type]
+    assert found == expected
+
+
+def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
+    runner, rows = make_runner(SIZE, limits)
+    shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(64, 4), StepShape(9 * MAX_MODEL_LEN, 4)]
+    monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
+    plans: list[StepPlan] = []
+    monkeypatch.setattr(
+        ModelRunner, "execute", lambda _, plan: plans.append(plan) or PendingStep(plan.step)
+    )
+    num_rehearsals = sum(
+        1 for _ in dummy_steps.rehearsals(runner, limits, max_model_len=MAX_MODEL_LEN)
+    )
+    assert num_rehearsals == len(plans) == 2 * 2 * 3  # ways to sample, times, shapes that can be
+    assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
+    assert {row for plan in plans for row in plan.rows} == {rows.num_rows}

@@ -1,0 +1,210 @@
+"""Kernels are compiled ahead into Triton's cache, by a program that needs no GPU."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nanovllm.config import EngineConfig, SchedulerConfig
+from nanovllm.worker.cuda_graph import StepShape, Variant
+from nanovllm.worker.warmup import triton_precompile
+from nanovllm.worker.warmup.precompile import Job, Precompiler, is_likely, stamp_of
+from nanovllm.worker.warmup.triton_precompile import Children, typical
+from tests.worker.warmup.compiling import run_compiling
+
+TIMEOUT_S = 200.0
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
+JOB = Job(  # of a model that takes few sizes of steps
+    CONFIG,
+    max_model_len=128,
+    block_size=16,
+    dtype="bfloat16",
+    kv_dtype=None,
+    quantization=None,
+    limits=LIMITS,
+    gpu=((9, 0), 132),
+)
+FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", quantization="fp8")
+STUCK = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Triton's, for this test and the programs it starts."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def seconds_waited(precompiler: Precompiler) -> float:
+    started = time.monotonic()
+    precompiler.wait(lambda progress: None)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("job", [JOB, FP8_JOB], ids=["bf16", "fp8"])
+def test_what_steps_launch_is_compiled_once(cache: Path, job: Job) -> None:
+    found: list[dict[Path, int]] = []
+    for _ in range(2):
+        precompiler = Precompiler(most_wait_s=TIMEOUT_S)
+        precompiler.begin()
+        precompiler.ask(job)
+        waited_s = seconds_waited(precompiler)
+        if not found:  # the profile run comes now, while the rest is compiled
+            profiled = run_compiling("compile_profile_run.py", msgspec.json.encode(job).decode())
+            assert len(profiled) > 10
+            assert all(profiled.values()), profiled
+            assert stamp_of(job).exists()
+        else:
+            assert waited_s < 0.1
+        assert precompiler._program is not None
+        assert precompiler._program.wait(TIMEOUT_S) == 0
+        precompiler.end()
+        found.append({path: path.stat().st_mtime_ns for path in cache.glob("*/*.cubin")})
+    names = {path.stem for path in found[0]}
+    assert {"decode_kernel", "prefill_kernel", "_matrix_kernel", "_vector_kernel"} <= names
+    assert {"_expand_kernel", "plan_kernel", "_segments_kernel", "_choose_kernel"} <= names
+    assert found[0] == found[1]
+
+
+def test_one_step_stands_for_those_that_launch_the_same() -> None:
+    shapes = [StepShape(size, size) for size in (1, 2, 4, 8, 16, 24, 32, 40)]
+    shapes += [StepShape(tokens, 16) for tokens in (32, 48, 64)]
+    kept = [(1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (24, 24), (40, 40), (32, 16), (48, 16)]
+    assert list(typical(shapes)) == kept
+
+
+def test_what_launches_kernels_is_compiled_too(
+    cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a C compiler, where there is the driver's library; an empty one will do to link to."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler, which Triton needs for this on any machine")
+    driver = tmp_path_factory.mktemp("driver")
+    command = [compiler, "-shared", "-o", str(driver / "libcuda.so.1"), "-x", "c", "/dev/null"]
+    subprocess.run(command, check=True)
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(driver))
+    precompiler = Precompiler(most_wait_s=TIMEOUT_S)
+    precompiler.ask(JOB)
+    precompiler.wait(lambda progress: None)
+    assert list(cache.glob("*/cuda_utils*.so"))
+    assert len(list(cache.glob("*/__triton_launcher*.so"))) > 5
+    precompiler.end()
+
+
+def test_a_first_request_comes_before_many_at_once() -> None:
+    plain, sharing = Variant(False, False), Variant(False, True)
+    shapes = [StepShape(*sizes) for sizes in ((1, 1), (24, 24), (128, 16), (128, 64))]
+    steps = [(shape, variant) for variant in (sharing, plain) for shape in shapes]
+    first = [(128, 16), (1, 1), (24, 24), (128, 64)]
+    ordered = sorted(steps, key=triton_precompile._lateness)
+    assert ordered == [(shape, variant) for variant in (plain, sharing) for shape in first]
+
+
+def test_children_compile_and_say_how_it_went(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_precompile, "is_awaited", lambda: True)
+    children = Children(2)
+    futures = [children.submit(lambda name=name: (cache / name).touch()) for name in "abc"]
+    assert children.wait()
+    assert sorted(path.name for path in cache.iterdir()) == ["a", "b", "c"]
+    assert all(future.done() for future in futures)
+    children.submit((cache / "a" / "file").touch)  # which is no directory
+    assert not children.wait()
+
+
+def test_nothing_more_is_compiled_once_nobody_waits(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_precompile, "is_awaited", lambda: False)
+    with pytest.raises(SystemExit):
+        Children(1).submit((cache / "late").touch)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("told", [b"", msgspec.json.encode(JOB) + b"\n"])
+def test_the_program_ends_with_whoever_started_it(told: bytes, cache: Path) -> None:
+    """The system closes a dead process' end of a pipe."""
+    precompiler = Precompiler()
+    precompiler.begin()
+    program = precompiler._program
+    assert program is not None and program.stdin is not None
+    program.stdin.write(told)
+    program.stdin.close()
+    assert program.wait(TIMEOUT_S) == 0
+    assert not list(cache.iterdir())
+    precompiler.end()
+
+
+def test_a_stuck_program_is_waited_for_only_so_long() -> None:
+    precompiler, told = Precompiler(STUCK, most_wait_s=0.5), []
+    precompiler.ask(JOB)
+    started = time.monotonic()
+    precompiler.wait(told.append)
+    assert 0.5 <= time.monotonic() - started < 5.0
+    assert told == sorted(told) and 0.0 < told[0] < told[-1] < 1.0
+    precompiler.end()
+    precompiler.end()
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-c", "1 / 0"], ["no such program"]])
+def test_a_program_that_fails_is_not_waited_for(command: list[str]) -> None:
+    precompiler = Precompiler(command)
+    precompiler.begin()
+    precompiler.ask(JOB)
+    assert seconds_waited(precompiler) < 5.0
+    precompiler.end()
+
+
+def test_a_program_that_does_not_listen_is_ended() -> None:
+    precompiler = Precompiler(STUCK)
+    config = {**CONFIG, "more": "x" * 2**20}  # than a pipe holds
+    precompiler.ask(msgspec.structs.replace(JOB, checkpoint_config=config))
+    assert precompiler._program is None
+    assert seconds_waited(precompiler) < 0.1
+
+
+def test_nobody_waits_for_what_has_been_compiled() -> None:
+    stamp_of(JOB).touch()
+    precompiler = Precompiler(STUCK)
+    precompiler.ask(JOB)
+    assert seconds_waited(precompiler) < 0.1
+    precompiler.end()
+
+
+def test_a_job_is_likely_where_triton_may_compile() -> None:
+    assert is_likely(EngineConfig.from_kwargs(model="m"))
+    assert is_likely(EngineConfig.from_kwargs(model="m", quantization="fp8"))
+    assert not is_likely(EngineConfig.from_kwargs(model="m", attention_backend="torch"))
+
+
+def test_what_stands_in_for_torchs_tracing_gives_way_to_it() -> None:
+    lines = (
+        "import sys, torch",
+        "from nanovllm.worker.warmup.triton_precompile import NotTracing, load_ahead",
+        "load_ahead()",
+        "held = sys.modules['torch._dynamo']",
+        "assert isinstance(held, NotTracing), held",
+        "compiled = torch.compile(lambda x: x + 1, backend='eager')",
+        "assert compiled(torch.zeros(1)) == 1 and held.config is torch._dynamo.config",
+        "assert sys.modules['torch._dynamo'] is not held",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=TIMEOUT_S)
