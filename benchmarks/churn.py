@@ -32,12 +32,10 @@ from nanovllm.protocol.messages import (
     Heartbeat,
     Hello,
     Outputs,
-    StepPlan,
-    StepResult,
     ToCore,
     Welcome,
-    WorkerInfo,
 )
+from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 TIMEOUT_MS = 20_000

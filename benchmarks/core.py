@@ -24,7 +24,8 @@ from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.lifetime import stop_on_signals
 from nanovllm.core.server import CoreServer
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.protocol.messages import AddRequest, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 

@@ -23,15 +23,8 @@ from churn import BriefClient, PositionExecutor, PositionHandle, footprint
 from nanovllm.config import EngineConfig
 from nanovllm.core.lifetime import stop_on_signals
 from nanovllm.core.server import CoreServer
-from nanovllm.protocol.messages import (
-    AddRequest,
-    CoreStatus,
-    Goodbye,
-    Heartbeat,
-    Outputs,
-    StepPlan,
-    WorkerInfo,
-)
+from nanovllm.protocol.messages import AddRequest, CoreStatus, Goodbye, Heartbeat, Outputs
+from nanovllm.protocol.plan import StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 STEP_S = 0.005

@@ -24,7 +24,7 @@ import msgspec
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol.messages import StepPlan, WorkerInfo
+from nanovllm.protocol.plan import StepPlan, WorkerInfo
 
 BATCH = 32
 Check = Callable[[str], bool]

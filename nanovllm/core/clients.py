@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from nanovllm.core.accounts import started_message
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import StepOutputs
-from nanovllm.protocol.messages import FromCore, Outputs, PromptLogprobs, TokenLogprobs
+from nanovllm.protocol.messages import FromCore, Outputs, PromptLogprobs
+from nanovllm.protocol.plan import TokenLogprobs
 
 MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
 

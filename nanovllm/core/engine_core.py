@@ -24,7 +24,8 @@ from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.core.validation import check_request
 from nanovllm.executor.base import DeviceLostError, Executor, StepHandle
-from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason, WorkerInfo
+from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
+from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.watch.step_log import StepLog
 
 Key = tuple[int, int]

@@ -16,7 +16,8 @@ from nanovllm.core.budget import token_budget
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
-from nanovllm.protocol.messages import BlockAppend, FinishReason, StepPlan, StepResult
+from nanovllm.protocol.messages import FinishReason
+from nanovllm.protocol.plan import BlockAppend, StepPlan, StepResult
 
 BY_ORDER = attrgetter("order")
 

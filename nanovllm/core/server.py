@@ -49,8 +49,8 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     ToCore,
     Welcome,
-    WorkerInfo,
 )
+from nanovllm.protocol.plan import WorkerInfo
 
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read

@@ -6,7 +6,7 @@ Made by `Scheduler`, passed on by `EngineCore`, sorted to clients by `CoreServer
 from dataclasses import dataclass, field
 
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.protocol.messages import NewRow, StepPlan, TokenLogprobs
+from nanovllm.protocol.plan import NewRow, StepPlan, TokenLogprobs
 
 
 @dataclass(slots=True)

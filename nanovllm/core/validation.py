@@ -6,7 +6,8 @@ Called by `EngineCore.add`. `ValueError` names the field and what it takes.
 import math
 from collections.abc import Collection, Iterator
 
-from nanovllm.protocol.messages import AddRequest, WorkerInfo
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.protocol.plan import WorkerInfo
 
 MAX_NUMBER = 2**53  # of a sequence; -1 stands for none in answers
 MAX_COUNT = 2**31 - 1  # what a worker's columns hold

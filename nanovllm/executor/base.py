@@ -5,7 +5,7 @@ An executor runs plans in submission order; `EngineCore` is its only caller.
 
 from typing import Protocol
 
-from nanovllm.protocol.messages import StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 
 
 class StepFailedError(RuntimeError):

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanovllm.config import unknown_name
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol.messages import WorkerInfo
+from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 

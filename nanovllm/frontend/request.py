@@ -19,7 +19,8 @@ from nanovllm.frontend.outputs import (
     TokenAlternatives,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, Outputs, TokenLogprobs
+from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, Outputs
+from nanovllm.protocol.plan import TokenLogprobs
 
 
 class Completion:

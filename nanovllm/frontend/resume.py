@@ -8,7 +8,8 @@ when the request was made: the new core is told what is left of them.
 import msgspec
 
 from nanovllm.frontend.request import Completion, Request
-from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, WorkerInfo
+from nanovllm.protocol.messages import AddRequest, Finished, FinishReason
+from nanovllm.protocol.plan import WorkerInfo
 
 SEED_MASK = 2**63 - 1  # the core's: output i of a request runs with seed + i
 

@@ -20,7 +20,8 @@ from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import ScheduledStep, StepOutputs
 from nanovllm.executor.base import Executor, StepHandle
-from nanovllm.protocol.messages import AddRequest, FinishReason, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.messages import AddRequest, FinishReason
+from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.snapshot import Snapshot, take_snapshot
 from nanovllm.sampling_params import StructuredOutputsParams
 

@@ -20,7 +20,7 @@ from nanovllm.core.grammar import Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import ScheduledStep
 from nanovllm.executor.base import DeviceLostError, Executor
-from nanovllm.protocol.messages import StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
     LENGTH_BYTES,
     Added,

@@ -15,7 +15,7 @@ from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 
 # What is copied as it is, or means something else elsewhere.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.worker.attention.shared_prefix import SharingRows
 from nanovllm.worker.request_rows import Int32Array, RequestRows
 

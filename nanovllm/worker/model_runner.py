@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import StepLimits
-from nanovllm.protocol.messages import StepPlan, StepResult
+from nanovllm.protocol.plan import StepPlan, StepResult
 from nanovllm.worker.attention.base import AttentionBackend
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.messages import NewRow, StepPlan
+from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     NEUTRAL,

@@ -14,7 +14,7 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler, Matcher
-from nanovllm.protocol.messages import NewRow, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import NewRow, StepPlan, StepResult, WorkerInfo
 
 VOCAB_SIZE = 1000
 

@@ -9,15 +9,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.socket import Endpoint
-from nanovllm.protocol.messages import (
-    AddRequest,
-    CoreStatus,
-    Outputs,
-    RequestFailed,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from nanovllm.protocol.messages import AddRequest, CoreStatus, Outputs, RequestFailed
+from nanovllm.protocol.plan import StepPlan, StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, StepFailedError, reference
 from tests.core.serving import RawClient, add, collect, serving, status_where

@@ -17,9 +17,9 @@ from nanovllm.protocol.messages import (
     Hello,
     Outputs,
     RequestFailed,
-    StepPlan,
     Welcome,
 )
+from nanovllm.protocol.plan import StepPlan
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
 

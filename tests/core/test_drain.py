@@ -13,7 +13,8 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
 from nanovllm.core.server import CoreServer
-from nanovllm.protocol.messages import CoreStatus, Finished, Outputs, Overloaded, StepPlan
+from nanovllm.protocol.messages import CoreStatus, Finished, Outputs, Overloaded
+from nanovllm.protocol.plan import StepPlan
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving
 

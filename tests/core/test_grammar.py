@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from nanovllm.core import grammar as grammar_module
 from nanovllm.core.grammar import GrammarCompiler, Matcher
-from nanovllm.protocol.messages import WorkerInfo
+from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE, allowed_ids
 from tests.core.vocabulary import decode, make_compiler, tokenizer_json

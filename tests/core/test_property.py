@@ -18,7 +18,8 @@ from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep
 from nanovllm.core.waiting import WaitingQueue
-from nanovllm.protocol.messages import AddRequest, StepResult
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.protocol.plan import StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import make_compiler

@@ -7,7 +7,7 @@ from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, StepOutputs
-from nanovllm.protocol.messages import StepResult, TokenLogprobs
+from nanovllm.protocol.plan import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 EOS = 0

@@ -26,9 +26,8 @@ from nanovllm.protocol.messages import (
     Pulse,
     RequestFailed,
     ResetPrefixCache,
-    StepPlan,
-    WorkerInfo,
 )
+from nanovllm.protocol.plan import StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import RawClient, add, collect, serving

@@ -10,7 +10,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import DeviceLostError, Executor
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.protocol.messages import NewRow, StepPlan, StepResult
+from nanovllm.protocol.plan import NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import failures, worker
 from nanovllm.worker.warmup import driver

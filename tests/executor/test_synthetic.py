@@ -5,7 +5,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.synthetic import SyntheticExecutor
-from nanovllm.protocol.messages import StepPlan, StepResult
+from nanovllm.protocol.plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.worker.planning import make_plan, new_row
 

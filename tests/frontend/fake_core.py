@@ -24,8 +24,8 @@ from nanovllm.protocol.messages import (
     Started,
     ToCore,
     Welcome,
-    WorkerInfo,
 )
+from nanovllm.protocol.plan import WorkerInfo
 
 M = TypeVar("M", bound=msgspec.Struct)
 Script = Callable[[ToCore], Iterable[FromCore]]

@@ -23,8 +23,8 @@ from nanovllm.protocol.messages import (
     PromptLogprobs,
     Started,
     ToCore,
-    TokenLogprobs,
 )
+from nanovllm.protocol.plan import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, last_of
 from tests.frontend.fake_core import WELCOME, FakeCore, echo, silent

@@ -18,8 +18,8 @@ from nanovllm.protocol.messages import (
     PromptLogprobs,
     Started,
     ToCore,
-    TokenLogprobs,
 )
+from nanovllm.protocol.plan import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.frontend.attached import all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import echo, silent

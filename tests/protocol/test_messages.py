@@ -3,11 +3,10 @@
 import msgspec
 import pytest
 
-from nanovllm.protocol import messages, watch
+from nanovllm.protocol import messages, plan, watch
 from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
-    BlockAppend,
     Call,
     CallResult,
     CoreFailed,
@@ -19,7 +18,6 @@ from nanovllm.protocol.messages import (
     Heartbeat,
     Hello,
     Loading,
-    NewRow,
     Outputs,
     Overloaded,
     PromptLogprobs,
@@ -27,12 +25,16 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     ResetPrefixCache,
     Started,
-    StepPlan,
-    StepResult,
     ToCore,
-    TokenLogprobs,
     Welcome,
     Why,
+)
+from nanovllm.protocol.plan import (
+    BlockAppend,
+    NewRow,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
     WorkerInfo,
 )
 from nanovllm.protocol.watch import (
@@ -158,7 +160,8 @@ def test_no_message_is_left_out() -> None:
     }
     defined = {
         value
-        for value in (*vars(messages).values(), *vars(watch).values())
+        for module in (messages, plan, watch)
+        for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, msgspec.Struct)
     }
     assert defined - {msgspec.Struct, SamplingParams} == tested | nested

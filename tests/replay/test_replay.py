@@ -12,7 +12,8 @@ from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.executor.base import Executor
-from nanovllm.protocol.messages import AddRequest, WorkerInfo
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.replay.recorder import RecordedCore
 from nanovllm.replay.replay import DivergedError, Replay
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams

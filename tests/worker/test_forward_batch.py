@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.worker.forward_batch import ROOM_FOR_WRITES, ForwardBatch, PlanStaging, build_batch
 from nanovllm.worker.request_rows import RequestRows
 from tests.worker.planning import BLOCK_SIZE, blocks_of, make_plan, make_rows, new_row

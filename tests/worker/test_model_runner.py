@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanovllm.config import SchedulerConfig
-from nanovllm.protocol.messages import StepResult, TokenLogprobs
+from nanovllm.protocol.plan import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.protocol.messages import BlockAppend
+from nanovllm.protocol.plan import BlockAppend
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import COLUMNS, NO_LOGPROBS

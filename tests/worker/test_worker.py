@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import StepFailedError
-from nanovllm.protocol.messages import WorkerInfo
+from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import preflight, request_rows
 from nanovllm.worker import worker as worker_module

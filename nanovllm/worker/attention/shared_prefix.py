@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 
 Int32Array = npt.NDArray[np.int32]
 

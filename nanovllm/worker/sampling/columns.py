@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanovllm.protocol.messages import NewRow
+from nanovllm.protocol.plan import NewRow
 
 NO_LOGPROBS = -2  # -1 means the whole vocabulary
 INT32_MAX = 2**31 - 1

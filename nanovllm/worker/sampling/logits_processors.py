@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.messages import NewRow
+from nanovllm.protocol.plan import NewRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.messages import TokenLogprobs
+from nanovllm.protocol.plan import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

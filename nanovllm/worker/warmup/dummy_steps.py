@@ -8,7 +8,7 @@ graphs come in, so that requests find them compiled and captured.
 from collections.abc import Iterator
 
 from nanovllm.config import StepLimits
-from nanovllm.protocol.messages import NewRow, StepPlan
+from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.model_runner import ModelRunner
 

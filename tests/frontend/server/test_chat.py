@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
-from nanovllm.protocol.messages import AddRequest, Finished, Outputs, ToCore, TokenLogprobs
+from nanovllm.protocol.messages import AddRequest, Finished, Outputs, ToCore
+from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import (

@@ -14,8 +14,8 @@ from nanovllm.protocol.messages import (
     Overloaded,
     RequestFailed,
     ToCore,
-    TokenLogprobs,
 )
+from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import TOOL_TEMPLATE, listening, roomy, tokenizer_with

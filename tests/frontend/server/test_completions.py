@@ -11,8 +11,8 @@ from nanovllm.protocol.messages import (
     PromptLogprobs,
     RequestFailed,
     ToCore,
-    TokenLogprobs,
 )
+from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import error_of, events, served

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nanovllm.protocol.messages import NewRow, StepPlan
+from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.shared_prefix import MIN_KEYS_SAVED, PrefixFinder, SharingRows
 

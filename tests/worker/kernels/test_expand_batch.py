@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.worker import forward_batch
 from nanovllm.worker.forward_batch import ForwardBatch, PlanStaging, StagedPlan
 from nanovllm.worker.kernels.triton import expand_batch

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.messages import NewRow
+from nanovllm.protocol.plan import NewRow
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets

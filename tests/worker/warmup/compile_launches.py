@@ -14,7 +14,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from nanovllm.config import SchedulerConfig
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, Precision
-from nanovllm.protocol.messages import StepPlan
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.forward_batch import expand_view

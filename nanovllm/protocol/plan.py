@@ -1,0 +1,101 @@
+"""The messages between core and worker: one forward pass as a plan, and what came of it.
+
+msgspec structs, encoded positionally (`array_like`) as MessagePack. The scheduler makes plans,
+executors run them; frontends see `WorkerInfo` in `Welcome` and `TokenLogprobs` in `Outputs`.
+"""
+
+import msgspec
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the token's own, its rank from 1, and the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that takes (or, preempted before, takes again) a device row.
+
+    `token_ids` are all known tokens: the prompt, then outputs so far. `block_ids` cover them all.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: list[int]
+    params: SamplingParams
+    seed: int
+    bad_words_token_ids: list[list[int]]
+
+
+class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
+    """`block_id` becomes entry `index` of the row's block table."""
+
+    row: int
+    index: int
+    block_id: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass, in counts. Parallel lists, one entry per row that runs.
+
+    Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
+    `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
+    stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
+    `masks` maps an index j into `sampling` to the ids that may be sampled there, one bit each in
+    little-endian 32-bit words; an index that is missing is free.
+    Order of effects: new_rows, block_appends, then the forward pass.
+    """
+
+    step: int
+    new_rows: list[NewRow]
+    block_appends: list[BlockAppend]
+    rows: list[int]
+    num_computed: list[int]
+    num_scheduled: list[int]
+    sampling: list[int]
+    masks: dict[int, bytes] = {}
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """`token_ids[j]` was sampled for `plan.sampling[j]`.
+
+    `logprobs` maps such a j to that token's log-probabilities; `prompt_logprobs` maps an entry i
+    of the plan to those of the prompt tokens at positions `num_computed[i] + 1 …` of this chunk.
+    `failures` maps a j to why no token could be chosen there alone; `token_ids[j]` means nothing.
+    """
+
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    failures: dict[int, str] = {}
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts found at start, by whoever owns the device.
+
+    `num_blocks` includes block 0, which is reserved for padding and never handed out.
+    `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
+    `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
+    """
+
+    device: str
+    dtype: str
+    attention_backend: str
+    architecture: str
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_parameters: int = 0
+    kv_cache_bytes: int = 0
+    notes: list[str] = []
+    phase_seconds: dict[str, float] = {}
+    memory_bytes: dict[str, int] = {}
