@@ -23,7 +23,7 @@ from serving import cpu_seconds
 
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.launch import start_core
+from nanovllm.frontend.core_process import start_core
 from nanovllm.sampling_params import SamplingParams
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 8

@@ -25,10 +25,9 @@ from workloads import WORKLOADS
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.executor.base import StepHandle
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import StepPlan, StepResult
+from nanovllm.protocol.plan import StepHandle, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 
 NUM_STEPS = 20

@@ -28,10 +28,10 @@ import uvloop
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_process import start_core
 from nanovllm.frontend.server.run import bind, serve
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
-from nanovllm.launch import start_core
 
 SETTLE_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 240.0

@@ -1,18 +1,12 @@
-"""Composition root: configuration → executor → core process → handle.
+"""The composition root of a core process: configuration → executor → core → listeners → server.
 
-`start_core` is what frontends call; `core_main` is the program it starts, and, as the console
-script `nanovllm-core`, what an operator runs to have a core that many clients share.
+The program `nanovllm-core`. A frontend starts one of its own (`frontend/core_process.py`), or an
+operator runs one that many clients share. Only this module knows every room of a core.
 """
 
 import argparse
 import logging
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,84 +14,20 @@ from pathlib import Path
 import msgspec
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
-from nanovllm.core.server import CoreServer, MakeCore
-from nanovllm.executor.base import Executor, ProgressCallback
+from nanovllm.core.server import CoreServer, MakeListener
+from nanovllm.executor.base import Executor
 from nanovllm.flags import add_config_flags, config_values
 from nanovllm.keys import CoreKeys
-from nanovllm.replay.recorder import RecordedCore
+from nanovllm.protocol.plan import ProgressCallback
+from nanovllm.replay.recorder import Recorder
+from nanovllm.watch.observer import Observer
 
 EXECUTORS = {
     "inline": "nanovllm.executor.inline:InlineExecutor",
     "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
 }
-PROGRAM = ["-m", "nanovllm.launch"]
-
-
-@dataclass
-class CoreHandle:
-    """A core process owned by this one; it ends when `close` is called or this process dies."""
-
-    config: EngineConfig
-    address: str
-    process: subprocess.Popen[bytes]
-    _owner_end: socket.socket
-    _directory: Path | None = field(default=None)
-
-    def end(self, timeout_s: float = 10.0) -> int:
-        """End the core: politely, then by SIGTERM, then by SIGKILL. Returns its exit code."""
-        self._owner_end.close()
-        for insist in (self.process.terminate, self.process.kill):
-            try:
-                self.process.wait(timeout_s / 2)
-                break
-            except subprocess.TimeoutExpired:
-                insist()
-        return self.process.wait()
-
-    def restart(self) -> None:
-        """Start it again, at the same address, after it has ended."""
-        assert self.process.poll() is not None, "end() first"
-        self.process, self._owner_end = _spawn(self.config, self.address)
-
-    def close(self) -> int:
-        """`end`, for good. Returns the exit code."""
-        code = self.end()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-        return code
-
-
-def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandle:
-    """Start a core as a program of its own and return at once; clients see it load.
-
-    address: where it binds; by default a socket in a fresh directory only this user can enter.
-    """
-    directory = None
-    if address is None:
-        directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
-        address = f"ipc://{directory}/core.sock"
-    return CoreHandle(config, address, *_spawn(config, address), directory)
-
-
-def _spawn(config: EngineConfig, address: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The program, and the end of a socket pair whose closing tells it that its owner has gone."""
-    owner_end, core_end = socket.socketpair()
-    command = [sys.executable, *PROGRAM, "--address", address]
-    command += ["--owner-fd", str(core_end.fileno())]
-    command += ["--config-json", msgspec.json.encode(config).decode()]
-    # A session of its own, so that Ctrl-C at the owner's terminal is the owner's affair.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        pass_fds=[core_end.fileno()],
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    core_end.close()
-    return process, owner_end
 
 
 def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
@@ -127,10 +57,12 @@ def core_main(argv: list[str] | None = None) -> int:
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
         keys = None if arguments.keys is None else CoreKeys(arguments.keys)
-        make_core: MakeCore = EngineCore
+        listeners: list[MakeListener] = []
         if arguments.record is not None:
-            make_core = partial(RecordedCore, path=arguments.record)
-        server = CoreServer(config, arguments.address, keys=keys, make_core=make_core)
+            listeners.append(partial(Recorder, config=config, path=arguments.record))
+        server = CoreServer(
+            config, arguments.address, keys=keys, make_viewer=Observer, listeners=listeners
+        )
         stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,46 @@ PACKAGE = ROOT / "nanovllm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
-MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 7
 MAX_DOCSTRING_LINES = 6
 
+# Lines of Python per room. They are raised only in a commit that says why.
+BUDGETS = {
+    "core": 3300,  # 3,000 and what the grammars of its requests need
+    "frontend": 3000,
+    "frontend.server": 4450,
+    "worker": 5000,
+}
+# Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.
+INNER_ROOMS = ("frontend.server", "worker.kernels", "worker.attention.triton")
+
 # What everyone may import.
 SHARED = {"checkpoint", "config", "keys", "protocol", "sampling_params"}
 
-# folder (or top-level module) → what it may import besides itself and SHARED
+# room → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "bench": {"frontend"},
     "checkpoint": set(),
     "cli": {"bench", "flags", "frontend", "operator_commands", "plan"},
     "config": set(),
-    "core": {"executor.base", "watch.observer", "watch.step_log"},
+    "core": {"executor.base"},
     "executor": {"worker"},
     "flags": set(),
-    "frontend": {"launch", "watch.events", "watch.feed"},
+    "frontend": set(),
+    "frontend.server": {"flags", "frontend", "watch"},
     "keys": set(),
-    "launch": {"core", "executor", "flags", "frontend.tokenizer", "replay.recorder"},
+    "launch": {
+        *("core", "executor", "flags", "frontend.tokenizer", "replay.recorder", "watch.observer"),
+    },
     "operator_commands": {"replay", "watch.top"},
     "plan": set(),
     "protocol": set(),
     "replay": {"core", "executor.base"},
     "sampling_params": set(),
     "watch": {"core", "frontend"},
-    "worker": {"executor.base", "plan.memory_plan"},
+    "worker": {"plan.memory_plan"},
 }
 
 
@@ -64,9 +77,42 @@ def imported_modules(path: Path) -> Iterator[str]:
                     yield alias.name.removeprefix("nanovllm").lstrip(".")
 
 
+def room_of(module: str) -> str:
+    """The room a module is in: its folder, or itself if it lies at the top."""
+    inner = [room for room in INNER_ROOMS if f"{module}.".startswith(f"{room}.")]
+    return inner[0] if inner else module.split(".")[0]
+
+
+def test_rooms_form_no_circle() -> None:
+    ties: dict[str, set[str]] = {}
+    for path in SOURCES:
+        room = room_of(module_name(path))
+        ties.setdefault(room, set()).update(room_of(target) for target in imported_modules(path))
+    for room in INNER_ROOMS[1:]:  # of the worker: what they import of each other is its own affair
+        ties["worker"] |= ties.pop(room)
+    graph = {
+        room: {"worker" if target.startswith("worker") else target for target in targets} - {room}
+        for room, targets in ties.items()
+    }
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"rooms import each other in a circle: {' → '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_rooms_keep_to_their_budget(room: str) -> None:
+    lines = {
+        path: path.read_text().count("\n")
+        for path in SOURCES
+        if room_of(module_name(path)) == room and module_name(path)
+    }
+    assert sum(lines.values()) <= BUDGETS[room], f"{room} holds {sum(lines.values())} lines"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_point_one_way(path: Path) -> None:
-    home = module_name(path).split(".")[0]
+    home = room_of(module_name(path)).removesuffix(".kernels").removesuffix(".attention.triton")
     assert home in ARROWS, f"{home} has no place in the import rules"
     allowed = ARROWS[home] | SHARED | {home}
     for target in imported_modules(path):
@@ -119,19 +165,18 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
 
 
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_short(path: Path) -> None:
-    source = path.read_text()
-    assert source.count("\n") <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(source)):
+def test_functions_stay_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            # A Triton kernel's length and parameters are its launch interface and its maths.
+            if _is_triton(node):
+                continue
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
             arguments = node.args
             count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
             is_method = arguments.args[:1] and arguments.args[0].arg in ("self", "cls")
-            # A Triton kernel's parameters are its launch interface: pointers, strides, constants.
-            if not _is_triton(node):
-                assert count - bool(is_method) <= MAX_PARAMETERS, f"{node.name}: {count}"
+            assert count - bool(is_method) <= MAX_PARAMETERS, f"{node.name}: {count}"
 
 
 def _is_triton(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -88,16 +88,16 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_queries = 0  # prompt tokens looked up, and found, since start
         self.num_hits = 0
-        self._hash_seed = secrets.randbits(64)
-        self._free = FreeList(num_blocks)
-        self._ref_counts = [0] * num_blocks
-        self._keys: list[bytes | None] = [None] * num_blocks
-        self._messages: list[bytes] = [b""] * num_blocks
-        self._block_of_key: dict[bytes, int] = {}
+        self.hash_seed = secrets.randbits(64)
+        self.free_list = FreeList(num_blocks)
+        self.reference_counts = [0] * num_blocks
+        self.keys: list[bytes | None] = [None] * num_blocks
+        self.messages: list[bytes] = [b""] * num_blocks
+        self.block_of_key: dict[bytes, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._free)
+        return len(self.free_list)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -107,16 +107,16 @@ class BlockManager:
     def can_hold(self, sequence: Sequence, shared: list[int], *, reserve: int = 0) -> bool:
         """Whether all known tokens fit on top of `shared` blocks, leaving `reserve` blocks free."""
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
-        num_revived = sum(self._ref_counts[block_id] == 0 for block_id in shared)
-        return num_new + num_revived + reserve <= len(self._free)
+        num_revived = sum(self.reference_counts[block_id] == 0 for block_id in shared)
+        return num_new + num_revived + reserve <= len(self.free_list)
 
     def hold(self, sequence: Sequence, shared: list[int]) -> None:
         """Give `sequence` blocks for all its known tokens, the first ones being `shared`."""
         assert not sequence.block_ids
         for block_id in shared:
-            if self._ref_counts[block_id] == 0:
-                self._free.remove(block_id)
-            self._ref_counts[block_id] += 1
+            if self.reference_counts[block_id] == 0:
+                self.free_list.remove(block_id)
+            self.reference_counts[block_id] += 1
         sequence.block_ids = list(shared)
         num_new = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
         sequence.block_ids += [self._take() for _ in range(num_new)]
@@ -134,20 +134,20 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Let go of all blocks, tail first, so that leading blocks stay cached the longest."""
         for block_id in reversed(sequence.block_ids):
-            self._ref_counts[block_id] -= 1
-            if self._ref_counts[block_id] == 0:
-                if self._keys[block_id] is None:
-                    self._free.prepend(block_id)
+            self.reference_counts[block_id] -= 1
+            if self.reference_counts[block_id] == 0:
+                if self.keys[block_id] is None:
+                    self.free_list.prepend(block_id)
                 else:
-                    self._free.append(block_id)
+                    self.free_list.append(block_id)
         sequence.block_ids = []
         sequence.capacity = 0
         sequence.next_registration = sys.maxsize
 
     def _take(self) -> int:
-        block_id = self._free.pop_first()
+        block_id = self.free_list.pop_first()
         self._forget(block_id)
-        self._ref_counts[block_id] = 1
+        self.reference_counts[block_id] = 1
         return block_id
 
     # ---- prefix cache
@@ -163,8 +163,8 @@ class BlockManager:
         found: list[int] = []
         for index in range(limit):
             key = self._key(sequence, index)
-            block_id = self._block_of_key.get(key)
-            if block_id is None or self._messages[block_id] != self._message(sequence, index):
+            block_id = self.block_of_key.get(key)
+            if block_id is None or self.messages[block_id] != self._message(sequence, index):
                 break
             found.append(block_id)
         return found
@@ -176,23 +176,23 @@ class BlockManager:
             block_id = sequence.block_ids[index]
             key = self._key(sequence, index)
             # An equal block may be there already: both stay, so block tables are append-only.
-            if key not in self._block_of_key and self._keys[block_id] is None:
-                self._block_of_key[key] = block_id
-                self._keys[block_id] = key
-                self._messages[block_id] = self._message(sequence, index)
+            if key not in self.block_of_key and self.keys[block_id] is None:
+                self.block_of_key[key] = block_id
+                self.keys[block_id] = key
+                self.messages[block_id] = self._message(sequence, index)
         sequence.next_registration = (num_ready + 1) * self.block_size
 
     def reset_prefix_cache(self) -> bool:
         """Forget every key. True if no block was in use, so that nothing will re-enter."""
         for block_id in range(1, self.num_blocks):
             self._forget(block_id)
-        return len(self._free) == self.num_blocks - 1
+        return len(self.free_list) == self.num_blocks - 1
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         keys = sequence.block_keys
         while len(keys) <= index:
             message = self._message(sequence, len(keys))
-            keys.append(xxhash.xxh3_128_digest(message, seed=self._hash_seed))
+            keys.append(xxhash.xxh3_128_digest(message, seed=self.hash_seed))
         return keys[index]
 
     def _message(self, sequence: Sequence, index: int) -> bytes:
@@ -206,27 +206,27 @@ class BlockManager:
         return tokens + SALT_TAG + sequence.cache_salt.encode()
 
     def _forget(self, block_id: int) -> None:
-        key = self._keys[block_id]
+        key = self.keys[block_id]
         if key is not None:
-            del self._block_of_key[key]
-            self._keys[block_id] = None
-            self._messages[block_id] = b""
+            del self.block_of_key[key]
+            self.keys[block_id] = None
+            self.messages[block_id] = b""
 
     # ---- for viewers
 
     def ref_counts(self, num_dense: int, stride: int) -> list[int]:
         """Of the first `num_dense` blocks and every `stride`-th after them; block 0 left out."""
-        counts = self._ref_counts
+        counts = self.reference_counts
         return counts[1 : num_dense + 1] + counts[num_dense + 1 :: stride]
 
     def keyed(self, num_dense: int, stride: int) -> bytes:
         """Of the same blocks: 1 for those which hold a known prefix, else 0."""
-        keys = self._keys
+        keys = self.keys
         return bytes(map(bool, keys[1 : num_dense + 1] + keys[num_dense + 1 :: stride]))
 
     def prefix_of(self, block_id: int) -> tuple[bytes, bytes, list[int]] | None:
         """Key, key of the block before it (empty for a first one) and token ids, if known."""
-        key, message = self._keys[block_id], self._messages[block_id]
+        key, message = self.keys[block_id], self.messages[block_id]
         if key is None:
             return None
         num_bytes = self.block_size * array("i").itemsize
@@ -245,8 +245,8 @@ class BlockManager:
             assert len(sequence.block_ids) * self.block_size == sequence.capacity
             for block_id in sequence.block_ids:
                 counts[block_id] += 1
-        assert counts == self._ref_counts, "reference counts differ from what sequences hold"
-        free = list(self._free)
-        assert len(free) == len(set(free)) == len(self._free)
+        assert counts == self.reference_counts, "reference counts differ from what sequences hold"
+        free = list(self.free_list)
+        assert len(free) == len(set(free)) == len(self.free_list)
         assert set(free) == {b for b in range(1, self.num_blocks) if counts[b] == 0}
-        assert {k: b for b, k in enumerate(self._keys) if k is not None} == self._block_of_key
+        assert {k: b for b, k in enumerate(self.keys) if k is not None} == self.block_of_key

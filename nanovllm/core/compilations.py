@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from nanovllm.core.grammar import GrammarCompiler, Matcher, cache_key
 from nanovllm.core.sequence import Sequence
@@ -52,6 +53,32 @@ class Job:
     since: float
     stage: Stage = Stage.QUEUED
     waiting: list[Waiting] = field(default_factory=list)
+
+
+class Grammars(Protocol):
+    """What `EngineCore` asks of whoever has the grammars: `Compilations`, or a recording."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def waiting(self) -> list[Waiting]: ...
+
+    @property
+    def next_deadline(self) -> float: ...
+
+    @property
+    def has_news(self) -> bool: ...
+
+    def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None: ...
+
+    def withdraw(self, sequence: Sequence) -> None: ...
+
+    def collect(self) -> list[tuple[Waiting, Outcome]]: ...
+
+    def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None: ...
+
+    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]: ...
 
 
 class Compilations:
@@ -171,16 +198,19 @@ class Compilations:
         return max(job.since, self._loaded_at) + self._timeout_s
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
-        """Give each its own matcher, behind the tokens it has generated before. `ValueError`: none.
-
-        (A method for those who record what grammars decide.)
-        """
+        """Give each its own matcher, behind the tokens it has generated before. `ValueError`: there
+        is none."""
         if isinstance(outcome, ValueError):
             raise ValueError(str(outcome))
         for sequence in sequences:
             matcher = outcome.copy()
             matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
             sequence.matcher = matcher
+
+    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]:
+        """Of each, which ids may come next; see `GrammarCompiler.fill_masks`."""
+        assert self._compiler is not None
+        return self._compiler.fill_masks(matchers)
 
     # ---- threads
 

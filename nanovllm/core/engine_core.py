@@ -17,16 +17,24 @@ import msgspec
 from nanovllm.config import EngineConfig
 from nanovllm.core.admission import Admission, Deadlines
 from nanovllm.core.block_manager import BlockManager
-from nanovllm.core.compilations import Compilations, Waiting
+from nanovllm.core.compilations import Compilations, Grammars, Outcome, Waiting
+from nanovllm.core.events import (
+    Constrained,
+    CoreListener,
+    GrammarBegun,
+    GrammarEvent,
+    GrammarsCollected,
+    MasksFilled,
+)
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.core.validation import check_request
-from nanovllm.executor.base import DeviceLostError, Executor, StepHandle
+from nanovllm.executor.base import Executor
 from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
-from nanovllm.protocol.plan import WorkerInfo
-from nanovllm.watch.step_log import StepLog
+from nanovllm.protocol.plan import DeviceLostError, StepHandle, WorkerInfo
+from nanovllm.sampling_params import StructuredOutputsParams
 
 Key = tuple[int, int]
 LOG = logging.getLogger(__name__)
@@ -36,7 +44,9 @@ class EngineCore:
     """Runs sequences on `executor`, which has been started and reported `info`.
 
     compiler: for structured outputs, which are refused without one. wake: called from other threads
-    when `step` has something to do that it had not before.
+    when `step` has something to do that it had not before. `grammars`, `sequences` (all that have
+    not ended, by client and number), `inflight`, `paused_clients` and `seeds` are the core's own,
+    and public for who records the core and runs a recording again.
     """
 
     def __init__(
@@ -64,50 +74,59 @@ class EngineCore:
         )
         self._admission = Admission(config.service)
         self._deadlines = Deadlines()
-        self._compiler = compiler
-        self._compilations = Compilations(
+        self.grammars: Grammars = Compilations(
             compiler, timeout_s=config.grammar.grammar_timeout_s, wake=wake
         )
-        self._seeds = random.Random(config.model.seed)
-        self._sequences: dict[Key, Sequence] = {}
-        self._paused: set[int] = set()
-        self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
-        self.log: StepLog | None = None  # while somebody watches
+        self.seeds = random.Random(config.model.seed)
+        self.sequences: dict[Key, Sequence] = {}
+        self.paused_clients: set[int] = set()
+        self.inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
         self._last_result_at = 0.0
         self._started_at = self._idle_at = time.monotonic()
         self._num_failed_steps = self._num_failed = self._num_timeouts = 0
 
+    def listen(self, listener: CoreListener) -> None:
+        """Tell it of all that happens from now on."""
+        self._listeners = (*self._listeners, listener)
+
+    def forget(self, listener: CoreListener) -> None:
+        """Tell it no more."""
+        self._listeners = tuple(one for one in self._listeners if one is not listener)
+
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
-        return bool(self._inflight or self.scheduler.has_work or self._compilations.has_news)
+        return bool(self.inflight or self.scheduler.has_work or self.grammars.has_news)
 
     @property
     def lets_device_wait(self) -> bool:
         """Whether a whole step is queued and none under way: it should go before more comes in."""
         most = self.scheduler.limits.max_num_batched_tokens
-        return not self._inflight and self.scheduler.num_queued_tokens >= most
+        return not self.inflight and self.scheduler.num_queued_tokens >= most
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._sequences)
+        return len(self.sequences)
 
     @property
     def next_deadline(self) -> float:
         """When `expire` or `step` will be due, on `time.monotonic`'s clock."""
-        return min(self._deadlines.next_due or math.inf, self._compilations.next_deadline)
+        return min(self._deadlines.next_due or math.inf, self.grammars.next_deadline)
 
     def add(self, client_id: int, request: AddRequest) -> None:
         """Queue all `n` sequences of a request.
 
         Raises `ValueError` naming the field, or `OverloadedError`; nothing is queued then.
         """
+        for listener in self._listeners:
+            listener.on_add(client_id, request)
         params = request.params
         check_request(request, self._info)
         for index in range(params.n):
-            if (client_id, request.number + index) in self._sequences:
+            if (client_id, request.number + index) in self.sequences:
                 raise ValueError(f"number {request.number + index} is in use: count upwards")
         self._admission.check(
             request,
@@ -120,11 +139,11 @@ class EngineCore:
         wanted, outcome = params.structured_outputs, None
         sequences = self._make_sequences(client_id, request)
         if wanted is not None:
-            outcome = self._compilations.begin(wanted, Waiting(sequences, request.priority, tenant))
+            outcome = self._begin_grammar(wanted, Waiting(sequences, request.priority, tenant))
             if outcome is not None:
-                self._compilations.constrain(sequences, outcome)
+                self._constrain(sequences, outcome)
         for sequence in sequences:
-            self._sequences[client_id, sequence.number] = sequence
+            self.sequences[client_id, sequence.number] = sequence
             self._deadlines.add(sequence, request)
         if wanted is None or outcome is not None:
             self._queue(Waiting(sequences, request.priority, tenant))
@@ -133,7 +152,7 @@ class EngineCore:
         # The grammar is the core's affair: workers see masks.
         params = msgspec.structs.replace(request.params, structured_outputs=None)
         sequences: list[Sequence] = []
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        seed = params.seed if params.seed is not None else self.seeds.getrandbits(63)
         for index in range(params.n):
             number = request.number + index
             sequence = Sequence(client_id, number, request.prompt_token_ids.copy(), params)
@@ -156,41 +175,45 @@ class EngineCore:
 
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
-        found = (self._sequences.get((client_id, number)) for number in dict.fromkeys(numbers))
-        return self._end_by_request([one for one in found if one is not None], "abort")
+        found = (self.sequences.get((client_id, number)) for number in dict.fromkeys(numbers))
+        return self.end([one for one in found if one is not None], "abort")
 
     def abort_client(self, client_id: int) -> list[Sequence]:
         """End everything a client still has running; returns it, finished."""
         self.resume(client_id)
-        mine = [one for one in self._sequences.values() if one.client_id == client_id]
-        return self._end_by_request(mine, "abort")
+        mine = [one for one in self.sequences.values() if one.client_id == client_id]
+        return self.end(mine, "abort")
 
     def fail(self, client_id: int, number: int, cause: str) -> list[Sequence]:
         """End a sequence that cannot go on; returns it, unless it has ended before."""
-        sequence = self._sequences.get((client_id, number))
+        sequence = self.sequences.get((client_id, number))
         if sequence is None:
             return []
         sequence.failure = cause
         self._num_failed += 1
-        return self._end_by_request([sequence], "error")
+        return self.end([sequence], "error")
 
     def pause(self, client_id: int) -> None:
         """Run nothing for this client until `resume`: it does not read what it has got."""
-        if client_id not in self._paused:
-            self._paused.add(client_id)
+        if client_id not in self.paused_clients:
+            for listener in self._listeners:
+                listener.on_pause(client_id)
+            self.paused_clients.add(client_id)
             self.scheduler.pause(client_id)
 
     def resume(self, client_id: int) -> None:
         """Undo `pause`, if there was one."""
-        if client_id in self._paused:
+        if client_id in self.paused_clients:
+            for listener in self._listeners:
+                listener.on_resume(client_id)
             if not self.busy:
                 self._idle_at = time.monotonic()
-            self._paused.remove(client_id)
+            self.paused_clients.remove(client_id)
             self.scheduler.resume(client_id)
 
     def expire(self, now: float) -> list[Sequence]:
         """End the sequences whose deadline has passed; returns them, finished."""
-        expired = self._end_by_request(self._deadlines.pop_expired(now), "timeout")
+        expired = self.end(self._deadlines.pop_expired(now), "timeout")
         self._num_timeouts += len(expired)
         return expired
 
@@ -199,7 +222,18 @@ class EngineCore:
 
         Raises `DeviceLostError`. Any other failure is an output: some sequences have `failed`.
         """
-        if self._compilations.has_news and (refused := self._take_compiled()):
+        if not self._listeners:
+            return self._step()
+        for listener in self._listeners:
+            listener.on_turn()
+        try:
+            return self._step()
+        finally:
+            for listener in self._listeners:
+                listener.on_turn_over()
+
+    def _step(self) -> StepOutputs | None:
+        if self.grammars.has_news and (refused := self._take_compiled()):
             return StepOutputs(failed=refused)
         try:
             step = self.scheduler.schedule()
@@ -207,20 +241,28 @@ class EngineCore:
             return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
         if step is not None and (failed := self._submit(step)) is not None:
             return failed
-        if not self._inflight or (step is not None and len(self._inflight) < self._max_inflight):
+        if not self.inflight or (step is not None and len(self.inflight) < self._max_inflight):
             return None
-        step, handle = self._inflight.popleft()
+        return self._take_result(*self.inflight.popleft())
+
+    def _take_result(self, step: ScheduledStep, handle: StepHandle) -> StepOutputs:
+        """Wait for a step, and take in what came of it."""
         try:
-            outputs = self.scheduler.update(step, handle.result())
+            result = handle.result()
+            outputs = self.scheduler.update(step, result)
         except DeviceLostError:
             raise
         except Exception as error:
+            for listener in self._listeners:
+                listener.on_step_failed(step, error, time.monotonic())
             return self._give_up(step, error)
-        self._count_step(step, outputs.finished)
+        self._count_step()
+        for listener in self._listeners:
+            listener.on_result(step, result, outputs, self._last_result_at)
         if outputs.started:
             self._admission.note_starts(len(outputs.started), self._last_result_at)
         for sequence in outputs.finished:
-            del self._sequences[sequence.client_id, sequence.number]
+            del self.sequences[sequence.client_id, sequence.number]
         for sequence in outputs.failed:
             self._fail([sequence], sequence.failure)
         return outputs
@@ -235,23 +277,45 @@ class EngineCore:
         try:
             if step.constrained:
                 self._mask(step)
-            if self.log is not None:
-                self.log.on_submit(step)
-            self._inflight.append((step, self._executor.submit(step.plan)))
+            for listener in self._listeners:
+                listener.on_submit(step)
+            self.inflight.append((step, self._executor.submit(step.plan)))
         except DeviceLostError:
             raise
         except Exception as error:
+            for listener in self._listeners:
+                listener.on_submit_failed(step, error)
             return self._give_up(step, error)
         return None
 
     # ---- structured outputs
 
+    def _begin_grammar(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+        try:
+            outcome = self.grammars.begin(wanted, request)
+        except ValueError as error:
+            self._tell(GrammarBegun(False, str(error)))
+            raise
+        self._tell(GrammarBegun(outcome is not None))
+        return outcome
+
+    def _constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
+        """Give each sequence its matcher. Raises `ValueError` if there is none for them."""
+        try:
+            self.grammars.constrain(sequences, outcome)
+        except ValueError as error:
+            self._tell(Constrained(str(error)))
+            raise
+        self._tell(Constrained())
+
     def _take_compiled(self) -> list[Sequence]:
         """Queue the requests whose grammar is ready; returns the sequences that have none."""
         refused: list[Sequence] = []
-        for request, outcome in self._compilations.collect():
+        over = self.grammars.collect()
+        self._tell(GrammarsCollected([request.sequences for request, _ in over]))
+        for request, outcome in over:
             try:
-                self._compilations.constrain(request.sequences, outcome)
+                self._constrain(request.sequences, outcome)
             except ValueError as error:
                 refused += self._fail(request.sequences, _text(error))
             else:
@@ -263,10 +327,18 @@ class EngineCore:
 
         One whose matcher fails here samples freely, and fails when its id comes back.
         """
-        assert self._compiler is not None
         matchers = [step.sampled[index].matcher for index in step.constrained]
-        masks = self._compiler.fill_masks([m for m in matchers if m is not None])
+        try:
+            masks = self.grammars.fill_masks([m for m in matchers if m is not None])
+        except Exception as error:
+            self._tell(MasksFilled(_text(error)))
+            raise
+        self._tell(MasksFilled())
         step.plan.masks.update(zip(step.constrained, masks, strict=True))
+
+    def _tell(self, event: GrammarEvent) -> None:
+        for listener in self._listeners:
+            listener.on_grammar(event)
 
     # ---- what fails, and what ends
 
@@ -278,41 +350,44 @@ class EngineCore:
         """
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
-        self._count_step(step, [])
+        self._count_step()
         lost = dict.fromkeys(step.sequences)
-        for later, _ in self._inflight:
+        for later, _ in self.inflight:
             lost |= dict.fromkeys(later.admitted_on_a_prefix())
         self.blocks.reset_prefix_cache()
         return StepOutputs(failed=self._fail(list(lost), _text(error)))
 
     def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
         # Some may have been found to end in the very step that failed: they are lost all the same.
-        known = [
-            one for one in sequences if self._sequences.get((one.client_id, one.number)) is one
-        ]
+        known = [one for one in sequences if self.sequences.get((one.client_id, one.number)) is one]
         for sequence in known:
             sequence.failure = cause
         self._num_failed += len(known)
         return self._end(known, "error")
 
-    def _end_by_request(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
-        """Between steps, for a reason that does not lie in the scheduler."""
+    def end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+        """End these between steps, for a reason that lies outside of them; returns them."""
+        if sequences:
+            for listener in self._listeners:
+                listener.on_end_asked(sequences, reason)
         return self._end(sequences, reason)
 
     def _end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
         for sequence in sequences:
-            del self._sequences[sequence.client_id, sequence.number]
+            del self.sequences[sequence.client_id, sequence.number]
             if not sequence.is_queued:  # its grammar is still being compiled, or was refused
-                self._compilations.withdraw(sequence)
+                self.grammars.withdraw(sequence)
                 sequence.status, sequence.finish_reason = Status.FINISHED, reason
             elif sequence.status is not Status.FINISHED:
                 self.scheduler.finish(sequence, reason)
-        if self.log is not None:
-            self.log.on_ends(sequences)
+        for listener in self._listeners:
+            listener.on_end(sequences)
         return sequences
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; True if none was in use."""
+        for listener in self._listeners:
+            listener.on_reset()
         return self.blocks.reset_prefix_cache()
 
     @property
@@ -330,7 +405,7 @@ class EngineCore:
             step=self._num_steps,
             last_step_ms=self._last_step_s * 1e3,
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + self._compilations.num_waiting,
+            num_waiting=scheduler.num_waiting + self.grammars.num_waiting,
             num_blocks=blocks.num_blocks - 1,
             num_free_blocks=blocks.num_free_blocks,
             num_clients=num_clients,
@@ -351,13 +426,11 @@ class EngineCore:
             stalled_s=self.stalled_s,
         )
 
-    def _count_step(self, step: ScheduledStep, finished: list[Sequence]) -> None:
+    def _count_step(self) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
         self._last_result_at = now
         self._num_steps += 1
-        if self.log is not None:
-            self.log.on_result(step, finished, now)
 
 
 def _text(error: Exception) -> str:

@@ -23,7 +23,10 @@ BY_ORDER = attrgetter("order")
 
 
 class Scheduler:
-    """`limits` bound a step; `eos_token_ids` end every sequence that does not ignore them."""
+    """`limits` bound a step; `eos_token_ids` end every sequence that does not ignore them.
+
+    What plans depend on is public, for who records a core and runs the recording again.
+    """
 
     def __init__(
         self,
@@ -46,10 +49,10 @@ class Scheduler:
         self.paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
         self.waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
         self._at: Sequence | None = None  # whom planning is busy with
-        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._num_arrived = 0
-        self._num_steps = 0
-        self._started: list[Sequence] = []
+        self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self.num_arrived = 0
+        self.num_steps = 0
+        self.newly_started: list[Sequence] = []
 
     @property
     def num_running(self) -> int:
@@ -83,9 +86,9 @@ class Scheduler:
         if not params.ignore_eos:
             sequence.stop_ids |= self._eos_token_ids
         by_priority = self.limits.scheduling_policy == "priority"
-        sequence.order = (priority if by_priority else 0, self._num_arrived)
+        sequence.order = (priority if by_priority else 0, self.num_arrived)
         sequence.tenant = self.waiting.tenant(tenant)
-        self._num_arrived += 1
+        self.num_arrived += 1
         self.num_queued += 1
         self.num_queued_tokens += len(sequence.token_ids)
         if sequence.leader is not None:
@@ -137,7 +140,7 @@ class Scheduler:
 
         Raises `SchedulingFailedError`; everything is as consistent then as if nobody had asked.
         """
-        step = ScheduledStep(StepPlan(self._num_steps, [], [], [], [], [], []), [], [], [])
+        step = ScheduledStep(StepPlan(self.num_steps, [], [], [], [], [], []), [], [], [])
         self._at = None
         try:
             self._plan(step)
@@ -149,13 +152,13 @@ class Scheduler:
             raise SchedulingFailedError(culprit, error) from error
         if not step.sequences:
             return None
-        self._num_steps += 1
+        self.num_steps += 1
         return step
 
     def _plan(self, step: ScheduledStep) -> None:
         self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
-        num_admissible = min(len(self.waiting), len(self._free_rows))
+        num_admissible = min(len(self.waiting), len(self.free_rows))
         step.budget = token_budget(self.limits, self.running, num_admissible=num_admissible)
         budget = self._schedule_running(step, step.budget)
         cause: int | None = None
@@ -177,8 +180,8 @@ class Scheduler:
 
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutputs:
         """Take in a step's sampled ids, oldest step first."""
-        outputs = StepOutputs(started=self._started)
-        self._started = []
+        outputs = StepOutputs(started=self.newly_started)
+        self.newly_started = []
         for index, logprobs in result.prompt_logprobs.items():
             outputs.take_prompt_logprobs(step, index, logprobs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
@@ -214,6 +217,7 @@ class Scheduler:
                 sequence.stop_reason = token_id
             self.finish(sequence, "stop")
         elif matcher is not None and not matcher.accept(token_id):
+            outputs.ended_by_grammar.append(sequence)
             if matcher.error is not None:
                 self._fail(sequence, f"structured_outputs cannot go on: {matcher.error}", outputs)
                 return True
@@ -309,7 +313,7 @@ class Scheduler:
         # Safe with steps in flight: their writes run before any reuse (stream order).
         self._blocks.release(sequence)
         if sequence.row >= 0:
-            self._free_rows.append(sequence.row)
+            self.free_rows.append(sequence.row)
             sequence.row = -1
         self._release_forks(sequence)
 
@@ -327,7 +331,7 @@ class Scheduler:
 
     def _blocks_to_share(self, sequence: Sequence) -> list[int] | None:
         """What `sequence` may reuse if it is admitted now; None if there is no room for it."""
-        if not self._free_rows:
+        if not self.free_rows:
             return None
         shared = self._reusable_blocks(sequence)
         # Each running sequence will soon want one block more: leave them that much.
@@ -348,7 +352,7 @@ class Scheduler:
                 if self.paused:
                     self._preempt(self.paused[-1])
                     continue
-                return KV if self._free_rows else SEATS
+                return KV if self.free_rows else SEATS
             self.waiting.remove(sequence)
             self._admit(step, sequence, shared)
             num_new = min(len(sequence.token_ids) - sequence.num_computed, cap, budget)
@@ -359,7 +363,7 @@ class Scheduler:
     def _admit(self, step: ScheduledStep, sequence: Sequence, shared: list[int]) -> None:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
-        sequence.row = self._free_rows.pop()
+        sequence.row = self.free_rows.pop()
         insort(self.running, sequence, key=BY_ORDER)
         sequence.status = Status.RUNNING
         if not sequence.started_at:
@@ -371,7 +375,7 @@ class Scheduler:
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self._blocks.num_queries += sequence.num_prompt_tokens
             self._blocks.num_hits += sequence.num_computed
-            self._started.append(sequence)
+            self.newly_started.append(sequence)
         step.plan.new_rows.append(new_row(sequence))
 
     def _reusable_blocks(self, sequence: Sequence) -> list[int]:
@@ -394,7 +398,7 @@ class Scheduler:
         """Assert that rows, order and blocks are consistent; called between steps."""
         assert self.running == sorted(self.running, key=BY_ORDER)
         rows = [sequence.row for sequence in self.running + self.paused]
-        assert sorted(rows + self._free_rows) == list(range(self.limits.max_num_seqs))
+        assert sorted(rows + self.free_rows) == list(range(self.limits.max_num_seqs))
         assert all(sequence.status is Status.RUNNING for sequence in self.running)
         assert all(s.status is Status.WAITING and s.row == -1 for s in self.waiting)
         assert all(s.status is Status.PAUSED for s in self.paused)

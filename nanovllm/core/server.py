@@ -10,7 +10,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 import msgspec
@@ -22,9 +22,10 @@ from nanovllm.core.admission import OverloadedError
 from nanovllm.core.clients import Client, ClientTable
 from nanovllm.core.delivery import Delivery
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.events import CoreListener
 from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
-from nanovllm.core.operations import Operations, answer_call
+from nanovllm.core.operations import MakeViewer, Operations, answer_call
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.socket import Endpoint
 from nanovllm.executor.base import Executor
@@ -58,7 +59,7 @@ IDLE_BEFORE_REHEARSING_S = 0.25
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
 UNKNOWN = "the core does not know this client: say Hello"
-MakeCore = Callable[..., EngineCore]  # of the same arguments as `EngineCore`
+MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
 
 
 class CoreServer:
@@ -70,15 +71,18 @@ class CoreServer:
         address: str,
         *,
         keys: CoreKeys | None = None,
-        make_core: MakeCore = EngineCore,
+        make_viewer: MakeViewer | None = None,
+        listeners: Collection[MakeListener] = (),
     ) -> None:
         """Bind, so that clients can attach while the model loads. `ValueError`: a bad address.
 
-        keys: those of a core that other machines may reach.
+        keys: those of a core that other machines may reach. make_viewer: of who shows the core to
+        clients. listeners: of who is told what happens in the core.
         """
         service = config.service
         self._config = config
-        self._make_core = make_core
+        self._make_viewer = make_viewer
+        self._listeners = listeners
         self._epoch = secrets.token_hex(8)
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
@@ -149,10 +153,11 @@ class CoreServer:
             executor = make_executor()
             self._info = executor.start()
             compiler = make_compiler(self._info) if make_compiler else None
-            core = self._core = self._make_core(
-                self._config, executor, self._info, compiler, self._wake
-            )
-            self._operations = Operations(core)
+            core = EngineCore(self._config, executor, self._info, compiler, self._wake)
+            for make_listener in self._listeners:
+                core.listen(make_listener(core, self._info))
+            viewer = None if self._make_viewer is None else self._make_viewer(core)
+            self._core, self._operations = core, Operations(core, viewer)
             self._clients.extend_leases(time.monotonic() - self._awake_at)
             self._awake_at = time.monotonic()
             self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S

@@ -38,6 +38,7 @@ class StepOutputs:
     started: list[Sequence] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
+    ended_by_grammar: list[Sequence] = field(default_factory=list)  # they finished, or failed
 
     def take_prompt_logprobs(
         self, step: ScheduledStep, index: int, logprobs: list[TokenLogprobs]

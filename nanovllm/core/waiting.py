@@ -63,12 +63,12 @@ class WaitingQueue:
 
     def __init__(self, *, by_tenant: bool) -> None:
         self._by_tenant = by_tenant
-        self._tenants: dict[str, Tenant] = {}
-        self._contenders: dict[Tenant, None] = {}  # those with somebody waiting
+        self.tenants: dict[str, Tenant] = {}
+        self.contenders: dict[Tenant, None] = {}  # those with somebody waiting
         self._live: dict[tuple[int, int], Sequence] = {}  # heaps may hold dead entries besides
-        self._parked: dict[int, dict[Sequence, None]] = {}  # by client, in no order
+        self.parked: dict[int, dict[Sequence, None]] = {}  # by client, in no order
         self._clock = WaitClock()
-        self._floor = 0.0  # what the tenant chosen last had been served
+        self.floor = 0.0  # what the tenant chosen last had been served
         self.tenant("")
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class WaitingQueue:
 
     @property
     def num_parked(self) -> int:
-        return sum(map(len, self._parked.values()))
+        return sum(map(len, self.parked.values()))
 
     @property
     def cause(self) -> WaitCause:
@@ -99,16 +99,16 @@ class WaitingQueue:
 
     def some_parked(self, most: int) -> list[Sequence]:
         """At most so many of those whose client does not read."""
-        return list(islice((one for parked in self._parked.values() for one in parked), most))
+        return list(islice((one for parked in self.parked.values() for one in parked), most))
 
     def tenant(self, name: str) -> Tenant:
         """Whom a sequence is to be charged to; all are one without sharing."""
         name = name if self._by_tenant else ""
-        tenant = self._tenants.get(name)
+        tenant = self.tenants.get(name)
         if tenant is None:
-            if len(self._tenants) >= MAX_TENANTS:
-                self._tenants = {t.name: t for t in [self._tenants[""], *self._contenders]}
-            tenant = self._tenants[name] = Tenant(name)
+            if len(self.tenants) >= MAX_TENANTS:
+                self.tenants = {t.name: t for t in [self.tenants[""], *self.contenders]}
+            tenant = self.tenants[name] = Tenant(name)
         return tenant
 
     def charge_for_prompt(self, sequence: Sequence) -> None:
@@ -118,22 +118,22 @@ class WaitingQueue:
 
     def charge_for_outputs(self, sequences: list[Sequence]) -> None:
         """Each has got a token. With one tenant (besides the nameless) nobody counts."""
-        if len(self._tenants) > 2:
+        if len(self.tenants) > 2:
             for sequence in sequences:
                 sequence.tenant.served += OUTPUT_WEIGHT
 
     def push(self, sequence: Sequence) -> None:
         """Queue; a tenant that comes back starts level with those who have waited meanwhile."""
-        parked = self._parked.get(sequence.client_id)
+        parked = self.parked.get(sequence.client_id)
         if parked is not None:
             parked[sequence] = None
             return
         sequence.wait_mark = self._clock.read(time.monotonic())
         tenant = sequence.tenant
         if tenant.num_waiting == 0:
-            floor = min(map(_served, self._contenders), default=self._floor)
+            floor = min(map(_served, self.contenders), default=self.floor)
             tenant.served = max(tenant.served, floor)
-            self._contenders[tenant] = None
+            self.contenders[tenant] = None
         tenant.num_waiting += 1
         self._live[sequence.order] = sequence
         heapq.heappush(tenant.waiting, (sequence.order, sequence))
@@ -142,7 +142,7 @@ class WaitingQueue:
         """Who is to run next."""
         if not self._live:
             return None
-        contenders = self._contenders
+        contenders = self.contenders
         tenant = min(contenders, key=_served) if len(contenders) > 1 else next(iter(contenders))
         waiting = tenant.waiting
         while waiting[0][0] not in self._live:
@@ -154,10 +154,10 @@ class WaitingQueue:
         del self._live[sequence.order]
         sequence.waited_s = self._clock.waited(sequence)
         tenant = sequence.tenant
-        self._floor = tenant.served
+        self.floor = tenant.served
         tenant.num_waiting -= 1
         if tenant.num_waiting == 0:
-            del self._contenders[tenant]
+            del self.contenders[tenant]
             tenant.waiting.clear()
         elif len(tenant.waiting) > 2 * tenant.num_waiting + 64:
             tenant.waiting = [entry for entry in tenant.waiting if entry[0] in self._live]
@@ -168,7 +168,7 @@ class WaitingQueue:
         if sequence.order in self._live:
             self.remove(sequence)
         else:
-            self._parked.get(sequence.client_id, {}).pop(sequence, None)
+            self.parked.get(sequence.client_id, {}).pop(sequence, None)
 
     def hold_up(self, cause: int | None) -> None:
         """What keeps the head from running, from now on."""
@@ -181,11 +181,11 @@ class WaitingQueue:
         parked = [one for one in self._live.values() if one.client_id == client_id]
         for sequence in parked:
             self.remove(sequence)
-        self._parked[client_id] = dict.fromkeys(parked)
+        self.parked[client_id] = dict.fromkeys(parked)
 
     def unpark(self, client_id: int) -> None:
         """Queue them again, where they were: order is by arrival."""
-        for sequence in self._parked.pop(client_id):
+        for sequence in self.parked.pop(client_id):
             self.push(sequence)
 
 

@@ -5,33 +5,7 @@ An executor runs plans in submission order; `EngineCore` is its only caller.
 
 from typing import Protocol
 
-from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
-
-
-class StepFailedError(RuntimeError):
-    """A step failed, and its requests with it; the worker is fit for the next one."""
-
-
-class DeviceLostError(RuntimeError):
-    """No step can run any more: the device, or the process that owns it, is gone. Ends the core;
-    any other exception of a step fails the sequences of that step."""
-
-
-class ProgressCallback(Protocol):
-    """Called often while loading: the phase's name and how far it is, in [0, 1]."""
-
-    def __call__(self, phase: str, progress: float) -> None: ...
-
-
-class StepHandle(Protocol):
-    """A submitted step."""
-
-    def result(self) -> StepResult:
-        """Block until the step has run. Raises what the step raised, or `DeviceLostError`.
-
-        The plan's rows and block tables must have been taken in then, so that the steps submitted
-        after it stay within their own blocks; the KV and ids of this step's rows are lost.
-        """
+from nanovllm.protocol.plan import StepHandle, StepPlan, WorkerInfo
 
 
 class Executor(Protocol):

@@ -4,8 +4,7 @@ On CUDA `submit` returns while the device works; on the CPU the step has run whe
 """
 
 from nanovllm.config import EngineConfig
-from nanovllm.executor.base import ProgressCallback, StepHandle
-from nanovllm.protocol.plan import StepPlan, WorkerInfo
+from nanovllm.protocol.plan import ProgressCallback, StepHandle, StepPlan, WorkerInfo
 from nanovllm.worker.warmup import driver, precompile
 
 

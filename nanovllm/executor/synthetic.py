@@ -11,8 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import EngineConfig
-from nanovllm.executor.base import ProgressCallback
-from nanovllm.protocol.plan import NewRow, StepPlan, StepResult, TokenLogprobs, WorkerInfo
+from nanovllm.protocol.plan import (
+    NewRow,
+    ProgressCallback,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    WorkerInfo,
+)
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_NUM_BLOCKS = 65_536

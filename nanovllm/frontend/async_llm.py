@@ -16,6 +16,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, ProgressCallback
+from nanovllm.frontend.core_process import CoreHandle, start_core
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.inputs import (
     OPTION_NAMES,
@@ -33,7 +34,6 @@ from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.keys import ClientKeys
-from nanovllm.launch import CoreHandle, start_core
 from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache, Welcome
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams

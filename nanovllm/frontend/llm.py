@@ -18,11 +18,11 @@ from tqdm import tqdm
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_process import CoreHandle
 from nanovllm.frontend.inputs import Prompt, PromptInput
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.launch import CoreHandle
 from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
 

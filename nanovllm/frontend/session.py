@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Iterable
 
 from nanovllm.config import SupervisionConfig
+from nanovllm.frontend.core_process import CoreHandle
 from nanovllm.frontend.errors import EngineDeadError, error_of
 from nanovllm.frontend.request import Request, RequestTable
 from nanovllm.frontend.resume import missed_end, resumption
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.keys import ClientKeys
-from nanovllm.launch import CoreHandle
 from nanovllm.protocol.messages import Abort, Finished, Outputs, Overloaded, RequestFailed
 
 NUM_LAST_IDS = 64

@@ -20,9 +20,9 @@ from nanovllm.frontend.core_client import (
     CoreClient,
     ProgressCallback,
 )
+from nanovllm.frontend.core_process import CoreHandle
 from nanovllm.frontend.errors import DetachedError, EngineDeadError
 from nanovllm.keys import ClientKeys
-from nanovllm.launch import CoreHandle
 from nanovllm.protocol.messages import (
     Answer,
     CoreStatus,

@@ -1,8 +1,11 @@
-"""The messages between core and worker: one forward pass as a plan, and what came of it.
+"""What core and worker say to each other: one forward pass as a plan, its result, its failures.
 
-msgspec structs, encoded positionally (`array_like`) as MessagePack. The scheduler makes plans,
-executors run them; frontends see `WorkerInfo` in `Welcome` and `TokenLogprobs` in `Outputs`.
+Messages are msgspec structs, encoded positionally (`array_like`) as MessagePack. The scheduler
+makes plans, executors run them; frontends see `WorkerInfo` in `Welcome` and `TokenLogprobs` in
+`Outputs`.
 """
+
+from typing import Protocol
 
 import msgspec
 
@@ -99,3 +102,29 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str] = []
     phase_seconds: dict[str, float] = {}
     memory_bytes: dict[str, int] = {}
+
+
+class StepFailedError(RuntimeError):
+    """A step failed, and its requests with it; the worker is fit for the next one."""
+
+
+class DeviceLostError(RuntimeError):
+    """No step can run any more: the device, or the process that owns it, is gone. Ends the core;
+    any other exception of a step fails the sequences of that step."""
+
+
+class ProgressCallback(Protocol):
+    """Called often while loading: the phase's name and how far it is, in [0, 1]."""
+
+    def __call__(self, phase: str, progress: float) -> None: ...
+
+
+class StepHandle(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepResult:
+        """Block until the step has run. Raises what the step raised, or `DeviceLostError`.
+
+        The plan's rows and block tables must have been taken in then, so that the steps submitted
+        after it stay within their own blocks; the KV and ids of this step's rows are lost.
+        """

@@ -12,15 +12,12 @@ from typing import TypeVar
 
 import msgspec
 
-from nanovllm.config import EngineConfig
 from nanovllm.core.admission import OverloadedError
-from nanovllm.core.compilations import Compilations, Outcome, Waiting
+from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
 from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import ScheduledStep
-from nanovllm.executor.base import DeviceLostError, Executor
-from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
     LENGTH_BYTES,
     Added,
@@ -30,15 +27,17 @@ from nanovllm.replay.recorder import (
     Constrained,
     Ended,
     Event,
-    GrammarEnded,
     Header,
+    Key,
     Masked,
     Paused,
     Resumed,
     Returned,
     Stepped,
+    SubmitFailed,
     Submitted,
     digest_of,
+    keys_of,
 )
 from nanovllm.replay.snapshot import restore
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -61,6 +60,7 @@ class Tape:
     def __init__(self, events: Iterator[Event]) -> None:
         self._events = events
         self.next = next(events, None)
+        self.ended: dict[Key, str | None] = {}  # by their grammars, with the result taken last
 
     def take(self) -> Event:
         """The next one. Raises `EndOfRecordingError`."""
@@ -91,17 +91,18 @@ class Replay:
             raise ValueError(f"{path} is no recording of nanovllm-core --record")
         self._tape.take()
         self._plans: list[StepPlan] = []
-        self.core = ReplayedCore(header.config, self, header.info, self._tape)
         self._info = header.info
+        self.core = EngineCore(header.config, self, header.info)
+        grammars = self.core.grammars = ReplayedGrammars(self._tape)
         if header.snapshot is not None:
             steps = restore(
                 self.core,
                 header.snapshot,
                 make_matcher=lambda sequence: ReplayedMatcher(sequence, self._tape),
-                wait=self.core.grammars.waiting.append,
+                wait=grammars.waiting.append,
             )
             for step in steps:
-                self.core._inflight.append((step, self))
+                self.core.inflight.append((step, self))
 
     def __iter__(self) -> Iterator[StepPlan]:
         while self._tape.next is not None:
@@ -117,8 +118,7 @@ class Replay:
                 with suppress(ValueError, OverloadedError, EndOfRecordingError):
                     core.add(client_id, request)
             case Ended(keys, reason):
-                sequences = [core._sequences[client_id, number] for client_id, number in keys]
-                core._end_by_request(sequences, reason)
+                core.end([core.sequences[client_id, number] for client_id, number in keys], reason)
             case Paused(client_id):
                 core.pause(client_id)
             case Resumed(client_id):
@@ -139,8 +139,8 @@ class Replay:
         if not isinstance(then, Submitted) or then.digest != digest_of(plan):
             raise DivergedError(f"step {plan.step} differs from the recording: {plan}")
         self._plans.append(plan)
-        if then.error:
-            raise RuntimeError(then.error)
+        if isinstance(self._tape.next, SubmitFailed):
+            raise RuntimeError(self._tape.expect(SubmitFailed).error)
         return self
 
     def rehearse(self) -> bool:
@@ -148,6 +148,7 @@ class Replay:
 
     def result(self) -> StepResult:
         then = self._tape.expect(Returned)
+        self._tape.ended = dict(then.ended)
         if then.result is None:
             raise RuntimeError(then.error)
         return then.result
@@ -156,31 +157,17 @@ class Replay:
         pass
 
 
-class ReplayedCore(EngineCore):
-    """An `EngineCore` without grammars: what they decided is on the tape."""
-
-    def __init__(self, config: EngineConfig, executor: Executor, info: WorkerInfo, tape: Tape):
-        super().__init__(config, executor, info)
-        self._tape = tape
-        self._compilations = self.grammars = ReplayedCompilations(tape)
-
-    def _mask(self, step: ScheduledStep) -> None:
-        if error := self._tape.expect(Masked).error:
-            raise RuntimeError(error)
-        step.plan.masks.update(dict.fromkeys(step.constrained, b""))
-
-
-class ReplayedCompilations(Compilations):
-    """Nothing is compiled; what was is there when it was then."""
+class ReplayedGrammars:
+    """Nothing is compiled: what was compiled then is there when it was there then."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__(None, timeout_s=math.inf, wake=lambda: None)
         self._tape = tape
-        self._waiting: list[Waiting] = []
+        self.waiting: list[Waiting] = []
+        self.next_deadline = math.inf
 
     @property
-    def waiting(self) -> list[Waiting]:
-        return self._waiting
+    def num_waiting(self) -> int:
+        return sum(len(group.sequences) for group in self.waiting)
 
     @property
     def has_news(self) -> bool:
@@ -192,16 +179,26 @@ class ReplayedCompilations(Compilations):
             raise ValueError(begun.error)
         if begun.is_known:
             return ReplayedMatcher(request.sequences[0], self._tape)
-        self._waiting.append(request)
+        self.waiting.append(request)
         return None
 
     def collect(self) -> list[tuple[Waiting, Outcome]]:
         over: list[tuple[Waiting, Outcome]] = []
         for keys in self._tape.expect(Collected).requests:
-            (group,) = (one for one in self._waiting if _keys_of(one.sequences) == keys)
-            self._waiting.remove(group)
+            (group,) = (one for one in self.waiting if keys_of(one.sequences) == keys)
+            self.waiting.remove(group)
             over.append((group, ReplayedMatcher(group.sequences[0], self._tape)))
         return over
+
+    def withdraw(self, sequence: Sequence) -> None:
+        for group in self.waiting:
+            if sequence in group.sequences:
+                group.sequences.remove(sequence)
+
+    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]:
+        if error := self._tape.expect(Masked).error:
+            raise RuntimeError(error)
+        return [b""] * len(matchers)
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
         if error := self._tape.expect(Constrained).error:
@@ -221,16 +218,10 @@ class ReplayedMatcher(Matcher):
         self.error = None
 
     def accept(self, token_id: int) -> bool:
-        then = self._tape.next
-        if not isinstance(then, GrammarEnded) or then.key != self._key:
+        if self._key not in self._tape.ended:
             return True
-        self._tape.take()
-        self.error = then.error
+        self.error = self._tape.ended[self._key]
         return False
-
-
-def _keys_of(sequences: list[Sequence]) -> list[tuple[int, int]]:
-    return [(one.client_id, one.number) for one in sequences]
 
 
 def _events(path: Path) -> Iterator[Event]:

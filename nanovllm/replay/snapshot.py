@@ -99,32 +99,32 @@ def take_snapshot(core: EngineCore) -> Snapshot:
     def indices(sequences: Iterable[Sequence]) -> list[int]:
         return [index[id(sequence)] for sequence in sequences]
 
-    version, internal, gauss = core._seeds.getstate()
+    version, internal, gauss = core.seeds.getstate()
     snapshot = Snapshot(
         sequences=[_state_of(sequence, index) for sequence in known],
-        live=indices(core._sequences.values()),
+        live=indices(core.sequences.values()),
         inflight=[
             StepState(step.plan, indices(step.sequences), indices(step.sampled))
-            for step, _ in core._inflight
+            for step, _ in core.inflight
         ],
-        paused_clients=sorted(core._paused),
+        paused_clients=sorted(core.paused_clients),
         random=(version, list(internal), gauss),
         running=indices(scheduler.running),
         paused=indices(scheduler.paused),
-        started=indices(scheduler._started),
-        free_rows=scheduler._free_rows,
-        num_arrived=scheduler._num_arrived,
-        num_steps=scheduler._num_steps,
+        started=indices(scheduler.newly_started),
+        free_rows=scheduler.free_rows,
+        num_arrived=scheduler.num_arrived,
+        num_steps=scheduler.num_steps,
         num_queued=scheduler.num_queued,
         num_queued_tokens=scheduler.num_queued_tokens,
         waiting=indices(waiting),
-        contenders=[tenant.name for tenant in waiting._contenders],
-        parked={client: indices(some) for client, some in waiting._parked.items()},
-        tenants={name: tenant.served for name, tenant in waiting._tenants.items()},
-        floor=waiting._floor,
+        contenders=[tenant.name for tenant in waiting.contenders],
+        parked={client: indices(some) for client, some in waiting.parked.items()},
+        tenants={name: tenant.served for name, tenant in waiting.tenants.items()},
+        floor=waiting.floor,
         compiling=[
             CompilingState(indices(group.sequences), group.priority, group.tenant)
-            for group in core._compilations.waiting
+            for group in core.grammars.waiting
         ],
         blocks=_blocks_of(core.blocks),
     )
@@ -153,27 +153,27 @@ def restore(
         sequence.matcher = make_matcher(sequence) if state.is_constrained else None
     for group in snapshot.compiling:
         wait(Waiting([known[n] for n in group.sequences], group.priority, group.tenant))
-    core._sequences = {(known[n].client_id, known[n].number): known[n] for n in snapshot.live}
-    core._paused = set(snapshot.paused_clients)
+    core.sequences = {(known[n].client_id, known[n].number): known[n] for n in snapshot.live}
+    core.paused_clients = set(snapshot.paused_clients)
     version, internal, gauss = snapshot.random
-    core._seeds.setstate((version, tuple(internal), gauss))
+    core.seeds.setstate((version, tuple(internal), gauss))
     scheduler.running = [known[n] for n in snapshot.running]
     scheduler.paused = [known[n] for n in snapshot.paused]
-    scheduler._started = [known[n] for n in snapshot.started]
+    scheduler.newly_started = [known[n] for n in snapshot.started]
     for name in ("free_rows", "num_arrived", "num_steps"):
-        setattr(scheduler, "_" + name, getattr(snapshot, name))
+        setattr(scheduler, name, getattr(snapshot, name))
     scheduler.num_queued = snapshot.num_queued
     scheduler.num_queued_tokens = snapshot.num_queued_tokens
     for name in snapshot.contenders:  # in this order: it breaks ties
-        waiting._contenders[waiting.tenant(name)] = None
+        waiting.contenders[waiting.tenant(name)] = None
     for n in snapshot.waiting:
         waiting.push(known[n])
     for name, served in snapshot.tenants.items():  # pushing has lifted some
         waiting.tenant(name).served = served
-    waiting._parked = {
+    waiting.parked = {
         client: dict.fromkeys(known[n] for n in some) for client, some in snapshot.parked.items()
     }
-    waiting._floor = snapshot.floor
+    waiting.floor = snapshot.floor
     _restore_blocks(core.blocks, snapshot.blocks)
     return [
         ScheduledStep(
@@ -185,10 +185,10 @@ def restore(
 
 def _known_sequences(core: EngineCore) -> list[Sequence]:
     """All that anything refers to, also those that have ended."""
-    found: dict[Sequence, None] = dict.fromkeys(core._sequences.values())
-    for step, _ in core._inflight:
+    found: dict[Sequence, None] = dict.fromkeys(core.sequences.values())
+    for step, _ in core.inflight:
         found |= dict.fromkeys(step.sequences)
-    found |= dict.fromkeys(core.scheduler._started)
+    found |= dict.fromkeys(core.scheduler.newly_started)
     for sequence in list(found):
         while sequence.leader is not None and sequence.leader not in found:
             sequence = sequence.leader
@@ -224,17 +224,21 @@ def _sequence_of(state: SequenceState) -> Sequence:
 
 def _blocks_of(blocks: BlockManager) -> BlockState:
     return BlockState(
-        blocks._hash_seed, list(blocks._free), blocks._ref_counts, blocks._keys, blocks._messages
+        blocks.hash_seed,
+        list(blocks.free_list),
+        blocks.reference_counts,
+        blocks.keys,
+        blocks.messages,
     )
 
 
 def _restore_blocks(blocks: BlockManager, state: BlockState) -> None:
-    blocks._hash_seed = state.hash_seed
-    blocks._free = FreeList(blocks.num_blocks)
+    blocks.hash_seed = state.hash_seed
+    blocks.free_list = FreeList(blocks.num_blocks)
     for block_id in range(1, blocks.num_blocks):
-        blocks._free.remove(block_id)
+        blocks.free_list.remove(block_id)
     for block_id in state.free:
-        blocks._free.append(block_id)
-    blocks._ref_counts = state.ref_counts
-    blocks._keys, blocks._messages = state.keys, state.messages
-    blocks._block_of_key = {key: n for n, key in enumerate(state.keys) if key is not None}
+        blocks.free_list.append(block_id)
+    blocks.reference_counts = state.ref_counts
+    blocks.keys, blocks.messages = state.keys, state.messages
+    blocks.block_of_key = {key: n for n, key in enumerate(state.keys) if key is not None}

@@ -1,8 +1,9 @@
 """Shows a core to viewers, and changes nothing in it: answers `Observe` and `ShowBlock`.
 
-Called by `operations`. Watched, a step pays for keeping a few references (`StepLog`); the rest is
-done per call, bounded, and timed: the answer says how soon to ask again, so that looking costs the
-core `COST_SHARE` however large it is. Unwatched for `WATCH_LEASE_S`, it all stops.
+`launch` hands it to the server, whose `Operations` call it. Watched, a step pays for keeping a few
+references (`StepLog`); the rest is done per call, bounded, and timed: the answer says how soon to
+ask again, so that looking costs the core `COST_SHARE` however large it is. Unwatched for
+`WATCH_LEASE_S`, it all stops.
 """
 
 import time
@@ -46,10 +47,11 @@ class Watcher:
 
 
 class Observer:
-    """Of one `EngineCore`, whose `log` it sets while somebody watches."""
+    """Of one `EngineCore`, which a `StepLog` listens to while somebody watches."""
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
+        self.log: StepLog | None = None
         self._watchers: dict[int, Watcher] = {}
         self._costs: deque[float] = deque(maxlen=NUM_COSTS)  # seconds each of the last looks took
         num_blocks = core.blocks.num_blocks - 1
@@ -112,15 +114,18 @@ class Observer:
         ]
         for client_id in expired:
             del self._watchers[client_id]
-        log = self._core.log
+        log = self.log
         if log is None:
             self._watchers.clear()
-            log = self._core.log = StepLog(self._core.scheduler, self._stop)
+            log = self.log = StepLog(self._core.scheduler, self._stop)
+            self._core.listen(log)
         log.watched_until = now + WATCH_LEASE_S
         return log
 
     def _stop(self) -> None:
-        self._core.log = None
+        if self.log is not None:
+            self._core.forget(self.log)
+        self.log = None
         self._watchers.clear()
 
     def _interval(self, seconds: float) -> float:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from nanovllm.core.accounts import why_of
+from nanovllm.core.events import CoreListener
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import NOBODY, Sequence
-from nanovllm.core.step import ScheduledStep
+from nanovllm.core.step import ScheduledStep, StepOutputs
+from nanovllm.protocol.plan import StepResult
 from nanovllm.protocol.watch import Chunk, EndView, StepView
 
 MAX_STEPS = 256
@@ -40,7 +42,7 @@ class Logged(NamedTuple):
     preempted: list[int]
 
 
-class StepLog:
+class StepLog(CoreListener):
     """`on_unwatched` is called when a step finds that nobody has asked until `watched_until`."""
 
     def __init__(self, scheduler: Scheduler, on_unwatched: Callable[[], None]) -> None:
@@ -62,7 +64,6 @@ class StepLog:
     # ---- what `EngineCore` tells
 
     def on_submit(self, step: ScheduledStep) -> None:
-        """A step was planned and goes to the device now."""
         step.submitted_at = now = time.monotonic()
         if now > self.watched_until:
             self._on_unwatched()
@@ -74,8 +75,17 @@ class StepLog:
             self._preempted[step.plan.step] = uids[:most]
             self._num_preemptions = num_preemptions
 
-    def on_result(self, step: ScheduledStep, finished: list[Sequence], now: float) -> None:
-        """A step's result was taken in, and these sequences ended by it."""
+    def on_result(
+        self, step: ScheduledStep, result: StepResult, outputs: StepOutputs, now: float
+    ) -> None:
+        self._log(step, now)
+        if outputs.finished:
+            self.on_end(outputs.finished)
+
+    def on_step_failed(self, step: ScheduledStep, error: Exception, now: float) -> None:
+        self._log(step, now)
+
+    def _log(self, step: ScheduledStep, now: float) -> None:
         if step.submitted_at:  # else it was on its way before anybody watched
             plan = step.plan
             started, last = step.submitted_at, self._last_result_at
@@ -97,11 +107,8 @@ class StepLog:
             )
             self._num_new += 1
         self._last_result_at = now
-        if finished:
-            self.on_ends(finished)
 
-    def on_ends(self, sequences: list[Sequence]) -> None:
-        """These have ended, for whatever reason."""
+    def on_end(self, sequences: list[Sequence]) -> None:
         now = time.monotonic()
         for sequence in sequences:
             if sequence.tenant is NOBODY:

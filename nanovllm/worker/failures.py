@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.executor.base import DeviceLostError, StepFailedError
+from nanovllm.protocol.plan import DeviceLostError, StepFailedError
 
 # phase of `Worker.start` → what would leave it more memory
 START_REMEDIES = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.config import LoadFormat
-from nanovllm.executor.base import ProgressCallback
+from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder

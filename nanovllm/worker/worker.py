@@ -20,9 +20,15 @@ from torch import Tensor
 from nanovllm.checkpoint.locate import Checkpoint, locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.config import EngineConfig, StepLimits
-from nanovllm.executor.base import DeviceLostError, ProgressCallback, StepHandle
 from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
-from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import (
+    DeviceLostError,
+    ProgressCallback,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    WorkerInfo,
+)
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.worker.attention.select import select_backend
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe

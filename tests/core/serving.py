@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,9 +10,8 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import MakeCompiler
-from nanovllm.core.server import CoreServer, MakeCore
+from nanovllm.core.server import CoreServer, MakeListener
 from nanovllm.executor.base import Executor
 from nanovllm.keys import CoreKeys
 from nanovllm.protocol.messages import (
@@ -27,6 +26,7 @@ from nanovllm.protocol.messages import (
     Welcome,
 )
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.watch.observer import Observer
 from tests.core.fake_executor import FakeExecutor
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -84,12 +84,12 @@ def serving(
     *,
     make_compiler: MakeCompiler | None = None,
     keys: CoreKeys | None = None,
-    make_core: MakeCore = EngineCore,
+    listeners: Collection[MakeListener] = (),
     **settings: Any,
 ) -> Iterator[CoreServer]:
     """A server on a fake executor; stopped, and joined, at the end."""
     config = EngineConfig.from_kwargs(**settings)
-    server = CoreServer(config, address, keys=keys, make_core=make_core)
+    server = CoreServer(config, address, keys=keys, make_viewer=Observer, listeners=listeners)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
     thread = threading.Thread(target=server.run, args=(lambda: chosen, make_compiler))
     thread.start()

@@ -81,7 +81,7 @@ def test_reuse_order_is_hashless_first_then_oldest_release_tail_first() -> None:
     blocks.release(old)
     blocks.release(new)
     untouched = [b for b in range(1, 8) if b not in old_ids + new_ids]
-    order = [blocks._free.pop_first() for _ in range(7)]
+    order = [blocks.free_list.pop_first() for _ in range(7)]
     assert order == [new_ids[2], *untouched, old_ids[1], old_ids[0], new_ids[1], new_ids[0]]
 
 

@@ -156,7 +156,7 @@ def test_a_refused_grammar_takes_nobody_else_out_of_the_queue() -> None:
     core = make_core()
     core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=4, ignore_eos=True)))
     core.add(0, AddRequest(1, [5, 6], constrained("(a", n=2)))
-    while not core._compilations.has_news:
+    while not core.grammars.has_news:
         time.sleep(1e-3)
     outputs = core.step()
     assert outputs is not None and [one.number for one in outputs.failed] == [1, 2]

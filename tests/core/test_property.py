@@ -65,7 +65,8 @@ class Simulation:
                 else ""
             ),
         )
-        self.core = EngineCore(self.config, executor, executor.start(), COMPILER)
+        self.info = executor.start()
+        self.core = EngineCore(self.config, executor, self.info, COMPILER)
         self.prefixes = [
             [rng.randrange(1, 1000) for _ in range(rng.randint(4, 12))] for _ in range(2)
         ]
@@ -149,7 +150,7 @@ class Simulation:
             self.client_of[self.next_number + index] = client_id
         self.core.add(client_id, request)
         self.next_number += params.n
-        compilations = self.core._compilations
+        compilations = self.core.grammars
         while compilations.num_waiting and not compilations.has_news:
             time.sleep(1e-4)  # so that a seed is the same life every time
 

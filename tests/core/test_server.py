@@ -10,7 +10,6 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.server import CoreServer
-from nanovllm.executor.base import DeviceLostError
 from nanovllm.protocol.messages import (
     STATUS_INTERVAL_S,
     Abort,
@@ -27,7 +26,7 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     ResetPrefixCache,
 )
-from nanovllm.protocol.plan import StepPlan, WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import RawClient, add, collect, serving

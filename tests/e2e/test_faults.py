@@ -217,7 +217,7 @@ async def test_a_request_that_kills_every_core_is_given_up(
 ) -> None:
     program = tmp_path / "poisoned_core.py"
     program.write_text(POISONED_CORE)
-    monkeypatch.setattr("nanovllm.launch.PROGRAM", [str(program)])
+    monkeypatch.setattr("nanovllm.frontend.core_process.PROGRAM", [str(program)])
     async with AsyncLLM("synthetic", max_core_restarts=2, **SYNTHETIC) as llm:
         healthy = asyncio.create_task(stream(llm, [5], LONG))
         started = time.monotonic()

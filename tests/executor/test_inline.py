@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.executor.base import DeviceLostError, Executor
+from nanovllm.executor.base import Executor
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.protocol.plan import NewRow, StepPlan, StepResult
+from nanovllm.protocol.plan import DeviceLostError, NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import failures, worker
 from nanovllm.worker.warmup import driver

@@ -11,10 +11,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.executor.base import Executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
-from nanovllm.replay.recorder import RecordedCore
+from nanovllm.replay.recorder import Recorder
 from nanovllm.replay.replay import DivergedError, Replay
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core import test_property
@@ -27,25 +26,21 @@ def simulate(
     seed: int, path: Path, monkeypatch: pytest.MonkeyPatch, *, max_bytes: int = 2**20
 ) -> int:
     """A random life as in the property test, recorded; returns how often the file began anew."""
-    turns = 0
-
-    class Core(RecordedCore):
-        def __init__(
-            self, config: EngineConfig, executor: Executor, info: WorkerInfo, *rest: Any
-        ) -> None:
-            super().__init__(config, executor, info, *rest, path=path, max_bytes=max_bytes)
-
-        def _turn_over(self) -> None:
-            nonlocal turns
-            turns += 1
-            super()._turn_over()
-
-    monkeypatch.setattr(test_property, "EngineCore", Core)
     simulation = test_property.Simulation(seed, share_failing=0.04)
+    recorder = Recorder(
+        simulation.core, simulation.config, simulation.info, path=path, max_bytes=max_bytes
+    )
+    turns, begin_anew = 0, recorder.begin_anew
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        begin_anew()
+
+    monkeypatch.setattr(recorder, "begin_anew", count)
+    simulation.core.listen(recorder)
     simulation.run()
-    core = simulation.core
-    assert isinstance(core, RecordedCore)
-    core.close()
+    recorder.close()
     return turns
 
 
@@ -112,21 +107,19 @@ def test_a_served_core_can_be_replayed_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = f"ipc://{tmp_path}/core.sock"
-    cores: list[RecordedCore] = []
+    recorders: list[Recorder] = []
 
-    def make_core(
-        config: EngineConfig, executor: Executor, info: WorkerInfo, *_: Any
-    ) -> EngineCore:
-        cores.append(RecordedCore(config, executor, info, path=tmp_path / "record"))
-        return cores[0]
+    def make_recorder(core: EngineCore, info: WorkerInfo) -> Recorder:
+        recorders.append(Recorder(core, EngineConfig(), info, path=tmp_path / "record"))
+        return recorders[0]
 
-    with serving(address, make_core=make_core):
+    with serving(address, listeners=[make_recorder]):
         client = RawClient(address)
         client.greet()
         client.send(add(0, max_tokens=10))
         collect(client, 0)
         client.close()
-    cores[0].close()
+    recorders[0].close()
     assert cli.main(["replay", str(tmp_path / "record"), "--show", "3"]) == 0
     out = capsys.readouterr().out
     assert "StepPlan(step=3" in out and "10 steps planned as they were then" in out
@@ -137,9 +130,9 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
 ) -> None:
     config = EngineConfig()
     executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
-    core = RecordedCore(
-        config, executor, executor.start(), make_compiler(), path=tmp_path / "record"
-    )
+    core = EngineCore(config, executor, executor.start(), make_compiler())
+    recorder = Recorder(core, config, executor.start(), path=tmp_path / "record")
+    core.listen(recorder)
     params = SamplingParams(
         max_tokens=9, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
     )
@@ -153,7 +146,7 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
     monkeypatch.setattr(GrammarCompiler, "compile", late)
     core.add(0, AddRequest(0, [5], params))
     core.add(0, AddRequest(1, [5, 6], params))
-    core._turn_over()
+    recorder.begin_anew()
     assert core.abort(0, [1])
     gate.set()
     while core.num_unfinished:
@@ -161,7 +154,7 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
     core.add(0, AddRequest(2, [5], params))  # known by now
     while core.num_unfinished:
         core.step()
-    core.close()
+    recorder.close()
     replay = Replay(tmp_path / "record")
     plans = list(replay)
     assert len(plans) >= 2 and all(plan.masks for plan in plans)
@@ -170,18 +163,16 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
 
 def test_recording_costs_the_outputs_nothing(tmp_path: Path) -> None:
     config = EngineConfig()
-    for make in (EngineCore, None):
+    for is_recorded in (False, True):
         executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
-        core = (
-            make(config, executor, executor.start())
-            if make
-            else RecordedCore(config, executor, executor.start(), path=tmp_path / "r")
-        )
+        core = EngineCore(config, executor, executor.start())
+        if is_recorded:
+            recorder = Recorder(core, config, executor.start(), path=tmp_path / "r")
+            core.listen(recorder)
         core.add(0, AddRequest(0, [5], SamplingParams(max_tokens=8, ignore_eos=True)))
         tokens = []
         while core.busy:
             outputs = core.step()
             tokens += outputs.token_ids if outputs is not None else []
         assert len(tokens) == 8
-    assert isinstance(core, RecordedCore)
-    core.close()
+    recorder.close()

@@ -50,13 +50,13 @@ def test_a_core_writes_nothing_down_until_somebody_looks_and_after_nobody_does(
     observer = Observer(core)
     core.add(0, request(0, 5, 50))
     core.step()
-    assert core.log is None
+    assert observer.log is None
     look(observer)
     core.step()
-    assert core.log is not None
-    monkeypatch.setattr(core.log, "watched_until", 0.0)
+    assert observer.log is not None
+    monkeypatch.setattr(observer.log, "watched_until", 0.0)
     core.step()
-    assert core.log is None
+    assert observer.log is None
     assert look(observer).fresh, "what was missed meanwhile must not look like nothing happened"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nanovllm.executor.base import DeviceLostError, StepFailedError
+from nanovllm.protocol.plan import DeviceLostError, StepFailedError
 from nanovllm.worker import failures
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.executor.base import StepFailedError
-from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.plan import StepFailedError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import preflight, request_rows
 from nanovllm.worker import worker as worker_module

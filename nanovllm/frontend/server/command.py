@@ -22,6 +22,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_process import start_core
 from nanovllm.frontend.server.frontends import Frontends
 from nanovllm.frontend.server.run import (
     SUPERVISION_FIELDS,
@@ -34,7 +35,6 @@ from nanovllm.frontend.server.run import (
 )
 from nanovllm.frontend.server.serving import Serving, require_tracing
 from nanovllm.frontend.server.settings import ServerSettings
-from nanovllm.launch import start_core
 
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
