@@ -215,6 +215,29 @@ def test_banned_things_are_absent(path: Path) -> None:
     assert not re.search(r"/(root|home|work|tmp/m)/", source), "no machine paths"
 
 
+def test_a_sequence_s_field_is_written_by_its_owner_alone() -> None:
+    """Of `core.sequence.Sequence`, whose `__init__` says the same; what is not here is the
+    scheduler's. A recording that is run again sets everything anew (`replay.snapshot`)."""
+    owners = {
+        **dict.fromkeys(("bad_words_token_ids", "cache_salt"), "engine_core"),
+        **dict.fromkeys(("block_ids", "block_keys", "capacity"), "block_manager"),
+        "next_registration": "block_manager",
+        "matcher": "compilations",
+        **dict.fromkeys(("wait_mark", "waited_s"), "waiting"),
+    }
+    names = {"sequence", "victim", "leader", "urgent", "one", "fork"}
+    for path in (PACKAGE / "core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if isinstance(node, ast.AugAssign | ast.AnnAssign):
+                targets = [node.target]
+            for target in (one for each in targets for one in ast.walk(each)):
+                if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store):
+                    owner = owners.get(target.attr, "scheduler")
+                    is_sequence = isinstance(target.value, ast.Name) and target.value.id in names
+                    assert not is_sequence or path.stem == owner, f"{path}: {ast.unparse(target)}"
+
+
 def test_nothing_is_called_by_a_name_from_the_wire() -> None:
     """Where frames are read, attributes are looked up by names that stand in the source: a message
     is matched by its type, and there is no other way from it to code."""

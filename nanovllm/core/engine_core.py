@@ -28,7 +28,7 @@ from nanovllm.core.events import (
 )
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.core.validation import check_request
 from nanovllm.executor.base import Executor
@@ -154,24 +154,31 @@ class EngineCore:
         sequences: list[Sequence] = []
         seed = params.seed if params.seed is not None else self.seeds.getrandbits(63)
         for index in range(params.n):
-            number = request.number + index
-            sequence = Sequence(client_id, number, request.prompt_token_ids.copy(), params)
-            sequence.token_ids += request.output_token_ids
-            sequence.num_first_known = len(sequence.token_ids)
+            if index == 1 and params.prompt_logprobs is not None:  # the first reports them for all
+                params = msgspec.structs.replace(params, prompt_logprobs=None)
+            sequence = Sequence(
+                client_id,
+                request.number + index,
+                request.prompt_token_ids,
+                params,
+                output_token_ids=request.output_token_ids,
+                seed=(seed + index) & (2**63 - 1),
+            )
             sequence.bad_words_token_ids = request.bad_words_token_ids
             sequence.cache_salt = request.cache_salt
-            sequence.seed = (seed + index) & (2**63 - 1)
-            if index and params.prompt_logprobs is not None:  # the first reports them for all
-                sequence.params = msgspec.structs.replace(params, prompt_logprobs=None)
             sequences.append(sequence)
         return sequences
 
     def _queue(self, request: Waiting) -> None:
-        leader, *others = request.sequences
-        for sequence in others:
-            sequence.leader = leader
+        """request: those of its sequences that have not ended while they waited for a grammar."""
+        leader, *_ = request.sequences
         for sequence in request.sequences:
-            self.scheduler.add(sequence, priority=request.priority, tenant=request.tenant)
+            self.scheduler.add(
+                sequence,
+                priority=request.priority,
+                tenant=request.tenant,
+                leader=None if sequence is leader else leader,
+            )
 
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
@@ -189,9 +196,8 @@ class EngineCore:
         sequence = self.sequences.get((client_id, number))
         if sequence is None:
             return []
-        sequence.failure = cause
         self._num_failed += 1
-        return self.end([sequence], "error")
+        return self.end([sequence], "error", failure=cause)
 
     def pause(self, client_id: int) -> None:
         """Run nothing for this client until `resume`: it does not read what it has got."""
@@ -360,26 +366,24 @@ class EngineCore:
     def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
         # Some may have been found to end in the very step that failed: they are lost all the same.
         known = [one for one in sequences if self.sequences.get((one.client_id, one.number)) is one]
-        for sequence in known:
-            sequence.failure = cause
         self._num_failed += len(known)
-        return self._end(known, "error")
+        return self._end(known, "error", cause)
 
-    def end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+    def end(
+        self, sequences: list[Sequence], reason: FinishReason, *, failure: str = ""
+    ) -> list[Sequence]:
         """End these between steps, for a reason that lies outside of them; returns them."""
         if sequences:
             for listener in self._listeners:
                 listener.on_end_asked(sequences, reason)
-        return self._end(sequences, reason)
+        return self._end(sequences, reason, failure)
 
-    def _end(self, sequences: list[Sequence], reason: FinishReason) -> list[Sequence]:
+    def _end(self, sequences: list[Sequence], reason: FinishReason, failure: str) -> list[Sequence]:
         for sequence in sequences:
             del self.sequences[sequence.client_id, sequence.number]
             if not sequence.is_queued:  # its grammar is still being compiled, or was refused
                 self.grammars.withdraw(sequence)
-                sequence.status, sequence.finish_reason = Status.FINISHED, reason
-            elif sequence.status is not Status.FINISHED:
-                self.scheduler.finish(sequence, reason)
+            self.scheduler.finish(sequence, reason, failure=failure)
         for listener in self._listeners:
             listener.on_end(sequences)
         return sequences

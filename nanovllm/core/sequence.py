@@ -1,8 +1,9 @@
 """One output being generated, as the core sees it: counts, known tokens and what it holds.
 
-Owned by `Scheduler`, which alone changes it. Invariants: `num_computed` counts positions whose KV
-is written or will be by a submitted step; `num_pending` counts sampled ids not yet back from the
-device; `len(token_ids) + num_pending` is the length by count, `len(token_ids)` what is known.
+Each field has one owner, which alone writes it (`__init__` says who). Invariants: `num_computed`
+counts positions whose KV is written or will be by a submitted step; `num_pending` counts sampled
+ids not yet back from the device; `len(token_ids) + num_pending` is the length by count,
+`len(token_ids)` what is known.
 """
 
 import sys
@@ -87,31 +88,47 @@ class Sequence:
     )
 
     def __init__(
-        self, client_id: int, number: int, token_ids: list[int], params: SamplingParams
+        self,
+        client_id: int,
+        number: int,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        output_token_ids: list[int] | None = None,
+        seed: int = 0,
     ) -> None:
+        """token_ids: the prompt. output_token_ids: what was generated in an earlier life."""
+        # ---- never changed
         self.client_id = client_id
         self.number = number
-        self.token_ids = token_ids
         self.params = params
+        self.seed = seed
         self.num_prompt_tokens = len(token_ids)
-        self.num_first_known = len(token_ids)  # when it was queued: with what it had from before
+        self.num_first_known = len(token_ids) + len(output_token_ids or ())  # when it was queued
+        self.bad_words_token_ids: list[list[int]] = []
+        self.cache_salt: str | None = None
+        self.queued_at = time.monotonic()
+        # ---- Compilations: where it is in its grammar, after all known tokens
+        self.matcher: Matcher | None = None
+        # ---- BlockManager
+        self.block_ids: list[int] = []
+        self.capacity = 0  # tokens that fit into block_ids
+        self.block_keys: list[bytes] = []  # prefix keys of leading full blocks, as far as needed
+        self.next_registration = sys.maxsize  # tokens that must be computed to register one more
+        # ---- WaitingQueue
+        self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
+        self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
+        # ---- Scheduler: all the rest
+        self.token_ids = token_ids + (output_token_ids or [])  # what is known
         self.num_computed = 0
         self.num_pending = 0
         self.max_total = sys.maxsize  # length by count at which it ends with reason "length"
         self.min_total = 0  # known length below which no stop counts
         self.stop_ids: frozenset[int] = frozenset()
-        self.seed = 0
         self.order = (0, NOT_QUEUED)  # (priority, arrival)
-        self.bad_words_token_ids: list[list[int]] = []
-        self.cache_salt: str | None = None
         self.leader: Sequence | None = None  # the sibling whose prompt blocks it may share
         self.forks: list[Sequence] = []  # siblings that wait for this prompt to be computed
-        self.matcher: Matcher | None = None  # where it is in its grammar, after all known tokens
         self.row = -1
-        self.block_ids: list[int] = []
-        self.capacity = 0  # tokens that fit into block_ids
-        self.block_keys: list[bytes] = []  # prefix keys of leading full blocks, as far as needed
-        self.next_registration = sys.maxsize  # tokens that must be computed to register one more
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
@@ -122,11 +139,8 @@ class Sequence:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far
-        self.queued_at = time.monotonic()
         self.started_at = 0.0
         self.first_token_at = 0.0
-        self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
-        self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
 
     @property
     def has_computed_prompt(self) -> bool:

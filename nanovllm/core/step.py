@@ -5,7 +5,7 @@ Made by `Scheduler`, passed on by `EngineCore`, sorted to clients by `CoreServer
 
 from dataclasses import dataclass, field
 
-from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.plan import NewRow, StepPlan, TokenLogprobs
 
 
@@ -39,16 +39,6 @@ class StepOutputs:
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     ended_by_grammar: list[Sequence] = field(default_factory=list)  # they finished, or failed
-
-    def take_prompt_logprobs(
-        self, step: ScheduledStep, index: int, logprobs: list[TokenLogprobs]
-    ) -> None:
-        """Those of entry `index` of the plan, but for what was reported before a preemption."""
-        sequence = step.sequences[index]
-        new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
-        if new and sequence.status is not Status.FINISHED:
-            sequence.num_prompt_logprobs += len(new)
-            self.prompt_logprobs.append((sequence, new))
 
 
 class SchedulingFailedError(Exception):

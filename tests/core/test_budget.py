@@ -3,7 +3,7 @@
 import pytest
 
 from nanovllm.config import SchedulerConfig
-from nanovllm.core.budget import token_budget
+from nanovllm.core.scheduler import token_budget
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 

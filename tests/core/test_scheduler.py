@@ -193,8 +193,7 @@ def test_forks_share_the_full_blocks_of_the_prompt_even_without_the_cache() -> N
     scheduler = make_scheduler(enable_prefix_caching=False, max_num_batched_tokens=8)
     leader = add(scheduler, list(range(1, 11)))
     fork = Sequence(0, 1, list(range(1, 11)), SamplingParams(max_tokens=8))
-    fork.leader = leader
-    scheduler.add(fork)
+    scheduler.add(fork, leader=leader)
     answer(scheduler, schedule(scheduler))
     assert fork.row == -1, "the prompt is not computed yet"
     step = schedule(scheduler)
@@ -207,8 +206,7 @@ def test_forks_go_on_without_their_leader() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=4)
     leader = add(scheduler, list(range(1, 11)))
     fork = Sequence(0, 1, list(range(1, 11)), SamplingParams(max_tokens=8))
-    fork.leader = leader
-    scheduler.add(fork)
+    scheduler.add(fork, leader=leader)
     step = schedule(scheduler)
     scheduler.finish(leader, "abort")
     answer(scheduler, step)
