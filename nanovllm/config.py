@@ -179,11 +179,13 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="tokens kept for a client that does not read, before its requests pause"),
     ] = 32_768
     max_queued_requests: Annotated[
-        AtLeast1 | None, Meta(description="output sequences waiting to start; default: no cap")
-    ] = None
+        AtLeast1 | None,
+        Meta(description="output sequences that may wait to start; more are refused for now"),
+    ] = 8192
     max_queued_tokens: Annotated[
-        AtLeast1 | None, Meta(description="prompt tokens waiting to start; default: no cap")
-    ] = None
+        AtLeast1 | None,
+        Meta(description="prompt tokens that may wait to start; more are refused for now"),
+    ] = 1 << 23
     max_frame_bytes: Annotated[
         int, Meta(ge=1024, description="a client that sends a larger message is disconnected")
     ] = 16 * 2**20

@@ -5,16 +5,29 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
+
+from nanovllm.limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+    check_count,
+)
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
 GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
 INT32_MAX = 2**31 - 1  # the device's integers
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
-MAX_GRAMMAR_BYTES = 1 << 17  # of a schema, regex, grammar or all choices together
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -111,6 +124,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        _check_counts(self)
         _canonicalize(self)
         _check_ranges(self)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
@@ -120,6 +134,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+
+def _check_counts(params: SamplingParams) -> None:
+    """First, so that nothing below takes long."""
+    for name, most, what in (
+        ("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids"),
+        ("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS, "token ids"),
+        ("logit_bias", MAX_LOGIT_BIAS, "token ids"),
+        ("bad_words", MAX_BAD_WORDS, "words"),
+    ):
+        value = getattr(params, name)
+        if not isinstance(value, Collection | None):
+            raise ValueError(f"{name} must be a list of {what}, not {value!r}")
+        check_count(name, len(value or ()), most, what)
+    stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+    check_count("stop", len(stops), MAX_STOPS, "strings")
 
 
 def _canonicalize(params: SamplingParams) -> None:
@@ -160,7 +190,7 @@ def _check_ranges(params: SamplingParams) -> None:
     if not 0 < _number(params, "top_p") <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
     for name, least, most in (
-        ("n", 1, 16384),
+        ("n", 1, MAX_N),
         ("top_k", 0, INT32_MAX),
         ("min_tokens", 0, INT32_MAX),
         ("max_tokens", 1, INT32_MAX),
@@ -183,10 +213,13 @@ def _check_combinations(params: SamplingParams) -> None:
         )
     if any(not isinstance(text, str) or not text for text in params.stop):
         raise ValueError("stop must hold non-empty strings only")
+    check_count("stop", sum(map(len, params.stop)), MAX_STOP_CHARS, "characters")
     if params.stop and not params.detokenize:
         raise ValueError("stop strings need detokenize=True; or use stop_token_ids")
     if any(not isinstance(text, str) or not text for text in params.bad_words):
         raise ValueError("bad_words must hold non-empty strings only")
+    longest = max(map(len, params.bad_words), default=0)
+    check_count("bad_words", longest, MAX_BAD_WORD_CHARS, "characters in one word")
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise ValueError("allowed_token_ids is empty: nothing could be sampled; leave it None")
     if params.output_kind not in ("cumulative", "delta", "final_only"):
@@ -194,8 +227,10 @@ def _check_combinations(params: SamplingParams) -> None:
             f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
         )
     for name in ("stop_token_ids", "allowed_token_ids"):
-        for token in getattr(params, name) or ():
-            _require_int(name, token, 0)
+        token_ids = getattr(params, name) or ()
+        if set(map(type, token_ids)) - {int} or min(token_ids, default=0) < 0:
+            odd = next(one for one in token_ids if type(one) is not int or one < 0)
+            raise ValueError(f"{name} must hold integers of at least 0, not {odd!r}")
 
 
 def _schema_text(schema: str | dict[str, Any]) -> str:

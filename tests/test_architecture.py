@@ -30,7 +30,7 @@ BUDGETS = {
 INNER_ROOMS = ("frontend.server", "worker.kernels", "worker.attention.triton")
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "keys", "protocol", "sampling_params"}
+SHARED = {"checkpoint", "config", "keys", "limits", "protocol", "sampling_params"}
 
 # room → what it may import besides itself and SHARED
 ARROWS = {
@@ -48,6 +48,7 @@ ARROWS = {
     "launch": {
         *("core", "executor", "flags", "frontend.tokenizer", "replay.recorder", "watch.observer"),
     },
+    "limits": set(),
     "operator_commands": {"replay", "watch.top"},
     "plan": set(),
     "protocol": set(),

@@ -149,3 +149,24 @@ def test_structured_outputs_cross_a_socket_and_a_schema_becomes_text() -> None:
         msgspec.msgpack.decode(bad, type=SamplingParams)
     with pytest.raises(ValueError, match="must be a StructuredOutputsParams"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"stop": ["x"] * 65}, "stop holds 65 strings: at most 64"),
+        ({"stop": ["x" * 4097]}, "stop holds 4097 characters: at most 4096"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids holds 1025 token ids"),
+        ({"allowed_token_ids": [1] * 65_537}, "allowed_token_ids holds 65537"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias holds 1025"),
+        ({"bad_words": ["x"] * 1025}, "bad_words holds 1025 words"),
+        ({"bad_words": ["x" * 257]}, "bad_words holds 257 characters in one word"),
+        ({"bad_words": 7}, "bad_words must be a list"),
+        ({"allowed_token_ids": [1, True]}, "allowed_token_ids must hold integers.*True"),
+        ({"allowed_token_ids": [1, -1]}, "allowed_token_ids must hold integers.*-1"),
+    ],
+)
+def test_lists_have_limits_that_are_named(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        SamplingParams(**fields)
+    SamplingParams(stop=["x" * 4096], bad_words=["x" * 256] * 1024, allowed_token_ids=[1] * 65_536)

@@ -7,10 +7,12 @@ again: after as long as the queue now takes to move one place on.
 import heapq
 
 from nanovllm.config import ServiceConfig
-from nanovllm.core.sequence import Sequence, Status
+from nanovllm.core.sequence import Sequence
+from nanovllm.limits import MAX_DEADLINE_MS
 from nanovllm.protocol.messages import AddRequest
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
+MAX_DEAD = 64  # deadlines of ended sequences, besides as many as there are live ones
 SMOOTHING = 0.2  # weight of the newest start in the mean time between starts
 
 
@@ -55,11 +57,17 @@ class Admission:
 
 
 class Deadlines:
-    """Sequences that must have their first token, or their last, by some moment."""
+    """Sequences that must have their first token, or their last, by some moment.
+
+    The heap holds numbers; what they stand for is dropped when a sequence ends, so a deadline far
+    away keeps nothing of a sequence that has long ended.
+    """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, bool, Sequence]] = []
-        self._num_added = 0  # breaks ties
+        self._heap: list[tuple[float, int]] = []
+        self._watched: dict[int, tuple[Sequence, bool]] = {}  # whether for its first token alone
+        self._numbers: dict[Sequence, list[int]] = {}
+        self._num_added = 0
 
     def add(self, sequence: Sequence, request: AddRequest) -> None:
         """Watch a sequence that has just been queued, if its request has deadlines."""
@@ -68,21 +76,33 @@ class Deadlines:
             (request.ttft_deadline_ms, True),
         ):
             if limit_ms is not None:
-                due = sequence.queued_at + limit_ms / 1e3
-                heapq.heappush(self._heap, (due, self._num_added, first_only, sequence))
+                due = sequence.queued_at + min(limit_ms, MAX_DEADLINE_MS) / 1e3
+                heapq.heappush(self._heap, (due, self._num_added))
+                self._watched[self._num_added] = sequence, first_only
+                self._numbers.setdefault(sequence, []).append(self._num_added)
                 self._num_added += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended, or never had a deadline."""
+        for number in self._numbers.pop(sequence, ()):
+            self._watched.pop(number, None)
+        if len(self._heap) > 2 * len(self._watched) + MAX_DEAD:
+            self._heap = [entry for entry in self._heap if entry[1] in self._watched]
+            heapq.heapify(self._heap)
 
     @property
     def next_due(self) -> float | None:
         """On `time.monotonic`'s clock; None if nothing has a deadline."""
+        while self._heap and self._heap[0][1] not in self._watched:
+            heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     def pop_expired(self, now: float) -> list[Sequence]:
         """Those that have run out of time; each at most once, none that has ended."""
         expired: dict[Sequence, None] = {}
         while self._heap and self._heap[0][0] <= now:
-            _, _, first_only, sequence = heapq.heappop(self._heap)
-            in_time = first_only and sequence.first_token_at
-            if sequence.status is not Status.FINISHED and not in_time:
+            _, number = heapq.heappop(self._heap)
+            sequence, first_only = self._watched.pop(number, (None, False))
+            if sequence is not None and not (first_only and sequence.first_token_at):
                 expired[sequence] = None
         return list(expired)

@@ -269,6 +269,7 @@ class EngineCore:
             self._admission.note_starts(len(outputs.started), self._last_result_at)
         for sequence in outputs.finished:
             del self.sequences[sequence.client_id, sequence.number]
+            self._deadlines.remove(sequence)
         for sequence in outputs.failed:
             self._fail([sequence], sequence.failure)
         return outputs
@@ -381,6 +382,7 @@ class EngineCore:
     def _end(self, sequences: list[Sequence], reason: FinishReason, failure: str) -> list[Sequence]:
         for sequence in sequences:
             del self.sequences[sequence.client_id, sequence.number]
+            self._deadlines.remove(sequence)
             if not sequence.is_queued:  # its grammar is still being compiled, or was refused
                 self.grammars.withdraw(sequence)
             self.scheduler.finish(sequence, reason, failure=failure)

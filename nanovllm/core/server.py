@@ -24,6 +24,7 @@ from nanovllm.core.delivery import Delivery
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener
 from nanovllm.core.grammar import MakeCompiler
+from nanovllm.core.intake import Intake
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
 from nanovllm.core.operations import MakeViewer, Operations, answer_call
 from nanovllm.core.sequence import Sequence
@@ -86,6 +87,7 @@ class CoreServer:
         self._epoch = secrets.token_hex(8)
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
+        self._intake = Intake(self._clients)
         self._core: EngineCore | None = None
         self._operations: Operations | None = None
         self._info: WorkerInfo | None = None
@@ -131,8 +133,7 @@ class CoreServer:
         if self._stopping or self._draining:
             raise SystemExit(0)
         now = time.monotonic()
-        new_phase = phase != self._last_loading.phase
-        if new_phase or now >= self._loading_due:
+        if phase != self._last_loading.phase or now >= self._loading_due:
             self._loading_due = now + LOADING_INTERVAL_S
             self._last_loading = Loading(phase, progress)
             self._receive_all()
@@ -190,7 +191,7 @@ class CoreServer:
         if now >= self._pulse_due:
             self._pulse_due = now + PULSE_INTERVAL_S
             self._send_pulse(core, now)
-        if not core.busy:
+        if not core.busy and not self._intake:
             late_s += self._wait(core, now)
         self._awake_at = time.monotonic()
         if late_s > LATE_S:
@@ -262,14 +263,13 @@ class CoreServer:
             self._waker.send(b"\0")
 
     def _receive_all(self) -> None:
-        """Take in the frames that have arrived, up to a limit; never blocks."""
+        """Take in what has arrived, up to a limit, requests last; never blocks."""
         for _ in range(MAX_FRAMES_PER_TURN):
-            received = self._endpoint.receive()
-            if received is None:
+            if self._intake.is_full or (received := self._endpoint.receive()) is None:
                 break
             self._receive(*received)
-            if self._core is not None and self._core.lets_device_wait:
-                break
+        while not (self._core and self._core.lets_device_wait) and (new := self._intake.next()):
+            self._add(*new)
         with suppress(BlockingIOError):
             while self._wakeup.recv(1024):
                 pass
@@ -299,8 +299,10 @@ class CoreServer:
     def _serve(self, client: Client, message: ToCore) -> None:
         match message:
             case AddRequest():
-                self._add(client, message)
+                self._intake.add(client, message)
             case Abort(numbers):
+                for request in self._intake.take(client, set(numbers)):
+                    self._add(client, request)  # for its answers; nothing of it will run
                 if self._core is not None:
                     self._finish(self._core.abort(client.client_id, numbers))
             case Goodbye():
@@ -322,19 +324,18 @@ class CoreServer:
             self._delivery.post(identity, CoreFailed(text, details=""))
         else:
             client = client or self._clients.attach(identity, self._awake_at)
-            loading = self._core is None
-            self._answer(client, self._last_loading if loading else self._welcome(client))
+            self._answer(client, self._welcome(client) if self._core else self._last_loading)
 
     def _welcome(self, client: Client) -> Welcome:
         assert self._info is not None
-        model = self._config.model
+        config, model = self._config, self._config.model
         return Welcome(
             client_id=client.client_id,
             epoch=self._epoch,
             model=model.tokenizer or model.model,
             served_model_name=model.served_model_name or model.model,
-            block_size=self._config.cache.block_size,
-            max_num_seqs=self._config.scheduler.max_num_seqs,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
             worker=self._info,
         )
 

@@ -6,6 +6,13 @@ Called by `EngineCore.add`. `ValueError` names the field and what it takes.
 import math
 from collections.abc import Collection, Iterator
 
+from nanovllm.limits import (
+    MAX_BAD_WORDS,
+    MAX_BAD_WORDS_TOKENS,
+    MAX_REQUEST_TOKENS,
+    MAX_SALT_CHARS,
+    check_count,
+)
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
 
@@ -20,8 +27,21 @@ def check_request(request: AddRequest, info: WorkerInfo) -> None:
     for name, token_ids in _named_token_ids(request):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise ValueError(f"{name}: token ids must be in [0, {info.vocab_size})")
-    if not all(request.bad_words_token_ids):
+    _check_bad_words(request.bad_words_token_ids)
+    _check_names(request)
+
+
+def _check_bad_words(words: list[list[int]]) -> None:
+    if not all(words):
         raise ValueError("bad_words_token_ids: a word of no tokens")
+    check_count("bad_words_token_ids", len(words), 2 * MAX_BAD_WORDS, "words")
+    size = len(words) * max(map(len, words), default=0)
+    check_count("bad_words_token_ids", size, MAX_BAD_WORDS_TOKENS, "words times the longest")
+
+
+def _check_names(request: AddRequest) -> None:
+    for name in ("cache_salt", "tenant"):
+        check_count(name, len(getattr(request, name) or ""), MAX_SALT_CHARS, "characters")
 
 
 def _check_lengths(request: AddRequest, max_model_len: int) -> None:
@@ -33,6 +53,8 @@ def _check_lengths(request: AddRequest, max_model_len: int) -> None:
             f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
             f"max_model_len is {max_model_len}"
         )
+    num_copied = request.params.n * num_known
+    check_count("prompt_token_ids", num_copied, MAX_REQUEST_TOKENS, "tokens times n")
     max_tokens = request.params.max_tokens
     if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
         raise ValueError("output_token_ids: max_tokens were generated already")

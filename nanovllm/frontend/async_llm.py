@@ -7,6 +7,7 @@ and line) and, unless it was attached with `connect`, the core process itself.
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,6 +39,8 @@ from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache,
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
+NUM_BAD_WORDS_KEPT = 8
+
 
 class AsyncLLM:
     """An engine with a core of its own, between `start` and `close` (or in an `async with`).
@@ -62,6 +65,8 @@ class AsyncLLM:
         self._detokenizers: DetokenizerFactory | None = None
         self._next_number = 0
         self._seeds = random.Random(self.config.model.seed)
+        # Several prompts often share their parameters, and a long list takes a while.
+        self.encode_bad_words = lru_cache(NUM_BAD_WORDS_KEPT)(self._encode_bad_words)
 
     # ---- life
 
@@ -285,7 +290,7 @@ class AsyncLLM:
             number=self._next_number,
             prompt_token_ids=prompt.token_ids,
             params=params,
-            bad_words_token_ids=encode_bad_words(params.bad_words, self._need_tokenizer),
+            bad_words_token_ids=self.encode_bad_words(tuple(params.bad_words)),
             **options,
         )
         self._next_number += params.n
@@ -333,6 +338,9 @@ class AsyncLLM:
         self._session = Session(self.config.supervision, address, handle=self._handle, keys=keys)
         line = self._session.line
         return await line.connect(timeout_s=connect_timeout_s, on_progress=self._on_progress)
+
+    def _encode_bad_words(self, words: tuple[str, ...]) -> list[list[int]]:
+        return encode_bad_words(words, self._need_tokenizer)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -4,8 +4,9 @@ Called by `AsyncLLM`. Every mistake is a `ValueError` naming the field and the r
 """
 
 import math
+import re
 from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from nanovllm.config import unknown_name
 from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.limits import MAX_BAD_WORDS_TOKENS, MAX_NAME_CHARS, MAX_PROMPT_CHARS, check_count
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
@@ -28,6 +30,7 @@ class PromptDict(TypedDict, total=False):
 PromptInput = str | list[int] | PromptDict
 NeedTokenizer = Callable[[], Tokenizer]  # raises `ValueError` if there is none
 PROMPT_KEYS = ["prompt", "prompt_token_ids"]
+PRINTABLE = re.compile(r"[ -~]*")  # ASCII: what may stand in a log and in an HTTP header
 
 
 class RequestOptions(TypedDict, total=False):
@@ -63,19 +66,21 @@ def make_prompt(prompt: PromptInput, need_tokenizer: NeedTokenizer) -> Prompt:
         return Prompt(None, _token_ids(content))
     if not content:
         raise ValueError("prompt is empty: pass at least one character")
+    check_count("prompt", len(content), MAX_PROMPT_CHARS, "characters")
     return Prompt(content, need_tokenizer().encode(content))
 
 
-def encode_bad_words(words: list[str], need_tokenizer: NeedTokenizer) -> list[list[int]]:
+def encode_bad_words(words: Sequence[str], need_tokenizer: NeedTokenizer) -> list[list[int]]:
     """Each word as it is spelled at the start of a text and after a space."""
-    encoded: list[list[int]] = []
-    for word in words:
-        bare = word.lstrip() or word
-        for spelling in (bare, " " + bare):
-            token_ids = need_tokenizer().encode(spelling, add_special_tokens=False)
-            if token_ids and token_ids not in encoded:
-                encoded.append(token_ids)
-    return encoded
+    if not words:
+        return []
+    bare = [word.lstrip() or word for word in words]
+    spelled = [spelling for word in bare for spelling in (word, " " + word)]
+    encoded = need_tokenizer().encode_batch(spelled)
+    made = [list(token_ids) for token_ids in dict.fromkeys(map(tuple, encoded)) if token_ids]
+    size = len(made) * max(map(len, made), default=0)
+    check_count("bad_words", size, MAX_BAD_WORDS_TOKENS, "words times tokens of the longest")
+    return made
 
 
 def check_request(
@@ -132,6 +137,9 @@ def check_options(params: SamplingParams, request_id: str | None, options: Reque
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name} must be a string, not {value!r}")
+        check_count(name, len(value or ""), MAX_NAME_CHARS, "characters")
+    if request_id is not None and not PRINTABLE.fullmatch(request_id):
+        raise ValueError(f"request_id must hold printable ASCII only, not {request_id!r}")
     for name in ("deadline_ms", "ttft_deadline_ms"):
         limit: Any = options.get(name)
         is_number = isinstance(limit, int | float) and not isinstance(limit, bool)

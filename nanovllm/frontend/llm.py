@@ -45,7 +45,9 @@ class LLM:
         on_progress: ProgressCallback | None = None,
         **config_fields: Any,
     ) -> None:
-        self._llm = AsyncLLM(model, on_progress=on_progress, **config_fields)
+        # All that is queued is the caller's own list, which may be as long as he likes.
+        fields = {"max_queued_requests": None, "max_queued_tokens": None, **config_fields}
+        self._llm = AsyncLLM(model, on_progress=on_progress, **fields)
         self._loop = uvloop.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="nanovllm", daemon=True)
         thread.start()

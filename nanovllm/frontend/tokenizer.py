@@ -94,6 +94,11 @@ class Tokenizer:
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of each text, without special tokens; other threads may run meanwhile."""
+        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -135,11 +140,16 @@ class Tokenizer:
             if self._template_source is None:
                 raise ValueError("the model has no chat template: use generate with a plain prompt")
             self._template = ChatTemplate(self._template_source)
+        known: dict[str, Any] = {**self.special_tokens, **variables}
         return self._template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens, **variables},
+            {**known, "messages": messages, "add_generation_prompt": add_generation_prompt}
         )
+
+    def start_chat_template(self) -> None:
+        """If there is one: its process takes a moment to start, for which no prompt waits then."""
+        if self._template_source is not None:
+            self._template = self._template or ChatTemplate(self._template_source)
+            self._template.start()
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

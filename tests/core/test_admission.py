@@ -1,6 +1,7 @@
 """Caps on the queue, deadlines, fair shares, and what a finished request tells of its waiting."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from nanovllm.core.accounts import finished_message
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
+from nanovllm.limits import MAX_DEADLINE_MS
 from nanovllm.protocol.messages import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
@@ -278,4 +280,74 @@ def test_it_is_told_to_the_client(address: str) -> None:
         assert one.inter_token_ms is None and one.ttft_ms is not None
         assert nine.inter_token_ms is not None and nine.inter_token_ms > 0
         assert client.receive(CoreStatus).num_queued == 0
+        client.close()
+
+
+# ---- what is bounded
+
+
+def test_a_deadline_far_away_keeps_nothing_of_what_has_ended() -> None:
+    core = make_core()
+    ended = []
+    for number in range(300):
+        core.add(0, request(number, num_outputs=1, deadline_ms=1e15, ttft_deadline_ms=1e15))
+        if number % 2:
+            ended += run(core)
+        else:
+            ended += core.abort(0, [number])
+    assert len(ended) == 300 and core.next_deadline == math.inf
+    # The list, the loop and the call hold each; a deadline would add three.
+    assert max(sys.getrefcount(one) for one in ended) <= 4
+
+
+def test_deadlines_are_capped_at_a_day() -> None:
+    core = make_core()
+    core.add(0, request(0, deadline_ms=1e15))
+    assert core.next_deadline - time.monotonic() <= MAX_DEADLINE_MS / 1e3
+
+
+def test_by_default_the_queue_is_finite() -> None:
+    core = make_core()
+    with pytest.raises(OverloadedError):
+        for number in range(0, 10_000, 100):
+            core.add(0, request(number, n=100, num_outputs=1))
+    assert core.status(epoch="", num_clients=0).num_queued <= 8192
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"bad_words_token_ids": [[1]] * 2049}, "bad_words_token_ids holds 2049 words"),
+        ({"bad_words_token_ids": [[1]] * 2000 + [[1] * 200]}, "times the longest"),
+        ({"cache_salt": "x" * 1025}, "cache_salt holds 1025 characters"),
+        ({"tenant": "x" * 1025}, "tenant holds 1025 characters"),
+    ],
+)
+def test_a_request_has_limits_of_its_own(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        make_core().add(0, request(0, **options))
+
+
+def test_n_copies_of_a_long_prompt_are_too_much() -> None:
+    config = EngineConfig()
+    executor = FakeExecutor(config, num_blocks=500, max_model_len=100_000)
+    core = EngineCore(config, executor, executor.start())
+    with pytest.raises(ValueError, match="tokens times n"):
+        core.add(0, request(0, 20_000, n=1000))
+
+
+def test_an_abort_overtakes_its_request_and_both_are_answered(address: str) -> None:
+    executor = SlowExecutor(EngineConfig(), num_blocks=200, max_model_len=512)
+    with serving(address, executor, max_num_seqs=1):
+        client = RawClient(address)
+        client.greet()
+        for number in range(40):
+            client.send(add(number, max_tokens=100))
+        client.send(Abort(list(range(40))))
+        client.send(add(100, max_tokens=2))
+        began = time.monotonic()
+        _, finished = collect(client, *range(40), 100)
+        assert time.monotonic() - began < 2.0  # they would take 20 s
+        assert {finished[number].reason for number in range(40)} == {"abort"}
+        assert finished[100].reason == "length"
         client.close()

@@ -25,6 +25,7 @@ TYPES = {
     504: "timeout_error",
 }
 RETRY_AFTER_S = 1
+MAX_QUOTED = 1000  # characters of an error's text
 # Names that `SamplingParams` and `AsyncLLM` use for what a request calls otherwise.
 REQUEST_NAMES = {"prompt_token_ids": "prompt", "sampling_params": "", "structured_outputs": ""}
 PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
@@ -43,6 +44,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message, param = _shortened(message), _shortened(param or "")
         super().__init__(message)
         self.status = status
         self.details = ErrorDetails(message, TYPES.get(status, "server_error"), param or None, code)
@@ -55,6 +57,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def _shortened(text: str) -> str:
+    """What a client sent is quoted, but not all of it."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
 
 
 def refused(field: str, reason: str) -> ApiError:
@@ -78,8 +85,8 @@ def from_value_error(
     return ApiError(400, message, param=param if param in fields else None, code=code)
 
 
-def from_decoding(error: Exception) -> ApiError:
-    """The body is no JSON, or not of the shape that the endpoint takes."""
+def from_decoding(error: Exception, fields: Collection[str]) -> ApiError:
+    """The body is no JSON, or not of the shape that the endpoint takes. fields: of the body."""
     message = str(error)
     if not isinstance(error, msgspec.ValidationError):
         return ApiError(400, f"the body is not valid JSON: {message}", code="invalid_json")
@@ -91,7 +98,10 @@ def from_decoding(error: Exception) -> ApiError:
             400, f"{path}: this server knows no such field", param=path, code="unknown_field"
         )
     text = PATH.sub("", message)
-    return ApiError(400, f"{path}: {text}" if path else text, param=path)
+    if not path:  # of the body as a whole, or what it checks itself
+        name = text.partition(" ")[0]
+        return ApiError(400, text, param=name if name in fields else None)
+    return ApiError(400, f"{path}: {text}", param=path)
 
 
 def from_engine(error: Exception) -> ApiError:

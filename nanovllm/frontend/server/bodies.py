@@ -9,10 +9,39 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-MAX_CHOICES = 128
-MAX_STOPS = 64
+from nanovllm.limits import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_DETOKENIZED,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_NAME_CHARS,
+    MAX_PARTS,
+    MAX_PROMPT_CHARS,
+    MAX_REQUEST_ID_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    check_json,
+)
+
 NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 Stops = Annotated[list[str], Meta(max_length=MAX_STOPS)]
+StopTokenIds = Annotated[list[int], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+AllowedTokenIds = Annotated[list[int], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)]
+LogitBias = Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIAS)]
+BadWord = Annotated[str, Meta(max_length=MAX_BAD_WORD_CHARS)]
+BadWords = Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)]
+Deadline = Annotated[float, Meta(gt=0)]
+Text = Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
+# Printable ASCII; what follows the class shuts out the newline that Python's `$` lets pass.
+RequestId = Annotated[
+    str, Meta(min_length=1, max_length=MAX_REQUEST_ID_CHARS, pattern=r"^[ -~]+$(?!\n)")
+]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -31,6 +60,9 @@ class JsonSchemaFormat(Body):
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_json("schema", self.schema)
+
 
 class ResponseFormat(Body):
     """OpenAI's; `json_schema` goes with the type of the same name."""
@@ -48,11 +80,14 @@ class StructuredOutputs(Body):
     grammar: str | None = None
     json_object: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_json("json", self.json)
+
 
 class GenerationBody(Body):
     """What both completion endpoints take. None is always "not given"."""
 
-    model: str | None = None
+    model: Name | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: NumChoices | None = None
@@ -63,35 +98,37 @@ class GenerationBody(Body):
     stop: str | Stops | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str | None, Meta(description="whom it counts for if users share fairly")] = None
-    service_tier: str | None = None
+    user: Annotated[Name | None, Meta(description="whom it counts for if users share fairly")] = (
+        None
+    )
+    service_tier: Name | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: StopTokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: AllowedTokenIds | None = None
+    bad_words: BadWords | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=1)] | None = None
     structured_outputs: StructuredOutputs | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     priority: int | None = None
-    request_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    cache_salt: Annotated[str, Meta(min_length=1)] | None = None
+    request_id: RequestId | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     # ours
-    deadline_ms: Annotated[float, Meta(gt=0)] | None = None
-    ttft_deadline_ms: Annotated[float, Meta(gt=0)] | None = None
+    deadline_ms: Deadline | None = None
+    ttft_deadline_ms: Deadline | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -106,18 +143,18 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 
 class ContentPart(Body):
-    type: str
+    type: Name
     text: str | None = None
 
 
 class CalledFunction(Body):
-    name: str
+    name: Name
     arguments: str = "{}"
 
 
 class MadeCall(Body):
     function: CalledFunction
-    id: str | None = None
+    id: Name | None = None
     type: Literal["function"] = "function"
     index: int | None = None
 
@@ -126,22 +163,28 @@ class ChatMessage(Body):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[MadeCall] | None = None
-    tool_call_id: str | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[MadeCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_json("annotations", self.annotations)
+
 
 class FunctionDefinition(Body):
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    name: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_json("parameters", self.parameters)
 
 
 class Tool(Body):
@@ -150,7 +193,7 @@ class Tool(Body):
 
 
 class FunctionName(Body):
-    name: str
+    name: Name
 
 
 class NamedTool(Body):
@@ -158,20 +201,24 @@ class NamedTool(Body):
     type: Literal["function"] = "function"
 
 
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+
+
 class ChatBody(GenerationBody, kw_only=True):
     """`logprobs` is a switch here; `top_logprobs` says how many."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
-    modalities: list[str] | None = None
+    reasoning_effort: Name | None = None
+    modalities: Annotated[list[Name], Meta(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Name, str], Meta(max_length=MAX_METADATA)] | None = None
     # vLLM's
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -179,21 +226,27 @@ class ChatBody(GenerationBody, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_json("chat_template_kwargs", self.chat_template_kwargs)
+
 
 class TokenizeBody(Body):
     """A prompt, or messages: exactly one of them."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_json("chat_template_kwargs", self.chat_template_kwargs)
+
 
 class DetokenizeBody(Body):
-    tokens: list[int]
-    model: str | None = None
+    tokens: Annotated[list[int], Meta(max_length=MAX_DETOKENIZED)]
+    model: Name | None = None

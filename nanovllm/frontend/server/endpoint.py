@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -11,11 +12,13 @@ from starlette.responses import Response
 
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.server.api_errors import from_decoding, from_value_error
+from nanovllm.frontend.server.api_errors import ApiError, from_decoding, from_value_error
 from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
+from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole
 from nanovllm.frontend.server.serving import Options, Serving
+from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
 
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
@@ -40,10 +43,23 @@ def serving_of(request: Request) -> Serving:
 async def read(request: Request, kind: type[B]) -> B:
     """The body, checked. Raises `ApiError` 400."""
     content = await request.body()
+    _check_size(content)
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise from_decoding(error) from None
+        raise from_decoding(error, kind.__struct_fields__) from None
+
+
+def _check_size(content: bytes) -> None:
+    """Decoding takes as long as there are values, and holds everybody up. Those within texts are
+    counted, too: such a text is longer than any model reads."""
+    for most, what, marks in (
+        (MAX_JSON_VALUES, "values", (b",",)),
+        (MAX_JSON_LISTS, "lists and objects", (b"[", b"{")),
+    ):
+        if len(content) > most and (count := sum(map(content.count, marks))) > most:
+            message = f"the body holds {count} {what}: at most {most} are allowed"
+            raise ApiError(413, message, code="body_too_large")
 
 
 @contextlib.contextmanager
@@ -70,6 +86,9 @@ async def generated(
     body = await read(request, kind)
     serving.check_model(body.model)
     with blaming(body):
+        if body.bad_words:  # encoded once for all prompts, and not while streams wait
+            encode = partial(serving.llm.encode_bad_words, tuple(body.bad_words))
+            await aside_if_long(encode, sum(map(len, body.bad_words)))
         answer = await prepare(serving, body, request.headers)
     if body.stream:
         return EventStream(serving, answer.events())

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody
 from nanovllm.frontend.server.endpoint import blaming, read, serving_of
-from nanovllm.frontend.server.prompts import chat_prompt, plain_prompt
+from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, plain_prompt
 from nanovllm.frontend.server.replies import ModelCard, ModelList, Text, Tokens, Version
 from nanovllm.frontend.server.responses import JsonAnswer
 from nanovllm.frontend.server.serving import Serving
@@ -44,9 +44,13 @@ async def tokenize(request: Request) -> Response:
         else:
             add = body.add_special_tokens is not False
             token_ids = await plain_prompt(tokenizer, body.prompt, add_special_tokens=add)
-    texts = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
     limit = serving.llm.info.worker.max_model_len
-    return JsonAnswer(Tokens(len(token_ids), limit, token_ids, texts))
+
+    def answer() -> Response:
+        texts = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+        return JsonAnswer(Tokens(len(token_ids), limit, token_ids, texts))
+
+    return await aside_if_long(answer, len(token_ids))
 
 
 async def detokenize(request: Request) -> Response:
@@ -54,10 +58,16 @@ async def detokenize(request: Request) -> Response:
     serving = serving_of(request)
     body = await read(request, DetokenizeBody)
     serving.check_model(body.model)
-    for token_id in body.tokens:
-        if not 0 <= token_id < serving.llm.vocab_size:
-            raise refused("tokens", f"{token_id} is not in [0, {serving.llm.vocab_size})")
-    return JsonAnswer(Text(_tokenizer(serving).decode(body.tokens, skip_special_tokens=False)))
+    lowest, highest = min(body.tokens, default=0), max(body.tokens, default=0)
+    if lowest < 0 or highest >= serving.llm.vocab_size:
+        odd = lowest if lowest < 0 else highest
+        raise refused("tokens", f"{odd} is not in [0, {serving.llm.vocab_size})")
+    tokenizer = _tokenizer(serving)
+
+    def answer() -> Response:
+        return JsonAnswer(Text(tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+    return await aside_if_long(answer, len(body.tokens))
 
 
 async def show_version(request: Request) -> Response:

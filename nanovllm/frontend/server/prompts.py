@@ -8,9 +8,10 @@ are encoded together.
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from nanovllm.frontend.chat_template import Message
+from nanovllm.frontend.chat_template import RESERVED, Message
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import (
     ChatBody,
@@ -22,9 +23,11 @@ from nanovllm.frontend.server.bodies import (
 )
 from nanovllm.frontend.server.tool_prompt import with_tools
 from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.limits import MAX_OUTPUTS, MAX_PROMPT_CHARS, MAX_PROMPTS, check_count
 
+MAX_AT_ONCE = 1 << 18  # characters of a text that is encoded beside others; longer ones queue
 LONG_TEXT = 768  # characters; up to 0.3 ms to encode, where a thread costs 0.05
-MAX_PROMPTS = 2048
+LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 T = TypeVar("T")
 
 
@@ -47,7 +50,9 @@ async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> Se
         return ServedPrompt(text, tokenizer.encode(text, add_special_tokens=add))
 
     size = sum(len(str(message.get("content", ""))) for message in messages)
-    return await _aside_if_long(make, size)
+    check_count("messages", size, MAX_PROMPT_CHARS, "characters")
+    # Always aside: a template may take as long as it is let.
+    return await aside_if_long(make, max(size, LONG_TEXT))
 
 
 async def text_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[ServedPrompt]:
@@ -64,8 +69,11 @@ async def text_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> lis
         return ServedPrompt(content, tokenizer.encode(content, add_special_tokens=add))
 
     contents = _batch(body.prompt)
+    num_outputs = len(contents) * (body.n or 1)
+    check_count("prompt", num_outputs, MAX_OUTPUTS, "prompts times n")
     size = sum(len(content) for content in contents if isinstance(content, str))
-    return await _aside_if_long(lambda: [make(content) for content in contents], size)
+    check_count("prompt", size, MAX_PROMPT_CHARS, "characters")
+    return await aside_if_long(lambda: [make(content) for content in contents], size)
 
 
 async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -74,7 +82,7 @@ async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: b
     def make() -> list[int]:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    return await _aside_if_long(make, len(text))
+    return await aside_if_long(make, len(text))
 
 
 def truncated(prompt: ServedPrompt, limit: int | None) -> ServedPrompt:
@@ -99,7 +107,7 @@ def template_input(
             raise refused("add_generation_prompt", "excludes continue_final_message")
         generate = False
     variables: dict[str, Any] = {**(body.chat_template_kwargs or {})}
-    if reserved := variables.keys() & {"messages", "add_generation_prompt", "tools"}:
+    if reserved := variables.keys() & RESERVED:
         raise refused("chat_template_kwargs", f"must not hold {', '.join(sorted(reserved))}")
     if isinstance(body, ChatBody) and body.reasoning_effort is not None:
         if "reasoning_effort" not in source:
@@ -124,13 +132,17 @@ def _batch(prompt: str | list[Any]) -> list[Any]:
         return [prompt]
     if int in kinds:
         raise refused("prompt", "mixes token ids with texts or lists")
-    if len(prompt) > MAX_PROMPTS:
-        raise refused("prompt", f"holds {len(prompt)} prompts: at most {MAX_PROMPTS} in a batch")
+    check_count("prompt", len(prompt), MAX_PROMPTS, "prompts")
     return prompt
 
 
-async def _aside_if_long(make: Callable[[], T], num_characters: int) -> T:
-    return make() if num_characters < LONG_TEXT else await asyncio.to_thread(make)
+async def aside_if_long(make: Callable[[], T], num_characters: int) -> T:
+    """In a thread unless it is short. The longest, which take seconds and much memory, one by one:
+    then they take neither all threads nor all memory."""
+    if num_characters < LONG_TEXT:
+        return make()
+    pool = LONG_TEXTS if num_characters > MAX_AT_ONCE else None
+    return await asyncio.get_running_loop().run_in_executor(pool, make)
 
 
 def _template_message(message: ChatMessage, *, has_developer: bool) -> Message:

@@ -99,6 +99,8 @@ class Serving:
         try:
             self._llm = llm = await self._open_llm(self._on_progress)
             self.reply_format = ReplyFormat.of(llm.tokenizer, self.settings)
+            if llm.tokenizer is not None:
+                await asyncio.to_thread(llm.tokenizer.start_chat_template)
             self._heard_at = time.monotonic()
             if self.state == "loading":
                 self.state = "ready"
