@@ -21,9 +21,10 @@ MAX_DOCSTRING_LINES = 6
 
 # Lines of Python per room. They are raised only in a commit that says why.
 BUDGETS = {
-    "core": 3300,  # 3,000 and what the grammars of its requests need
-    "frontend": 3000,
-    "frontend.server": 4450,
+    # 3,000, what the grammars of its requests need, and the order in which requests are taken in
+    "core": 3400,
+    "frontend": 3250,  # 3,000 and chat templates in processes of their own
+    "frontend.server": 4600,
     "worker": 5000,
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.
