@@ -1,0 +1,485 @@
+// The C ABI that library.py calls: kernels one by one, and whole steps of a decoder.
+//
+// Everything here runs in the calling thread and the pool's; callers take turns (a lock sees to it).
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "pool.h"
+#include "types.h"
+
+#define NV_DECLARE(isa) \
+    namespace nv_##isa { extern const Kernels KERNELS; }
+NV_DECLARE(generic)
+#if defined(__x86_64__)
+NV_DECLARE(avx2)
+NV_DECLARE(avx512)
+NV_DECLARE(avx512_bf16)
+NV_DECLARE(amx)
+#endif
+
+namespace {
+
+// ---- which instruction set
+
+#if defined(__x86_64__)
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+bool has_amx() {
+    uint32_t a, b, c, d = 0;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+    return (d >> 22 & 1) && (d >> 24 & 1) && may_use_tiles();  // amx-bf16, amx-tile
+}
+#endif
+
+// Those this CPU can run, best last.
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> found{&nv_generic::KERNELS};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return found;
+    found.push_back(&nv_avx2::KERNELS);
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return found;
+    found.push_back(&nv_avx512::KERNELS);
+    if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return found;
+    found.push_back(&nv_avx512_bf16::KERNELS);
+    if (has_amx()) found.push_back(&nv_amx::KERNELS);
+#endif
+    return found;
+}
+
+// ---- memory
+
+struct Free {
+    void operator()(void* p) const { free(p); }
+};
+template <typename T> class Room {  // aligned to a cache line; grows, never shrinks
+  public:
+    T* of(int64_t size) {
+        if (size > size_) {
+            at_.reset((T*)aligned_alloc(64, (size_t)(size * (int64_t)sizeof(T) + 127) / 64 * 64));
+            size_ = size;
+        }
+        return at_.get();
+    }
+
+  private:
+    std::unique_ptr<T, Free> at_;
+    int64_t size_ = 0;
+};
+
+struct TokensRoom {
+    Room<int8_t> bytes;
+    Room<float> scales, sums, half_sums;
+    Room<uint16_t> halves;
+
+    Tokens of(Form form, int64_t count, int64_t width) {
+        Tokens tokens{};
+        tokens.width = width;
+        int64_t size = (count + 31) / 32 * 32 * width;  // tiles read whole ones
+        if (form == HALVES) {
+            tokens.halves = halves.of(size);
+        } else {
+            tokens.bytes = bytes.of(size);
+            tokens.scales = scales.of(size / TILE);
+            tokens.sums = sums.of(size / TILE);
+            tokens.half_sums = half_sums.of(size / BLOCK);
+        }
+        return tokens;
+    }
+};
+
+// ---- the engine: one for the process, as cores are
+
+struct Engine {
+    std::mutex turn;
+    std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+    const Kernels* kernels = runnable().back();
+    std::vector<Room<uint8_t>> scratch = std::vector<Room<uint8_t>>(1);
+
+    int num_threads() const { return pool->num_threads(); }
+
+    // Cuts `count` things, at least `least` a piece, into a few pieces for each thread.
+    template <typename Function> void share(int count, int least, const Function& function) {
+        int pieces = std::min((count + least - 1) / least, num_threads() == 1 ? 1 : 4 * num_threads());
+        if (pieces == 0) return;
+        int each = (count + pieces - 1) / pieces;
+        each = (each + least - 1) / least * least;
+        pool->run((count + each - 1) / each, [&](int piece, int thread) {
+            function(piece * each, std::min(count, (piece + 1) * each), thread);
+        });
+    }
+
+    Form form_of(const Linear& linear, int num_tokens) const {
+        Form form = BYTES;
+        for (int i = 0; i < linear.num_parts; i++)
+            form = std::max(form, kernels->form(linear.parts[i].type, num_tokens));
+        return form;
+    }
+
+    // x: [num_tokens, width] float32.
+    Tokens prepare(TokensRoom& room, const Linear& linear, const float* x, int num_tokens) {
+        int64_t width = linear.parts[0].columns;
+        Tokens tokens{};
+        for (int i = 0; i < linear.num_parts; i++) {  // parts of different types may differ
+            Form form = kernels->form(linear.parts[i].type, num_tokens);
+            Tokens some = room.of(form, num_tokens, width);
+            if (form == HALVES ? tokens.halves != nullptr : tokens.bytes != nullptr) continue;
+            share(num_tokens, 16, [&](int begin, int end, int) {
+                for (int t = begin; t < end; t++) kernels->prepare(x + t * width, form, some, t);
+            });
+            tokens.width = width;
+            if (form == HALVES) {
+                tokens.halves = some.halves;
+            } else {
+                tokens.bytes = some.bytes, tokens.scales = some.scales;
+                tokens.sums = some.sums, tokens.half_sums = some.half_sums;
+            }
+        }
+        return tokens;
+    }
+
+    void multiply(const Linear& linear, const Tokens& x, int num_tokens, float* out, bool add) {
+        int num_blocks = 0;
+        int64_t bytes = 0;
+        for (int i = 0; i < linear.num_parts; i++) {
+            const Matrix& w = linear.parts[i];
+            num_blocks += (w.rows + BLOCK - 1) / BLOCK;
+            bytes = std::max(bytes, kernels->scratch_bytes(w.type, w.columns, num_tokens));
+        }
+        for (auto& room : scratch) room.of(bytes);
+        share(num_blocks, 2, [&](int begin, int end, int thread) {
+            int row = 0, first = 0;  // of the part
+            for (int i = 0; i < linear.num_parts; i++) {
+                const Matrix& w = linear.parts[i];
+                int blocks = (w.rows + BLOCK - 1) / BLOCK;
+                int from = std::max(begin - first, 0), to = std::min(end - first, blocks);
+                if (from < to)
+                    kernels->linear(w, x, num_tokens, from, to, out + row, linear.rows,
+                                    linear.bias ? linear.bias + row : nullptr, add,
+                                    scratch[thread].of(bytes));
+                first += blocks, row += w.rows;
+            }
+        });
+    }
+
+    void norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out) {
+        share(num_tokens, 16, [&](int begin, int end, int) {
+            for (int t = begin; t < end; t++)
+                kernels->rms_norm(x + (int64_t)t * width, weight, eps, width,
+                                  out + (int64_t)t * width);
+        });
+    }
+
+    void rope(float* qkv, int64_t stride, const Rope& rope, const Heads& heads, const Cache& cache,
+              const int64_t* positions, const int64_t* slots, int num_tokens) {
+        share(num_tokens, 8, [&](int begin, int end, int) {
+            for (int t = begin; t < end; t++)
+                kernels->rope(qkv + t * stride, rope, heads, positions[t], slots[t], cache);
+        });
+    }
+
+    // Tokens first ... first + num_tokens - 1 of the batch, which is where `queries` begins.
+    void attend(const float* queries, int64_t stride, const Heads& heads, const Cache& cache,
+                const Batch& batch, int first, int num_tokens, float* out) {
+        int64_t out_stride = (int64_t)heads.num_heads * heads.head_dim;
+        int group = heads.num_heads / heads.num_kv_heads;
+        spans_.clear();
+        splits_.clear();
+        for (int row = 0; row < batch.num_rows; row++) {
+            int begin = std::max(batch.query_start_loc[row], first);
+            int end = std::min(batch.query_start_loc[row + 1], first + num_tokens);
+            for (int t = begin; t < end;) {
+                int count = std::min(end - t, QUERIES_EACH);
+                add_spans(queries, stride, heads, batch, row, t, count, first, out, out_stride);
+                t += count;
+            }
+        }
+        float* partials = partials_.of((int64_t)num_partials_ * group * (BLOCK + heads.head_dim));
+        int next = 0;
+        for (Span& span : spans_)
+            if (span.partial) span.partial = partials + (int64_t)next++ * group * (BLOCK + heads.head_dim);
+        for (auto& room : scratch) room.of(ATTENTION_SCRATCH);
+        pool->run((int)spans_.size(), [&](int piece, int thread) {
+            kernels->attend(spans_[piece], heads, cache, scratch[thread].of(ATTENTION_SCRATCH));
+        });
+        int64_t each = BLOCK + heads.head_dim;
+        const float* from = partials;
+        for (const Split& split : splits_) {
+            for (int h = 0; h < group; h++)
+                kernels->merge(from + h * each, split.count, group * each, heads.head_dim,
+                               split.out + (split.kv_head * group + h) * heads.head_dim);
+            from += split.count * group * each;
+        }
+        num_partials_ = 0;
+    }
+
+    TokensRoom tokens;
+
+  private:
+    static constexpr int QUERIES_EACH = 32, KEYS_EACH = 512;
+    struct Split {
+        float* out;
+        int kv_head, count;
+    };
+    std::vector<Span> spans_;
+    std::vector<Split> splits_;
+    int num_partials_ = 0;
+    Room<float> partials_;
+
+    void add_spans(const float* queries, int64_t stride, const Heads& heads, const Batch& batch,
+                   int row, int token, int count, int first, float* out, int64_t out_stride) {
+        int position = (int)batch.positions[token];
+        int end_key = position + count;
+        int first_key = heads.window ? std::max(0, position - heads.window + 1) : 0;
+        int pieces = 1;  // a long context is cut where there are few others to share out
+        if (count == 1 && num_threads() > 1 && batch.num_rows * heads.num_kv_heads < 8 * num_threads())
+            pieces = std::max(1, std::min((end_key - first_key) / KEYS_EACH, 4 * num_threads()));
+        int each = (end_key - first_key + pieces - 1) / pieces;
+        for (int head = 0; head < heads.num_kv_heads; head++) {
+            Span span{};
+            span.queries = queries + (token - first) * stride;
+            span.out = out + (token - first) * out_stride;
+            span.query_stride = stride, span.out_stride = out_stride;
+            span.block_table = batch.block_tables + row * batch.block_table_stride;
+            span.num_tokens = count, span.first_position = position, span.kv_head = head;
+            for (int i = 0; i < pieces; i++) {
+                span.first_key = first_key + i * each;
+                span.end_key = std::min(end_key, first_key + (i + 1) * each);
+                span.has_sink = i == 0;
+                span.partial = pieces > 1 ? out : nullptr;  // where: known once all are counted
+                spans_.push_back(span);
+            }
+            if (pieces > 1) {
+                splits_.push_back({span.out, head, pieces});
+                num_partials_ += pieces;
+            }
+        }
+    }
+};
+
+Engine& engine() {
+    static Engine* one = new Engine;  // its threads outlive whatever unloads at exit
+    return *one;
+}
+
+// ---- a decoder
+
+constexpr int SLAB = 512;  // tokens that go through all layers together: bounds memory
+
+struct Decoder {
+    DecoderParts parts;
+    std::vector<Layer> layers;
+    Room<float> hidden, normed, qkv, attended, gate_up, inner;
+
+    explicit Decoder(const DecoderParts& given)
+        : parts(given), layers(given.layers, given.layers + given.num_layers) {}
+
+    // cache: of the first layer; the next one's is `layer_bytes` further on.
+    // wanted: tokens of the batch, ascending, or null. Returns how many lines of `out` are written.
+    int64_t forward(const int64_t* input_ids, const Batch& batch, Cache cache, int64_t layer_bytes,
+                    const int64_t* wanted, int64_t num_wanted, float* out) {
+        int64_t written = 0, next = 0;
+        for (int first = 0; first < batch.num_tokens; first += SLAB) {
+            int count = std::min(SLAB, batch.num_tokens - first);
+            std::vector<int> kept;  // tokens of the slab
+            if (wanted) {
+                for (; next < num_wanted && wanted[next] < first + count; next++)
+                    kept.push_back((int)wanted[next] - first);
+            } else {
+                for (int t = 0; t < count; t++) kept.push_back(t);
+            }
+            slab(input_ids, batch, cache, layer_bytes, first, count, kept);
+            int width = parts.hidden_size;
+            memcpy(out + written * width, hidden.of(0), kept.size() * width * sizeof(float));
+            written += (int64_t)kept.size();
+        }
+        return written;
+    }
+
+    void slab(const int64_t* input_ids, const Batch& batch, Cache cache, int64_t layer_bytes,
+              int first, int count, const std::vector<int>& kept) {
+        Engine& e = engine();
+        int width = parts.hidden_size;
+        float* h = hidden.of((int64_t)count * width);
+        e.share(count, 8, [&](int begin, int end, int) {
+            for (int t = begin; t < end; t++)
+                e.kernels->row(parts.embedding, input_ids[first + t], h + (int64_t)t * width);
+        });
+        for (size_t i = 0; i < layers.size(); i++) {
+            const Layer& layer = layers[i];
+            bool last = i + 1 == layers.size();
+            Cache here = cache;
+            here.keys = (uint8_t*)cache.keys + (int64_t)i * layer_bytes;
+            attention(layer, batch, here, first, count);
+            if (last && (int)kept.size() < count) {  // the others have left their keys and values
+                int64_t heads = (int64_t)layer.heads.num_heads * layer.heads.head_dim;
+                float* a = attended.of(0);
+                for (size_t k = 0; k < kept.size(); k++) {
+                    memmove(a + (int64_t)k * heads, a + kept[k] * heads, heads * sizeof(float));
+                    memmove(h + (int64_t)k * width, h + (int64_t)kept[k] * width, width * sizeof(float));
+                }
+                count = (int)kept.size();
+            }
+            if (count == 0) return;
+            Tokens x = e.prepare(e.tokens, layer.o, attended.of(0), count);
+            e.multiply(layer.o, x, count, h, true);
+            mlp(layer, count);
+        }
+    }
+
+    void attention(const Layer& layer, const Batch& batch, const Cache& cache, int first, int count) {
+        Engine& e = engine();
+        const Heads& heads = layer.heads;
+        int width = parts.hidden_size;
+        float* x = normed.of((int64_t)count * width);
+        e.norm(hidden.of(0), layer.input_norm, parts.eps, width, count, x);
+        float* projected = qkv.of((int64_t)count * layer.qkv.rows);
+        e.multiply(layer.qkv, e.prepare(e.tokens, layer.qkv, x, count), count, projected, false);
+        Rope rope{parts.cos_sin, layer.q_norm, layer.k_norm, parts.eps, 0};
+        e.rope(projected, layer.qkv.rows, rope, heads, cache, batch.positions + first,
+               batch.slots + first, count);
+        float* out = attended.of((int64_t)count * heads.num_heads * heads.head_dim);
+        e.attend(projected, layer.qkv.rows, heads, cache, batch, first, count, out);
+    }
+
+    void mlp(const Layer& layer, int count) {
+        Engine& e = engine();
+        int width = parts.hidden_size, size = layer.down.parts[0].columns;
+        float* x = normed.of((int64_t)count * width);
+        e.norm(hidden.of(0), layer.post_norm, parts.eps, width, count, x);
+        float* both = gate_up.of((int64_t)count * 2 * size);
+        e.multiply(layer.gate_up, e.prepare(e.tokens, layer.gate_up, x, count), count, both, false);
+        float* to = inner.of((int64_t)count * size);
+        e.share(count, 1, [&](int begin, int end, int) {
+            for (int t = begin; t < end; t++) {
+                const float* gate = both + (int64_t)t * 2 * size;
+                e.kernels->silu_and_mul(gate, gate + size, size, to + (int64_t)t * size);
+            }
+        });
+        e.multiply(layer.down, e.prepare(e.tokens, layer.down, to, count), count, hidden.of(0), true);
+    }
+
+    void logits(const float* states, int num_tokens, float* out) {
+        Engine& e = engine();
+        float* x = normed.of((int64_t)num_tokens * parts.hidden_size);
+        e.norm(states, parts.final_norm, parts.eps, parts.hidden_size, num_tokens, x);
+        e.multiply(parts.head, e.prepare(e.tokens, parts.head, x, num_tokens), num_tokens, out, false);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Names of what this CPU can run, best last; null behind the last.
+const char* nv_isa(int index) {
+    auto found = runnable();
+    return index < (int)found.size() ? found[index]->name : nullptr;
+}
+
+// Returns 0 if this CPU cannot run it.
+int nv_use(const char* isa, int num_threads) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    for (const Kernels* kernels : runnable())
+        if (strcmp(kernels->name, isa) == 0) {
+            engine().kernels = kernels;
+            if (num_threads != engine().num_threads()) {
+                engine().pool = std::make_unique<Pool>(num_threads);
+                engine().scratch = std::vector<Room<uint8_t>>(num_threads);
+            }
+            return 1;
+        }
+    return 0;
+}
+
+void nv_rms_norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    engine().norm(x, weight, eps, width, num_tokens, out);
+}
+
+void nv_silu_and_mul(const float* gate_up, int size, int num_tokens, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    engine().share(num_tokens, 1, [&](int begin, int end, int) {
+        for (int64_t t = begin; t < end; t++)
+            engine().kernels->silu_and_mul(gate_up + t * 2 * size, gate_up + t * 2 * size + size, size,
+                                           out + t * size);
+    });
+}
+
+// x: [num_tokens, columns]; out: [num_tokens, rows].
+void nv_linear(const Linear* linear, const float* x, int num_tokens, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    Engine& e = engine();
+    e.multiply(*linear, e.prepare(e.tokens, *linear, x, num_tokens), num_tokens, out, false);
+}
+
+void nv_rows(const Matrix* w, const int64_t* rows, int num_rows, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    for (int64_t i = 0; i < num_rows; i++) engine().kernels->row(*w, rows[i], out + i * w->columns);
+}
+
+// qkv: [num_tokens, stride], overwritten.
+void nv_rope_and_cache(float* qkv, int64_t stride, const Rope* rope, const Heads* heads,
+                       const Cache* cache, const Batch* batch) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    engine().rope(qkv, stride, *rope, *heads, *cache, batch->positions, batch->slots,
+                  batch->num_tokens);
+}
+
+void nv_attend(const float* queries, int64_t stride, const Heads* heads, const Cache* cache,
+               const Batch* batch, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    engine().attend(queries, stride, *heads, *cache, *batch, 0, batch->num_tokens, out);
+}
+
+void nv_argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    engine().share(num_rows, 1, [&](int begin, int end, int) {
+        for (int64_t i = begin; i < end; i++) out[i] = engine().kernels->argmax(logits + i * size, size);
+    });
+}
+
+void nv_widen(const uint16_t* bf16, int64_t size, float* out) {
+    engine().kernels->widen(bf16, size, out);
+}
+
+void nv_narrow(const float* x, int64_t size, uint16_t* bf16) {
+    engine().kernels->narrow(x, size, bf16);
+}
+
+void* nv_decoder(const DecoderParts* parts) { return new Decoder(*parts); }
+
+void nv_decoder_free(void* decoder) { delete (Decoder*)decoder; }
+
+int64_t nv_decoder_forward(void* decoder, const int64_t* input_ids, const Batch* batch,
+                           const Cache* cache, int64_t layer_bytes, const int64_t* wanted,
+                           int64_t num_wanted, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    return ((Decoder*)decoder)
+        ->forward(input_ids, *batch, *cache, layer_bytes, wanted, num_wanted, out);
+}
+
+void nv_decoder_logits(void* decoder, const float* states, int num_tokens, float* out) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    ((Decoder*)decoder)->logits(states, num_tokens, out);
+}
+
+}  // extern "C"

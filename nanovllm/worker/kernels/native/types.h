@@ -1,0 +1,113 @@
+// What crosses the C ABI, and the tables of kernels that each instruction set fills in.
+//
+// Plain data only: Python's ctypes declares the same structures (library.py). Sizes are in elements.
+#pragma once
+
+#include <stdint.h>
+
+// Weight types by their ids in GGUF files.
+enum Type { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
+
+// A weight, laid out by pack.cpp: blocks of 16 rows, in each tiles of 32 columns. Rows are outputs.
+struct Matrix {
+    int32_t type, rows, columns, padding;
+    const uint8_t* data;
+};
+
+// Matrices whose outputs lie side by side, each perhaps of its own type. bias: of all, or null.
+struct Linear {
+    Matrix parts[3];
+    int32_t num_parts, rows;
+    const float* bias;
+};
+
+// The cache of one layer: keys, then values `plane` elements further on. Slots are consecutive.
+struct Cache {
+    void* keys;
+    int64_t plane;
+    int32_t is_bf16, block_size;  // else float32
+};
+
+struct Heads {
+    int32_t num_heads, num_kv_heads, head_dim, window;  // window 0: all
+    float scale, softcap;                               // softcap 0: none
+    const float* sinks;                                 // [num_heads], or null
+};
+
+struct Rope {
+    const float *cos_sin, *q_norm, *k_norm;  // [positions, head_dim]; norms: [head_dim], or null
+    float eps;
+    int32_t padding;
+};
+
+// Rows of a step, as in ForwardBatch. All on the host.
+struct Batch {
+    const int64_t *positions, *slots;
+    const int32_t *query_start_loc, *block_tables;
+    int32_t num_tokens, num_rows;
+    int64_t block_table_stride;
+};
+
+struct Layer {
+    Linear qkv, o, gate_up, down;
+    const float *input_norm, *post_norm, *q_norm, *k_norm;
+    Heads heads;
+};
+
+struct DecoderParts {
+    const Layer* layers;
+    int32_t num_layers, hidden_size;
+    float eps, padding;
+    const float *cos_sin, *final_norm;
+    Matrix embedding;
+    Linear head;
+};
+
+#ifdef __cplusplus
+
+// The inputs of a product, in the form it takes them in.
+enum Form { BYTES = 1, HALVES = 2 };
+struct Tokens {
+    int64_t width;
+    int8_t* bytes;      // [n, width], of BYTES: value = byte * scale
+    float* scales;      // [n, width / 32]
+    float* sums;        // [n, width / 32]: of the values that the bytes stand for
+    float* half_sums;   // [n, width / 16]
+    uint16_t* halves;   // [n, width] bfloat16, of HALVES
+};
+
+// Queries of one row and one head of keys that are attended to together.
+struct Span {
+    const float* queries;  // of the first token: [num_tokens, query_stride]
+    float* out;
+    int64_t query_stride, out_stride;
+    const int32_t* block_table;
+    int32_t num_tokens, first_position, kv_head;
+    int32_t first_key, end_key;  // of all that the row has: those looked at here
+    bool has_sink;
+    float* partial;  // per query head: peak, total, then the sum; null: write `out`
+};
+
+struct Kernels {
+    const char* name;
+    Form (*form)(int type, int num_tokens);
+    void (*prepare)(const float* x, Form form, Tokens tokens, int64_t token);
+    void (*linear)(const Matrix& w, const Tokens& x, int num_tokens, int first_block, int end_block,
+                   float* out, int64_t stride, const float* bias, bool add, uint8_t* scratch);
+    int64_t (*scratch_bytes)(int type, int columns, int num_tokens);
+    void (*row)(const Matrix& w, int64_t row, float* out);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int width, float* out);
+    void (*silu_and_mul)(const float* gate, const float* up, int width, float* out);
+    void (*rope)(float* qkv, const Rope& rope, const Heads& heads, int64_t position, int64_t slot,
+                 const Cache& cache);
+    void (*attend)(const Span& span, const Heads& heads, const Cache& cache, uint8_t* scratch);
+    void (*merge)(const float* partials, int num_partials, int64_t stride, int head_dim, float* out);
+    int64_t (*argmax)(const float* x, int64_t size);
+    void (*widen)(const uint16_t* bf16, int64_t size, float* out);
+    void (*narrow)(const float* x, int64_t size, uint16_t* bf16);
+};
+
+constexpr int BLOCK = 16, TILE = 32, MAX_GROUP = 16;
+constexpr int64_t ATTENTION_SCRATCH = 256 * 1024;
+
+#endif
