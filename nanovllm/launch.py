@@ -15,6 +15,7 @@ import msgspec
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
 from nanovllm.core.server import CoreServer, MakeListener
 from nanovllm.executor.base import Executor
@@ -66,11 +67,14 @@ def core_main(argv: list[str] | None = None) -> int:
         stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:
             watch_owner(arguments.owner_fd, server.stop)
-        make_compiler = partial(GrammarCompiler, partial(load_tokenizer_json, config))
-        return server.run(
-            partial(make_executor, config, server.on_progress),
-            None if config.model.skip_tokenizer_init else make_compiler,
-        )
+        with GrammarSandbox(timeout_s=config.grammar.grammar_timeout_s) as sandbox:
+            make_compiler = partial(
+                GrammarCompiler, partial(load_tokenizer_json, config), sandbox=sandbox
+            )
+            return server.run(
+                partial(make_executor, config, server.on_progress),
+                None if config.model.skip_tokenizer_init else make_compiler,
+            )
     except ValueError as error:
         if arguments.owner_fd is None:  # an owner has been told, and tells its user
             print(f"nanovllm-core: {error}", file=sys.stderr)

@@ -17,6 +17,9 @@ from nanovllm.limits import (
     MAX_GRAMMAR_BYTES,
     MAX_LOGIT_BIAS,
     MAX_N,
+    MAX_REGEX_BYTES,
+    MAX_SCHEMA_DEPTH,
+    MAX_SCHEMA_REFS,
     MAX_STOP_CHARS,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
@@ -66,11 +69,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
         ):
             raise ValueError("structured_outputs.choice must be a list of non-empty strings")
         num_bytes = len(msgspec.json.encode(getattr(self, self.kind)))
-        if num_bytes > MAX_GRAMMAR_BYTES:
-            raise ValueError(
-                f"structured_outputs.{self.kind} holds {num_bytes} bytes: "
-                f"at most {MAX_GRAMMAR_BYTES} are allowed"
-            )
+        most = MAX_REGEX_BYTES if self.regex is not None else MAX_GRAMMAR_BYTES
+        check_count(f"structured_outputs.{self.kind}", num_bytes, most, "bytes")
 
     @property
     def kind(self) -> str:
@@ -236,13 +236,39 @@ def _check_combinations(params: SamplingParams) -> None:
 def _schema_text(schema: str | dict[str, Any]) -> str:
     try:
         text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
-        if not isinstance(msgspec.json.decode(text), dict):
+        if len(text) > MAX_GRAMMAR_BYTES:
+            return text  # refused by its length
+        decoded = msgspec.json.decode(text)
+        if not isinstance(decoded, dict):
             raise TypeError("it is no object")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"structured_outputs.json must be a JSON schema, as a dict or its text: {error}"
         ) from None
+    _check_schema_shape(decoded)
     return text
+
+
+def _check_schema_shape(schema: dict[str, Any]) -> None:
+    """Limits of what is compiled recursively, level by level."""
+    depth, num_refs = 0, 0
+    level: list[Any] = [schema]
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(
+                f"structured_outputs.json nests more than {MAX_SCHEMA_DEPTH} objects and arrays: "
+                "use $defs and $ref for what repeats, or a flatter schema"
+            )
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                num_refs += "$ref" in one
+                below += one.values()
+            else:
+                below += one
+        level = [one for one in below if isinstance(one, dict | list)]
+    check_count("structured_outputs.json", num_refs, MAX_SCHEMA_REFS, "times $ref")
 
 
 def _number(params: SamplingParams, name: str) -> float:

@@ -21,8 +21,9 @@ MAX_DOCSTRING_LINES = 6
 
 # Lines of Python per room. They are raised only in a commit that says why.
 BUDGETS = {
-    # 3,000, what the grammars of its requests need, and the order in which requests are taken in
-    "core": 3400,
+    # 3,000, the grammars of its requests and the process that tries them first, and the order in
+    # which requests are taken in
+    "core": 4000,
     "frontend": 3250,  # 3,000 and chat templates in processes of their own
     "frontend.server": 4600,
     "worker": 5000,

@@ -5,11 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.sampling_params import (
-    MAX_GRAMMAR_BYTES,
-    SamplingParams,
-    StructuredOutputsParams,
-)
+from nanovllm.limits import MAX_GRAMMAR_BYTES, MAX_REGEX_BYTES, MAX_SCHEMA_DEPTH
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 def test_defaults_are_vllm_s() -> None:
@@ -111,6 +108,14 @@ def test_it_is_frozen_and_is_validated_again_when_decoded() -> None:
         SamplingParams(temprature=0)  # type: ignore[call-arg]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of so many objects within one another."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -128,7 +133,11 @@ def test_it_is_frozen_and_is_validated_again_when_decoded() -> None:
         ({"choice": ["a", ""]}, "structured_outputs.choice must be a list"),
         ({"choice": "ab"}, "structured_outputs.choice must be a list"),
         ({"json_object": "yes"}, "structured_outputs.json_object must be"),
-        ({"regex": "a" * MAX_GRAMMAR_BYTES}, f"at most {MAX_GRAMMAR_BYTES}"),
+        ({"regex": "a" * MAX_REGEX_BYTES}, f"at most {MAX_REGEX_BYTES}"),
+        ({"grammar": "a" * MAX_GRAMMAR_BYTES}, f"at most {MAX_GRAMMAR_BYTES}"),
+        ({"json": {"const": "a" * MAX_GRAMMAR_BYTES}}, f"at most {MAX_GRAMMAR_BYTES}"),
+        ({"json": nested(MAX_SCHEMA_DEPTH + 1)}, f"more than {MAX_SCHEMA_DEPTH} objects"),
+        ({"json": {"anyOf": [{"$ref": "#"}] * 1001}}, "holds 1001 times .ref: at most 1000"),
     ],
 )
 def test_structured_outputs_are_one_thing_and_name_their_field(
@@ -136,6 +145,11 @@ def test_structured_outputs_are_one_thing_and_name_their_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(**wanted)
+
+
+def test_a_schema_may_be_as_deep_and_refer_as_often_as_is_allowed() -> None:
+    StructuredOutputsParams(json=nested(MAX_SCHEMA_DEPTH))
+    StructuredOutputsParams(json={"anyOf": [{"$ref": "#"}] * 1000})
 
 
 def test_structured_outputs_cross_a_socket_and_a_schema_becomes_text() -> None:

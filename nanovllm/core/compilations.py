@@ -22,6 +22,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
 MAX_THREADS = 4  # that compile within their time …
 MAX_LATE = 12  # … and those, besides, that nobody waits for any more
+STACK_BYTES = 16 << 20  # of such a thread: far more than the sandbox grants the same grammar
 
 Outcome = Matcher | ValueError
 
@@ -222,9 +223,13 @@ class Compilations:
         with self._lock:
             wanted = min(len(self._queue), self._most_threads - self._num_threads)
             self._num_threads += max(0, wanted)
+        if wanted <= 0:
+            return
+        before = threading.stack_size(STACK_BYTES)  # of threads started from here on
         for _ in range(wanted):
             # A daemon: the process must be able to end while one compiles.
             threading.Thread(target=self._run, name="grammar", daemon=True).start()
+        threading.stack_size(before)
 
     def _run(self) -> None:
         """Compile what is queued, without waiting for the loop: a step may take long."""

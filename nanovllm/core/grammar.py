@@ -7,7 +7,6 @@ llguidance (Earley parsing over lexer derivatives) is imported with the first su
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from nanovllm.core.grammar_sandbox import GrammarSandbox
+from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 TokenizerSource = Callable[[], str]  # the model's tokenizer, as the text of a tokenizer.json
-# Blank space in JSON is one space, or a new line and its indent: at a temperature, a small model
-# would else fill its max_tokens with blanks, which a schema never forbids.
-JSON_WHITESPACE = r" |\n {0,16}"
-MAX_LEXER_STATES = 100_000  # bounds memory (0.3 to 2 kB each); llguidance bounds work by itself
 MAX_COPIES = 64
-LOG_NOTHING = 0
 FEW = 4  # matchers whose masks are not worth waking other threads for
 
 
@@ -77,7 +73,7 @@ class Matcher:
 
     def _note_error(self) -> None:
         if self._matcher.is_error():
-            self.error = _first_line(self._matcher.get_error())
+            self.error = first_line(self._matcher.get_error())
             self.family.failed = True
 
 
@@ -87,52 +83,51 @@ class GrammarCompiler:
     info: of the model, whose vocabulary may be smaller or larger than its tokenizer's.
     """
 
-    def __init__(self, load_tokenizer: TokenizerSource, info: WorkerInfo) -> None:
+    def __init__(
+        self,
+        load_tokenizer: TokenizerSource,
+        info: WorkerInfo,
+        *,
+        sandbox: GrammarSandbox | None = None,
+    ) -> None:
         self._load_tokenizer = load_tokenizer
         self._vocab_size = info.vocab_size
         self._eos_token_ids = info.eos_token_ids
+        self._sandbox = sandbox
         self._tokenizer: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
         self._lock = threading.Lock()
 
     def load(self) -> None:
-        """Make the vocabulary's trie, once: about a second. `ValueError` if there is none."""
+        """Make the vocabulary's trie, here and in the sandbox, once: about half a second.
+
+        Raises `ValueError` if there is no tokenizer, `OSError` if there can be no sandbox.
+        """
         with self._lock:
             if self._tokenizer is not None:
                 return
-            from llguidance import LLExecutor, LLTokenizer
+            from llguidance import LLExecutor
 
-            tokenizer = LLTokenizer(self._load_tokenizer(), eos_token=self._eos_token_ids or None)
-            if tokenizer.vocab_size < self._vocab_size:  # an embedding table padded at its end
-                tokenizer = LLTokenizer(
-                    self._load_tokenizer(),
-                    n_vocab=self._vocab_size,
-                    eos_token=self._eos_token_ids or None,
-                )
+            text = self._load_tokenizer()
+            size, eos = self._vocab_size, self._eos_token_ids
+            if self._sandbox is not None:
+                self._sandbox.start(text, vocab_size=size, eos_token_ids=eos)
+            tokenizer = make_tokenizer(text, vocab_size=size, eos_token_ids=eos)
+            if self._sandbox is not None:
+                self._sandbox.warm_up()
             self._executor = LLExecutor()
             self._tokenizer = tokenizer
 
     def compile(self, wanted: StructuredOutputsParams) -> Matcher:
-        """A matcher at the beginning of an output.
+        """A matcher at the beginning of an output, after a trial in the sandbox, if there is one.
 
         Raises `ValueError` naming the field, if nothing can match it or it is beyond the limits.
         """
-        from llguidance import LLMatcher, LLParserLimits
-
         self.load()
         assert self._tokenizer is not None
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        try:
-            text = _as_grammar(wanted)
-            matcher = LLMatcher(self._tokenizer, text, log_level=LOG_NOTHING, limits=limits)
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # the first one builds most of the lexer: not in the loop
-            if matcher.is_error():
-                raise ValueError(matcher.get_error())
-        except ValueError as error:
-            why = _first_line(str(error))
-            raise ValueError(f"structured_outputs.{wanted.kind} cannot be used: {why}") from None
-        return Matcher(matcher, Family())
+        if self._sandbox is not None:
+            self._sandbox.try_out(wanted)
+        return Matcher(make_matcher(self._tokenizer, wanted), Family())
 
     def fill_masks(self, matchers: Sequence[Matcher]) -> list[bytes]:
         """For each, the ids that may come next: a bit per id, in little-endian 32-bit words.
@@ -159,27 +154,6 @@ class GrammarCompiler:
 MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]
 
 
-def _as_grammar(wanted: StructuredOutputsParams) -> str:
-    """llguidance's form of it. Raises `ValueError`."""
-    from llguidance import LLMatcher, grammar_from
-
-    if wanted.regex is not None:
-        return LLMatcher.grammar_from_regex(wanted.regex)
-    if wanted.choice is not None:
-        texts = " | ".join(map(json.dumps, wanted.choice))  # Lark's strings are JSON's
-        return LLMatcher.grammar_from_lark(f"start: {texts}")
-    if wanted.grammar is not None:
-        return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
-    return LLMatcher.grammar_from_json_schema(
-        wanted.json or {"type": "object"}, defaults={"whitespace_pattern": JSON_WHITESPACE}
-    )
-
-
 def cache_key(wanted: StructuredOutputsParams) -> bytes:
     """Equal for what compiles to the same."""
     return msgspec.msgpack.encode(wanted)
-
-
-def _first_line(error: str) -> str:
-    """llguidance appends its state, over many lines."""
-    return error.strip().partition("\n")[0] or "no reason given"

@@ -170,7 +170,7 @@ def test_a_refused_grammar_takes_nobody_else_out_of_the_queue() -> None:
 def test_an_output_beyond_the_limits_of_its_grammar_fails_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nanovllm.core.grammar.MAX_LEXER_STATES", 1500)
+    monkeypatch.setattr("nanovllm.core.grammar_source.MAX_LEXER_STATES", 1500)
     core = make_core(max_inflight_steps=2)
     heavy = StructuredOutputsParams(regex="(.*a.{50}|[a-z]+@[a-z]+)*")
     params = SamplingParams(max_tokens=None, ignore_eos=True)

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from nanovllm.core import grammar as grammar_module
+from nanovllm.core import grammar_source
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -104,7 +105,6 @@ def test_a_random_walk_stays_inside_the_grammar_and_no_special_token_is_allowed(
         ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "json"),
         ({"json": {"properties": {"a": False}, "required": ["a"], "type": "object"}}, "json"),
         ({"json": {"$ref": "#/nowhere"}}, "json"),
-        ({"json": json.loads('{"items":' * 200 + "{}" + "}" * 200)}, "json"),
         ({"grammar": "foo: bar"}, "grammar"),
         ({"grammar": 'root ::= "a" (('}, "grammar"),
     ],
@@ -148,7 +148,7 @@ def test_many_copies_spend_the_family() -> None:
 
 
 def test_a_lexer_beyond_its_limit_ends_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_module, "MAX_LEXER_STATES", 2000)
+    monkeypatch.setattr(grammar_source, "MAX_LEXER_STATES", 2000)
     matcher = compile_(regex="(.*a.{50}|[a-z]+@[a-z]+)*")
     rng = np.random.default_rng(0)
     for _ in range(500):

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.core.grammar_sandbox import GrammarSandbox
 from tests.core.fake_executor import VOCAB_SIZE, FakeExecutor
 
 EOS = "<eos>"
@@ -34,7 +35,7 @@ def decode(token_ids: tuple[int, ...]) -> str:
     return Tokenizer.from_str(tokenizer_json()).decode(token_ids)
 
 
-def make_compiler() -> GrammarCompiler:
+def make_compiler(sandbox: GrammarSandbox | None = None) -> GrammarCompiler:
     """One of its own; its vocabulary is loaded with its first grammar."""
     executor = FakeExecutor(EngineConfig(), num_blocks=2, max_model_len=2)
-    return GrammarCompiler(tokenizer_json, executor.start())
+    return GrammarCompiler(tokenizer_json, executor.start(), sandbox=sandbox)

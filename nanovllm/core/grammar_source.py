@@ -1,0 +1,83 @@
+"""From what a request asks its output to be to llguidance's matcher of it, within fixed limits.
+
+`GrammarCompiler` calls it in the core, `grammar_trial` in the process that tries grammars first, so
+both compile the very same thing. llguidance is imported with the first request that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from nanovllm.sampling_params import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# Blank space in JSON is one space, or a new line and its indent: at a temperature, a small model
+# would else fill its max_tokens with blanks, which a schema never forbids.
+JSON_WHITESPACE = r" |\n {0,16}"
+MAX_LEXER_STATES = 100_000  # bounds memory (0.3 to 2 kB each); llguidance bounds work by itself
+MAX_CAUSE_CHARS = 300
+LOG_NOTHING = 0
+
+
+def make_tokenizer(
+    tokenizer_json: str, *, vocab_size: int, eos_token_ids: list[int]
+) -> LLTokenizer:
+    """llguidance's trie of a vocabulary, at least as wide as the model's: about half a second.
+
+    Raises `ValueError` if the text is no tokenizer.
+    """
+    from llguidance import LLTokenizer
+
+    eos = eos_token_ids or None
+    tokenizer = LLTokenizer(tokenizer_json, eos_token=eos)
+    if tokenizer.vocab_size < vocab_size:  # an embedding table padded at its end
+        tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
+    return tokenizer
+
+
+def make_matcher(tokenizer: LLTokenizer, wanted: StructuredOutputsParams) -> LLMatcher:
+    """At the beginning of an output, its first mask computed, since that builds most of the lexer.
+
+    Raises `ValueError` naming the field, if nothing can match it or it is beyond the limits.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    try:
+        matcher = LLMatcher(tokenizer, _as_grammar(wanted), log_level=LOG_NOTHING, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+    except ValueError as error:
+        raise cannot_be_used(wanted, first_line(str(error))) from None
+    return matcher
+
+
+def cannot_be_used(wanted: StructuredOutputsParams, why: str) -> ValueError:
+    """What a request is told whose grammar is refused."""
+    return ValueError(f"structured_outputs.{wanted.kind} cannot be used: {why}")
+
+
+def first_line(error: str) -> str:
+    """Of an error of llguidance, which appends its state over many lines and quotes at length."""
+    return error.strip().partition("\n")[0][:MAX_CAUSE_CHARS] or "no reason given"
+
+
+def _as_grammar(wanted: StructuredOutputsParams) -> str:
+    """llguidance's form of it. Raises `ValueError`."""
+    from llguidance import LLMatcher, grammar_from
+
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        texts = " | ".join(map(json.dumps, wanted.choice))  # Lark's strings are JSON's
+        return LLMatcher.grammar_from_lark(f"start: {texts}")
+    if wanted.grammar is not None:
+        return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
+    return LLMatcher.grammar_from_json_schema(
+        wanted.json or {"type": "object"}, defaults={"whitespace_pattern": JSON_WHITESPACE}
+    )

@@ -1,0 +1,199 @@
+"""Grammars that crash, exhaust or stall llguidance do so in the sandbox, and are refused."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, Wanted, follow, random_wanted, try_all
+from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.core.grammar_sandbox import CAUSES, STACK_BYTES, GrammarSandbox, _stack_bytes
+from nanovllm.sampling_params import StructuredOutputsParams
+from tests.core.fake_executor import VOCAB_SIZE
+from tests.core.vocabulary import make_compiler, tokenizer_json
+from tests.e2e.processes import alive, wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+EASY = StructuredOutputsParams(regex="[a-z]+")
+ENDLESS = StructuredOutputsParams(**POISONS["optional groups"])  # minutes, without a limit
+STACK, MEMORY, TIME = (CAUSES[one] for one in (signal.SIGSEGV, signal.SIGABRT, signal.SIGALRM))
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[GrammarSandbox]:
+    with GrammarSandbox(timeout_s=2.0) as made:
+        made.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        made.warm_up()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def compiler(sandbox: GrammarSandbox) -> GrammarCompiler:
+    return make_compiler(sandbox)
+
+
+def workers_of(sandbox: GrammarSandbox) -> list[int]:
+    assert sandbox._process is not None
+    return children_of(sandbox._process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_poison_is_refused_in_time_with_its_cause(sandbox: GrammarSandbox, name: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"structured_outputs\.\w+ (cannot be used|holds|nests)"):
+        sandbox.try_out(StructuredOutputsParams(**POISONS[name]))
+    assert time.monotonic() - start < 10.0
+    sandbox.try_out(EASY)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("allOf chain", STACK),
+        ("anyOf chain", STACK),
+        ("oneOf chain", STACK),
+        ("rule chain", STACK),
+        ("terminal chain", STACK),
+        ("left recursion", STACK),
+        ("multiples", TIME),
+    ],
+)
+def test_the_cause_says_which_bound_was_met(sandbox: GrammarSandbox, name: str, cause: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        sandbox.try_out(StructuredOutputsParams(**POISONS[name]))
+    assert cause in str(refusal.value)
+
+
+def test_memory_is_bounded() -> None:
+    with GrammarSandbox(timeout_s=60.0) as patient:
+        patient.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        with pytest.raises(ValueError) as refusal:
+            patient.try_out(ENDLESS)
+    assert MEMORY in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", SLOW_POISONS)
+def test_what_grows_too_dear_ends_its_output(compiler: GrammarCompiler, name: str) -> None:
+    """By the sandbox, by llguidance's limits, or it stays within its means."""
+    wanted = StructuredOutputsParams(**SLOW_POISONS[name])
+    start = time.process_time()
+    try:
+        follow(compiler, wanted, random.Random(0))
+    except ValueError as refusal:
+        assert "cannot be used" in str(refusal)
+    assert time.process_time() - start < 5.0
+
+
+def test_a_worker_takes_one_trial_after_another(sandbox: GrammarSandbox) -> None:
+    sandbox.try_out(EASY)
+    before = workers_of(sandbox)
+    for number in range(5):
+        sandbox.try_out(StructuredOutputsParams(regex=f"a{number}"))
+        with pytest.raises(ValueError, match=r"structured_outputs\.regex cannot be used"):
+            sandbox.try_out(StructuredOutputsParams(regex=f"(a{number}"))
+    assert workers_of(sandbox) == before
+
+
+def test_trials_do_not_wait_for_a_long_one(sandbox: GrammarSandbox) -> None:
+    refused: list[str] = []
+
+    def try_endless() -> None:
+        try:
+            sandbox.try_out(ENDLESS)
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=try_endless) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(5):
+        sandbox.try_out(StructuredOutputsParams(regex=f"b{number}"))
+    assert not refused, "the easy ones were first"
+    for thread in threads:
+        thread.join(20)
+    assert len(refused) == 3 and all(TIME in cause or MEMORY in cause for cause in refused)
+
+
+@pytest.mark.parametrize("which", ["worker", "process"])
+def test_one_killed_by_somebody_else_is_replaced(sandbox: GrammarSandbox, which: str) -> None:
+    sandbox.try_out(EASY)
+    assert sandbox._process is not None
+    killed = workers_of(sandbox) if which == "worker" else [sandbox._process.pid]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    sandbox.try_out(EASY)
+
+
+def test_it_has_less_stack_than_any_thread_of_the_core() -> None:
+    """A Rust thread has 2 MiB, a thread that compiles 16, and the main thread what is set."""
+    assert STACK_BYTES <= 1 << 20
+    program = (
+        "import resource\nfrom nanovllm.core.grammar_sandbox import _stack_bytes\n"
+        "print(_stack_bytes(), resource.getrlimit(resource.RLIMIT_STACK)[0])"
+    )
+    said = subprocess.run(
+        ["bash", "-c", f"ulimit -s 1024; exec {sys.executable} -c '{program}'"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    mine, main_thread = map(int, said.split())
+    assert main_thread == 1 << 20 and mine == main_thread // 2
+    assert _stack_bytes() <= STACK_BYTES
+
+
+OWNER = """
+import sys, threading
+from nanovllm.core.grammar_sandbox import GrammarSandbox
+from tests.core.test_grammar_sandbox import ENDLESS, VOCAB_SIZE, tokenizer_json
+sandbox = GrammarSandbox(timeout_s=120.0)
+sandbox.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+sandbox.warm_up()
+threading.Thread(target=sandbox.try_out, args=(ENDLESS,), daemon=True).start()
+print(sandbox._process.pid, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_it_dies_with_its_owner_even_amid_a_trial() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert owner.stdout is not None
+    with owner.stdout:
+        pid = int(owner.stdout.readline())
+    wait_until(lambda: children_of(pid), timeout_s=10, what="a worker")
+    workers = children_of(pid)
+    owner.kill()
+    owner.wait()
+    for one in [pid, *workers]:
+        wait_until(lambda one=one: not alive(one), timeout_s=10, what=f"the end of {one}")
+
+
+def test_random_grammars_are_all_answered(compiler: GrammarCompiler) -> None:
+    tally = try_all(compiler, count=400, seed=1)
+    assert tally.outcomes.total() == 400
+    assert tally.outcomes["whole"] > 20 and tally.outcomes["goes on"] > 20
+    assert max(seconds for seconds, _ in tally.slowest) < 10.0
+
+
+def test_the_generator_makes_every_kind() -> None:
+    rng = random.Random(0)
+    made: list[Wanted] = [random_wanted(rng) for _ in range(50)]
+    assert {kind for one in made for kind in one} == {"json", "regex", "grammar"}
