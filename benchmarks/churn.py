@@ -59,6 +59,9 @@ class PositionExecutor:
             eos_token_ids=[0],
         )
 
+    def allocate(self, num_blocks: int) -> None:
+        pass
+
     def rehearse(self) -> bool:
         return False
 

@@ -48,6 +48,9 @@ class InstantExecutor:
             eos_token_ids=[0],
         )
 
+    def allocate(self, num_blocks: int) -> None:
+        pass
+
     def rehearse(self) -> bool:
         return False
 

@@ -76,7 +76,9 @@ def run_path(model: str, settings: dict[str, Any], prompts: list[list[int]]) -> 
         model=model, dtype="bfloat16", max_model_len=1024, max_num_seqs=num_seqs, **settings
     )
     executor = InlineExecutor(config, lambda phase, progress: None)
-    core = EngineCore(config, executor, executor.start())
+    info = executor.start()
+    executor.allocate(info.num_blocks)
+    core = EngineCore(config, executor, info)
     together = generate(core, prompts, 0)
     core.reset_prefix_cache()
     apart = [generate(core, [prompt], 1000 + i)[0] for i, prompt in enumerate(prompts)]

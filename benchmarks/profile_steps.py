@@ -78,6 +78,7 @@ def make_core(
     )
     executor = InlineExecutor(config, lambda phase, progress: None)
     info = executor.start()
+    executor.allocate(info.num_blocks)
     print({name: round(seconds, 2) for name, seconds in info.phase_seconds.items()}, info.notes)
     timed = TimingExecutor(executor)
     return EngineCore(config, timed, info), timed

@@ -24,6 +24,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import KVCacheDType, Quantization
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.device import choose_device, choose_kv_dtype
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
@@ -32,7 +33,6 @@ from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.registry import DTYPES, spec_from_config
 from nanovllm.worker.quant.select import allocate_linears, choose_scheme
 from nanovllm.worker.weights import load_weights
-from nanovllm.worker.worker import choose_device, choose_kv_dtype
 
 BLOCK_SIZE = 16
 

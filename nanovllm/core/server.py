@@ -153,6 +153,7 @@ class CoreServer:
             self.on_progress("starting", 0.0)
             executor = make_executor()
             self._info = executor.start()
+            executor.allocate(self._info.num_blocks)
             compiler = make_compiler(self._info) if make_compiler else None
             core = EngineCore(self._config, executor, self._info, compiler, self._wake)
             for make_listener in self._listeners:

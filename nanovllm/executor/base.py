@@ -1,4 +1,4 @@
-"""The seam between the core and the device: four methods, no torch.
+"""The seam between the core and the device: five methods, no torch.
 
 An executor runs plans in submission order; `EngineCore` is its only caller.
 """
@@ -12,9 +12,15 @@ class Executor(Protocol):
     """Owns one or more workers."""
 
     def start(self) -> WorkerInfo:
-        """Load the model, size the KV cache, and report what was found.
+        """Load the model and report what was found, with how many blocks of KV there is room for.
 
         Raises `ValueError` if the user's configuration cannot work (names field and remedy).
+        """
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache, of no more blocks than `start` reported. Plans may come afterwards.
+
+        Raises `ValueError` if there is no memory for it.
         """
 
     def submit(self, plan: StepPlan) -> StepHandle:

@@ -26,6 +26,10 @@ class InlineExecutor:
         """Load the model; `ValueError` if the configuration is at fault."""
         return self._worker.start()
 
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache."""
+        self._worker.allocate(num_blocks)
+
     def submit(self, plan: StepPlan) -> StepHandle:
         """Queue one step; plans run in the order they are submitted. See `Worker.execute`."""
         return self._worker.execute(plan)

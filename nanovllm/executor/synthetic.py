@@ -57,6 +57,9 @@ class SyntheticExecutor:
             notes=[f"synthetic: steps of {self._config.synthetic.step_ms:g} ms compute nothing"],
         )
 
+    def allocate(self, num_blocks: int) -> None:
+        """No KV is kept."""
+
     def submit(self, plan: StepPlan) -> "SyntheticStep":
         """Sample at once; the handle gives it out when the step's time has passed."""
         for new in plan.new_rows:

@@ -134,6 +134,9 @@ class Replay:
     def start(self) -> WorkerInfo:
         return self._info
 
+    def allocate(self, num_blocks: int) -> None:
+        """No KV is kept."""
+
     def submit(self, plan: StepPlan) -> "Replay":
         then = self._tape.take()
         if not isinstance(then, Submitted) or then.digest != digest_of(plan):

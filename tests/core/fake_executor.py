@@ -119,6 +119,9 @@ class FakeExecutor:
             eos_token_ids=[0],
         )
 
+    def allocate(self, num_blocks: int) -> None:
+        assert num_blocks == self._num_blocks
+
     def rehearse(self) -> bool:
         return False
 

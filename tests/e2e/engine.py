@@ -18,6 +18,7 @@ class Engine:
         config = EngineConfig.from_kwargs(**{"dtype": "float32", "device": "cpu", **settings})
         self._executor = InlineExecutor(config, lambda phase, progress: None)
         self.info = self._executor.start()
+        self._executor.allocate(self.info.num_blocks)
         self._core = EngineCore(config, self._executor, self.info)
         self._next_number = 0
 

@@ -12,7 +12,7 @@ from nanovllm.executor.base import Executor
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol.plan import DeviceLostError, NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker import failures, worker
+from nanovllm.worker import failures, startup
 from nanovllm.worker.warmup import driver
 from nanovllm.worker.warmup.precompile import Precompiler
 from tests.worker.planning import make_plan, new_row
@@ -30,7 +30,7 @@ def make_executor(model: Path, **settings: Any) -> InlineExecutor:
     executor = InlineExecutor(
         EngineConfig.from_kwargs(model=str(model), **values), lambda phase, progress: None
     )
-    executor.start()
+    executor.allocate(executor.start().num_blocks)
     return executor
 
 
@@ -152,7 +152,7 @@ def test_what_began_for_a_gpu_is_ended_where_there_is_none(
         begun.append(precompiler)
 
     monkeypatch.setattr(Precompiler, "begin", note)
-    monkeypatch.setattr(worker, "choose_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(startup, "choose_device", lambda device: torch.device("cpu"))
     executor = make_executor(tiny_checkpoint("llama"), device="auto")
     assert begun == [executor._worker._precompiler]
     assert begun[0]._program is None

@@ -11,18 +11,15 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.protocol.plan import StepFailedError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker import preflight, request_rows
-from nanovllm.worker import worker as worker_module
+from nanovllm.worker import preflight, request_rows, startup
 from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.sampling import sampler
+from nanovllm.worker.startup import Loaded, Startup, choose_max_model_len
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import Precompiler
-from nanovllm.worker.worker import (
-    Worker,
-    choose_max_model_len,
-)
+from nanovllm.worker.worker import Worker
 from tests.worker.planning import CUDA, make_plan, new_row
 from tests.worker.test_failures import JITFunction
 
@@ -90,7 +87,7 @@ def test_progress_of_every_phase_starts_at_zero_and_ends_at_one(model: str) -> N
     seen: dict[str, list[float]] = {}
     config = EngineConfig.from_kwargs(model=model, load_format="dummy", device="cpu")
     worker = Worker(config, lambda phase, progress: seen.setdefault(phase, []).append(progress))
-    worker.start()
+    worker.allocate(worker.start().num_blocks)
     for phase in ("locate", "build", "weights", "kv cache"):
         assert (seen[phase][0], seen[phase][-1]) == (0.0, 1.0)
         assert seen[phase] == sorted(seen[phase])
@@ -122,6 +119,7 @@ def test_the_heaviest_step_stays_within_the_rows(model: str, max_num_seqs: int) 
     )
     worker = Worker(config, lambda phase, progress: None)
     info = worker.start()
+    worker.allocate(info.num_blocks)
     assert worker._runner is not None
     # The budget alone would be 2048 tokens, many times what the rows hold.
     run_heaviest_step(
@@ -164,7 +162,7 @@ def test_fp8_weights_and_cache(model: str) -> None:
 )
 def test_runs_plans_after_start(model: str, settings: dict[str, Any]) -> None:
     worker = make_worker(model, **settings)
-    worker.start()
+    worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
     (token_id,) = worker.execute(plan).result().token_ids
     assert 0 <= token_id < 200
@@ -184,7 +182,7 @@ def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = make_worker(model)
-    worker.start()
+    worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
     expected = worker.execute(plan).result().token_ids
     with monkeypatch.context() as patch:
@@ -214,7 +212,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(
     biased = [SamplingParams(temperature=0.0, logit_bias={t: 1.0}) for t in (12, 13, 14)]
     new_rows = [new_row(row, [5, 6, 7], one) for row, one in enumerate(biased)]
     worker = make_worker(model)
-    worker.start()
+    worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(row, 0, 3) for row in range(3)], new_rows=new_rows)
     expected = worker.execute(plan).result()
     monkeypatch.setattr(module, place, picky)
@@ -231,7 +229,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(
 def test_out_of_memory_at_start_is_told_by_phase(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "load_weights", fail_for_want_of_memory)
+    monkeypatch.setattr(startup, "load_weights", fail_for_want_of_memory)
     with pytest.raises(ValueError, match="out of memory on cpu in phase 'weights'"):
         start(model)
 
@@ -240,7 +238,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda: 100_000)
-    monkeypatch.setattr(worker_module, "load_weights", fail_for_want_of_memory)  # not reached
+    monkeypatch.setattr(startup, "load_weights", fail_for_want_of_memory)  # not reached
     with pytest.raises(ValueError, match=r"does not fit this CPU: .* What would do: "):
         start(model, num_gpu_blocks_override=None)
 
@@ -256,16 +254,14 @@ def test_a_kernel_that_fails_at_start_is_done_without(
             monkeypatch.setattr(chosen.layers, "norm_linear", lambda *_: broken.run(), False)
         return chosen
 
-    def measure(self: Worker, parts: Any) -> torch.Tensor:
+    def measure(self: Startup, loaded: Loaded) -> int:
         """As on CUDA, where the heaviest step is run to be measured."""
-        kv_cache = size_cache(self, parts)
-        runner = self._make_runner(parts, kv_cache)
-        run_heaviest_step(runner, self._limits, max_model_len=64)
-        return kv_cache
+        run_heaviest_step(loaded.runner(num_blocks=1), loaded.limits, max_model_len=64)
+        return count_blocks(self, loaded)
 
-    size_cache = Worker._size_cache
-    monkeypatch.setattr(worker_module, "select_kernels", select)
-    monkeypatch.setattr(Worker, "_size_cache", measure)
+    count_blocks = Startup._count_blocks
+    monkeypatch.setattr(startup, "select_kernels", select)
+    monkeypatch.setattr(Startup, "_count_blocks", measure)
     info = start(model)
     assert any("Triton kernel rms_norm_kernel does not" in note for note in info.notes)
     assert "doing without Triton" in caplog.text and "no such architecture" in caplog.text

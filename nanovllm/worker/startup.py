@@ -1,0 +1,294 @@
+"""What happens once, before the first step: choose a device, load the model, find how much KV fits.
+
+`Worker.start` makes one `Startup` per attempt. What was found on the way (device, precision, block
+count, and why) returns in `Loaded.info`; the KV cache is allocated later, by `Loaded.runner`, for
+as many blocks as all ranks can have.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.locate import Checkpoint, locate
+from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.config import EngineConfig, StepLimits
+from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
+from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
+from nanovllm.worker.failures import out_of_memory_at_start
+from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
+from nanovllm.worker.kv_cache import allocate, block_bytes
+from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
+from nanovllm.worker.preflight import plan_memory, precision_of, report
+from nanovllm.worker.quant.select import allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import describe as describe_weights
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
+from nanovllm.worker.warmup.precompile import Job, Precompiler, is_likely
+from nanovllm.worker.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model on its device, with all that a runner needs but the KV cache."""
+
+    model: Decoder
+    rows: RequestRows
+    kernels: DeviceKernels
+    attention: AttentionBackend
+    attention_spec: AttentionSpec
+    limits: StepLimits
+    captures: bool
+
+    def runner(self, *, num_blocks: int) -> ModelRunner:
+        """One with a new KV cache of so many blocks."""
+        return ModelRunner(
+            self.model,
+            self.attention,
+            rows=self.rows,
+            kv_cache=self._kv_cache(num_blocks),
+            limits=self.limits,
+            fused=self.kernels.fused,
+            captures=self.captures,
+        )
+
+    def _kv_cache(self, num_blocks: int) -> Tensor:
+        spec, num_layers = self.attention_spec, self.model.spec.num_layers
+        shape = self.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
+        return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
+
+    @property
+    def bytes_per_block(self) -> int:
+        return block_bytes(self.attention_spec, num_layers=self.model.spec.num_layers)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.model.spec.max_position_embeddings
+
+
+class Startup:
+    """One attempt to start. triton_refused: why Triton's kernels must not be used, if so."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: ProgressCallback,
+        precompiler: Precompiler,
+        *,
+        triton_refused: str | None = None,
+    ) -> None:
+        """Raises `ValueError` if the device asked for cannot be had."""
+        self.device = choose_device(config.model.device)
+        self._config = config
+        self._on_progress = on_progress
+        self._precompiler = precompiler
+        self._triton_refused = triton_refused
+        self._phase_seconds: dict[str, float] = {}
+        self._memory_bytes: dict[str, int] = {}
+
+    def run(self) -> tuple[Loaded, WorkerInfo]:
+        """Load everything. The block count that returns is how many fit on this device.
+
+        Raises `ValueError` naming the field and the remedy if the configuration cannot work.
+        """
+        wanted, device = self._config.model, self.device
+        with self.phase("locate"):
+            checkpoint = locate(wanted.model, on_progress=self._on_progress)
+            checkpoint_config = checkpoint.config()
+        spec = spec_from_config(checkpoint_config)
+        max_model_len = choose_max_model_len(wanted.max_model_len, spec.max_position_embeddings)
+        spec = replace(spec, max_position_embeddings=max_model_len)
+        dtype, why_dtype = choose_dtype(wanted.dtype, device, dtype_from_config(checkpoint_config))
+        scheme = choose_scheme(wanted.quantization, checkpoint_config)
+        attention_spec = spec.attention_spec(
+            block_size=self._config.cache.block_size,
+            dtype=dtype,
+            device=device,
+            kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
+        )
+        backend = wanted.attention_backend if self._triton_refused is None else "torch"
+        attention, why_attention = select_backend(backend, attention_spec)
+        kernels = select_kernels(device, refused=self._triton_refused)
+        self._compile_ahead(kernels, attention_spec, checkpoint_config, max_model_len)
+        plan = plan_memory(
+            self._config,
+            read_model_size(checkpoint),
+            device=device,
+            precision=precision_of(attention_spec, scheme),
+            max_model_len=max_model_len,
+        )
+        with self.phase("build"):
+            model = Decoder(
+                spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
+            )
+            allocate_linears(model, scheme)
+        loaded = Loaded(
+            model,
+            self._make_rows(model, checkpoint),
+            kernels,
+            attention,
+            attention_spec,
+            self._limits,
+            captures=kernels.fused is not None and not wanted.enforce_eager,
+        )
+        with self.phase("weights"):
+            self._load(model, checkpoint)
+        self._await_kernels(kernels)
+        with self.phase("kv cache"):
+            num_blocks = self._count_blocks(loaded)
+        kv_cache_bytes = self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
+        found = report(plan, self._memory_bytes, num_blocks=num_blocks)
+        logger.info("memory of %s: %s", describe(device), "; ".join(found))
+        info = WorkerInfo(
+            device=describe(device),
+            dtype=name_of(dtype),
+            attention_backend=type(attention).__name__,
+            architecture=spec.architecture,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            vocab_size=spec.vocab_size,
+            eos_token_ids=checkpoint.eos_token_ids(),
+            num_parameters=model.num_parameters,
+            kv_cache_bytes=kv_cache_bytes,
+            notes=[why_dtype, why_attention, kernels.why, *describe_weights(model, scheme), *found],
+            phase_seconds=self._phase_seconds,
+            memory_bytes=self._memory_bytes,
+        )
+        return loaded, info
+
+    def _compile_ahead(
+        self,
+        kernels: DeviceKernels,
+        spec: AttentionSpec,
+        checkpoint_config: dict[str, Any],
+        max_model_len: int,
+    ) -> None:
+        """Where Triton compiles, have it begin while the rest of the start takes its time."""
+        if kernels.gpu is None or not is_likely(self._config):
+            self._precompiler.end()
+            return
+        kv_dtype = None if spec.kv_dtype is None else name_of(spec.kv_dtype)
+        self._precompiler.ask(
+            Job(
+                checkpoint_config=checkpoint_config,
+                max_model_len=max_model_len,
+                block_size=spec.block_size,
+                dtype=name_of(spec.dtype),
+                kv_dtype=kv_dtype,
+                quantization=self._config.model.quantization,
+                limits=self._limits,
+                gpu=kernels.gpu,
+            )
+        )
+
+    def _await_kernels(self, kernels: DeviceKernels) -> None:
+        """What Triton does ahead of the first launch, which else would do the same once more."""
+        if kernels.naming is not None:
+            with self.phase("kernels"):
+                kernels.naming.join()
+                self._precompiler.wait(partial(self._on_progress, "kernels"))
+
+    def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
+        load_weights(
+            model,
+            checkpoint,
+            load_format=self._config.model.load_format,
+            seed=self._config.model.seed,
+            on_progress=self._on_progress,
+        )
+        held = (model.embedding, *(linear.weight for linear in model.linears()))
+        sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
+        self._memory_bytes["weights"] = sum(sizes.values())
+
+    def _make_rows(self, model: Decoder, checkpoint: Checkpoint) -> RequestRows:
+        return RequestRows(
+            num_rows=self._config.scheduler.max_num_seqs,
+            max_model_len=model.spec.max_position_embeddings,
+            block_size=self._config.cache.block_size,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=checkpoint.eos_token_ids(),
+            device=model.device,
+        )
+
+    def _count_blocks(self, loaded: Loaded) -> int:
+        """How many blocks fit beside the model and the heaviest step, which on CUDA is run here."""
+        cache = self._config.cache
+        measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
+        memory_bytes = 0
+        if measured and self.device.type == "cuda":
+            runner = loaded.runner(num_blocks=1)
+            reserved = torch.cuda.memory_reserved(self.device)
+            run_heaviest_step(runner, self._limits, max_model_len=loaded.max_model_len)
+            reserved = torch.cuda.memory_reserved(self.device) - reserved
+            self._memory_bytes["heaviest step"] = reserved
+            memory_bytes = cuda_memory_budget(self.device, share=cache.gpu_memory_utilization)
+        elif measured:
+            memory_bytes = cpu_memory_budget(free_memory())
+        return fit_blocks(
+            cache,
+            bytes_per_block=loaded.bytes_per_block,
+            memory_bytes=memory_bytes,
+            max_model_len=loaded.max_model_len,
+            max_num_seqs=loaded.rows.num_rows,
+        )
+
+    @property
+    def _limits(self) -> StepLimits:
+        return self._config.scheduler.limits(self.device.type)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tells of a part of the start, and times it. Raises `ValueError` if memory runs out."""
+        self._on_progress(name, 0.0)
+        started = time.perf_counter()
+        with explaining_want_of_memory(name, self.device):
+            yield
+        seconds = time.perf_counter() - started
+        self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + seconds
+        self._on_progress(name, 1.0)
+
+
+@contextmanager
+def explaining_want_of_memory(phase: str, device: torch.device) -> Iterator[None]:
+    """If memory runs out, a `ValueError` that says in which phase, and what would do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory_at_start(phase, device) from error
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As torch has it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_max_model_len(wanted: int | None, most: int) -> int:
+    """`wanted`, or all the positions the model has. Raises `ValueError` if it wants more."""
+    if wanted is not None and wanted > most:
+        raise ValueError(
+            f"max_model_len: {wanted} is more than the {most} positions the model was made for: "
+            f"set at most {most}"
+        )
+    return wanted or most
+
+
+def cuda_memory_budget(device: torch.device, *, share: float) -> int:
+    """Bytes left for KV of `share` of the GPU's memory.
+
+    What the allocator still holds after the heaviest step counts as taken: steps will need it.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * share) - (total - free)
