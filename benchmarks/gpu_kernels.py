@@ -24,8 +24,10 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.flash_attention import FlashAttention
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
@@ -37,9 +39,7 @@ from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
-from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
 from nanovllm.worker.quant.select import allocate_linears
 
@@ -566,7 +566,8 @@ def qwen3() -> Decoder:
     """Qwen3-0.6B with random weights."""
     path = Path(__file__).parent / "models" / "qwen3-0.6b" / "config.json"
     spec = spec_from_config(json.loads(path.read_text()))
-    attention = TritonAttention(attention_spec((16, 8), 16))
+    specs = attention_specs(spec, block_size=16, dtype=BF16, device=CUDA)
+    attention, _ = select_attention("triton", specs)
     model = Decoder(spec, kernels=KERNELS, attention=attention, dtype=BF16, device=CUDA)
     allocate_linears(model, None)
     for slot in model.slots():

@@ -13,25 +13,27 @@ quantized.
 
 import argparse
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from msgspec.structs import replace
 from torch import Tensor
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import locate
+from nanovllm.checkpoint.quantization import choose_scheme
 from nanovllm.config import KVCacheDType, Quantization
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.worker.attention.select import select_backend
-from nanovllm.worker.device import choose_device, choose_kv_dtype
+from nanovllm.worker.attention.select import attention_specs, select_attention
+from nanovllm.worker.device import DTYPES, choose_device, choose_kv_dtype
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import DTYPES, spec_from_config
-from nanovllm.worker.quant.select import allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -65,13 +67,14 @@ class Scorer:
         config = checkpoint.config()
         spec = replace(spec_from_config(config), max_position_embeddings=num_tokens)
         dtype = DTYPES[variant.dtype]
-        wanted = spec.attention_spec(
+        specs = attention_specs(
+            spec,
             block_size=BLOCK_SIZE,
             dtype=dtype,
             device=self._device,
             kv_dtype=choose_kv_dtype(variant.kv_cache_dtype, self._device),
         )
-        attention, _ = select_backend("auto", wanted)
+        attention, _ = select_attention("auto", specs)
         kernels = select_kernels(self._device).layers
         self._model = Decoder(
             spec, kernels=kernels, attention=attention, dtype=dtype, device=self._device
@@ -88,8 +91,8 @@ class Scorer:
             for linear in self._model.linears():
                 linear.method = linear.method if linear.scale is None else Widened()
         num_blocks = 1 + -(-num_tokens // BLOCK_SIZE)
-        shape = attention.kv_shape(wanted, num_layers=spec.num_layers, num_blocks=num_blocks)
-        self._cache = allocate(shape, dtype=wanted.cache_dtype, device=self._device)
+        shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=num_blocks)
+        self._cache = allocate(shape, dtype=attention.spec.cache_dtype, device=self._device)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], tokens_per_step: int) -> Tensor:

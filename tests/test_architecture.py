@@ -57,7 +57,7 @@ ARROWS = {
     "replay": {"core", "executor.base"},
     "sampling_params": set(),
     "watch": {"core", "frontend"},
-    "worker": {"plan.memory_plan"},
+    "worker": {"plan.memory_plan", "plan.precision"},
 }
 
 

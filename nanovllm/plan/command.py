@@ -13,16 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nanovllm.checkpoint.locate import locate
-from nanovllm.checkpoint.model_size import ModelSize, read_model_size
+from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.quantization import bytes_per_linear_weight, choose_scheme
 from nanovllm.config import EngineConfig, unknown_name
-from nanovllm.plan.memory_plan import (
-    GIB,
-    Machine,
-    MemoryPlan,
-    Precision,
-    explain,
-    free_memory,
-)
+from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
+from nanovllm.plan.precision import VALUE_BYTES, Precision, dtype_for
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
 # What CUDA itself, its libraries and our kernels take on a GPU, about.
@@ -60,16 +55,23 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     """The plan of `config` on `machine`. Raises `ValueError` naming field and remedy."""
     checkpoint = locate(config.model.model, weights=False)
     size = read_model_size(checkpoint)
-    wanted, most = config.model.max_model_len, size.max_position_embeddings
+    spec = size.spec
+    wanted, most = config.model.max_model_len, spec.max_position_embeddings
     if wanted is not None and wanted > most:
         raise ValueError(f"max_model_len: the model has {most} positions: set at most {most}")
-    quantization = config.model.quantization or checkpoint.config().get("quantization_config")
+    scheme = choose_scheme(config.model.quantization, checkpoint.config())
+    dtype, _ = dtype_for(
+        config.model.dtype,
+        is_gpu=machine.is_gpu,
+        has_bfloat16=machine.is_gpu or _cpu_has_bfloat16(),
+        stored=spec.dtype,
+    )
     return MemoryPlan(
         size=size,
         machine=machine,
         precision=Precision.of(
-            _dtype(config, size, machine),
-            fp8_weights=quantization is not None,
+            dtype,
+            linear_bytes=bytes_per_linear_weight(spec, scheme, value_bytes=VALUE_BYTES[dtype]),
             fp8_cache=config.cache.kv_cache_dtype != "auto",
         ),
         cache=config.cache,
@@ -106,7 +108,7 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     """Tables of what goes where and of what fits; in words what would do if it does not fit."""
     size, machine = plan.size, plan.machine
     console.print(
-        f"{size.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
+        f"{plan.spec.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
         f"(by {size.source}), {plan.precision.dtype}, on {machine.name} "
         f"({machine.memory_bytes / GIB:.1f} GiB{'' if machine.is_gpu else ' free'})",
         highlight=False,
@@ -164,18 +166,11 @@ def length_table(plan: MemoryPlan) -> Table:
     return table
 
 
-def _dtype(config: EngineConfig, size: ModelSize, machine: Machine) -> str:
-    """As the worker would choose (`worker.choose_dtype`), without asking torch."""
-    wanted = config.model.dtype
-    if wanted != "auto":
-        return wanted
-    if machine.is_gpu:
-        stored = size.stored_dtype
-        return stored if stored in ("float16", "bfloat16") else "bfloat16"
+def _cpu_has_bfloat16() -> bool:
+    """Whether this computer multiplies bfloat16 natively."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    native = "avx512_bf16" in flags or "amx_tile" in flags
-    return "bfloat16" if native else "float32"
+    return "avx512_bf16" in flags or "amx_tile" in flags
 
 
 def _local_gpu() -> Machine | None:

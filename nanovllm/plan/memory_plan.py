@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nanovllm.checkpoint.model_size import ModelSize, WeightGroup
+from nanovllm.checkpoint.model_size import ModelSize
+from nanovllm.checkpoint.quantization import BYTES_PER_WEIGHT
+from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec, MoE, WeightGroup
 from nanovllm.config import CacheConfig, StepLimits
+from nanovllm.plan.precision import Precision
 
 GIB = 2**30
 NUM_RESERVED = 1  # block 0, which padding reads and writes
 CPU_MAX_BYTES = 4 * GIB
 CPU_SHARE_OF_FREE = 0.25
 QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A sampled row at its heaviest holds its logits, a raw copy, a penalized copy and counts, in fp32.
 SAMPLER_BYTES_PER_LOGIT = 17
 SPLITS_PER_ROW = 48  # partial results of decode attention, fp32, in scratch
@@ -43,29 +45,6 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
-    """What values are stored in. linear_bytes: of a weight of a quantizable layer."""
-
-    dtype: str
-    linear_bytes: float
-    kv_bytes: float
-
-    @classmethod
-    def of(cls, dtype: str, *, fp8_weights: bool = False, fp8_cache: bool = False) -> "Precision":
-        """Scales of quantized weights are not worth counting."""
-        value_bytes = VALUE_BYTES[dtype]
-        return cls(
-            dtype=dtype,
-            linear_bytes=1 if fp8_weights else value_bytes,
-            kv_bytes=1 if fp8_cache else value_bytes,
-        )
-
-    @property
-    def value_bytes(self) -> int:
-        return VALUE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """One configuration of one model on one device; every figure follows from the fields.
 
@@ -80,6 +59,10 @@ class MemoryPlan:
     max_model_len: int
     num_ranks: int = 1
 
+    @property
+    def spec(self) -> DecoderSpec:
+        return self.size.spec
+
     # ---- what is there before KV
 
     @property
@@ -91,7 +74,7 @@ class MemoryPlan:
             each = self.precision.linear_bytes if quantizable else self.precision.value_bytes
             shared = 1 if group == "norms" else self.num_ranks
             sizes[group] = int(count * each) // shared
-        if not self.machine.is_gpu and self.size.tied_embeddings:
+        if not self.machine.is_gpu and self.spec.tied_embeddings:
             sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
         return sizes
 
@@ -99,7 +82,8 @@ class MemoryPlan:
     def row_bytes(self) -> int:
         """Tokens, block tables and parameters of every sequence, and the rotary table."""
         words = self.max_model_len + self._blocks_for(self.max_model_len) + RECORD_WORDS
-        rotary = self.max_model_len * self.size.head_dim * 4
+        tables = {(attention.rope, attention.head_dim) for attention in self.spec.attentions}
+        rotary = self.max_model_len * sum(head_dim for _, head_dim in tables) * 4
         return (self.limits.max_num_seqs + 1) * words * 4 + rotary
 
     @property
@@ -107,9 +91,9 @@ class MemoryPlan:
         """Most that the heaviest step holds at once, and the scratch of attention."""
         num_samples = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         num_tokens = min(self.limits.max_num_batched_tokens, num_samples * self.max_model_len)
-        sampler = num_samples * self.size.vocab_size * SAMPLER_BYTES_PER_LOGIT
+        sampler = num_samples * self.spec.vocab_size * SAMPLER_BYTES_PER_LOGIT
         layer = num_tokens * self._layer_values * (4 if not self.machine.is_gpu else self._bytes)
-        states = 2 * num_tokens * self.size.hidden_size * self._bytes
+        states = 2 * num_tokens * self.spec.hidden_size * self._bytes
         return max(layer, sampler + states) + self._attention_scratch
 
     @property
@@ -119,8 +103,8 @@ class MemoryPlan:
             return 0
         num_rows = self.limits.max_num_seqs
         num_graphs = 15 + num_rows // 32
-        nodes = num_graphs * self.size.num_layers * KERNELS_PER_LAYER * GRAPH_BYTES_PER_KERNEL
-        return nodes + num_rows * (self.size.vocab_size + self._layer_values) * self._bytes
+        nodes = num_graphs * self.spec.num_layers * KERNELS_PER_LAYER * GRAPH_BYTES_PER_KERNEL
+        return nodes + num_rows * (self.spec.vocab_size + self._layer_values) * self._bytes
 
     @property
     def fixed_bytes(self) -> int:
@@ -132,8 +116,10 @@ class MemoryPlan:
     @property
     def bytes_per_token(self) -> int:
         """Of KV, in all layers."""
-        heads = max(1, self.size.num_kv_heads // self.num_ranks)
-        values = 2 * self.size.num_layers * heads * self.size.head_dim
+        values = 0
+        for layer in self.spec.layers:
+            heads = max(1, layer.attention.num_kv_heads // self.num_ranks)
+            values += 2 * heads * layer.attention.head_dim
         return math.ceil(values * self.precision.kv_bytes)
 
     @property
@@ -226,21 +212,30 @@ class MemoryPlan:
     @property
     def _layer_values(self) -> int:
         """Most values a layer holds per token: in its MLP, with what attention left."""
-        size, ranks = self.size, self.num_ranks
-        queries = size.num_heads * size.head_dim
-        sharded = 3 * size.intermediate_size + size.qkv_size + queries
-        return 2 * size.hidden_size + sharded // ranks
+        sharded = max(_sharded_values(layer) for layer in self.spec.layers)
+        return 2 * self.spec.hidden_size + sharded // self.num_ranks
 
     @property
     def _attention_scratch(self) -> int:
         if not self.machine.is_gpu:
             return 0
         num_rows = 1 << (self.limits.max_num_seqs - 1).bit_length()
-        heads, width = self.size.num_heads // self.num_ranks, self.size.head_dim + 2
-        return num_rows * heads * SPLITS_PER_ROW * width * 4
+        return sum(
+            num_rows * attention.num_heads // self.num_ranks * SPLITS_PER_ROW * width * 4
+            for attention in self.spec.attentions
+            for width in (attention.head_dim + 2,)
+        )
 
     def _blocks_for(self, length: int) -> int:
         return math.ceil(length / self.cache.block_size)
+
+
+def _sharded_values(layer: LayerSpec) -> int:
+    """Values per token that ranks share between them: queries twice, keys, values, and the MLP."""
+    attention, mlp = layer.attention, layer.mlp
+    num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    num_mlps = mlp.top_k if isinstance(mlp, MoE) else 1
+    return num_heads * attention.head_dim + num_mlps * 3 * mlp.intermediate_size
 
 
 def remedies(plan: MemoryPlan) -> list[str]:
@@ -278,7 +273,7 @@ def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
     """The same with weights, KV, or both in FP8."""
     if not plan.machine.is_gpu:
         return
-    weights = replace(plan.precision, linear_bytes=1)
+    weights = replace(plan.precision, linear_bytes=BYTES_PER_WEIGHT["fp8"])
     yield "quantization=fp8", replace(plan, precision=weights)
     kv = replace(plan.precision, kv_bytes=1)
     yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
@@ -296,7 +291,7 @@ def explain(plan: MemoryPlan) -> str:
     assert not plan.fits
     machine, kv = plan.machine, plan._blocks_for(plan.max_model_len) * plan.bytes_per_block
     return (
-        f"{plan.size.architecture} with {plan.size.num_parameters / 1e9:.2f} billion parameters "
+        f"{plan.spec.architecture} with {plan.size.num_parameters / 1e9:.2f} billion parameters "
         f"does not fit {machine.name}: of {machine.memory_bytes / GIB:.1f} GiB the engine may take "
         f"{max(0, plan.budget_bytes) / GIB:.1f}, and it needs "
         f"{sum(plan.weight_bytes.values()) / GIB:.1f} for weights in {plan.precision.dtype}, "

@@ -8,8 +8,10 @@ import logging
 import torch
 
 from nanovllm.config import Device, DType, KVCacheDType
-from nanovllm.worker.models.registry import DTYPES
+from nanovllm.plan.precision import dtype_for
 from nanovllm.worker.quant.fp8 import E4M3, has_native_fp8
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -44,35 +46,26 @@ def unusable_gpu() -> str | None:
     return None
 
 
-def has_bfloat16() -> bool:
-    """Whether the GPU computes in bfloat16 itself: emulated, it is slower than float16."""
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it computes in bfloat16 itself: emulated, that is slower than another precision."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_dtype(
-    dtype: DType, device: torch.device, stored: torch.dtype | None
-) -> tuple[torch.dtype, str]:
-    """The computing precision, and why, in a sentence. stored: the checkpoint's, if it says so.
+def choose_dtype(dtype: DType, device: torch.device, stored: str | None) -> tuple[torch.dtype, str]:
+    """The computing precision, and why, in a sentence (`plan.precision.dtype_for`).
 
-    "auto" is bfloat16 on a CPU that multiplies it natively (twice to three times as fast there:
-    decoding reads half the bytes), else float32. On CUDA it is the checkpoint's precision, or half
-    of float32, as in vLLM.
+    Raises `ValueError` for a precision that the GPU does not have.
     """
-    if device.type == "cuda" and dtype == "bfloat16" and not has_bfloat16():
+    is_gpu = device.type == "cuda"
+    if is_gpu and dtype == "bfloat16" and not has_bfloat16(device):
         raise ValueError(
             f"dtype: {torch.cuda.get_device_name(device)} has no bfloat16 (that begins with "
             "compute capability 8.0): use 'float16' or 'auto'"
         )
-    if dtype != "auto":
-        return DTYPES[dtype], f"{dtype} as dtype asks"
-    if device.type == "cpu":
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "bfloat16, which this CPU multiplies natively"
-        return torch.float32, "float32, as this CPU has no native bfloat16"
-    half = torch.bfloat16 if has_bfloat16() else torch.float16
-    if stored in (torch.float16, half):
-        return stored, f"{stored} as in the checkpoint".removeprefix("torch.")
-    return half, f"{half}, half precision of this GPU".removeprefix("torch.")
+    name, why = dtype_for(dtype, is_gpu=is_gpu, has_bfloat16=has_bfloat16(device), stored=stored)
+    return DTYPES[name], why
 
 
 def describe(device: torch.device) -> str:

@@ -10,14 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.worker.attention.base import AttentionSpec
-
-
-def block_bytes(spec: AttentionSpec, *, num_layers: int) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
-    values = 2 * num_layers * spec.block_size * spec.num_kv_heads * spec.head_dim
-    return values * spec.cache_dtype.itemsize
-
 
 def allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The cache, zeroed, of a backend's `kv_shape`.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.config import StepLimits
 from nanovllm.protocol.plan import StepPlan, StepResult
-from nanovllm.worker.attention.base import AttentionBackend
+from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.failures import wait_for
@@ -91,7 +91,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Model,
-        attention: AttentionBackend,
+        attention: ModelAttention,
         *,
         rows: RequestRows,
         kv_cache: Tensor,

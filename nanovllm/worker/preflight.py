@@ -7,10 +7,12 @@ own figures for how much memory there is.
 import torch
 
 from nanovllm.checkpoint.model_size import ModelSize
+from nanovllm.checkpoint.quantization import Scheme, bytes_per_linear_weight
+from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig
-from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, Precision, explain, free_memory
+from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
+from nanovllm.plan.precision import Precision
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.quant.select import Scheme
 
 
 def plan_memory(
@@ -39,12 +41,13 @@ def plan_memory(
     return plan
 
 
-def precision_of(spec: AttentionSpec, scheme: Scheme | None) -> Precision:
+def precision_of(spec: DecoderSpec, scheme: Scheme | None, attention: AttentionSpec) -> Precision:
     """What weights and keys take once `scheme` has been applied."""
+    value_bytes = attention.dtype.itemsize
     return Precision.of(
-        str(spec.dtype).removeprefix("torch."),
-        fp8_weights=scheme is not None,
-        fp8_cache=spec.cache_dtype != spec.dtype,
+        str(attention.dtype).removeprefix("torch."),
+        linear_bytes=bytes_per_linear_weight(spec, scheme, value_bytes=value_bytes),
+        fp8_cache=attention.cache_dtype != attention.dtype,
     )
 
 

@@ -9,33 +9,34 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from nanovllm.checkpoint.locate import Checkpoint, locate
-from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.model_size import ModelSize, read_model_size
+from nanovllm.checkpoint.quantization import Scheme, choose_scheme
+from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig, StepLimits
 from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
-from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
-from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.attention.base import ModelAttention
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
 from nanovllm.worker.failures import out_of_memory_at_start
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
-from nanovllm.worker.kv_cache import allocate, block_bytes
+from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
 from nanovllm.worker.preflight import plan_memory, precision_of, report
-from nanovllm.worker.quant.select import allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
-from nanovllm.worker.warmup.precompile import Job, Precompiler, is_likely
+from nanovllm.worker.warmup.precompile import NUM_LAYERS, Job, Precompiler, is_likely
 from nanovllm.worker.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ class Loaded:
     model: Decoder
     rows: RequestRows
     kernels: DeviceKernels
-    attention: AttentionBackend
-    attention_spec: AttentionSpec
+    attention: ModelAttention
     limits: StepLimits
     captures: bool
 
@@ -66,17 +66,30 @@ class Loaded:
         )
 
     def _kv_cache(self, num_blocks: int) -> Tensor:
-        spec, num_layers = self.attention_spec, self.model.spec.num_layers
-        shape = self.attention.kv_shape(spec, num_layers=num_layers, num_blocks=num_blocks)
+        num_layers, spec = self.model.spec.num_layers, self.attention.spec
+        shape = self.attention.kv_shape(num_layers=num_layers, num_blocks=num_blocks)
         return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
 
     @property
     def bytes_per_block(self) -> int:
-        return block_bytes(self.attention_spec, num_layers=self.model.spec.num_layers)
+        return self.model.spec.num_layers * self.attention.spec.bytes_per_block
 
     @property
     def max_model_len(self) -> int:
         return self.model.spec.max_position_embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What will be loaded, and by what it will run. spec: with the positions that are wanted."""
+
+    checkpoint: Checkpoint
+    size: ModelSize
+    spec: DecoderSpec
+    scheme: Scheme | None
+    attention: ModelAttention
+    kernels: DeviceKernels
+    notes: list[str]  # why it was chosen so
 
 
 class Startup:
@@ -104,93 +117,108 @@ class Startup:
 
         Raises `ValueError` naming the field and the remedy if the configuration cannot work.
         """
+        choice = self._choose()
+        self._compile_ahead(choice)
+        plan = plan_memory(
+            self._config,
+            choice.size,
+            device=self.device,
+            precision=precision_of(choice.spec, choice.scheme, choice.attention.spec),
+            max_model_len=choice.spec.max_position_embeddings,
+        )
+        with self.phase("build"):
+            loaded = self._build(choice)
+        with self.phase("weights"):
+            self._load(loaded.model, choice.checkpoint)
+        self._await_kernels(choice.kernels)
+        with self.phase("kv cache"):
+            num_blocks = self._count_blocks(loaded)
+        self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
+        found = report(plan, self._memory_bytes, num_blocks=num_blocks)
+        logger.info("memory of %s: %s", describe(self.device), "; ".join(found))
+        notes = [*choice.notes, *describe_weights(loaded.model, choice.scheme), *found]
+        return loaded, self._info(choice, loaded, num_blocks, notes)
+
+    def _choose(self) -> Choice:
+        """What will be loaded and by what it will run; nothing is on the device yet."""
         wanted, device = self._config.model, self.device
         with self.phase("locate"):
             checkpoint = locate(wanted.model, on_progress=self._on_progress)
-            checkpoint_config = checkpoint.config()
-        spec = spec_from_config(checkpoint_config)
-        max_model_len = choose_max_model_len(wanted.max_model_len, spec.max_position_embeddings)
-        spec = replace(spec, max_position_embeddings=max_model_len)
-        dtype, why_dtype = choose_dtype(wanted.dtype, device, dtype_from_config(checkpoint_config))
-        scheme = choose_scheme(wanted.quantization, checkpoint_config)
-        attention_spec = spec.attention_spec(
+            size = read_model_size(checkpoint)
+        most = size.spec.max_position_embeddings
+        max_model_len = choose_max_model_len(wanted.max_model_len, most)
+        spec = replace(size.spec, max_position_embeddings=max_model_len)
+        scheme = choose_scheme(wanted.quantization, checkpoint.config())
+        dtype, why_dtype = choose_dtype(wanted.dtype, device, spec.dtype)
+        specs = attention_specs(
+            spec,
             block_size=self._config.cache.block_size,
             dtype=dtype,
             device=device,
             kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
         )
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
-        attention, why_attention = select_backend(backend, attention_spec)
+        attention, why_attention = select_attention(backend, specs)
         kernels = select_kernels(device, refused=self._triton_refused)
-        self._compile_ahead(kernels, attention_spec, checkpoint_config, max_model_len)
-        plan = plan_memory(
-            self._config,
-            read_model_size(checkpoint),
-            device=device,
-            precision=precision_of(attention_spec, scheme),
-            max_model_len=max_model_len,
+        notes = [why_dtype, why_attention, kernels.why]
+        return Choice(checkpoint, size, spec, scheme, attention, kernels, notes)
+
+    def _build(self, choice: Choice) -> Loaded:
+        """The model with memory for its weights, and the record of its rows."""
+        kernels, attention = choice.kernels, choice.attention
+        model = Decoder(
+            choice.spec,
+            kernels=kernels.layers,
+            attention=attention,
+            dtype=attention.spec.dtype,
+            device=self.device,
         )
-        with self.phase("build"):
-            model = Decoder(
-                spec, kernels=kernels.layers, attention=attention, dtype=dtype, device=device
-            )
-            allocate_linears(model, scheme)
-        loaded = Loaded(
-            model,
-            self._make_rows(model, checkpoint),
-            kernels,
-            attention,
-            attention_spec,
-            self._limits,
-            captures=kernels.fused is not None and not wanted.enforce_eager,
+        allocate_linears(model, choice.scheme)
+        rows = RequestRows(
+            num_rows=self._config.scheduler.max_num_seqs,
+            max_model_len=choice.spec.max_position_embeddings,
+            block_size=self._config.cache.block_size,
+            vocab_size=choice.spec.vocab_size,
+            eos_token_ids=choice.checkpoint.eos_token_ids(),
+            device=self.device,
         )
-        with self.phase("weights"):
-            self._load(model, checkpoint)
-        self._await_kernels(kernels)
-        with self.phase("kv cache"):
-            num_blocks = self._count_blocks(loaded)
-        kv_cache_bytes = self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
-        found = report(plan, self._memory_bytes, num_blocks=num_blocks)
-        logger.info("memory of %s: %s", describe(device), "; ".join(found))
-        info = WorkerInfo(
-            device=describe(device),
-            dtype=name_of(dtype),
-            attention_backend=type(attention).__name__,
-            architecture=spec.architecture,
+        captures = kernels.fused is not None and not self._config.model.enforce_eager
+        return Loaded(model, rows, kernels, attention, self._limits, captures)
+
+    def _info(
+        self, choice: Choice, loaded: Loaded, num_blocks: int, notes: list[str]
+    ) -> WorkerInfo:
+        return WorkerInfo(
+            device=describe(self.device),
+            dtype=name_of(loaded.model.dtype),
+            attention_backend=str(loaded.attention),
+            architecture=choice.spec.architecture,
             num_blocks=num_blocks,
-            max_model_len=max_model_len,
-            vocab_size=spec.vocab_size,
-            eos_token_ids=checkpoint.eos_token_ids(),
-            num_parameters=model.num_parameters,
-            kv_cache_bytes=kv_cache_bytes,
-            notes=[why_dtype, why_attention, kernels.why, *describe_weights(model, scheme), *found],
+            max_model_len=loaded.max_model_len,
+            vocab_size=choice.spec.vocab_size,
+            eos_token_ids=choice.checkpoint.eos_token_ids(),
+            num_parameters=loaded.model.num_parameters,
+            kv_cache_bytes=self._memory_bytes["KV cache"],
+            notes=notes,
             phase_seconds=self._phase_seconds,
             memory_bytes=self._memory_bytes,
         )
-        return loaded, info
 
-    def _compile_ahead(
-        self,
-        kernels: DeviceKernels,
-        spec: AttentionSpec,
-        checkpoint_config: dict[str, Any],
-        max_model_len: int,
-    ) -> None:
+    def _compile_ahead(self, choice: Choice) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
-        if kernels.gpu is None or not is_likely(self._config):
+        gpu, attention = choice.kernels.gpu, choice.attention.spec
+        if gpu is None or not is_likely(self._config):
             self._precompiler.end()
             return
-        kv_dtype = None if spec.kv_dtype is None else name_of(spec.kv_dtype)
         self._precompiler.ask(
             Job(
-                checkpoint_config=checkpoint_config,
-                max_model_len=max_model_len,
-                block_size=spec.block_size,
-                dtype=name_of(spec.dtype),
-                kv_dtype=kv_dtype,
-                quantization=self._config.model.quantization,
+                spec=choice.spec.shortened(NUM_LAYERS),
+                block_size=attention.block_size,
+                dtype=name_of(attention.dtype),
+                kv_dtype=None if attention.kv_dtype is None else name_of(attention.kv_dtype),
+                scheme=choice.scheme,
                 limits=self._limits,
-                gpu=kernels.gpu,
+                gpu=gpu,
             )
         )
 
@@ -212,16 +240,6 @@ class Startup:
         held = (model.embedding, *(linear.weight for linear in model.linears()))
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
-
-    def _make_rows(self, model: Decoder, checkpoint: Checkpoint) -> RequestRows:
-        return RequestRows(
-            num_rows=self._config.scheduler.max_num_seqs,
-            max_model_len=model.spec.max_position_embeddings,
-            block_size=self._config.cache.block_size,
-            vocab_size=model.spec.vocab_size,
-            eos_token_ids=checkpoint.eos_token_ids(),
-            device=model.device,
-        )
 
     def _count_blocks(self, loaded: Loaded) -> int:
         """How many blocks fit beside the model and the heaviest step, which on CUDA is run here."""

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.quantization import SUPPORTED
 from nanovllm.config import LoadFormat
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.fp8 import E4M3, quantize_rows
-from nanovllm.worker.quant.select import SUPPORTED
 
 # Tensors that some checkpoints carry though they follow from the config.
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
@@ -125,9 +125,9 @@ def _fill_from_gguf(model: Decoder, checkpoint: Checkpoint) -> Iterator[int]:
 
 def _in_file_order(model: Decoder, slot: WeightSlot, rows: Tensor) -> Tensor:
     """A view of a slot's rows in the order the GGUF file has them in."""
-    if slot.part not in ("q", "k") or not model.spec.names.gguf_interleaved:
+    if slot.layer is None or slot.part not in ("q", "k") or not model.spec.names.gguf_interleaved:
         return rows
-    half = model.spec.head_dim // 2
+    half = model.spec.layers[slot.layer].attention.head_dim // 2
     # [heads, 2, half, …] in a parameter, [heads, half, 2, …] in the file
     return rows.view(-1, 2, half, *rows.shape[1:]).transpose(1, 2)
 

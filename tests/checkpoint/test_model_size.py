@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint, locate
 from nanovllm.checkpoint.model_size import read_model_size
-from nanovllm.worker.attention.torch_ref import TorchAttention
+from nanovllm.checkpoint.spec import count_parameters
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import spec_from_config
 from tests.checkpoint.gguf_writing import QuantizationType, values, write_gguf
 from tests.conftest import TINY
 
@@ -23,7 +24,8 @@ CPU = torch.device("cpu")
 
 def build(checkpoint: Checkpoint) -> Decoder:
     spec = spec_from_config(checkpoint.config())
-    attention = TorchAttention(spec.attention_spec(block_size=16, dtype=torch.float32, device=CPU))
+    specs = attention_specs(spec, block_size=16, dtype=torch.float32, device=CPU)
+    attention, _ = select_attention("torch", specs)
     return Decoder(
         spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
     )
@@ -35,13 +37,7 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     size, model = read_model_size(checkpoint), build(checkpoint)
     assert size.num_parameters == model.num_parameters
     assert size.source == "the files' headers"
-    spec = model.spec
-    assert (size.num_layers, size.num_heads, size.num_kv_heads, size.head_dim) == (
-        spec.num_layers,
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_dim,
-    )
+    assert size.spec == model.spec and size.parameters == count_parameters(model.spec)
     linears = [layer.gate_up.weight.numel() + layer.down.weight.numel() for layer in model.layers]
     biases = sum(
         linear.bias.numel()
@@ -51,7 +47,7 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     )
     assert size.parameters["mlp"] == sum(linears) + biases
     assert size.parameters["embedding"] == model.embedding.numel()
-    assert (size.parameters["head"] == 0) == spec.tied_embeddings
+    assert (size.parameters["head"] == 0) == model.spec.tied_embeddings
 
 
 def test_without_weights_the_config_says_as_much(
@@ -109,6 +105,8 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_fact_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4})
+    )
     with pytest.raises(ValueError, match=r"config\.json: hidden_size is missing"):
         read_model_size(locate(str(tmp_path)))

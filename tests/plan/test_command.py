@@ -11,18 +11,17 @@ import pytest
 from nanovllm import cli
 from nanovllm.plan import command
 from nanovllm.plan.memory_plan import GIB
-from tests.plan.test_memory_plan import SIZE
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": SIZE.hidden_size,
-    "intermediate_size": SIZE.intermediate_size,
-    "num_hidden_layers": SIZE.num_layers,
-    "num_attention_heads": SIZE.num_heads,
-    "num_key_value_heads": SIZE.num_kv_heads,
-    "head_dim": SIZE.head_dim,
-    "vocab_size": SIZE.vocab_size,
-    "max_position_embeddings": SIZE.max_position_embeddings,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }

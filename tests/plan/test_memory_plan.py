@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import CacheConfig, SchedulerConfig
 from nanovllm.plan.memory_plan import (
@@ -11,27 +13,32 @@ from nanovllm.plan.memory_plan import (
     GIB,
     Machine,
     MemoryPlan,
-    Precision,
     cpu_memory_budget,
     explain,
     fit_blocks,
     free_memory,
     remedies,
 )
+from nanovllm.plan.precision import Precision
 
 # Qwen3-8B
+SPEC = spec_from_config(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+)
 SIZE = ModelSize(
-    architecture="Qwen3ForCausalLM",
-    num_layers=36,
-    hidden_size=4096,
-    intermediate_size=12288,
-    vocab_size=151936,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position_embeddings=40960,
-    tied_embeddings=False,
-    stored_dtype="bfloat16",
+    spec=SPEC,
     parameters={
         "embedding": 151936 * 4096,
         "attention": 36 * 4096 * 128 * 80,
@@ -98,7 +105,8 @@ def test_ranks_share_weights_and_heads() -> None:
 
 
 def test_a_cpu_multiplies_by_a_copy_of_a_tied_embedding() -> None:
-    size = replace(SIZE, tied_embeddings=True, parameters={**SIZE.parameters, "head": 0})
+    tied = msgspec.structs.replace(SPEC, tied_embeddings=True)
+    size = replace(SIZE, spec=tied, parameters={**SIZE.parameters, "head": 0})
     cpu = Machine(name="here", memory_bytes=64 * GIB, taken_bytes=0, is_gpu=False)
     assert make_plan(size=size).weight_bytes["head"] == 0
     plan = make_plan(size=size, machine=cpu)

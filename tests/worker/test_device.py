@@ -35,12 +35,11 @@ def test_auto_dtype(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: half)
-    saved = None if stored is None else getattr(torch, stored)
     for device, expected in (("cpu", on_cpu), ("cuda", on_cuda)):
-        dtype, why = choose_dtype("auto", torch.device(device), saved)
+        dtype, why = choose_dtype("auto", torch.device(device), stored)
         assert dtype == getattr(torch, expected)
         assert why.startswith(expected)
-    assert choose_dtype("float16", torch.device("cpu"), saved)[0] == torch.float16
+    assert choose_dtype("float16", torch.device("cpu"), stored)[0] == torch.float16
 
 
 def pretend_gpu(
@@ -74,7 +73,7 @@ def test_bfloat16_on_a_gpu_that_only_emulates_it(monkeypatch: pytest.MonkeyPatch
         lambda including_emulation=True: supported[including_emulation],
     )
     gpu = torch.device("cuda", 0)
-    assert choose_dtype("auto", gpu, torch.bfloat16)[0] == torch.float16
+    assert choose_dtype("auto", gpu, "bfloat16")[0] == torch.float16
     with pytest.raises(ValueError, match=r"dtype: Tesla P100 has no bfloat16 .* 'float16' or"):
         choose_dtype("bfloat16", gpu, None)
 

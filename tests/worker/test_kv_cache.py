@@ -26,4 +26,4 @@ def test_block_bytes_are_those_of_the_tensor(kv_dtype: torch.dtype | None) -> No
     shape = TorchAttention.kv_shape(spec, num_layers=30, num_blocks=5)
     cache = kv_cache.allocate(shape, dtype=spec.cache_dtype, device=spec.device)
     assert cache.shape == (2, 30, 5, 16, 3, 64) and cache.float().count_nonzero() == 0
-    assert cache.nbytes == 5 * kv_cache.block_bytes(spec, num_layers=30)
+    assert cache.nbytes == 5 * 30 * spec.bytes_per_block

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.plan.memory_plan import GIB, Precision
+from nanovllm.plan.memory_plan import GIB
+from nanovllm.plan.precision import Precision
 from nanovllm.worker.preflight import machine_of, plan_memory, report
 from tests.plan.test_memory_plan import SIZE
 

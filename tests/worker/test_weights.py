@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
-from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
@@ -45,8 +45,8 @@ def load(
     seed: int = 0,
 ) -> Decoder:
     spec = spec_from_config(checkpoint.config())
-    wanted = spec.attention_spec(block_size=16, dtype=dtype, device=CPU)
-    attention, _ = select_backend("auto", wanted)
+    specs = attention_specs(spec, block_size=16, dtype=dtype, device=CPU)
+    attention, _ = select_attention("auto", specs)
     model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
     progress: list[tuple[str, float]] = []
     allocate_linears(model, None)
@@ -103,7 +103,7 @@ def test_merged_projections_are_stacked_in_order(tiny_checkpoint: Build) -> None
     assert axes == {
         **dict.fromkeys(("q", "k", "v", "gate", "up"), 0),
         **dict.fromkeys(("o", "down"), 1),
-        **dict.fromkeys(("input_norm", "post_norm"), None),
+        **dict.fromkeys(("attention_norm", "mlp_norm"), None),
     }
 
 
@@ -209,7 +209,8 @@ def as_gguf(
 ) -> tuple[Checkpoint, TensorFile]:
     """A safetensors checkpoint written as GGUF, matrices as `kind`; and what it holds then."""
     spec = spec_from_config(Checkpoint(source, "safetensors").config())
-    names = spec.names.safetensors, spec.names.gguf
+    names, (heads,) = (spec.names.safetensors, spec.names.gguf), spec.attentions
+    assert heads.rope is not None
     gguf_names = {
         f"{names[0][part].format(i)}.{kind_}": (part, f"{names[1][part].format(i)}.{kind_}")
         for part in names[0]
@@ -222,19 +223,20 @@ def as_gguf(
         stored = values.numpy()
         stored_as = kind if values.dim() == 2 else QuantizationType.F32
         if spec.names.gguf_interleaved and part in "qk":
-            stored = permuted(stored, spec.num_heads if part == "q" else spec.num_kv_heads)
+            num_heads = heads.num_heads if part == "q" else heads.num_kv_heads
+            stored = permuted(stored, num_heads)
         tensors[gguf_name] = stored, stored_as
         rounded = gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), stored_as), stored_as)
         expected[name] = torch.from_numpy(rounded.copy())
     facts = {
         "embedding_length": spec.hidden_size,
-        "feed_forward_length": spec.intermediate_size,
+        "feed_forward_length": spec.layers[0].mlp.intermediate_size,
         "block_count": spec.num_layers,
-        "attention.head_count": spec.num_heads,
-        "attention.head_count_kv": spec.num_kv_heads,
-        "attention.key_length": spec.head_dim,
-        "attention.value_length": spec.head_dim,
-        "rope.freq_base": spec.rope.theta,
+        "attention.head_count": heads.num_heads,
+        "attention.head_count_kv": heads.num_kv_heads,
+        "attention.key_length": heads.head_dim,
+        "attention.value_length": heads.head_dim,
+        "rope.freq_base": heads.rope.theta,
     }
     write_gguf(
         path,

@@ -4,19 +4,24 @@ One maths serves decode, chunks and mixed batches, because every layer writes th
 and values to the paged cache first. A backend may do that itself, in its own kernel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import Attention
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.layers.rotary import Rotary
+from nanovllm.worker.kernels.base import Kernels, QKNorm
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What the model asks of attention; head counts are those of this rank."""
+    """What layers of one kind ask of attention; head counts are those of this rank.
+
+    softcap and sinks: as in `checkpoint.spec.Attention`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -27,11 +32,39 @@ class AttentionSpec:
     dtype: torch.dtype
     device: torch.device
     kv_dtype: torch.dtype | None = None  # of the cache; None: as `dtype`
+    softcap: float | None = None
+    sinks: bool = False
 
     @property
     def cache_dtype(self) -> torch.dtype:
         """What keys and values are stored as; FP8 is read as it stands, with a scale of 1."""
         return self.kv_dtype or self.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of keys and values of `block_size` tokens, in one layer."""
+        values = 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return values * self.cache_dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """What a layer does between its qkv product and attention."""
+
+    kernels: Kernels
+    cos_sin: Tensor  # [max_positions, head_dim] fp32
+    qk_norm: QKNorm | None
+
+    def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
+        """Rotate, cache keys and values, and return the queries (`Kernels.rope_and_cache`)."""
+        return self.kernels.rope_and_cache(
+            qkv,
+            cos_sin=self.cos_sin,
+            positions=batch.positions,
+            slot_mapping=batch.slot_mapping,
+            layer_cache=layer_cache,
+            qk_norm=self.qk_norm,
+        )
 
 
 class AttentionBackend(Protocol):
@@ -62,3 +95,44 @@ class AttentionBackend(Protocol):
         layer_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], keys then values. Returns
         [num_tokens, num_heads, head_dim].
         """
+
+
+class ModelAttention:
+    """The backends of a model, one for each kind of attention that its layers have."""
+
+    def __init__(
+        self,
+        specs: Mapping[Attention, AttentionSpec],
+        backends: Mapping[Attention, AttentionBackend],
+    ) -> None:
+        """Raises `ValueError` if layers differ in the shape of their keys."""
+        self._backends = backends
+        self._specs = specs
+        self.shares_prefix = all(backend.shares_prefix for backend in backends.values())
+        shapes = {(spec.num_kv_heads, spec.head_dim) for spec in specs.values()}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"model: layers with KV heads of several kinds {sorted(shapes)} are not supported"
+            )
+
+    def of(self, attention: Attention) -> AttentionBackend:
+        """The backend of layers of that kind."""
+        return self._backends[attention]
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Once per step, before any layer."""
+        for backend in self._backends.values():
+            backend.prepare(batch)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """Of any kind of layer: in the shape of the cache they are all alike."""
+        return next(iter(self._specs.values()))
+
+    def kv_shape(self, *, num_layers: int, num_blocks: int) -> tuple[int, ...]:
+        """Shape of the whole cache: [2, layers, blocks, block_size, kv_heads, head_dim]."""
+        backend = next(iter(self._backends.values()))
+        return backend.kv_shape(self.spec, num_layers=num_layers, num_blocks=num_blocks)
+
+    def __str__(self) -> str:
+        return ", ".join(dict.fromkeys(type(one).__name__ for one in self._backends.values()))

@@ -10,11 +10,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.triton.attention_tuning import Tuning
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.layers.rotary import Rotary
 
 MIN_TOKENS = 512  # fewer are launched faster than the package's Python can call
 FLASH_ATTN_4, FLASH_ATTN_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"

@@ -4,11 +4,16 @@ A backend is a file and a line here. Modules are imported when their line is con
 backend's dependencies are needed only where it runs.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Protocol
 
+import torch
+
+from nanovllm.checkpoint.spec import Attention, DecoderSpec
 from nanovllm.config import AttentionBackendName, unknown_name
-from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec, ModelAttention
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 
 BACKENDS = {
     "torch": "nanovllm.worker.attention.torch_ref:TorchAttention",
@@ -25,6 +30,44 @@ class BackendClass(Protocol):
     def __call__(self, spec: AttentionSpec) -> AttentionBackend: ...
 
     def unsupported(self, spec: AttentionSpec) -> str | None: ...
+
+
+def attention_specs(
+    spec: DecoderSpec,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype | None = None,
+    parallel: TensorParallel = SINGLE,
+) -> dict[Attention, AttentionSpec]:
+    """What each kind of layer asks of a backend on this rank."""
+    return {
+        kind: AttentionSpec(
+            num_heads=parallel.share(kind.num_heads).size,
+            num_kv_heads=parallel.share(kind.num_kv_heads, repeats=True).size,
+            head_dim=kind.head_dim,
+            scale=kind.scale,
+            block_size=block_size,
+            sliding_window=kind.window,
+            dtype=dtype,
+            device=device,
+            kv_dtype=kv_dtype,
+            softcap=kind.softcap,
+            sinks=kind.sinks,
+        )
+        for kind in spec.attentions
+    }
+
+
+def select_attention(
+    name: AttentionBackendName, specs: Mapping[Attention, AttentionSpec]
+) -> tuple[ModelAttention, str]:
+    """A backend for each kind of layer, and why. Raises `ValueError` as `select_backend`."""
+    found = {kind: select_backend(name, spec) for kind, spec in specs.items()}
+    backends = {kind: backend for kind, (backend, _) in found.items()}
+    reasons = dict.fromkeys(why for _, why in found.values())
+    return ModelAttention(specs, backends), "; ".join(reasons)
 
 
 def select_backend(name: AttentionBackendName, spec: AttentionSpec) -> tuple[AttentionBackend, str]:

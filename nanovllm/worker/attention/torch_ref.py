@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.layers.rotary import Rotary
 
 # Padding a group may hold, in tokens; more than this costs more than the calls of another group.
 MAX_GROUP_PADDING = 512
@@ -133,7 +132,7 @@ class StreamedRows:
 
 
 class TorchAttention:
-    """Implements `attention.base.AttentionBackend`; supports everything."""
+    """Implements `attention.base.AttentionBackend`, in any precision and on any device."""
 
     shares_prefix = False
 
@@ -151,6 +150,8 @@ class TorchAttention:
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
+        if spec.softcap is not None or spec.sinks:
+            return "no attention in plain torch with soft caps or sinks"
         return None
 
     @staticmethod

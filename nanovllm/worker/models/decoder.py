@@ -1,7 +1,8 @@
-"""The dense decoder all supported models are: a specification, and its straight-line forward pass.
+"""The decoder that all supported models are: its straight-line forward pass, layer by layer.
 
-Built by `worker`, run by `model_runner`. It knows no phases and no request: a `ForwardBatch` says
-which tokens, `Kernels` and `AttentionBackend` do the maths that depends on the device.
+Built by `startup` from a `DecoderSpec`, run by `model_runner`. It knows no phases and no request: a
+`ForwardBatch` says which tokens, `Kernels` and attention backends do the maths that depends on the
+device.
 """
 
 from collections.abc import Iterator
@@ -12,61 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.checkpoint.spec import Attention, DecoderSpec, Dense, LayerSpec
+from nanovllm.worker.attention.base import ModelAttention, Rotary
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
-from nanovllm.worker.layers.rotary import Rope, Rotary, cos_sin_table
-from nanovllm.worker.models.weight_names import WeightNames
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderSpec:
-    """Everything that tells one dense decoder from another.
-
-    sliding_window: tokens a query sees, itself included; None sees all. max_position_embeddings:
-    rows of the rotary table; whoever needs fewer positions replaces it.
-    """
-
-    architecture: str
-    names: WeightNames
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: Rope
-    max_position_embeddings: int
-    tied_embeddings: bool
-    sliding_window: int | None = None
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-
-    def attention_spec(
-        self,
-        *,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_dtype: torch.dtype | None = None,
-    ) -> AttentionSpec:
-        """What this model asks of an attention backend."""
-        return AttentionSpec(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
-            block_size=block_size,
-            sliding_window=self.sliding_window,
-            dtype=dtype,
-            device=device,
-            kv_dtype=kv_dtype,
-        )
+from nanovllm.worker.layers.rotary import cos_sin_table
 
 
 @dataclass(slots=True, eq=False)
@@ -84,32 +36,34 @@ class DecoderLayer:
     def __init__(
         self,
         spec: DecoderSpec,
+        layer: LayerSpec,
         *,
         kernels: Kernels,
-        attention: AttentionBackend,
+        attention: ModelAttention,
         cos_sin: Tensor,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        assert isinstance(layer.mlp, Dense) and layer.pre_norm and not layer.post_norm
         self._kernels = kernels
-        self._attention = attention
-        self._eps = spec.rms_norm_eps
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self._attention = attention.of(layer.attention)
+        self._eps = layer.norm.eps
+        hidden, inner, heads = spec.hidden_size, layer.mlp.intermediate_size, layer.attention
+        q, kv = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
         # Their memory comes with the weights, once it is known in which form those are kept.
         nowhere = torch.device("meta")
         outputs = partial(Linear.empty, shard_axis=0, dtype=dtype, device=nowhere)
         inputs = partial(Linear.empty, shard_axis=1, dtype=dtype, device=nowhere)
-        self.qkv = outputs(hidden, {"q": q, "k": kv, "v": kv}, bias=spec.qkv_bias)
-        self.o = inputs(q, {"o": hidden}, bias=spec.o_bias)
-        self.gate_up = outputs(hidden, {"gate": inner, "up": inner}, bias=spec.mlp_bias)
-        self.down = inputs(inner, {"down": hidden}, bias=spec.mlp_bias)
+        self.qkv = outputs(hidden, {"q": q, "k": kv, "v": kv}, bias=heads.qkv_bias)
+        self.o = inputs(q, {"o": hidden}, bias=heads.o_bias)
+        self.gate_up = outputs(hidden, {"gate": inner, "up": inner}, bias=layer.mlp.bias)
+        self.down = inputs(inner, {"down": hidden}, bias=layer.mlp.bias)
         ones = partial(torch.ones, dtype=dtype, device=device)
         self.input_norm = ones(hidden)
         self.post_norm = ones(hidden)
         self.qk_norm: PerHeadNorm | None = None
-        if spec.qk_norm:
-            self.qk_norm = PerHeadNorm(ones(spec.head_dim), ones(spec.head_dim), spec.rms_norm_eps)
+        if heads.qk_norm == "head":
+            self.qk_norm = PerHeadNorm(ones(heads.head_dim), ones(heads.head_dim), self._eps)
         self._rotary = Rotary(kernels, cos_sin, self.qk_norm)
 
     def forward(
@@ -138,7 +92,7 @@ class DecoderLayer:
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         for linear in self.linears():
             yield from linear.slots(layer)
-        norms = {"input_norm": self.input_norm, "post_norm": self.post_norm}
+        norms = {"attention_norm": self.input_norm, "mlp_norm": self.post_norm}
         if self.qk_norm is not None:
             norms |= {"q_norm": self.qk_norm.q_weight, "k_norm": self.qk_norm.k_weight}
         for part, weight in norms.items():
@@ -153,7 +107,7 @@ class Decoder:
         spec: DecoderSpec,
         *,
         kernels: Kernels,
-        attention: AttentionBackend,
+        attention: ModelAttention,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -164,27 +118,31 @@ class Decoder:
         self._kernels = kernels
         shape = spec.vocab_size, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        cos_sin = cos_sin_table(
-            spec.rope,
-            head_dim=spec.head_dim,
-            max_positions=spec.max_position_embeddings,
-            device=device,
-        )
+        tables = {kind: self._cos_sin(kind) for kind in spec.attentions}
         self.layers = [
             DecoderLayer(
                 spec,
+                layer,
                 kernels=kernels,
                 attention=attention,
-                cos_sin=cos_sin,
+                cos_sin=tables[layer.attention],
                 dtype=dtype,
                 device=device,
             )
-            for _ in range(spec.num_layers)
+            for layer in spec.layers
         ]
         self.final_norm = torch.ones(spec.hidden_size, dtype=dtype, device=device)
         head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
         self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
         self.num_parameters = sum(slot.target.numel() for slot in self.slots())
+
+    def _cos_sin(self, attention: Attention) -> Tensor:
+        return cos_sin_table(
+            attention.rope,
+            head_dim=attention.head_dim,
+            max_positions=self.spec.max_position_embeddings,
+            device=self.device,
+        )
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
@@ -212,7 +170,7 @@ class Decoder:
 
     def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision."""
-        eps = self.spec.rms_norm_eps
+        eps = self.spec.norm.eps
         return self._kernels.norm_linear(stream, self.final_norm, eps, self.lm_head)
 
     def linears(self) -> Iterator[Linear]:

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from nanovllm.config import EngineConfig, Quantization, StepLimits
+from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.config import EngineConfig, StepLimits
 
 PROGRAM = (sys.executable, "-m", "nanovllm.worker.warmup.triton_precompile")
+NUM_LAYERS = 2  # of a job at least: one that is the first, and one that is the last
 MOST_WAIT_S = 10.0  # longer than compiling takes, unless something is amiss
 TELL_EVERY_S = 0.1
 
@@ -28,12 +30,11 @@ TELL_EVERY_S = 0.1
 class Job(msgspec.Struct, frozen=True):
     """Whose steps are gone through. Precisions by their names in torch."""
 
-    checkpoint_config: dict[str, Any]
-    max_model_len: int
+    spec: DecoderSpec  # of few layers; as many positions as a sequence may have tokens
     block_size: int
     dtype: str
     kv_dtype: str | None
-    quantization: Quantization | None  # as asked for; the checkpoint's own is in its config
+    scheme: Scheme | None
     limits: StepLimits
     gpu: tuple[tuple[int, int], int]  # a `launch.Gpu`; Triton is not loaded to pass it on
 

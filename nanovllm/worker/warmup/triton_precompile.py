@@ -9,10 +9,9 @@ each kernel the C function that launches it, on which Triton spends a C compiler
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -25,8 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils, libcuda_dirs
 from triton.runtime.jit import JITFunction
 
+from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.spec import Attention, DecoderSpec
 from nanovllm.config import StepLimits
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, ModelAttention
+from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape, Variant
 from nanovllm.worker.kernels.select import ExpandView, FusedStep
@@ -35,15 +37,13 @@ from nanovllm.worker.kernels.triton.expand_batch import expand_view
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
-from nanovllm.worker.models.registry import spec_from_config
-from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup.dummy_steps import heaviest_steps, run_step
 from nanovllm.worker.warmup.precompile import Job, stamp_of
 
 NOWHERE = torch.device("meta")
-NUM_LAYERS = 2  # one that is the first, and one that is the last
 MAX_PROCESSES = 16
 POLITENESS = 10  # added to the niceness
 FEW_ROWS = 16
@@ -146,21 +146,21 @@ def _fork(task: Callable[[], Any]) -> int:
 
 def runner_for(job: Job, device: torch.device = NOWHERE) -> ModelRunner:
     """Whose steps are those of the job, of a model with few layers."""
-    spec = spec_from_config(job.checkpoint_config)
-    spec = replace(spec, num_layers=NUM_LAYERS, max_position_embeddings=job.max_model_len)
-    attention_spec = spec.attention_spec(
+    specs = attention_specs(
+        job.spec,
         block_size=job.block_size,
         dtype=getattr(torch, job.dtype),
         device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    scheme = choose_scheme(job.quantization, job.checkpoint_config)
-    return runner_without_weights(spec, attention_spec, job.limits, scheme=scheme)
+    return runner_without_weights(job.spec, specs, job.limits, scheme=job.scheme)
 
 
 def go_through_first(runner: ModelRunner, job: Job) -> None:
     """What the worker's profile run launches."""
-    for params, counts in heaviest_steps(job.limits, max_model_len=job.max_model_len):
+    for params, counts in heaviest_steps(
+        job.limits, max_model_len=job.spec.max_position_embeddings
+    ):
         # Raised when sampled ids are to be read, which nobody has computed: all is launched then.
         with suppress(NotImplementedError):
             run_step(runner, job.limits, params, counts=counts)
@@ -168,7 +168,7 @@ def go_through_first(runner: ModelRunner, job: Job) -> None:
 
 def go_through_all(runner: ModelRunner, job: Job) -> None:
     """What steps of any size launch, in about the order in which a server meets them."""
-    sharing = spec_from_config(job.checkpoint_config).sliding_window is None
+    sharing = all(attention.window is None for attention in job.spec.attentions)
     variants = [variant for variant in VARIANTS if sharing or not variant.shares_prefix]
     steps = [(shape, variant) for shape in typical(runner.graph_shapes) for variant in variants]
     for shape, variant in sorted(steps, key=_lateness):
@@ -183,31 +183,31 @@ def _lateness(step: tuple[StepShape, Variant]) -> tuple[bool, int, bool]:
 
 def runner_without_weights(
     spec: DecoderSpec,
-    attention_spec: AttentionSpec,
+    specs: Mapping[Attention, AttentionSpec],
     limits: StepLimits,
     *,
     scheme: Scheme | None = None,
     expand: ExpandView = expand_view,
 ) -> ModelRunner:
     """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
-    device, dtype = attention_spec.device, attention_spec.dtype
-    attention = TritonAttention(attention_spec)
+    attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
+    device, dtype = attention.spec.device, attention.spec.dtype
     model = Decoder(spec, kernels=TritonKernels(), attention=attention, dtype=dtype, device=device)
     allocate_linears(model, scheme)
     rows = RequestRows(
         num_rows=limits.max_num_seqs,
         max_model_len=spec.max_position_embeddings,
-        block_size=attention_spec.block_size,
+        block_size=attention.spec.block_size,
         vocab_size=spec.vocab_size,
         eos_token_ids=[],
         device=device,
     )
-    shape = attention.kv_shape(attention_spec, num_layers=spec.num_layers, num_blocks=8)
+    shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=8)
     return ModelRunner(
         model,
         attention,
         rows=rows,
-        kv_cache=torch.zeros(shape, dtype=attention_spec.cache_dtype, device=device),
+        kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
         fused=FusedStep(expand, sample_tokens),
         captures=True,

@@ -5,14 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.layers.rotary import Rotary
 from nanovllm.worker.models.decoder import PerHeadNorm
 from tests.worker.kernels.triton_device import DEVICE
 

@@ -1,19 +1,21 @@
 """Drives a `Decoder` without runner, rows or core: batches made by hand, blocks by a counter."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
-from nanovllm.worker.attention.select import select_backend
+from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import spec_from_config
-from nanovllm.worker.quant.select import Scheme, allocate_linears
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -71,10 +73,10 @@ class Driver:
         kernels: Kernels | None = None,
     ) -> "Driver":
         spec = replace(spec_from_config(checkpoint.config()), max_position_embeddings=512)
-        wanted = spec.attention_spec(
-            block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
+        specs = attention_specs(
+            spec, block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
         )
-        attention, _ = select_backend("auto", wanted)
+        attention, _ = select_attention("auto", specs)
         kernels = kernels or TorchKernels()
         model = Decoder(spec, kernels=kernels, attention=attention, dtype=dtype, device=CPU)
         allocate_linears(model, scheme)
@@ -85,8 +87,9 @@ class Driver:
             seed=0,
             on_progress=lambda *_: None,
         )
-        shape = attention.kv_shape(wanted, num_layers=spec.num_layers, num_blocks=256)
-        return cls(model, allocate(shape, dtype=wanted.cache_dtype, device=CPU), block_size)
+        shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=256)
+        kv_cache = allocate(shape, dtype=attention.spec.cache_dtype, device=CPU)
+        return cls(model, kv_cache, block_size)
 
     @torch.inference_mode()
     def run(self, new: dict[str, list[int]]) -> dict[str, Tensor]:

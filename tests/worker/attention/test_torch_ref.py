@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention import select
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.torch_ref import MAX_GROUP_PADDING, TorchAttention, group_by_length
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
-from nanovllm.worker.layers.rotary import Rotary
 from tests.worker.attention.decoding import CPU, make_batch
 
 Rows = list[tuple[int, int]]  # each row's new tokens, and how many came before

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from nanovllm.checkpoint.spec import Rope
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.layers.rotary import Rope, cos_sin_table
+from nanovllm.worker.layers.rotary import cos_sin_table
 
 KERNELS = TorchKernels()
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 7, 6, 2, 16

@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.config import LoadFormat
-from nanovllm.worker.attention.select import select_backend
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
-from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme
+from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType
 from tests.worker.attention.decoding import Driver
@@ -32,8 +33,8 @@ def load(
     checkpoint: Checkpoint, *, scheme: Scheme | None, load_format: LoadFormat = "auto"
 ) -> Decoder:
     spec = spec_from_config(checkpoint.config())
-    wanted = spec.attention_spec(block_size=16, dtype=torch.float32, device=CPU)
-    attention, _ = select_backend("auto", wanted)
+    specs = attention_specs(spec, block_size=16, dtype=torch.float32, device=CPU)
+    attention, _ = select_attention("auto", specs)
     model = Decoder(
         spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
     )
@@ -81,7 +82,7 @@ def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_quantized_as_it_comes(name: str, tiny_checkpoint: Build) -> None:
     path = tiny_checkpoint(name)
-    model = load(Checkpoint(path, "safetensors"), scheme=Scheme("fp8"))
+    model = load(Checkpoint(path, "safetensors"), scheme=Scheme.at_load("fp8"))
     assert_means(model, rounded(load_file(path / "model.safetensors")))
     assert all(linear.method is FP8 for layer in model.layers for linear in layer.linears())
     assert model.lm_head.method is not FP8
@@ -96,7 +97,7 @@ def test_from_gguf(
     checkpoint, expected = as_gguf(
         tiny_checkpoint(name), tmp_path / "m.gguf", architecture=name, kind=QuantizationType.F32
     )
-    assert_means(load(checkpoint, scheme=Scheme("fp8")), rounded(expected))
+    assert_means(load(checkpoint, scheme=Scheme.at_load("fp8")), rounded(expected))
 
 
 def test_dummy_is_the_unquantized_dummy_quantized(tiny_checkpoint: Build) -> None:
@@ -104,7 +105,7 @@ def test_dummy_is_the_unquantized_dummy_quantized(tiny_checkpoint: Build) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanovllm.worker.weights.can_prepack", lambda dtype, device: False)
         plain = load(checkpoint, scheme=None, load_format="dummy")
-        quantized = load(checkpoint, scheme=Scheme("fp8"), load_format="dummy")
+        quantized = load(checkpoint, scheme=Scheme.at_load("fp8"), load_format="dummy")
     assert_means(quantized, rounded(meaning(plain)))
 
 
@@ -173,6 +174,6 @@ def test_logits_stay_near(tiny_checkpoint: Build) -> None:
     exact = log_probs(None, None)
     weights, cache = (
         (exact.exp() * (exact - found)).sum(-1).mean()
-        for found in (log_probs(Scheme("fp8"), None), log_probs(None, E4M3))
+        for found in (log_probs(Scheme.at_load("fp8"), None), log_probs(None, E4M3))
     )
     assert 0 < cache < weights < 0.05

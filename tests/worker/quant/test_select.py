@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.worker.attention.select import select_backend
+from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.quantization import Rule, Scheme, WeightFormat, choose_scheme
+from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.models.registry import spec_from_config
 from nanovllm.worker.quant.fp8 import E4M3, FP8
-from nanovllm.worker.quant.select import Scheme, allocate_linears, choose_scheme, describe
+from nanovllm.worker.quant.select import allocate_linears, describe
 from tests.worker.quant.compressed import quantization_config
 from tests.worker.test_worker import TINY_LLAMA
 
@@ -20,8 +21,8 @@ CPU = torch.device("cpu")
 
 def make_decoder() -> Decoder:
     spec = spec_from_config(TINY_LLAMA)
-    wanted = spec.attention_spec(block_size=4, dtype=torch.float32, device=CPU)
-    attention, _ = select_backend("auto", wanted)
+    specs = attention_specs(spec, block_size=4, dtype=torch.float32, device=CPU)
+    attention, _ = select_attention("auto", specs)
     return Decoder(
         spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
     )
@@ -29,14 +30,15 @@ def make_decoder() -> Decoder:
 
 def test_the_users_wish() -> None:
     assert choose_scheme(None, {}) is None
-    assert choose_scheme("fp8", {}) == Scheme("fp8")
+    assert choose_scheme("fp8", {}) == Scheme.at_load("fp8")
 
 
 def test_the_checkpoints_own() -> None:
     config = {"quantization_config": quantization_config(ignore=["lm_head"])}
     for wanted in (None, "fp8"):
         scheme = choose_scheme(wanted, config)  # type: ignore[arg-type]
-        assert scheme == Scheme("fp8", stored=True, ignored=("lm_head",))
+        stored = WeightFormat("fp8", "channel", stored=True)
+        assert scheme == Scheme((Rule(stored),), ignored=("lm_head",))
 
 
 WEIGHTS = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "channel"}
@@ -71,14 +73,15 @@ def test_refused(config: dict[str, Any], message: str) -> None:
     ],
 )
 def test_patterns(targets: tuple[str, ...], ignored: tuple[str, ...], covered: bool) -> None:
-    scheme = Scheme("fp8", targets=targets, ignored=ignored)
-    assert scheme.covers("model.layers.1.self_attn.o_proj") == covered
+    scheme = Scheme((Rule(WeightFormat("fp8"), targets),), ignored)
+    found = scheme.format_of("model.layers.1.self_attn.o_proj")
+    assert found == (WeightFormat("fp8") if covered else None)
 
 
 def test_the_pass_quantizes_what_the_scheme_covers() -> None:
     model = make_decoder()
     num_parameters = model.num_parameters
-    scheme = Scheme("fp8", ignored=("model.layers.1.self_attn.o_proj",))
+    scheme = Scheme((Rule(WeightFormat("fp8")),), ignored=("model.layers.1.self_attn.o_proj",))
     allocate_linears(model, scheme)
     for index, layer in enumerate(model.layers):
         for linear in layer.linears():
@@ -93,6 +96,6 @@ def test_the_pass_quantizes_what_the_scheme_covers() -> None:
 
 
 def test_layers_that_are_multiplied_as_one_are_quantized_as_one() -> None:
-    scheme = Scheme("fp8", ignored=("model.layers.1.mlp.up_proj",))
-    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj but not model.layers.1.mlp.up"):
+    scheme = Scheme((Rule(WeightFormat("fp8")),), ignored=("model.layers.1.mlp.up_proj",))
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj otherwise than .*1.mlp.up"):
         allocate_linears(make_decoder(), scheme)

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
+from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.config import SchedulerConfig
 from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
+from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels.base import Stream
@@ -24,11 +27,7 @@ from nanovllm.worker.kernels.triton import expand_batch
 from nanovllm.worker.kernels.triton.gated_linear import MIN_TOKENS
 from nanovllm.worker.kernels.triton.launch import Gpu
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.models.decoder import DecoderSpec
-from nanovllm.worker.models.weight_names import QWEN
-from nanovllm.worker.quant.select import Scheme
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup import dummy_steps
 from nanovllm.worker.warmup.triton_precompile import leave_launches_out, runner_without_weights
@@ -36,6 +35,20 @@ from nanovllm.worker.warmup.triton_precompile import leave_launches_out, runner_
 CPU = torch.device("cpu")
 NUM_ROWS, MAX_MODEL_LEN, BLOCK_SIZE = 280, 640, 16
 LIMITS = SchedulerConfig(max_num_seqs=NUM_ROWS).limits("cuda")
+SPEC = spec_from_config(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 4000,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "tie_word_embeddings": True,
+    }
+)
 PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
 
 
@@ -72,28 +85,10 @@ def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) 
 
 def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None) -> ModelRunner:
     """A model as wide as Qwen3-0.6B, of two layers and few tokens, with nothing in its weights."""
-    spec = DecoderSpec(
-        architecture="Qwen3ForCausalLM",
-        names=QWEN,
-        vocab_size=4000,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=2,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope=Rope(10000.0),
-        max_position_embeddings=MAX_MODEL_LEN,
-        tied_embeddings=True,
-        qk_norm=True,
+    specs = attention_specs(
+        SPEC, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
     )
-    attention_spec = spec.attention_spec(
-        block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
-    )
-    return runner_without_weights(
-        spec, attention_spec, LIMITS, scheme=scheme, expand=expand_after_all
-    )
+    return runner_without_weights(SPEC, specs, LIMITS, scheme=scheme, expand=expand_after_all)
 
 
 def run_steps(runner: ModelRunner, params: SamplingParams, *sizes: tuple[int, int]) -> None:
@@ -126,7 +121,7 @@ def main() -> None:
     run_sharing_step(runner)
     for num_tokens in (MIN_TOKENS, 2 * MIN_TOKENS):
         run_mlp(runner, num_tokens=num_tokens)
-    fp8 = make_runner(Scheme("fp8"), torch.float8_e4m3fn)
+    fp8 = make_runner(Scheme.at_load("fp8"), torch.float8_e4m3fn)
     run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
     print(json.dumps(found))
 

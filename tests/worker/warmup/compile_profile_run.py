@@ -39,7 +39,7 @@ def main() -> None:
 
     knobs.compilation.listener = listen
     runner = runner_for(job, torch.device("cpu"))
-    run_heaviest_step(runner, job.limits, max_model_len=job.max_model_len)
+    run_heaviest_step(runner, job.limits, max_model_len=job.spec.max_position_embeddings)
     print(json.dumps(found))
 
 

@@ -1,46 +1,52 @@
 """Steps run for what they cost: they leave nothing behind, and cost what was foreseen."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
-from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, Precision
+from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan
+from nanovllm.plan.precision import Precision
 from nanovllm.protocol.plan import StepPlan
+from nanovllm.worker.attention.base import ModelAttention
+from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.layers.rotary import Rope
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
-from nanovllm.worker.models.decoder import Decoder, DecoderSpec
-from nanovllm.worker.models.weight_names import QWEN
+from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup import dummy_steps
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 512
-SIZE = ModelSize(
-    architecture="Qwen3ForCausalLM",
-    num_layers=2,
-    hidden_size=256,
-    intermediate_size=768,
-    vocab_size=1000,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    max_position_embeddings=MAX_MODEL_LEN,
-    tied_embeddings=True,
-    stored_dtype="bfloat16",
-    parameters={},
-    source="",
-)
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "vocab_size": 1000,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def size_of(**changes: int) -> ModelSize:
+    return ModelSize(spec=spec_from_config({**CONFIG, **changes}), parameters={}, source="")
+
+
+SIZE = size_of()
 
 
 def sample_first(logits: torch.Tensor, **_: object) -> torch.Tensor:
@@ -49,24 +55,9 @@ def sample_first(logits: torch.Tensor, **_: object) -> torch.Tensor:
 
 def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, RequestRows]:
     """A model as on a GPU, of tensors of the CPU; nobody has written to its weights."""
-    spec = DecoderSpec(
-        architecture=size.architecture,
-        names=QWEN,
-        vocab_size=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_layers=size.num_layers,
-        num_heads=size.num_heads,
-        num_kv_heads=size.num_kv_heads,
-        head_dim=size.head_dim,
-        rms_norm_eps=1e-6,
-        rope=Rope(10000.0),
-        max_position_embeddings=MAX_MODEL_LEN,
-        tied_embeddings=True,
-        qk_norm=True,
-    )
-    attention_spec = spec.attention_spec(block_size=16, dtype=torch.bfloat16, device=CPU)
-    attention = TritonAttention(attention_spec)
+    spec = size.spec
+    specs = attention_specs(spec, block_size=16, dtype=torch.bfloat16, device=CPU)
+    attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
     model = Decoder(
         spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
     )
@@ -75,11 +66,11 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
         num_rows=limits.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
         block_size=16,
-        vocab_size=size.vocab_size,
+        vocab_size=spec.vocab_size,
         eos_token_ids=[0],
         device=CPU,
     )
-    shape = attention.kv_shape(attention_spec, num_layers=size.num_layers, num_blocks=1)
+    shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=1)
     runner = ModelRunner(
         model,
         attention,
@@ -142,7 +133,7 @@ def peak_bytes(runner: ModelRunner, limits: StepLimits) -> int:
 def test_the_heaviest_step_takes_what_the_plan_foresees(
     launches: list[str], changes: dict[str, int], num_seqs: int, num_tokens: int
 ) -> None:
-    size = replace(SIZE, **changes)  # type: ignore[arg-type]
+    size = size_of(**changes)
     limits = SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens).limits(
         "cuda"
     )
@@ -159,7 +150,7 @@ def test_a_step_whose_gates_are_never_in_memory_takes_that_much_less(launches: l
     limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4096).limits("cuda")
     runner, _ = make_runner(SIZE, limits)
     foreseen = plan_of(SIZE, limits).activation_bytes
-    gates_and_ups = 4096 * 2 * SIZE.intermediate_size * 2
+    gates_and_ups = 4096 * 2 * SIZE.spec.layers[0].mlp.intermediate_size * 2
     assert 0.85 < (foreseen - gates_and_ups) / peak_bytes(runner, limits) < 1.15
     assert "_gated_kernel" in launches
 

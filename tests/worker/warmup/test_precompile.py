@@ -9,10 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.config import EngineConfig, SchedulerConfig
 from nanovllm.worker.cuda_graph import StepShape, Variant
 from nanovllm.worker.warmup import triton_precompile
-from nanovllm.worker.warmup.precompile import Job, Precompiler, is_likely, stamp_of
+from nanovllm.worker.warmup.precompile import NUM_LAYERS, Job, Precompiler, is_likely, stamp_of
 from nanovllm.worker.warmup.triton_precompile import Children, typical
 from tests.worker.warmup.compiling import run_compiling
 
@@ -32,17 +34,17 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
+SPEC = msgspec.structs.replace(spec_from_config(CONFIG), max_position_embeddings=128)
 JOB = Job(  # of a model that takes few sizes of steps
-    CONFIG,
-    max_model_len=128,
+    SPEC.shortened(NUM_LAYERS),
     block_size=16,
     dtype="bfloat16",
     kv_dtype=None,
-    quantization=None,
+    scheme=None,
     limits=LIMITS,
     gpu=((9, 0), 132),
 )
-FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", quantization="fp8")
+FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", scheme=Scheme.at_load("fp8"))
 STUCK = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 

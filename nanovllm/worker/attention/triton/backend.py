@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.attention.triton.decode_kernels import decode_kernel
 from nanovllm.worker.attention.triton.decode_plan import (
@@ -32,7 +32,6 @@ from nanovllm.worker.kernels.triton.launch import (
     num_multiprocessors,
     unusable,
 )
-from nanovllm.worker.layers.rotary import Rotary
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -77,6 +76,8 @@ class TritonAttention:
             return f"no Triton attention over a cache in {spec.cache_dtype}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"head_dim {spec.head_dim} is over {MAX_HEAD_DIM}"
+        if spec.softcap is not None or spec.sinks:
+            return "no Triton attention with soft caps or sinks"
         return unusable(spec.device)
 
     @staticmethod

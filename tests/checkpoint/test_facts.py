@@ -5,19 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nanovllm.worker.layers.rotary import (
+from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.spec import (
+    Attention,
+    DecoderSpec,
+    Dense,
     LinearScaling,
     Llama3Scaling,
     Rope,
-    cos_sin_table,
-    inverse_frequencies,
 )
-from nanovllm.worker.models.registry import dtype_from_config, spec_from_config
+from nanovllm.worker.layers.rotary import cos_sin_table, inverse_frequencies
 from tests.conftest import LLAMA3_ROPE, TINY
 
 LLAMA: dict[str, Any] = {
@@ -29,8 +32,15 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
+FULL = "full_attention"
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
 SCALING = Llama3Scaling(8.0, 1.0, 4.0, original_context=64)
+
+
+def attention_of(fields: dict[str, Any]) -> Attention:
+    """Where all layers have the same."""
+    (kind,) = spec_from_config(fields).attentions
+    return kind
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -39,23 +49,31 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
     spec = spec_from_config(json.loads((path / "config.json").read_text()))
     theirs = AutoConfig.from_pretrained(path)
     assert spec.num_layers == theirs.num_hidden_layers
-    assert spec.num_kv_heads == theirs.num_key_value_heads
-    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 12)
-    assert spec.rms_norm_eps == theirs.rms_norm_eps
-    assert spec.rope.theta == theirs.rope_parameters["rope_theta"]
     assert spec.tied_embeddings == theirs.tie_word_embeddings
-    assert spec.sliding_window == getattr(theirs, "sliding_window", None)
-    assert spec.qk_norm == (name == "qwen3")
-    assert spec.qkv_bias == (name in ("qwen2", "llama_linear"))
-    assert spec.o_bias == spec.mlp_bias == (name == "llama_linear")
+    for layer in spec.layers:
+        attention, mlp = layer.attention, layer.mlp
+        assert attention.num_kv_heads == theirs.num_key_value_heads
+        assert attention.head_dim == (getattr(theirs, "head_dim", None) or 12)
+        assert attention.scale == attention.head_dim**-0.5
+        assert layer.norm.eps == spec.norm.eps == theirs.rms_norm_eps
+        assert attention.rope is not None
+        assert attention.rope.theta == theirs.rope_parameters["rope_theta"]
+        assert attention.window == getattr(theirs, "sliding_window", None)
+        assert (attention.qk_norm == "head") == (name == "qwen3")
+        assert attention.qkv_bias == (name in ("qwen2", "llama_linear"))
+        assert isinstance(mlp, Dense) and mlp.intermediate_size == theirs.intermediate_size
+        assert attention.o_bias == mlp.bias == (name == "llama_linear")
 
 
 def test_absent_fields_have_transformers_defaults() -> None:
-    spec, theirs = spec_from_config(LLAMA), LlamaConfig(**LLAMA)
-    assert (spec.num_kv_heads, spec.head_dim) == (4, 16)
-    assert spec.rope == Rope(theirs.rope_parameters["rope_theta"])
-    assert spec.rms_norm_eps == theirs.rms_norm_eps
-    assert not spec.tied_embeddings and spec.sliding_window is None
+    absent = spec_from_config(LLAMA)
+    null = dict.fromkeys(("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"))
+    for spec in (absent, spec_from_config({**LLAMA, **null, "rope_scaling": None})):
+        theirs, (attention,) = LlamaConfig(**LLAMA), spec.attentions
+        assert (attention.num_kv_heads, attention.head_dim) == (4, 16)
+        assert attention.rope == Rope(theirs.rope_parameters["rope_theta"])
+        assert spec.norm.eps == theirs.rms_norm_eps
+        assert not spec.tied_embeddings and attention.window is None
 
 
 @pytest.mark.parametrize(
@@ -67,21 +85,22 @@ def test_absent_fields_have_transformers_defaults() -> None:
     ],
 )
 def test_llama3_scaling_in_old_and_new_spelling(fields: dict[str, Any]) -> None:
-    assert spec_from_config({**LLAMA, **fields}).rope == Rope(10000.0, SCALING)
+    assert attention_of({**LLAMA, **fields}).rope == Rope(10000.0, SCALING)
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 def test_linear_scaling(kind: str) -> None:
     scaling = {kind: "linear", "factor": 2.0}
-    spec = spec_from_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": scaling})
-    assert spec.rope == Rope(5e5, LinearScaling(2.0))
+    fields = {"rope_theta": 5e5, "rope_scaling": scaling}
+    assert attention_of({**LLAMA, **fields}).rope == Rope(5e5, LinearScaling(2.0))
 
 
 def test_frequencies_equal_transformers() -> None:
     for scaling in (LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}):
         config = LlamaConfig(**{**LLAMA, "rope_parameters": dict(scaling)})
         expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
-        rope = spec_from_config({**LLAMA, "rope_parameters": scaling}).rope
+        rope = attention_of({**LLAMA, "rope_parameters": scaling}).rope
+        assert rope is not None
         torch.testing.assert_close(inverse_frequencies(rope, 16), expected, rtol=2e-7, atol=0.0)
         assert factor == 1.0
     table = cos_sin_table(rope, head_dim=16, max_positions=5, device=torch.device("cpu"))
@@ -115,13 +134,23 @@ def test_frequencies_equal_transformers() -> None:
     ],
 )
 def test_qwen2_windows(fields: dict[str, Any], window: int | None) -> None:
-    assert spec_from_config({**QWEN2, **fields}).sliding_window == window
+    assert attention_of({**QWEN2, **fields}).window == window
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_window_layers": 3}, {"layer_types": [FULL, FULL, FULL, "sliding_attention"]}]
+)
+def test_some_layers_may_have_a_window(fields: dict[str, Any]) -> None:
+    fields = {**QWEN2, **fields, "use_sliding_window": True, "sliding_window": 32}
+    spec = spec_from_config(fields)
+    assert [layer.attention.window for layer in spec.layers] == [None, None, None, 32]
+    assert len(spec.attentions) == 2 and len(spec.shortened(2).layers) == 2
 
 
 def test_mistral_windows() -> None:
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
-    assert spec_from_config(mistral).sliding_window == 4096
-    assert spec_from_config({**mistral, "sliding_window": None}).sliding_window is None
+    assert attention_of(mistral).window == 4096
+    assert attention_of({**mistral, "sliding_window": None}).window is None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -133,15 +162,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rope factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "heads": ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple .* \(3\)"),
-    "some windows": (
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "use_sliding_window": True,
-            "sliding_window": 32,
-            "max_window_layers": 3,
-        },
-        "1 of 4 layers use a sliding window.*set use_sliding_window to false",
+    "kinds of layers": (
+        {"architectures": ["Qwen2ForCausalLM"], "layer_types": [FULL, FULL, FULL, "linear"]},
+        "layer_types must name 4 layers",
     ),
+    "kinds of layers that nobody asks for": (
+        {"layer_types": [FULL, FULL, FULL, "chunked"]},
+        r"layer_types \['chunked'\] are not supported",
+    ),
+    "soft caps": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 changes what"),
+    "experts": ({"num_local_experts": 8}, "num_local_experts=8 changes what"),
+    "multipliers": ({"residual_multiplier": 0.22}, "residual_multiplier=0.22 changes what"),
 }
 
 
@@ -152,6 +183,20 @@ def test_refused(fields: dict[str, Any], message: str) -> None:
 
 
 def test_dtype_in_old_and_new_spelling() -> None:
-    assert dtype_from_config({"dtype": "bfloat16"}) == torch.bfloat16
-    assert dtype_from_config({"torch_dtype": "float16"}) == torch.float16
-    assert dtype_from_config({}) is None
+    assert spec_from_config({**LLAMA, "dtype": "bfloat16"}).dtype == "bfloat16"
+    assert spec_from_config({**LLAMA, "torch_dtype": "float16"}).dtype == "float16"
+    assert spec_from_config(LLAMA).dtype is None
+
+
+def test_neutral_values_are_no_maths() -> None:
+    neutral = {"num_experts": 0, "embedding_multiplier": 1.0, "layer_types": [FULL] * 4}
+    assert spec_from_config({**LLAMA, **neutral}) == spec_from_config(LLAMA)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_survives_being_passed_to_another_program(
+    name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """As the compiler ahead is told which steps it should go through."""
+    spec = spec_from_config(json.loads((tiny_checkpoint(name) / "config.json").read_text()))
+    assert msgspec.json.decode(msgspec.json.encode(spec), type=DecoderSpec) == spec

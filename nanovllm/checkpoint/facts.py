@@ -1,0 +1,35 @@
+"""What a checkpoint is, read once for everybody: the memory plan, the worker, the compiler ahead.
+
+A family of models is a file in `families` and a line here. No torch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nanovllm.checkpoint.families import llama, mistral, qwen2, qwen3
+from nanovllm.checkpoint.hf_config import Config
+from nanovllm.checkpoint.spec import DecoderSpec
+
+FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
+    "LlamaForCausalLM": llama.spec,
+    "MistralForCausalLM": mistral.spec,
+    "Qwen2ForCausalLM": qwen2.spec,
+    "Qwen3ForCausalLM": qwen3.spec,
+}
+
+
+def spec_from_config(fields: Mapping[str, Any]) -> DecoderSpec:
+    """What to build for a config.json, or for GGUF metadata in that form.
+
+    Raises `ValueError` naming what is missing, or what is not supported.
+    """
+    config = Config(fields)
+    for name in config.get("architectures", []):
+        if name in FAMILIES:
+            spec = FAMILIES[name](config)
+            config.check_all_maths_was_read()
+            return spec
+    raise ValueError(
+        f"config.json: architectures {config.get('architectures')} are not supported: "
+        f"supported are {', '.join(FAMILIES)}"
+    )

@@ -1,0 +1,206 @@
+"""What tells one decoder from another, as values: the maths of each layer, and what surrounds them.
+
+`facts` makes a `DecoderSpec` of a checkpoint's config; the memory plan, the worker and the program
+that compiles kernels ahead build from it. Sizes are those of the whole model, whatever a rank holds
+of it. No torch here.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from nanovllm.checkpoint.weight_names import WeightNames
+
+Activation = Literal["silu", "gelu_tanh"]
+WeightGroup = Literal["embedding", "attention", "mlp", "norms", "head"]
+
+
+class LinearScaling(Struct, frozen=True, tag=True):
+    """Positions are divided by `factor` (Chen et al. 2023, "position interpolation")."""
+
+    factor: float
+
+
+class Llama3Scaling(Struct, frozen=True, tag=True):
+    """Llama 3.1's: only frequencies too low to turn within `original_context` are divided.
+
+    A frequency that turns at least `high_freq_factor` times within the original context stays, one
+    that turns at most `low_freq_factor` times is divided by `factor`; between, it is blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int  # tokens
+
+
+class Rope(Struct, frozen=True):
+    """Base and scaling of the rotary frequencies."""
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+class Norm(Struct, frozen=True, kw_only=True):
+    """An RMS norm (Zhang & Sennrich 2019). adds_one: it multiplies by 1 + weight, as Gemma's do."""
+
+    eps: float
+    adds_one: bool = False
+
+
+class Attention(Struct, frozen=True, kw_only=True):
+    """Causal attention with grouped queries.
+
+    scale: of the products of queries and keys. rope: None leaves positions out. window: tokens a
+    query sees, itself included; None sees all. softcap: products become softcap * tanh(product /
+    softcap). sinks: one more weight per head, which goes to nothing. qk_norm: queries and keys are
+    normed, each head by itself or all heads of a token at once.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+
+class Dense(Struct, frozen=True, kw_only=True, tag=True):
+    """A gated MLP: down(activation(gate) * up)."""
+
+    intermediate_size: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+class MoE(Struct, frozen=True, kw_only=True, tag=True):
+    """A mixture of gated MLPs: a softmax over `num_experts` weighs the `top_k` likeliest.
+
+    intermediate_size: of one expert. renormalizes: the weights of those chosen add up to 1.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    renormalizes: bool
+    activation: Activation = "silu"
+
+
+class LayerSpec(Struct, frozen=True, kw_only=True):
+    """Attention, then an MLP, each added to the residual.
+
+    pre_norm: what each of the two takes is normed; post_norm: what each gives is, before it is
+    added. All norms of a layer are of one kind.
+    """
+
+    attention: Attention
+    mlp: Dense | MoE
+    norm: Norm
+    pre_norm: bool = True
+    post_norm: bool = False
+
+
+class DecoderSpec(Struct, frozen=True, kw_only=True):
+    """A whole decoder: embedding, layers, a norm, and the head.
+
+    dtype: the precision the checkpoint was saved in, as torch calls it; None if it does not say.
+    embedding_multiplier: of what the embedding gives. final_softcap: of the logits.
+    """
+
+    architecture: str
+    names: WeightNames
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    norm: Norm
+    max_position_embeddings: int
+    tied_embeddings: bool
+    dtype: str | None = None
+    embedding_multiplier: float = 1.0
+    final_softcap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Each kind of attention that some layer has, once."""
+        return tuple(dict.fromkeys(layer.attention for layer in self.layers))
+
+    @property
+    def has_experts(self) -> bool:
+        return any(isinstance(layer.mlp, MoE) for layer in self.layers)
+
+    def shortened(self, num_layers: int) -> "DecoderSpec":
+        """The same with few layers: one of each kind, and at least `num_layers`."""
+        kinds = list(dict.fromkeys(self.layers))
+        kinds += self.layers[: max(0, num_layers - len(kinds))]
+        return replace(self, layers=tuple(kinds))
+
+
+class LinearPart(NamedTuple):
+    """A matrix of a layer as checkpoints have it, or as many of them as there are experts."""
+
+    name: str  # a part, as in `WeightNames`
+    group: WeightGroup
+    outputs: int
+    inputs: int
+    bias: bool = False
+    copies: int = 1
+
+    @property
+    def num_weights(self) -> int:
+        return self.copies * self.outputs * self.inputs
+
+
+def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
+    """All matrices of a layer. hidden: the model's hidden size."""
+    attention, mlp = layer.attention, layer.mlp
+    queries = attention.num_heads * attention.head_dim
+    keys = attention.num_kv_heads * attention.head_dim
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+        yield LinearPart(name, "attention", size, hidden, attention.qkv_bias)
+    yield LinearPart("o", "attention", hidden, queries, attention.o_bias)
+    inner, bias, copies = mlp.intermediate_size, False, 1
+    match mlp:
+        case Dense():
+            bias = mlp.bias
+        case MoE():
+            copies = mlp.num_experts
+            yield LinearPart("router", "mlp", copies, hidden)
+    yield LinearPart("gate", "mlp", inner, hidden, bias, copies)
+    yield LinearPart("up", "mlp", inner, hidden, bias, copies)
+    yield LinearPart("down", "mlp", hidden, inner, bias, copies)
+
+
+def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
+    """How many numbers each group of weights has; a tied head has none."""
+    embedding, hidden = spec.vocab_size * spec.hidden_size, spec.hidden_size
+    counts: dict[WeightGroup, int] = {
+        "embedding": embedding,
+        "attention": 0,
+        "mlp": 0,
+        "norms": hidden,
+        "head": 0 if spec.tied_embeddings else embedding,
+    }
+    for layer in spec.layers:
+        for part in linear_parts(layer, hidden):
+            counts[part.group] += part.num_weights + part.copies * part.outputs * part.bias
+        attention = layer.attention
+        counts["attention"] += attention.num_heads * attention.sinks
+        counts["norms"] += 2 * hidden * (layer.pre_norm + layer.post_norm)
+        match attention.qk_norm:
+            case "head":
+                counts["norms"] += 2 * attention.head_dim
+            case "full":
+                num_heads = attention.num_heads + attention.num_kv_heads
+                counts["norms"] += num_heads * attention.head_dim
+    return counts

@@ -1,0 +1,58 @@
+"""What checkpoints call the weights of a decoder: part → name.
+
+Read through the `names` of a `DecoderSpec` by whoever loads or counts weights. Parts are those of
+`WeightSlot.part`; ".weight" or ".bias" is added to a name.
+"""
+
+from msgspec import Struct
+
+
+class WeightNames(Struct, frozen=True):
+    """The name maps of one family, for both file formats.
+
+    In a name the first "{}" is the layer, and a second one the expert; a name without a place for
+    the expert holds all of them, one behind the other along a leading axis. Parts that share a name
+    lie in that tensor one below the other, in the order of the map. gguf_interleaved: llama.cpp has
+    reordered the rows of q and k within each head, so that the two numbers a rotation mixes are
+    neighbours; the loader puts them head_dim / 2 apart again.
+    """
+
+    safetensors: dict[str, str]
+    gguf: dict[str, str]
+    gguf_interleaved: bool = False
+
+
+SAFETENSORS = {
+    "embedding": "model.embed_tokens",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "q": "model.layers.{}.self_attn.q_proj",
+    "k": "model.layers.{}.self_attn.k_proj",
+    "v": "model.layers.{}.self_attn.v_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
+    "o": "model.layers.{}.self_attn.o_proj",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "gate": "model.layers.{}.mlp.gate_proj",
+    "up": "model.layers.{}.mlp.up_proj",
+    "down": "model.layers.{}.mlp.down_proj",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+}
+GGUF = {
+    "embedding": "token_embd",
+    "attention_norm": "blk.{}.attn_norm",
+    "q": "blk.{}.attn_q",
+    "k": "blk.{}.attn_k",
+    "v": "blk.{}.attn_v",
+    "q_norm": "blk.{}.attn_q_norm",
+    "k_norm": "blk.{}.attn_k_norm",
+    "o": "blk.{}.attn_output",
+    "mlp_norm": "blk.{}.ffn_norm",
+    "gate": "blk.{}.ffn_gate",
+    "up": "blk.{}.ffn_up",
+    "down": "blk.{}.ffn_down",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+}
+LLAMA = WeightNames(SAFETENSORS, GGUF, gguf_interleaved=True)
+QWEN = WeightNames(SAFETENSORS, GGUF)

@@ -1,0 +1,56 @@
+"""In which precision a model computes, and what its numbers take; no torch and no device.
+
+Whoever asks says what the device can do: the worker asks torch, `nanovllm plan` the system.
+"""
+
+from dataclasses import dataclass
+
+from nanovllm.config import DType
+
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What values are stored in. linear_bytes: of a weight of a quantizable layer, on average."""
+
+    dtype: str
+    linear_bytes: float
+    kv_bytes: float
+
+    @classmethod
+    def of(
+        cls, dtype: str, *, linear_bytes: float | None = None, fp8_cache: bool = False
+    ) -> "Precision":
+        """linear_bytes: None if weights are not quantized."""
+        value_bytes = VALUE_BYTES[dtype]
+        return cls(
+            dtype=dtype,
+            linear_bytes=value_bytes if linear_bytes is None else linear_bytes,
+            kv_bytes=1 if fp8_cache else value_bytes,
+        )
+
+    @property
+    def value_bytes(self) -> int:
+        return VALUE_BYTES[self.dtype]
+
+
+def dtype_for(
+    wanted: DType, *, is_gpu: bool, has_bfloat16: bool, stored: str | None
+) -> tuple[str, str]:
+    """The computing precision, and why, in a sentence. stored: the checkpoint's, if it says so.
+
+    "auto" is bfloat16 on a CPU that multiplies it natively (twice to three times as fast there:
+    decoding reads half the bytes), else float32. On a GPU it is the checkpoint's precision, or half
+    of float32, as in vLLM. has_bfloat16: whether the device computes in it by itself.
+    """
+    if wanted != "auto":
+        return wanted, f"{wanted} as dtype asks"
+    if not is_gpu:
+        if has_bfloat16:
+            return "bfloat16", "bfloat16, which this CPU multiplies natively"
+        return "float32", "float32, as this CPU has no native bfloat16"
+    half = "bfloat16" if has_bfloat16 else "float16"
+    if stored in ("float16", half):
+        return stored, f"{stored} as in the checkpoint"
+    return half, f"{half}, half precision of this GPU"

@@ -1,0 +1,64 @@
+"""Tensor parallelism as layers see it: which share of a size is this rank's, and how sums meet.
+
+Carried by linear layers and by whoever sizes attention; models never look at it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, distributed
+
+
+class Cut(NamedTuple):
+    """A piece [start, start + size) of an axis that has `whole` places."""
+
+    start: int
+    size: int
+    whole: int
+
+    @classmethod
+    def all_of(cls, whole: int) -> "Cut":
+        return cls(0, whole, whole)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == self.whole
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """This rank among `size`. group: of `torch.distributed`; None: its default one."""
+
+    rank: int = 0
+    size: int = 1
+    group: distributed.ProcessGroup | None = None
+
+    def share(self, whole: int, *, unit: int = 1, repeats: bool = False) -> Cut:
+        """This rank's part of an axis, in multiples of `unit` (a head, a group of weights).
+
+        repeats: if there are fewer units than ranks, several ranks have the same one (KV heads).
+        Raises `ValueError` if the units cannot be shared out evenly.
+        """
+        num_units = whole // unit
+        num_shares = min(self.size, num_units) if repeats else self.size
+        if whole % unit or num_units % num_shares or self.size % num_shares:
+            possible = [n for n in range(1, num_units + 1) if num_units % n == 0]
+            raise ValueError(
+                f"tensor_parallel_size: {num_units} units of {unit} cannot be shared by "
+                f"{self.size} ranks: possible are {', '.join(map(str, possible))}"
+            )
+        size = num_units // num_shares * unit
+        return Cut(self.rank * num_shares // self.size * size, size, whole)
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """The sum of what all ranks hold, perhaps written over `partial`."""
+        if self.size > 1:
+            distributed.all_reduce(partial, group=self.group)
+        return partial
+
+
+SINGLE = TensorParallel()
