@@ -39,6 +39,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     json: a JSON schema, as a dict or as text (which is what a dict becomes). json_object: any JSON
     object. regex: in the syntax of Rust's `regex` crate, matched as a whole. choice: one of these
     texts. grammar: context-free, in Lark's or in GBNF/EBNF notation, from its rule `start`/`root`.
+    after: the output is free up to and with this text, and what follows must match: "</think>" for
+    a model that is about to reason. Before it the output does not end by EOS.
     """
 
     json: str | dict[str, Any] | None = None
@@ -46,6 +48,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool = False
+    after: str | None = None
 
     def __post_init__(self) -> None:
         given = self._given
@@ -60,6 +63,8 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"structured_outputs.{name} must be a non-empty string")
+        if self.after is not None and (not isinstance(self.after, str) or not self.after):
+            raise ValueError("structured_outputs.after must be a non-empty string")
         if self.json_object not in (True, False):
             raise ValueError("structured_outputs.json_object must be True or False")
         if self.choice is not None and not (
@@ -80,6 +85,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     @property
     def _given(self) -> list[str]:
         fields = msgspec.structs.asdict(self)
+        del fields["after"]
         return [name for name, value in fields.items() if value not in (None, False)]
 
 

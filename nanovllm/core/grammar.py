@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from nanovllm.core.free_text import FreeText
 from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer
 from nanovllm.protocol.plan import WorkerInfo
@@ -43,17 +45,29 @@ class Family:
 
 
 class Matcher:
-    """Where one output is in its grammar. Once ended, by whatever reason, it stays so."""
+    """Where one output is in its grammar. Once ended, by whatever reason, it stays so.
 
-    __slots__ = ("_matcher", "error", "family")
+    free_text: what comes before the grammar begins; None from then on.
+    """
 
-    def __init__(self, matcher: LLMatcher, family: Family) -> None:
+    __slots__ = ("_matcher", "error", "family", "free_text")
+
+    def __init__(
+        self, matcher: LLMatcher, family: Family, free_text: FreeText | None = None
+    ) -> None:
         self._matcher = matcher
         self.family = family
+        self.free_text = free_text
         self.error: str | None = None  # why it cannot go on; None unless something went wrong
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token. False if the output ends with it, by grammar or by `error`."""
+        if self.free_text is not None:
+            begun = self.free_text.take(token_id)
+            if begun is None:
+                return True
+            self.free_text = None
+            return all(map(self.accept, begun))
         if self._matcher.consume_token(token_id) and not self._matcher.is_stopped():
             return True
         self._note_error()
@@ -69,7 +83,8 @@ class Matcher:
     def copy(self) -> Matcher:
         """Another one at the same place."""
         self.family.num_copies += 1
-        return Matcher(self._matcher.deep_copy(), self.family)
+        free_text = None if self.free_text is None else self.free_text.copy()
+        return Matcher(self._matcher.deep_copy(), self.family, free_text)
 
     def _note_error(self) -> None:
         if self._matcher.is_error():
@@ -127,7 +142,8 @@ class GrammarCompiler:
         assert self._tokenizer is not None
         if self._sandbox is not None:
             self._sandbox.try_out(wanted)
-        return Matcher(make_matcher(self._tokenizer, wanted), Family())
+        after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
+        return Matcher(make_matcher(self._tokenizer, wanted), Family(), after)
 
     def fill_masks(self, matchers: Sequence[Matcher]) -> list[bytes]:
         """For each, the ids that may come next: a bit per id, in little-endian 32-bit words.
@@ -138,17 +154,25 @@ class GrammarCompiler:
         num_words = -(-self._tokenizer.vocab_size // 32)
         words = np.empty((len(matchers), num_words), np.int32)
         address, row_bytes = words.ctypes.data, 4 * num_words
-        inner = [matcher._matcher for matcher in matchers]
-        if len(inner) < FEW:
-            for index, one in enumerate(inner):
+        begun = [(one._matcher, i) for i, one in enumerate(matchers) if one.free_text is None]
+        if len(begun) < len(matchers):
+            words[[one.free_text is not None for one in matchers]] = self._all_but_eos(num_words)
+        if len(begun) < FEW:
+            for one, index in begun:
                 one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
         else:
-            entries = [(one, index) for index, one in enumerate(inner)]
-            self._executor.unsafe_compute_mask_ptr(entries, address, row_bytes, len(entries))
+            self._executor.unsafe_compute_mask_ptr(begun, address, row_bytes, len(matchers))
         for matcher in matchers:
             matcher._note_error()
         known = -(-self._vocab_size // 32)
         return [row.tobytes() for row in words[:, :known]]
+
+    def _all_but_eos(self, num_words: int) -> NDArray[np.int32]:
+        """What may come before a grammar has begun: an output cannot end there."""
+        bits = np.zeros(32 * num_words, np.uint8)
+        bits[: self._vocab_size] = 1
+        bits[list(self._eos_token_ids)] = 0
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]

@@ -219,3 +219,42 @@ def run_all(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("", "ab"),
+        ("hm, </thin or <b></think", "ab"),
+        ("</</th</think</think</think", "ab"),
+    ],
+)
+def test_a_grammar_may_begin_after_a_text(before: str, text: str) -> None:
+    matcher = compile_(regex="ab|c", after="</think>")
+    for token_id in encode(before + ("" if before else "</think") + ">"):
+        assert matcher.free_text is not None
+        assert allowed(matcher) == [i for i in range(VOCAB_SIZE) if i != EOS_ID]
+        assert matcher.accept(token_id)
+    assert matcher.free_text is None and fits(matcher, text)
+
+
+def test_a_copy_waits_for_its_own_text_and_generated_tokens_are_replayed() -> None:
+    first = compile_(regex="ab", after="ed")
+    first.replay(encode("we"))
+    second = first.copy()
+    second.replay(encode("d"))
+    assert (first.free_text is None, second.free_text is None) == (False, True)
+    masks = COMPILER.fill_masks([first, second] * 3)
+    assert masks[::2] == masks[:1] * 3 and masks[1::2] == masks[1:2] * 3
+    assert allowed_ids(masks[1]) == allowed(compile_(regex="ab"))
+    first.replay(encode("dab")[:-1])
+    assert allowed(first) == encode("b")
+
+
+def test_what_stands_behind_the_text_in_one_token_is_of_the_grammar() -> None:
+    (token_id,) = [i for i in range(VOCAB_SIZE) if decode((i,)) == "abc"]
+    matcher = compile_(regex="cde", after="ab")
+    assert matcher.accept(token_id) and matcher.error is None
+    assert fits(matcher, "de")
+    matcher = compile_(regex="x", after="ab")
+    assert not matcher.accept(token_id) and matcher.error is not None

@@ -28,6 +28,7 @@ RETRY_AFTER_S = 1
 MAX_QUOTED = 1000  # characters of an error's text
 # Names that `SamplingParams` and `AsyncLLM` use for what a request calls otherwise.
 REQUEST_NAMES = {"prompt_token_ids": "prompt", "sampling_params": "", "structured_outputs": ""}
+CONSTRAINT = re.compile(r"(?:^\w*: )?structured_outputs(?:\.\w+)?")
 PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 
@@ -67,6 +68,12 @@ def _shortened(text: str) -> str:
 def refused(field: str, reason: str) -> ApiError:
     """A field that cannot be honoured."""
     return ApiError(400, f"{field}: {reason}", param=field, code="unsupported_field")
+
+
+def from_constraint(message: str, field: str) -> ApiError:
+    """What is wrong with a schema, grammar or choice. field: the one that the client sent, where
+    the engine says `structured_outputs`."""
+    return ApiError(400, CONSTRAINT.sub(lambda _: field, message, count=1), param=field)
 
 
 def from_value_error(
@@ -115,9 +122,6 @@ def from_engine(error: Exception) -> ApiError:
             status, code = (503, "draining") if error.draining else (429, "overloaded")
             headers = {"retry-after": str(math.ceil(error.retry_after))}
             return ApiError(status, str(error), code=code, headers=headers)
-        case RequestFailedError() if "structured_outputs" in str(error):
-            # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
-            return ApiError(400, str(error), param="structured_outputs")
         case RequestFailedError():
             return ApiError(500, f"the engine failed this request: {error}", code="request_failed")
         case TimeoutError():

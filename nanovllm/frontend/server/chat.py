@@ -20,6 +20,7 @@ from nanovllm.frontend.server.bodies import ChatBody
 from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.prompts import chat_prompt, truncated
+from nanovllm.frontend.server.reasoning import CLOSE
 from nanovllm.frontend.server.replies import (
     AssistantMessage,
     ChatChoice,
@@ -60,14 +61,15 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
         raise refused("messages", "text needs a tokenizer, and there is none")
     if body.tools and serving.reply_format.tools is None and body.tool_choice in (None, "auto"):
         raise refused("tools", "unknown how this model writes calls: set --tool-call-parser")
-    params = chat_params(body, constraint_of(body))
-    prompt = truncated(await chat_prompt(tokenizer, body), body.truncate_prompt_tokens)
-    form = serving.reply_format
-    parsers = [form.make_parser(body, prompt.text or "") for _ in range(params.n)]
+    prompt, form = await chat_prompt(tokenizer, body), serving.reply_format
+    thinks_first = form.thinks_first(prompt.text or "")
+    constraint = constraint_of(body, after=CLOSE if thinks_first else None)
+    params = chat_params(body, constraint)
+    parsers = [form.make_parser(body, thinks_first=thinks_first) for _ in range(params.n)]
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
-    options = options_of(body, "chatcmpl", headers)
-    generation = serving.begin(prompt, params, options)
+    options = options_of(body, "chatcmpl", headers, constraint)
+    generation = serving.begin(truncated(prompt, body.truncate_prompt_tokens), params, options)
     names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
     choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]
     return ChatAnswer(

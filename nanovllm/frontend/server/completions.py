@@ -42,9 +42,10 @@ async def _prepare(
     serving: Serving, body: CompletionBody, headers: Mapping[str, str]
 ) -> "CompletionAnswer":
     """Everything that can be wrong with a request is found here."""
-    params = completion_params(body, constraint_of(body))
+    constraint = constraint_of(body)
+    params = completion_params(body, constraint)
     tokenizer = serving.llm.tokenizer
-    options = options_of(body, "cmpl", headers)
+    options = options_of(body, "cmpl", headers, constraint)
     prompts = [
         truncated(prompt, body.truncate_prompt_tokens)
         for prompt in await text_prompts(tokenizer, body)

@@ -17,6 +17,7 @@ from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole
+from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
 from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
 
@@ -95,7 +96,9 @@ async def generated(
     return Whole(serving, answer.whole)
 
 
-def options_of(body: GenerationBody, prefix: str, headers: Mapping[str, str]) -> Options:
+def options_of(
+    body: GenerationBody, prefix: str, headers: Mapping[str, str], constraint: Constraint | None
+) -> Options:
     request_id = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
     how: RequestOptions = {
         "priority": body.priority or 0,
@@ -104,7 +107,7 @@ def options_of(body: GenerationBody, prefix: str, headers: Mapping[str, str]) ->
         "deadline_ms": body.deadline_ms,
         "ttft_deadline_ms": body.ttft_deadline_ms,
     }
-    return Options(request_id, how, headers)
+    return Options(request_id, how, headers, None if constraint is None else constraint.field)
 
 
 def usage_of(outputs: Iterable[RequestOutput | None]) -> Usage:

@@ -79,8 +79,15 @@ class ReplyFormat(NamedTuple):
         inside = mode == "deepseek_r1"
         return cls(tools, knows_tools, has_reasoning, inside, bool(markers & special))
 
-    def make_parser(self, body: ChatBody, prompt: str) -> "ReplyParser | None":
-        """For one answer to `prompt`; None if its text is content and nothing else."""
+    def thinks_first(self, prompt: str) -> bool:
+        """Whether the answer to `prompt` begins within the model's reasoning."""
+        text = prompt.rstrip()
+        if not self.has_reasoning or text.endswith(reasoning.CLOSE):
+            return False
+        return self.begins_inside or text.endswith(reasoning.OPEN)
+
+    def make_parser(self, body: ChatBody, *, thinks_first: bool) -> "ReplyParser | None":
+        """For one answer; None if its text is content and nothing else."""
         forced, names = called_tools(body), {tool.function.name for tool in body.tools or []}
         tools: ToolParser | None = None
         if forced == "required":
@@ -90,9 +97,8 @@ class ReplyFormat(NamedTuple):
         elif names and body.tool_choice != "none" and self.tools is not None:
             tools = self.tools.make_parser(names)
         splitter = None
-        if self.has_reasoning and forced is None:
-            inside = self.begins_inside or prompt.rstrip().endswith(reasoning.OPEN)
-            splitter = ThinkSplitter(inside=inside)
+        if self.has_reasoning and (forced is None or thinks_first):
+            splitter = ThinkSplitter(inside=thinks_first)
         if tools is None and splitter is None:
             return None
         return ReplyParser(

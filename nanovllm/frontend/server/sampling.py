@@ -4,16 +4,19 @@ Called by the completion endpoints. Values are checked by `SamplingParams` itsel
 which of the fields that OpenAI and vLLM know have only one value that means anything.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from nanovllm.frontend.server.api_errors import ApiError, refused
+from nanovllm.frontend.server.api_errors import ApiError, from_constraint, refused
 from nanovllm.frontend.server.bodies import (
     ChatBody,
     CompletionBody,
+    FunctionDefinition,
     GenerationBody,
     NamedTool,
+    ResponseFormat,
     StructuredOutputs,
 )
+from nanovllm.frontend.server.tool_schemas import nested
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 # Same name, same meaning. None is "not given": the default of `SamplingParams` holds.
@@ -51,7 +54,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def chat_params(body: ChatBody, constraint: StructuredOutputsParams | None) -> SamplingParams:
+class Constraint(NamedTuple):
+    """What the output must be, and the field that asked for it, as errors name it."""
+
+    field: str
+    params: StructuredOutputsParams
+
+
+def chat_params(body: ChatBody, constraint: Constraint | None) -> SamplingParams:
     """Unless limited, an answer may be as long as the model's context allows."""
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens not in (None, limit):
@@ -64,9 +74,7 @@ def chat_params(body: ChatBody, constraint: StructuredOutputsParams | None) -> S
     return _params(body, constraint, max_tokens=limit, logprobs=logprobs)
 
 
-def completion_params(
-    body: CompletionBody, constraint: StructuredOutputsParams | None
-) -> SamplingParams:
+def completion_params(body: CompletionBody, constraint: Constraint | None) -> SamplingParams:
     """max_tokens 0 (to score a prompt with echo) generates one token that is not shown."""
     limit = body.max_tokens
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -81,23 +89,27 @@ def completion_params(
     return _params(body, constraint, logprobs=body.logprobs, **more)
 
 
-def constraint_of(body: GenerationBody) -> StructuredOutputsParams | None:
-    """What `response_format`, `structured_outputs` and `tool_choice` ask the output to be."""
-    asked: dict[str, dict[str, Any]] = {}
+def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constraint | None:
+    """What `response_format`, `structured_outputs` and `tool_choice` ask the output to be.
+
+    after: the text up to which it is free, such as the end of the model's reasoning.
+    """
+    asked: dict[str, tuple[str, dict[str, Any]]] = {}
     if body.structured_outputs is not None:
-        asked["structured_outputs"] = _own_constraint(body.structured_outputs)
+        kind = _own_constraint(body.structured_outputs)
+        asked["structured_outputs"] = f"structured_outputs.{next(iter(kind))}", kind
     if body.response_format is not None and body.response_format.type != "text":
-        asked["response_format"] = _format_constraint(body)
+        asked["response_format"] = _format_constraint(body.response_format)
     if isinstance(body, ChatBody) and (tools := _tools_constraint(body)) is not None:
         asked["tool_choice"] = tools
     if len(asked) > 1:
         first, second = list(asked)[:2]
         raise refused(second, f"cannot be combined with {first}")
-    for field, constraint in asked.items():
+    for field, constraint in asked.values():
         try:
-            return StructuredOutputsParams(**constraint)
+            return Constraint(field, StructuredOutputsParams(**constraint, after=after))
         except ValueError as error:
-            raise ApiError(400, str(error), param=field) from error
+            raise from_constraint(str(error), field) from error
     return None
 
 
@@ -109,9 +121,7 @@ def called_tools(body: ChatBody) -> str | None:
     return choice.function.name if isinstance(choice, NamedTool) else "required"
 
 
-def _params(
-    body: GenerationBody, constraint: StructuredOutputsParams | None, **given: Any
-) -> SamplingParams:
+def _params(body: GenerationBody, constraint: Constraint | None, **given: Any) -> SamplingParams:
     _check_neutral(body)
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options", "needs stream=true")
@@ -122,7 +132,7 @@ def _params(
         if value is not None:
             given.setdefault(name, value)
     if constraint is not None:
-        given["structured_outputs"] = constraint
+        given["structured_outputs"] = constraint.params
     return SamplingParams(output_kind="delta" if body.stream else "final_only", **given)
 
 
@@ -150,42 +160,60 @@ def _own_constraint(asked: StructuredOutputs) -> dict[str, Any]:
     return given
 
 
-def _format_constraint(body: GenerationBody) -> dict[str, Any]:
-    asked = body.response_format
-    assert asked is not None
+def _format_constraint(asked: ResponseFormat) -> tuple[str, dict[str, Any]]:
     if asked.type == "json_object":
-        return {"json_object": True}
+        return "response_format", {"json_object": True}
     if asked.json_schema is None or not isinstance(asked.json_schema.schema, dict):
         raise refused("response_format", "type json_schema needs json_schema.schema, an object")
-    return {"json": asked.json_schema.schema}
+    return "response_format.json_schema.schema", {"json": asked.json_schema.schema}
 
 
-def _tools_constraint(body: ChatBody) -> dict[str, Any] | None:
+def _tools_constraint(body: ChatBody) -> tuple[str, dict[str, Any]] | None:
     """A forced call is written as plain JSON, whatever the model's own way: the arguments of the
     named function, or an array of {"name": …, "parameters": …}."""
     forced = called_tools(body)
     if forced is None:
         return None
-    schemas = {
-        tool.function.name: tool.function.parameters or {"type": "object"}
-        for tool in body.tools or []
-    }
-    if not schemas:
+    tools = {tool.function.name: tool.function for tool in body.tools or []}
+    if not tools:
         raise refused("tool_choice", "needs tools")
     if forced != "required":
-        if forced not in schemas:
+        if forced not in tools:
             raise refused("tool_choice", f"names {forced!r}, which is not among the tools")
-        return {"json": schemas[forced]}
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for name, schema in schemas.items()
-    ]
+        schema = _arguments_schema(tools[forced])
+        constraint = {"choice": ["{}"]} if schema is None else {"json": schema}
+        return _parameters_field(body, forced), constraint
+    definitions: dict[str, Any] = {}
+    calls = []
+    for index, (name, tool) in enumerate(tools.items()):
+        fields: dict[str, Any] = {"name": {"const": name}}
+        if (schema := _arguments_schema(tool)) is not None:
+            pointer = f"#/$defs/{index}"
+            definitions[str(index)] = nested(schema, pointer)
+            fields["parameters"] = {"$ref": pointer}
+        calls.append(
+            {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            }
+        )
     array: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if body.parallel_tool_calls is False:
         array["maxItems"] = 1
-    return {"json": array}
+    field = _parameters_field(body, next(iter(tools))) if len(tools) == 1 else "tools"
+    return field, {"json": {"$defs": definitions, **array}}
+
+
+def _parameters_field(body: ChatBody, name: str) -> str:
+    names = [tool.function.name for tool in body.tools or []]
+    return f"tools[{names.index(name)}].function.parameters"
+
+
+def _arguments_schema(tool: FunctionDefinition) -> dict[str, Any] | None:
+    """None: it takes none. Arguments are an object, also where the schema does not say so."""
+    schema = tool.parameters
+    if not schema or schema.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
+        return schema or None
+    return {"type": "object", **schema}

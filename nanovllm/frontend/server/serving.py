@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
-from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
-from nanovllm.frontend.server.api_errors import ApiError, from_finish, refused
+from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
 from nanovllm.frontend.server.replies import Health
@@ -40,11 +40,13 @@ logger = logging.getLogger(__name__)
 
 
 class Options(NamedTuple):
-    """What a request says beside its prompt and its sampling. headers: of HTTP."""
+    """What a request says beside its prompt and its sampling. headers: of HTTP. constrained_by: the
+    field that says what the output must be, if there is one."""
 
     request_id: str
     how: RequestOptions
     headers: Mapping[str, str]
+    constrained_by: str | None = None
 
 
 class Serving:
@@ -195,7 +197,7 @@ class Serving:
         span = None
         if self.tracing is not None:
             span = self.tracing.begin(options.request_id, self.model_name, params, options.headers)
-        return Generation(llm, request, times, self._live, span)
+        return Generation(llm, request, times, self._live, span, options.constrained_by)
 
 
 class Generation:
@@ -208,16 +210,19 @@ class Generation:
         times: RequestTimes,
         live: set[str],
         span: "RequestSpan | None",
+        constrained_by: str | None = None,
     ) -> None:
         self._llm = llm
         self._request = request
         self._times = times
         self._live = live
         self._span = span
+        self._constrained_by = constrained_by
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
-        request, error, output = self._request, None, None
+        request, output = self._request, None
+        error: BaseException | None = None
         params, request_id = request.params, request.request_id
         try:
             if request_id in self._live:
@@ -235,6 +240,12 @@ class Generation:
             finally:
                 self._llm.discard(request)
                 self._live.discard(request_id)
+        except RequestFailedError as failure:
+            error = failure
+            if self._constrained_by is None or "structured_outputs" not in str(failure):
+                raise
+            # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
+            raise from_constraint(str(failure), self._constrained_by) from None
         except BaseException as caught:
             error = caught
             raise

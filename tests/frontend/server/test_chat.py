@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
-from nanovllm.protocol.messages import AddRequest, Finished, Outputs, ToCore
+from nanovllm.protocol.messages import AddRequest, Finished, Outputs, RequestFailed, ToCore
 from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import (
     TOOL_TEMPLATE,
+    Served,
     error_of,
     events,
     message_of,
@@ -351,3 +352,127 @@ async def test_a_prompt_that_opens_the_thinking_starts_within_it(address: str) -
     async with served(address, says("Hm.</think>Yes."), tokenizer=tokenizer_with(template)) as one:
         message = (await one.chat()).json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if enable_thinking is false %}<think></think>{% else %}<think>\n{% endif %}"
+)
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+async def said(server: Served, stream: bool, **body: Any) -> tuple[str, str, list[Any], str]:
+    """Reasoning, content, (name, arguments) of calls and the finish reason."""
+    response = await server.chat(stream=stream, **body)
+    if not stream:
+        choice = response.json()["choices"][0]
+        message = choice["message"]
+        calls = [tuple(c["function"].values()) for c in message.get("tool_calls", [])]
+        reasoning, content = message.get("reasoning_content", ""), message["content"] or ""
+        return reasoning, content, calls, choice["finish_reason"]
+    chunks = events(response)
+    found: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for delta in chunk["choices"][0]["delta"].get("tool_calls", []):
+            call = found.setdefault(delta["index"], ["", ""])
+            call[0] += delta["function"].get("name", "")
+            call[1] += delta["function"].get("arguments", "")
+    reason = chunks[-1]["choices"][0]["finish_reason"]
+    calls = [tuple(call) for call in found.values()]
+    return joined(chunks, "reasoning_content"), joined(chunks), calls, reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shown", [True, False])
+async def test_a_model_that_always_thinks_does_so_before_what_is_constrained(
+    address: str, stream: bool, shown: bool
+) -> None:
+    arguments = '{"city": "Ulm"}'
+    array = f'[{{"name": "weather", "parameters": {arguments}}}]'
+    tokenizer = tokenizer_with(THINKING + "{# tools #}")
+    for index, (asked, text, content, calls) in enumerate(
+        [
+            ({"response_format": FORMAT}, '{"name": "x"}', '{"name": "x"}', []),
+            ({"structured_outputs": {"regex": "a+"}}, "aa", "aa", []),
+            ({"tools": [WEATHER], "tool_choice": NAMED}, arguments, "", [("weather", arguments)]),
+            ({"tools": [WEATHER], "tool_choice": "required"}, array, "", [("weather", arguments)]),
+        ]
+    ):
+        script = roomy(says(*f"Hm.\n</think>\n\n{text}", [EOS], end="stop"))
+        async with served(f"{address}{index}", script, tokenizer=tokenizer) as server:
+            found = await said(server, stream, include_reasoning=shown, **asked)
+            params = (await message_of(server.core, AddRequest)).params
+        assert found[:3] == ("Hm." if shown else "", content, calls)
+        assert found[3] == ("tool_calls" if calls else "stop")
+        assert params.structured_outputs is not None
+        assert params.structured_outputs.after == "</think>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parser", ["auto", "deepseek_r1"])
+async def test_without_thinking_what_is_constrained_begins_at_once(
+    address: str, stream: bool, parser: str
+) -> None:
+    script = roomy(says('{"name": ', '"x"}', [EOS], end="stop"))
+    tokenizer = tokenizer_with(THINKING)
+    settings = {"reasoning_parser": parser}
+    async with served(address, script, tokenizer=tokenizer, **settings) as server:
+        body = {"response_format": FORMAT, "chat_template_kwargs": {"enable_thinking": False}}
+        found = await said(server, stream, **body)
+        params = (await message_of(server.core, AddRequest)).params
+    assert found == ("", '{"name": "x"}', [], "stop")
+    assert params.structured_outputs is not None and params.structured_outputs.after is None
+
+
+async def test_a_truncated_prompt_still_opens_the_thinking(address: str) -> None:
+    async with served(address, says("Hm.</think>Yes."), tokenizer=tokenizer_with(THINKING)) as one:
+        found = await said(one, False, truncate_prompt_tokens=3)
+    assert found[:2] == ("Hm.", "Yes.")
+
+
+async def test_a_forced_tool_without_parameters_takes_none(address: str) -> None:
+    bare = {"type": "function", "function": {"name": "now"}}
+    empty = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    for index, tool in enumerate((bare, empty)):
+        async with served(f"{address}{index}", roomy(says("{}", [EOS], end="stop"))) as server:
+            found = await said(server, False, tools=[tool], tool_choice=bare)
+            await said(server, False, tools=[tool], tool_choice="required")
+            named = (await message_of(server.core, AddRequest)).params.structured_outputs
+            either = (await message_of(server.core, AddRequest, 2)).params.structured_outputs
+        assert found[2:] == ([("now", "{}")], "tool_calls")
+        assert named is not None and named.choice == ["{}"]
+        assert either is not None and isinstance(either.json, str)
+        assert json.loads(either.json)["items"]["anyOf"][0]["required"] == ["name"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"response_format": FORMAT}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, "tools[0].function.parameters"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "tools[0].function.parameters"),
+    ],
+)
+async def test_what_the_core_says_of_a_grammar_names_the_field_that_was_sent(
+    address: str, asked: dict[str, Any], field: str
+) -> None:
+    def refuse(message: ToCore) -> Any:
+        if not isinstance(message, AddRequest):
+            return silent(message)
+        wanted = message.params.structured_outputs
+        assert wanted is not None
+        cause = f"ValueError: structured_outputs.{wanted.kind} cannot be used: no such thing"
+        return [RequestFailed(message.number, cause)]
+
+    async with served(address, roomy(refuse)) as server:
+        for stream in (False, True):
+            response = await server.chat(stream=stream, **asked)
+            error = error_of(response)
+            assert response.status_code == 400 and error["param"] == field
+            assert error["message"] == f"{field} cannot be used: no such thing"
+        if "tools" not in asked:
+            assert error_of(await server.complete(**asked))["param"] == field

@@ -32,11 +32,28 @@ def call(pair: tuple[str, str], key: str = "arguments") -> str:
     return f'{{"name": "{pair[0]}", "{key}": {pair[1]}}}'
 
 
+WITHOUT_ARGUMENTS = [
+    '{"name": "f"}',
+    '{"name": "f", "arguments": null}',
+    '{"parameters": null, "name": "f"}',
+    '{"name": "f", "arguments": ""}',
+    '{"name": "f", "arguments": "null"}',
+    '{"name": "f", "arguments": {}}',
+]
+NOTHING = [("f", "{}")] * len(WITHOUT_ARGUMENTS)
 BOTH = ("", [F, TRICKY])
 Expected = tuple[str, list[tuple[str, str]]]
 CASES: list[tuple[Callable[[], ToolParser], str, Expected]] = [
     (lambda: HermesParser(NAMES), text, expected)
     for text, expected in [
+        *(
+            (f"<tool_call>{bare}</tool_call><tool_call>{bare}", ("", [("f", "{}")] * 2))
+            for bare in WITHOUT_ARGUMENTS
+        ),
+        (f"<tool_call>[{', '.join(WITHOUT_ARGUMENTS)}]</tool_call>", ("", NOTHING)),
+        ('<tool_call>{"name": "f", oops</tool_call>', ("", [("f", "{}")])),
+        ('<tool_call>{"name": "f"', ("", [("f", "{}")])),
+        ('<tool_call>{"name": "f", "arguments": 7}', ("", [("f", "7")])),
         ("plain words", ("plain words", [])),
         ("a < b and <tool> it", ("a < b and <tool> it", [])),
         (f"<tool_call>\n{call(F)}\n</tool_call>", ("", [F])),
@@ -48,7 +65,7 @@ CASES: list[tuple[Callable[[], ToolParser], str, Expected]] = [
         (f"<tool_call>{call(F)}<tool_call>{call(F)}</tool_call>", ("", [F, F])),
         ('<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', ("", [F])),
         ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', ("", [F])),
-        ('<tool_call>{"name": "f"}</tool_call>', ("", [("f", "")])),
+        ('<tool_call>{"name": "f"}</tool_call>', ("", [("f", "{}")])),
         ('<tool_call>{"name": "new", "arguments": {}}</tool_call>', ("", [("new", "{}")])),
         ("<tool_call>not JSON</tool_call>", ("<tool_call>not JSON</tool_call>", [])),
         ('<tool_call>{"x": 1}</tool_call>', ('<tool_call>{"x": 1}</tool_call>', [])),
@@ -66,6 +83,8 @@ CASES += [
         ("\n\n" + call(F, "parameters"), ("", [F])),
         ("<|python_tag|>" + call(F, "parameters"), ("", [F])),
         (call(F, "parameters") + "; " + call(TRICKY, "parameters"), ("", [F, TRICKY])),
+        ("; ".join(WITHOUT_ARGUMENTS), ("", NOTHING)),
+        ('{"name": "f"', ("", [("f", "{}")])),
         (call(("nobody", "{}")), (call(("nobody", "{}")), [])),
         ('{"answer": 42}', ('{"answer": 42}', [])),
         ("{not JSON}", ("{not JSON}", [])),
@@ -85,6 +104,11 @@ CASES += [
         ('[TOOL_CALLS]f[ARGS]{"x": 1}', ("", [F])),
         ('[TOOL_CALLS]f{"x": 1}[TOOL_CALLS]g{"y": 2}', ("", [F, ("g", '{"y": 2}')])),
         ('[TOOL_CALLS]f[CALL_ID]abc123def[ARGS]{"x": 1}', ("", [F])),
+        (f"[TOOL_CALLS][{', '.join(WITHOUT_ARGUMENTS)}]", ("", NOTHING)),
+        ("[TOOL_CALLS]f", ("", NOTHING[:1])),
+        ("[TOOL_CALLS]f[ARGS]null[TOOL_CALLS]f[ARGS]{}", ("", NOTHING[:2])),
+        ("Well. [TOOL_CALLS] f [TOOL_CALLS]f[CALL_ID]abc123def[ARGS]", ("Well.", NOTHING[:2])),
+        ("[TOOL_CALLS]stranger", ("[TOOL_CALLS]stranger", [])),
         ("[TOOL_CALLS] nothing of the kind", ("[TOOL_CALLS] nothing of the kind", [])),
         ("[TOOL_CALLS][1, 2]", ("[TOOL_CALLS][1, 2]", [])),
     ]
@@ -93,6 +117,7 @@ CASES += [
     (lambda: NamedParser("f"), '{"x": 1}', ("", [F])),
     (lambda: RequiredParser(NAMES), f"[{call(F, 'parameters')}, {call(F)}]", ("", [F, F])),
     (lambda: RequiredParser(NAMES), "no", ("", [])),
+    (lambda: RequiredParser(NAMES), f"[{', '.join(WITHOUT_ARGUMENTS)}]", ("", NOTHING)),
 ]
 
 

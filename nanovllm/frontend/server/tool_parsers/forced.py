@@ -35,4 +35,6 @@ class RequiredParser:
 
     def finish(self) -> list[Piece]:
         array = self._array
-        return [] if array.begun or not array.raw else [Content(array.raw)]
+        if array.begun:
+            return array.finish()
+        return [Content(array.raw)] if array.raw else []

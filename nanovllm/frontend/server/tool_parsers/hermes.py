@@ -42,7 +42,7 @@ class HermesParser:
             return self._words.say(held) + self._words.finish()
         if self._call is None:
             return [Content(OPEN + held)]
-        return [] if self._call.begun else [Content(OPEN + self._call.raw + held)]
+        return self._call.finish() if self._call.begun else [Content(OPEN + self._call.raw + held)]
 
     def _outside(self) -> list[Piece]:
         found = self._opening.find(self._held)

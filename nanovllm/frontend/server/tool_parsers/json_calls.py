@@ -1,7 +1,8 @@
 """Calls written as JSON objects, read while they are being written.
 
 `{"name": "f", "arguments": {…}}` becomes `CallBegin("f")` as soon as the name is there, then the
-arguments' own characters as they come. Used by the parsers of all formats.
+arguments' own characters as they come; a call without arguments, or with null, gets "{}". Used by
+the parsers of all formats.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Literal
 from nanovllm.frontend.server.tool_parsers.pieces import CallArguments, CallBegin, Piece
 
 ARGUMENT_KEYS = ("arguments", "parameters")
+NO_ARGUMENTS = "{}"
 BLANK = " \t\r\n"
 
 
@@ -70,6 +72,7 @@ class JsonCall:
         self._value = JsonValue()
         self._start = 0  # of the key or value in `raw`
         self._waiting = ""  # arguments that came before the name
+        self._has_arguments = False
 
     def feed(self, text: str) -> tuple[list[Piece], str]:
         """What is certain now, and the text behind the object."""
@@ -83,7 +86,18 @@ class JsonCall:
                 if self._punctuation(text[0]):
                     self.raw += text[0]
                     text = text[1:]
+        if self.done or self.broken:
+            pieces += self.finish()
         return pieces, text
+
+    def finish(self) -> list[Piece]:
+        """The end of the call, by its own brace or because no more text comes. What is cut off
+        within a key or value stays as it is: it may have been arguments."""
+        is_whole = self.done or self.broken or self._expect == ","
+        if not self.begun or self._has_arguments or not is_whole:
+            return []
+        self._has_arguments = True
+        return [CallArguments(NO_ARGUMENTS)]
 
     def _inside(self, text: str) -> bool:
         """Whether a key or value goes on or begins here."""
@@ -116,7 +130,7 @@ class JsonCall:
         first = len(self.raw) == self._start
         self.raw += text
         is_arguments = self._expect == "value" and self._key in ARGUMENT_KEYS
-        if is_arguments and self.raw[self._start] != '"':
+        if is_arguments and self.raw[self._start] in "{[":
             self._argue(text, pieces)
         if first and self._expect == "key" and not text.startswith('"'):
             self.broken = True
@@ -138,10 +152,13 @@ class JsonCall:
                 self.begun = True
                 pieces.append(CallBegin(name))
                 self._argue(self._waiting, pieces)
-        elif self._key in ARGUMENT_KEYS and raw.startswith('"'):
-            self._argue(_string(raw) or "", pieces)  # JSON within JSON
+        elif self._key in ARGUMENT_KEYS and raw[0] not in "{[":
+            text = _string(raw) if raw.startswith('"') else raw  # JSON within JSON, or a scalar
+            if text not in (None, "null"):
+                self._argue(text.strip(), pieces)
 
     def _argue(self, text: str, pieces: list[Piece]) -> None:
+        self._has_arguments = self._has_arguments or bool(text)
         if not self.begun:
             self._waiting += text
         elif text:
@@ -174,6 +191,10 @@ class JsonCallArray:
             elif self._call.done:
                 self._call = None
         return pieces, text
+
+    def finish(self) -> list[Piece]:
+        """No more text comes."""
+        return [] if self._call is None else self._call.finish()
 
     def _between(self, text: str) -> str:
         char = text[0]

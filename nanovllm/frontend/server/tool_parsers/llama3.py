@@ -36,7 +36,9 @@ class Llama3Parser:
 
     def finish(self) -> list[Piece]:
         held, self._held = self._held, ""
-        if self._call is not None and not self._call.begun:
+        if self._call is not None and self._call.begun:
+            return self._call.finish()
+        if self._call is not None:
             held = self._call.raw + held
         elif self._num_calls:
             held = held.strip(BLANK + ";,")

@@ -4,7 +4,7 @@
 import re
 from collections.abc import Collection
 
-from nanovllm.frontend.server.tool_parsers.json_calls import JsonCallArray, JsonValue
+from nanovllm.frontend.server.tool_parsers.json_calls import NO_ARGUMENTS, JsonCallArray, JsonValue
 from nanovllm.frontend.server.tool_parsers.pieces import (
     CallArguments,
     CallBegin,
@@ -16,12 +16,15 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
 
 MARKER = "[TOOL_CALLS]"
 NAME = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+BARE_NAME = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?:null)?\s*")
 
 
 class MistralParser:
-    """The marker leaves no doubt, so function names are taken as they come."""
+    """The marker leaves no doubt, so function names are taken as they come; but where no arguments
+    follow, only one of the request's tools is a call."""
 
     def __init__(self, known: Collection[str]) -> None:
+        self._known = known
         self._held = ""
         self._words = Words()
         self._scan = MarkerScan(MARKER)
@@ -45,9 +48,17 @@ class MistralParser:
             return self._words.say(held) + self._words.finish()
         if self._arguments is not None:
             return []
-        if self._array is not None:
-            return [] if self._array.begun else [Content(MARKER + self._array.raw + held)]
-        return [Content(MARKER + held)]
+        if self._array is not None and self._array.begun:
+            return self._array.finish()
+        raw = self._array.raw if self._array is not None else ""
+        return self._bare_call(held) or [Content(MARKER + raw + held)]
+
+    def _bare_call(self, text: str) -> list[Piece]:
+        """A call that is all of `text`: a name without arguments; [] if it is none."""
+        found = BARE_NAME.fullmatch(text)
+        if self._array is not None or found is None or found[1] not in self._known:
+            return []
+        return [CallBegin(found[1]), CallArguments(NO_ARGUMENTS)]
 
     def _outside(self) -> list[Piece]:
         found = self._scan.find(self._held)
@@ -69,8 +80,13 @@ class MistralParser:
             self._words.call()
             self._arguments, self._held = JsonValue(), self._held[found.end() :]
             return [CallBegin(found[1])]
-        elif MARKER in self._held:  # the next one: this was none
+        elif MARKER in self._held:  # the next one: this was a call without arguments, or none
+            before, _, after = self._held.partition(MARKER)
             self._marked = False
+            if call := self._bare_call(before):
+                self._words.call()
+                self._held = MARKER + after
+                return call
             return self._words.say(MARKER)
         return []
 
