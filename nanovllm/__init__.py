@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.frontend.async_llm import AsyncLLM
-    from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
+    from nanovllm.frontend.errors import (
+        EngineDeadError,
+        OverloadedError,
+        QuarantinedError,
+        RequestFailedError,
+    )
     from nanovllm.frontend.llm import LLM
     from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
     from nanovllm.sampling_params import SamplingParams
@@ -20,6 +25,7 @@ _HOMES = {
     "EngineDeadError": "nanovllm.frontend.errors",
     "LLM": "nanovllm.frontend.llm",
     "OverloadedError": "nanovllm.frontend.errors",
+    "QuarantinedError": "nanovllm.frontend.errors",
     "RequestFailedError": "nanovllm.frontend.errors",
     "RequestOutput": "nanovllm.frontend.outputs",
     "SamplingParams": "nanovllm.sampling_params",
@@ -33,6 +39,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "OverloadedError",
+    "QuarantinedError",
     "RequestFailedError",
     "RequestOutput",
     "SamplingParams",

@@ -152,7 +152,7 @@ class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         OnCoreDeath, Meta(description="resume every stream on a new core, or fail them all")
     ] = "resume"
     max_core_restarts: Annotated[
-        int, Meta(ge=0, description="more deaths than this within a minute are final")
+        int, Meta(ge=0, description="more deaths of an owned core within a minute are final")
     ] = 5
     core_return_timeout_s: Annotated[
         float, Meta(ge=0, description="how long a core that somebody else starts is waited for")

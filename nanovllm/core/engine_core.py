@@ -112,6 +112,14 @@ class EngineCore:
         return len(self.sequences)
 
     @property
+    def all_have_begun(self) -> bool:
+        """Whether every sequence has a token from this core, but for those of paused clients."""
+        return all(
+            one.first_token_at or one.client_id in self.paused_clients
+            for one in self.sequences.values()
+        )
+
+    @property
     def next_deadline(self) -> float:
         """When `expire` or `step` will be due, on `time.monotonic`'s clock."""
         return min(self._deadlines.next_due or math.inf, self.grammars.next_deadline)

@@ -10,6 +10,7 @@ import secrets
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
@@ -27,6 +28,7 @@ from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.intake import Intake
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
 from nanovllm.core.operations import MakeViewer, Operations, answer_call
+from nanovllm.core.quarantine import Held, Quarantine
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.socket import Endpoint
 from nanovllm.executor.base import Executor
@@ -40,7 +42,9 @@ from nanovllm.protocol.messages import (
     Call,
     CoreFailed,
     CoreStatus,
+    DeathsExplained,
     Detached,
+    FinishReason,
     FromCore,
     Goodbye,
     Heartbeat,
@@ -50,6 +54,9 @@ from nanovllm.protocol.messages import (
     Pulse,
     RequestFailed,
     ToCore,
+    TrialAccepted,
+    TrialOffered,
+    TrialOver,
     Welcome,
 )
 from nanovllm.protocol.plan import WorkerInfo
@@ -59,6 +66,7 @@ BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a clie
 IDLE_BEFORE_REHEARSING_S = 0.25
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
+NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
 UNKNOWN = "the core does not know this client: say Hello"
 MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
 
@@ -90,6 +98,8 @@ class CoreServer:
         self._intake = Intake(self._clients)
         self._core: EngineCore | None = None
         self._operations: Operations | None = None
+        self._quarantine = Quarantine()
+        self._explained: deque[str] = deque(maxlen=NUM_EXPLAINED)
         self._info: WorkerInfo | None = None
         self._stopping = self._draining = False
         self._exit_code = ExitCode.DONE
@@ -199,7 +209,7 @@ class CoreServer:
             self._clients.extend_leases(late_s)
         self._receive_all()
         for client in self._clients.pop_expired(self._awake_at):
-            core.abort_client(client.client_id)
+            self._forget(client)
             self._delivery.post(
                 client.identity, Detached("the client was silent for its whole lease")
             )
@@ -215,10 +225,22 @@ class CoreServer:
                 self._clients.collect(outputs)
                 self._finish(outputs.finished)
                 self._finish(outputs.failed)
+        self._go_on_with_trials(core, self._awake_at)
         self._flush()
         self._clock.pause()
         if self._draining:
             self._end_drain(core)
+
+    def _go_on_with_trials(self, core: EngineCore, now: float) -> None:
+        if not self._quarantine.is_active:
+            return
+        self._end_held(self._quarantine.expire(now), "timeout")
+        for held in self._quarantine.take_others():
+            self._release(held, now)
+        if core.all_have_begun and (suspect := self._quarantine.offer(now)) is not None:
+            client = self._clients.with_id(suspect.client_id)
+            assert client is not None, "withdrawn when its client went"
+            self._answer(client, TrialOffered(suspect.request.number))
 
     def _wait(self, core: EngineCore, now: float) -> float:
         """Until something arrives or is due; if nothing has been wanted for a while, practise.
@@ -248,13 +270,15 @@ class CoreServer:
                 draining=self._draining,
                 loop_cpu_s=time.thread_time(),
                 messaging_cpu_s=self._clock.seconds,
+                explained_epochs=list(self._explained),
             )
         for client in self._clients:
             if self._delivery.post(client.identity, pulse) == "gone":
                 self._forget(client)
 
     def _end_drain(self, core: EngineCore) -> None:
-        done = not core.num_unfinished and not any(client.has_mail for client in self._clients)
+        is_idle = not core.num_unfinished and not self._quarantine.is_active
+        done = is_idle and not any(client.has_mail for client in self._clients)
         if done or time.monotonic() >= self._drain_until:
             self._stopping = True
             self._exit_code = ExitCode.DONE if done else ExitCode.DRAIN_TIMEOUT
@@ -270,7 +294,9 @@ class CoreServer:
                 break
             self._receive(*received)
         while not (self._core and self._core.lets_device_wait) and (new := self._intake.next()):
-            self._add(*new)
+            client, request = new
+            if not self._quarantine.holds(client.client_id, request, self._awake_at):
+                self._add(client, request)
         with suppress(BlockingIOError):
             while self._wakeup.recv(1024):
                 pass
@@ -304,14 +330,29 @@ class CoreServer:
             case Abort(numbers):
                 for request in self._intake.take(client, set(numbers)):
                     self._add(client, request)  # for its answers; nothing of it will run
+                self._end_held(self._quarantine.withdraw(client.client_id, set(numbers)), "abort")
                 if self._core is not None:
                     self._finish(self._core.abort(client.client_id, numbers))
+            case TrialAccepted() | TrialOver() | DeathsExplained():
+                self._hear(client, message)
             case Goodbye():
                 self._forget(client)
             case Call():
                 self._answer(client, answer_call(self._operations, client.client_id, message))
             case Heartbeat():
                 pass
+
+    def _hear(self, client: Client, message: TrialAccepted | TrialOver | DeathsExplained) -> None:
+        """What a client says of requests that may have killed a core."""
+        match message:
+            case TrialAccepted(number):
+                if (suspect := self._quarantine.accept(client.client_id, number)) is not None:
+                    self._release(suspect, self._awake_at)
+            case TrialOver(number):
+                self._quarantine.end_trial(client.client_id, number)
+            case DeathsExplained(epochs):
+                self._explained.extend(one for one in epochs if one not in self._explained)
+                self._status_due = self._pulse_due = 0.0  # whoever counts deaths should know
 
     # ---- what clients ask
 
@@ -352,9 +393,19 @@ class CoreServer:
         except Exception as error:
             self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
 
+    def _release(self, held: Held, now: float) -> None:
+        """Begin with a request that was held back."""
+        client = self._clients.with_id(held.client_id)
+        assert client is not None, "withdrawn when its client went"
+        if held.is_late(now):
+            self._end_held([held], "timeout")
+        else:
+            self._add(client, held.request_at(now))
+
     def _forget(self, client: Client) -> None:
         """A client has gone: end what it has running."""
         self._clients.remove(client)
+        self._quarantine.withdraw_client(client.client_id)
         if self._core is not None:
             self._core.abort_client(client.client_id)
 
@@ -369,6 +420,12 @@ class CoreServer:
                 self._answer(client, RequestFailed(sequence.number, sequence.failure))
             else:
                 client.outputs.finished.append(finished_message(sequence))
+
+    def _end_held(self, ended: list[Held], reason: FinishReason) -> None:
+        for held in ended:
+            client = self._clients.with_id(held.client_id)
+            if client is not None:
+                client.outputs.finished += held.ends(reason)
 
     def _answer(self, client: Client, message: FromCore) -> None:
         """Queue a message for the next flush, after the outputs that are there."""

@@ -37,6 +37,7 @@ from nanovllm.protocol.messages import (
     Overloaded,
     RequestFailed,
     ToCore,
+    TrialOffered,
     Welcome,
 )
 
@@ -60,6 +61,10 @@ class Listener(Protocol):
     def on_outputs(self, outputs: Outputs) -> None: ...
 
     def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
+
+    def on_trial_offered(self, number: int) -> None: ...
+
+    def on_deaths_explained(self, epochs: list[str]) -> None: ...
 
     def on_core_dead(self, error: EngineDeadError) -> None:
         """Once. Nothing comes afterwards."""
@@ -210,8 +215,11 @@ class CoreClient:
             case CoreStatus():
                 self._status = message
                 self._status_or_death.set()
+                self._listener.on_deaths_explained(message.explained_epochs)
             case RequestFailed() | Overloaded():
                 self._listener.on_request_failed(message)
+            case TrialOffered(number):
+                self._listener.on_trial_offered(number)
             case CallResult():
                 self._finish_call(message)
             case Loading(phase, progress) if self._on_progress is not None:

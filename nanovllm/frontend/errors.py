@@ -26,6 +26,10 @@ class RequestFailedError(RuntimeError):
     """The core refused or lost this one request; the engine and all other requests live on."""
 
 
+class QuarantinedError(RequestFailedError):
+    """The core died of this request, twice: it is not sent again. All other requests live on."""
+
+
 class OverloadedError(RequestFailedError):
     """The core has too much to do, or is about to end, and took nothing of this request.
 

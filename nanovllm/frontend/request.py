@@ -30,12 +30,14 @@ class Completion:
         "arrived",
         "arrived_logprobs",
         "cumulative_logprob",
+        "deaths",
         "detokenizer",
         "finish_reason",
         "has_news",
         "index",
         "logprobs",
         "num_given",
+        "num_received_before",
         "request",
         "stop_reason",
         "stops",
@@ -63,6 +65,8 @@ class Completion:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.has_news = False
+        self.num_received_before = 0  # tokens, when it was last sent to a core
+        self.deaths: list[str] = []  # epochs of cores that died before they brought it anywhere
 
     @property
     def number(self) -> int:
@@ -73,6 +77,11 @@ class Completion:
     def num_received(self) -> int:
         """Tokens the core has sent."""
         return len(self.token_ids) + len(self.arrived)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has got nowhere since it was last sent to a core."""
+        return self.finish_reason is None and self.num_received == self.num_received_before
 
     @property
     def last_token_id(self) -> int:
@@ -194,6 +203,7 @@ class Request:
             for index in range(params.n)
         ]
         self.num_unfinished = params.n
+        self.epoch = ""  # of the core that it was last sent to
         self.is_aborted = False  # asked of the core, which may not have answered yet
         self._error: Exception | None = None
         self._has_news = False
@@ -203,6 +213,17 @@ class Request:
     def has_begun(self) -> bool:
         """Whether the core has said anything of it."""
         return self.num_cached_tokens is not None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a core may have died of it."""
+        return any(one.deaths for one in self.completions)
+
+    def note_sent(self, epoch: str) -> None:
+        """All that is unfinished goes to this life of the core."""
+        self.epoch = epoch
+        for one in self.completions:
+            one.num_received_before = one.num_received
 
     def fail(self, error: Exception) -> None:
         """Make the caller's next (or present) `next_output` raise `error`."""
@@ -279,6 +300,9 @@ class RequestTable:
     def owner_of(self, number: int) -> Request | None:
         completion = self._completions.get(number)
         return None if completion is None else completion.request
+
+    def completion(self, number: int) -> Completion | None:
+        return self._completions.get(number)
 
     def remove(self, request: Request) -> list[int]:
         """Forget a request. Returns the numbers that the core may still be working on."""

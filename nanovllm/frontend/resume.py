@@ -22,8 +22,8 @@ def resumption(request: Request, now: float) -> list[AddRequest]:
     """
     unfinished = [one for one in request.completions if one.finish_reason is None]
     if not any(one.num_received for one in request.completions):
-        return [_with_time_left(request.message, unfinished[0], now)]
-    return [_with_time_left(_resumption_of(one), one, now) for one in unfinished]
+        return [_as_of(request.message, unfinished[0], now)]
+    return [_as_of(_resumption_of(one), one, now) for one in unfinished]
 
 
 def missed_end(completion: Completion, info: WorkerInfo, now: float) -> Finished | None:
@@ -79,10 +79,11 @@ def _times_left(completion: Completion, now: float) -> dict[str, float]:
     return {name: limit - gone_ms for name, limit in limits.items() if limit is not None}
 
 
-def _with_time_left(message: AddRequest, completion: Completion, now: float) -> AddRequest:
+def _as_of(message: AddRequest, completion: Completion, now: float) -> AddRequest:
     left = _times_left(completion, now)
     return msgspec.structs.replace(
         message,
         deadline_ms=left.get("deadline_ms"),
         ttft_deadline_ms=left.get("ttft_deadline_ms"),
+        is_suspect=bool(completion.deaths),
     )

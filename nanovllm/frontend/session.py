@@ -6,16 +6,26 @@ when it is back; whatever has left the table is not.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from nanovllm.config import SupervisionConfig
 from nanovllm.frontend.core_process import CoreHandle
-from nanovllm.frontend.errors import EngineDeadError, error_of
+from nanovllm.frontend.errors import EngineDeadError, QuarantinedError, error_of
 from nanovllm.frontend.request import Request, RequestTable
 from nanovllm.frontend.resume import missed_end, resumption
 from nanovllm.frontend.supervisor import Supervisor
+from nanovllm.frontend.suspects import Suspects
 from nanovllm.keys import ClientKeys
-from nanovllm.protocol.messages import Abort, Finished, Outputs, Overloaded, RequestFailed
+from nanovllm.protocol.messages import (
+    Abort,
+    DeathsExplained,
+    Finished,
+    Outputs,
+    Overloaded,
+    RequestFailed,
+    TrialAccepted,
+    TrialOver,
+)
 
 NUM_LAST_IDS = 64
 
@@ -33,6 +43,7 @@ class Session:
     ) -> None:
         self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
+        self._suspects = Suspects()
         self._last_ids: deque[tuple[range, str]] = deque(maxlen=NUM_LAST_IDS)  # of discarded ones
 
     def submit(self, request: Request) -> None:
@@ -43,6 +54,8 @@ class Session:
             )
         self.line.send(request.message)
         self._requests.add(request)
+        if self.line.is_up:
+            request.note_sent(self.line.epoch)
 
     def discard(self, request: Request) -> None:
         """Nobody waits for it any more: abort what still runs of it."""
@@ -50,6 +63,7 @@ class Session:
         numbers = self._requests.remove(request)
         if numbers and not self.line.is_dead:
             self.line.send(Abort(numbers))
+        self._tell_trial_over(self._suspects.drop(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End them early: the core answers, or, if it is away, their end comes at once."""
@@ -78,6 +92,7 @@ class Session:
         stopped = self._requests.apply(outputs)
         if stopped:
             self.line.send(Abort(stopped))
+        self._tell_trial_over(self._suspects.take_verdict())
 
     def on_request_failed(self, failure: RequestFailed | Overloaded) -> None:
         """A request failed; -1 is some request, so one that has not begun."""
@@ -90,9 +105,31 @@ class Session:
             request.fail(error_of(failure))
             self.discard(request)
 
+    def on_trial_offered(self, number: int) -> None:
+        """A suspect may begin. (If it has ended meanwhile, the core was told.)"""
+        completion = self._requests.completion(number)
+        if completion is not None:
+            self._suspects.begin_trial(completion)
+            self.line.send(TrialAccepted(number))
+
+    def on_core_lost(self, error: EngineDeadError) -> Collection[str]:
+        """The core has died; a request that is known to have ended it is not sent again."""
+        guilty = self._suspects.charge(self._requests, self.line.epoch)
+        if guilty is not None:
+            why = (
+                f"the core has died each time it began with this request, at last of this: {error}"
+            )
+            guilty.fail(QuarantinedError(why))
+            self.discard(guilty)
+        return self._suspects.explained
+
     def on_core_back(self) -> None:
-        """Send everything again, from where it was cut off, in the order it was submitted."""
-        for request in self._requests:
+        """Send everything again, from where it was cut off, in the order it was submitted; but
+        suspects, which the core tries one at a time, last."""
+        self._suspects.forget_trial()
+        if self._suspects.explained:
+            self.line.send(DeathsExplained(list(self._suspects.explained)))
+        for request in sorted(self._requests, key=lambda one: one.is_suspect):
             if request.is_aborted:  # the answer to the abort died with the core
                 self._end_aborted(request)
             else:
@@ -118,6 +155,11 @@ class Session:
         request.metrics.num_resumes += 1
         for message in resumption(request, now):
             self.line.send(message)
+        request.note_sent(self.line.epoch)
+
+    def _tell_trial_over(self, number: int | None) -> None:
+        if number is not None and self.line.is_up:
+            self.line.send(TrialOver(number))
 
     def _end_aborted(self, request: Request) -> None:
         ends = [

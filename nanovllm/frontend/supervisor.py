@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -50,6 +50,12 @@ class Listener(Protocol):
 
     def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
 
+    def on_trial_offered(self, number: int) -> None: ...
+
+    def on_core_lost(self, error: EngineDeadError) -> Collection[str]:
+        """A life of the core is over, and there will be another. Returns the lives, by epoch, that
+        requests of this client have ended."""
+
     def on_core_back(self) -> None:
         """A new life, which knows nothing of the one before."""
 
@@ -62,17 +68,21 @@ class RestartBudget:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._times: deque[float] = deque()
+        self._taken: deque[tuple[float, str]] = deque()  # when, and after which life of the core
 
-    def take(self, now: float) -> float | None:
+    def take(self, now: float, epoch: str = "") -> float | None:
         """Seconds to wait before one more restart; None if there may be no more."""
-        while self._times and now - self._times[0] > WINDOW_S:
-            self._times.popleft()
-        num_recent = len(self._times)
+        while self._taken and now - self._taken[0][0] > WINDOW_S:
+            self._taken.popleft()
+        num_recent = len(self._taken)
         if num_recent >= self._most:
             return None
-        self._times.append(now)
+        self._taken.append((now, epoch))
         return FIRST_DELAY_S * 2 ** (num_recent - 1) if num_recent else 0.0
+
+    def give_back(self, epochs: Collection[str]) -> None:
+        """These lives were ended by requests that will not be sent again."""
+        self._taken = deque(one for one in self._taken if one[1] not in epochs)
 
 
 class Supervisor:
@@ -99,6 +109,12 @@ class Supervisor:
         self._error: EngineDeadError | None = None
         self._up_or_dead = asyncio.Event()
         self._reviving: asyncio.Task[None] | None = None
+
+    @property
+    def epoch(self) -> str:
+        """Names the present life of the core, or the last."""
+        assert self.welcome is not None
+        return self.welcome.epoch
 
     @property
     def is_dead(self) -> bool:
@@ -161,6 +177,14 @@ class Supervisor:
         """`CoreClient`: a request failed."""
         self._listener.on_request_failed(failure)
 
+    def on_trial_offered(self, number: int) -> None:
+        """`CoreClient`: a suspect may begin."""
+        self._listener.on_trial_offered(number)
+
+    def on_deaths_explained(self, epochs: list[str]) -> None:
+        """`CoreClient`: some client knows what they came of, and it will not come again."""
+        self._budget.give_back(epochs)
+
     def on_core_dead(self, error: EngineDeadError) -> None:
         """`CoreClient`: this life of the core is over."""
         if not self.is_up or self._error is not None:
@@ -170,15 +194,19 @@ class Supervisor:
         if self._config.on_core_death == "fail":
             self._die(error)
         else:
-            self._reviving = asyncio.create_task(self._revive(error))
+            explained = (
+                () if isinstance(error, DetachedError) else self._listener.on_core_lost(error)
+            )
+            self._budget.give_back(explained)
+            self._reviving = asyncio.create_task(self._revive(error, explained))
 
     # ---- from one life to the next
 
-    async def _revive(self, error: EngineDeadError) -> None:
+    async def _revive(self, error: EngineDeadError, explained: Collection[str]) -> None:
         died_at, before = time.monotonic(), self.welcome
         try:
             lives = self.handle is None or isinstance(error, DetachedError)
-            await (self._reattach(error) if lives else self._restart(error))
+            await (self._reattach(error) if lives else self._restart(error, explained))
             _check_same_model(before, self.welcome)
         except EngineDeadError as final:
             self._die(final)
@@ -188,11 +216,14 @@ class Supervisor:
             logger.warning("the core is back after %.2f s", time.monotonic() - died_at)
             self._listener.on_core_back()
 
-    async def _restart(self, error: EngineDeadError) -> None:
-        """Start the owned core again until it is ready. `EngineDeadError`: too often."""
-        assert self.handle is not None
+    async def _restart(self, error: EngineDeadError, explained: Collection[str]) -> None:
+        """Start the owned core again until it is ready. `EngineDeadError`: too often, not counting
+        the deaths that are explained."""
+        assert self.handle is not None and self.welcome is not None
+        epoch = self.welcome.epoch
         while True:
-            delay_s = self._budget.take(time.monotonic())
+            delay_s = 0.0 if epoch in explained else self._budget.take(time.monotonic(), epoch)
+            epoch = ""  # whatever comes next, it dies before it is welcomed
             if delay_s is None:
                 raise self._too_often(error)
             logger.warning("%s; starting it again in %.2f s", error, delay_s)
@@ -205,8 +236,9 @@ class Supervisor:
                 error = EngineDeadError(str(again), getattr(again, "details", ""))
 
     async def _reattach(self, error: EngineDeadError) -> None:
-        """Reach whoever comes to the address next. `EngineDeadError`: nobody, or too often."""
-        if self._budget.take(time.monotonic()) is None:
+        """Reach whoever comes to the address next. `EngineDeadError`: nobody, or we have been let
+        go too often. How often a core may die is for whoever starts it to say."""
+        if isinstance(error, DetachedError) and self._budget.take(time.monotonic()) is None:
             raise self._too_often(error)
         timeout_s = self._config.core_return_timeout_s
         logger.warning("%s; waiting up to %g s for it to come back", error, timeout_s)

@@ -13,7 +13,7 @@ from nanovllm.protocol.plan import TokenLogprobs, WorkerInfo
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25
@@ -36,7 +36,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     `tenant`: who shares fairly with whom; by default each client is a tenant of its own.
     Counted from its arrival at the core, a sequence without a token after `ttft_deadline_ms`, or
     unfinished after `deadline_ms`, ends with reason "timeout". Sent again after the core's death,
-    a request has what is left of them.
+    a request has what is left of them. `is_suspect`: it had got nowhere when a core died, so it
+    begins only after a `TrialOffered`.
     """
 
     number: int
@@ -49,6 +50,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     tenant: str | None = None
     deadline_ms: float | None = None
     ttft_deadline_ms: float | None = None
+    is_suspect: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -63,6 +65,24 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
     """The client leaves; its requests are aborted and nothing more is sent to it."""
+
+
+class TrialAccepted(msgspec.Struct, frozen=True, tag=True):
+    """Answers `TrialOffered`: the client will know, should the core die of this request."""
+
+    number: int
+
+
+class TrialOver(msgspec.Struct, frozen=True, tag=True):
+    """The client has seen this request get its first token since it was sent, or end."""
+
+    number: int
+
+
+class DeathsExplained(msgspec.Struct, frozen=True, tag=True):
+    """These lives of the core ended by requests of this client that will not be sent again."""
+
+    epochs: list[str]
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
@@ -80,7 +100,17 @@ class Call(msgspec.Struct, frozen=True, tag=True):
     operation: Operation
 
 
-ToCore = Hello | AddRequest | Abort | Heartbeat | Goodbye | Call
+ToCore = (
+    Hello
+    | AddRequest
+    | Abort
+    | Heartbeat
+    | Goodbye
+    | Call
+    | TrialAccepted
+    | TrialOver
+    | DeathsExplained
+)
 
 
 # ---- core -> frontend
@@ -184,6 +214,12 @@ class Overloaded(msgspec.Struct, frozen=True, tag=True):
     draining: bool = False
 
 
+class TrialOffered(msgspec.Struct, frozen=True, tag=True):
+    """This suspect may begin, and nothing else will: say `TrialAccepted`, and later `TrialOver`."""
+
+    number: int
+
+
 class Detached(msgspec.Struct, frozen=True, tag=True):
     """The core does not know the client (any more), and runs nothing for it: say `Hello`."""
 
@@ -199,6 +235,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
     wait for their client to read. `loop_cpu_s` is CPU time of the loop's thread, `messaging_cpu_s`
     the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
+    `explained_epochs`: lives before this one that clients say were ended by a request of theirs.
     """
 
     epoch: str
@@ -228,6 +265,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     loop_cpu_s: float = 0.0
     messaging_cpu_s: float = 0.0
     draining: bool = False
+    explained_epochs: list[str] = []
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):
@@ -259,6 +297,7 @@ FromCore = (
     | Outputs
     | RequestFailed
     | Overloaded
+    | TrialOffered
     | CoreStatus
     | Pulse
     | CallResult

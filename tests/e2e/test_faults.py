@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,41 +190,3 @@ async def test_another_model_at_the_address_continues_nothing(
     with pytest.raises(EngineDeadError, match=r"another model.*vocab_size 77.*32000"):
         await streaming
     assert not attached.is_running
-
-
-# ---- a request that kills every core
-
-POISON = 666
-POISONED_CORE = f"""
-import os, signal, sys
-from nanovllm.executor import synthetic
-from nanovllm import launch
-
-class Poisoned(synthetic.SyntheticExecutor):
-    def submit(self, plan):
-        if any({POISON} in new.token_ids for new in plan.new_rows):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return super().submit(plan)
-
-synthetic.SyntheticExecutor = Poisoned
-sys.exit(launch.core_main(sys.argv[1:]))
-"""
-
-
-async def test_a_request_that_kills_every_core_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "poisoned_core.py"
-    program.write_text(POISONED_CORE)
-    monkeypatch.setattr("nanovllm.frontend.core_process.PROGRAM", [str(program)])
-    async with AsyncLLM("synthetic", max_core_restarts=2, **SYNTHETIC) as llm:
-        healthy = asyncio.create_task(stream(llm, [5], LONG))
-        started = time.monotonic()
-        with pytest.raises(EngineDeadError, match=r"3 times within 60 s.*signal 11"):
-            await stream(llm, [POISON], LONG)
-        assert time.monotonic() - started < 15
-        with pytest.raises(EngineDeadError):
-            await healthy
-        with pytest.raises(EngineDeadError):
-            await llm.stats()
-        assert not llm.is_running

@@ -31,6 +31,7 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     ResetPrefixCache,
     ToCore,
+    TrialOffered,
 )
 from tests.frontend.fake_core import STATUS, WELCOME, FakeCore
 
@@ -41,7 +42,7 @@ class Recorder:
     """A listener that keeps everything."""
 
     def __init__(self) -> None:
-        self.heard: list[Outputs | RequestFailed | EngineDeadError] = []
+        self.heard: list[Outputs | RequestFailed | TrialOffered | EngineDeadError] = []
         self.dead = asyncio.Event()
 
     def on_outputs(self, outputs: Outputs) -> None:
@@ -49,6 +50,12 @@ class Recorder:
 
     def on_request_failed(self, failure: RequestFailed) -> None:
         self.heard.append(failure)
+
+    def on_trial_offered(self, number: int) -> None:
+        self.heard.append(TrialOffered(number))
+
+    def on_deaths_explained(self, epochs: list[str]) -> None:
+        self.explained = epochs
 
     def on_core_dead(self, error: EngineDeadError) -> None:
         self.heard.append(error)

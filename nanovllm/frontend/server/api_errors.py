@@ -10,7 +10,12 @@ from collections.abc import Collection, Mapping
 import msgspec
 from starlette.responses import Response
 
-from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
+from nanovllm.frontend.errors import (
+    EngineDeadError,
+    OverloadedError,
+    QuarantinedError,
+    RequestFailedError,
+)
 from nanovllm.frontend.server.replies import ErrorDetails, ErrorReply
 
 TYPES = {
@@ -20,6 +25,7 @@ TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -122,6 +128,8 @@ def from_engine(error: Exception) -> ApiError:
             status, code = (503, "draining") if error.draining else (429, "overloaded")
             headers = {"retry-after": str(math.ceil(error.retry_after))}
             return ApiError(status, str(error), code=code, headers=headers)
+        case QuarantinedError():  # and not 500, which clients try again by themselves
+            return ApiError(422, str(error), code="request_quarantined")
         case RequestFailedError():
             return ApiError(500, f"the engine failed this request: {error}", code="request_failed")
         case TimeoutError():
