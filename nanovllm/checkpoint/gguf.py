@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.checkpoint.weight_files import gguf_parts
+
 if TYPE_CHECKING:
     import gguf  # else with the first such file: most starts read none
 
@@ -23,6 +25,7 @@ SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+PARTS_KEY, NUM_TENSORS_KEY = "split.count", "split.tensors.count"
 # What counts, lengths and alignments that are not what they should be run into.
 NONSENSE = (OverflowError, MemoryError, TypeError, ZeroDivisionError)
 
@@ -65,7 +68,8 @@ class GGUFFile:
     undoes that. Raises `ValueError` naming the file if it is foreign or truncated.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_parts: bool = True) -> None:
+        """path: of a split file any part, which brings all others unless with_parts is false."""
         self.path = path
         with path.open("rb") as file:
             if path.stat().st_size < 24:
@@ -86,6 +90,29 @@ class GGUFFile:
             name: self._tensor(name, shape, type_id, start + offset)
             for name, shape, type_id, offset in infos
         }
+        count = self.metadata.get(PARTS_KEY)
+        if with_parts and isinstance(count, int) and count > 1:
+            self._join(gguf_parts(path, count))
+
+    def _join(self, paths: list[Path]) -> None:
+        """Take in the tensors of all other parts, and the first one's metadata, which is whole."""
+        files = [self if p == self.path else GGUFFile(p, with_parts=False) for p in paths]
+        self.metadata = files[0].metadata
+        tensors: dict[str, GGUFTensor] = {}
+        for file in files:
+            if twice := tensors.keys() & file.tensors.keys():
+                raise ValueError(
+                    f"{file.path} and a part before it both hold {min(twice)}: fetch all parts of "
+                    "one model again"
+                )
+            tensors |= file.tensors
+        wanted = self.metadata.get(NUM_TENSORS_KEY, len(tensors))
+        if wanted != len(tensors):
+            raise ValueError(
+                f"{self.path}: its {len(paths)} parts hold {len(tensors)} tensors, where the first "
+                f"tells of {wanted}: fetch all parts of one model again"
+            )
+        self.tensors = tensors
 
     # ---- parsing, at `self._at`
 

@@ -4,19 +4,22 @@ Used by frontends (tokenizer) and workers (weights) alike, each for itself; no t
 are tried in this order: a path, an alias (`fetch`), a Hugging Face id.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from nanovllm.checkpoint import hub
 from nanovllm.checkpoint.fetch import ALIASES, fetch
 from nanovllm.checkpoint.gguf import GGUFFile, hf_config
+from nanovllm.checkpoint.json_file import read_json
+from nanovllm.checkpoint.special_tokens import eos_token_id, gguf_end_ids
+from nanovllm.checkpoint.weight_files import gguf_models, part_names
 from nanovllm.config import unknown_name
 
-WEIGHT_FILES = "*.safetensors"
-HUB_FILES = ["*.json", WEIGHT_FILES, "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+# Any of these is a tokenizer; what else belongs to one lies beside it.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -36,29 +39,40 @@ class Checkpoint:
         """The model's facts in the form of a Hugging Face config.json, whatever the format."""
         if self.format == "gguf":
             return hf_config(self.gguf)
-        return self._json("config.json")
+        return read_json(self.path / "config.json")
 
-    def eos_token_ids(self) -> list[int]:
-        """Every id that ends an output: from generation_config.json, else the model's config."""
+    def eos_token_ids(self, tokenizer: Path | None = None) -> list[int]:
+        """Every id that ends an output: the model's own (generation_config.json, else config.json,
+        else GGUF metadata) and the tokenizer's EOS token.
+
+        tokenizer: where its files are, if not with the model.
+        """
+        found: set[int] = set()
         if self.format == "gguf":
-            keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-            found = [self.gguf.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
-            return sorted({token_id for token_id in found if token_id is not None})
+            found |= gguf_end_ids(self.gguf.metadata)
+        else:
+            found |= self._configured_eos()
+            tokenizer = tokenizer or self.path
+        if tokenizer is not None and tokenizer.is_dir():
+            eos = eos_token_id(tokenizer)
+            found |= set() if eos is None else {eos}
+        elif tokenizer is not None:
+            found |= gguf_end_ids(GGUFFile(tokenizer).metadata)
+        return sorted(found)
+
+    def _configured_eos(self) -> set[int]:
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).is_file():
-                eos = self._json(name).get("eos_token_id")
+                eos = read_json(self.path / name).get("eos_token_id")
                 if eos is not None:
-                    return [eos] if isinstance(eos, int) else list(eos)
-        return []
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model: {path} is not valid JSON ({error}): fetch it again") from None
-        assert isinstance(content, dict)
-        return content
+                    ids = eos if isinstance(eos, list) else [eos]
+                    if not all(type(token_id) is int for token_id in ids):
+                        raise ValueError(
+                            f"model: {self.path / name}: eos_token_id must be an integer or a "
+                            f"list of integers, not {eos!r}"
+                        )
+                    return set(ids)
+        return set()
 
 
 def locate(
@@ -79,46 +93,56 @@ def locate(
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model: {path} is not a .gguf file: name a directory or a .gguf file")
-        return Checkpoint(path, "gguf")
+        return _gguf(path)
     if model in ALIASES:
         return Checkpoint(fetch(model, on_progress=on_progress), "gguf")
-    if model.count("/") == 1 and not path.is_absolute() and not model.startswith("."):
-        return _in_directory(_from_hub(model, weights=weights))
+    if (reference := hub.parse(model)) is not None:
+        return _found(hub.fetch_model(reference, weights=weights))
     if "/" in model or path.suffix == ".gguf":
         raise ValueError(f"model: there is no such file or directory: {model}")
     raise ValueError(unknown_name("model", model, list(ALIASES)))
 
 
+def locate_tokenizer(name: str) -> Path:
+    """Where the tokenizer is that `name` names: a directory with its files, or a GGUF file.
+
+    name: as for `locate`, or a directory or repository that holds a tokenizer and nothing else. No
+    weights are fetched, save those of a GGUF file, which has its tokenizer inside. Raises
+    `ValueError` with the remedy.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path if has_tokenizer(path) else _in_directory(path).path
+    if path.is_file() and path.name in TOKENIZER_FILES:
+        return path.parent
+    reference = None if path.is_file() or name in ALIASES else hub.parse(name)
+    if reference is None:
+        return locate(name).path
+    found = hub.fetch_tokenizer(reference)
+    return found if found.is_file() or has_tokenizer(found) else _found(found).path
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _found(path: Path) -> Checkpoint:
+    return _in_directory(path) if path.is_dir() else _gguf(path)
+
+
+def _gguf(path: Path) -> Checkpoint:
+    """Of a file, or of the first part of a split one."""
+    return Checkpoint(path.with_name(part_names(path.name)[0]), "gguf")
+
+
 def _in_directory(path: Path) -> Checkpoint:
-    if (path / "config.json").is_file():
+    """Safetensors, where there are any; else a GGUF file, which needs no config beside it."""
+    has_config = (path / "config.json").is_file()
+    files = gguf_models(file.name for file in path.glob("*.gguf"))
+    if has_config and (any(path.glob("*.safetensors")) or len(files) != 1):
         return Checkpoint(path, "safetensors")
-    files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        return Checkpoint(files[0], "gguf")
+        return _gguf(path / files[0])
     if files:
         raise ValueError(f"model: {path} holds {len(files)} .gguf files: name one of them")
     raise ValueError(f"model: {path} holds neither config.json nor a .gguf file")
-
-
-def _from_hub(model: str, *, weights: bool) -> Path:
-    """The local snapshot of a Hugging Face repository; asks the network only if it is not whole."""
-    from huggingface_hub import snapshot_download
-
-    reason = ""
-    wanted = HUB_FILES if weights else [name for name in HUB_FILES if name != WEIGHT_FILES]
-    for local_files_only in (True, False):
-        try:
-            path = snapshot_download(
-                model, allow_patterns=wanted, local_files_only=local_files_only
-            )
-        except (OSError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            continue
-        # Another program may have cached no more than the tokenizer.
-        needed = WEIGHT_FILES if weights else "config.json"
-        if any(Path(path).glob(needed)) or not local_files_only:
-            return Path(path)
-    raise ValueError(
-        f"model: {model!r} is no local path and could not be fetched from Hugging Face "
-        f"({reason}): check the id and the network, or name a local directory"
-    )

@@ -15,6 +15,7 @@ from typing import Any
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.spec import DecoderSpec, WeightGroup, count_parameters
+from nanovllm.checkpoint.weight_files import indexed_files, weight_files
 
 MAX_HEADER_BYTES = 2**28  # of a safetensors file; what is larger is no header
 GROUPS: dict[str, WeightGroup] = {
@@ -75,9 +76,10 @@ def _tensor_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...
         for name, tensor in checkpoint.gguf.tensors.items():
             yield name, tensor.shape
         return
-    for path in sorted(checkpoint.path.glob("*.safetensors")):
+    files = indexed_files(checkpoint.path)
+    for path in weight_files(checkpoint.path):
         for name, entry in _safetensors_header(path).items():
-            if name != "__metadata__":
+            if name != "__metadata__" and (files is None or files.get(name) == path):
                 yield name, tuple(entry["shape"])
 
 

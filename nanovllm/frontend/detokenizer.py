@@ -1,14 +1,19 @@
 """Token ids to text as they come: whole characters only, and cut exactly at stop strings.
 
-`Completion` calls it with every new token. Invariant: text handed out is never taken back, and all
-of it joined equals decoding all ids at once.
+`Completion` calls it with every new token. It begins after the prompt, which tells whether a first
+space counts and may end within a character. Text handed out is never taken back, and joined it is
+what `tokenizers.DecodeStream` makes of the same ids after the same prompt.
 """
 
 import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.frontend.tokenizer import PieceSpelling, Tokenizer
+
+REPLACEMENT = "\ufffd"
+MAX_CHARACTER_BYTES = 4
+NUM_CONTEXT_TOKENS = 6  # of a prompt: enough for a window to begin with something that is text
 
 
 class Detokenizer(Protocol):
@@ -43,9 +48,17 @@ class ByteDetokenizer:
 
     __slots__ = ("_pieces", "_unfinished")
 
-    def __init__(self, pieces: TokenBytes) -> None:
+    def __init__(self, pieces: TokenBytes, prompt_token_ids: Sequence[int] = ()) -> None:
         self._pieces = pieces
         self._unfinished = b""
+        num_bytes = 0
+        for index in range(len(prompt_token_ids) - 1, -1, -1):
+            num_bytes += len(pieces[prompt_token_ids[index]])
+            if num_bytes >= MAX_CHARACTER_BYTES:
+                self.feed(prompt_token_ids[index:])
+                break
+        else:
+            self.feed(prompt_token_ids)
 
     def feed(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
@@ -60,27 +73,125 @@ class ByteDetokenizer:
         return text
 
 
-class WindowDetokenizer:
-    """For all other vocabularies: decodes a short window twice and hands out the difference.
-
-    The window begins with the tokens of the last piece handed out, because what a token looks like
-    may depend on whether something stands before it (SentencePiece drops a leading space).
-    An ill-formed run of byte tokens may show another number of U+FFFD than decoding all at once.
-    """
+class TokenPieces(dict[int, "str | int | None"]):
+    """Token id to characters or to one byte, None if it is skipped; filled as needed."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+
+    def __missing__(self, token_id: int) -> str | int | None:
+        skipped = token_id in self._skipped
+        piece = self[token_id] = None if skipped else self._tokenizer.token_piece(token_id)
+        return piece
+
+
+class PieceDetokenizer:
+    """For SentencePiece's vocabularies: words with their spaces, and bytes where no word fits.
+
+    Only the beginning of a whole text loses a space, so a completion keeps its first one wherever
+    its prompt has any text. A run of byte tokens that is no UTF-8 becomes one U+FFFD per byte, from
+    the first byte that is wrong to the end of the run, as in `tokenizers`' ByteFallback.
+    """
+
+    __slots__ = ("_is_ill_formed", "_num_to_strip", "_pieces", "_stripped", "_unfinished")
+
+    def __init__(
+        self, pieces: TokenPieces, spelling: PieceSpelling, prompt_token_ids: Sequence[int]
+    ) -> None:
+        self._pieces = pieces
+        self._stripped = spelling.stripped
+        self._num_to_strip = spelling.num_stripped
+        self._unfinished = b""  # bytes of the present run that are no text yet
+        self._is_ill_formed = False  # the present run of bytes
+        run: list[int] = []
+        for token_id in reversed(prompt_token_ids):
+            piece = pieces[token_id]
+            if piece is not None:
+                self._num_to_strip = 0 if piece != "" else self._num_to_strip
+                if isinstance(piece, int):
+                    run.append(token_id)
+                elif run or piece:
+                    break
+        self.feed(run[::-1])
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        found = []
+        for token_id in token_ids:
+            piece = self._pieces[token_id]
+            if isinstance(piece, str):
+                if self._unfinished or self._is_ill_formed:
+                    found.append(self._end_run())
+                found.append(piece)
+            elif piece is not None:
+                found.append(self._add_byte(piece))
+        text = "".join(found)
+        return self._without_first_space(text) if self._num_to_strip and text else text
+
+    def flush(self) -> str:
+        text = self._end_run()
+        return self._without_first_space(text) if self._num_to_strip and text else text
+
+    def _add_byte(self, byte: int) -> str:
+        if self._is_ill_formed:
+            return REPLACEMENT
+        content = self._unfinished + bytes([byte])
+        try:
+            text, num_bytes = codecs.utf_8_decode(content, "strict", False)
+        except UnicodeDecodeError:
+            self._unfinished, self._is_ill_formed = b"", True
+            return REPLACEMENT * len(content)
+        if text.endswith(REPLACEMENT):  # well-formed, but three of them if the run is not
+            text, num_bytes = "", 0
+        self._unfinished = content[num_bytes:]
+        return text
+
+    def _end_run(self) -> str:
+        content, self._unfinished, self._is_ill_formed = self._unfinished, b"", False
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(content)
+
+    def _without_first_space(self, text: str) -> str:
+        num_found = 0
+        while num_found < self._num_to_strip and text[num_found : num_found + 1] == self._stripped:
+            num_found += 1
+        self._num_to_strip = 0
+        return text[num_found:]
+
+
+class WindowDetokenizer:
+    """For all other vocabularies: decodes a short window twice and hands out the difference.
+
+    The window begins with the tokens of the last piece handed out, or the prompt's last ones,
+    because what a token looks like may depend on whether something stands before it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
-        self._num_given = 0  # tokens of the window that have been handed out
+        for token_id in reversed(prompt_token_ids):
+            if len(self._window) == NUM_CONTEXT_TOKENS:
+                break
+            if token_id not in self._skipped:
+                self._window.insert(0, token_id)
+        self._num_given = len(self._window)  # tokens of the window that have been handed out
 
     def feed(self, token_ids: Sequence[int]) -> str:
         window = self._window
         window += [token_id for token_id in token_ids if token_id not in self._skipped]
         # A character has at most four bytes, so at most three tokens can be the beginning of one.
-        for num_open in range(4):
+        for num_open in range(MAX_CHARACTER_BYTES):
             text = self._new_text(len(window) - num_open)
-            if not text.endswith("\ufffd"):
+            if not text.endswith(REPLACEMENT):
                 return self._give(text, len(window) - num_open)
         return self._give(self._new_text(len(window)), len(window))  # ill-formed: no use waiting
 
@@ -103,18 +214,28 @@ class WindowDetokenizer:
 
 
 class DetokenizerFactory:
-    """Makes the detokenizers of one tokenizer; those of byte-level ones share two tables."""
+    """Makes the detokenizers of one tokenizer; those of one kind share two tables."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._tables = {
+        self._bytes = {
             skip: TokenBytes(tokenizer, skip_special_tokens=skip) for skip in (False, True)
         }
+        self._pieces = {
+            skip: TokenPieces(tokenizer, skip_special_tokens=skip) for skip in (False, True)
+        }
 
-    def make(self, *, skip_special_tokens: bool) -> Detokenizer:
+    def make(
+        self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool
+    ) -> Detokenizer:
+        """Of an output that goes on from the prompt."""
+        skip = skip_special_tokens
         if self.tokenizer.byte_level:
-            return ByteDetokenizer(self._tables[skip_special_tokens])
-        return WindowDetokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens)
+            return ByteDetokenizer(self._bytes[skip], prompt_token_ids)
+        if self.tokenizer.piece_spelling is not None:
+            spelling = self.tokenizer.piece_spelling
+            return PieceDetokenizer(self._pieces[skip], spelling, prompt_token_ids)
+        return WindowDetokenizer(self.tokenizer, prompt_token_ids, skip_special_tokens=skip)
 
 
 class StopStrings:

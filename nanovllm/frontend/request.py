@@ -198,7 +198,9 @@ class Request:
                 index,
                 None
                 if detokenizers is None or not params.detokenize
-                else detokenizers.make(skip_special_tokens=params.skip_special_tokens),
+                else detokenizers.make(
+                    message.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+                ),
             )
             for index in range(params.n)
         ]

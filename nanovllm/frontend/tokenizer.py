@@ -1,31 +1,69 @@
 """Text to token ids and back, and chat messages to prompts.
 
-Owns the vocabulary. `AsyncLLM` calls it; `Detokenizer` reads its byte table. Whatever the source
-(tokenizer.json, GGUF metadata, transformers), it ends as one Rust tokenizer from `tokenizers`.
+Owns the vocabulary. `AsyncLLM` calls it; the detokenizers read its pieces. Whatever the source
+(`tokenizer_files`), it ends as one Rust tokenizer from `tokenizers`.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, processors
+from tokenizers import decoders
 
-from nanovllm.checkpoint.gguf import GGUFFile
-from nanovllm.checkpoint.locate import locate
-from nanovllm.frontend import gguf_tokenizer
+from nanovllm.checkpoint import tokenizer_files
+from nanovllm.checkpoint.locate import locate_tokenizer
+from nanovllm.checkpoint.tokenizer_files import DEFAULT_TEMPLATE
 from nanovllm.frontend.chat_template import ChatTemplate, Message
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What transformers may make a tokenizer of, if there is no tokenizer.json.
-OTHER_FORMS = ("tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-GGUF_SPECIAL_TOKENS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
+TOOL_TEMPLATE = "tool_use"  # the name of the template for conversations with tools, if there is one
+
+
+# The steps of decoders that `PieceSpelling` understands, in tokenizer.json's names for them.
+SPELLING_STEPS = re.compile("(Replace )*(ByteFallback )?(Fuse (Strip )?)?")
+BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class PieceSpelling(NamedTuple):
+    """How text is made of a SentencePiece vocabulary's tokens, as its decoder says it.
+
+    replacements: in each token's own text ("▁" → " "). has_bytes: <0x0A> and its like are bytes.
+    stripped, num_stripped: so many of this character go from the beginning of the whole text.
+    """
+
+    replacements: tuple[tuple[str, str], ...]
+    has_bytes: bool
+    stripped: str
+    num_stripped: int
+
+    @classmethod
+    def of(cls, decoder: Any) -> "PieceSpelling | None":
+        """None if the decoder does anything else. decoder: as in tokenizer.json."""
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        if not SPELLING_STEPS.fullmatch("".join(f"{step['type']} " for step in steps)):
+            return None
+        replacements: list[tuple[str, str]] = []
+        has_bytes, stripped, num_stripped = False, "", 0
+        for step in steps:
+            match step:
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                    replacements.append((old, new))
+                case {"type": "Strip", "content": str(what), "start": int(count), "stop": 0}:
+                    stripped, num_stripped = what, count
+                case {"type": "ByteFallback" | "Fuse" as kind}:
+                    has_bytes = has_bytes or kind == "ByteFallback"
+                case _:  # a pattern, or a strip at the end
+                    return None
+        return cls(tuple(replacements), has_bytes, stripped, num_stripped)
+
+    def piece(self, token: str) -> str | int:
+        """What a token adds to a text: characters, or one byte."""
+        for old, new in self.replacements:
+            token = token.replace(old, new)
+        byte = BYTE_PIECE.fullmatch(token) if self.has_bytes else None
+        return token if byte is None else int(byte[1], 16)
 
 
 class Tokenizer:
@@ -40,19 +78,23 @@ class Tokenizer:
         fast: FastTokenizer,
         *,
         special_tokens: dict[str, str] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
+        """chat_template: one, or several by name."""
         fast.no_truncation()
         fast.no_padding()
         self._fast = fast
-        self._template_source = chat_template
-        self._template: ChatTemplate | None = None
+        if isinstance(chat_template, str):
+            chat_template = {DEFAULT_TEMPLATE: chat_template}
+        self._template_sources = dict(chat_template or {})
+        self._templates: dict[str, ChatTemplate] = {}
         self._texts: dict[int, str] = {}
         self.special_tokens = special_tokens or {}
         self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
         added = fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.byte_level = isinstance(fast.decoder, decoders.ByteLevel)
+        self.piece_spelling = None if fast.decoder is None else _piece_spelling(fast.decoder)
 
     @classmethod
     def load(cls, name: str) -> "Tokenizer":
@@ -60,23 +102,30 @@ class Tokenizer:
 
         Raises `ValueError` with the remedy if there is none.
         """
-        directory = Path(name).expanduser()  # perhaps one with a tokenizer and nothing else
-        has_one = (directory / "tokenizer.json").is_file()
-        return cls.from_path(directory if has_one else locate(name).path)
+        return cls.from_path(locate_tokenizer(name))
 
     @classmethod
     def from_path(cls, path: Path) -> "Tokenizer":
         """From a GGUF file, or a directory with tokenizer.json or what transformers can read."""
-        return _from_directory(path) if path.is_dir() else _from_gguf(path)
+        make = tokenizer_files.from_directory if path.is_dir() else tokenizer_files.from_gguf
+        parts = make(path)
+        return cls(
+            parts.fast, special_tokens=parts.special_tokens, chat_template=parts.chat_templates
+        )
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template_source is not None
+        return bool(self._template_sources)
 
     @property
     def chat_template(self) -> str | None:
         """The template's own text: what it mentions tells how the model writes."""
-        return self._template_source
+        return self._template_sources.get(DEFAULT_TEMPLATE)
+
+    @property
+    def tool_template(self) -> str | None:
+        """The text of the template for conversations with tools."""
+        return self._template_sources.get(TOOL_TEMPLATE, self.chat_template)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -104,17 +153,36 @@ class Tokenizer:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """One token on its own, special or not; cached, for log-probabilities."""
+        """What one token adds to a text, special or not; cached, for log-probabilities."""
         text = self._texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+            text = self._texts[token_id] = self._token_text(token_id)
         return text
 
+    def _token_text(self, token_id: int) -> str:
+        if self.piece_spelling is None:
+            return self.decode([token_id], skip_special_tokens=False)
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_piece(self, token_id: int) -> str | int:
+        """What a token of a `piece_spelling` adds to a text: characters, or one byte."""
+        assert self.piece_spelling is not None
+        token = self._fast.id_to_token(token_id)
+        return "" if token is None else self.piece_spelling.piece(token)
+
+    @property
+    def spells_bytes(self) -> bool:
+        """Whether `token_bytes` can tell what a token adds to a text."""
+        return self.byte_level or self.piece_spelling is not None
+
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text. Only byte-level vocabularies can tell.
+        """What the token adds to the text. Only a vocabulary that `spells_bytes` can tell.
 
         A token with a character outside the byte alphabet (an added one) stands for its own text.
         """
+        if self.piece_spelling is not None:
+            piece = self.token_piece(token_id)
+            return bytes([piece]) if isinstance(piece, int) else piece.encode()
         assert self.byte_level
         token = self._fast.id_to_token(token_id)
         if token is None:
@@ -129,123 +197,52 @@ class Tokenizer:
         return self._fast.to_str()
 
     def apply_chat_template(
-        self, messages: list[Message], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt for `messages`, special tokens included: encode it without adding any.
 
-        variables: whatever else the model's template reads, such as `tools`. Raises `ValueError`
-        if the model has no template, or if its template refuses the messages.
+        chat_template: the name of the one to use; default: as transformers chooses, "tool_use"
+        where there are `tools`, else "default". variables: whatever else the template reads, such
+        as `tools` and `documents`, which are None where nobody gives them. Raises `ValueError` if
+        the model has no such template, or if its template refuses the messages.
         """
-        if self._template is None:
-            if self._template_source is None:
-                raise ValueError("the model has no chat template: use generate with a plain prompt")
-            self._template = ChatTemplate(self._template_source)
-        known: dict[str, Any] = {**self.special_tokens, **variables}
-        return self._template.render(
-            {**known, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        )
+        template = self._find_template(chat_template, has_tools=variables.get("tools") is not None)
+        known: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens}
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return template.render({**known, **variables, **given})
 
     def start_chat_template(self) -> None:
         """If there is one: its process takes a moment to start, for which no prompt waits then."""
-        if self._template_source is not None:
-            self._template = self._template or ChatTemplate(self._template_source)
-            self._template.start()
+        if DEFAULT_TEMPLATE in self._template_sources:
+            self._find_template(None, has_tools=False).start()
+
+    def _find_template(self, name: str | None, *, has_tools: bool) -> ChatTemplate:
+        sources = self._template_sources
+        if not sources:
+            raise ValueError("the model has no chat template: use generate with a plain prompt")
+        if name is None:
+            name = TOOL_TEMPLATE if has_tools and TOOL_TEMPLATE in sources else DEFAULT_TEMPLATE
+        if name not in sources:
+            raise ValueError(
+                f"chat_template: the model has none of the name {name!r}: "
+                f"name one of {', '.join(sorted(sources))}"
+            )
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(sources[name])
+        return self._templates[name]
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._fast.token_to_id(token)
 
 
-def _from_gguf(path: Path) -> Tokenizer:
-    metadata = GGUFFile(path).metadata
-    fast = gguf_tokenizer.build(path, metadata)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    special_tokens = {
-        name: tokens[metadata[key]]
-        for name, key in GGUF_SPECIAL_TOKENS.items()
-        if metadata.get(key) is not None
-    }
-    _add_around_prompts(
-        fast,
-        special_tokens,
-        bos=gguf_tokenizer.adds_bos(metadata),
-        eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-    )
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(fast, special_tokens=special_tokens, chat_template=template)
-
-
-def _from_directory(path: Path) -> Tokenizer:
-    config = _read_json(path / "tokenizer_config.json")
-    source = path / "tokenizer.json"
-    if source.is_file():
-        try:
-            fast = FastTokenizer.from_file(str(source))
-        except Exception as error:  # the Rust library raises nothing more specific
-            raise ValueError(f"{source} cannot be read: {error}") from None
-    elif any((path / name).is_file() for name in OTHER_FORMS):
-        fast = _through_transformers(path)
-    else:
-        raise ValueError(f"{path} holds no tokenizer: name one with tokenizer=<directory or id>")
-    special_tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name in SPECIAL_TOKENS
-        if (value := config.get(name)) is not None
-    }
-    if "add_bos_token" in config or "add_eos_token" in config:  # they overrule tokenizer.json
-        bos, eos = config.get("add_bos_token", False), config.get("add_eos_token", False)
-        _add_around_prompts(fast, special_tokens, bos=bos, eos=eos)
-    return Tokenizer(
-        fast, special_tokens=special_tokens, chat_template=_chat_template(path, config)
-    )
-
-
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    """A file of its own comes first; a list of named templates is used by its "default"."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _add_around_prompts(
-    fast: FastTokenizer, special_tokens: dict[str, str], *, bos: bool, eos: bool
-) -> None:
-    """Make `encode` put BOS before and EOS after the text, as asked."""
-    before = [special_tokens["bos_token"]] if bos and "bos_token" in special_tokens else []
-    after = [special_tokens["eos_token"]] if eos and "eos_token" in special_tokens else []
-    added = dict.fromkeys(before + after)
-    fast.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        special_tokens=[(token, fast.token_to_id(token)) for token in added],
-    )
-
-
-def _through_transformers(path: Path) -> FastTokenizer:
-    import transformers  # takes seconds, and few models need it
-
-    try:
-        slow = transformers.AutoTokenizer.from_pretrained(path)
-        fast: FastTokenizer = slow.backend_tokenizer
-    except Exception as error:
-        raise ValueError(
-            f"{path} holds no tokenizer.json, and transformers cannot make one ({error}): "
-            "name another with tokenizer=<directory or id>"
-        ) from error
-    return fast
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return content
+def _piece_spelling(decoder: decoders.Decoder) -> PieceSpelling | None:
+    return PieceSpelling.of(json.loads(decoder.__getstate__()))
 
 
 def _byte_of_char() -> dict[str, int]:

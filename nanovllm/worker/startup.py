@@ -16,7 +16,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from nanovllm.checkpoint.locate import Checkpoint, locate
+from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.checkpoint.spec import DecoderSpec
@@ -84,6 +84,7 @@ class Choice:
     """What will be loaded, and by what it will run. spec: with the positions that are wanted."""
 
     checkpoint: Checkpoint
+    eos_token_ids: list[int]
     size: ModelSize
     spec: DecoderSpec
     scheme: Scheme | None
@@ -145,6 +146,7 @@ class Startup:
         with self.phase("locate"):
             checkpoint = locate(wanted.model, on_progress=self._on_progress)
             size = read_model_size(checkpoint)
+            ends = find_ends(checkpoint, wanted.tokenizer, vocab_size=size.spec.vocab_size)
         most = size.spec.max_position_embeddings
         max_model_len = choose_max_model_len(wanted.max_model_len, most)
         spec = replace(size.spec, max_position_embeddings=max_model_len)
@@ -161,7 +163,7 @@ class Startup:
         attention, why_attention = select_attention(backend, specs)
         kernels = select_kernels(device, refused=self._triton_refused)
         notes = [why_dtype, why_attention, kernels.why]
-        return Choice(checkpoint, size, spec, scheme, attention, kernels, notes)
+        return Choice(checkpoint, ends, size, spec, scheme, attention, kernels, notes)
 
     def _build(self, choice: Choice) -> Loaded:
         """The model with memory for its weights, and the record of its rows."""
@@ -179,7 +181,7 @@ class Startup:
             max_model_len=choice.spec.max_position_embeddings,
             block_size=self._config.cache.block_size,
             vocab_size=choice.spec.vocab_size,
-            eos_token_ids=choice.checkpoint.eos_token_ids(),
+            eos_token_ids=choice.eos_token_ids,
             device=self.device,
         )
         captures = kernels.fused is not None and not self._config.model.enforce_eager
@@ -196,7 +198,7 @@ class Startup:
             num_blocks=num_blocks,
             max_model_len=loaded.max_model_len,
             vocab_size=choice.spec.vocab_size,
-            eos_token_ids=choice.checkpoint.eos_token_ids(),
+            eos_token_ids=choice.eos_token_ids,
             num_parameters=loaded.model.num_parameters,
             kv_cache_bytes=self._memory_bytes["KV cache"],
             notes=notes,
@@ -291,6 +293,15 @@ def explaining_want_of_memory(phase: str, device: torch.device) -> Iterator[None
 def name_of(dtype: torch.dtype) -> str:
     """As torch has it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def find_ends(checkpoint: Checkpoint, tokenizer: str | None, *, vocab_size: int) -> list[int]:
+    """The ids that end an output: the model's, and the EOS of the tokenizer in use.
+
+    tokenizer: a name, if it is not the model's own, which may know tokens the model cannot say.
+    """
+    path = None if tokenizer is None else locate_tokenizer(tokenizer)
+    return [token_id for token_id in checkpoint.eos_token_ids(path) if 0 <= token_id < vocab_size]
 
 
 def choose_max_model_len(wanted: int | None, most: int) -> int:

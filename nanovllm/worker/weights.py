@@ -5,7 +5,6 @@ is little above the model. `worker` calls `load_weights` once. Every parameter i
 once, or a `ValueError` says what the checkpoint lacks or has over.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import SUPPORTED
+from nanovllm.checkpoint.weight_files import INDEX, SINGLE, indexed_files, weight_files
 from nanovllm.config import LoadFormat
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
@@ -27,7 +27,6 @@ from nanovllm.worker.quant.fp8 import E4M3, quantize_rows
 
 # Tensors that some checkpoints carry though they follow from the config.
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
-INDEX_NAME = "model.safetensors.index.json"
 DUMMY_STD = 0.02  # what models are commonly initialized with
 PIECE_VALUES = 2**18  # of a GGUF tensor at a time: what numpy makes on the way stays in the cache
 NUM_NAMES_SHOWN = 3
@@ -94,7 +93,14 @@ def _fill_from_safetensors(model: Decoder, directory: Path) -> Iterator[int]:
     _match(names, slots, files.keys() - scales.keys(), where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
+            promised = {name for name, where in files.items() if where == path and name in slots}
+            if lost := promised - set(file.keys()):
+                raise ValueError(
+                    f"{path} lacks {min(lost)}, which {INDEX} says it holds: fetch both again"
+                )
             for name in file.keys():  # noqa: SIM118 (no mapping)
+                if files.get(name) != path:  # the index says that another file has it
+                    continue
                 if name in scales:
                     _put_scale(file.get_tensor(name), scales[name], name=name, where=path)
                 elif name in slots:
@@ -192,20 +198,23 @@ def _match(
 
 def _files_of_tensors(directory: Path) -> dict[str, Path]:
     """Tensor name → file, from the index if there is one, else from the files themselves."""
-    index = directory / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError):
-            raise ValueError(f"{index} is damaged: fetch it again") from None
-        return {name: directory / file for name, file in weight_map.items()}
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{directory} holds no .safetensors file: convert or fetch the weights")
+    if (indexed := indexed_files(directory)) is not None:
+        return indexed
     files: dict[str, Path] = {}
-    for path in paths:
+    for path in weight_files(directory):
         with _opened(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if name in files:
+                    raise ValueError(
+                        f"{path} and {files[name].name} both hold tensor {name}: fetch the "
+                        f"checkpoint with its {INDEX}, or convert it again"
+                    )
+                files[name] = path
+    if not files:
+        raise ValueError(
+            f"{directory} holds no .safetensors file of the model ({SINGLE}, or shards and their "
+            f"index): convert or fetch the weights, or name one .gguf file"
+        )
     return files
 
 

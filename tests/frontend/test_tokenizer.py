@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import pre_tokenizers, processors
 
+from nanovllm.checkpoint.gguf_tokenizer import build
 from nanovllm.checkpoint.locate import locate
 from nanovllm.frontend.detokenizer import DetokenizerFactory
-from nanovllm.frontend.gguf_tokenizer import build
 from nanovllm.frontend.tokenizer import Tokenizer
 from tests.checkpoint.gguf_writing import write_gguf
 from tests.frontend.vocabulary import (
@@ -143,6 +144,134 @@ def test_tokenizer_config_adds_bos_and_brings_a_template(tmp_path: Path) -> None
     assert prompt == "user:What is 2 < 3 & 'x'?<eos>assistant:True|"
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert Tokenizer.from_path(tmp_path).apply_chat_template(MESSAGES) == "from the file"
+
+
+def write_config(directory: Path, name: str = "tokenizer_config.json", **content: object) -> None:
+    (directory / name).write_text(json.dumps(content))
+
+
+def save_with_bos(directory: Path) -> None:
+    """A tokenizer.json that puts BOS in front by itself."""
+    fast = fast_tokenizer()
+    fast.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=["<bos>", "$A"], special_tokens=[("<bos>", BOS)]),
+        ]
+    )
+    fast.save(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, [BOS, 97]),
+        ({"bos_token": "<bos>", "add_eos_token": False}, [BOS, 97]),
+        ({"eos_token": "<eos>", "add_eos_token": True}, [BOS, 97, EOS]),
+        ({"bos_token": "<bos>", "add_bos_token": False}, [97]),
+        ({"bos_token": "<bos>", "add_bos_token": None}, [BOS, 97]),
+    ],
+)
+def test_bos_as_tokenizer_json_has_it_where_the_config_says_nothing(
+    tmp_path: Path, config: dict[str, object], expected: list[int]
+) -> None:
+    save_with_bos(tmp_path)
+    write_config(tmp_path, **config)
+    assert Tokenizer.from_path(tmp_path).encode("a") == expected
+
+
+def test_bos_of_the_post_processor_reaches_templates(tmp_path: Path) -> None:
+    save_with_bos(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}hi")
+    assert Tokenizer.from_path(tmp_path).apply_chat_template(MESSAGES) == "<bos>hi"
+    write_config(tmp_path, bos_token=None)
+    assert Tokenizer.from_path(tmp_path).apply_chat_template(MESSAGES) == "hi", "said to have none"
+
+
+def test_a_post_processor_with_padding_saved_beside_it(tmp_path: Path) -> None:
+    save_with_bos(tmp_path)
+    fast = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    fast.enable_padding(length=8)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, eos_token="<eos>", add_eos_token=True)
+    assert Tokenizer.from_path(tmp_path).encode("a") == [BOS, 97, EOS]
+
+
+def test_special_tokens_map_is_read(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_config(tmp_path, "special_tokens_map.json", bos_token={"content": "<bos>"}, eos_token="a")
+    write_config(tmp_path, eos_token="<eos>", image_token="<img>")
+    named = Tokenizer.from_path(tmp_path).special_tokens
+    assert named == {"bos_token": "<bos>", "eos_token": "a", "image_token": "<img>"}
+    # The map is older than a config that lists the added tokens, and does not overrule that.
+    write_config(tmp_path, eos_token="<eos>", added_tokens_decoder={})
+    named = Tokenizer.from_path(tmp_path).special_tokens
+    assert named == {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def test_named_tokens_of_the_vocabulary_are_special(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_config(tmp_path, eos_token="~", pad_token="<nowhere>")
+    tokenizer = Tokenizer.from_path(tmp_path)
+    assert tokenizer.eos_token_id == ord("~") and ord("~") in tokenizer.special_ids
+    assert tokenizer.decode([97, ord("~")]) == "a"
+
+
+def test_a_token_that_is_to_be_added_and_does_not_exist_is_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    write_config(tmp_path, bos_token="<nowhere>", add_bos_token=True)
+    with pytest.raises(ValueError, match=r"'<nowhere>'.*not in the vocabulary.*tokenizer="):
+        Tokenizer.from_path(tmp_path)
+
+
+TEMPLATES = {"default": "plain", "tool_use": "{{ tools | length }} tools", "rag": "{{ documents }}"}
+
+
+def with_templates(directory: Path, form: str, templates: dict[str, str]) -> Tokenizer:
+    save(directory)
+    if form == "config":
+        entries = [{"name": name, "template": text} for name, text in templates.items()]
+        write_config(directory, chat_template=entries)
+    else:
+        write_config(directory, chat_template="not this")
+        (directory / "additional_chat_templates").mkdir()
+        for name, text in templates.items():
+            folder = "" if name == "default" else "additional_chat_templates"
+            stem = "chat_template" if name == "default" else name
+            (directory / folder / f"{stem}.jinja").write_text(text)
+    return Tokenizer.from_path(directory)
+
+
+@pytest.mark.parametrize("form", ["config", "files"])
+def test_named_templates_are_chosen_as_transformers_does(tmp_path: Path, form: str) -> None:
+    tokenizer = with_templates(tmp_path, form, TEMPLATES)
+    assert tokenizer.chat_template == "plain" and tokenizer.tool_template == TEMPLATES["tool_use"]
+    assert tokenizer.apply_chat_template(MESSAGES) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=None) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[{}, {}]) == "2 tools"
+    assert tokenizer.apply_chat_template(MESSAGES, chat_template="rag", documents=[1]) == "[1]"
+    with pytest.raises(ValueError, match=r"'other'.*default, rag, tool_use"):
+        tokenizer.apply_chat_template(MESSAGES, chat_template="other")
+
+
+def test_named_templates_without_a_default_are_listed(tmp_path: Path) -> None:
+    tokenizer = with_templates(tmp_path, "config", {"rag": "x", "tool_use": "y"})
+    assert tokenizer.has_chat_template and tokenizer.chat_template is None
+    with pytest.raises(ValueError, match=r"'default'.*name one of rag, tool_use"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_gguf_templates_have_names_too(tmp_path: Path) -> None:
+    prefix = "tokenizer.chat_template"
+    facts = {f"{prefix}s": ["tool_use"], prefix: "plain", f"{prefix}.tool_use": "with tools"}
+    tokenizer = Tokenizer.from_path(write_gguf(tmp_path / "t.gguf", facts=gguf_facts(**facts)))
+    assert tokenizer.apply_chat_template(MESSAGES) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[{}]) == "with tools"
+
+
+def test_tools_and_documents_are_none_where_nobody_gives_them() -> None:
+    source = "{{ tools is none and documents is none }} {{ tools is defined }}"
+    assert Tokenizer(fast_tokenizer(), chat_template=source).apply_chat_template([]) == "True True"
 
 
 def test_truncation_and_padding_saved_in_tokenizer_json_do_not_apply(tmp_path: Path) -> None:

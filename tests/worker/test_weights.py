@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
 from nanovllm.worker.attention.select import attention_specs, select_attention
@@ -191,7 +192,83 @@ def test_missing_files(editable: Edit) -> None:
     with pytest.raises(ValueError, match=r"model-00001-of-00001.safetensors is missing"):
         load(checkpoint)
     index.write_text("{")
-    with pytest.raises(ValueError, match=r"index.json is damaged"):
+    with pytest.raises(ValueError, match=r"index.json is not valid JSON"):
+        load(checkpoint)
+
+
+def shards(path: Path, *, copies: int = 0) -> list[Path]:
+    """Cut model.safetensors in two, which share `copies` tensors."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    names, half = sorted(tensors), len(tensors) // 2
+    file.unlink()
+    paths = [path / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for part, chosen in zip(paths, (names[: half + copies], names[half:]), strict=True):
+        save_file({name: tensors[name] for name in chosen}, part)
+    return paths
+
+
+def write_index(paths: list[Path]) -> None:
+    names = {name: path.name for path in paths for name in load_file(path)}
+    index = paths[0].parent / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_not_the_models_weights_is_left_alone(editable: Edit, sharded: bool) -> None:
+    checkpoint = editable(lambda tensors: None)
+    expected = load_file(checkpoint.path / "model.safetensors")
+    if sharded:
+        shards(checkpoint.path)
+    size = read_model_size(checkpoint)
+    for name in ("consolidated", "adapter_model", "consolidated-00001-of-00002"):
+        save_file({"tok.weight": torch.zeros(9)}, checkpoint.path / f"{name}.safetensors")
+    assert_equal(parameters(load(checkpoint)), expected)
+    assert read_model_size(checkpoint) == size
+
+
+def test_a_tensor_in_two_shards_is_taken_from_the_one_the_index_names(editable: Edit) -> None:
+    checkpoint = editable(lambda tensors: None)
+    expected = load_file(checkpoint.path / "model.safetensors")
+    size = read_model_size(checkpoint)
+    paths = shards(checkpoint.path, copies=2)
+    write_index(paths)
+    assert_equal(parameters(load(checkpoint)), expected)
+    assert read_model_size(checkpoint) == size
+    (checkpoint.path / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"00002\.safetensors and .*00001.* both hold tensor model"
+    ):
+        load(checkpoint)
+
+
+def test_an_index_that_tells_of_what_a_shard_lacks(editable: Edit) -> None:
+    checkpoint = editable(lambda tensors: None)
+    paths = shards(checkpoint.path)
+    write_index(paths)
+    tensors = load_file(paths[0])
+    del tensors[Q_PROJ]
+    save_file(tensors, paths[0])
+    with pytest.raises(ValueError, match=r"00001-of-00002\.safetensors lacks .*q_proj"):
+        load(checkpoint)
+
+
+def test_a_missing_shard_is_named(editable: Edit) -> None:
+    checkpoint = editable(lambda tensors: None)
+    shards(checkpoint.path)[1].unlink()
+    for use in (load, read_model_size):
+        with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is missing"):
+            use(checkpoint)
+
+
+def test_files_of_no_standard_name(editable: Edit) -> None:
+    checkpoint = editable(lambda tensors: None)
+    file = checkpoint.path / "model.safetensors"
+    expected = load_file(file)
+    file = file.rename(checkpoint.path / "gptq_model-4bit.safetensors")
+    assert_equal(parameters(load(checkpoint)), expected)
+    save_file(expected, checkpoint.path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"2 \.safetensors files \(gptq_model.*index\.json"):
         load(checkpoint)
 
 

@@ -30,7 +30,7 @@ class TokenNames(NamedTuple):
 
     def bytes(self, token_id: int, entry: Logprob) -> list[int] | None:
         """Also where the token is not a whole character."""
-        if self.tokenizer is not None and self.tokenizer.byte_level:
+        if self.tokenizer is not None and self.tokenizer.spells_bytes:
             return list(self.tokenizer.token_bytes(token_id))
         return None if entry.decoded_token is None else list(entry.decoded_token.encode())
 

@@ -96,7 +96,7 @@ def template_input(
     tokenizer: Tokenizer, body: ChatBody | TokenizeBody
 ) -> tuple[list[Message], dict[str, Any]]:
     """What the chat template is given: messages as plain dicts, and variables."""
-    source = tokenizer.chat_template or ""
+    source = (tokenizer.tool_template if body.tools else tokenizer.chat_template) or ""
     has_developer = "developer" in source
     messages = [
         _template_message(message, has_developer=has_developer) for message in body.messages or []

@@ -61,7 +61,7 @@ class ReplyFormat(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, settings: ServerSettings) -> "ReplyFormat":
         """Of the model with this tokenizer."""
-        template = (tokenizer.chat_template if tokenizer is not None else None) or ""
+        template = (tokenizer.tool_template if tokenizer is not None else None) or ""
         knows_tools = "tools" in template
         name: str | None = settings.tool_call_parser
         if name == "auto":

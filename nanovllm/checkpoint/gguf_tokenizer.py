@@ -1,0 +1,141 @@
+"""A fast tokenizer from the vocabulary inside a GGUF file.
+
+Called by `Tokenizer`. Byte-level BPE is built here, SentencePiece's in `sentencepiece_bpe`, both in
+a fraction of a second. A GGUF file stores the merges but only the *name* of how text is split
+before them (`tokenizer.ggml.pre`): the splits are given here, as the models published them.
+Anything else goes through transformers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from nanovllm.checkpoint import sentencepiece_bpe
+from nanovllm.checkpoint.special_tokens import gguf_token_kinds
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_PUNCTUATION_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _PUNCTUATION_AND_SPACE
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION_AND_SPACE
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGITS_ALONE = (r"\p{N}", _GPT2)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
+# What llama.cpp does where a file does not say; such files are old, and few were made for it.
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+
+# tokenizer.ggml.pre → patterns, each of which cuts what the one before has left. What is not in
+# this table cannot be known.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "mellum", "a.x-4.0"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "minerva-7b"), _DIGITS_ALONE),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
+    **dict.fromkeys(("falcon3", "pixtral", "midm-2.0", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,)),
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "tekken": (_TEKKEN,),
+}
+# A word in the vocabulary is one token, even if no merges lead there; and BOS goes in front.
+WHOLE_WORDS_FIRST = frozenset(
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
+)
+BOS_BY_DEFAULT = WHOLE_WORDS_FIRST
+COMPOSED = {"qwen2"}  # these vocabularies expect Unicode in normal form C
+
+
+def build(path: Path, metadata: dict[str, Any]) -> FastTokenizer:
+    """The tokenizer of the GGUF file at `path`, without a post-processor.
+
+    Raises `ValueError` if the file has none, or one whose splitting nobody has named.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        return _byte_level_bpe(metadata)
+    if kind == "llama":
+        return _sentencepiece_bpe(path, metadata)
+    if kind is None:
+        raise ValueError(f"{path} holds no tokenizer: name one with tokenizer=<directory or id>")
+    return _through_transformers(path, kind)
+
+
+def adds_bos(metadata: dict[str, Any]) -> bool:
+    """Whether prompts begin with the BOS token."""
+    sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    by_default = sentencepiece or metadata.get("tokenizer.ggml.pre") in BOS_BY_DEFAULT
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", by_default))
+
+
+def adds_eos(metadata: dict[str, Any]) -> bool:
+    """Whether prompts end with the EOS token."""
+    return bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+
+
+def _byte_level_bpe(metadata: dict[str, Any]) -> FastTokenizer:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    split = metadata.get("tokenizer.ggml.pre", "default")
+    # Files write merges as "left right", and neither side contains a space in the byte alphabet.
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = FastTokenizer(
+        models.BPE(
+            vocab={token: token_id for token_id, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=split in WHOLE_WORDS_FIRST,
+        )
+    )
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    if split in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    sentencepiece_bpe.add_tokens(tokenizer, tokens, gguf_token_kinds(metadata))
+    return tokenizer
+
+
+def _sentencepiece_bpe(path: Path, metadata: dict[str, Any]) -> FastTokenizer:
+    pieces: list[str] = metadata["tokenizer.ggml.tokens"]
+    scores: list[float] = metadata.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(pieces):
+        raise ValueError(
+            f"{path} has {len(pieces)} tokens and {len(scores)} scores (tokenizer.ggml.scores): "
+            "convert the model again, or name the original tokenizer with "
+            "tokenizer=<directory or id>"
+        )
+    return sentencepiece_bpe.build(
+        pieces,
+        scores,
+        gguf_token_kinds(metadata),
+        adds_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+    )
+
+
+def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    if split not in SPLITS:
+        raise ValueError(
+            f"tokenizer.ggml.pre {split!r} is unknown (known: {', '.join(SPLITS)}): "
+            "name the original tokenizer with tokenizer=<directory or id>"
+        )
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[split]
+    ]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(steps)
+
+
+def _through_transformers(path: Path, kind: str) -> FastTokenizer:
+    import transformers  # takes seconds, and few files need it
+
+    try:
+        slow = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: FastTokenizer = slow.backend_tokenizer
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {path} ({kind!r}) cannot be converted ({error}): "
+            "name the original one with tokenizer=<directory or id>"
+        ) from error
+    return tokenizer
