@@ -27,7 +27,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What runs, where and in which precision."""
 
     model: Annotated[
-        str, Meta(description="alias (smollm2), directory, .gguf file or Hugging Face id")
+        str,
+        Meta(
+            description="alias (smollm2), directory, .gguf file, or Hugging Face id (with :Q4_K_M "
+            "or /FILE.gguf for one of its GGUF files)"
+        ),
     ] = "smollm2"
     tokenizer: Annotated[
         str | None, Meta(description="tokenizer to use instead of the model's own")
