@@ -41,6 +41,8 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 # ---- the clients
 
+JSON_HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
+
 
 def request_of(rng: random.Random) -> bytes:
     """Any kind that generates: long or short, whole or streamed, one or several."""
@@ -50,7 +52,7 @@ def request_of(rng: random.Random) -> bytes:
     body |= {"stream": stream, "n": rng.choice([1, 1, 3])}
     body["prompt"] = prompt if rng.random() < 0.7 else [prompt, prompt[:2]]
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\n{JSON_HEAD}Content-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 

@@ -25,7 +25,7 @@ BUDGETS = {
     # requests are taken in, and trials of those that may have killed a core
     "core": 4250,
     "frontend": 3400,  # 3,000, chat templates in processes of their own, and suspects
-    "frontend.server": 5100,  # and the fields, histories and schemas that clients send
+    "frontend.server": 5700,  # and the fields that clients send; connections, origins, bodies, keys
     "worker": 5000,
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -40,8 +40,8 @@ from nanovllm.frontend.server.serving import Opener, Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.watch.events import BlockDetails, EngineEvent
 
-GENERATING = (400, 404, 413, 429, 500, 503, 504)
-READING = (400, 404, 413, 503)
+GENERATING = (400, 403, 404, 413, 415, 429, 500, 503, 504)
+READING = (400, 403, 404, 413, 415, 503)
 VIEWING = (403, 429, 503)
 ENDPOINTS = [
     Endpoint(

@@ -42,8 +42,18 @@ def serving_of(request: Request) -> Serving:
 
 
 async def read(request: Request, kind: type[B]) -> B:
-    """The body, checked. Raises `ApiError` 400."""
-    content = await request.body()
+    """The body, checked. Raises `ApiError` 400, 413, 415.
+
+    Pages may send text to any server without its leave, but not what is called JSON.
+    """
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != "application/json" and not given.endswith("+json"):
+        raise ApiError(
+            415,
+            f"the body must be JSON: send it as `content-type: application/json`, not {given!r}",
+        )
+    # Not `request.body()`, which would be kept as long as its stream is answered.
+    content = b"".join([piece async for piece in request.stream()])
     _check_size(content)
     try:
         return msgspec.json.decode(content, type=kind)

@@ -17,7 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.frontend.server.api_errors import ApiError
+from nanovllm.frontend.server.body_budget import BodyBudget, Share
 from nanovllm.frontend.server.metrics import ServerMetrics
+from nanovllm.frontend.server.origins import Origins
 from nanovllm.frontend.server.settings import ServerSettings
 
 CLIENT_LEFT = 499  # as proxies count it; nobody is sent it
@@ -44,12 +46,15 @@ class Gate:
         self._metrics = metrics
         self._paths = paths
         self._open = open
+        self._origins = Origins(settings)
+        self._budget = BodyBudget(settings.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        scope = self._below_root(scope)
+        headers, share = Headers(scope=scope), Share(self._budget)
         given_id = headers.get("x-request-id", "")
         request_id = given_id if SAFE_ID.fullmatch(given_id) else secrets.token_hex(16)
         started, status = time.perf_counter(), 0
@@ -66,18 +71,35 @@ class Gate:
                 raise ClientDisconnect from error
 
         try:
-            if refusal := self._refusal(scope["path"], headers):
+            if refusal := self._refusal(scope, headers):
                 await refusal.response()(scope, receive, send_on)
             else:
-                await self._app(scope, self._limited(receive), send_on)
+                await self._app(scope, self._limited(receive, share), send_on)
         except ClientDisconnect:
             status = status or CLIENT_LEFT
             await _disconnected(receive)
         finally:
+            share.release()
             self._count(scope, status, time.perf_counter() - started, request_id)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self._keys and path not in self._open:
+    def _below_root(self, scope: Scope) -> Scope:
+        """A proxy may cut the prefix off or leave it; below, it always stands before the path."""
+        root = self._settings.root_path
+        if not root:
+            return scope
+        path: str = scope["path"]
+        if path != root and not path.startswith(root + "/"):
+            path = root + path
+        return {**scope, "root_path": root, "path": path}
+
+    def _route(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        return path.removeprefix(self._settings.root_path)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if (foreign := self._origins.refusal(headers)) is not None:
+            return foreign
+        if self._keys and self._route(scope) not in self._open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             given = key.strip().encode() if scheme.lower() == "bearer" else b""
             # All are compared, so that the time tells nothing.
@@ -93,17 +115,22 @@ class Gate:
             return self._too_large()
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Bodies that do not tell their length are counted as they come."""
-        num_bytes = 0
+    def _limited(self, receive: Receive, share: Share) -> Receive:
+        """Bodies are counted as they come. Who goes on receiving after the end of the body, to
+        learn of the client's leaving, has decoded it."""
+        num_bytes, is_whole = 0, False
 
         async def receive_some() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, is_whole
+            if is_whole:
+                share.release()
             message = await receive()
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
                 if num_bytes > self._settings.max_body_bytes:
                     raise self._too_large()
+                share.hold(num_bytes)
             return message
 
         return receive_some
@@ -114,12 +141,14 @@ class Gate:
         )
 
     def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        path = scope["path"]
+        path = self._route(scope)
         shown = path if path in self._paths else "other"
         self._metrics.http.labels(scope["method"], shown, str(status)).inc()
         if self._settings.access_log:
             took = f"{seconds * 1e3:.1f} ms"
-            logger.info("%s %s → %s, %s, %s", scope["method"], path, status, took, request_id)
+            # As it was sent: decoded, it could hold line ends and forge further lines.
+            raw = scope.get("raw_path", b"").decode("ascii", "replace")
+            logger.info("%s %s → %s, %s, %s", scope["method"], raw, status, took, request_id)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -16,9 +16,10 @@ JSON, EVENTS = "application/json", "text/event-stream"
 MEANINGS = {
     400: "Something in the request is wrong: `param` names it",
     401: "No valid API key",
-    403: "The server does not show this (`--engine-view`)",
+    403: "The server does not show this (`--page`), or not to this page or under this name",
     404: "There is no such thing here",
     413: "The body is too large",
+    415: "The body is not sent as JSON",
     429: "Too many requests: `Retry-After`",
     500: "The engine failed this request",
     503: "Loading, draining or down",

@@ -12,24 +12,29 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import msgspec
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from nanovllm.config import EngineConfig, SupervisionConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_client import ProgressCallback
 from nanovllm.frontend.server.app import create_app
+from nanovllm.frontend.server.connections import (
+    ConnectionLimits,
+    HttpProtocol,
+    most_connections,
+    sweep,
+)
 from nanovllm.frontend.server.serving import Opener, Serving
 from nanovllm.frontend.server.settings import ServerSettings
 
 ABORT_GRACE_S = 5.0  # for clients to be told, after the drain has timed out
 CONNECT_TIMEOUT_S = 60.0
 BACKLOG = 2048
-MAX_PIPELINED = 4  # requests that a connection may have waiting while its end is watched for
 KEEP_ALIVE_S = 75  # longer than common proxies', or they would reuse connections just closed
 USAGE_ERROR = 2
 READY_LINE = "ready"
@@ -64,30 +69,6 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
             connect_timeout_s=CONNECT_TIMEOUT_S,
             **msgspec.structs.asdict(self.supervision),
         )
-
-
-class HttpProtocol(HttpToolsProtocol):
-    """Tells every request of a lost connection, also if the client has sent the next one before it
-    had the answer. uvicorn would stop reading then, and so not notice, and tell only the last."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._overtaken: list[RequestResponseCycle] = []
-
-    def on_headers_complete(self) -> None:
-        before: RequestResponseCycle | None = self.cycle
-        super().on_headers_complete()
-        self._overtaken = [one for one in self._overtaken if not one.response_complete]
-        if before is not None and before is not self.cycle and not before.response_complete:
-            self._overtaken.append(before)
-            if len(self.pipeline) <= MAX_PIPELINED:
-                self.flow.resume_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        for cycle in self._overtaken:
-            cycle.disconnected = True
-            cycle.message_event.set()
 
 
 class HttpServer(uvicorn.Server):
@@ -131,11 +112,13 @@ async def serve(
     lifeline: asyncio.Event | None = None,
 ) -> int:
     """Until a signal, the engine's death, or the end of `lifeline`. Returns the exit code."""
+    limits = ConnectionLimits(most_connections(settings.max_connections))
     app = create_app(settings, open_llm)
     serving: Serving = app.state.serving
     config = uvicorn.Config(
         app,
-        http=HttpProtocol,
+        # A protocol that knows its limits: uvicorn calls it as it would call the class.
+        http=partial(HttpProtocol, limits=limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
@@ -143,6 +126,8 @@ async def serve(
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=int(settings.shutdown_timeout + ABORT_GRACE_S),
     )
     server = HttpServer(config)
@@ -153,6 +138,7 @@ async def serve(
     watches = [
         asyncio.create_task(_when(serving.opened, lambda: on_ready(serving))),
         asyncio.create_task(_when(serving.ended, ending.begin)),
+        asyncio.create_task(sweep(server.server_state.connections)),
     ]
     if lifeline is not None:
         watches.append(asyncio.create_task(_when(lifeline, ending.begin)))

@@ -38,6 +38,28 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         list[str],
         Meta(description="origin of web pages that may call (CORS); * is any; repeatable"),
     ] = []
+    allowed_hosts: Annotated[
+        list[str],
+        Meta(
+            description="names by which clients may call the server, besides localhost, where it "
+            "listens there alone; * is any; repeatable"
+        ),
+    ] = []
+    root_path: Annotated[
+        str,
+        Meta(
+            pattern=r"^(/[\w.~-]+)*$",
+            description="prefix under which a proxy shows the server, such as /llm; whether the "
+            "proxy cuts it off does not matter",
+        ),
+    ] = ""
+    trusted_proxies: Annotated[
+        list[str],
+        Meta(
+            description="addresses or networks of proxies whose X-Forwarded-… headers are believed;"
+            " repeatable"
+        ),
+    ] = []
     tool_call_parser: Annotated[
         ToolCallFormat, Meta(description="how the model writes tool calls; auto: by its template")
     ] = "auto"
@@ -47,6 +69,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_body_bytes: Annotated[int, Meta(ge=1024, description="largest request body")] = 16 << 20
     max_requests: Annotated[
         int, Meta(ge=1, description="requests under way per HTTP process; more are answered 429")
+    ] = 4096
+    max_connections: Annotated[
+        int, Meta(ge=1, description="connections per HTTP process; more are answered 503")
     ] = 4096
     shutdown_timeout: Annotated[
         float, Meta(ge=0, description="seconds for running requests to finish after SIGTERM")

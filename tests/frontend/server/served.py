@@ -31,6 +31,7 @@ TOOL_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}|"
 )
 TIMEOUT_S = 10.0
+JSON_HEAD = "host: localhost\r\ncontent-type: application/json\r\n"
 
 
 def tokenizer_with(template: str) -> Tokenizer:
@@ -115,7 +116,11 @@ async def served(
         async with app.router.lifespan_context(app):
             await asyncio.wait_for(app.state.serving.opened.wait(), TIMEOUT_S)
             transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=transport,
+                base_url="http://localhost",
+                headers={"content-type": "application/json"},
+            ) as client:
                 yield Served(app, core, client)
 
 

@@ -178,7 +178,9 @@ async def test_while_loading_and_when_loading_fails(address: str) -> None:
     serving = app.state.serving
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost"
+        ) as client,
     ):
         await asyncio.sleep(0)
         response = await client.post("/v1/completions", json={"prompt": "x"})

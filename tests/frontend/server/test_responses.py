@@ -10,7 +10,7 @@ import pytest
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.protocol.messages import Abort, AddRequest, Finished, Outputs
 from tests.frontend.fake_core import begin, silent
-from tests.frontend.server.served import TIMEOUT_S, listening, message_of
+from tests.frontend.server.served import JSON_HEAD, TIMEOUT_S, listening, message_of
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -43,7 +43,7 @@ async def test_a_reader_that_lags_gets_tokens_merged(address: str) -> None:
     async with listening(address, silent) as (url, core, serving):
         reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
         body = b'{"messages":[{"role":"user","content":"x"}],"stream":true}'
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\n{JSON_HEAD}content-length: {len(body)}\r\n"
         writer.write(head.encode() + b"connection: close\r\n\r\n" + body)
         number = (await message_of(core, AddRequest)).number
         for _ in range(20):  # 600,000 characters, far more than sockets hold, while nobody reads
@@ -63,7 +63,7 @@ async def test_a_crowd_that_vanishes_leaves_nothing_behind(address: str) -> None
     async def visit(host: str, port: str) -> None:
         _, writer = await asyncio.open_connection(host, int(port))
         text = '{{"prompt":"x","stream":{}}}'.format(rng.choice(["true", "false"]))
-        request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(text)}\r\n\r\n"
+        request = f"POST /v1/completions HTTP/1.1\r\n{JSON_HEAD}content-length: {len(text)}\r\n\r\n"
         whole = (request + text).encode()
         writer.write(whole[: rng.choice([0, 20, len(request), len(whole), len(whole)])])
         await asyncio.sleep(rng.random() * 0.05)
@@ -142,7 +142,7 @@ async def test_leaving_ends_a_request_that_another_was_sent_behind(address: str)
     async with listening(address, silent) as (url, core, serving):
         _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
         body = b'{"prompt":"x"}'
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\n{JSON_HEAD}content-length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         number = (await message_of(core, AddRequest)).number
         writer.write(head.encode() + body)
@@ -157,7 +157,9 @@ async def test_a_client_that_leaves_in_its_body_is_no_error(
 ) -> None:
     async with listening(address, silent) as (url, _, serving):
         _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        writer.write(
+            f"POST /v1/completions HTTP/1.1\r\n{JSON_HEAD}content-length: 100\r\n\r\n{{".encode()
+        )
         await asyncio.sleep(0.05)
         writer.close()
         async with asyncio.timeout(TIMEOUT_S):
@@ -175,7 +177,7 @@ async def test_writing_to_a_connection_being_closed_ends_the_request(
             _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
             body = b'{"prompt":"x","stream":true}'
             head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+                f"POST /v1/completions HTTP/1.1\r\n{JSON_HEAD}content-length: {len(body)}\r\n\r\n"
             )
             writer.write(head.encode() + body)
             writer.write_eof()

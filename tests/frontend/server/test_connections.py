@@ -1,0 +1,213 @@
+"""Connections that are slow, many, endless or deaf: each ends in time, and nobody else notices."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from nanovllm.frontend.server import connections, run
+from nanovllm.frontend.server.connections import ConnectionLimits
+from nanovllm.protocol.messages import Abort, AddRequest, Outputs, Started, ToCore
+from tests.frontend.fake_core import echo, silent
+from tests.frontend.server import served
+from tests.frontend.server.served import listening, message_of, roomy
+
+TIMEOUT_S = 15.0
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same limits in less time."""
+
+    def limits(max_connections: int) -> ConnectionLimits:
+        return ConnectionLimits(max_connections, 0.5, 0.5, 1.0)
+
+    monkeypatch.setattr(run, "ConnectionLimits", limits)
+    monkeypatch.setattr(connections, "SWEEP_INTERVAL_S", 0.1)
+
+
+Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connect(url: str) -> Connected:
+    host, port = url.removeprefix("http://").split(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def answer_to(url: str, *pieces: bytes, pause_s: float = 0.0) -> tuple[int, dict[str, Any]]:
+    """The status and the error of whoever sends this and waits; the connection ends in time."""
+    reader, writer = await connect(url)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+        text = await asyncio.wait_for(reader.read(), TIMEOUT_S)
+    finally:
+        writer.close()
+    if not text:
+        return 0, {}
+    head, _, body = text.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+async def test_headers_that_do_not_come(address: str) -> None:
+    async with listening(address) as (url, _, _):
+        status, error = await answer_to(url, HEAD)
+        assert status == 408 and "header" in error["message"]
+        dripping = [bytes([byte]) for byte in b"GET / HTTP"]
+        assert (await answer_to(url, *dripping, pause_s=0.1))[0] == 408
+        assert await answer_to(url) == (0, {})  # without a word, if not one was said
+
+
+async def test_a_body_that_does_not_come(address: str) -> None:
+    async with listening(address) as (url, core, _):
+        status, error = await answer_to(url, HEAD + b"content-length: 100000\r\n\r\n{")
+        assert status == 408 and "too slowly" in error["message"]
+        dripping = HEAD + b"content-length: 100000\r\n\r\n", *[b"{"] * 15
+        assert (await answer_to(url, *dripping, pause_s=0.1))[0] == 408
+        assert not core.all_of(AddRequest)
+
+
+async def test_a_body_that_comes_in_pieces_but_in_time_is_taken(address: str) -> None:
+    async with listening(address, roomy(echo)) as (url, _, _):
+        body = b" " * 300_000 + json.dumps({"prompt": "hi"}).encode()
+        head = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        reader, writer = await connect(url)
+        writer.write(head)
+        for at in range(0, len(body), 30_000):
+            writer.write(body[at : at + 30_000])
+            await writer.drain()
+            await asyncio.sleep(0.12)
+        assert b" 200 " in (await asyncio.wait_for(reader.read(), TIMEOUT_S))[:20]
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "endless", "status"),
+    [
+        (b"GET /", b"x" * 65_536, 414),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: ", b"x" * 65_536, 431),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\n", b"x: y\r\n" * 10_000, 431),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n" * 10_000, 401),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x" * 65_536, 401),
+    ],
+    ids=["url", "a header", "headers", "trailers", "a chunk's extension"],
+)
+async def test_headers_without_end(address: str, start: bytes, endless: bytes, status: int) -> None:
+    """Also before the key is checked; what was sent is not kept."""
+    async with listening(address, api_key=["secret"]) as (url, _, _):
+        before = psutil.Process().memory_info().rss
+        _, writer = await connect(url)
+        writer.write(start)
+        with pytest.raises(ConnectionError):
+            for _ in range(1600):  # 100 MB
+                writer.write(endless)
+                await writer.drain()
+            raise AssertionError("all of it was taken")
+        assert psutil.Process().memory_info().rss - before < 30e6
+        writer.close()
+        assert (await answer_to(url, start + endless * 2))[0] == status
+
+
+async def test_more_connections_than_allowed(address: str) -> None:
+    async with listening(address, max_connections=5) as (url, _, _):
+        opened = [await connect(url) for _ in range(5)]
+        assert (await answer_to(url))[0] == 503
+        for _, writer in opened:
+            writer.close()
+        await asyncio.sleep(0.2)
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{url}/version")).status_code == 200
+
+
+def flood(message: ToCore) -> Any:
+    """More than sockets hold."""
+    if not isinstance(message, AddRequest):
+        yield from silent(message)
+        return
+    yield Outputs(started=[Started(message.number, 0, 1.0)])
+    for _ in range(1000):
+        yield Outputs(numbers=[message.number] * 2000, token_ids=[97] * 2000)
+
+
+async def test_a_reader_that_stops_reading_is_dropped(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind_small(*args: Any, **kwargs: Any) -> socket.socket:
+        listener = run.bind(*args, **kwargs)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        return listener
+
+    monkeypatch.setattr(served, "bind", bind_small)
+    async with listening(address, roomy(flood)) as (url, core, serving):
+        body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 4000}).encode()
+        _, writer = await connect(url)
+        writer.transport.pause_reading()
+        writer.write(HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        await message_of(core, AddRequest)
+        await asyncio.wait_for(asyncio.to_thread(core.wait_for, Abort), TIMEOUT_S)
+        await until(lambda: serving.num_requests == 0)
+        writer.close()
+
+
+async def test_hundreds_of_idle_and_slow_ones_beside_a_stream(address: str) -> None:
+    async with listening(address, roomy(echo)) as (url, _, _):
+        before = num_descriptors()
+        lines = [b"", b"G", HEAD, HEAD + b"content-length: 9\r\n\r\n{"]
+        opened = []
+        for number in range(400):
+            reader, writer = await connect(url)
+            writer.write(lines[number % len(lines)])
+            opened.append((reader, writer))
+        async with httpx.AsyncClient() as client:
+            began = time.monotonic()
+            response = await client.post(f"{url}/v1/completions", json={"prompt": "hi"})
+            assert response.status_code == 200 and time.monotonic() - began < 2.0
+        for reader, writer in opened:
+            await asyncio.wait_for(reader.read(), TIMEOUT_S)
+            writer.close()
+        await until(lambda: num_descriptors() <= before + 5)
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_half_sent_bodies_have_a_budget(address: str) -> None:
+    """Who comes beyond it is refused for now, but for small bodies; it is given back."""
+    async with listening(address, roomy(echo), max_body_bytes=100_000) as (url, _, _):
+        opened = []
+        for _ in range(12):
+            reader, writer = await connect(url)
+            writer.write(HEAD + b"content-length: 95000\r\n\r\n" + b" " * 90_000)
+            await writer.drain()
+            opened.append((reader, writer))
+        refused = 0
+        for reader, writer in opened:
+            head = await asyncio.wait_for(reader.read(), TIMEOUT_S)
+            assert head[:12] in (b"HTTP/1.1 408", b"HTTP/1.1 503")
+            refused += head[:12] == b"HTTP/1.1 503"
+            writer.close()
+        assert refused == 4
+        async with httpx.AsyncClient() as client:
+            padded = {"prompt": "hi", "user": "x", "stop": None, "suffix": ""}
+            content = json.dumps(padded).encode() + b" " * 90_000
+            kind = {"content-type": "application/json"}
+            for _ in range(12):
+                found = await client.post(f"{url}/v1/completions", content=content, headers=kind)
+                assert found.status_code == 200, found.text
