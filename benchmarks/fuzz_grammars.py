@@ -280,7 +280,7 @@ def refusal(cause: str) -> str:
 
 def follow(compiler: GrammarCompiler, wanted: StructuredOutputsParams, rng: random.Random) -> str:
     """Returns how an output of random tokens ended. Raises `ValueError`: refused."""
-    matcher = compiler.compile(wanted).copy()
+    matcher = compiler.compile(wanted).matcher()
     for _ in range(NUM_FOLLOWED):
         (mask,) = compiler.fill_masks([matcher])
         if matcher.error is not None:

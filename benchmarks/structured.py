@@ -206,7 +206,7 @@ def make_batches(
     rows: list[Row] = []
     for name, outputs in token_ids.items():
         first = compiler.compile(CASES[name][0])
-        rows += [(first.copy(), ids) for ids in islice(cycle(outputs), BATCH)]
+        rows += [(first.matcher(), ids) for ids in islice(cycle(outputs), BATCH)]
     count = len(rows) // BATCH
     return [rows[start::count] for start in range(count)]
 

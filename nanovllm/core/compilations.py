@@ -15,7 +15,7 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from nanovllm.core.grammar import GrammarCompiler, Matcher, cache_key
+from nanovllm.core.grammar import Grammar, GrammarCompiler, Matcher, cache_key
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -24,7 +24,7 @@ MAX_THREADS = 4  # that compile within their time …
 MAX_LATE = 12  # … and those, besides, that nobody waits for any more
 STACK_BYTES = 16 << 20  # of such a thread: far more than the sandbox grants the same grammar
 
-Outcome = Matcher | ValueError
+Outcome = Grammar | ValueError
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class Job:
     key: bytes
     wanted: StructuredOutputsParams
     since: float
+    spent: Grammar | None = None  # what it compiled to before
     stage: Stage = Stage.QUEUED
     waiting: list[Waiting] = field(default_factory=list)
 
@@ -135,12 +136,13 @@ class Compilations:
             )
         key = cache_key(wanted)
         known = self._outcomes.get(key)
-        if known is not None and not (isinstance(known, Matcher) and known.family.is_spent):
+        spent = known if isinstance(known, Grammar) and known.is_spent else None
+        if known is not None and spent is None:
             self._outcomes.move_to_end(key)
             return known
         job = self._jobs.get(key)
         if job is None:
-            job = self._jobs[key] = Job(key, wanted, time.monotonic())
+            job = self._jobs[key] = Job(key, wanted, time.monotonic(), spent)
             with self._lock:
                 self._queue.append(job)
             self._start_threads()
@@ -204,12 +206,14 @@ class Compilations:
         if isinstance(outcome, ValueError):
             raise ValueError(str(outcome))
         for sequence in sequences:
-            matcher = outcome.copy()
+            matcher = outcome.matcher()
             matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
             sequence.matcher = matcher
+        if outcome.wants_lexer():
+            self._start_thread(outcome.add_lexer)
 
     def fill_masks(self, matchers: list[Matcher]) -> list[bytes]:
-        """Of each, which ids may come next; see `GrammarCompiler.fill_masks`."""
+        """Of each, which ids may come next; see `GrammarCompiler.compute_masks`."""
         assert self._compiler is not None
         return self._compiler.fill_masks(matchers)
 
@@ -223,18 +227,19 @@ class Compilations:
         with self._lock:
             wanted = min(len(self._queue), self._most_threads - self._num_threads)
             self._num_threads += max(0, wanted)
-        if wanted <= 0:
-            return
-        before = threading.stack_size(STACK_BYTES)  # of threads started from here on
         for _ in range(wanted):
-            # A daemon: the process must be able to end while one compiles.
-            threading.Thread(target=self._run, name="grammar", daemon=True).start()
+            self._start_thread(self._run)
+
+    def _start_thread(self, target: Callable[[], None]) -> None:
+        before = threading.stack_size(STACK_BYTES)  # of threads started from here on
+        # A daemon: the process must be able to end while one compiles.
+        threading.Thread(target=target, name="grammar", daemon=True).start()
         threading.stack_size(before)
 
     def _run(self) -> None:
         """Compile what is queued, without waiting for the loop: a step may take long."""
         while (job := self._take()) is not None:
-            outcome = self._compile(job.wanted)
+            outcome = self._compile(job)
             with self._lock:
                 if job.stage is Stage.LATE:
                     self._num_late -= 1
@@ -252,12 +257,12 @@ class Compilations:
             job.stage = Stage.RUNNING
             return job
 
-    def _compile(self, wanted: StructuredOutputsParams) -> Outcome:
+    def _compile(self, job: Job) -> Outcome:
         assert self._compiler is not None
         try:
             self._compiler.load()
             self._loaded_at = min(self._loaded_at, time.monotonic())
-            return self._compiler.compile(wanted)
+            return job.spent.renewed() if job.spent else self._compiler.compile(job.wanted)
         except ValueError as error:
             return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only

@@ -228,7 +228,9 @@ class Scheduler:
     def _is_over(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> bool:
         """Finish a sequence if its new token, the last of `token_ids`, ends it."""
         num_known, matcher = len(sequence.token_ids), sequence.matcher
-        if token_id in sequence.stop_ids and num_known >= sequence.min_total:
+        # Without a mask it was free to sample what ends it: that is no end of a whole output.
+        has_failed = matcher is not None and matcher.has_failed
+        if token_id in sequence.stop_ids and num_known >= sequence.min_total and not has_failed:
             if token_id not in self._eos_token_ids or sequence.params.ignore_eos:
                 sequence.stop_reason = token_id
             self.finish(sequence, "stop")

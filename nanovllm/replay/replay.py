@@ -15,7 +15,7 @@ import msgspec
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import Matcher
+from nanovllm.core.grammar import Grammar, Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.plan import DeviceLostError, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
@@ -181,7 +181,7 @@ class ReplayedGrammars:
         if begun.error:
             raise ValueError(begun.error)
         if begun.is_known:
-            return ReplayedMatcher(request.sequences[0], self._tape)
+            return ReplayedGrammar()
         self.waiting.append(request)
         return None
 
@@ -190,7 +190,7 @@ class ReplayedGrammars:
         for keys in self._tape.expect(Collected).requests:
             (group,) = (one for one in self.waiting if keys_of(one.sequences) == keys)
             self.waiting.remove(group)
-            over.append((group, ReplayedMatcher(group.sequences[0], self._tape)))
+            over.append((group, ReplayedGrammar()))
         return over
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -210,6 +210,13 @@ class ReplayedGrammars:
             sequence.matcher = ReplayedMatcher(sequence, self._tape)
 
 
+class ReplayedGrammar(Grammar):
+    """Makes no matchers: those of sequences are the tape's."""
+
+    def __init__(self) -> None:
+        pass
+
+
 class ReplayedMatcher(Matcher):
     """Ends where the recorded one did."""
 
@@ -219,6 +226,10 @@ class ReplayedMatcher(Matcher):
         self._key = sequence.client_id, sequence.number
         self._tape = tape
         self.error = None
+
+    @property
+    def has_failed(self) -> bool:
+        return self._tape.ended.get(self._key) is not None
 
     def accept(self, token_id: int) -> bool:
         if self._key not in self._tape.ended:

@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm.core import compilations as compilations_module
 from nanovllm.core.compilations import Compilations, Outcome, Waiting
-from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.core.grammar import Grammar, GrammarCompiler
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.vocabulary import make_compiler
@@ -27,7 +27,7 @@ class GatedCompiler(GrammarCompiler):
     def load(self) -> None:
         self._inner.load()
 
-    def compile(self, wanted: StructuredOutputsParams) -> Matcher:
+    def compile(self, wanted: StructuredOutputsParams) -> Grammar:
         assert wanted.regex is not None
         self.asked.append(wanted.regex)
         if wanted.regex.startswith("slow"):
@@ -78,7 +78,7 @@ def test_what_is_compiled_once_is_known_from_then_on(bench: Bench) -> None:
     assert bench.begin("a+", one, two) is None
     assert bench.compilations.num_waiting == 2
     ((waiting, outcome),) = bench.collect()
-    assert waiting.sequences == [one, two] and isinstance(outcome, Matcher)
+    assert waiting.sequences == [one, two] and isinstance(outcome, Grammar)
     assert bench.begin("a+", sequence()) is outcome
     assert bench.compilations.num_waiting == 0 and bench.compiler.asked == ["a+"]
 
@@ -102,8 +102,8 @@ def test_all_that_want_one_grammar_wait_for_one_job(bench: Bench) -> None:
 def test_a_spent_family_is_compiled_afresh(bench: Bench) -> None:
     bench.begin("a+", sequence())
     ((_, outcome),) = bench.collect()
-    assert isinstance(outcome, Matcher)
-    outcome.family.failed = True
+    assert isinstance(outcome, Grammar)
+    outcome.matcher().family.failed = True
     assert bench.begin("a+", sequence()) is None
     ((_, fresh),) = bench.collect()
     assert fresh is not outcome
@@ -134,7 +134,7 @@ def test_a_panic_costs_one_request(bench: Bench) -> None:
     bench.begin("panic", sequence())
     bench.begin("a", sequence())
     outcomes = {type(outcome) for _, outcome in bench.collect(2)}
-    assert outcomes == {ValueError, Matcher}
+    assert outcomes == {ValueError, Grammar}
 
 
 def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
@@ -153,9 +153,9 @@ def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
     assert isinstance(bench.begin("slow 0", sequence()), ValueError), "it is known to be slow"
     bench.begin("a", sequence(3))
     ((waiting, outcome),) = bench.collect()
-    assert waiting.sequences[0].number == 3 and isinstance(outcome, Matcher)
+    assert waiting.sequences[0].number == 3 and isinstance(outcome, Grammar)
     bench.compiler.gate.set()  # late, but then it is there
-    until(lambda: isinstance(bench.begin("slow 0", sequence()), Matcher), bench)
+    until(lambda: isinstance(bench.begin("slow 0", sequence()), Grammar), bench)
 
 
 def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,9 @@ class Simulation:
         for index in range(params.n):
             number = self.next_number + index
             assert params.seed is not None
-            constraint = None if kind is None else (COMPILER, COMPILER.compile(GRAMMARS[kind]))
+            constraint = (
+                None if kind is None else (COMPILER, COMPILER.compile(GRAMMARS[kind]).matcher())
+            )
             self.expected[number] = reference(
                 prompt, params.seed + index, num_outputs, stop, constraint
             )

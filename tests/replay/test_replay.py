@@ -9,7 +9,7 @@ import pytest
 from nanovllm import cli
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.core.grammar import Grammar, GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
@@ -139,7 +139,7 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
     gate = threading.Event()
     compile_ = GrammarCompiler.compile
 
-    def late(self: GrammarCompiler, wanted: StructuredOutputsParams) -> Matcher:
+    def late(self: GrammarCompiler, wanted: StructuredOutputsParams) -> Grammar:
         assert gate.wait(10)
         return compile_(self, wanted)
 

@@ -1,0 +1,201 @@
+"""Masks of a batch, forced tokens, dead ends, and what a slow grammar costs others."""
+
+import json
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.structured import CASES
+from nanovllm.config import EngineConfig
+from nanovllm.core import grammar as grammar_module
+from nanovllm.core.compilations import Compilations
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler, Matcher
+from nanovllm.core.sequence import Sequence
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from tests.core.fake_executor import VOCAB_SIZE, FakeExecutor, allowed_ids
+from tests.core.vocabulary import decode, make_compiler, tokenizer_json
+
+COMPILER = make_compiler()
+EOS_ID = 0
+
+
+def grammar_of(**wanted: Any) -> Grammar:
+    return COMPILER.compile(StructuredOutputsParams(**wanted))
+
+
+def matcher_of(**wanted: Any) -> Matcher:
+    return grammar_of(**wanted).matcher()
+
+
+def encode(text: str) -> list[int]:
+    return Tokenizer.from_str(tokenizer_json()).encode(text).ids
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    return allowed_ids(COMPILER.compute_masks([matcher])[0].tobytes())
+
+
+# ---- masks of a batch
+
+
+def test_masks_are_rows_of_one_array_that_is_used_again() -> None:
+    matchers = [matcher_of(regex=f"[a-{end}]+") for end in "cegikmo"]
+    words = COMPILER.compute_masks(matchers)
+    assert words.shape == (7, -(-VOCAB_SIZE // 32)) and words.dtype == np.int32
+    alone = [COMPILER.compute_masks([one])[0].copy() for one in matchers]
+    again = COMPILER.compute_masks(matchers)
+    assert np.shares_memory(again, COMPILER.compute_masks(matchers[:2]))
+    assert np.array_equal(COMPILER.compute_masks(matchers), alone)
+    many = COMPILER.compute_masks(matchers * 1 + [one.copy() for one in matchers * 5])
+    assert np.array_equal(many, alone * 6)
+
+
+def test_a_row_that_has_failed_leaves_the_others_theirs() -> None:
+    good, bad = [matcher_of(regex="15?") for _ in range(5)], matcher_of(regex="15?")
+    assert not bad.accept(encode("x")[0]) and bad.error
+    words = COMPILER.compute_masks([*good[:3], bad, *good[3:]])
+    assert [allowed_ids(words[index].tobytes()) for index in (0, 1, 2, 4, 5)] == [encode("1")] * 5
+
+
+# ---- several lexers
+
+
+def test_a_grammar_that_many_use_gets_more_lexers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 3)
+    grammar = grammar_of(regex="[a-z]{3}")
+    assert not grammar.wants_lexer(), "nobody uses it yet"
+    first = [grammar.matcher() for _ in range(COPIES_PER_LEXER)]
+    assert len({id(one.family) for one in first}) == 1
+    assert grammar.wants_lexer() and not grammar.wants_lexer(), "asked for once"
+    grammar.add_lexer()
+    second = [grammar.matcher() for _ in range(COPIES_PER_LEXER)]
+    assert first[0].family not in [one.family for one in second], "the newer has fewer"
+    assert grammar.wants_lexer()
+    grammar.add_lexer()
+    more = [grammar.matcher() for _ in range(10 * COPIES_PER_LEXER)]
+    assert len({id(one.family) for one in more}) == 3 and not grammar.wants_lexer()
+    masks = COMPILER.compute_masks([first[0], second[0], more[0]])
+    assert len({row.tobytes() for row in masks}) == 1
+    for one in more:
+        one.family.failed = one.family is not first[0].family
+    assert grammar.matcher().family is first[0].family and not grammar.is_spent
+    first[0].family.failed = True
+    assert grammar.is_spent and not grammar.renewed().is_spent
+
+
+def test_compilations_add_lexers_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 2)
+    grammar = grammar_of(regex="[a-z]{4}")
+    compilations = Compilations(COMPILER, timeout_s=10, wake=lambda: None)
+    sequences = [Sequence(0, number, [1], SamplingParams()) for number in range(COPIES_PER_LEXER)]
+    compilations.constrain(sequences, grammar)
+    for _ in range(2000):
+        if len(grammar._firsts) == 2:
+            break
+        time.sleep(0.005)
+    compilations.constrain(sequences[:1], grammar)
+    assert sequences[0].matcher and sequences[1].matcher
+    assert sequences[0].matcher.family is not sequences[1].matcher.family
+
+
+# ---- forced tokens
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forced_tokens_are_what_masks_would_have_left(name: str) -> None:
+    rng = random.Random(0)
+    matcher = COMPILER.compile(CASES[name][0]).matcher()
+    expected: list[int] = []
+    for _ in range(150):
+        forced = matcher.forced_tokens(100)
+        assert forced[: len(expected)] == expected[: len(forced)]
+        ids = allowed(matcher)
+        if forced:
+            assert ids == forced[:1]
+        expected = forced[1:]
+        assert matcher.forced_tokens(1) == forced[:1]
+        if not matcher.accept(rng.choice(ids)):
+            break
+    assert matcher.error is None
+
+
+def test_a_text_that_must_follow_is_forced_whole_and_may_be_taken_in_at_once() -> None:
+    matcher = matcher_of(regex="12(3456789)?;")
+    one, two, three = encode("123")
+    assert matcher.forced_tokens(9) == [one, two]
+    assert matcher.forced_tokens(1) == [one] and matcher.forced_tokens(0) == []
+    assert matcher.accept(one) and matcher.accept(two)
+    assert matcher.forced_tokens(9) == [], "there is a choice"
+    assert matcher.accept(three)
+    forced = matcher.forced_tokens(9)
+    assert decode(tuple(forced)) == "456789;"
+    assert [matcher.accept(token_id) for token_id in forced] == [True] * 6 + [False]
+    assert matcher.error is None and matcher.forced_tokens(9) == []
+
+
+def test_nothing_is_forced_before_a_grammar_begins_or_after_it_failed() -> None:
+    matcher = matcher_of(regex="123", after="x")
+    assert matcher.forced_tokens(9) == []
+    assert matcher.accept(encode("x")[0]) and len(matcher.forced_tokens(9)) == 3
+    assert not matcher.accept(encode("9")[0]) and matcher.error
+    assert matcher.forced_tokens(9) == []
+
+
+# ---- dead ends
+
+
+def without(*letters: str) -> str:
+    """The vocabulary's tokenizer.json, but for tokens with these letters."""
+    tokenizer = json.loads(tokenizer_json())
+    vocab = tokenizer["model"]["vocab"]
+    for token in list(vocab):
+        if set(token) & set(letters) and token != "<eos>":
+            del vocab[token]
+    return json.dumps(tokenizer)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_dead_end_is_an_error_of_its_request_and_no_whole_output(ignore_eos: bool) -> None:
+    """After "a" only "z" may follow, which no token can write: EOS would be an invalid text."""
+    config = EngineConfig.from_kwargs(max_inflight_steps=2)
+    executor = FakeExecutor(config, num_blocks=50, max_model_len=128)
+    info = executor.start()
+    core = EngineCore(config, executor, info, GrammarCompiler(lambda: without("z"), info))
+    wanted = StructuredOutputsParams(grammar='start: /[a-d]/ "z"')
+    params = SamplingParams(max_tokens=20, ignore_eos=ignore_eos, structured_outputs=wanted)
+    core.add(0, AddRequest(0, [5], params))
+    core.add(0, AddRequest(1, [5], SamplingParams(max_tokens=20, ignore_eos=True)))
+    failed: list[Sequence] = []
+    finished: list[Sequence] = []
+    while core.busy or core.status(epoch="", num_clients=0).num_waiting:
+        outputs = core.step()
+        if outputs is not None:
+            failed += outputs.failed
+            finished += outputs.finished
+    assert [(one.number, one.finish_reason) for one in failed] == [(0, "error")]
+    assert "structured_outputs cannot go on" in failed[0].failure
+    assert [(one.number, one.finish_reason) for one in finished] == [(1, "length")]
+
+
+# ---- what takes long
+
+
+def test_an_output_whose_steps_take_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_SLOW_S", 0.2)
+    slow = matcher_of(grammar='start: x\nx: x x | x x x | "a" | ""')
+    others = [matcher_of(regex="[a-z]*") for _ in range(6)]
+    (a,) = encode("a")
+    for _ in range(400):
+        COMPILER.compute_masks([*others[:3], slow, *others[3:]])
+        if not slow.accept(a):
+            break
+        assert all(one.accept(a) for one in others)
+    assert slow.error is not None and slow.has_failed and "held others up" in slow.error
+    assert not slow.accept(a) and slow.family.is_spent
+    assert all(one.error is None for one in others)
