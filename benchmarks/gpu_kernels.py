@@ -828,7 +828,6 @@ def build_sampler(n: int, dtype: torch.dtype, spread: float, top_k: int, top_p: 
         for line in logits:
             out = fused_sampler.sample_tokens(
                 line, rows=rows, positions=positions, columns=columns, seeds=seeds,
-                truncates=top_k > 0 or top_p < 1,
             )  # fmt: skip
         return out
 

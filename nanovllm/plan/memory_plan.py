@@ -24,12 +24,14 @@ NUM_RESERVED = 1  # block 0, which padding reads and writes
 CPU_MAX_BYTES = 4 * GIB
 CPU_SHARE_OF_FREE = 0.25
 QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
-# A sampled row at its heaviest holds its logits, a raw copy, a penalized copy and counts, in fp32.
+# A sampled row at its heaviest. On a GPU: logits as the model has them, edited ones in fp32, and
+# counts. In plain torch: logits, a raw copy, a penalized copy and counts, in fp32.
+GPU_BYTES_PER_LOGIT = 10
 SAMPLER_BYTES_PER_LOGIT = 17
 SPLITS_PER_ROW = 48  # partial results of decode attention, fp32, in scratch
 GRAPH_BYTES_PER_KERNEL = 16 * 1024
 KERNELS_PER_LAYER = 8
-RECORD_WORDS = 12  # sampling parameters of a row
+RECORD_WORDS = 13  # sampling parameters of a row
 SHORTEST_WORTH_NAMING = 256  # tokens: nobody lowers max_model_len further than this
 _S = TypeVar("_S", bound=msgspec.Struct)
 
@@ -91,7 +93,8 @@ class MemoryPlan:
         """Most that the heaviest step holds at once, and the scratch of attention."""
         num_samples = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         num_tokens = min(self.limits.max_num_batched_tokens, num_samples * self.max_model_len)
-        sampler = num_samples * self.spec.vocab_size * SAMPLER_BYTES_PER_LOGIT
+        each = GPU_BYTES_PER_LOGIT if self.machine.is_gpu else SAMPLER_BYTES_PER_LOGIT
+        sampler = num_samples * self.spec.vocab_size * each
         layer = num_tokens * self._layer_values * (4 if not self.machine.is_gpu else self._bytes)
         states = 2 * num_tokens * self.spec.hidden_size * self._bytes
         return max(layer, sampler + states) + self._attention_scratch

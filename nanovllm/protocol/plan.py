@@ -66,6 +66,18 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     masks: dict[int, bytes] = {}
 
 
+class StepMasks(msgspec.Struct, frozen=True, array_like=True):
+    """What the constrained rows of a step may sample: its second half waits for them.
+
+    `indices` are those of the masked entries in `plan.sampling`; others are free. `words` holds a
+    line for each: a bit per id in little-endian 32-bit words. Whoever is handed it takes a copy:
+    the next step's masks are written over it.
+    """
+
+    indices: list[int]
+    words: memoryview
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """`token_ids[j]` was sampled for `plan.sampling[j]`.
 

@@ -1,8 +1,9 @@
-"""Whole steps as CUDA graphs: one per bucket of tokens and rows, captured when it comes again.
+"""Forward passes as CUDA graphs: one per bucket of tokens and rows, captured when it comes again.
 
 `ModelRunner` owns one. Eager steps, capture and replay read the same persistent buffers, so a graph
 is only a faster way to say the same; a smaller step is padded with tokens of the padding row.
-Inputs arrive by the plan's one copy; what a graph leaves behind is its tensor of sampled ids.
+Inputs arrive by the plan's one copy; a graph leaves behind a `StepOutput`. Nothing in it depends on
+what rows ask of their sampling, but that they draw or are greedy, and truncate or do not.
 """
 
 import logging
@@ -28,21 +29,52 @@ class StepShape(NamedTuple):
 class Variant(NamedTuple):
     """What besides its shape is part of what is captured."""
 
-    truncates: bool  # the sampler looks at top-k, top-p and min-p
     shares_prefix: bool  # attention reads keys that rows share apart
+    keeps_hidden: bool = False  # of all tokens, for log-probabilities of prompts
 
 
-Step = Callable[[StepShape, Variant], Tensor]
+class StepOutput(NamedTuple):
+    """What a forward pass leaves behind."""
+
+    token_ids: Tensor  # [num_rows] int64: chosen by each entry that samples, if it asks for no more
+    logits: Tensor  # [num_rows, vocab_size], as the model made them
+    hidden: Tensor | None  # [num_tokens, hidden_size], if it was to be kept
+
+
+Step = Callable[[StepShape, Variant], StepOutput]
 # Larger steps keep a GPU busy for longer than the host needs to launch them.
 MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A graph, and where it puts its ids."""
+    """A graph, and where it puts what it leaves."""
 
     graph: torch.cuda.CUDAGraph
-    token_ids: Tensor  # [num_rows] int64
+    output: StepOutput
+
+
+class _Borrowed:
+    """Memory of the graphs' pool that no tensor owns (numba's CUDA array interface).
+
+    Held by tensors, logits of every shape would take gigabytes. In the pool they lie where other
+    graphs have theirs, and stay as they are until the next graph runs.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """The same memory, which this one does not keep from being used again."""
+    assert tensor.is_contiguous()
+    bytes_ = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
+    return bytes_.view(tensor.dtype).view(tensor.shape)
 
 
 def decode_buckets(most: int) -> list[int]:
@@ -71,7 +103,7 @@ def row_buckets(most: int) -> list[int]:
 
 
 class StepGraphs:
-    """`step(shape, variant)` must be a step on persistent buffers; it returns the ids."""
+    """`step(shape, variant)` must be a forward pass on persistent buffers."""
 
     def __init__(self, step: Step, *, max_num_rows: int, max_num_tokens: int) -> None:
         self._step = step
@@ -110,8 +142,8 @@ class StepGraphs:
             return None
         return StepShape(self._tokens[bisect_left(self._tokens, num_tokens)], rows)
 
-    def run(self, shape: StepShape, variant: Variant) -> Tensor:
-        """Run the step for the staged plan; returns ids [num_rows], good until the next call.
+    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
+        """Run the step for the staged plan; what it returns is good until the next call.
 
         The first time it runs eagerly, which also compiles and warms up, and the next time it is
         captured. If there is no memory for that, the shape goes on eagerly.
@@ -128,10 +160,11 @@ class StepGraphs:
         if captured is None:
             return self._step(shape, variant)
         captured.graph.replay()
-        return captured.token_ids
+        return captured.output
 
     def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            token_ids = self._step(shape, variant)
-        return CapturedStep(graph, token_ids)
+            output = self._step(shape, variant)
+        hidden = None if output.hidden is None else borrow(output.hidden)
+        return CapturedStep(graph, StepOutput(output.token_ids, borrow(output.logits), hidden))

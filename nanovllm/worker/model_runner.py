@@ -5,17 +5,17 @@ copies are queued on one stream, and `PendingStep.result` waits for that step's 
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.config import StepLimits
-from nanovllm.protocol.plan import StepPlan, StepResult
+from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
-from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import (
     ForwardBatch,
@@ -26,14 +26,12 @@ from nanovllm.worker.forward_batch import (
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling.bitmask import unpack_masks
-from nanovllm.worker.sampling.columns import NO_LOGPROBS
-from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.columns import NO_LOGPROBS, Int32Array
+from nanovllm.worker.sampling.device_sampler import DeviceSampler
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
-TRUNCATING_COLUMNS = {"top_k", "top_p", "min_p"}
-GRAPH_COLUMNS = {"temperature", *TRUNCATING_COLUMNS}  # what a fused sampler does by itself
 
 
 class Model(Protocol):
@@ -51,19 +49,33 @@ class Model(Protocol):
         """`compute_logits` in the model's own precision, as a fused sampler takes them."""
 
 
+class PromptEntry(NamedTuple):
+    """An entry of a plan that wants log-probabilities of prompt tokens which this step reaches."""
+
+    entry: int
+    first: int  # the first such token's position in its row, and the end
+    end: int
+    num_top: int
+
+
 @dataclass(slots=True)
 class PendingStep:
-    """A step under way (an `executor.base.StepHandle`). Tensors arrive in host memory.
+    """A step under way (a `protocol.plan.StepHandle`), between its halves or behind both.
 
-    `prompt_logprobs`: entry of the plan → (alternatives wanted, its prompt positions).
+    rows, positions: where the tokens go that are sampled. token_ids and logprobs arrive in host
+    memory after the second half. prompt_logprobs: entry of the plan → (alternatives wanted, its
+    prompt positions).
     """
 
     step: int
+    rows: Int32Array  # [num_samples]
+    positions: Int32Array  # [num_samples]
+    logits: Tensor | None = None  # [num_samples, vocab_size], for the second half
     token_ids: Tensor | None = None  # [num_samples] int64
-    logprobs: LogprobTensors | None = None
+    logprobs: PackedLogprobs | None = None
     logprob_indices: list[int] = field(default_factory=list)
     num_top_logprobs: list[int] = field(default_factory=list)
-    prompt_logprobs: dict[int, tuple[int, LogprobTensors]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[PackedLogprobs]]] = field(default_factory=dict)
     done: torch.Event | None = None
 
     def result(self) -> StepResult:
@@ -79,8 +91,8 @@ class PendingStep:
             token_ids=[] if self.token_ids is None else self.token_ids.tolist(),
             logprobs=logprobs,
             prompt_logprobs={
-                entry: tensors.unpack([num_top] * len(tensors.ranks))
-                for entry, (num_top, tensors) in self.prompt_logprobs.items()
+                entry: [one for part in parts for one in part.unpack([num_top] * len(part.words))]
+                for entry, (num_top, parts) in self.prompt_logprobs.items()
             },
         )
 
@@ -108,8 +120,12 @@ class ModelRunner:
         self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
         self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
-        self._sampler = Sampler(rows, None if fused is None else fused.sample_tokens)
+        num_buffers = limits.max_inflight_steps + 1
         self._fused = fused
+        self._sampler = Sampler(rows)
+        self._device_sampler: DeviceSampler | None = None
+        if fused is not None:
+            self._device_sampler = DeviceSampler(rows, fused, num_buffers=num_buffers)
         self._graphs: StepGraphs | None = None
         if captures:
             self._graphs = StepGraphs(
@@ -118,9 +134,7 @@ class ModelRunner:
                 max_num_tokens=limits.max_num_batched_tokens,
             )
         self._staging = PlanStaging(
-            max_num_rows=rows.num_rows,
-            num_buffers=limits.max_inflight_steps + 1,
-            device=self._device,
+            max_num_rows=rows.num_rows, num_buffers=num_buffers, device=self._device
         )
 
     @property
@@ -129,46 +143,76 @@ class ModelRunner:
         return [] if self._graphs is None else self._graphs.shapes
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> PendingStep:
-        """Queue one step. The plan before it must have been queued, but need not be done."""
+    def forward(self, plan: StepPlan) -> PendingStep:
+        """Queue the first half of a step. Both halves of the plan before it must have been queued,
+        but need not be done."""
         writes = self._rows.record(plan)
         sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
-        planned = self._graph_for(plan, shares_prefix=sharing is not None)
+        prompts = self._find_prompts(plan)
+        variant = Variant(shares_prefix=sharing is not None, keeps_hidden=bool(prompts))
         staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
-        return self._run(plan, staged) if planned is None else self._replay(plan, *planned)
-
-    def _graph_for(
-        self, plan: StepPlan, *, shares_prefix: bool
-    ) -> tuple[StepGraphs, StepShape, Variant] | None:
-        """How to run a recorded plan by graph, if its size and its rows' sampling allow it."""
-        graphs = self._graphs
-        if graphs is None or plan.masks or not self._rows.edits.keys().isdisjoint(plan.rows):
-            return None
-        active = self._rows.active_columns(np.array(plan.rows, np.int32))
-        shape = graphs.shape_for(sum(plan.num_scheduled), len(plan.rows))
-        if shape is None or not active <= GRAPH_COLUMNS:
-            return None
-        if shape.num_tokens == shape.num_rows and len(plan.sampling) < len(plan.rows):
-            return None  # a decode graph samples for all of its rows
-        variant = Variant(
-            truncates=not active.isdisjoint(TRUNCATING_COLUMNS),
-            shares_prefix=shares_prefix,
+        shape = self._shape_for(plan)
+        if shape is None or self._graphs is None:
+            output = self._run(staged, keeps_hidden=variant.keeps_hidden)
+        else:
+            output = self._graphs.run(shape, variant)
+        pending = PendingStep(
+            plan.step,
+            rows=staged.host_rows[staged.host_sampling],
+            positions=staged.host_seq_lens[staged.host_sampling],
         )
-        return graphs, shape, variant
-
-    def _replay(
-        self, plan: StepPlan, graphs: StepGraphs, shape: StepShape, variant: Variant
-    ) -> PendingStep:
-        """The staged plan, by graph."""
-        token_ids = graphs.run(shape, variant)
-        pending = PendingStep(plan.step)
+        if prompts:
+            assert output.hidden is not None
+            self._collect_prompt_logprobs(pending, staged, prompts, output.hidden)
         if plan.sampling:
-            pending.token_ids = token_ids[: len(plan.sampling)].to("cpu", non_blocking=True)
-        return self._mark(pending)
+            pending.logits = output.logits[: len(plan.sampling)]
+            pending.token_ids = output.token_ids[: len(plan.sampling)]
+        return pending
 
-    def graph_step(self, shape: StepShape, variant: Variant) -> Tensor:
-        """The staged step, padded to `shape`; ids of the entries that sample. Capturable."""
+    @torch.inference_mode()
+    def sample(self, pending: PendingStep, masks: StepMasks | None = None) -> None:
+        """Queue the second half: what picks ids, and brings them to the host.
+
+        `pending` is of the last plan, and masks must be there for all of its constrained rows.
+        """
+        if pending.logits is not None:
+            self._collect_samples(pending, self._choose(pending, masks))
+        pending.logits = None
+        if self._device.type == "cuda":
+            pending.done = torch.Event(self._device)
+            pending.done.record()
+
+    def _choose(self, pending: PendingStep, masks: StepMasks | None) -> Sampled:
+        logits, token_ids = pending.logits, pending.token_ids
+        assert logits is not None and token_ids is not None
+        rows, positions = pending.rows, pending.positions
+        if self._device_sampler is not None:
+            return self._device_sampler.sample(
+                logits, token_ids, rows=rows, positions=positions, masks=masks
+            )
+        targets = SamplingTargets.of(rows, positions, self._device)
+        sampled = self._sampler.sample(logits, targets, masks)
+        self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
+        return sampled
+
+    def execute(self, plan: StepPlan, masks: StepMasks | None = None) -> PendingStep:
+        """Queue both halves of a step whose masks are there already."""
+        pending = self.forward(plan)
+        self.sample(pending, masks)
+        return pending
+
+    def _shape_for(self, plan: StepPlan) -> StepShape | None:
+        """In which a plan runs by graph, if it is not too large."""
+        if self._graphs is None:
+            return None
+        num_tokens, num_rows = sum(plan.num_scheduled), len(plan.rows)
+        if num_tokens == num_rows and len(plan.sampling) < num_rows:
+            num_tokens += 1  # a decode graph samples for all of its rows
+        return self._graphs.shape_for(num_tokens, num_rows)
+
+    def graph_step(self, shape: StepShape, variant: Variant) -> StepOutput:
+        """The staged plan's forward pass, padded to `shape`. Capturable."""
         assert self._fused is not None
         rows = self._rows
         staged = self._staging.view(
@@ -185,64 +229,58 @@ class ModelRunner:
             wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
             row_ids = staged.rows[entries]
-        stream = self._model.forward(batch, self._kv_cache, wanted=wanted)
-        return self._fused.sample_tokens(
-            self._model.raw_logits(stream),
-            rows=row_ids,
-            positions=positions,
-            columns=rows.columns,
-            seeds=rows.seeds,
-            truncates=variant.truncates,
-            known=rows.token_ids,
-        )
+        return self._finish(batch, row_ids, positions, wanted, keeps_hidden=variant.keeps_hidden)
 
-    def _run(self, plan: StepPlan, staged: StagedPlan) -> PendingStep:
-        """Any step, eagerly."""
+    def _run(self, staged: StagedPlan, *, keeps_hidden: bool) -> StepOutput:
+        """The forward pass of any step, eagerly."""
         batch = build_batch(staged, self._rows, block_size=self._block_size)
         self._attention.prepare(batch)
-        entries = staged.sampling.long()
-        ends = (
-            batch.query_start_loc[entries + 1].long() - 1
-        )  # where the sampling entries' tokens end
-        pending = PendingStep(plan.step)
-        if self._wants_prompt_logprobs(staged):
-            hidden = self._model.forward(batch, self._kv_cache).hidden
-            self._collect_prompt_logprobs(pending, staged, hidden)
-            stream = Stream(hidden[ends])
-        else:
-            only_ends = 0 < len(entries) < batch.num_tokens
-            stream = self._model.forward(batch, self._kv_cache, wanted=ends if only_ends else None)
-        if plan.sampling:
-            self._collect_samples(pending, self._sample(staged, batch, stream, plan.masks))
-        return self._mark(pending)
-
-    def _wants_prompt_logprobs(self, staged: StagedPlan) -> bool:
-        return bool((self._rows.host["prompt_logprobs"][staged.host_rows] != NO_LOGPROBS).any())
-
-    def _mark(self, pending: PendingStep) -> PendingStep:
-        """Let `pending` know when all that has been queued is done."""
-        if self._device.type == "cuda":
-            pending.done = torch.Event(self._device)
-            pending.done.record()
-        return pending
-
-    def _sample(
-        self, staged: StagedPlan, batch: ForwardBatch, stream: Stream, masks: dict[int, bytes]
-    ) -> Sampled:
-        """Sample for the plan's entries, whose stream it is, and let the device remember the
-        tokens."""
-        entries = staged.sampling.long()
-        targets = SamplingTargets(
-            rows=staged.rows[entries].long(),
-            positions=batch.seq_lens[entries].long(),
-            host_rows=staged.host_rows[staged.host_sampling],
-            host_positions=staged.host_seq_lens[staged.host_sampling],
+        entries, wanted = staged.sampling.long(), None
+        if 0 < len(entries) < batch.num_tokens:  # where the sampling entries' tokens end
+            wanted = batch.query_start_loc[entries + 1].long() - 1
+        return self._finish(
+            batch,
+            staged.rows[entries],
+            batch.seq_lens[entries],
+            wanted,
+            keeps_hidden=keeps_hidden,
         )
-        logits = self._model.compute_logits(stream)
-        allowed = unpack_masks(masks, vocab_size=logits.shape[1], device=logits.device)
-        sampled = self._sampler.sample(logits, targets, allowed)
-        self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
-        return sampled
+
+    def _finish(
+        self,
+        batch: ForwardBatch,
+        row_ids: Tensor,
+        positions: Tensor,
+        wanted: Tensor | None,
+        *,
+        keeps_hidden: bool,
+    ) -> StepOutput:
+        """Model, head, and, where it is fused with them, the choice of plain rows.
+
+        row_ids, positions: [n], of the tokens that are sampled; wanted: [n], the tokens they come
+        after, or None: all.
+        """
+        hidden = None
+        if keeps_hidden:
+            stream = self._model.forward(batch, self._kv_cache)
+            hidden = stream.hidden
+            stream = stream if wanted is None else Stream(hidden[wanted])
+        else:
+            stream = self._model.forward(batch, self._kv_cache, wanted=wanted)
+        if self._fused is None or not len(row_ids):
+            nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
+            logits = self._model.compute_logits(stream) if len(row_ids) else nothing
+            return StepOutput(nothing, logits, hidden)
+        logits = self._model.raw_logits(stream)
+        token_ids = self._fused.sample_tokens(
+            logits,
+            rows=row_ids,
+            positions=positions,
+            columns=self._rows.columns,
+            seeds=self._rows.seeds,
+            known=self._rows.token_ids,
+        )
+        return StepOutput(token_ids, logits, hidden)
 
     def _collect_samples(self, pending: PendingStep, sampled: Sampled) -> None:
         pending.token_ids = sampled.token_ids.to("cpu", non_blocking=True)
@@ -251,32 +289,42 @@ class ModelRunner:
             pending.logprob_indices = sampled.logprob_indices
             pending.num_top_logprobs = sampled.num_top_logprobs
 
-    def _collect_prompt_logprobs(
-        self, pending: PendingStep, staged: StagedPlan, hidden: Tensor
-    ) -> None:
-        """For each entry that wants them, the log-probabilities of the prompt's next tokens.
-
-        The token at position p predicts the one at p + 1, which the row knows. Logits are made for
-        `MAX_LOGIT_ROWS` positions at a time, so memory does not grow with the prompt.
-        """
-        host = self._rows.host[staged.host_rows]
-        starts = staged.host_query_start_loc
+    def _find_prompts(self, plan: StepPlan) -> list[PromptEntry]:
+        host = self._rows.host[plan.rows]
+        found = []
         for entry in np.flatnonzero(host["prompt_logprobs"] != NO_LOGPROBS).tolist():
-            seq_len, num_prompt = int(staged.host_seq_lens[entry]), host["num_prompt_tokens"][entry]
-            num_new = int(starts[entry + 1] - starts[entry])
-            first = seq_len - num_new + 1
-            end = min(seq_len + 1, int(num_prompt))
-            if first >= end:
-                continue
-            num_top = int(host["prompt_logprobs"][entry])
-            wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end].long()
-            states = hidden[starts[entry] : starts[entry] + end - first]
+            first = plan.num_computed[entry] + 1
+            end = first + plan.num_scheduled[entry]
+            end = min(end, int(host["num_prompt_tokens"][entry]))
+            if first < end:
+                found.append(PromptEntry(entry, first, end, int(host["prompt_logprobs"][entry])))
+        return found
+
+    def _collect_prompt_logprobs(
+        self,
+        pending: PendingStep,
+        staged: StagedPlan,
+        prompts: list[PromptEntry],
+        hidden: Tensor,
+    ) -> None:
+        """The token at position p predicts the one at p + 1, which the row knows.
+
+        Logits are made for `MAX_LOGIT_ROWS` positions at a time, so memory does not grow with the
+        prompt. hidden: [num_tokens, hidden_size], what the last layer leaves of all tokens.
+        """
+        for entry, first, end, num_top in prompts:
+            start = int(staged.host_query_start_loc[entry])
+            states = hidden[start : start + end - first]
+            wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end]
+            pack = pack_logprobs
+            if self._fused is not None and num_top >= 0:
+                pack = self._fused.pack_logprobs
             parts = [
-                gather_logprobs(self._model.compute_logits(Stream(some)), ids, num_top=num_top)
+                PackedLogprobs(pack(self._model.raw_logits(Stream(some)), ids, num_top=num_top))
                 for some, ids in zip(
                     torch.split(states, MAX_LOGIT_ROWS),
                     torch.split(wanted, MAX_LOGIT_ROWS),
                     strict=True,
                 )
             ]
-            pending.prompt_logprobs[entry] = num_top, LogprobTensors.concatenate(parts).to_host()
+            pending.prompt_logprobs[entry] = num_top, [part.to_host() for part in parts]

@@ -16,16 +16,17 @@ from torch import Tensor
 from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
+    COUNTS,
     NEUTRAL,
     NUM_WORDS,
     TORCH_DTYPES,
+    Int32Array,
     encode,
     word_offset,
 )
 from nanovllm.worker.sampling.logits_processors import RowEdits, prepare_edits
 
 LOG = logging.getLogger(__name__)
-Int32Array = npt.NDArray[np.int32]
 _NEUTRAL_WORDS = NEUTRAL.view(np.int32)
 
 
@@ -33,9 +34,9 @@ class RequestRows:
     """`ModelRunner` writes plans in, in order; batches and the sampler read by row.
 
     token_ids: [num_rows + 1, max_model_len] int32; block_tables: [num_rows + 1, max_num_blocks]
-    int32; seeds: [num_rows + 1] int64; num_prompt_tokens: [num_rows + 1] int32; columns: name →
-    [num_rows + 1]. All are views of one tensor. `host` mirrors the record's fixed part,
-    `host_block_tables` the block tables.
+    int32; seeds: [num_rows + 1] int64; columns: name → [num_rows + 1], of `COLUMNS` and `COUNTS`.
+    All are views of one tensor. `host` mirrors the record's fixed part, but for `num_counted`,
+    `host_block_tables` the block tables. `edits` are those of rows that have some.
     """
 
     def __init__(
@@ -62,20 +63,20 @@ class RequestRows:
         self.block_tables = state[:, NUM_WORDS : self._tokens_at]
         self.token_ids = state[:, self._tokens_at : width]
         self.seeds = state[:, :2].view(torch.int64)[:, 0]
-        self.num_prompt_tokens = state[:, word_offset("num_prompt_tokens")]
         self.columns: dict[str, Tensor] = {
             column.name: state[:, word_offset(column.name)].view(TORCH_DTYPES[column.kind])
             for column in COLUMNS
         }
+        self.columns |= {name: state[:, word_offset(name)] for name in COUNTS}
         self.num_rows = num_rows
         self.host = np.repeat(NEUTRAL, num_rows + 1)
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
         self.host_block_tables = np.zeros((num_rows + 1, max_num_blocks), np.int32)
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
+        self._uncounted: set[int] = set()  # admitted since their tokens were last counted
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._device = device
 
     def record(self, plan: StepPlan) -> Int32Array:
         """Take the plan's new rows and blocks into the mirror, and return what `write` needs.
@@ -87,6 +88,7 @@ class RequestRows:
         for new in plan.new_rows:
             record, edits = self._prepare(new)
             self.host[new.row] = record[0]
+            self._uncounted.add(new.row)
             self.edits.pop(new.row, None)
             if edits is not None:
                 self.edits[new.row] = edits
@@ -114,10 +116,7 @@ class RequestRows:
         self.failures.pop(new.row, None)
         try:
             edits = prepare_edits(
-                new,
-                vocab_size=self._vocab_size,
-                eos_token_ids=self._eos_token_ids,
-                device=self._device,
+                new, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids
             )
             return encode(new), edits
         except Exception as error:
@@ -140,6 +139,12 @@ class RequestRows:
         """Bring the device up to what `record` returned (writes: [2, num_words] int32)."""
         if writes.shape[1]:
             self._words[writes[0].long()] = writes[1]
+
+    def begin_counts(self, rows: list[int]) -> bool:
+        """The tokens of these rows are counted now: whether some are for the first time."""
+        new = self._uncounted.intersection(rows)
+        self._uncounted -= new
+        return bool(new)
 
     def active_columns(self, rows: Int32Array) -> set[str]:
         """Names of the columns that are not neutral in all of `rows`."""

@@ -16,6 +16,7 @@ from nanovllm.protocol.plan import (
     DeviceLostError,
     ProgressCallback,
     StepHandle,
+    StepMasks,
     StepPlan,
     StepResult,
     WorkerInfo,
@@ -113,7 +114,7 @@ class Worker:
         """
         assert self._loaded is not None and self._runner is not None, "start(), allocate() first"
         try:
-            step = self._runner.execute(plan)
+            step = self._runner.execute(plan, _packed(plan.masks))
         except Exception as error:
             raise self._recover(error) from error
         failures = self._loaded.rows.failures_of(plan)
@@ -151,3 +152,7 @@ class Worker:
         self._precompiler.end()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+
+def _packed(masks: dict[int, bytes]) -> StepMasks | None:
+    return StepMasks(list(masks), memoryview(b"".join(masks.values()))) if masks else None

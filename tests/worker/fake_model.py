@@ -4,14 +4,11 @@ It writes each token's "key" to the paged cache and sums keys over the row's con
 through the block table, so a wrong slot, position, block or token shows in the logits.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.sampling.distribution import draw, to_probabilities
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
 WIDTH = 64
@@ -96,25 +93,3 @@ class FakeModel:
 
     def raw_logits(self, stream: Stream) -> Tensor:
         return self.compute_logits(stream)
-
-
-def sample_tokens(
-    logits: Tensor,
-    *,
-    rows: Tensor,
-    positions: Tensor,
-    columns: Mapping[str, Tensor],
-    seeds: Tensor,
-    truncates: bool,
-    known: Tensor | None = None,
-) -> Tensor:
-    """A fused sampler (`kernels.select.SampleTokens`) that knows temperature and seeds."""
-    assert not truncates
-    rows, positions = rows.long(), positions.long()
-    temperature = columns["temperature"][rows]
-    probabilities = to_probabilities(logits, temperature.clamp(min=1e-3))
-    drawn = draw(probabilities, seeds[rows], positions)
-    token_ids = torch.where(temperature > 0, drawn, logits.argmax(1))
-    if known is not None:
-        known[rows, positions] = token_ids.int()
-    return token_ids

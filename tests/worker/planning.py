@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.protocol.plan import BlockAppend, NewRow, StepPlan
+from nanovllm.protocol.plan import BlockAppend, NewRow, StepMasks, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 
@@ -65,7 +65,6 @@ def make_plan(
     *,
     new_rows: list[NewRow] | None = None,
     sampling: list[int] | None = None,
-    masks: dict[int, bytes] | None = None,
 ) -> StepPlan:
     """entries: (row, num_computed, num_scheduled); all sample unless `sampling` says otherwise.
 
@@ -86,12 +85,14 @@ def make_plan(
         num_computed=[start for _, start, _ in entries],
         num_scheduled=[count for _, _, count in entries],
         sampling=list(range(len(entries))) if sampling is None else sampling,
-        masks=masks or {},
     )
 
 
-def pack_mask(token_ids: list[int]) -> bytes:
-    """The bits of `StepPlan.masks` that allow these ids."""
-    bits = np.zeros(-(-VOCAB_SIZE // 32) * 32, np.uint8)
-    bits[token_ids] = 1
-    return np.packbits(bits, bitorder="little").tobytes()
+def make_masks(allowed: dict[int, list[int]]) -> StepMasks | None:
+    """index into `sampling` → the ids that may be sampled there."""
+    if not allowed:
+        return None
+    bits = np.zeros((len(allowed), -(-VOCAB_SIZE // 32) * 32), np.uint8)
+    for line, token_ids in zip(bits, allowed.values(), strict=True):
+        line[token_ids] = 1
+    return StepMasks(list(allowed), memoryview(np.packbits(bits, bitorder="little").tobytes()))

@@ -35,7 +35,7 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
     assert rows.block_tables[3, :3].tolist() == [9, 4, 0]
     assert rows.token_ids[0, :2].tolist() == [1, 0] and rows.block_tables[0, 0] == 2
     assert rows.seeds[3] == seed
-    assert rows.num_prompt_tokens[[3, 0]].tolist() == [4, 1]
+    assert rows.columns["num_prompt_tokens"][[3, 0]].tolist() == [4, 1]
     for column in COLUMNS:
         value = getattr(EVERYTHING, column.name)
         assert rows.columns[column.name][3].item() == pytest.approx(value), column.name

@@ -15,6 +15,8 @@ from torch import Tensor
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.edit_tables import Entries
+from nanovllm.worker.sampling.logprobs import PackLogprobs
 
 
 class SampleTokens(Protocol):
@@ -28,8 +30,24 @@ class SampleTokens(Protocol):
         positions: Tensor,
         columns: Mapping[str, Tensor],
         seeds: Tensor,
-        truncates: bool,
         known: Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
+
+
+class EditLogits(Protocol):
+    """What single entries ask of their logits (`edit_logits.edit_logits`)."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        entries: Entries,
+        *,
+        masks: Tensor | None,
+        counts: Tensor | None,
+        clears: bool,
+        known: Tensor,
+        columns: Mapping[str, Tensor],
     ) -> Tensor: ...
 
 
@@ -43,10 +61,13 @@ class ExpandView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FusedStep:
-    """What lies before and behind the model in a step, as a CUDA graph wants it."""
+    """What lies before and behind the model in a step: the first two as a CUDA graph wants it, the
+    others for the entries that ask for more."""
 
     expand_view: ExpandView
     sample_tokens: SampleTokens
+    edit_logits: EditLogits
+    pack_logprobs: PackLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +96,8 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 fused=FusedStep(
                     expand_view=_load("triton.expand_batch:expand_view"),
                     sample_tokens=_load("triton.fused_sampler:sample_tokens"),
+                    edit_logits=_load("triton.edit_logits:edit_logits"),
+                    pack_logprobs=_load("triton.token_logprobs:pack_logprobs"),
                 ),
                 why="fused Triton kernels",
                 gpu=_load("triton.launch:gpu_of")(device),

@@ -1,4 +1,4 @@
-"""What a grammar allows, on the device: the plan's bits become the only finite logits of their row.
+"""What a grammar allows, on the device: a step's masks become the only finite logits of their rows.
 
 `sampler` calls it after the other edits. A grammar wins over them: where they leave nothing that it
 allows (`min_tokens` at the end of an output, an `allowed_token_ids` beside it), they are undone.
@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.protocol.plan import StepMasks
+from nanovllm.worker.sampling.columns import Int32Array
+
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
@@ -19,18 +22,17 @@ class TokenMasks:
     allowed: Tensor  # [n, vocab_size] bool
 
 
-def unpack_masks(
-    masks: dict[int, bytes], *, vocab_size: int, device: torch.device
-) -> TokenMasks | None:
-    """The masks of a `StepPlan`; None if it has none."""
-    if not masks:
-        return None
-    packed = torch.from_numpy(np.frombuffer(b"".join(masks.values()), np.uint8).copy())
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+def mask_words(masks: StepMasks) -> Int32Array:
+    """[n, num_words], without a copy."""
+    return np.frombuffer(masks.words, np.int32).reshape(len(masks.indices), -1)
+
+
+def unpack_masks(masks: StepMasks, *, vocab_size: int, device: torch.device) -> TokenMasks:
+    """What `apply_masks` takes."""
+    packed = torch.from_numpy(mask_words(masks).view(np.uint8).copy()).to(device)
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=device)
-    allowed = packed.view(len(masks), -1, 1).bitwise_and(bits) != 0  # [n, num_bytes, 8]
-    return TokenMasks(list(masks), allowed.flatten(1)[:, :vocab_size])
+    allowed = packed[:, :, None].bitwise_and(bits) != 0  # [n, num_bytes, 8]
+    return TokenMasks(masks.indices, allowed.flatten(1)[:, :vocab_size])
 
 
 def apply_masks(logits: Tensor, masks: TokenMasks, unedited: dict[int, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from nanovllm.protocol.plan import NewRow
 
+Int32Array = npt.NDArray[np.int32]
 NO_LOGPROBS = -2  # -1 means the whole vocabulary
 INT32_MAX = 2**31 - 1
 
@@ -32,6 +33,7 @@ class Column:
     draws: bool = False
 
 
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 COLUMNS = (
     Column("temperature", "f4", 0.0, draws=True),  # neutral: greedy
     Column("top_k", "i4", 0, draws=True),
@@ -43,11 +45,13 @@ COLUMNS = (
     Column("logprobs", "i4", NO_LOGPROBS),
     Column("prompt_logprobs", "i4", NO_LOGPROBS),
 )
-# What a row carries besides: the key of its randomness, and where its prompt ends.
+# What a row carries besides: the key of its randomness, where its prompt ends, and how many of its
+# tokens the device has counted for penalties: none when it is admitted.
+COUNTS = ("num_prompt_tokens", "num_counted")
 RECORD = np.dtype(
-    [("seed", "i8"), ("num_prompt_tokens", "i4"), *((c.name, c.kind) for c in COLUMNS)]
+    [("seed", "i8"), *((name, "i4") for name in COUNTS), *((c.name, c.kind) for c in COLUMNS)]
 )
-NEUTRAL: npt.NDArray[Any] = np.array([(0, 0, *(c.neutral for c in COLUMNS))], RECORD)  # [1]
+NEUTRAL: npt.NDArray[Any] = np.array([(0, 0, 0, *(c.neutral for c in COLUMNS))], RECORD)  # [1]
 NUM_WORDS = RECORD.itemsize // 4
 TORCH_DTYPES = {"f4": torch.float32, "i4": torch.int32}
 
@@ -61,7 +65,7 @@ def word_offset(name: str) -> int:
 def encode(new: NewRow) -> npt.NDArray[Any]:
     """The record of one row, [1]."""
     params = new.params
-    values: list[float] = [new.seed, new.num_prompt_tokens]
+    values: list[float] = [new.seed, new.num_prompt_tokens, 0]
     for column in COLUMNS:
         value = getattr(params, column.name)
         if value is None or (column.draws and params.greedy):

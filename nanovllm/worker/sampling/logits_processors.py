@@ -1,42 +1,36 @@
 """Edits of single rows' logits whose size differs from request to request.
 
 Allowed ids, bad words, ids that must not come before min_tokens, and logit_bias. `RequestRows`
-prepares the tensors when a row is admitted; `sampler` applies them, looping over such rows only.
+prepares them when a row is admitted. `sampler` applies them in plain torch, looping over such rows
+only; on a GPU `edit_tables` brings them to the device once, where kernels do the same.
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import NewRow
 
-
-@dataclass(frozen=True, slots=True)
-class BadWords:
-    """Token sequences whose last token must not follow the others; sorted by length."""
-
-    prefixes: Tensor  # [num_words, longest] int32, right-aligned after -1, which matches anything
-    last_ids: Tensor  # [num_words] int64
-    prefix_lengths: list[int]
+IdArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowEdits:
-    """What one request does to its logits; None where it does nothing."""
+    """What one request does to its logits."""
 
-    forbidden: Tensor | None  # [vocab_size] bool
-    bad_words: BadWords | None
-    early_ids: Tensor | None  # [n] int64: not before the output has min_tokens
+    forbidden: npt.NDArray[np.bool_] | None  # [vocab_size]; None: every id is allowed
+    bad_words: list[list[int]]  # the last token of each must not follow the others
+    early_ids: IdArray  # not before the output has min_tokens
     min_tokens: int
-    biased_ids: Tensor | None  # [n] int64
-    biases: Tensor | None  # [n] float32
+    biased_ids: IdArray  # each once
+    biases: npt.NDArray[np.float32]  # like biased_ids
 
 
-def prepare_edits(
-    new: NewRow, *, vocab_size: int, eos_token_ids: list[int], device: torch.device
-) -> RowEdits | None:
+def prepare_edits(new: NewRow, *, vocab_size: int, eos_token_ids: list[int]) -> RowEdits | None:
     """The edits of an admitted row, or None if it has none.
 
     EOS ids count as early even with ignore_eos, as in vLLM. Ids outside the vocabulary (a stop id
@@ -44,25 +38,28 @@ def prepare_edits(
     """
     params = new.params
 
-    def ids(values: list[int]) -> Tensor:
-        return torch.tensor([i for i in values if i < vocab_size], dtype=torch.int64, device=device)
+    def ids(values: Any) -> IdArray:
+        return np.array([i for i in values if i < vocab_size], np.int64)
 
-    forbidden = bad_words = early_ids = biased_ids = biases = None
+    forbidden = None
     if params.allowed_token_ids is not None:
-        forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
+        forbidden = np.ones(vocab_size, bool)
         forbidden[ids(params.allowed_token_ids)] = False
-    words = [w for w in new.bad_words_token_ids if w and w[-1] < vocab_size]
-    if words:
-        bad_words = _prepare_bad_words(words, device)
+    bad_words = [word for word in new.bad_words_token_ids if word and word[-1] < vocab_size]
+    early: set[int] = set()
     if params.min_tokens > len(new.token_ids) - new.num_prompt_tokens:
-        early_ids = ids(sorted({*params.stop_token_ids, *eos_token_ids}))
-    if params.logit_bias:
-        biased_ids = ids(list(params.logit_bias))
-        values = [bias for token_id, bias in params.logit_bias.items() if token_id < vocab_size]
-        biases = torch.tensor(values, dtype=torch.float32, device=device)
-    if all(edit is None for edit in (forbidden, bad_words, early_ids, biased_ids)):
+        early = {*params.stop_token_ids, *eos_token_ids}
+    if forbidden is None and not (bad_words or early or params.logit_bias):
         return None
-    return RowEdits(forbidden, bad_words, early_ids, params.min_tokens, biased_ids, biases)
+    values = [bias for token_id, bias in params.logit_bias.items() if token_id < vocab_size]
+    return RowEdits(
+        forbidden=forbidden,
+        bad_words=bad_words,
+        early_ids=ids(sorted(early)),
+        min_tokens=params.min_tokens,
+        biased_ids=ids(params.logit_bias),
+        biases=np.array(values, np.float32),
+    )
 
 
 def apply_edits(logits: Tensor, edits: RowEdits, outputs: Tensor) -> None:
@@ -70,37 +67,24 @@ def apply_edits(logits: Tensor, edits: RowEdits, outputs: Tensor) -> None:
 
     logits: [vocab_size]; outputs: [num_outputs] int32, the tokens generated so far.
     """
+    device = logits.device
     if edits.forbidden is not None:
-        logits.masked_fill_(edits.forbidden, -torch.inf)
-    if edits.bad_words is not None:
-        _forbid_bad_words(logits, edits.bad_words, outputs)
-    if edits.early_ids is not None and len(outputs) < edits.min_tokens:
-        logits.index_fill_(0, edits.early_ids, -torch.inf)
-    if edits.biased_ids is not None and edits.biases is not None:
-        logits.index_add_(0, edits.biased_ids, edits.biases)
+        logits.masked_fill_(torch.from_numpy(edits.forbidden).to(device), -torch.inf)
+    if edits.bad_words and (ends := ends_of_bad_words(edits.bad_words, outputs)):
+        logits[torch.tensor(ends, device=device)] = -torch.inf
+    if len(outputs) < edits.min_tokens:
+        logits.index_fill_(0, torch.from_numpy(edits.early_ids).to(device), -torch.inf)
+    if len(edits.biased_ids):
+        biased, biases = torch.from_numpy(edits.biased_ids), torch.from_numpy(edits.biases)
+        logits.index_add_(0, biased.to(device), biases.to(device))
 
 
-def _prepare_bad_words(words: list[list[int]], device: torch.device) -> BadWords:
-    words = sorted(words, key=len)
-    longest = len(words[-1]) - 1
-    prefixes = [[-1] * (longest + 1 - len(word)) + word[:-1] for word in words]
-    return BadWords(
-        torch.tensor(prefixes, dtype=torch.int32, device=device),
-        torch.tensor([word[-1] for word in words], device=device),
-        [len(word) - 1 for word in words],
-    )
-
-
-def _forbid_bad_words(logits: Tensor, words: BadWords, outputs: Tensor) -> None:
-    """Forbid the last token of each word whose other tokens end the output (outputs: [n])."""
-    num_outputs = len(outputs)
-    count = bisect_right(words.prefix_lengths, num_outputs)  # the others cannot match yet
-    if not count:
-        return
-    longest = words.prefix_lengths[count - 1]
-    tail = outputs[num_outputs - longest :]
-    prefixes = words.prefixes[:count, words.prefixes.shape[1] - longest :]
-    matches = ((prefixes == tail) | (prefixes < 0)).all(-1)  # [count]
-    # Added, not assigned: several words may forbid one id, and only some of them now.
-    penalty = torch.zeros(count, device=logits.device).masked_fill_(matches, -torch.inf)
-    logits.index_add_(0, words.last_ids[:count], penalty)
+def ends_of_bad_words(words: list[list[int]], outputs: Tensor) -> list[int]:
+    """Last tokens of the words whose other tokens end the output (outputs: [n])."""
+    longest = max(map(len, words)) - 1
+    tail = outputs[max(0, len(outputs) - longest) :].tolist()
+    return [
+        word[-1]
+        for word in words
+        if len(word) == 1 or (len(word) - 1 <= len(tail) and word[:-1] == tail[1 - len(word) :])
+    ]

@@ -1,63 +1,82 @@
-"""Log-probabilities of chosen tokens: computed on the device, copied and unpacked on the host.
+"""Log-probabilities of chosen tokens: computed and packed on the device, unpacked on the host.
 
-`sampler` uses it for sampled tokens, `model_runner` for prompts. They are the model's own, before
-any edit, penalty or temperature, as vLLM's default has it.
+Samplers use it for sampled tokens, `model_runner` for prompts. They are the model's own, before any
+edit, penalty or temperature, as vLLM's default has it.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import TokenLogprobs
 
+NUM_FIXED = 3  # words of a position before its alternatives: token id, log-probability, rank
+
+
+class PackLogprobs(Protocol):
+    """`pack_logprobs`, or the same by kernels."""
+
+    def __call__(
+        self, logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
+    ) -> Tensor: ...
+
+
+def pack_logprobs(
+    logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
+) -> Tensor:
+    """Of m lines of `logits`, as 32-bit words: [m, 3 + 2 * num_top] int32.
+
+    logits: [n, vocab_size] of any float type; token_ids: [n] integers; lines: [m] integers, which
+    of both (None: all). num_top: alternatives, or -1 for the whole vocabulary. A line's words are
+    its token id, log-probability (float32) and rank, the likeliest ids, descending, and their
+    log-probabilities. A token's rank is one more than the number of tokens with a larger logit.
+    """
+    if lines is not None:
+        logits, token_ids = logits[lines.long()], token_ids[lines.long()]
+    logits, token_ids = logits.float(), token_ids.long()
+    vocab_size = logits.shape[1]
+    chosen = logits.gather(1, token_ids[:, None])  # [m, 1]
+    ranks = (logits > chosen).sum(-1, keepdim=True) + 1
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    top = logits.topk(vocab_size if num_top < 0 else min(num_top, vocab_size), dim=-1)
+    words = (
+        token_ids[:, None].int(),
+        (chosen - normalizer).view(torch.int32),
+        ranks.int(),
+        top.indices.int(),
+        (top.values - normalizer).view(torch.int32),
+    )
+    return torch.cat(words, dim=1)
+
 
 @dataclass(frozen=True, slots=True)
-class LogprobTensors:
-    """n positions; ranks count from 1; the top ones descend."""
+class PackedLogprobs:
+    """What `pack_logprobs` has made of m positions, perhaps still on its way to the host."""
 
-    token_ids: Tensor  # [n] int64
-    logprobs: Tensor  # [n] float32
-    ranks: Tensor  # [n] int64
-    top_ids: Tensor  # [n, num_top] int64
-    top_logprobs: Tensor  # [n, num_top] float32
+    words: Tensor  # [m, 3 + 2 * num_top] int32
 
-    def to_host(self) -> "LogprobTensors":
+    def to_host(self) -> "PackedLogprobs":
         """Start copying to (on CUDA: pinned) host memory; an event says when it is done."""
-        return LogprobTensors(*(t.to("cpu", non_blocking=True) for t in self._tensors()))
+        return PackedLogprobs(self.words.to("cpu", non_blocking=True))
 
     def unpack(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One message per position, with its first `num_top[i]` alternatives (-1: all)."""
-        columns = (tensor.tolist() for tensor in self._tensors())
-        return [
-            TokenLogprobs(token_id, logprob, rank, ids[: _end(n)], logprobs[: _end(n)])
-            for n, token_id, logprob, rank, ids, logprobs in zip(num_top, *columns, strict=True)
-        ]
-
-    @staticmethod
-    def concatenate(parts: list["LogprobTensors"]) -> "LogprobTensors":
-        """Join along the positions."""
-        columns = zip(*(part._tensors() for part in parts), strict=True)
-        return LogprobTensors(*(torch.cat(column) for column in columns))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs
-
-
-def gather_logprobs(logits: Tensor, token_ids: Tensor, *, num_top: int) -> LogprobTensors:
-    """logits: [n, vocab_size] float32; token_ids: [n] int64; num_top: alternatives, or -1 for all.
-
-    A token's rank is one more than the number of tokens with a larger logit.
-    """
-    vocab_size = logits.shape[1]
-    chosen = logits.gather(1, token_ids[:, None])  # [n, 1]
-    ranks = (logits > chosen).sum(-1) + 1
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    top = logits.topk(vocab_size if num_top < 0 else min(num_top, vocab_size), dim=-1)
-    return LogprobTensors(
-        token_ids, (chosen - normalizer)[:, 0], ranks, top.indices, top.values - normalizer
-    )
-
-
-def _end(num_top: int) -> int | None:
-    return None if num_top < 0 else num_top
+        width = (self.words.shape[1] - NUM_FIXED) // 2
+        middle = NUM_FIXED + width
+        integers = self.words.tolist()
+        floats = self.words.view(torch.float32).tolist()
+        found = []
+        for wanted, words, reals in zip(num_top, integers, floats, strict=True):
+            count = width if wanted < 0 else min(wanted, width)
+            found.append(
+                TokenLogprobs(
+                    words[0],
+                    reals[1],
+                    words[2],
+                    words[NUM_FIXED : NUM_FIXED + count],
+                    reals[middle : middle + count],
+                )
+            )
+        return found

@@ -1,4 +1,5 @@
-"""Chooses the next token of every row that samples; `ModelRunner` calls it once per step.
+"""Chooses the next token of every row that samples, in plain torch; `ModelRunner` calls it once per
+step. It is what `device_sampler` means, too.
 
 Owns the order of operations, which is vLLM's: raw log-probabilities; allowed ids, bad words,
 min_tokens, logit_bias; what a grammar allows; penalties; greedy choice, or temperature, min-p,
@@ -12,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.worker.kernels.select import SampleTokens
-from nanovllm.worker.request_rows import Int32Array, RequestRows
-from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks
-from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS
+from nanovllm.protocol.plan import StepMasks
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
+from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
 from nanovllm.worker.sampling.distribution import (
     draw,
     to_probabilities,
@@ -24,11 +25,10 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_p,
 )
 from nanovllm.worker.sampling.logits_processors import apply_edits
-from nanovllm.worker.sampling.logprobs import LogprobTensors, gather_logprobs
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.penalties import penalize
 
 IndexArray = npt.NDArray[np.intp]
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ class SamplingTargets:
     positions: Tensor  # [n] int64
     host_rows: Int32Array
     host_positions: Int32Array
+
+    @classmethod
+    def of(cls, rows: Int32Array, positions: Int32Array, device: torch.device) -> "SamplingTargets":
+        """From what the host knows."""
+        on_device = [torch.from_numpy(array).long().to(device) for array in (rows, positions)]
+        return cls(on_device[0], on_device[1], rows, positions)
 
     def select(self, chosen: IndexArray) -> tuple["SamplingTargets", Tensor]:
         """Some of the targets, and their indices on the device."""
@@ -52,22 +58,24 @@ class Sampled:
     """`logprobs` are those of the targets `logprob_indices`, if there are any."""
 
     token_ids: Tensor  # [n] int64
-    logprobs: LogprobTensors | None
+    logprobs: PackedLogprobs | None
     logprob_indices: list[int]
     num_top_logprobs: list[int]
 
 
 class Sampler:
-    """Reads `rows`; keeps nothing from step to step. sample_tokens: a fused choice, if any."""
+    """Reads `rows`; keeps nothing from step to step."""
 
-    def __init__(self, rows: RequestRows, sample_tokens: SampleTokens | None = None) -> None:
+    def __init__(self, rows: RequestRows) -> None:
         self._rows = rows
-        self._sample_tokens = sample_tokens
 
     def sample(
-        self, logits: Tensor, targets: SamplingTargets, masks: TokenMasks | None = None
+        self, logits: Tensor, targets: SamplingTargets, packed_masks: StepMasks | None = None
     ) -> Sampled:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32)."""
+        masks = None
+        if packed_masks is not None:
+            masks = unpack_masks(packed_masks, vocab_size=logits.shape[1], device=logits.device)
         active = self._rows.active_columns(targets.host_rows)
         raw = None
         if "logprobs" in active:
@@ -86,7 +94,7 @@ class Sampler:
         if raw is None:
             return Sampled(token_ids, None, [], [])
         most = -1 if -1 in num_top else int(num_top.max())
-        logprobs = gather_logprobs(raw, token_ids[indices], num_top=most)
+        logprobs = PackedLogprobs(pack_logprobs(raw, token_ids[indices], num_top=most))
         return Sampled(token_ids, logprobs, wanted.tolist(), num_top[wanted].tolist())
 
     def _copy_edited(
@@ -122,7 +130,7 @@ class Sampler:
         penalized = penalize(
             logits[indices],
             torch.where(known, tokens, tokens[:, :1]),
-            known & (places >= rows.num_prompt_tokens[some.rows][:, None]),
+            known & (places >= rows.columns["num_prompt_tokens"][some.rows][:, None]),
             repetition=rows.columns["repetition_penalty"][some.rows],
             presence=rows.columns["presence_penalty"][some.rows],
             frequency=rows.columns["frequency_penalty"][some.rows],
@@ -131,15 +139,6 @@ class Sampler:
 
     def _choose(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
         """Greedy rows take the largest logit, the others draw. Returns [n] int64."""
-        if self._sample_tokens is not None:
-            return self._sample_tokens(
-                logits,
-                rows=targets.rows,
-                positions=targets.positions,
-                columns=self._rows.columns,
-                seeds=self._rows.seeds,
-                truncates=not active.isdisjoint(("min_p", "top_k", "top_p")),
-            )
         if "temperature" not in active:
             return _argmax(logits)
         drawing = self._rows.host["temperature"][targets.host_rows] > 0

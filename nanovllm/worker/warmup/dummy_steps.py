@@ -12,9 +12,17 @@ from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.model_runner import ModelRunner
 
-PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
-# Asks for every operation of the sampler that takes much memory.
-HEAVY = SamplingParams(top_p=0.9, top_k=1000, min_p=0.01, repetition_penalty=1.1, logprobs=20)
+PLAIN = SamplingParams(temperature=0.5)
+# Asks for every operation of the sampler.
+HEAVY = SamplingParams(
+    top_p=0.9,
+    top_k=1000,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    logprobs=20,
+    logit_bias={0: 1.0},
+    min_tokens=1,
+)
 
 
 def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> None:
@@ -34,15 +42,14 @@ def heaviest_steps(
 
 def rehearsals(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:
     """Steps of every shape that runs by graph, one with each `next`."""
-    for params in (PLAIN, TRUNCATING):
-        for num_tokens, num_rows in runner.graph_shapes:
-            if num_tokens > num_rows * (max_model_len - 1):
-                continue
-            each, more = divmod(num_tokens, num_rows)
-            counts = [each + 1] * more + [each] * (num_rows - more)
-            for _ in range(2):  # eagerly, which compiles; then it is captured
-                run_step(runner, limits, params, counts=counts)
-                yield
+    for num_tokens, num_rows in runner.graph_shapes:
+        if num_tokens > num_rows * (max_model_len - 1):
+            continue
+        each, more = divmod(num_tokens, num_rows)
+        counts = [each + 1] * more + [each] * (num_rows - more)
+        for _ in range(2):  # eagerly, which compiles; then it is captured
+            run_step(runner, limits, PLAIN, counts=counts)
+            yield
 
 
 def largest_step(limits: StepLimits, *, max_model_len: int) -> tuple[int, int]:

@@ -33,9 +33,11 @@ from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape, Variant
 from nanovllm.worker.kernels.select import ExpandView, FusedStep
 from nanovllm.worker.kernels.triton import launch
+from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.expand_batch import expand_view
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.select import allocate_linears
@@ -48,7 +50,7 @@ MAX_PROCESSES = 16
 POLITENESS = 10  # added to the niceness
 FEW_ROWS = 16
 DYNAMO = "torch._dynamo"
-VARIANTS = [Variant(truncates, shares) for shares in (False, True) for truncates in (False, True)]
+VARIANTS = [Variant(shares_prefix=False), Variant(shares_prefix=True)]
 
 
 class Target:
@@ -209,7 +211,7 @@ def runner_without_weights(
         rows=rows,
         kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
-        fused=FusedStep(expand, sample_tokens),
+        fused=FusedStep(expand, sample_tokens, edit_logits, pack_logprobs),
         captures=True,
     )
 

@@ -53,8 +53,6 @@ def check(
     top_k: list[int] | None = None,
     top_p: list[float] | None = None,
     min_p: list[float] | None = None,
-    *,
-    truncates: bool = True,
 ) -> None:
     n = len(temperature)
     columns = columns_of(temperature, top_k or [0] * n, top_p or [1.0] * n, min_p or [0.0] * n)
@@ -68,7 +66,6 @@ def check(
         positions=positions[order],
         columns=columns,
         seeds=seeds,
-        truncates=truncates,
     )
     assert tokens.tolist() == expected[order].tolist()
 
@@ -81,7 +78,7 @@ def random_logits(n: int) -> Tensor:
 def test_temperature_and_greedy() -> None:
     logits = random_logits(8)
     logits[3, 700:] = float("-inf")
-    check(logits, [0.0, 0.6, 1.0, 0.8, 5.0, 0.0, 1e-3, 1.0], truncates=False)
+    check(logits, [0.0, 0.6, 1.0, 0.8, 5.0, 0.0, 1e-3, 1.0])
 
 
 def test_tokens_are_written_where_they_will_be_read() -> None:
@@ -95,7 +92,6 @@ def test_tokens_are_written_where_they_will_be_read() -> None:
         positions=positions,
         columns=columns,
         seeds=seeds,
-        truncates=False,
         known=known,
     )
     assert [known[2, 7].item(), known[0, 0].item()] == tokens.tolist()
@@ -105,7 +101,7 @@ def test_tokens_are_written_where_they_will_be_read() -> None:
 def test_first_of_equal_maxima() -> None:
     logits = random_logits(3)
     logits[:, [77, 130, 900]] = 20.0
-    check(logits, [0.0, 0.0, 0.7], truncates=False)
+    check(logits, [0.0, 0.0, 0.7])
 
 
 def test_each_truncation_alone() -> None:
@@ -153,7 +149,6 @@ def test_a_uniform_distribution_over_whole_and_odd_vocabularies() -> None:
             positions=positions,
             columns=columns,
             seeds=seeds,
-            truncates=False,
         )
         assert tokens.tolist() == plain(logits, columns, seeds, positions).tolist()
         assert tokens.max() < vocab_size
@@ -162,21 +157,35 @@ def test_a_uniform_distribution_over_whole_and_odd_vocabularies() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 def test_a_row_without_numbers_gets_an_index() -> None:
     logits = torch.full((2, VOCAB_SIZE), torch.nan, device=DEVICE)
-    for truncates in (False, True):
-        tokens = sample_tokens(
-            logits,
-            rows=torch.arange(2, device=DEVICE),
-            positions=torch.arange(2, device=DEVICE),
-            columns=columns_of([1.0, 0.5], [0, 0], [1.0, 1.0], [0.0, 0.0]),
-            seeds=torch.arange(2, device=DEVICE),
-            truncates=truncates,
-        )
-        assert (tokens >= 0).all() and (tokens < VOCAB_SIZE).all()
+    tokens = sample_tokens(
+        logits,
+        rows=torch.arange(2, device=DEVICE),
+        positions=torch.arange(2, device=DEVICE),
+        columns=columns_of([1.0, 0.5], [0, 7], [1.0, 1.0], [0.0, 0.0]),
+        seeds=torch.arange(2, device=DEVICE),
+    )
+    assert (tokens >= 0).all() and (tokens < VOCAB_SIZE).all()
+
+
+def test_ids_go_to_their_lines_among_others() -> None:
+    out = torch.full((5,), -1, device=DEVICE)
+    lines = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+    logits = random_logits(2)
+    sample_tokens(
+        logits,
+        rows=torch.arange(2, device=DEVICE),
+        positions=torch.arange(2, device=DEVICE),
+        columns=columns_of([0.0] * 2, [0] * 2, [1.0] * 2, [0.0] * 2),
+        seeds=torch.arange(2, device=DEVICE),
+        out=(out, lines),
+    )
+    first, second = logits.argmax(1).tolist()
+    assert out.tolist() == [-1, second, -1, first, -1]
 
 
 def test_it_compiles_for_hopper_without_spilling() -> None:
     found = run_compiling("compile_for_gpu.py", "sampler")
-    assert len(found) == 6
+    assert len(found) == 4
     for case, usage in found.items():
         assert usage["spilled"] == 0, case
         limit = 128 if case.startswith("choose") else 96  # one program of 16 warps per SM; several

@@ -7,7 +7,7 @@ import torch
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
-from tests.worker.planning import CUDA, EOS, VOCAB_SIZE, make_plan, make_rows, new_row, pack_mask
+from tests.worker.planning import CUDA, EOS, VOCAB_SIZE, make_masks, make_plan, make_rows, new_row
 
 TOP = VOCAB_SIZE - 1
 
@@ -24,14 +24,8 @@ def sample(allowed: dict[int, list[int]], *params: SamplingParams, device: str =
     rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=new_rows))).to(device))
     host_rows = np.arange(len(params), dtype=np.int32)
     positions = np.full(len(params), 2, np.int32)
-    targets = SamplingTargets(
-        rows=torch.from_numpy(host_rows).long().to(device),
-        positions=torch.from_numpy(positions).long().to(device),
-        host_rows=host_rows,
-        host_positions=positions,
-    )
-    packed = {target: pack_mask(ids) for target, ids in allowed.items()}
-    masks = unpack_masks(packed, vocab_size=VOCAB_SIZE, device=torch.device(device))
+    targets = SamplingTargets.of(host_rows, positions, torch.device(device))
+    masks = make_masks(allowed)
     logits = torch.linspace(-4, 4, VOCAB_SIZE, device=device).repeat(len(params), 1)
     return Sampler(rows).sample(logits, targets, masks)
 
@@ -43,12 +37,12 @@ def greedy(**fields: object) -> SamplingParams:
 def test_bits_become_booleans(device: torch.device) -> None:
     rng = np.random.default_rng(0)
     ids = [sorted(rng.choice(VOCAB_SIZE, 30, replace=False).tolist()) for _ in range(3)]
-    packed = {target: pack_mask(some) for target, some in zip((0, 2, 5), ids, strict=True)}
+    packed = make_masks(dict(zip((0, 2, 5), ids, strict=True)))
+    assert packed is not None
     masks = unpack_masks(packed, vocab_size=VOCAB_SIZE, device=device)
-    assert masks is not None and masks.targets == [0, 2, 5]
+    assert masks.targets == [0, 2, 5]
     assert masks.allowed.shape == (3, VOCAB_SIZE)
     assert [row.nonzero()[:, 0].tolist() for row in masks.allowed] == ids
-    assert unpack_masks({}, vocab_size=VOCAB_SIZE, device=device) is None
 
 
 @pytest.mark.parametrize("targets", [[0, 1, 2], [1], [0, 2]])

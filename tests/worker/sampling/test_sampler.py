@@ -30,12 +30,7 @@ def sample(rows: RequestRows, logits: Tensor, lengths: dict[int, int]) -> Sample
     """lengths: row → its number of tokens, which is the position of the next one."""
     host_rows = np.array(list(lengths), np.int32)
     positions = np.array(list(lengths.values()), np.int32)
-    targets = SamplingTargets(
-        rows=torch.from_numpy(host_rows).long().to(logits.device),
-        positions=torch.from_numpy(positions).long().to(logits.device),
-        host_rows=host_rows,
-        host_positions=positions,
-    )
+    targets = SamplingTargets.of(host_rows, positions, logits.device)
     return Sampler(rows).sample(logits.clone(), targets)
 
 

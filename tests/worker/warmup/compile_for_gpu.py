@@ -1,6 +1,6 @@
 """Compile Triton kernels to machine code of a GPU that need not be there.
 
-`python tests/worker/warmup/compile_for_gpu.py sampler` (or `gated`) prints a JSON object:
+`python tests/worker/warmup/compile_for_gpu.py sampler` (or `asking`, `gated`) prints a JSON object:
 case → what it uses. A program of its own, since Triton decides when it is imported whether to
 compile or to interpret.
 """
@@ -19,7 +19,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanovllm.worker.kernels.triton import fused_sampler, gated_linear
+from nanovllm.worker.kernels.triton import (
+    edit_logits,
+    fused_sampler,
+    gated_linear,
+    token_logprobs,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 VOCAB_SIZE = 151_936
@@ -64,7 +69,7 @@ def sampler() -> dict[str, dict[str, int]]:
         ("temperature", "top_p", "min_p", "maxima", "masses", "chosen_masses"), "*fp32"
     )
     longs = dict.fromkeys(("seeds", "token_ids"), "*i64")
-    ints = dict.fromkeys(("rows", "positions", "top_k", "chosen", "known"), "*i32")
+    ints = dict.fromkeys(("rows", "positions", "top_k", "chosen", "known", "lines"), "*i32")
     counts = dict.fromkeys(
         (
             "logits_stride",
@@ -85,19 +90,54 @@ def sampler() -> dict[str, dict[str, int]]:
             {**segment, "NUM": fused_sampler.SEGMENTS_PER_PROGRAM},
             num_warps=4,
         )
-        for truncates, num_warps in ((False, 8), (True, 16)):
-            constants = {
-                "BLOCK": triton.next_power_of_2(num_segments),
-                "LOOK": fused_sampler.SEGMENTS_PER_LOOK,
-                "TRUNCATE": truncates,
-            }
-            found[f"choose {dtype} {truncates}"] = usage(
-                fused_sampler._choose_kernel,
-                {**types, "logits": "*" + dtype},
-                {**segment, **constants},
-                num_warps=num_warps,
-            )
+        constants = {
+            "BLOCK": triton.next_power_of_2(num_segments),
+            "LOOK": fused_sampler.SEGMENTS_PER_LOOK,
+        }
+        found[f"choose {dtype}"] = usage(
+            fused_sampler._choose_kernel,
+            {**types, "logits": "*" + dtype},
+            {**segment, **constants},
+            num_warps=16,
+        )
     return found
+
+
+def asking() -> dict[str, dict[str, int]]:
+    """What the entries of a step launch that ask for something, all at once."""
+    words = dict.fromkeys(("entries", "tables", "masks", "left", "counts", "num_counted"), "*i32")
+    words |= dict.fromkeys(("num_prompt_tokens", "known", "lines", "larger", "words"), "*i32")
+    floats = dict.fromkeys(("edited", "repetition", "presence", "frequency", "sums"), "*fp32")
+    longs = {"token_ids": "*i64", "candidates": "*i64"}
+    counts = dict.fromkeys(
+        (
+            "logits_stride",
+            "column_stride",
+            "known_stride",
+            "mask_stride",
+            "vocab_size",
+            "num_top",
+            "num_pieces",
+        ),
+        "i32",
+    )
+    types = {**words, **floats, **longs, **counts, "logits": "*bf16"}
+    num_pieces = triton.cdiv(VOCAB_SIZE, token_logprobs.PIECE)
+    joining = {"NUM_FIXED": 3, "PIECES": triton.next_power_of_2(num_pieces)}
+    launches: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "allow": (edit_logits._allow_kernel, {}, 8),
+        "single ids": (edit_logits._single_ids_kernel, {}, 4),
+        "left": (edit_logits._left_kernel, {}, 8),
+        "clear": (edit_logits._clear_counts_kernel, {}, 8),
+        "count": (edit_logits._count_kernel, {}, 4),
+        "finish": (edit_logits._finish_kernel, {"HAS_EDITS": True}, 8),
+        "pieces": (token_logprobs._pieces_kernel, {"PIECE": token_logprobs.PIECE}, 4),
+        "join": (token_logprobs._join_kernel, joining, 4),
+    }
+    return {
+        name: usage(kernel, types, constants, num_warps=num_warps)
+        for name, (kernel, constants, num_warps) in launches.items()
+    }
 
 
 def gated() -> dict[str, dict[str, int]]:
@@ -123,4 +163,4 @@ def gated() -> dict[str, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"sampler": sampler, "gated": gated}[sys.argv[1]]()))
+    print(json.dumps({"sampler": sampler, "asking": asking, "gated": gated}[sys.argv[1]]()))

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,7 +19,9 @@ from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.select import allocate_linears
@@ -27,6 +30,7 @@ from nanovllm.worker.warmup import dummy_steps
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 512
+NONE = (np.empty(0, np.int32), np.empty(0, np.int32))  # rows and positions that are sampled
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "num_hidden_layers": 2,
@@ -77,7 +81,7 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
         rows=rows,
         kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
         limits=limits,
-        fused=FusedStep(expand_view, sample_first),
+        fused=FusedStep(expand_view, sample_first, edit_logits, pack_logprobs),
     )
     return runner, rows
 
@@ -176,11 +180,11 @@ def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
     monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
     plans: list[StepPlan] = []
     monkeypatch.setattr(
-        ModelRunner, "execute", lambda _, plan: plans.append(plan) or PendingStep(plan.step)
+        ModelRunner, "execute", lambda _, plan: plans.append(plan) or PendingStep(plan.step, *NONE)
     )
     num_rehearsals = sum(
         1 for _ in dummy_steps.rehearsals(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
-    assert num_rehearsals == len(plans) == 2 * 2 * 3  # ways to sample, times, shapes that can be
+    assert num_rehearsals == len(plans) == 2 * 3  # times, shapes that can be
     assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}

@@ -114,7 +114,7 @@ def test_what_launches_kernels_is_compiled_too(
 
 
 def test_a_first_request_comes_before_many_at_once() -> None:
-    plain, sharing = Variant(False, False), Variant(False, True)
+    plain, sharing = Variant(shares_prefix=False), Variant(shares_prefix=True)
     shapes = [StepShape(*sizes) for sizes in ((1, 1), (24, 24), (128, 16), (128, 64))]
     steps = [(shape, variant) for variant in (sharing, plain) for shape in shapes]
     first = [(128, 16), (1, 1), (24, 24), (128, 64)]

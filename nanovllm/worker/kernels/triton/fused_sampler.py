@@ -302,10 +302,10 @@ def _choose_kernel(
     chosen,  # [n, num_segments] int32, scratch
     chosen_masses,  # [n, num_segments] fp32, scratch
     token_ids,  # [n] int64, out
+    lines,  # [n] int32: where in token_ids each goes, or None: one after the other
     known,  # [num_rows, …] int32, stride known_stride, or None: tokens go there at their positions
     known_stride, vocab_size, num_segments,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, TRUNCATE: tl.constexpr,
-    PDL: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row chooses its token."""
     if PDL:
@@ -326,22 +326,24 @@ def _choose_kernel(
         mass *= tl.exp2((peaks - tl.max(peaks, 0)) * _sharpness(warmth))
         floor = float("-inf")
         listed = segments
-        if TRUNCATE:
-            k = tl.load(top_k + row * column_stride)
-            p = tl.load(top_p + row * column_stride)
-            least = tl.load(min_p + row * column_stride)
-            if (k > 0) | (p < 1) | (least > 0):
-                floor, num_chosen = _truncate(
-                    row_logits, chosen + place, chosen_masses + place, peaks, mass, segments,
-                    present, k, p, least, warmth, vocab_size, SEGMENT, LOOK,
-                )  # fmt: skip
-                real = segments < num_chosen
-                listed = tl.load(chosen + place + segments, real, other=0)
-                mass = tl.load(chosen_masses + place + segments, real, other=0.0)
+        k = tl.load(top_k + row * column_stride)
+        p = tl.load(top_p + row * column_stride)
+        least = tl.load(min_p + row * column_stride)
+        if (k > 0) | (p < 1) | (least > 0):
+            floor, num_chosen = _truncate(
+                row_logits, chosen + place, chosen_masses + place, peaks, mass, segments,
+                present, k, p, least, warmth, vocab_size, SEGMENT, LOOK,
+            )  # fmt: skip
+            real = segments < num_chosen
+            listed = tl.load(chosen + place + segments, real, other=0)
+            mass = tl.load(chosen_masses + place + segments, real, other=0.0)
         seed = tl.load(seeds + row * seed_stride)
         token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, _sharpness(warmth),
                       seed, position, vocab_size, SEGMENT)  # fmt: skip
-    tl.store(token_ids + entry, token.to(tl.int64))
+    line = entry
+    if lines is not None:
+        line = tl.load(lines + entry).to(tl.int64)
+    tl.store(token_ids + line, token.to(tl.int64))
     if known is not None:
         tl.store(known + row * known_stride + position, token.to(tl.int32))
 
@@ -353,23 +355,23 @@ def sample_tokens(
     positions: Tensor,
     columns: Mapping[str, Tensor],
     seeds: Tensor,
-    truncates: bool,
     known: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Choose one token for each line of `logits` ([n, vocab_size], any float type). Returns [n].
 
     rows: [n] integers, each line's entry in columns and seeds; positions: [n] integers. columns:
-    temperature (0: greedy), top_p and min_p fp32, top_k int32 (0: off), of one stride. truncates:
-    whether any row asks for top-k, top-p or min-p, as the host knows. known: [num_rows, …] int32,
-    where each row's token is written at its position, if given.
+    temperature (0: greedy), top_p and min_p fp32, top_k int32 (0: off), of one stride. known:
+    [num_rows, …] int32, where each row's token is written at its position, if given. out: ids of
+    more lines ([…] int64), and which of them these are ([n] int32): there they are written then.
     """
     n, vocab_size = logits.shape
     assert logits.stride(1) == 1
     num_segments = triton.cdiv(vocab_size, SEGMENT)
     shape, device = (n, num_segments), logits.device
     maxima, masses, chosen_masses = torch.empty(3, *shape, device=device)
-    chosen = torch.empty(shape if truncates else (1, 1), dtype=torch.int32, device=device)
-    token_ids = torch.empty(n, dtype=torch.int64, device=device)
+    chosen = torch.empty(shape, dtype=torch.int32, device=device)
+    token_ids, lines = out or (torch.empty(n, dtype=torch.int64, device=device), None)
     names = ("temperature", "top_k", "top_p", "min_p")
     temperature, top_k, top_p, min_p = (columns[name] for name in names)
     stride = temperature.stride(0)
@@ -383,8 +385,8 @@ def sample_tokens(
     _choose_kernel[(n,)](
         logits, logits.stride(0), rows, positions, temperature, top_k, top_p, min_p, stride,
         seeds, seeds.stride(0), maxima, masses, chosen, chosen_masses, token_ids,
-        known, 0 if known is None else known.stride(0), vocab_size, num_segments,
+        lines, known, 0 if known is None else known.stride(0), vocab_size, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), LOOK=SEGMENTS_PER_LOOK,
-        TRUNCATE=truncates, num_warps=16 if truncates else 8, **options,
+        num_warps=16, **options,
     )  # fmt: skip
     return token_ids

@@ -1,0 +1,121 @@
+"""Log-probabilities of chosen tokens and of the likeliest ones, in two launches.
+
+`sampling.logprobs` says what they are, and does the same in plain torch. The first kernel goes over
+pieces of the vocabulary, each program with a piece of one line; the second joins a line's pieces.
+"""
+# ruff: noqa: N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.worker.kernels.triton.fused_sampler import LOG2E, _key, _value
+from nanovllm.worker.sampling.logprobs import NUM_FIXED
+
+PIECE = 2048  # tokens of a program
+LOWEST = tl.constexpr(-(2**63))  # below every key
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _pieces_kernel(
+    logits,  # [n, vocab_size] of any float type
+    logits_stride,
+    lines,  # [m] int32: of logits and token_ids; None: one after the other
+    token_ids,  # [n] of any integer type
+    sums,  # [m, num_pieces, 2] fp32, out: maximum, sum of exp(logit - maximum)
+    larger,  # [m, num_pieces] int32, out: logits above the chosen token's
+    candidates,  # [m, num_pieces, num_top] int64, out: the largest, descending
+    vocab_size,
+    num_top,
+    PIECE: tl.constexpr,
+):
+    entry, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    line = entry
+    if lines is not None:
+        line = tl.load(lines + entry).to(tl.int64)
+    tokens = piece * PIECE + tl.arange(0, PIECE)
+    inside = tokens < vocab_size
+    row_logits = logits + line * logits_stride
+    x = tl.load(row_logits + tokens, inside, other=float("-inf")).to(tl.float32)
+    chosen = tl.load(row_logits + tl.load(token_ids + line).to(tl.int64)).to(tl.float32)
+    largest = tl.max(x, 0)
+    weights = tl.exp2((x - tl.maximum(largest, -1e30)) * LOG2E)
+    place = entry * tl.num_programs(1) + piece
+    tl.store(sums + 2 * place, largest)
+    tl.store(sums + 2 * place + 1, tl.sum(weights, 0))
+    tl.store(larger + place, tl.sum((x > chosen).to(tl.int32), 0))
+    # Of equal logits the first: the lower half of a key falls as the token rises.
+    keys = tl.where(inside, (_key(x) << 32) | (0x7FFFFFFF - tokens).to(tl.int64), LOWEST)
+    for index in range(num_top):
+        best = tl.max(keys, 0)
+        tl.store(candidates + place * num_top + index, best)
+        keys = tl.where(keys == best, LOWEST, keys)
+
+
+@triton.jit
+def _join_kernel(
+    logits, logits_stride, lines, token_ids, sums, larger, candidates,
+    words,  # [m, 3 + 2 * num_top] int32, out: as `sampling.logprobs` packs them
+    num_pieces, num_top,
+    NUM_FIXED: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """One program per line."""
+    entry = tl.program_id(0).to(tl.int64)
+    line = entry
+    if lines is not None:
+        line = tl.load(lines + entry).to(tl.int64)
+    pieces = tl.arange(0, PIECES)
+    present = pieces < num_pieces
+    places = entry * num_pieces + pieces
+    maxima = tl.load(sums + 2 * places, present, other=float("-inf"))
+    masses = tl.load(sums + 2 * places + 1, present, other=0.0)
+    largest = tl.max(maxima, 0)
+    total = tl.sum(masses * tl.exp2((tl.maximum(maxima, -1e30) - largest) * LOG2E), 0)
+    normalizer = largest + tl.log2(total) * LN2
+    token = tl.load(token_ids + line).to(tl.int64)
+    chosen = tl.load(logits + line * logits_stride + token).to(tl.float32)
+    rank = 1 + tl.sum(tl.load(larger + places, present, other=0), 0)
+    out = words + entry * (NUM_FIXED + 2 * num_top)
+    tl.store(out, token.to(tl.int32))
+    tl.store(out + 1, (chosen - normalizer).to(tl.int32, bitcast=True))
+    tl.store(out + 2, rank)
+    taken = tl.zeros([PIECES], tl.int32)  # of each piece's candidates
+    for index in range(num_top):
+        heads = tl.load(
+            candidates + places * num_top + taken, present & (taken < num_top), other=LOWEST
+        )
+        best = tl.max(heads, 0)
+        taken += (heads == best).to(tl.int32)
+        top_id = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        logprob = _value(best >> 32) - normalizer
+        tl.store(out + NUM_FIXED + index, top_id.to(tl.int32))
+        tl.store(out + NUM_FIXED + num_top + index, logprob.to(tl.int32, bitcast=True))
+
+
+def pack_logprobs(
+    logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
+) -> Tensor:
+    """As `sampling.logprobs.pack_logprobs`. logits: [n, vocab_size] of any float type; token_ids:
+    [n] integers; lines: [m] int32, which of both (None: all). Returns [m, 3 + 2 * num_top]."""
+    vocab_size, device = logits.shape[1], logits.device
+    assert logits.stride(1) == 1 and token_ids.stride(0) == 1
+    num_top = min(num_top, vocab_size)
+    m = len(logits) if lines is None else len(lines)
+    num_pieces = triton.cdiv(vocab_size, PIECE)
+    sums = torch.empty(m, num_pieces, 2, device=device)
+    larger = torch.empty(m, num_pieces, dtype=torch.int32, device=device)
+    candidates = torch.empty(m, num_pieces, max(num_top, 1), dtype=torch.int64, device=device)
+    words = torch.empty(m, NUM_FIXED + 2 * num_top, dtype=torch.int32, device=device)
+    _pieces_kernel[(m, num_pieces)](
+        logits, logits.stride(0), lines, token_ids, sums, larger, candidates,
+        vocab_size, num_top, PIECE=PIECE, num_warps=4,
+    )  # fmt: skip
+    _join_kernel[(m,)](
+        logits, logits.stride(0), lines, token_ids, sums, larger, candidates, words,
+        num_pieces, num_top, NUM_FIXED=NUM_FIXED, PIECES=triton.next_power_of_2(num_pieces),
+        num_warps=4,
+    )  # fmt: skip
+    return words

@@ -1,0 +1,134 @@
+"""The second half of a step on a GPU: what `sampler` means, by kernels, for the rows that ask.
+
+The forward pass has left logits, and a token for each entry as its temperature and truncation have
+it. Entries that ask for edits, penalties or a mask are sampled again, from their edited logits;
+log-probabilities are gathered of those that want them. All other entries cost nothing here, and
+nothing here waits for the device. `ModelRunner` owns one.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.protocol.plan import StepMasks
+from nanovllm.worker.forward_batch import SampleStaging
+from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.bitmask import mask_words
+from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
+from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, EditTables, Entries
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
+from nanovllm.worker.sampling.sampler import Sampled
+
+
+class DeviceSampler:
+    """Reads `rows`; keeps on the device what they ask, and what they have seen.
+
+    num_buffers: one more than the steps in flight.
+    """
+
+    def __init__(self, rows: RequestRows, fused: FusedStep, *, num_buffers: int) -> None:
+        self._rows = rows
+        self._fused = fused
+        self._device = rows.seeds.device
+        self._tables = EditTables(rows.edits, self._device)
+        self._staging = SampleStaging(num_buffers=num_buffers, device=self._device)
+        self._counts: Tensor | None = None  # [num_rows + 1, vocab_size] int32, once somebody asks
+
+    def sample(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        *,
+        rows: Int32Array,
+        positions: Int32Array,
+        masks: StepMasks | None,
+    ) -> Sampled:
+        """Choose anew where more is asked than `token_ids` ([n] int64, changed) has respected.
+
+        logits: [n, vocab_size] of any float type, kept. rows, positions: [n], of the new tokens.
+        masks: their indices are lines of logits.
+        """
+        host = self._rows.host[rows]
+        penalized = np.logical_or.reduce([host[name] != NEUTRAL[name] for name in PENALTIES])
+        wants_logprobs = host["logprobs"] != NO_LOGPROBS
+        entries = self._find_entries(rows, positions, penalized, masks)
+        lines = np.flatnonzero(wants_logprobs).astype(np.int32)
+        if not entries.size and not lines.size:
+            return Sampled(token_ids, None, [], [])
+        arrays = [entries, lines]
+        if masks is not None:
+            arrays.append(mask_words(masks))
+        on_device = self._staging.send(arrays)
+        if entries.size:
+            counted = rows[penalized].tolist()
+            has_edits = bool((entries[3] != NO_EDITS).any())
+            asking = Entries(on_device[0], self._tables.words if has_edits else None)
+            self._sample_again(
+                logits, token_ids, asking, counted, None if masks is None else on_device[2]
+            )
+        if not lines.size:
+            return Sampled(token_ids, None, [], [])
+        num_top = host["logprobs"][lines]
+        # Nobody but who wants the whole vocabulary needs a sort.
+        pack, most = self._fused.pack_logprobs, int(num_top.max())
+        if (num_top < 0).any():
+            pack, most = pack_logprobs, -1
+        words = pack(logits, token_ids, num_top=most, lines=on_device[1])
+        return Sampled(token_ids, PackedLogprobs(words), lines.tolist(), num_top.tolist())
+
+    def _find_entries(
+        self,
+        rows: Int32Array,
+        positions: Int32Array,
+        penalized: npt.NDArray[np.bool_],
+        masks: StepMasks | None,
+    ) -> Int32Array:
+        """As `Entries.words`, on the host."""
+        asks = penalized.copy()
+        mask_lines = np.full(len(rows), NO_MASK, np.int32)
+        if masks is not None:
+            mask_lines[masks.indices] = np.arange(len(masks.indices))
+            asks |= mask_lines != NO_MASK
+        edits = self._rows.edits
+        if edits:
+            asks |= np.fromiter((row in edits for row in rows.tolist()), bool, len(rows))
+        lines = np.flatnonzero(asks)
+        entries = np.empty((5, len(lines)), np.int32)
+        entries[0], entries[1], entries[2] = lines, rows[lines], positions[lines]
+        entries[3] = self._tables.places_of(entries[1].tolist()) if edits else NO_EDITS
+        entries[4] = mask_lines[lines]
+        return entries
+
+    def _sample_again(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        entries: Entries,
+        counted: list[int],
+        masks: Tensor | None,
+    ) -> None:
+        """counted: the rows among the entries' that ask for a penalty."""
+        rows = self._rows
+        if counted and self._counts is None:
+            shape = rows.num_rows + 1, logits.shape[1]
+            self._counts = torch.empty(shape, dtype=torch.int32, device=self._device)
+        edited = self._fused.edit_logits(
+            logits,
+            entries,
+            masks=masks,
+            counts=self._counts if counted else None,
+            clears=rows.begin_counts(counted),
+            known=rows.token_ids,
+            columns=rows.columns,
+        )
+        self._fused.sample_tokens(
+            edited,
+            rows=entries.words[1],
+            positions=entries.words[2],
+            columns=rows.columns,
+            seeds=rows.seeds,
+            known=rows.token_ids,
+            out=(token_ids, entries.words[0]),
+        )
