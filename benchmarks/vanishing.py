@@ -27,7 +27,7 @@ import uvloop
 
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.core_process import start_core
 from nanovllm.frontend.server.run import bind, serve
 from nanovllm.frontend.server.serving import Serving

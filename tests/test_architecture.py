@@ -245,7 +245,7 @@ def test_nothing_is_called_by_a_name_from_the_wire() -> None:
     """Where frames are read, attributes are looked up by names that stand in the source: a message
     is matched by its type, and there is no other way from it to code."""
     core = ("server", "socket", "clients", "delivery", "engine_core")
-    frontend = ("core_client", "channel", "supervisor", "session", "request")
+    frontend = ("link", "core_life", "supervisor", "session", "request")
     paths = [PACKAGE / "core" / f"{name}.py" for name in core]
     paths += [PACKAGE / "frontend" / f"{name}.py" for name in frontend]
     for path in paths:

@@ -16,7 +16,7 @@ import msgspec
 from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
-from nanovllm.frontend.core_client import CONNECT_TIMEOUT_S, ProgressCallback
+from nanovllm.frontend.core_life import CONNECT_TIMEOUT_S, ProgressCallback
 from nanovllm.frontend.core_process import CoreHandle, start_core
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.inputs import (

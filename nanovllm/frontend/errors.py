@@ -1,6 +1,6 @@
 """What can go wrong with an engine, apart from a caller's mistake (that is a `ValueError`).
 
-Raised by `AsyncLLM`, `LLM` and `CoreClient`.
+Raised by `AsyncLLM` and `LLM`.
 """
 
 from nanovllm.protocol.messages import Overloaded, RequestFailed
@@ -16,6 +16,10 @@ class EngineDeadError(RuntimeError):
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
         self.details = details
+
+    def again(self) -> "EngineDeadError":
+        """The same cause for one more who waits: one instance must not be raised twice."""
+        return EngineDeadError(str(self), self.details)
 
 
 class DetachedError(EngineDeadError):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.chat_template import Message
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.core_process import CoreHandle
 from nanovllm.frontend.inputs import Prompt, PromptInput
 from nanovllm.frontend.outputs import RequestOutput

@@ -85,7 +85,7 @@ class Session:
             return owner.request_id
         return next((name for numbers, name in self._last_ids if number in numbers), None)
 
-    # ---- what `Supervisor` tells
+    # ---- what `Link`, `CoreLife` and `Supervisor` tell
 
     def on_outputs(self, outputs: Outputs) -> None:
         """Tokens have come."""
@@ -139,7 +139,7 @@ class Session:
         """Nothing more will come."""
         for request in self._requests:
             self._requests.remove(request)
-            request.fail(EngineDeadError(str(error), error.details))
+            request.fail(error.again())
 
     def _resume(self, request: Request) -> None:
         assert self.line.welcome is not None

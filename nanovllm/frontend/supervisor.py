@@ -1,4 +1,4 @@
-"""A line to the core that outlives the core: one `CoreClient` for each of its lives.
+"""A line to the core that outlives the core: one `CoreLife` for each of its lives.
 
 Owned by `Session`, which is told of the core's return and of its final death. An owned core is
 started again, within a budget of restarts; another's is waited for at its address. While the core
@@ -14,10 +14,11 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from nanovllm.config import SupervisionConfig
-from nanovllm.frontend.core_client import (
+from nanovllm.frontend import core_life
+from nanovllm.frontend.core_life import (
     CALL_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
-    CoreClient,
+    CoreLife,
     ProgressCallback,
 )
 from nanovllm.frontend.core_process import CoreHandle
@@ -27,9 +28,6 @@ from nanovllm.protocol.messages import (
     Answer,
     CoreStatus,
     Operation,
-    Outputs,
-    Overloaded,
-    RequestFailed,
     ToCore,
     Welcome,
 )
@@ -43,14 +41,8 @@ DIED_AGAIN = (EngineDeadError, ValueError)  # what a greeting ends with if the c
 logger = logging.getLogger(__name__)
 
 
-class Listener(Protocol):
-    """Told what happens on the line, in order, in the event loop."""
-
-    def on_outputs(self, outputs: Outputs) -> None: ...
-
-    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
-
-    def on_trial_offered(self, number: int) -> None: ...
+class Requests(core_life.Requests, Protocol):
+    """Told, besides, when the core dies and when it is back."""
 
     def on_core_lost(self, error: EngineDeadError) -> Collection[str]:
         """A life of the core is over, and there will be another. Returns the lives, by epoch, that
@@ -90,7 +82,7 @@ class Supervisor:
 
     def __init__(
         self,
-        listener: Listener,
+        requests: Requests,
         config: SupervisionConfig,
         address: str,
         *,
@@ -101,10 +93,10 @@ class Supervisor:
         self.handle = handle
         self._keys = keys
         self.welcome: Welcome | None = None  # of the present life, or the last
-        self._listener = listener
+        self._requests = requests
         self._config = config
         self._budget = RestartBudget(config.max_core_restarts)
-        self._client: CoreClient | None = None
+        self._life: CoreLife | None = None
         self.is_up = False  # welcomed, and not known to be dead
         self._error: EngineDeadError | None = None
         self._up_or_dead = asyncio.Event()
@@ -124,8 +116,8 @@ class Supervisor:
     @property
     def is_stalled(self) -> bool:
         """Nothing has been heard of the core for longer than it ever should be silent."""
-        assert self._client is not None
-        return not self.is_up or self._client.is_stalled
+        assert self._life is not None
+        return not self.is_up or self._life.is_stalled
 
     async def connect(
         self,
@@ -135,7 +127,7 @@ class Supervisor:
     ) -> Welcome:
         """The first greeting; a core that dies before it is ready is not started again.
 
-        Raises what `CoreClient.connect` raises.
+        Raises what `CoreLife.connect` raises.
         """
         try:
             return await self._greet(timeout_s=timeout_s, on_progress=on_progress)
@@ -147,16 +139,16 @@ class Supervisor:
         """Send, unless the core is away just now. Raises `EngineDeadError` if it is for good."""
         self._check_alive()
         if self.is_up:
-            assert self._client is not None
-            self._client.send(message)
+            assert self._life is not None
+            self._life.send(message)
 
     async def call(self, operation: Operation) -> Answer | None:
-        """As `CoreClient.call`; asks again if the core dies over it."""
-        return await self._ask(lambda client: client.call(operation))
+        """As `CoreLife.call`; asks again if the core dies over it."""
+        return await self._ask(lambda life: life.call(operation))
 
     async def status(self) -> CoreStatus:
         """The latest of the core's present life; waits for the next life if it is away."""
-        return await self._ask(lambda client: client.status())
+        return await self._ask(lambda life: life.status())
 
     async def close(self) -> None:
         """Say goodbye. The process of an owned core is left to the caller."""
@@ -164,43 +156,26 @@ class Supervisor:
         if self._reviving is not None:
             self._reviving.cancel()
             await asyncio.gather(self._reviving, return_exceptions=True)
-        if self._client is not None:
-            await self._client.close()
+        if self._life is not None:
+            await self._life.close()
 
-    # ---- what `CoreClient` tells
+    # ---- from one life to the next
 
-    def on_outputs(self, outputs: Outputs) -> None:
-        """`CoreClient`: tokens have come."""
-        self._listener.on_outputs(outputs)
-
-    def on_request_failed(self, failure: RequestFailed | Overloaded) -> None:
-        """`CoreClient`: a request failed."""
-        self._listener.on_request_failed(failure)
-
-    def on_trial_offered(self, number: int) -> None:
-        """`CoreClient`: a suspect may begin."""
-        self._listener.on_trial_offered(number)
-
-    def on_deaths_explained(self, epochs: list[str]) -> None:
-        """`CoreClient`: some client knows what they came of, and it will not come again."""
-        self._budget.give_back(epochs)
-
-    def on_core_dead(self, error: EngineDeadError) -> None:
-        """`CoreClient`: this life of the core is over."""
+    def _on_death(self, error: EngineDeadError) -> None:
+        """`CoreLife`: this life of the core is over."""
         if not self.is_up or self._error is not None:
             return  # still greeting, or closed: whoever waits for it is told
+        assert self._life is not None
         self.is_up = False
         self._up_or_dead.clear()
         if self._config.on_core_death == "fail":
             self._die(error)
-        else:
-            explained = (
-                () if isinstance(error, DetachedError) else self._listener.on_core_lost(error)
-            )
-            self._budget.give_back(explained)
-            self._reviving = asyncio.create_task(self._revive(error, explained))
-
-    # ---- from one life to the next
+            return
+        explained = set(self._life.explained_epochs)
+        if not isinstance(error, DetachedError):
+            explained.update(self._requests.on_core_lost(error))
+        self._budget.give_back(explained)
+        self._reviving = asyncio.create_task(self._revive(error, explained))
 
     async def _revive(self, error: EngineDeadError, explained: Collection[str]) -> None:
         died_at, before = time.monotonic(), self.welcome
@@ -214,7 +189,7 @@ class Supervisor:
             self._die(EngineDeadError(f"{error}; starting it again failed: {failure!r}"))
         else:
             logger.warning("the core is back after %.2f s", time.monotonic() - died_at)
-            self._listener.on_core_back()
+            self._requests.on_core_back()
 
     async def _restart(self, error: EngineDeadError, explained: Collection[str]) -> None:
         """Start the owned core again until it is ready. `EngineDeadError`: too often, not counting
@@ -254,23 +229,28 @@ class Supervisor:
         )
 
     async def _greet_again(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        assert self._client is not None
-        await self._client.close()
+        assert self._life is not None
+        await self._life.close()
         await self._greet(timeout_s=timeout_s)
 
     async def _greet(
         self, *, timeout_s: float, on_progress: ProgressCallback | None = None
     ) -> Welcome:
         process = None if self.handle is None else self.handle.process
-        self._client = CoreClient(
-            self.address, self, process=process, on_progress=on_progress, keys=self._keys
+        self._life = CoreLife(
+            self.address,
+            self._requests,
+            self._on_death,
+            process=process,
+            on_progress=on_progress,
+            keys=self._keys,
         )
-        self.welcome = await self._client.connect(timeout_s=timeout_s)
+        self.welcome = await self._life.connect(timeout_s=timeout_s)
         self.is_up = True
         self._up_or_dead.set()
         return self.welcome
 
-    async def _ask(self, question: Callable[[CoreClient], Awaitable[T]]) -> T:
+    async def _ask(self, question: Callable[[CoreLife], Awaitable[T]]) -> T:
         while True:
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
@@ -278,9 +258,9 @@ class Supervisor:
             except TimeoutError:
                 raise TimeoutError(f"the core was away for {CALL_TIMEOUT_S:g} s") from None
             self._check_alive()
-            assert self._client is not None
+            assert self._life is not None
             with suppress(EngineDeadError):  # for good, or until its next life: see above
-                return await question(self._client)
+                return await question(self._life)
 
     def _too_often(self, error: EngineDeadError) -> EngineDeadError:
         most = self._config.max_core_restarts
@@ -297,11 +277,11 @@ class Supervisor:
         self.is_up = False
         self._error = error
         self._up_or_dead.set()
-        self._listener.on_core_dead(error)
+        self._requests.on_core_dead(error)
 
     def _check_alive(self) -> None:
-        if self._error is not None:  # a fresh one: one instance must not be raised twice
-            raise EngineDeadError(str(self._error), self._error.details)
+        if self._error is not None:
+            raise self._error.again()
 
 
 def _check_same_model(before: Welcome | None, after: Welcome | None) -> None:

@@ -15,8 +15,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.server import CoreServer
 from nanovllm.core.socket import Endpoint
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.channel import make_dealer
 from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.link import make_dealer
 from nanovllm.keys import ClientKeys, CoreKeys, make_keys
 from nanovllm.protocol.messages import Hello, Welcome
 from nanovllm.sampling_params import SamplingParams

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.faults import Load, Run, owner, run, same_ids, stream
 from nanovllm import AsyncLLM, QuarantinedError, SamplingParams
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server
 from nanovllm.frontend.server.serving import Serving

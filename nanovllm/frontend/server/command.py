@@ -21,7 +21,7 @@ import msgspec
 from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.core_process import start_core
 from nanovllm.frontend.server.frontends import Frontends
 from nanovllm.frontend.server.run import (

@@ -21,7 +21,7 @@ import uvloop
 
 from nanovllm.config import EngineConfig, SupervisionConfig
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.connections import (
     ConnectionLimits,

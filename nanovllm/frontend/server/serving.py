@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput

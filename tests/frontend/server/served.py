@@ -12,7 +12,7 @@ import msgspec
 from fastapi import FastAPI
 
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.settings import ServerSettings

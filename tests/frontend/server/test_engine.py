@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.core_client import ProgressCallback
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server.page_files import DIRECTORY
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server

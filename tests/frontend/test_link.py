@@ -2,33 +2,43 @@
 
 import asyncio
 
+import msgspec
 import zmq
 
-from nanovllm.frontend.channel import BURST, HIGH_WATER_MARK, Channel
+from nanovllm.frontend.link import BURST, HIGH_WATER_MARK, Link
+from nanovllm.protocol.messages import Abort, FromCore, Heartbeat, Outputs, Pulse, ToCore
 
 MANY = 3 * HIGH_WATER_MARK
 
 
 class Recorder:
     def __init__(self) -> None:
-        self.frames: list[bytes] = []
+        self.frames: list[int] = []
+        self.messages: list[FromCore] = []
         self.failures: list[Exception] = []
-        self.connected = asyncio.Event()
         self.disconnected = asyncio.Event()
 
-    def on_frame(self, frame: bytes) -> None:
-        if frame == b"bad":
+    def on_outputs(self, outputs: Outputs) -> None:
+        if outputs.numbers == [-1]:
             raise ValueError("bad frame")
-        self.frames.append(frame)
+        self.frames += outputs.numbers
 
-    def on_connected(self) -> None:
-        self.connected.set()
+    def on_message(self, message: FromCore) -> None:
+        self.messages.append(message)
 
     def on_disconnected(self) -> None:
         self.disconnected.set()
 
     def on_failure(self, error: Exception) -> None:
         self.failures.append(error)
+
+
+def link_of(address: str, recorder: Recorder) -> Link:
+    return Link(address, recorder, recorder.on_outputs)
+
+
+def frame(message: ToCore | FromCore) -> bytes:
+    return msgspec.msgpack.encode(message)
 
 
 def bind(address: str) -> zmq.Socket[bytes]:
@@ -48,55 +58,55 @@ async def test_frames_sent_before_and_past_the_high_water_mark_arrive_in_order(
     address: str,
 ) -> None:
     recorder = Recorder()
-    channel = Channel(address, recorder)
-    channel.connect()
+    link = link_of(address, recorder)
+    link.connect()
     for index in range(MANY):
-        channel.send(str(index).encode())
+        link.send(Abort([index]))
     router = bind(address)
-    await recorder.connected.wait()
+    await until(lambda: link.has_met)
     received: list[bytes] = []
     while len(received) < MANY:
         await asyncio.sleep(0)
         while router.poll(0):
             received.append(router.recv_multipart()[1])
-    assert received == [str(index).encode() for index in range(MANY)]
-    channel.close()
-    channel.close()
+    assert received == [frame(Abort([index])) for index in range(MANY)]
+    link.close()
+    link.close()
     router.close(0)
 
 
 async def test_a_flood_lets_others_have_their_turn(address: str) -> None:
     router = bind(address)
     recorder = Recorder()
-    channel = Channel(address, recorder)
-    channel.connect()
-    channel.send(b"hello")
+    link = link_of(address, recorder)
+    link.connect()
+    link.send(Heartbeat())
     identity, _ = await asyncio.to_thread(router.recv_multipart)
     for index in range(10 * BURST):
-        router.send_multipart([identity, str(index).encode()])
+        router.send_multipart([identity, frame(Outputs([index], [0]))])
     longest, before = 0, 0
     while len(recorder.frames) < 10 * BURST:
         await asyncio.sleep(0)
         longest = max(longest, len(recorder.frames) - before)
         before = len(recorder.frames)
     assert longest <= BURST
-    assert recorder.frames == [str(index).encode() for index in range(10 * BURST)]
-    channel.close()
+    assert recorder.frames == list(range(10 * BURST))
+    link.close()
     router.close(0)
 
 
 async def test_a_listener_that_raises_and_a_peer_that_goes(address: str) -> None:
     router = bind(address)
     recorder = Recorder()
-    channel = Channel(address, recorder)
-    channel.connect()
-    channel.send(b"hello")
+    link = link_of(address, recorder)
+    link.connect()
+    link.send(Heartbeat())
     identity, _ = await asyncio.to_thread(router.recv_multipart)
-    router.send_multipart([identity, b"bad"])
-    router.send_multipart([identity, b"good"])
+    router.send_multipart([identity, frame(Outputs([-1], [0]))])
+    router.send_multipart([identity, frame(Pulse())])
     await until(lambda: recorder.failures)
     assert str(recorder.failures[0]) == "bad frame"
     router.close(0)
     async with asyncio.timeout(5):
         await recorder.disconnected.wait()
-    channel.close()
+    link.close()

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from nanovllm.frontend import core_client
-from nanovllm.frontend.core_client import CoreClient
+from nanovllm.frontend import core_life
+from nanovllm.frontend.core_life import CoreLife
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.protocol.messages import (
     PULSE_INTERVAL_S,
@@ -54,17 +55,19 @@ class Recorder:
     def on_trial_offered(self, number: int) -> None:
         self.heard.append(TrialOffered(number))
 
-    def on_deaths_explained(self, epochs: list[str]) -> None:
-        self.explained = epochs
-
     def on_core_dead(self, error: EngineDeadError) -> None:
         self.heard.append(error)
         self.dead.set()
 
 
-async def connected(address: str) -> tuple[CoreClient, Recorder]:
+def life_of(address: str, recorder: Recorder | None = None, **options: Any) -> CoreLife:
+    recorder = recorder or Recorder()
+    return CoreLife(address, recorder, recorder.on_core_dead, **options)
+
+
+async def connected(address: str) -> tuple[CoreLife, Recorder]:
     recorder = Recorder()
-    client = CoreClient(address, recorder)
+    client = life_of(address, recorder)
     await client.connect()
     return client, recorder
 
@@ -87,9 +90,7 @@ async def test_progress_while_loading_then_the_facts(address: str) -> None:
 
     seen: list[tuple[str, float]] = []
     with FakeCore(address, load) as core:
-        client = CoreClient(
-            address, Recorder(), on_progress=lambda phase, done: seen.append((phase, done))
-        )
+        client = life_of(address, on_progress=lambda phase, done: seen.append((phase, done)))
         assert not client.is_alive
         assert await client.connect() == WELCOME
         assert client.is_alive
@@ -107,7 +108,7 @@ async def test_a_failed_start_brings_the_root_cause(
         yield CoreFailed("max_model_len is too large", "Traceback …", usage)
 
     with FakeCore(address, fail):
-        client = CoreClient(address, Recorder())
+        client = life_of(address)
         with pytest.raises(kind, match="max_model_len is too large") as caught:
             await client.connect()
         await client.close()
@@ -116,7 +117,7 @@ async def test_a_failed_start_brings_the_root_cause(
 
 
 async def test_nobody_at_the_address(address: str) -> None:
-    client = CoreClient(address, Recorder())
+    client = life_of(address)
     started = time.monotonic()
     with pytest.raises(EngineDeadError, match=address):
         await client.connect(timeout_s=0.3)
@@ -125,7 +126,7 @@ async def test_nobody_at_the_address(address: str) -> None:
 
 
 async def test_a_core_that_binds_late_is_found(address: str) -> None:
-    client = CoreClient(address, Recorder())
+    client = life_of(address)
     connecting = asyncio.create_task(client.connect())
     await asyncio.sleep(0.3)
     with FakeCore(address):
@@ -138,7 +139,7 @@ async def test_somebody_else_at_the_address(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(path)
         other.listen()
-        client = CoreClient(f"ipc://{path}", Recorder())
+        client = life_of(f"ipc://{path}")
         with pytest.raises(EngineDeadError, match=r"other\.sock"):
             await client.connect(timeout_s=0.3)
         await client.close()
@@ -148,7 +149,7 @@ async def test_somebody_else_at_the_address(tmp_path: Path) -> None:
     "address", ["core.sock", "smoke://x", "tcp://nowhere", "ipc://" + "x" * 200]
 )
 async def test_impossible_addresses(address: str) -> None:
-    client = CoreClient(address, Recorder())
+    client = life_of(address)
     with pytest.raises(ValueError, match="address"):
         await client.connect()
     await client.close()
@@ -157,9 +158,9 @@ async def test_impossible_addresses(address: str) -> None:
 async def test_silence_while_loading_has_a_bound(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_client, "SILENCE_S", 0.3)
+    monkeypatch.setattr(core_life, "SILENCE_S", 0.3)
     with FakeCore(address, lambda message: []):
-        client = CoreClient(address, Recorder())
+        client = life_of(address)
         with pytest.raises(EngineDeadError, match="silent"):
             await client.connect()
         await client.close()
@@ -222,7 +223,7 @@ async def test_outputs_and_failures_reach_the_listener_in_order(address: str) ->
 
 
 async def test_the_lease_is_renewed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_client, "HEARTBEAT_INTERVAL_S", 0.2)
+    monkeypatch.setattr(core_life, "HEARTBEAT_INTERVAL_S", 0.2)
     with FakeCore(address) as core:
         client, _ = await connected(address)
         await asyncio.to_thread(core.wait_for, Heartbeat, 2)
@@ -232,7 +233,7 @@ async def test_the_lease_is_renewed(address: str, monkeypatch: pytest.MonkeyPatc
 async def test_silence_is_a_stall_until_something_is_heard(
     address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(core_client, "STALL_S", 0.4)
+    monkeypatch.setattr(core_life, "STALL_S", 0.4)
     with FakeCore(address) as core:
         client, recorder = await connected(address)
         assert not client.is_stalled
@@ -249,7 +250,7 @@ async def test_silence_is_a_stall_until_something_is_heard(
 
 
 async def test_a_pulse_is_a_sign_of_life(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_client, "STALL_S", 0.6)
+    monkeypatch.setattr(core_life, "STALL_S", 0.6)
     with FakeCore(address) as core:
         client, recorder = await connected(address)
         for _ in range(12):
@@ -277,10 +278,10 @@ async def test_a_core_that_says_it_gets_nowhere_is_stalled_however_often_it_spea
 
 def test_a_stall_is_visible_within_two_seconds_by_the_intervals_alone() -> None:
     """And many pulses must be missed before, so that a busy machine does not look like one."""
-    latest = core_client.STALL_S + core_client.WATCH_INTERVAL_S
+    latest = core_life.STALL_S + core_life.WATCH_INTERVAL_S
     # A client that was itself late looks once more.
-    assert latest + core_client.WATCH_INTERVAL_S + PULSE_INTERVAL_S <= 2.0
-    assert core_client.STALL_S >= 5 * PULSE_INTERVAL_S
+    assert latest + core_life.WATCH_INTERVAL_S + PULSE_INTERVAL_S <= 2.0
+    assert core_life.STALL_S >= 5 * PULSE_INTERVAL_S
 
 
 # ---- death
@@ -351,7 +352,7 @@ def process(address: str) -> Iterator["subprocess.Popen[bytes]"]:
 async def test_an_owned_process_that_is_killed(
     address: str, process: "subprocess.Popen[bytes]", number: int, words: str
 ) -> None:
-    client = CoreClient(address, Recorder(), process=process)
+    client = life_of(address, process=process)
     await client.connect()
     call = asyncio.create_task(client.call(ResetPrefixCache()))
     await asyncio.sleep(0.1)
@@ -362,7 +363,7 @@ async def test_an_owned_process_that_is_killed(
 
 async def test_an_owned_process_that_ends_before_it_binds(address: str) -> None:
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
-        client = CoreClient(address, Recorder(), process=process)
+        client = life_of(address, process=process)
         with pytest.raises(EngineDeadError, match="exited with code 3"):
             await client.connect()
         await client.close()

@@ -1,17 +1,22 @@
-"""A DEALER socket in an event loop: frames go out in order, what comes is told to a listener.
+"""Every frame between a frontend and its core: a DEALER socket in the event loop.
 
-Owned by `CoreClient`. It drives the socket itself, where `zmq.asyncio` would make a future and
-several callbacks of each frame: at thousands of frames a second that is most of the work.
+Made by `CoreLife`, one for each life of the core. Outputs go straight to who reads them, everything
+else to the life. It drives the socket itself, where `zmq.asyncio` would make a future and several
+callbacks of each frame: at thousands of frames a second that is most of the work.
 """
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.keys import ClientKeys
+from nanovllm.protocol.messages import FromCore, Outputs, ToCore
 
 HIGH_WATER_MARK = 1000
 LINGER_MS = 500
@@ -21,25 +26,33 @@ BURST = 64  # frames taken before others in the event loop have their turn
 
 
 class Listener(Protocol):
-    """Told what happens on the socket, in the event loop."""
+    """Told what happens on the link apart from outputs, in the event loop."""
 
-    def on_frame(self, frame: bytes) -> None: ...
-
-    def on_connected(self) -> None: ...
+    def on_message(self, message: FromCore) -> None: ...
 
     def on_disconnected(self) -> None:
         """The kernel closes a dead process's sockets at once: no connection, no peer."""
 
     def on_failure(self, error: Exception) -> None:
-        """One of these methods, or the socket, has raised."""
+        """The socket, or whoever was told something, has raised."""
 
 
-class Channel:
-    """Connects to `address`, which may not be bound yet, and tells `listener`."""
+class Link:
+    """Connects to `address`, which may not be bound yet."""
 
-    def __init__(self, address: str, listener: Listener, *, keys: ClientKeys | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        listener: Listener,
+        on_outputs: Callable[[Outputs], None],
+        *,
+        keys: ClientKeys | None = None,
+    ) -> None:
         self._address = address
         self._listener = listener
+        self._on_outputs = on_outputs
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
         self._socket = make_dealer(address, keys)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -48,6 +61,8 @@ class Channel:
         self._unsent: deque[bytes] = deque()
         self._turn: asyncio.Handle | None = None
         self._closed = False
+        self.has_met = False  # somebody was there
+        self.last_heard = time.monotonic()
 
     def connect(self) -> None:
         """Raises `zmq.ZMQError` if the address is none."""
@@ -58,9 +73,9 @@ class Channel:
         self._loop.call_soon(self._take_events)
         self._come_back()
 
-    def send(self, frame: bytes) -> None:
+    def send(self, message: ToCore) -> None:
         """Send at once, or, when the peer lags by `HIGH_WATER_MARK` frames, in order later."""
-        self._unsent.append(frame)
+        self._unsent.append(self._encoder.encode(message))
         self._send_all()
         # Sending counts as a look, and may have been the only one at a frame that has come.
         self._come_back()
@@ -87,7 +102,12 @@ class Channel:
                     frame = self._socket.recv(zmq.NOBLOCK)
                 except zmq.Again:
                     break
-                self._listener.on_frame(frame)
+                self.last_heard = time.monotonic()
+                message = self._decoder.decode(frame)
+                if type(message) is Outputs:
+                    self._on_outputs(message)
+                else:
+                    self._listener.on_message(message)
                 if self._closed:
                     return
             else:
@@ -102,7 +122,8 @@ class Channel:
             while not self._closed:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
                 if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._listener.on_connected()
+                    self.has_met = True
+                    self.last_heard = time.monotonic()
                 elif event["event"] == zmq.EVENT_DISCONNECTED:
                     self._listener.on_disconnected()
         except zmq.Again:

@@ -1,7 +1,8 @@
-"""A frontend's line to a core: one DEALER socket, greeting, typed calls, and word of its death.
+"""One life of a core as its client sees it: greeting, heartbeats, calls, stalls, death.
 
-Owned by `AsyncLLM`, which listens. Invariant: nothing waits for ever. Every wait has a bound, or is
-woken when the core dies, which is noticed by the broken connection however the process ended.
+Made by `Supervisor`, one after the other. Invariant: nothing waits for ever. Every wait has a
+bound, or is woken when the core dies, which is noticed by the broken connection however the
+process ended. What comes at every step does not pass here, but from `Link` to the requests.
 """
 
 import asyncio
@@ -12,11 +13,10 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-import msgspec
 import zmq
 
-from nanovllm.frontend.channel import Channel
 from nanovllm.frontend.errors import DetachedError, EngineDeadError
+from nanovllm.frontend.link import Link
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[str, float], None]
 
 
-class Listener(Protocol):
-    """Told what the core sends, in order, in the event loop."""
+class Requests(Protocol):
+    """The live requests: told what the core says of them, in order, in the event loop."""
 
     def on_outputs(self, outputs: Outputs) -> None: ...
 
@@ -64,40 +64,36 @@ class Listener(Protocol):
 
     def on_trial_offered(self, number: int) -> None: ...
 
-    def on_deaths_explained(self, epochs: list[str]) -> None: ...
 
-    def on_core_dead(self, error: EngineDeadError) -> None:
-        """Once. Nothing comes afterwards."""
+class CoreLife:
+    """The core at `address` until it dies, of which `on_death` is told, once and last.
 
-
-class CoreClient:
-    """Connects to the core at `address`; `process` is given if this frontend owns it."""
+    process: given if this frontend owns it. on_progress: called while it loads.
+    """
 
     def __init__(
         self,
         address: str,
-        listener: Listener,
+        requests: Requests,
+        on_death: Callable[[EngineDeadError], None],
         *,
         process: "subprocess.Popen[bytes] | None" = None,
         on_progress: ProgressCallback | None = None,
         keys: ClientKeys | None = None,
     ) -> None:
         self.address = address
-        self._listener = listener
+        self._requests = requests
+        self._on_death = on_death
         self._process = process
         self._on_progress = on_progress
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
-        self._channel = Channel(address, self, keys=keys)
+        self._link = Link(address, self, requests.on_outputs, keys=keys)
         self._tasks: list[asyncio.Task[None]] = []
         self._calls: dict[int, asyncio.Future[Answer | None]] = {}
         self._num_calls = 0
-        self._connected = False
-        self._last_heard = time.monotonic()
         self._failure: CoreFailed | None = None
         self._error: EngineDeadError | None = None
         self._closed = False
-        self._stalled = False
+        self.is_stalled = False  # it is silent for longer than a core that is well, or says so
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
         self._status_or_death = asyncio.Event()
@@ -108,10 +104,9 @@ class CoreClient:
         return self._welcome.done() and self._error is None and not self._closed
 
     @property
-    def is_stalled(self) -> bool:
-        """Connected, and yet silent for longer than a core that is well ever is; or it says itself
-        that it gets nowhere."""
-        return self._stalled
+    def explained_epochs(self) -> list[str]:
+        """Lives before this one that ended by requests which will not be sent again."""
+        return [] if self._status is None else self._status.explained_epochs
 
     async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Welcome:
         """Greet the core and wait until it is ready, which may take minutes of `Loading`.
@@ -120,7 +115,7 @@ class CoreClient:
         or the core's configuration is wrong, `EngineDeadError` if the core dies or never answers.
         """
         try:
-            self._channel.connect()
+            self._link.connect()
         except zmq.ZMQError as error:
             raise ValueError(
                 f"address {self.address!r} cannot be connected to ({error}): "
@@ -133,7 +128,7 @@ class CoreClient:
     def send(self, message: ToCore) -> None:
         """Queue a message; raises `EngineDeadError` if nobody is there to get it."""
         self._check_alive()
-        self._channel.send(self._encoder.encode(message))
+        self._link.send(message)
 
     async def call(
         self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S
@@ -170,28 +165,40 @@ class CoreClient:
         if self._closed:
             return
         if self._error is None:
-            self._channel.send(self._encoder.encode(Goodbye()))
+            self._link.send(Goodbye())
             self._die(EngineDeadError("the engine has been closed"))
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._channel.close()
+        self._link.close()
 
-    # ---- what `Channel` tells
+    # ---- what `Link` tells
 
-    def on_frame(self, frame: bytes) -> None:
-        """`Channel`: a message."""
-        self._last_heard = time.monotonic()
-        self._dispatch(self._decoder.decode(frame))
-
-    def on_connected(self) -> None:
-        """`Channel`: somebody is there."""
-        self._connected = True
-        self._last_heard = time.monotonic()
+    def on_message(self, message: FromCore) -> None:
+        """`Link`: anything but outputs."""
+        match message:
+            case CoreStatus():
+                self._status = message
+                self._status_or_death.set()
+            case RequestFailed() | Overloaded():
+                self._requests.on_request_failed(message)
+            case TrialOffered(number):
+                self._requests.on_trial_offered(number)
+            case CallResult():
+                self._finish_call(message)
+            case Loading(phase, progress) if self._on_progress is not None:
+                self._on_progress(phase, progress)
+            case Welcome():
+                _resolve(self._welcome, message)
+            case Detached(reason):
+                self._die(DetachedError(f"the core has let this client go: {reason}"))
+            case CoreFailed(text, details):
+                self._failure = message
+                self._die(EngineDeadError(text, details))
 
     def on_disconnected(self) -> None:
-        """`Channel`: the core is gone."""
+        """`Link`: the core is gone."""
         self._start(self._bury(f"the core at {self.address} closed the connection"))
 
     def on_failure(self, error: Exception) -> None:
@@ -207,30 +214,6 @@ class CoreClient:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             self.on_failure(error)
-
-    def _dispatch(self, message: FromCore) -> None:
-        match message:
-            case Outputs():
-                self._listener.on_outputs(message)
-            case CoreStatus():
-                self._status = message
-                self._status_or_death.set()
-                self._listener.on_deaths_explained(message.explained_epochs)
-            case RequestFailed() | Overloaded():
-                self._listener.on_request_failed(message)
-            case TrialOffered(number):
-                self._listener.on_trial_offered(number)
-            case CallResult():
-                self._finish_call(message)
-            case Loading(phase, progress) if self._on_progress is not None:
-                self._on_progress(phase, progress)
-            case Welcome():
-                _resolve(self._welcome, message)
-            case Detached(reason):
-                self._die(DetachedError(f"the core has let this client go: {reason}"))
-            case CoreFailed(text, details):
-                self._failure = message
-                self._die(EngineDeadError(text, details))
 
     def _finish_call(self, answer: CallResult) -> None:
         future = self._calls.get(answer.call_id)
@@ -252,17 +235,15 @@ class CoreClient:
                 await self._bury("the core ended")
             elif self._welcome.done():
                 if now - asleep_at < WATCH_INTERVAL_S + PULSE_INTERVAL_S:  # else we stood still
-                    self._watch_stall(now - self._last_heard)
+                    self._watch_stall(now - self._link.last_heard)
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())
-            elif now - self._last_heard > SILENCE_S:
+            elif now - self._link.last_heard > SILENCE_S:
                 self._die(
                     EngineDeadError(f"the core at {self.address} was silent for {SILENCE_S:g} s")
                 )
-            elif (
-                not self._connected and self._process is None and now - started > connect_timeout_s
-            ):
+            elif not (self._link.has_met or self._process) and now - started > connect_timeout_s:
                 self._die(
                     EngineDeadError(
                         f"no core answers at {self.address} (waited {connect_timeout_s:g} s): "
@@ -274,10 +255,10 @@ class CoreClient:
         """Nothing is done about a stall but to tell of it: a core may be stuck, or stopped, or in
         a very long step, and it loses nothing by being waited for."""
         is_stuck = self._status is not None and self._status.stalled_s > NO_PROGRESS_S
-        if self._stalled != (is_stuck or silent_s > STALL_S):
-            self._stalled = not self._stalled
+        if self.is_stalled != (is_stuck or silent_s > STALL_S):
+            self.is_stalled = not self.is_stalled
             state = "goes on"
-            if self._stalled:
+            if self.is_stalled:
                 state = "finishes no step" if is_stuck else f"has been silent for {silent_s:.1f} s"
             logger.warning("the core at %s %s", self.address, state)
 
@@ -299,20 +280,15 @@ class CoreClient:
             return
         self._error = error
         usage = self._failure is not None and self._failure.usage
-        _reject(self._welcome, ValueError(str(error)) if usage else self.dead_error())
+        _reject(self._welcome, ValueError(str(error)) if usage else error.again())
         self._status_or_death.set()
         for future in self._calls.values():
-            _reject(future, self.dead_error())
-        self._listener.on_core_dead(error)
-
-    def dead_error(self) -> EngineDeadError:
-        """A fresh exception with the root cause (one instance must not be raised twice)."""
-        assert self._error is not None
-        return EngineDeadError(str(self._error), self._error.details)
+            _reject(future, error.again())
+        self._on_death(error)
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise self.dead_error()
+            raise self._error.again()
 
 
 def _ending(exit_code: int | None) -> str | None:
