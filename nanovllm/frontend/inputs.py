@@ -95,12 +95,6 @@ def check_request(
             f"prompt has {num_prompt_tokens} tokens, which leaves no room for output: "
             f"max_model_len is {most}; shorten the prompt or raise max_model_len"
         )
-    if params.max_tokens is not None and num_prompt_tokens + params.max_tokens > most:
-        raise ValueError(
-            f"max_tokens {params.max_tokens} with a prompt of {num_prompt_tokens} tokens exceeds "
-            f"max_model_len {most}: use at most {most - num_prompt_tokens}, or None for as many "
-            "as fit"
-        )
     for name, token_ids in _named_token_ids(prompt, params):
         if not _are_below(info.vocab_size, token_ids):
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < info.vocab_size)

@@ -62,7 +62,6 @@ def test_what_is_no_prompt(prompt: Any, complaint: str) -> None:
     [
         ([], {}, "prompt_token_ids is empty"),
         ([1] * MAX_MODEL_LEN, {}, "prompt has 64 tokens.*max_model_len is 64"),
-        ([1] * 60, {"max_tokens": 5}, "max_tokens 5.*use at most 4"),
         ([1, VOCAB_SIZE], {}, "prompt_token_ids holds 300.*vocabulary"),
         ([-1], {}, "prompt_token_ids holds -1"),
         ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds 300"),
@@ -77,10 +76,11 @@ def test_what_this_model_cannot_do(
         check_request(Prompt(None, token_ids), SamplingParams(**params), INFO, has_tokenizer=True)
 
 
-def test_what_just_fits() -> None:
-    for params in ({"max_tokens": 4}, {"max_tokens": None}):
+def test_what_fits_or_is_cut_to_what_fits() -> None:
+    for params in ({"max_tokens": 4}, {"max_tokens": None}, {"max_tokens": 5000}):
         made = SamplingParams(**params, allowed_token_ids=[0, VOCAB_SIZE - 1])
         check_request(Prompt(None, [0] * 60), made, INFO, has_tokenizer=True)
+        check_request(Prompt(None, [0] * (MAX_MODEL_LEN - 1)), made, INFO, has_tokenizer=True)
 
 
 def test_stop_strings_need_a_tokenizer() -> None:

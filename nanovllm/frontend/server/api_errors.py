@@ -102,6 +102,10 @@ def from_value_error(
     return ApiError(400, message, param=param if param in fields else None, code=code)
 
 
+def is_of_unknown_field(error: msgspec.ValidationError) -> bool:
+    return UNKNOWN_FIELD.search(str(error)) is not None
+
+
 def from_decoding(error: Exception, fields: Collection[str]) -> ApiError:
     """The body is no JSON, or not of the shape that the endpoint takes. fields: of the body."""
     message = str(error)

@@ -1,7 +1,8 @@
 """What the server takes: OpenAI's request fields and vLLM's additions, as msgspec structs.
 
-Decoding is the check of names and types, so an unknown field is refused by name; values are
-checked by `SamplingParams`, and what only some values of can be honoured by `sampling.py`.
+Decoding is the check of names and types, so an unknown field is refused by name unless it is null;
+values are checked by `SamplingParams`, and what only some values of can be honoured by
+`sampling.py`. Of messages, which clients replay with all that they know of them, the rest is left.
 """
 
 from typing import Annotated, Any, Literal
@@ -46,6 +47,10 @@ RequestId = Annotated[
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The JSON body of a request."""
+
+
+class Replayed(msgspec.Struct, kw_only=True):
+    """A part of the conversation so far. Unknown fields ask for nothing."""
 
 
 class StreamOptions(Body):
@@ -103,7 +108,14 @@ class GenerationBody(Body):
     user: Annotated[Name | None, Meta(description="whom it counts for if users share fairly")] = (
         None
     )
+    # hints for caching, billing and abuse, which change no answer
     service_tier: Name | None = None
+    metadata: Annotated[dict[Name, Any], Meta(max_length=MAX_METADATA)] | None = None
+    moderation: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
@@ -126,6 +138,9 @@ class GenerationBody(Body):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    logits_processors: Any = None
+    kv_transfer_params: Any = None
+    vllm_xargs: Any = None
     # ours
     deadline_ms: Deadline | None = None
     ttft_deadline_ms: Deadline | None = None
@@ -142,36 +157,40 @@ class CompletionBody(GenerationBody, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-class ContentPart(Body):
+class ContentPart(Replayed):
     type: Name
     text: str | None = None
+    refusal: str | None = None
 
 
-class CalledFunction(Body):
+class CalledFunction(Replayed):
     name: Name
-    arguments: str = "{}"
+    arguments: str | dict[str, Any] | None = None
 
 
-class MadeCall(Body):
+class MadeCall(Replayed):
     function: CalledFunction
     id: Name | None = None
-    type: Literal["function"] = "function"
-    index: int | None = None
+    type: Literal["function"] | None = None
 
 
-class ChatMessage(Body):
-    """One message of the conversation."""
+class ChatMessage(Replayed):
+    """One message of the conversation. audio, function_call, partial, prefix: refused unless they
+    ask for nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[str | ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     name: Name | None = None
     tool_calls: Annotated[list[MadeCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Name | None = None
     reasoning_content: str | None = None
-    refusal: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: list[Any] | None = None
+    reasoning: Any = None
+    refusal: str | None = None
+    function_call: Any = None
+    audio: Any = None
+    partial: Any = None
+    prefix: Any = None
+    annotations: Any = None
 
     def __post_init__(self) -> None:
         check_json("annotations", self.annotations)
@@ -182,6 +201,7 @@ class FunctionDefinition(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Any = None
 
     def __post_init__(self) -> None:
         check_json("parameters", self.parameters)
@@ -190,6 +210,7 @@ class FunctionDefinition(Body):
 class Tool(Body):
     function: FunctionDefinition
     type: Literal["function"] = "function"
+    cache_control: Any = None
 
 
 class FunctionName(Body):
@@ -216,10 +237,22 @@ class ChatBody(GenerationBody, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Name | None = None
-    modalities: Annotated[list[Name], Meta(max_length=MAX_METADATA)] | None = None
-    store: bool | None = None
-    metadata: Annotated[dict[Name, str], Meta(max_length=MAX_METADATA)] | None = None
+    verbosity: Any = None
+    prediction: Any = None
+    # of these only what asks for nothing is taken
+    audio: Any = None
+    best_of: Any = None
+    echo: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    store: Any = None
+    suffix: Any = None
+    web_search_options: Any = None
+    chat_template: Any = None
+    mm_processor_kwargs: Any = None
     # vLLM's
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -228,6 +261,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
     def __post_init__(self) -> None:
         check_json("chat_template_kwargs", self.chat_template_kwargs)
+        check_json("documents", self.documents)
 
 
 class TokenizeBody(Body):

@@ -1,13 +1,14 @@
 """POST /v1/completions: plain prompts, in batches if wanted.
 
 A request of several prompts is several requests to the engine; choice i of prompt p has the index
-p * n + i. Events of all of them share one stream.
+p * n + i. Events of all of them share one stream. What is wrong with one prompt of several is told
+in its choices, and the others are answered.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,19 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.frontend.outputs import CompletionOutput, RequestOutput, TokenAlternatives
+from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import CompletionBody
-from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
-from nanovllm.frontend.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
-from nanovllm.frontend.server.prompts import ServedPrompt, text_prompts, truncated
+from nanovllm.frontend.server.endpoint import blaming, generated, options_of, usage_of
+from nanovllm.frontend.server.logprobs import (
+    TextOffsets,
+    TokenEntry,
+    TokenNames,
+    completion_logprobs,
+    prompt_entries,
+    prompt_logprobs,
+)
+from nanovllm.frontend.server.prompts import text_prompts, truncated
 from nanovllm.frontend.server.replies import (
     Completion,
     CompletionChoice,
@@ -46,66 +55,95 @@ async def _prepare(
     params = completion_params(body, constraint)
     tokenizer = serving.llm.tokenizer
     options = options_of(body, "cmpl", headers, constraint)
-    prompts = [
-        truncated(prompt, body.truncate_prompt_tokens)
-        for prompt in await text_prompts(tokenizer, body)
-    ]
-    generations = [
-        serving.begin(prompt, params, options._replace(request_id=f"{options.request_id}-{index}"))
-        for index, prompt in enumerate(prompts)
-    ]
+    texts: list[str | None] = []
+    generations: dict[int, Generation] = {}
+    refusals: dict[int, ApiError] = {}
+    for index, prompt in enumerate(await text_prompts(tokenizer, body)):
+        own = options._replace(request_id=f"{options.request_id}-{index}")
+        try:
+            with blaming(body):
+                if isinstance(prompt, ApiError):
+                    raise prompt
+                made = truncated(prompt, body.truncate_prompt_tokens)
+                generations[index] = serving.begin(made, params, own)
+                texts.append(made.text)
+        except ApiError as refusal:
+            refusals[index] = refusal
+            texts.append(None)
+    if not generations:
+        raise refusals[0]
     names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
     return CompletionAnswer(
-        options.request_id, serving.model_name, body, prompts, generations, names
+        *(options.request_id, serving.model_name, body, texts, names), generations, refusals
     )
 
 
 @dataclass(slots=True)
-class CompletionAnswer:
-    """One request's answer, as a whole or as events.
+class ChoiceState:
+    """One choice under way. text_end: characters sent; text_events: how more of its text looks, if
+    there is nothing else in its events."""
 
-    Of each choice that has begun: text_ends are the characters sent; text_events is how more of its
-    text looks, if there is nothing else in its events.
-    """
+    text_end: int = 0
+    text_events: TextEvents | None = None
+    offsets: TextOffsets | None = None
+
+
+@dataclass(slots=True)
+class CompletionAnswer:
+    """One request's answer, as a whole or as events. texts: of the prompts, if they were texts.
+    generations, refusals: by the prompts' index; one or the other. choices: that have begun."""
 
     request_id: str
     model: str
     body: CompletionBody
-    prompts: list[ServedPrompt]
-    generations: list[Generation]
+    texts: list[str | None]
     names: TokenNames
+    generations: dict[int, Generation]
+    refusals: dict[int, ApiError]
     created: int = field(default_factory=lambda: int(time.time()))
-    text_ends: dict[int, int] = field(default_factory=dict)
-    text_events: dict[int, TextEvents] = field(default_factory=dict)
+    choices: dict[int, ChoiceState] = field(default_factory=dict)
 
     async def whole(self) -> Completion:
-        finals = await _gather(self.generations)
+        finals = await _gather([*self.generations.values()])
         choices = [
             self._choice(prompt_index, output, completion)
-            for prompt_index, output in enumerate(finals)
+            for prompt_index, output in zip(self.generations, finals, strict=True)
             for completion in output.outputs
         ]
+        choices += self._refused_choices()
+        choices.sort(key=lambda choice: choice.index)
         return self._completion(choices, self._usage(finals))
+
+    def _refused_choices(self) -> list[CompletionChoice]:
+        n = self.body.n or 1
+        return [
+            CompletionChoice(prompt_index * n + index, "", None, "error", error=refusal.details)
+            for prompt_index, refusal in self.refusals.items()
+            for index in range(n)
+        ]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         options = self.body.stream_options
         continuous = options is not None and options.continuous_usage_stats
         with_usage = options is not None and options.include_usage
         usage: Usage | UnsetType | None = None if with_usage else UNSET
-        latest: list[RequestOutput | None] = [None] * len(self.generations)
-        async with contextlib.aclosing(_merged(self.generations)) as outputs:
-            async for prompt_index, output in outputs:
-                latest[prompt_index] = output
+        latest: dict[int, RequestOutput] = {}
+        waiting = [event(self._completion([one], usage)) for one in self._refused_choices()]
+        indices = list(self.generations)
+        async with contextlib.aclosing(_merged([*self.generations.values()])) as outputs:
+            async for place, output in outputs:
+                latest[place] = output
                 if continuous:
-                    usage = self._usage(latest)
-                events = [
-                    self._event(prompt_index, output, completion, usage)
+                    usage = self._usage(latest.values())
+                events = waiting + [
+                    self._event(indices[place], output, completion, usage)
                     for completion in output.outputs
                 ]
+                waiting = []
                 if events:
                     yield events[0] if len(events) == 1 else b"".join(events)
         if with_usage:
-            yield event(self._completion([], self._usage(latest)))
+            yield event(self._completion([], self._usage(latest.values())))
 
     def _event(
         self,
@@ -115,15 +153,16 @@ class CompletionAnswer:
         usage: Usage | UnsetType | None,
     ) -> bytes:
         index = prompt_index * (self.body.n or 1) + completion.index
-        has_only_text = completion.finish_reason is None and index in self.text_events
-        if has_only_text:
-            return self.text_events[index].of(completion.text)
+        state = self.choices.get(index)
+        if completion.finish_reason is None and state is not None and state.text_events is not None:
+            return state.text_events.of(completion.text)
         choice = self._choice(prompt_index, output, completion)
         body = self.body
         rich = body.logprobs is not None or body.return_token_ids or body.max_tokens == 0
         if not rich and not isinstance(usage, Usage):
             plain = CompletionChoice(index, "", None, None)
-            self.text_events[index] = TextEvents(self._completion([plain], usage), b"text")
+            events = TextEvents(self._completion([plain], usage), b"text")
+            self.choices[index].text_events = events
         return event(self._completion([choice], usage))
 
     def _completion(
@@ -136,17 +175,18 @@ class CompletionAnswer:
     ) -> CompletionChoice:
         """One choice, or, in a stream, what is new of it."""
         index = prompt_index * (self.body.n or 1) + completion.index
-        first = index not in self.text_ends
+        first = index not in self.choices
+        state = self.choices.setdefault(index, ChoiceState())
         shown = completion if self.body.max_tokens != 0 else _unshown(completion)
         echoed = self._prompt_text(prompt_index, output) if self.body.echo and first else ""
+        state.text_end += len(echoed) + len(shown.text)
         choice = CompletionChoice(
             index=index,
             text=echoed + shown.text,
-            logprobs=self._logprobs(output, shown, self.text_ends.get(index, 0), first=first),
+            logprobs=self._logprobs(output, shown, state, echoed),
             finish_reason=_finish_reason(shown),
             stop_reason=shown.stop_reason,
         )
-        self.text_ends[index] = self.text_ends.get(index, 0) + len(choice.text)
         if self.body.return_token_ids:
             choice.token_ids = shown.token_ids
             if first:
@@ -156,25 +196,29 @@ class CompletionAnswer:
         return choice
 
     def _prompt_text(self, prompt_index: int, output: RequestOutput) -> str:
-        text, tokenizer = self.prompts[prompt_index].text, self.names.tokenizer
+        text, tokenizer = self.texts[prompt_index], self.names.tokenizer
         if text is None and tokenizer is not None:
             return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         return text or ""
 
     def _logprobs(
-        self, output: RequestOutput, shown: CompletionOutput, offset: int, *, first: bool
+        self, output: RequestOutput, shown: CompletionOutput, state: ChoiceState, echoed: str
     ) -> CompletionLogprobs | None:
         """With echo those of the prompt come first."""
         if self.body.logprobs is None or shown.logprobs is None:
             return None
-        tokens: list[TokenAlternatives | None] = [*shown.logprobs]
-        token_ids = shown.token_ids
-        if self.body.echo and first and output.prompt_logprobs is not None:
-            tokens = [*output.prompt_logprobs, *tokens]
-            token_ids = output.prompt_token_ids + token_ids
-        return completion_logprobs(tokens, token_ids, self.names, offset=offset)
+        entries: list[TokenEntry] = []
+        if state.offsets is None:
+            skip = self.body.skip_special_tokens is not False
+            state.offsets = self.names.text_offsets(len(echoed), skip_special_tokens=skip)
+            if self.body.echo and output.prompt_logprobs is not None:
+                entries = prompt_entries(output, echoed, self.names.tokenizer)
+        new = state.offsets.entries(shown.token_ids, shown.logprobs)
+        last = shown.finish_reason is not None
+        entries += state.offsets.shown(new, state.text_end, last=last)
+        return completion_logprobs(entries, self.names)
 
-    def _usage(self, outputs: Sequence[RequestOutput | None]) -> Usage:
+    def _usage(self, outputs: Iterable[RequestOutput]) -> Usage:
         usage = usage_of(outputs)
         if self.body.max_tokens == 0:
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
@@ -207,7 +251,7 @@ async def _last(generation: Generation) -> RequestOutput:
     return last
 
 
-async def _gather(generations: list[Generation]) -> list[RequestOutput]:
+async def _gather(generations: Sequence[Generation]) -> list[RequestOutput]:
     """The last outputs of all; the first failure ends the others."""
     if len(generations) == 1:
         return [await _last(generations[0])]
@@ -219,9 +263,9 @@ async def _gather(generations: list[Generation]) -> list[RequestOutput]:
 
 
 async def _merged(
-    generations: list[Generation],
+    generations: Sequence[Generation],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Outputs of all, each with its prompt's index, as they come. The first failure ends all.
+    """Outputs of all, each with its index, as they come. The first failure ends all.
 
     A reader that lags finds merged outputs: each generation waits until its last one was taken.
     """

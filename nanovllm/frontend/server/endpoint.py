@@ -4,7 +4,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -12,7 +12,12 @@ from starlette.responses import Response
 
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.server.api_errors import ApiError, from_decoding, from_value_error
+from nanovllm.frontend.server.api_errors import (
+    ApiError,
+    from_decoding,
+    from_value_error,
+    is_of_unknown_field,
+)
 from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
@@ -21,6 +26,7 @@ from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
 from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
 
+OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
@@ -56,9 +62,29 @@ async def read(request: Request, kind: type[B]) -> B:
     content = b"".join([piece async for piece in request.stream()])
     _check_size(content)
     try:
-        return msgspec.json.decode(content, type=kind)
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.ValidationError as error:
+            if not is_of_unknown_field(error):
+                raise
+            # A field that is null asks for nothing, whatever it is called.
+            pruned = msgspec.json.encode(_without_nulls(msgspec.json.decode(content)))
+            return msgspec.json.decode(pruned, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise from_decoding(error, kind.__struct_fields__) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of fields of ours; null within JSON of the client's own is a value."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: inner if name in OPAQUE else _without_nulls(inner)
+        for name, inner in value.items()
+        if inner is not None
+    }
 
 
 def _check_size(content: bytes) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nanovllm.frontend.outputs import Logprob, TokenAlternatives
+from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory
+from nanovllm.frontend.outputs import Logprob, RequestOutput, TokenAlternatives
 from nanovllm.frontend.server.replies import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -22,6 +23,13 @@ class TokenNames(NamedTuple):
 
     tokenizer: Tokenizer | None
     as_ids: bool
+
+    def text_offsets(self, start: int, *, skip_special_tokens: bool) -> "TextOffsets":
+        """Of a completion whose text begins at `start`."""
+        if self.tokenizer is None:
+            return TextOffsets(None, start)
+        detokenizers = DetokenizerFactory(self.tokenizer)
+        return TextOffsets(detokenizers.make(skip_special_tokens=skip_special_tokens), start)
 
     def text(self, token_id: int, entry: Logprob) -> str:
         if self.as_ids or entry.decoded_token is None:
@@ -51,16 +59,71 @@ def chat_logprobs(
     return ChatLogprobs(content)
 
 
-def completion_logprobs(
-    tokens: Sequence[TokenAlternatives | None],
-    token_ids: Sequence[int],
-    names: TokenNames,
-    *,
-    offset: int,
-) -> CompletionLogprobs:
-    """offset: in the text, of the first token. None is a prompt's first token."""
+class TextOffsets:
+    """Where in the text of one completion its tokens begin. Several may begin at one place, where a
+    character is split over tokens, or a token is none of the text.
+
+    start: of the first one; after a prompt that is shown, its length.
+    """
+
+    def __init__(self, detokenizer: Detokenizer | None, start: int) -> None:
+        self._detokenizer = detokenizer
+        self._end = start
+        self._held: list[TokenEntry] = []
+
+    def entries(
+        self, token_ids: Sequence[int], tokens: Sequence[TokenAlternatives]
+    ) -> list["TokenEntry"]:
+        """What to show of these, the next ones."""
+        made: list[TokenEntry] = []
+        for token_id, alternatives in zip(token_ids, tokens, strict=True):
+            made.append(TokenEntry(token_id, alternatives, self._end))
+            if self._detokenizer is not None:
+                self._end += len(self._detokenizer.feed((token_id,)))
+        return made
+
+    def shown(self, new: list["TokenEntry"], text_end: int, *, last: bool) -> list["TokenEntry"]:
+        """Those that begin within the text shown so far; the others wait for it. A stop string has
+        cut off the text of what still waits at the last."""
+        found = self._held + new
+        if last:
+            return [one._replace(offset=min(one.offset, text_end)) for one in found]
+        count = sum(one.offset <= text_end for one in found)
+        self._held = found[count:]
+        return found[:count]
+
+
+class TokenEntry(NamedTuple):
+    """A token and what else was likely; None for a prompt's first token. offset: in the text."""
+
+    token_id: int
+    alternatives: TokenAlternatives | None
+    offset: int
+
+
+def prompt_entries(
+    output: RequestOutput, text: str, tokenizer: Tokenizer | None
+) -> list[TokenEntry]:
+    """Of the prompt's tokens, in its text as it was given, without a BOS that was added to it."""
+    assert output.prompt_logprobs is not None
+    token_ids, added = output.prompt_token_ids, 0
+    detokenizer = None
+    if tokenizer is not None:
+        whole = tokenizer.decode(token_ids, skip_special_tokens=False)
+        added = len(whole) - len(text) if whole.endswith(text) else 0
+        detokenizer = DetokenizerFactory(tokenizer).make(skip_special_tokens=False)
+    entries: list[TokenEntry] = []
+    end = -added
+    for token_id, alternatives in zip(token_ids, output.prompt_logprobs, strict=True):
+        entries.append(TokenEntry(token_id, alternatives, min(max(end, 0), len(text))))
+        end += 0 if detokenizer is None else len(detokenizer.feed((token_id,)))
+    return entries
+
+
+def completion_logprobs(entries: Sequence[TokenEntry], names: TokenNames) -> CompletionLogprobs:
+    """One entry per token."""
     found = CompletionLogprobs([], [], [], [])
-    for token_id, alternatives in zip(token_ids, tokens, strict=True):
+    for token_id, alternatives, offset in entries:
         if alternatives is None:
             text = "" if names.tokenizer is None else names.tokenizer.token_text(token_id)
             entry, top = Logprob(0.0, 1, text), None
@@ -71,7 +134,6 @@ def completion_logprobs(
         found.tokens.append(names.text(token_id, entry))
         found.token_logprobs.append(None if alternatives is None else finite(entry.logprob))
         found.top_logprobs.append(top)
-        offset += len(entry.decoded_token or "")
     return found
 
 

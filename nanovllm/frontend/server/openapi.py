@@ -104,6 +104,9 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint], *, has_keys: bool) -> 
         for one in endpoints:
             structs += [kind for kind in (one.body, one.answer, one.event) if kind is not None]
         _, schemas = msgspec.json.schema_components(structs, ref_template=REF)
+        for schema in schemas.values():
+            if schema.get("additionalProperties") is False:
+                schema["additionalProperties"] = {"type": "null"}  # see `endpoint.read`
         components = found.setdefault("components", {})
         components.setdefault("schemas", {}).update(schemas)
         if has_keys:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from nanovllm.frontend.chat_template import RESERVED, Message
-from nanovllm.frontend.server.api_errors import refused
+from nanovllm.frontend.server.api_errors import ApiError, refused
 from nanovllm.frontend.server.bodies import (
     ChatBody,
     ChatMessage,
@@ -28,6 +28,15 @@ from nanovllm.limits import MAX_OUTPUTS, MAX_PROMPT_CHARS, MAX_PROMPTS, check_co
 MAX_AT_ONCE = 1 << 18  # characters of a text that is encoded beside others; longer ones queue
 LONG_TEXT = 768  # characters; up to 0.3 ms to encode, where a thread costs 0.05
 LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
+TEXT_TYPES = ("text", "input_text", "output_text")
+INSTEAD = {
+    "audio": "this model reads text only",
+    "function_call": "is not supported: send tool_calls",
+    "partial": "is not supported: send continue_final_message",
+    "prefix": "is not supported: send continue_final_message",
+}
+# Its last blank tells whether a template strips what it is given.
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 T = TypeVar("T")
 
 
@@ -43,9 +52,12 @@ async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> Se
     messages, variables = template_input(tokenizer, body)
 
     def make() -> ServedPrompt:
-        text = tokenizer.apply_chat_template(messages, **variables)
         if body.continue_final_message:
-            text = _open_ended(text, messages[-1])
+            *others, last = messages
+            text = tokenizer.apply_chat_template([*others, _marked(last)], **variables)
+            text = _open_ended(text, last)
+        else:
+            text = tokenizer.apply_chat_template(messages, **variables)
         add = bool(body.add_special_tokens)
         return ServedPrompt(text, tokenizer.encode(text, add_special_tokens=add))
 
@@ -55,17 +67,19 @@ async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> Se
     return await aside_if_long(make, max(size, LONG_TEXT))
 
 
-async def text_prompts(tokenizer: Tokenizer | None, body: CompletionBody) -> list[ServedPrompt]:
-    """One per prompt of the batch."""
+async def text_prompts(
+    tokenizer: Tokenizer | None, body: CompletionBody
+) -> list[ServedPrompt | ApiError]:
+    """One per prompt of the batch, or what is wrong with it."""
     add = body.add_special_tokens is not False
 
-    def make(content: str | list[int]) -> ServedPrompt:
+    def make(content: str | list[int]) -> ServedPrompt | ApiError:
         if isinstance(content, list):
             return ServedPrompt(None, content)
         if tokenizer is None:
-            raise refused("prompt", "text needs a tokenizer, and there is none: send token ids")
+            return refused("prompt", "text needs a tokenizer, and there is none: send token ids")
         if not content:
-            raise refused("prompt", "is empty: send at least one character")
+            return refused("prompt", "is empty: send at least one character")
         return ServedPrompt(content, tokenizer.encode(content, add_special_tokens=add))
 
     contents = _batch(body.prompt)
@@ -109,10 +123,8 @@ def template_input(
     variables: dict[str, Any] = {**(body.chat_template_kwargs or {})}
     if reserved := variables.keys() & RESERVED:
         raise refused("chat_template_kwargs", f"must not hold {', '.join(sorted(reserved))}")
-    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
-        if "reasoning_effort" not in source:
-            raise refused("reasoning_effort", "the model's chat template does not know it")
-        variables["reasoning_effort"] = body.reasoning_effort
+    if isinstance(body, ChatBody):
+        variables |= _template_fields(body, source)
     offered = not isinstance(body, ChatBody) or body.tool_choice != "none"
     tools = [_template_tool(tool) for tool in body.tools or []] if offered else []
     if "tools" not in source:
@@ -145,10 +157,32 @@ async def aside_if_long(make: Callable[[], T], num_characters: int) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, make)
 
 
+def _template_fields(body: ChatBody, source: str) -> dict[str, Any]:
+    """The fields that are for the chat template. Without reasoning is how a model answers that has
+    none."""
+    found: dict[str, Any] = {}
+    if body.reasoning_effort == "none" and "reasoning_effort" not in source:
+        if "enable_thinking" in source:
+            found["enable_thinking"] = False
+        elif "</think>" in source:
+            raise refused("reasoning_effort", "this model cannot do without reasoning")
+    elif body.reasoning_effort is not None:
+        found["reasoning_effort"] = body.reasoning_effort
+    if body.documents:
+        found["documents"] = body.documents
+    for name in found:
+        if name not in source:
+            raise refused(name, "the model's chat template does not know it")
+    return found
+
+
 def _template_message(message: ChatMessage, *, has_developer: bool) -> Message:
     role = message.role
     made: Message = {"role": "system" if role == "developer" and not has_developer else role}
-    content = message.content
+    for name, instead in INSTEAD.items():
+        if getattr(message, name):
+            raise refused(f"messages.{name}", instead)
+    content = message.content if message.content is not None else message.refusal
     made["content"] = _joined(content) if isinstance(content, list) else content
     if content is None and role != "assistant":
         raise refused("messages", f"content of a {role} message is missing")
@@ -157,6 +191,8 @@ def _template_message(message: ChatMessage, *, has_developer: bool) -> Message:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             made[name] = value
+    if isinstance(message.reasoning, str):
+        made.setdefault("reasoning_content", message.reasoning)
     if message.tool_calls:
         made["tool_calls"] = [
             {
@@ -172,19 +208,28 @@ def _template_message(message: ChatMessage, *, has_developer: bool) -> Message:
     return made
 
 
-def _joined(parts: list[ContentPart]) -> str:
+def _joined(parts: list[str | ContentPart]) -> str:
+    texts: list[str] = []
     for part in parts:
-        if part.type != "text" or part.text is None:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part.type in TEXT_TYPES and part.text is not None:
+            texts.append(part.text)
+        elif part.type == "refusal" and part.refusal is not None:
+            texts.append(part.refusal)
+        else:
             raise refused("messages", f"content of type {part.type!r}: this model reads text only")
-    return "\n".join(part.text or "" for part in parts)
+    return "\n".join(texts)
 
 
-def _arguments(text: str) -> Any:
+def _arguments(given: str | dict[str, Any] | None) -> Any:
     """Templates want the object; what is no JSON stays the text that the model wrote."""
+    if isinstance(given, dict):
+        return given
     try:
-        return json.loads(text or "{}")
+        return json.loads(given or "{}") or {}
     except (ValueError, RecursionError):
-        return text
+        return given
 
 
 def _template_tool(tool: Tool) -> dict[str, Any]:
@@ -195,10 +240,20 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": {k: v for k, v in known.items() if v is not None}}
 
 
+def _marked(message: Message) -> Message:
+    """A final message with `MARK` behind its words, so that they are found again in the prompt."""
+    words = message["content"]
+    if not words:
+        raise refused("continue_final_message", "the final message has no text to continue")
+    return {**message, "content": words + MARK}
+
+
 def _open_ended(text: str, message: Message) -> str:
-    """The prompt up to the end of its last message's words, for the model to go on from."""
-    words = str(message["content"] or "").strip()
-    end = text.rfind(words)
-    if not words or end < 0:
+    """The prompt up to the end of its last message's words, for the model to go on from: where
+    `MARK` stands, as transformers' `apply_chat_template` does it. A template that strips what it
+    is given strips the words, too."""
+    where = text.rfind(MARK.strip())
+    if where < 0 or message["content"].strip() not in text:
         raise refused("continue_final_message", "the final message has no text in the prompt")
-    return text[: end + len(words)]
+    kept = text[:where]
+    return kept if text.startswith(MARK, where) else kept.rstrip()

@@ -166,13 +166,15 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct):
-    """Also in the events of a stream, where it holds what is new."""
+    """Also in the events of a stream, where it holds what is new. error: why the prompt has no
+    answer, where others of its batch have one; finish_reason is "error" then."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReasonName | None
+    finish_reason: FinishReasonName | Literal["error"] | None
     stop_reason: int | str | None = None
+    error: ErrorDetails | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET

@@ -43,14 +43,26 @@ SAME = (
 )
 # Field → the values that ask for nothing this server does not do anyway; all others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "suffix": ("",),
-    "modalities": (["text"],),
+    "logits_processors": ([],),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
+}
+CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **NEUTRAL,
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"], []),
     "store": (False,),
-    "metadata": ({},),
+    "web_search_options": (),
 }
 
 
@@ -77,11 +89,11 @@ def chat_params(body: ChatBody, constraint: Constraint | None) -> SamplingParams
 def completion_params(body: CompletionBody, constraint: Constraint | None) -> SamplingParams:
     """max_tokens 0 (to score a prompt with echo) generates one token that is not shown."""
     limit = body.max_tokens
-    if body.best_of is not None and body.best_of != (body.n or 1):
+    if body.best_of not in (None, body.n or 1):
         raise refused("best_of", "must equal n: all generated outputs are returned")
     if limit == 0 and not body.echo:
         raise refused("max_tokens", "0 returns nothing without echo=true")
-    more: dict[str, Any] = {} if limit is None else {"max_tokens": max(limit, 1)}
+    more: dict[str, Any] = {} if limit is None else {"max_tokens": limit or 1}
     if body.echo and body.logprobs is not None:
         if body.prompt_logprobs is not None and body.prompt_logprobs != body.logprobs:
             raise refused("prompt_logprobs", "must equal logprobs if echo=true")
@@ -137,13 +149,12 @@ def _params(body: GenerationBody, constraint: Constraint | None, **given: Any) -
 
 
 def _check_neutral(body: GenerationBody) -> None:
-    for name in body.__struct_fields__:
-        if name in NEUTRAL:
-            value, accepted = getattr(body, name), NEUTRAL[name]
-            if value is not None and value not in accepted:
-                only = " or ".join(map(repr, accepted))
-                why = f"only {only} can be honoured, not {value!r}" if only else "is not supported"
-                raise refused(name, why)
+    for name, accepted in (CHAT_NEUTRAL if isinstance(body, ChatBody) else NEUTRAL).items():
+        value = getattr(body, name, None)
+        if value is not None and value not in accepted:
+            only = " or ".join(map(repr, accepted))
+            why = f"only {only} can be honoured, not {value!r}" if only else "is not supported"
+            raise refused(name, why)
 
 
 def _own_constraint(asked: StructuredOutputs) -> dict[str, Any]:

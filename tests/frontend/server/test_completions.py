@@ -175,3 +175,92 @@ async def test_one_failure_ends_the_batch(address: str) -> None:
             assert response.status_code == 500
             assert "no luck" in error_of(response)["message"]
         assert server.serving.num_requests == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_bad_prompt_does_not_fail_the_others(address: str, stream: bool) -> None:
+    prompts = ["ab", "x" * 100, "", "cd"]
+    async with served(address) as server:
+        response = await server.complete(prompts, n=2, stream=stream)
+        alone = await server.complete(prompts[1], stream=stream)
+        all_bad = await server.complete(["", "x" * 100], stream=stream)
+    choices = response.json()["choices"] if not stream else [
+        choice for chunk in events(response) for choice in chunk["choices"]
+    ]  # fmt: skip
+    texts: dict[int, str] = {}
+    reasons: dict[int, list[Any]] = {}
+    for choice in choices:
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+        reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
+    assert texts == {0: "ab", 1: "ab", 2: "", 3: "", 4: "", 5: "", 6: "cd", 7: "cd"}
+    assert {i: [r for r in all_ if r] for i, all_ in reasons.items()} == {
+        i: ["error" if i in (2, 3, 4, 5) else "length"] for i in range(8)
+    }
+    if not stream:
+        assert [choice["index"] for choice in choices] == list(range(8))
+    errors = {choice["index"]: choice["error"] for choice in choices if "error" in choice}
+    assert errors.keys() == {2, 3, 4, 5}
+    assert errors[2]["code"] == "context_length_exceeded" and errors[4]["param"] == "prompt"
+    assert alone.status_code == 400 and error_of(alone)["code"] == "context_length_exceeded"
+    assert all_bad.status_code == 400 and "empty" in error_of(all_bad)["message"]
+
+
+SPLIT = "é😀中 x".encode()  # a token per byte
+OFFSETS = [0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 4]
+
+
+def logged(message: ToCore) -> Any:
+    """`SPLIT` with log-probabilities, two tokens at a time, also of the prompt."""
+    if not isinstance(message, AddRequest):
+        return silent(message)
+    number, asked = message.number, message.params.prompt_logprobs
+    entries = [TokenLogprobs(i, -1.0, 1, [], []) for i in message.prompt_token_ids[1:]]
+    found: list[Any] = [Outputs(prompt_logprobs=[PromptLogprobs(number, entries)])] * (asked == 0)
+    for start in range(0, len(SPLIT), 2):
+        ids = list(SPLIT[start : start + 2])
+        lps = {i: TokenLogprobs(token_id, -1.0, 1, [], []) for i, token_id in enumerate(ids)}
+        found.append(Outputs([number] * len(ids), ids, lps))
+    return [*found, Outputs(finished=[Finished(number, "length", None, 0)])]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "text", "offsets"),
+    [
+        ({}, SPLIT.decode(), OFFSETS),
+        ({"stop": ["中 xyz"]}, SPLIT.decode(), OFFSETS),
+        ({"stop": ["中 "], "include_stop_str_in_output": True}, "é😀中 ", OFFSETS[:-1]),
+        ({"stop": ["中 "]}, "é😀", [*OFFSETS[:6], 2, 2, 2, 2]),
+        ({"echo": True}, "é!" + SPLIT.decode(), [0, 0, 1, *(2 + i for i in OFFSETS)]),
+    ],
+)
+async def test_text_offsets_are_where_tokens_begin(
+    address: str, stream: bool, body: dict[str, Any], text: str, offsets: list[int]
+) -> None:
+    async with served(address, logged) as server:
+        response = await server.complete("é!", logprobs=0, stream=stream, **body)
+    choices = [chunk["choices"][0] for chunk in events(response)] if stream else [
+        response.json()["choices"][0]
+    ]  # fmt: skip
+    assert "".join(choice["text"] for choice in choices) == text
+    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert [offset for one in found for offset in one["text_offset"]] == offsets
+    for key in ("tokens", "token_logprobs", "top_logprobs"):
+        assert sum(len(one[key]) for one in found) == len(offsets)
+    end = 0
+    for choice in choices:  # nor does an event speak of text that has not come
+        end += len(choice["text"])
+        assert all(offset <= end for offset in (choice["logprobs"] or {}).get("text_offset", []))
+
+
+async def test_negative_max_tokens_are_refused(address: str) -> None:
+    async with served(address) as server:
+        for body in ({}, {"echo": True}):
+            error = error_of(await server.complete("Hi", max_tokens=-1, **body))
+            assert error["param"] == "max_tokens"
+
+
+async def test_more_tokens_than_fit_are_cut_to_what_fits(address: str) -> None:
+    async with served(address) as server:
+        for ask in (server.complete, server.chat):
+            assert (await ask("Hi", max_tokens=10_000)).status_code == 200  # type: ignore[operator]
