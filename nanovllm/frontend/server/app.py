@@ -107,11 +107,11 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
             one.run,
             methods=[one.method],
             response_model=None,
-            openapi_extra=operation(one, has_keys=bool(settings.api_key)),
+            openapi_extra=operation(one, has_keys=settings.has_keys),
         )
     for file in PAGE:
         app.add_route(file.path, file.answer, methods=["GET"], include_in_schema=False)
-    app.openapi = lambda: document(app, ENDPOINTS, has_keys=bool(settings.api_key))  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, ENDPOINTS, has_keys=settings.has_keys)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)

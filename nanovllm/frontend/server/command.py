@@ -34,7 +34,7 @@ from nanovllm.frontend.server.run import (
     serve,
 )
 from nanovllm.frontend.server.serving import Serving, require_tracing
-from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.frontend.server.settings import OLDER_NAMES, ServerSettings
 
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -137,8 +137,8 @@ async def _core(
 def _settings(arguments: argparse.Namespace) -> ServerSettings:
     given = vars(arguments)
     values = {name: given[name] for name in ServerSettings.__struct_fields__ if name in given}
-    if KEY_VARIABLE in os.environ:
-        values.setdefault("api_key", [os.environ[KEY_VARIABLE]])
+    if KEY_VARIABLE in os.environ:  # taken out, so that no process started from here has it
+        values.setdefault("api_key", [os.environ.pop(KEY_VARIABLE)])
     try:
         settings = msgspec.convert(values, ServerSettings)
     except msgspec.ValidationError as error:
@@ -146,6 +146,12 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         raise ValueError(f"--{path.rstrip('`').replace('_', '-')}: {message}") from None
     if "" in settings.api_key:
         raise ValueError("--api-key: an empty key would let everybody in: leave it out")
+    settings.keys()  # complains before anybody waits for it
+    if "all" in (settings.page, OLDER_NAMES[settings.engine_view]) and not settings.may_show_all:
+        raise ValueError(
+            "--page: all would show everybody's prompts: it is for a server on a loopback address "
+            "without keys; use counts"
+        )
     return settings
 
 

@@ -18,6 +18,7 @@ from nanovllm.frontend.server.api_errors import (
     from_value_error,
     is_of_unknown_field,
 )
+from nanovllm.frontend.server.api_keys import CALLER
 from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
@@ -122,6 +123,7 @@ async def generated(
     serving = serving_of(request)
     body = await read(request, kind)
     serving.check_model(body.model)
+    serving.callers.apply(body, request.scope["state"][CALLER])
     with blaming(body):
         if body.bad_words:  # encoded once for all prompts, and not while streams wait
             encode = partial(serving.llm.encode_bad_words, tuple(body.bad_words))

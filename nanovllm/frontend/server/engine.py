@@ -1,6 +1,6 @@
 """GET /v1/engine/events and /v1/engine/blocks/{block_id}: the engine, for looking at.
 
-Read-only, and behind the API key like the rest. `--engine-view` says how much may be seen: the
+Read-only, and behind the API key like the rest. `--page` says how much may be seen: the
 contents of blocks are users' prompts.
 """
 
@@ -74,6 +74,4 @@ def _check_visible(serving: Serving) -> None:
 
 
 def _refusal(what: str) -> ApiError:
-    return ApiError(
-        403, f"this server does not show {what} (--engine-view)", code="engine_view_refused"
-    )
+    return ApiError(403, f"this server does not show {what} (--page)", code="engine_view_refused")

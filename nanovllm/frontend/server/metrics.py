@@ -96,6 +96,7 @@ class ServerMetrics:
         self.success = counter("request_success", "Finished requests.", *LABELS, "finished_reason")
         self.cached = counter("prompt_tokens_cached", "Prompt tokens reused from cache.", *LABELS)
         self.http = counter("http_requests", "HTTP answers.", "method", "path", "status")
+        self.by_key = counter("api_key_requests", "HTTP requests by the name of their key.", "key")
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.frontend.server.api_errors import ApiError
+from nanovllm.frontend.server.api_keys import ANONYMOUS, CALLER, ApiKeys
 from nanovllm.frontend.server.body_budget import BodyBudget, Share
 from nanovllm.frontend.server.metrics import ServerMetrics
 from nanovllm.frontend.server.origins import Origins
@@ -42,7 +43,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._settings = settings
-        self._keys = [key.encode() for key in settings.api_key]
+        self._keys = ApiKeys(settings.keys())
         self._metrics = metrics
         self._paths = paths
         self._open = open
@@ -54,6 +55,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         scope = self._below_root(scope)
+        scope.setdefault("state", {})[CALLER] = ANONYMOUS
         headers, share = Headers(scope=scope), Share(self._budget)
         given_id = headers.get("x-request-id", "")
         request_id = given_id if SAFE_ID.fullmatch(given_id) else secrets.token_hex(16)
@@ -100,16 +102,16 @@ class Gate:
         if (foreign := self._origins.refusal(headers)) is not None:
             return foreign
         if self._keys and self._route(scope) not in self._open:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            given = key.strip().encode() if scheme.lower() == "bearer" else b""
-            # All are compared, so that the time tells nothing.
-            if not sum(secrets.compare_digest(given, known) for known in self._keys):
+            owner = self._keys.owner(headers.get("authorization", ""))
+            if owner is None:
                 return ApiError(
                     401,
                     "no valid API key: send it as `Authorization: Bearer KEY`",
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
+            scope["state"][CALLER] = owner
+            self._metrics.by_key.labels(owner).inc()
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             return self._too_large()

@@ -18,6 +18,7 @@ from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
+from nanovllm.frontend.server.callers import Callers
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
 from nanovllm.frontend.server.replies import Health
@@ -55,6 +56,7 @@ class Serving:
     def __init__(self, settings: ServerSettings, open_llm: Opener) -> None:
         self.settings = settings
         self.metrics = ServerMetrics(self._core_status)
+        self.callers = Callers(settings)
         endpoint = settings.otlp_traces_endpoint
         self.tracing = None if endpoint is None else require_tracing().to(endpoint)
         self.created = int(time.time())

@@ -3,16 +3,25 @@
 Frozen; passed as JSON to the processes of `--frontends`.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from nanovllm.frontend.server.api_keys import ApiKey, read_keys
 from nanovllm.watch.events import EngineView
 
 ToolCallFormat = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
 ReasoningFormat = Literal["auto", "think", "deepseek_r1", "none"]
 EngineViewSetting = Literal["auto", "full", "counts", "off"]
+PageSetting = Literal["all", "counts", "off"]
+OLDER_NAMES: dict[EngineViewSetting, PageSetting | None] = {
+    "auto": None,
+    "full": "all",
+    "counts": "counts",
+    "off": "off",
+}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,8 +41,22 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         None
     )
     api_key: Annotated[
-        list[str], Meta(description="clients must send this key; may be given repeatedly")
+        list[str],
+        Meta(
+            description="clients must send this key; repeatable. It shows in the list of processes:"
+            " NANOVLLM_API_KEY and --api-key-file do not"
+        ),
     ] = []
+    api_key_file: Annotated[
+        str | None, Meta(description="file of mode 600 with a line `name key` for each client")
+    ] = None
+    isolate_cache: Annotated[
+        bool | None,
+        Meta(
+            description="share cached prefixes only among requests of one key, so that none learns "
+            "from timing what another has sent; by default if there are several keys"
+        ),
+    ] = None
     allowed_origins: Annotated[
         list[str],
         Meta(description="origin of web pages that may call (CORS); * is any; repeatable"),
@@ -79,20 +102,37 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     otlp_traces_endpoint: Annotated[
         str | None, Meta(description="send OpenTelemetry spans of requests to this collector")
     ] = None
-    engine_view: Annotated[
-        EngineViewSetting,
+    page: Annotated[
+        PageSetting | None,
         Meta(
-            description="what /v1/engine shows: all, also what is in blocks (others' prompts), "
-            "counts alone, or nothing; auto: full if only this machine can ask, and needs no key"
+            description="what the page and /v1/engine show: all, also what is in blocks (others' "
+            "prompts), counts alone, or nothing; all is for a server that only this machine can "
+            "ask, without keys, and the default there; elsewhere it is counts"
         ),
+    ] = None
+    engine_view: Annotated[
+        EngineViewSetting, Meta(description="older name of --page, where full is all")
     ] = "auto"
     access_log: Annotated[bool, Meta(description="log every HTTP request")] = False
 
     @property
     def shown_view(self) -> EngineView | None:
-        """What `engine_view` comes to; None is nothing."""
-        if self.engine_view == "off":
+        """What `page` comes to; None is nothing."""
+        wanted = self.page or OLDER_NAMES[self.engine_view]
+        if wanted == "off":
             return None
-        if self.engine_view == "auto":
-            return "full" if self.host in LOOPBACK and not self.api_key else "counts"
-        return self.engine_view
+        return "full" if wanted != "counts" and self.may_show_all else "counts"
+
+    @property
+    def may_show_all(self) -> bool:
+        """Whether nobody's words are shown to anybody else: one user, on this machine."""
+        return self.host in LOOPBACK and not self.has_keys
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_key) or self.api_key_file is not None
+
+    def keys(self) -> list[ApiKey]:
+        """Those of the file, and those given bare, by number. Raises `ValueError`: the file."""
+        bare = [ApiKey(f"key-{number}", key) for number, key in enumerate(self.api_key, 1)]
+        return bare + ([] if self.api_key_file is None else read_keys(Path(self.api_key_file)))

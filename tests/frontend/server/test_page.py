@@ -295,7 +295,7 @@ def test_text_is_never_markup(browser: Any, url: str) -> None:
 
 def test_a_key_is_asked_for_and_kept(browser: Any, tmp_path: Path) -> None:
     refusals = ("401",)
-    flags = ("--api-key", "secret", "--engine-view", "counts")
+    flags = ("--api-key", "secret", "--page", "counts")
     with synthetic_server(tmp_path, *flags) as url, visit(browser, url, problems=refusals) as page:
         page.page.wait_for_selector("#key[open]")
         assert page.page.locator("#status").get_attribute("data-state") == "locked"
@@ -315,10 +315,10 @@ def test_a_key_is_asked_for_and_kept(browser: Any, tmp_path: Path) -> None:
 
 def test_a_server_that_shows_no_engine_still_chats(browser: Any, tmp_path: Path) -> None:
     with (
-        synthetic_server(tmp_path, "--engine-view", "off") as url,
+        synthetic_server(tmp_path, "--page", "off") as url,
         visit(browser, url, problems=("403",)) as page,
     ):
-        page.page.wait_for_selector("#engine-notice:has-text('--engine-view')")
+        page.page.wait_for_selector("#engine-notice:has-text('--page')")
         page.ask("hi")
         page.page.wait_for_selector(".assistant .cache")
 
