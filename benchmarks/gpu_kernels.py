@@ -32,16 +32,18 @@ from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, T
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.kernels.triton import fused_sampler, layer_kernels
+from nanovllm.worker.kernels.triton import fused_sampler, products
 from nanovllm.worker.kernels.triton import skinny_linear as linear_kernels
 from nanovllm.worker.kernels.triton.gated_linear import CHOSEN, GatedTile, gated_linear
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for
+from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and_mul_fp8
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.models.decoder import Decoder, PerHeadNorm
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.models.blocks import HeadNorms
+from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
-from nanovllm.worker.quant.select import allocate_linears
 
 BANDWIDTH, RATE = 4.3e12, 790e12
 CUDA = torch.device("cuda")
@@ -186,7 +188,7 @@ def build_attention(
     cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
     decodes = batch.max_query_len == 1 and batch.prefix is None
     ones = torch.ones(128, device=CUDA, dtype=BF16)
-    norm = PerHeadNorm(ones, ones, 1e-6) if rotates else None
+    norm = HeadNorms(ones, ones, 1e-6) if rotates else None
     rotary = (Rotary if decodes or rotates else Rotated)(KERNELS, cos_sin, norm)  # angles of zero
 
     layers = list(cache.unbind(1)) * max(1, 8 // cache.shape[1])
@@ -329,8 +331,8 @@ def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int,
     def cublas(linear: Linear) -> Tensor:
         if residual is not None:
             return torch.addmm(residual, x, linear.weight.t())
-        out = linear(x if norm is None else KERNELS.rms_norm(x, *norm))
-        return KERNELS.silu_and_mul(out) if gated else out
+        out = linear(x if norm is None else KERNELS.rms_norm(x, RMSNorm(*norm)))
+        return silu_and_mul(out) if gated else out
 
     def ours(linear: Linear) -> Tensor:
         if residual is not None:
@@ -428,10 +430,7 @@ def build_gated(tile: GatedTile | None, num_tokens: int, size: tuple[int, int]):
     def run() -> Tensor:
         for index, linear in enumerate(linears):
             x = xs[index % len(xs)]
-            if tile is None:
-                out = KERNELS.silu_and_mul(linear(x))
-            else:
-                out = gated_linear(x, linear, tile=tile)
+            out = gated_linear(x, linear, tile=tile) if tile else silu_and_mul(linear(x))
         return out
 
     def error() -> float:
@@ -485,7 +484,7 @@ class Choice:
             is_ours = tuple(weight.shape) in tiles
             return is_ours or POLICIES["as chosen"](num_tokens, weight, gated=gated)
 
-        linear_kernels.tile_for, layer_kernels.beats_cublas = tile_for, beats_cublas
+        linear_kernels.tile_for, products.beats_cublas = tile_for, beats_cublas
         linear_kernels.MAX_WEIGHED_TOKENS = self.max_weighed_tokens
 
 
@@ -495,27 +494,28 @@ TILE_FOR = linear_kernels.tile_for
 def build_layer(num_tokens: int, choice: Choice | None):
     """Layers' products with all that lies between them but attention and RoPE. None: cuBLAS."""
     layers, factors, start = chain_of_layers(), randn(1024), randn(num_tokens, 1024)
+    norm = RMSNorm(factors, 1e-6)
     num_heads = num_tokens * 2048  # of the queries' numbers, here those that come first
 
     def cublas(layers: list[dict[str, Linear]]) -> Tensor:
         stream = start.clone()
         for layer in layers:
-            qkv = layer["qkv"](KERNELS.rms_norm(stream, factors, 1e-6))
+            qkv = layer["qkv"](KERNELS.rms_norm(stream, norm))
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
             stream = stream.addmm_(heads, layer["o"].weight.t())
-            inner = layer["gate_up"](KERNELS.rms_norm(stream, factors, 1e-6))
-            stream = stream.addmm_(KERNELS.silu_and_mul(inner), layer["down"].weight.t())
+            inner = layer["gate_up"](KERNELS.rms_norm(stream, norm))
+            stream = stream.addmm_(silu_and_mul(inner), layer["down"].weight.t())
         return stream
 
     def chosen(layers: list[dict[str, Linear]]) -> Tensor:
         choice.take()
         stream = Stream(start.clone())
         for layer in layers:
-            qkv = KERNELS.norm_linear(stream, factors, 1e-6, layer["qkv"])
+            qkv = KERNELS.norm_linear(stream, norm, layer["qkv"])
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
-            stream = KERNELS.linear_add(heads, layer["o"], stream.hidden, factors)
+            stream = KERNELS.linear_add(heads, layer["o"], stream.hidden, next_norm=norm)
             mlp = layer["gate_up"], layer["down"]
-            stream = KERNELS.mlp(stream, factors, 1e-6, *mlp, factors)
+            stream = KERNELS.mlp(stream, norm, *mlp, next_norm=norm)
         return stream.hidden
 
     def exact(layers: list[dict[str, Linear]]) -> Tensor:
@@ -569,7 +569,6 @@ def qwen3() -> Decoder:
     specs = attention_specs(spec, block_size=16, dtype=BF16, device=CUDA)
     attention, _ = select_attention("triton", specs)
     model = Decoder(spec, kernels=KERNELS, attention=attention, dtype=BF16, device=CUDA)
-    allocate_linears(model, None)
     for slot in model.slots():
         slot.target.normal_().mul_(slot.target.shape[-1] ** -0.5)
     return model
@@ -584,20 +583,20 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
     backend = TritonAttention(spec, tuning)
 
     def run() -> Tensor:
-        layer_kernels.beats_cublas = POLICIES[policy]
+        products.beats_cublas = POLICIES[policy]
         backend.prepare(batch)
         stream = Stream(F.embedding(batch.input_ids, model.embedding))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
-            layer._attention = backend
-            norm = layer.input_norm  # as good as the next layer's
+            layer.attention._backend = backend
+            norm = layer.attention.norms.pre  # as good as the next layer's
             stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, next_norm=norm)
-        return KERNELS.rms_norm(stream.hidden, model.final_norm, 1e-6)
+        return KERNELS.rms_norm(stream.hidden, model.final_norm)
 
     return run, 1, None
 
 
 POLICIES: dict[str, Callable[..., bool]] = {
-    "as chosen": layer_kernels.beats_cublas,
+    "as chosen": products.beats_cublas,
     "cuBLAS": lambda num_tokens, weight, gated=False: num_tokens == 1,
     "all ours": lambda num_tokens, weight, gated=False: weight.numel() < 2**23,
     "ours but gated": lambda num_tokens, weight, gated=False: weight.numel() < 2**23 and not gated,
@@ -646,7 +645,7 @@ def build_fp8(how: str | Tile, num_tokens: int, name: str, size: tuple[int, int]
     def one(linear: Linear) -> Tensor:
         if isinstance(how, Tile):
             return skinny_linear(x, linear, gated=gated, tile=how)
-        tokens = quantized if how == "alone" else KERNELS.quantize(x)
+        tokens = quantized if how == "alone" else quantize(x)
         return NATIVE_FP8.multiply(linear, tokens, BF16)
 
     def run() -> Tensor:
@@ -713,13 +712,13 @@ def build_quantizing(name: str, num_tokens: int):
     """Norm or SiLU·mul of Qwen3-8B with the quantization; how much more it loses than torch's."""
     hidden, factors, gate_up = randn(num_tokens, 4096), randn(4096), randn(num_tokens, 24576)
     runs = {
-        "quantize": (lambda: KERNELS.quantize(hidden), lambda: hidden.double()),
+        "quantize": (lambda: quantize(hidden), lambda: hidden.double()),
         "norm, quantize": (
-            lambda: KERNELS.quantize(hidden, (factors, 1e-6)),
+            lambda: quantize(hidden, RMSNorm(factors, 1e-6)),
             lambda: F.rms_norm(hidden.double(), (4096,), factors.double(), 1e-6),
         ),
         "silu_and_mul, quantize": (
-            lambda: KERNELS.silu_and_mul_fp8(gate_up),
+            lambda: silu_and_mul_fp8(gate_up),
             lambda: F.silu(gate_up[:, :12288].double()) * gate_up[:, 12288:].double(),
         ),
     }
@@ -791,8 +790,8 @@ def build_elementwise(name: str, num_tokens: int):
         )  # fmt: skip
 
     runs = {
-        "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], factors, 1e-6), copies),
-        "silu_and_mul": (lambda i: KERNELS.silu_and_mul(gate_up[i]), len(gate_up)),
+        "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], RMSNorm(factors, 1e-6)), copies),
+        "silu_and_mul": (lambda i: silu_and_mul(gate_up[i]), len(gate_up)),
         "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
         "rope_and_cache of keys": (lambda i: rope(qkv[i, :, 2048:]), len(qkv)),
     }  # fmt: skip

@@ -33,7 +33,7 @@ from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.quant.fp8 import Fp8
 from nanovllm.worker.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -50,8 +50,10 @@ class Variant:
     quantizes_tokens: bool = True
 
 
-class Widened:
-    """A linear method: FP8 weights, widened, times tokens as they are."""
+class Widened(Fp8):
+    """FP8 weights, widened, times tokens as they are."""
+
+    kind = "widened"
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         assert linear.scale is not None
@@ -77,9 +79,13 @@ class Scorer:
         attention, _ = select_attention("auto", specs)
         kernels = select_kernels(self._device).layers
         self._model = Decoder(
-            spec, kernels=kernels, attention=attention, dtype=dtype, device=self._device
+            spec,
+            kernels=kernels,
+            attention=attention,
+            dtype=dtype,
+            device=self._device,
+            scheme=choose_scheme(variant.quantization, config),
         )
-        allocate_linears(self._model, choose_scheme(variant.quantization, config))
         load_weights(
             self._model,
             checkpoint,

@@ -8,6 +8,7 @@ import re
 from typing import Any, Literal, NoReturn
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from nanovllm.checkpoint.spec import DecoderSpec, linear_parts
 from nanovllm.config import Quantization
@@ -54,6 +55,11 @@ class Scheme(Struct, frozen=True):
     def at_load(cls, method: Quantization) -> "Scheme":
         """For a checkpoint that is not quantized."""
         return cls((Rule(WeightFormat(method)),))
+
+    def quantizing(self) -> "Scheme":
+        """The same for weights that come unquantized."""
+        rules = [Rule(replace(rule.format, stored=False), rule.targets) for rule in self.rules]
+        return replace(self, rules=tuple(rules))
 
     def format_of(self, module: str) -> WeightFormat | None:
         """Of one linear layer; None: unquantized."""

@@ -32,7 +32,6 @@ from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.preflight import plan_memory, precision_of, report
-from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
@@ -137,7 +136,7 @@ class Startup:
         self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
         found = report(plan, self._memory_bytes, num_blocks=num_blocks)
         logger.info("memory of %s: %s", describe(self.device), "; ".join(found))
-        notes = [*choice.notes, *describe_weights(loaded.model, choice.scheme), *found]
+        notes = [*choice.notes, *describe_weights(loaded.model.linears(), choice.scheme), *found]
         return loaded, self._info(choice, loaded, num_blocks, notes)
 
     def _choose(self) -> Choice:
@@ -151,6 +150,8 @@ class Startup:
         max_model_len = choose_max_model_len(wanted.max_model_len, most)
         spec = replace(size.spec, max_position_embeddings=max_model_len)
         scheme = choose_scheme(wanted.quantization, checkpoint.config())
+        if scheme is not None and wanted.load_format == "dummy":
+            scheme = scheme.quantizing()
         dtype, why_dtype = choose_dtype(wanted.dtype, device, spec.dtype)
         specs = attention_specs(
             spec,
@@ -174,8 +175,8 @@ class Startup:
             attention=attention,
             dtype=attention.spec.dtype,
             device=self.device,
+            scheme=choice.scheme,
         )
-        allocate_linears(model, choice.scheme)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=choice.spec.max_position_embeddings,

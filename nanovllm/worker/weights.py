@@ -1,13 +1,14 @@
 """Fills a built `Decoder` from safetensors, GGUF or random numbers.
 
 Files are memory-mapped, and cast while they are copied into place piece by piece, so that the peak
-is little above the model. `worker` calls `load_weights` once. Every parameter is filled exactly
+is little above the model. `startup` calls `load_weights` once. Every parameter is filled exactly
 once, or a `ValueError` says what the checkpoint lacks or has over.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +24,31 @@ from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.fp8 import E4M3, quantize_rows
 
 # Tensors that some checkpoints carry though they follow from the config.
 DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
 DUMMY_STD = 0.02  # what models are commonly initialized with
 PIECE_VALUES = 2**18  # of a GGUF tensor at a time: what numpy makes on the way stays in the cache
 NUM_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a file's tensor a slot's piece lies. shape: of that whole tensor."""
+
+    slot: WeightSlot
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return all(
+            piece == slice(0, size) for piece, size in zip(self.index, self.shape, strict=True)
+        )
+
+    def as_piece(self, values: Tensor) -> Tensor:
+        """What was read, without the axis of experts."""
+        return values.reshape([cut.size for cut in self.slot.piece])
 
 
 def load_weights(
@@ -42,7 +61,7 @@ def load_weights(
 ) -> None:
     """Fill every parameter of `model`, then lay them out as its device likes them.
 
-    The linear layers have memory (`quant.select.allocate_linears`). What is kept quantized is
+    Of each tensor only the pieces are read that this rank holds. What is kept quantized is
     quantized as it comes, so that the peak is little above the quantized model. seed: of
     load_format "dummy", which reads no file. on_progress is told the phase "weights".
     Raises `ValueError` naming the file or tensor and the remedy.
@@ -51,49 +70,48 @@ def load_weights(
         raise ValueError(
             f"load_format: {checkpoint.path} is {checkpoint.format}, not {load_format}: use 'auto'"
         )
+    slots = list(model.slots())
     if load_format == "dummy":
-        filled = _fill_randomly(model, seed)
+        filled = _fill_randomly(model, slots, seed)
     elif checkpoint.format == "gguf":
-        filled = _fill_from_gguf(model, checkpoint)
+        filled = _fill_from_gguf(model, slots, checkpoint)
     else:
-        filled = _fill_from_safetensors(model, checkpoint.path)
-    num_filled = 0
+        filled = _fill_from_safetensors(model, slots, checkpoint.path)
+    num_filled, total = 0, sum(slot.target.numel() for slot in slots)
     for num_values in filled:
         num_filled += num_values
-        on_progress("weights", num_filled / model.num_parameters)
-    assert num_filled == model.num_parameters
+        on_progress("weights", num_filled / total)
+    assert num_filled == total
     if can_prepack(model.dtype, model.device):
         prepack(linear for linear in model.linears() if linear.method is UNQUANTIZED)
 
 
-def _fill_randomly(model: Decoder, seed: int) -> Iterator[int]:
+def _fill_randomly(model: Decoder, slots: list[WeightSlot], seed: int) -> Iterator[int]:
     """Normally distributed, norms one; drawn on the device. Yields the size of each tensor."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    for slot in model.slots():
+    for slot in slots:
+        assert slot.dtype is None, "a stored form has no numbers to draw"
         if slot.part.endswith("norm"):
             slot.target.fill_(1.0)
-        elif slot.scale is None:
+        elif slot.put is None:
             slot.target.normal_(0.0, DUMMY_STD, generator=generator)
         else:
             values = torch.empty(slot.target.shape, dtype=model.dtype, device=model.device)
-            _put(values.normal_(0.0, DUMMY_STD, generator=generator), slot.target, slot.scale)
+            slot.write(values.normal_(0.0, DUMMY_STD, generator=generator))
         yield slot.target.numel()
 
 
-def _fill_from_safetensors(model: Decoder, directory: Path) -> Iterator[int]:
-    """From one file or many. Yields the size of each tensor."""
+def _fill_from_safetensors(
+    model: Decoder, slots: list[WeightSlot], directory: Path
+) -> Iterator[int]:
+    """From one file or many. Yields the size of each piece."""
     files = _files_of_tensors(directory)
     names = model.spec.names.safetensors
-    slots = _named_slots(model, names)
-    scales = {
-        f"{name}_scale": slot.scale
-        for name, slot in slots.items()
-        if slot.scale is not None and f"{name}_scale" in files
-    }
-    _match(names, slots, files.keys() - scales.keys(), where=directory)
+    places = _places(slots, names)
+    _match(names, places, files, where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
-            promised = {name for name, where in files.items() if where == path and name in slots}
+            promised = {name for name, where in files.items() if where == path and name in places}
             if lost := promised - set(file.keys()):
                 raise ValueError(
                     f"{path} lacks {min(lost)}, which {INDEX} says it holds: fetch both again"
@@ -101,93 +119,123 @@ def _fill_from_safetensors(model: Decoder, directory: Path) -> Iterator[int]:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if files.get(name) != path:  # the index says that another file has it
                     continue
-                if name in scales:
-                    _put_scale(file.get_tensor(name), scales[name], name=name, where=path)
-                elif name in slots:
-                    slot, values = slots[name], file.get_tensor(name)
-                    is_stored = f"{name}_scale" in scales
-                    _check_shape(slot, tuple(values.shape), name=name, where=path)
-                    _check_type(values.dtype, is_stored=is_stored, name=name, where=path)
-                    _put(values, slot.target, None if is_stored else slot.scale)
-                    yield values.numel()
+                for place in places.get(name, ()):
+                    place.slot.write(_read(file, name, place, where=path))
+                    yield place.slot.target.numel()
 
 
-def _fill_from_gguf(model: Decoder, checkpoint: Checkpoint) -> Iterator[int]:
+def _read(file: Any, name: str, place: Place, *, where: Path) -> Tensor:
+    """The piece, in the precision of the file."""
+    found = file.get_slice(name)
+    shape = tuple(found.get_shape())
+    # Scales of rows are stored as columns or as lists, a single one perhaps as a list of one.
+    same = [size for size in shape if size != 1] == [size for size in place.shape if size != 1]
+    if not same:
+        raise _wrong_shape(place, shape, name=name, where=where)
+    if shape == place.shape and not place.is_whole:
+        values = found[place.index]
+    else:
+        values = file.get_tensor(name).view(place.shape)[place.index]
+    slot, dtype = place.slot, values.dtype
+    plain = dtype.is_floating_point and dtype.itemsize > 1
+    if not (plain if slot.dtype is None else dtype == slot.dtype):
+        told = "has a scale" if slot.dtype else "has no scale that its config tells of"
+        raise ValueError(f"{where}: tensor {name} is {dtype} and {told}: use {SUPPORTED}")
+    return place.as_piece(values)
+
+
+def _fill_from_gguf(
+    model: Decoder, slots: list[WeightSlot], checkpoint: Checkpoint
+) -> Iterator[int]:
     """Dequantized piece by piece. Yields the size of each."""
     tensors = checkpoint.gguf.tensors
-    names = model.spec.names.gguf
-    slots = _named_slots(model, names)
-    _match(names, slots, tensors, where=checkpoint.path)
-    for name, slot in slots.items():
-        _check_shape(slot, tensors[name].shape, name=name, where=checkpoint.path)
-        whole = _in_file_order(model, slot, slot.target)
-        scales = None if slot.scale is None else _in_file_order(model, slot, slot.scale)
-        for tensor, piece in _pieces(tensors[name], whole):
-            values = np.require(tensor.dequantize(), requirements="W")  # fp32 is a read-only map
-            target, scale = whole[piece], None if scales is None else scales[piece]
-            _put(torch.from_numpy(values).view(target.shape), target, scale)
-            yield target.numel()
+    names = model.spec.names
+    places = _places(slots, names.gguf)
+    _match(names.gguf, places, tensors, where=checkpoint.path)
+    for name, place in ((name, place) for name, found in places.items() for place in found):
+        if tensors[name].shape != place.shape:
+            raise _wrong_shape(place, tensors[name].shape, name=name, where=checkpoint.path)
+        slot, half = place.slot, 0
+        if names.gguf_interleaved and slot.layer is not None and slot.part in ("q", "k"):
+            half = model.spec.layers[slot.layer].attention.head_dim // 2
+        for values, rows in _gguf_pieces(tensors[name], place, unit=2 * half or 1):
+            if half:  # [heads, half, 2, …] in the file, [heads, 2, half, …] in a parameter
+                pairs = values.view(-1, half, 2, *values.shape[1:])
+                values = pairs.transpose(1, 2).reshape(values.shape)
+            slot.write(values, rows)
+            yield slot.target[rows].numel()
 
 
-def _in_file_order(model: Decoder, slot: WeightSlot, rows: Tensor) -> Tensor:
-    """A view of a slot's rows in the order the GGUF file has them in."""
-    if slot.layer is None or slot.part not in ("q", "k") or not model.spec.names.gguf_interleaved:
-        return rows
-    half = model.spec.layers[slot.layer].attention.head_dim // 2
-    # [heads, 2, half, …] in a parameter, [heads, half, 2, …] in the file
-    return rows.view(-1, 2, half, *rows.shape[1:]).transpose(1, 2)
-
-
-def _pieces(tensor: GGUFTensor, target: Tensor) -> Iterator[tuple[GGUFTensor, slice]]:
-    """Cut a tensor, and say which entries of the target's first axis each piece is for."""
+def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tuple[Tensor, slice]]:
+    """Some rows of the slot's piece at a time, a multiple of `unit`, and which ones."""
+    *_, num_columns = tensor.shape
     if len(tensor.shape) == 1:
-        yield tensor, slice(None)
+        yield _dequantized(tensor)[place.index], slice(None)
         return
-    rows_per_entry = tensor.shape[0] // len(target)
-    step = max(1, PIECE_VALUES // target[0].numel())
-    for start in range(0, len(target), step):
-        raw = tensor.raw[start * rows_per_entry : (start + step) * rows_per_entry]
-        piece = slice(start, start + step)
-        yield replace(tensor, raw=raw, shape=(len(raw), *tensor.shape[1:])), piece
+    *leading, rows, columns = place.index
+    first = rows.start + sum(index.start for index in leading) * tensor.shape[-2]
+    num_rows = rows.stop - rows.start
+    step = max(1, PIECE_VALUES // (unit * num_columns)) * unit
+    for start in range(0, num_rows, step):
+        end = min(start + step, num_rows)
+        raw = tensor.raw[first + start : first + end]
+        piece = replace(tensor, raw=raw, shape=(len(raw), num_columns))
+        yield _dequantized(piece)[:, columns], slice(start, end)
 
 
-def _put(values: Tensor, target: Tensor, scale: Tensor | None) -> None:
-    """Copy, or quantize row by row on the target's device."""
-    if scale is None:
-        target.copy_(values)
-    else:
-        quantized = quantize_rows(values.to(target.device))
-        target.copy_(quantized.values)
-        scale.copy_(quantized.scale.squeeze(-1))
+def _dequantized(tensor: GGUFTensor) -> Tensor:
+    # fp32 is a read-only map
+    return torch.from_numpy(np.require(tensor.dequantize(), requirements="W"))
 
 
-def _put_scale(values: Tensor, scale: Tensor, *, name: str, where: Path) -> None:
-    """One number for all rows, or one each."""
-    if values.numel() not in (1, len(scale)):
-        raise ValueError(
-            f"{where}: tensor {name} has shape {tuple(values.shape)}, where one scale, or one for "
-            f"each of {len(scale)} rows, is supported: use a checkpoint quantized per channel"
-        )
-    scale.copy_(values.flatten())
+def _places(slots: Iterable[WeightSlot], names: Mapping[str, str]) -> dict[str, list[Place]]:
+    """A file's tensor → the pieces of it that are wanted (`WeightNames` says what lies where)."""
+    by_name: dict[str, dict[str, list[WeightSlot]]] = {}
+    for slot in slots:
+        expert = 0 if slot.expert is None else slot.expert.start
+        name = f"{names[slot.part].format(slot.layer, expert)}.{slot.kind}"
+        by_name.setdefault(name, {}).setdefault(slot.part, []).append(slot)
+    order = list(names)
+    return {
+        name: _stacked([parts[part] for part in sorted(parts, key=order.index)], names)
+        for name, parts in by_name.items()
+    }
 
 
-def _named_slots(model: Decoder, names: Mapping[str, str]) -> dict[str, WeightSlot]:
-    """Checkpoint name → slot, for every slot."""
-    return {f"{names[slot.part].format(slot.layer)}.{slot.kind}": slot for slot in model.slots()}
+def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Place]:
+    """Places in one tensor, whose rows are those of the parts, one below the other."""
+    first = parts[0][0]
+    shape = first.shape
+    if shape:
+        shape = (sum(part[0].shape[0] for part in parts), *shape[1:])
+    is_stack = first.expert is not None and names[first.part].count("{}") < 2
+    if is_stack and first.expert is not None:
+        shape = (first.expert.whole, *shape)
+    places, start = [], 0
+    for part in parts:
+        for slot in part:
+            index = [cut.slice for cut in slot.piece]
+            if index:
+                index[0] = slice(start + index[0].start, start + index[0].stop)
+            if is_stack and slot.expert is not None:
+                index.insert(0, slot.expert.slice)
+            places.append(Place(slot, shape, tuple(index)))
+        start += part[0].shape[0] if part[0].shape else 0
+    return places
 
 
 def _match(
     names: Mapping[str, str],
-    slots: Mapping[str, WeightSlot],
+    places: Mapping[str, list[Place]],
     found: Iterable[str],
     *,
     where: Path,
 ) -> None:
     """Raises if the names found are not those wanted. A head that is tied may be there, too."""
     head = f"{names['lm_head']}.weight"
-    optional = {head} - slots.keys()
+    optional = {head} - places.keys()
     present = {name for name in found if not name.endswith(DERIVED_SUFFIXES)} - optional
-    for problem, odd in (("lacks", slots.keys() - present), ("has over", present - slots.keys())):
+    for problem, odd in (("lacks", places.keys() - present), ("has over", present - places.keys())):
         if odd:
             some = ", ".join(sorted(odd)[:NUM_NAMES_SHOWN])
             raise ValueError(
@@ -227,19 +275,9 @@ def _opened(path: Path) -> safe_open:
         raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from error
 
 
-def _check_type(dtype: torch.dtype, *, is_stored: bool, name: str, where: Path) -> None:
-    """is_stored: the checkpoint has a scale for it."""
-    plain = dtype.is_floating_point and dtype.itemsize > 1
-    if (dtype == E4M3) if is_stored else plain:
-        return
-    told = "has a scale" if is_stored else "has no scale that its config tells of"
-    raise ValueError(f"{where}: tensor {name} is {dtype} and {told}: use {SUPPORTED}")
-
-
-def _check_shape(slot: WeightSlot, shape: tuple[int, ...], *, name: str, where: Path) -> None:
-    wanted = tuple(slot.target.shape)
-    if shape != wanted:
-        raise ValueError(
-            f"{where}: tensor {name} has shape {shape}, its config asks for {wanted}: "
-            "check that the config belongs to it"
-        )
+def _wrong_shape(place: Place, shape: tuple[int, ...], *, name: str, where: Path) -> ValueError:
+    note = f" ({place.slot.note})" if place.slot.note else ""
+    return ValueError(
+        f"{where}: tensor {name} has shape {shape}, its config{note} asks for {place.shape}: "
+        "check that the config belongs to it"
+    )

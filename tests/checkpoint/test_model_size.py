@@ -38,11 +38,12 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     assert size.num_parameters == model.num_parameters
     assert size.source == "the files' headers"
     assert size.spec == model.spec and size.parameters == count_parameters(model.spec)
-    linears = [layer.gate_up.weight.numel() + layer.down.weight.numel() for layer in model.layers]
+    mlps = [layer.mlp for layer in model.layers]
+    linears = [mlp.gate_up.weight.numel() + mlp.down.weight.numel() for mlp in mlps]
     biases = sum(
         linear.bias.numel()
-        for layer in model.layers
-        for linear in (layer.gate_up, layer.down)
+        for mlp in mlps
+        for linear in (mlp.gate_up, mlp.down)
         if linear.bias is not None
     )
     assert size.parameters["mlp"] == sum(linears) + biases

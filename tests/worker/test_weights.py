@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,14 +18,16 @@ from transformers import AutoModelForCausalLM
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.layers.linear import WeightSlot
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.parallel import Cut
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
 
@@ -45,12 +49,21 @@ def load(
     load_format: LoadFormat = "auto",
     seed: int = 0,
 ) -> Decoder:
-    spec = spec_from_config(checkpoint.config())
+    model = build(spec_from_config(checkpoint.config()), dtype=dtype)
+    fill(model, checkpoint, load_format=load_format, seed=seed)
+    return model
+
+
+def build(spec: DecoderSpec, *, dtype: torch.dtype = torch.float32) -> Decoder:
     specs = attention_specs(spec, block_size=16, dtype=dtype, device=CPU)
     attention, _ = select_attention("auto", specs)
-    model = Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
+    return Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
+
+
+def fill(
+    model: Decoder, checkpoint: Checkpoint, *, load_format: LoadFormat = "auto", seed: int = 0
+) -> None:
     progress: list[tuple[str, float]] = []
-    allocate_linears(model, None)
     load_weights(
         model,
         checkpoint,
@@ -61,7 +74,6 @@ def load(
     assert {phase for phase, _ in progress} == {"weights"}
     fractions = [done for _, done in progress]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
-    return model
 
 
 def parameters(model: Decoder) -> TensorFile:
@@ -97,15 +109,61 @@ def test_merged_projections_are_stacked_in_order(tiny_checkpoint: Build) -> None
     qkv = [file[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
     biases = [file[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"]
     gate_up = [file[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-    assert torch.equal(layer.qkv.weight, torch.cat(qkv))
-    assert layer.qkv.bias is not None and torch.equal(layer.qkv.bias, torch.cat(biases))
-    assert torch.equal(layer.gate_up.weight, torch.cat(gate_up))
-    axes = {slot.part: slot.shard_axis for slot in layer.slots(1) if slot.kind == "weight"}
-    assert axes == {
-        **dict.fromkeys(("q", "k", "v", "gate", "up"), 0),
-        **dict.fromkeys(("o", "down"), 1),
-        **dict.fromkeys(("attention_norm", "mlp_norm"), None),
+    assert torch.equal(layer.attention.qkv.weight, torch.cat(qkv))
+    bias = layer.attention.qkv.bias
+    assert bias is not None and torch.equal(bias, torch.cat(biases))
+    assert torch.equal(layer.mlp.gate_up.weight, torch.cat(gate_up))
+
+
+def test_tensors_fused_on_disk(tiny_checkpoint: Build, tmp_path: Path) -> None:
+    """Parts that share a name lie one below the other, as the map has them."""
+    whole = Checkpoint(tiny_checkpoint("qwen2"), "safetensors")
+    tensors = load_file(whole.path / "model.safetensors")
+    fused = {
+        "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
     }
+    for layer, (name, parts) in product(range(3), fused.items()):
+        for kind in ("weight", "bias"):
+            stacked = [tensors.pop(f"model.layers.{layer}.{part}.{kind}", None) for part in parts]
+            if stacked[0] is not None:
+                tensors[f"model.layers.{layer}.{name}.{kind}"] = torch.cat(stacked)
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec = spec_from_config(whole.config())
+    names = dict(spec.names.safetensors)
+    names |= dict.fromkeys(("q", "k", "v"), "model.layers.{}.self_attn.qkv_proj")
+    names |= dict.fromkeys(("gate", "up"), "model.layers.{}.mlp.gate_up_proj")
+    fused_names = replace(spec.names, safetensors=names)
+    found, expected = build(replace(spec, names=fused_names)), load(whole)
+    fill(found, Checkpoint(tmp_path, "safetensors"))
+    for one, other in zip(found.slots(), expected.slots(), strict=True):
+        assert torch.equal(one.target, other.target), one.part
+
+
+def test_a_stack_of_experts_is_read_one_by_one(tmp_path: Path) -> None:
+    """And only the rows that are wanted, of a tensor that holds gates and ups."""
+    stack = torch.randn(3, 2 * 8, 5)
+    save_file({"experts.gate_up.weight": stack}, tmp_path / "model.safetensors")
+    names = {"gate": "experts.gate_up", "up": "experts.gate_up", "lm_head": "lm_head"}
+    slots = [
+        WeightSlot(
+            part,
+            "weight",
+            torch.empty(4, 5),
+            (Cut(4, 4, 8), Cut.all_of(5)),
+            layer=0,
+            expert=Cut(expert, 1, 3),
+        )
+        for expert in range(3)
+        for part in ("gate", "up")
+    ]
+    places = weights._places(slots, names)
+    with weights._opened(tmp_path / "model.safetensors") as file:
+        for place in places["experts.gate_up.weight"]:
+            values = weights._read(file, "experts.gate_up.weight", place, where=tmp_path)
+            start = 4 if place.slot.part == "gate" else 12
+            assert place.slot.expert is not None
+            assert torch.equal(values, stack[place.slot.expert.start, start : start + 4])
 
 
 def test_sharded(tiny_checkpoint: Build, tmp_path: Path) -> None:
@@ -379,8 +437,10 @@ def test_dummy_is_seeded(tiny_checkpoint: Build) -> None:
     assert_equal(parameters(one), parameters(same))
     assert not torch.equal(one.embedding, other.embedding)
     assert 0.018 < one.embedding.std() < 0.022 and one.embedding.mean().abs() < 0.002
-    assert (one.final_norm == 1).all() and (one.layers[2].input_norm == 1).all()
-    assert one.layers[0].qk_norm is not None and (one.layers[0].qk_norm.k_weight == 1).all()
+    assert (one.final_norm.weight == 1).all()
+    for slot in one.slots():
+        if slot.part in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+            assert (slot.target == 1).all()
 
 
 def test_format_must_be_the_checkpoints(tiny_checkpoint: Build) -> None:
@@ -399,14 +459,13 @@ def test_prepacking_changes_no_result(
     model = load(Checkpoint(tiny_checkpoint(name), "safetensors"), dtype=dtype)
     embedding = model.embedding.clone()
     inputs = {n: torch.randn(n, 48).to(dtype) for n in (1, 8, 33)}
-    before = {
-        n: (model.layers[0].qkv(x), model.compute_logits(Stream(x))) for n, x in inputs.items()
-    }
+    qkv = model.layers[0].attention.qkv
+    before = {n: (qkv(x), model.compute_logits(Stream(x))) for n, x in inputs.items()}
     prepack(model.linears())
     assert isinstance(model.lm_head.method, Prepacked)
     assert torch.equal(model.embedding, embedding), "the embedding lives on"
     for n, x in inputs.items():
-        after = model.layers[0].qkv(x), model.compute_logits(Stream(x))
+        after = qkv(x), model.compute_logits(Stream(x))
         for ours, plain in zip(after, before[n], strict=True):
             torch.testing.assert_close(
                 ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5

@@ -7,7 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
 
 
 class Weighed(NamedTuple):
@@ -27,34 +29,48 @@ class Stream(NamedTuple):
 class Kernels(Protocol):
     """What layers ask for besides attention.
 
-    Products with what surrounds them are one call each, so that a device may fuse them.
+    Products with what surrounds them are one call each, so that a device may fuse them. Whether it
+    may depends on the layer: a product that is only this rank's share of a sum is reduced before
+    anything is added, and a norm behind the product (post_norm) comes before the residual. None
+    stands for a norm that is not there; next_norm is the one that comes next, by which a result
+    may be `Weighed`.
     """
 
-    def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """hidden: [num_tokens, hidden_size], kept. Mean square in fp32 (Zhang & Sennrich 2019)."""
+    def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """hidden: [num_tokens, size], kept. Returns new memory."""
 
-    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        """linear(rms_norm(stream)), new memory; stream is kept."""
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        """linear(norm(stream)), new memory; stream is kept."""
 
     def linear_add(
-        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+        self,
+        hidden: Tensor,
+        linear: Linear,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        """stream + linear(hidden), perhaps written over stream. next_norm: the weight of the norm
-        that comes next, by which the result may be `Weighed`."""
+        """residual + post_norm(linear(hidden)), perhaps written over residual."""
 
     def mlp(
         self,
         stream: Stream,
-        weight: Tensor,
-        eps: float,
+        norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
-        next_norm: Tensor,
+        *,
+        activation: Activation = "silu",
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        """stream + down(silu(gate) * up), as `linear_add`.
+        """stream + post_norm(down(activation(gate) * up)), as `linear_add`.
 
-        gate and up: the halves of gate_up(rms_norm(stream)).
+        gate and up: the halves of gate_up(norm(stream)).
         """
+
+    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+        """residual + post_norm(product), perhaps written over either."""
 
     def rope_and_cache(
         self,

@@ -1,38 +1,85 @@
-"""The linear layer of every model, with the seams for quantization and sharding.
+"""The linear layer of every model: which share of it a rank holds, and who multiplies by it.
 
-Owns how checkpoint tensors map onto merged weights (`slots`, read by `weights`) and who multiplies
-(`method`, set by a pass over the built model). Models only call it.
+A `LinearMethod` owns the form weights are kept in: it makes their memory, says which pieces of
+which checkpoint tensors go where (`WeightSlot`, read by `weights`), and multiplies. Methods of
+quantized weights are in `quant`; models only call the layer.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
+
+ALL = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """Where one checkpoint tensor goes.
+    """A piece of a checkpoint tensor, and where it goes.
 
-    part: what it is ("q", "gate", "embedding" …), a key of `WeightNames`. target: a view into a
-    parameter, of the checkpoint tensor's shape. shard_axis: the axis of the checkpoint tensor that
-    tensor parallelism cuts, None if every rank takes it whole. scale: where the scale of each row
-    goes if target holds quantized numbers.
+    part: what the tensor is ("q", "gate", "embedding" …), a key of `WeightNames`; kind: the end of
+    its name. piece: what of each axis of the whole part is taken; expert: which place along a
+    leading axis, if the part is one expert's. target: of the piece's shape, or one that it spreads
+    to. dtype: the only one a file may hold it in; None: any but those that need a scale. note: what
+    of the config says so, for an error. put(values, rows): how some rows come into target; None:
+    they are copied.
     """
 
     part: str
-    kind: Literal["weight", "bias"]
-    layer: int | None
+    kind: str
     target: Tensor
-    shard_axis: int | None
-    scale: Tensor | None = None  # [rows of target] fp32
+    piece: tuple[Cut, ...]
+    layer: int | None = None
+    expert: Cut | None = None
+    dtype: torch.dtype | None = None
+    note: str = ""
+    put: Callable[[Tensor, slice], None] | None = None
+
+    @classmethod
+    def of_whole(
+        cls,
+        part: str,
+        kind: str,
+        target: Tensor,
+        layer: int | None = None,
+        *,
+        put: Callable[[Tensor, slice], None] | None = None,
+    ) -> Self:
+        """Of a tensor that every rank takes whole."""
+        return cls(part, kind, target, tuple(map(Cut.all_of, target.shape)), layer, put=put)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole part, as a checkpoint has it."""
+        return tuple(cut.whole for cut in self.piece)
+
+    def write(self, values: Tensor, rows: slice = ALL) -> None:
+        """values: of those rows of the piece."""
+        if self.put is None:
+            self.target[rows].copy_(values)
+        else:
+            self.put(values, rows)
 
 
 class LinearMethod(Protocol):
-    """How a linear layer multiplies; knows how it left `linear.weight`."""
+    """A form that weights are kept in.
+
+    kind: by which kernels know it; those that do not know it leave the product to `apply`.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    def create(self, linear: "Linear", device: torch.device) -> None:
+        """Give a layer whose weight is on the meta device memory; its weights are yet unset."""
+
+    def slots(self, linear: "Linear") -> Iterator[WeightSlot]:
+        """What checkpoints must bring, while rows of the weight are still rows in memory."""
 
     def apply(self, linear: "Linear", x: Tensor) -> Tensor:
         """x: [n, in_features]. Returns new memory, [n, out_features]."""
@@ -40,6 +87,18 @@ class LinearMethod(Protocol):
 
 class Unquantized:
     """The weight as it is, [out_features, in_features]."""
+
+    kind: ClassVar[str] = "plain"
+
+    def create(self, linear: "Linear", device: torch.device) -> None:
+        # Not by `empty_like`: the first use of it on the meta device imports all of sympy.
+        linear.weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=device)
+        linear.allocate_bias(device)
+
+    def slots(self, linear: "Linear") -> Iterator[WeightSlot]:
+        for part, cut, rows in linear.rows():
+            yield WeightSlot(part, "weight", linear.weight[rows], (cut, linear.inputs))
+            yield from linear.bias_slots(part, cut, rows)
 
     def apply(self, linear: "Linear", x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)
@@ -50,55 +109,87 @@ UNQUANTIZED = Unquantized()
 
 @dataclass(slots=True, eq=False)
 class Linear:
-    """y = x Wᵀ + b. `shards` name the checkpoint tensors stacked in W: part → output features.
+    """y = x Wᵀ + b, of which this rank holds some outputs, or multiplies some inputs.
 
-    shard_axis: 0 if ranks hold different outputs (q/k/v, gate/up), 1 if different inputs (o, down).
+    shard_axis: 0 if ranks hold different outputs (q/k/v, gate/up), 1 if different inputs (o, down):
+    then y is the sum of what all ranks compute. parts: the checkpoint tensors stacked in W, and
+    which of their outputs. inputs: which of all inputs; None: all.
     """
 
-    weight: Tensor  # [out_features, in_features]
+    weight: Tensor  # [out_features, in_features] of this rank, unless `method` keeps it otherwise
     bias: Tensor | None  # [out_features]
-    shards: dict[str, int]
+    parts: dict[str, Cut]
     shard_axis: Literal[0, 1]
     method: LinearMethod = UNQUANTIZED
-    scale: Tensor | None = None  # [out_features] fp32, of weights that `method` keeps quantized
+    scale: Tensor | None = None  # of weights that `method` keeps quantized; by channel: [outputs]
+    taken: Cut | None = None
+    parallel: TensorParallel = SINGLE
 
     @classmethod
     def empty(
         cls,
-        in_features: int,
-        shards: dict[str, int],
+        inputs: int | Cut,
+        parts: Mapping[str, int | Cut],
         *,
         bias: bool,
         shard_axis: Literal[0, 1],
         dtype: torch.dtype,
         device: torch.device,
     ) -> Self:
-        """A layer whose weights are yet to be loaded."""
-        out_features = sum(shards.values())
-        weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        return cls(weight, zeros, shards, shard_axis)
+        """A layer whose weights are yet to be loaded. Sizes without a cut are whole."""
+        taken = _as_cut(inputs)
+        cuts = {part: _as_cut(size) for part, size in parts.items()}
+        num_outputs = sum(cut.size for cut in cuts.values())
+        weight = torch.empty(num_outputs, taken.size, dtype=dtype, device=device)
+        zeros = torch.zeros(num_outputs, dtype=dtype, device=device) if bias else None
+        return cls(weight, zeros, cuts, shard_axis, taken=taken)
 
-    def allocate(self, device: torch.device) -> None:
-        """Give a layer that was built on the meta device memory; its weights are yet unset."""
-        # Not by `empty_like`: the first use of it on the meta device imports all of sympy.
-        self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=device)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, inputs of this rank]. Returns new memory, the same on all ranks if they share
+        the inputs."""
+        return self.reduce(self.method.apply(self, x))
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a product is only this rank's share of a sum: nothing may be added to it yet."""
+        return self.shard_axis == 1 and self.parallel.size > 1
+
+    def reduce(self, product: Tensor) -> Tensor:
+        """What all ranks' products add up to, where they do."""
+        return self.parallel.reduce(product) if self.is_partial else product
+
+    @property
+    def inputs(self) -> Cut:
+        return self.taken or Cut.all_of(self.weight.shape[1])
+
+    def rows(self) -> Iterator[tuple[str, Cut, slice]]:
+        """Each part, which of its outputs are here, and in which rows of the weight."""
+        start = 0
+        for part, cut in self.parts.items():
+            yield part, cut, slice(start, start + cut.size)
+            start += cut.size
+
+    def allocate_bias(self, device: torch.device) -> None:
         if self.bias is not None:
             self.bias = torch.zeros(self.bias.shape, dtype=self.bias.dtype, device=device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.method.apply(self, x)
+    def bias_slots(self, part: str, cut: Cut, rows: slice) -> Iterator[WeightSlot]:
+        """Of one of `rows`. A bias is added once: of a sum over ranks, the others' stays zero."""
+        if self.bias is not None:
+            adds = self.shard_axis == 0 or self.parallel.rank == 0
+            put = None if adds else _put_nothing
+            yield WeightSlot(part, "bias", self.bias[rows], (cut,), put=put)
 
-    def slots(self, layer: int | None) -> Iterator[WeightSlot]:
-        """One slot per checkpoint tensor, while rows of the weight are still rows in memory."""
+    def slots(self, layer: int | None, expert: Cut | None = None) -> Iterator[WeightSlot]:
+        """One slot per checkpoint tensor."""
         assert self.weight.layout is torch.strided
-        start = 0
-        for part, size in self.shards.items():
-            weight = self.weight.narrow(0, start, size)
-            scale = None if self.scale is None else self.scale.narrow(0, start, size)
-            yield WeightSlot(part, "weight", layer, weight, self.shard_axis, scale)
-            if self.bias is not None:
-                # A bias is added once per output: cut with the outputs, else whole.
-                axis = 0 if self.shard_axis == 0 else None
-                yield WeightSlot(part, "bias", layer, self.bias.narrow(0, start, size), axis)
-            start += size
+        for slot in self.method.slots(self):
+            yield replace(slot, layer=layer, expert=expert)
+
+
+def _as_cut(size: int | Cut) -> Cut:
+    return Cut.all_of(size) if isinstance(size, int) else size
+
+
+def _put_nothing(values: Tensor, rows: slice) -> None:
+    pass

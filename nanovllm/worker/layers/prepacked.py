@@ -6,19 +6,22 @@ two ops are those that `torch.compile` uses when it freezes a model for the CPU.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.linear import Linear, Unquantized
 
 # The layout depends on the batch size it is made for. This one is good from 1 token to thousands;
 # the one made for a single token takes twice as long at 8.
 NUM_TOKENS_HINT = 512
 
 
-class Prepacked:
+class Prepacked(Unquantized):
     """`linear.weight` is an opaque oneDNN tensor, of the shape and dtype it had before."""
+
+    kind: ClassVar[str] = "onednn"
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         op = torch.ops.mkldnn._linear_pointwise

@@ -6,65 +6,30 @@ device.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.checkpoint.spec import Attention, DecoderSpec, Dense, LayerSpec
-from nanovllm.worker.attention.base import ModelAttention, Rotary
+from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, count_parameters
+from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
-from nanovllm.worker.layers.rotary import cos_sin_table
-
-
-@dataclass(slots=True, eq=False)
-class PerHeadNorm:
-    """Weights of Qwen3's norms of queries and keys (a `kernels.base.QKNorm`)."""
-
-    q_weight: Tensor  # [head_dim]
-    k_weight: Tensor  # [head_dim]
-    eps: float
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock
+from nanovllm.worker.models.builder import Builder
+from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 
 
 class DecoderLayer:
-    """Attention and MLP, each behind an RMS norm, added to the residual stream."""
+    """Attention, then an MLP, each added to the residual stream."""
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        layer: LayerSpec,
-        *,
-        kernels: Kernels,
-        attention: ModelAttention,
-        cos_sin: Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        assert isinstance(layer.mlp, Dense) and layer.pre_norm and not layer.post_norm
-        self._kernels = kernels
-        self._attention = attention.of(layer.attention)
-        self._eps = layer.norm.eps
-        hidden, inner, heads = spec.hidden_size, layer.mlp.intermediate_size, layer.attention
-        q, kv = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
-        # Their memory comes with the weights, once it is known in which form those are kept.
-        nowhere = torch.device("meta")
-        outputs = partial(Linear.empty, shard_axis=0, dtype=dtype, device=nowhere)
-        inputs = partial(Linear.empty, shard_axis=1, dtype=dtype, device=nowhere)
-        self.qkv = outputs(hidden, {"q": q, "k": kv, "v": kv}, bias=heads.qkv_bias)
-        self.o = inputs(q, {"o": hidden}, bias=heads.o_bias)
-        self.gate_up = outputs(hidden, {"gate": inner, "up": inner}, bias=layer.mlp.bias)
-        self.down = inputs(inner, {"down": hidden}, bias=layer.mlp.bias)
-        ones = partial(torch.ones, dtype=dtype, device=device)
-        self.input_norm = ones(hidden)
-        self.post_norm = ones(hidden)
-        self.qk_norm: PerHeadNorm | None = None
-        if heads.qk_norm == "head":
-            self.qk_norm = PerHeadNorm(ones(heads.head_dim), ones(heads.head_dim), self._eps)
-        self._rotary = Rotary(kernels, cos_sin, self.qk_norm)
+    def __init__(self, build: Builder, spec: LayerSpec, *, module: int, cos_sin: Tensor) -> None:
+        self.attention = AttentionBlock(build, spec, module=module, cos_sin=cos_sin)
+        assert isinstance(spec.mlp, Dense)
+        self.mlp = DenseBlock(build, spec, spec.mlp, module=module)
 
     def forward(
         self,
@@ -72,31 +37,27 @@ class DecoderLayer:
         *,
         batch: ForwardBatch,
         layer_cache: Tensor,
-        next_norm: Tensor,
+        next_norm: RMSNorm | None,
         wanted: Tensor | None = None,
     ) -> Stream:
         """The stream after this layer, of `wanted` tokens if given: as of the last layer the others
-        only leave keys and values. next_norm: the weight of the norm that comes next."""
-        kernels = self._kernels
-        qkv = kernels.norm_linear(stream, self.input_norm, self._eps, self.qkv)
-        attended = self._attention.forward(qkv, self._rotary, layer_cache, batch)
-        hidden = stream.hidden
-        if wanted is not None:
-            attended, hidden = attended[wanted], hidden[wanted]
-        stream = kernels.linear_add(attended.flatten(1), self.o, hidden, self.post_norm)
-        return kernels.mlp(stream, self.post_norm, self._eps, self.gate_up, self.down, next_norm)
+        only leave keys and values. next_norm: the norm that comes next."""
+        stream = self.attention.forward(
+            stream,
+            batch=batch,
+            layer_cache=layer_cache,
+            next_norm=self.mlp.norms.pre,
+            wanted=wanted,
+        )
+        return self.mlp.forward(stream, next_norm=next_norm)
 
     def linears(self) -> Iterator[Linear]:
-        yield from (self.qkv, self.o, self.gate_up, self.down)
+        yield from self.attention.linears()
+        yield from self.mlp.linears()
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
-        for linear in self.linears():
-            yield from linear.slots(layer)
-        norms = {"attention_norm": self.input_norm, "mlp_norm": self.post_norm}
-        if self.qk_norm is not None:
-            norms |= {"q_norm": self.qk_norm.q_weight, "k_norm": self.qk_norm.k_weight}
-        for part, weight in norms.items():
-            yield WeightSlot(part, "weight", layer, weight, None)
+        yield from self.attention.slots(layer)
+        yield from self.mlp.slots(layer)
 
 
 class Decoder:
@@ -110,39 +71,35 @@ class Decoder:
         attention: ModelAttention,
         dtype: torch.dtype,
         device: torch.device,
+        scheme: Scheme | None = None,
+        parallel: TensorParallel = SINGLE,
     ) -> None:
+        """scheme: what is kept quantized. Raises `ValueError` for sizes that ranks cannot share."""
         self.spec = spec
         self.dtype = dtype
         self.device = device
         self.attention = attention
         self._kernels = kernels
+        build = Builder(
+            spec=spec,
+            kernels=kernels,
+            attention=attention,
+            dtype=dtype,
+            device=device,
+            scheme=scheme,
+            parallel=parallel,
+        )
         shape = spec.vocab_size, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        tables = {kind: self._cos_sin(kind) for kind in spec.attentions}
+        tables = build.rotary_tables()
         self.layers = [
-            DecoderLayer(
-                spec,
-                layer,
-                kernels=kernels,
-                attention=attention,
-                cos_sin=tables[layer.attention],
-                dtype=dtype,
-                device=device,
-            )
-            for layer in spec.layers
+            DecoderLayer(build, layer, module=index, cos_sin=tables[layer.attention])
+            for index, layer in enumerate(spec.layers)
         ]
-        self.final_norm = torch.ones(spec.hidden_size, dtype=dtype, device=device)
+        self.final_norm = build.norm(spec.hidden_size, spec.norm)
         head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
-        self.lm_head = Linear(head, None, {"lm_head": spec.vocab_size}, shard_axis=0)
-        self.num_parameters = sum(slot.target.numel() for slot in self.slots())
-
-    def _cos_sin(self, attention: Attention) -> Tensor:
-        return cos_sin_table(
-            attention.rope,
-            head_dim=attention.head_dim,
-            max_positions=self.spec.max_position_embeddings,
-            device=self.device,
-        )
+        self.lm_head = Linear(head, None, {"lm_head": Cut.all_of(spec.vocab_size)}, shard_axis=0)
+        self.num_parameters = sum(count_parameters(spec).values())
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
@@ -152,8 +109,12 @@ class Decoder:
         kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. wanted: [n]
         int64, the tokens that are asked for; None: all. Returns what the last layer leaves of them.
         """
-        stream = Stream(F.embedding(batch.input_ids, self.embedding))
-        norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        hidden = F.embedding(batch.input_ids, self.embedding)
+        if self.spec.embedding_multiplier != 1.0:
+            # Rounded to the precision of what it multiplies, as Gemma's is.
+            hidden *= hidden.new_tensor(self.spec.embedding_multiplier)
+        stream = Stream(hidden)
+        norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
         for layer, layer_cache, norm in zip(self.layers, kv_cache.unbind(1), norms, strict=True):
             stream = layer.forward(
                 stream,
@@ -170,8 +131,10 @@ class Decoder:
 
     def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision."""
-        eps = self.spec.norm.eps
-        return self._kernels.norm_linear(stream, self.final_norm, eps, self.lm_head)
+        logits = self._kernels.norm_linear(stream, self.final_norm, self.lm_head)
+        if self.spec.final_softcap is not None:
+            logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
+        return logits
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""
@@ -180,10 +143,10 @@ class Decoder:
         yield self.lm_head
 
     def slots(self) -> Iterator[WeightSlot]:
-        """Every tensor a checkpoint must bring, and where it goes. A tied head brings none."""
-        yield WeightSlot("embedding", "weight", None, self.embedding, 0)
+        """Every piece that a checkpoint must bring, and where it goes. A tied head brings none."""
+        yield WeightSlot.of_whole("embedding", "weight", self.embedding)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(index)
-        yield WeightSlot("final_norm", "weight", None, self.final_norm, None)
+        yield self.final_norm.slot("final_norm", None, self.spec.norm)
         if not self.spec.tied_embeddings:
             yield from self.lm_head.slots(None)

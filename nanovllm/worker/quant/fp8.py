@@ -1,18 +1,24 @@
 """FP8 (e4m3) linear layers: a scale per output channel, and one per token found as it comes.
 
-`select` sets these methods; `weights` quantizes with `quantize_rows`; fused kernels hand their own
-quantized tokens to `multiply`. Numbers, whoever multiplies: y = (x_q · w_q) · x_scale · w_scale.
-Formats as in Micikevicius et al., "FP8 formats for deep learning", 2022.
+A `LinearMethod`, chosen by `method_for`; fused kernels hand their own quantized tokens to
+`multiply`. Numbers, whoever multiplies: y = (x_q · w_q) · x_scale · w_scale. Formats as in
+Micikevicius et al., "FP8 formats for deep learning", 2022.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.layers.linear import Linear
+from nanovllm.checkpoint.quantization import WeightFormat
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.parallel import Cut
 
+KIND = "fp8"  # by which kernels know these weights
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 LEAST_PEAK = 1e-12  # of a row: one of zeros has a scale, too
@@ -34,11 +40,41 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     return QuantizedRows((wide / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale)
 
 
+@dataclass(frozen=True, slots=True)
 class Fp8:
     """In plain torch, on any device: weights take half the memory, and no less time.
 
-    `linear.weight` is e4m3, `linear.scale` [out_features] fp32.
+    `linear.weight` is e4m3, `linear.scale` [out_features] fp32. stored: how many weights share a
+    scale in the checkpoint; None: it holds none, and each row is quantized as it comes.
     """
+
+    stored: Literal["tensor", "channel"] | None = None
+    kind: ClassVar[str] = KIND
+
+    def create(self, linear: Linear, device: torch.device) -> None:
+        linear.weight = torch.empty(linear.weight.shape, dtype=E4M3, device=device)
+        linear.scale = torch.ones(len(linear.weight), device=device)
+        linear.allocate_bias(device)
+
+    def slots(self, linear: Linear) -> Iterator[WeightSlot]:
+        assert linear.scale is not None
+        for part, cut, rows in linear.rows():
+            weight, scale = linear.weight[rows], linear.scale[rows]
+            piece = (cut, linear.inputs)
+            if self.stored is None:
+                put = partial(_put_quantized, weight, scale)
+                yield WeightSlot(part, "weight", weight, piece, put=put)
+            else:
+                yield WeightSlot(part, "weight", weight, piece, dtype=E4M3)
+                yield self._scale_slot(part, cut, scale)
+            yield from linear.bias_slots(part, cut, rows)
+
+    def _scale_slot(self, part: str, cut: Cut, scale: Tensor) -> WeightSlot:
+        note = f"weights quantized per {self.stored}"
+        if self.stored == "tensor":
+            return WeightSlot(part, "weight_scale", scale, (), note=note)
+        piece = cut, Cut.all_of(1)
+        return WeightSlot(part, "weight_scale", scale[:, None], piece, note=note)
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         return self.multiply(linear, quantize_rows(x), x.dtype)
@@ -79,14 +115,19 @@ def has_native_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= NATIVE_CAPABILITY
 
 
-def quantize(linear: Linear, device: torch.device) -> None:
-    """Give a layer built on the meta device room for FP8 weights and their scales."""
+def method_for(kept: WeightFormat, linear: Linear, device: torch.device) -> Fp8:
+    """linear: without memory yet, in the precision it computes in."""
     can_multiply = (
         has_native_fp8(device)
         and linear.weight.dtype == torch.bfloat16
         and all(size % ALIGNMENT == 0 for size in linear.weight.shape)
     )
-    linear.method = NATIVE_FP8 if can_multiply else FP8
-    linear.weight = linear.weight.to(E4M3)
-    linear.scale = torch.ones(len(linear.weight), device=device)
-    linear.allocate(device)
+    method = NativeFp8 if can_multiply else Fp8
+    return method(kept.scales if kept.stored else None)
+
+
+def _put_quantized(weight: Tensor, scale: Tensor, values: Tensor, rows: slice) -> None:
+    """On the device of the weight."""
+    quantized = quantize_rows(values.to(weight.device))
+    weight[rows].copy_(quantized.values)
+    scale[rows].copy_(quantized.scale.squeeze(-1))

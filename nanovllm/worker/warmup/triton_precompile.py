@@ -40,7 +40,6 @@ from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup.dummy_steps import heaviest_steps, run_step
 from nanovllm.worker.warmup.precompile import Job, stamp_of
@@ -194,8 +193,14 @@ def runner_without_weights(
     """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
     attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
     device, dtype = attention.spec.device, attention.spec.dtype
-    model = Decoder(spec, kernels=TritonKernels(), attention=attention, dtype=dtype, device=device)
-    allocate_linears(model, scheme)
+    model = Decoder(
+        spec,
+        kernels=TritonKernels(),
+        attention=attention,
+        dtype=dtype,
+        device=device,
+        scheme=scheme,
+    )
     rows = RequestRows(
         num_rows=limits.max_num_seqs,
         max_model_len=spec.max_position_embeddings,

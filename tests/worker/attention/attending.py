@@ -12,7 +12,7 @@ from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.models.decoder import PerHeadNorm
+from nanovllm.worker.models.blocks import HeadNorms
 from tests.worker.kernels.triton_device import DEVICE
 
 SPEC = AttentionSpec(
@@ -93,7 +93,7 @@ def rotary_for(spec: AttentionSpec, kernels: Kernels, *, normed: bool = True) ->
     """Angles and norms as good as any, always the same."""
     generator = torch.Generator().manual_seed(5)
     weights = torch.rand(2, spec.head_dim, generator=generator).to(DEVICE, spec.dtype) + 0.5
-    norm = PerHeadNorm(weights[0], weights[1], 1e-6) if normed else None
+    norm = HeadNorms(weights[0], weights[1], 1e-6) if normed else None
     angles = torch.rand(4096, spec.head_dim // 2, generator=generator).to(DEVICE) * 6
     return Rotary(kernels, torch.cat((angles.cos(), angles.sin()), dim=1), norm)
 

@@ -15,7 +15,7 @@ from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -71,15 +71,28 @@ class Driver:
         scheme: Scheme | None = None,
         kv_dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
+        parallel: TensorParallel = SINGLE,
     ) -> "Driver":
         spec = replace(spec_from_config(checkpoint.config()), max_position_embeddings=512)
         specs = attention_specs(
-            spec, block_size=block_size, dtype=dtype, device=CPU, kv_dtype=kv_dtype
+            spec,
+            block_size=block_size,
+            dtype=dtype,
+            device=CPU,
+            kv_dtype=kv_dtype,
+            parallel=parallel,
         )
         attention, _ = select_attention("auto", specs)
         kernels = kernels or TorchKernels()
-        model = Decoder(spec, kernels=kernels, attention=attention, dtype=dtype, device=CPU)
-        allocate_linears(model, scheme)
+        model = Decoder(
+            spec,
+            kernels=kernels,
+            attention=attention,
+            dtype=dtype,
+            device=CPU,
+            scheme=scheme,
+            parallel=parallel,
+        )
         load_weights(
             model,
             checkpoint,

@@ -8,7 +8,8 @@ from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.gated_linear import GatedTile, can_gate, gated_linear
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.quant.fp8 import FP8
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.quant.fp8 import E4M3, FP8
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.warmup.compiling import run_compiling
 
@@ -33,14 +34,14 @@ def test_gated_linear(num_tokens: int, num_outputs: int, tile: GatedTile) -> Non
 def test_an_mlp_of_many_tokens() -> None:
     """In half precision, rounded where plain torch rounds."""
     stream = torch.randn(1100, 64, device=DEVICE, dtype=torch.float16)
-    norm = torch.rand(64, device=DEVICE, dtype=torch.float16) + 0.5
+    norm = RMSNorm(torch.rand(64, device=DEVICE, dtype=torch.float16) + 0.5, 1e-6)
     gate_up, down = (
         Linear((torch.randn(n, k, device=DEVICE) * k**-0.5).half(), None, {}, 0)
         for n, k in ((96, 64), (64, 48))
     )
     assert can_gate(stream, gate_up)
     out, expected = (
-        kernels.mlp(Stream(stream.clone()), norm, 1e-6, gate_up, down, norm).hidden
+        kernels.mlp(Stream(stream.clone()), norm, gate_up, down, next_norm=norm).hidden
         for kernels in (TritonKernels(), TorchKernels())
     )
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=4e-3)
@@ -52,7 +53,7 @@ def test_what_it_leaves_to_others() -> None:
     assert can_gate(x, Linear(weight, None, {}, 0))
     assert not can_gate(x[:1023], Linear(weight, None, {}, 0))
     assert not can_gate(x, Linear(weight, weight[:, 0], {}, 0))
-    assert not can_gate(x, Linear(weight, None, {}, 0, FP8))
+    assert not can_gate(x, Linear(weight.to(E4M3), None, {}, 0, FP8))
     assert not can_gate(x[:, :60], Linear(weight[:, :60], None, {}, 0))
     assert not can_gate(x.float(), Linear(weight.float(), None, {}, 0))
 

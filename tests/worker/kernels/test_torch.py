@@ -9,8 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from nanovllm.checkpoint.spec import Rope
 from nanovllm.worker.kernels.base import Stream
-from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels, gated
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.rotary import cos_sin_table
 
 KERNELS = TorchKernels()
@@ -42,27 +43,28 @@ def reference_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def test_rms_norm(dtype: torch.dtype) -> None:
     hidden, weight = random(NUM_TOKENS, 48, dtype=dtype) * 5, random(48, dtype=dtype)
     expected = reference_norm(hidden, weight, 1e-5)
-    assert torch.equal(KERNELS.rms_norm(hidden.clone(), weight, 1e-5), expected)
+    assert torch.equal(KERNELS.rms_norm(hidden.clone(), RMSNorm(weight, 1e-5)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
     stream, factors = random(NUM_TOKENS, 48, dtype=dtype), random(48, dtype=dtype)
+    norm = RMSNorm(factors, 1e-6)
     linear = Linear.empty(
         48, {"gate": 20, "up": 28}, bias=False, shard_axis=0, dtype=dtype, device=CPU
     )
     linear.weight.copy_(random(48, 48, dtype=dtype))
     before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
     product = normed @ linear.weight.T
-    assert torch.equal(KERNELS.norm_linear(Stream(stream), factors, 1e-6, linear), product)
+    assert torch.equal(KERNELS.norm_linear(Stream(stream), norm, linear), product)
     down = Linear.empty(24, {"down": 48}, bias=False, shard_axis=1, dtype=dtype, device=CPU)
     down.weight.copy_(random(48, 24, dtype=dtype))
-    gated = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
-    expected = before + gated @ down.weight.T
-    out = KERNELS.mlp(Stream(stream.clone()), factors, 1e-6, linear, down, factors)
+    inner = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
+    expected = before + inner @ down.weight.T
+    out = KERNELS.mlp(Stream(stream.clone()), norm, linear, down, next_norm=norm)
     assert torch.equal(out.hidden, expected)
     assert torch.equal(stream, before), "the stream goes on"
-    out = KERNELS.linear_add(normed, linear, stream, factors)
+    out = KERNELS.linear_add(normed, linear, stream, next_norm=norm)
     assert torch.equal(out.hidden, before + product)
 
 
@@ -84,7 +86,7 @@ def test_an_fp8_cache_takes_what_is_too_large_as_its_largest() -> None:
 def test_silu_and_mul(dtype: torch.dtype) -> None:
     gate_up = random(NUM_TOKENS, 64, dtype=dtype)
     expected = torch.nn.functional.silu(gate_up[:, :32]) * gate_up[:, 32:]
-    assert torch.equal(KERNELS.silu_and_mul(gate_up.clone()), expected)
+    assert torch.equal(gated(gate_up.clone(), "silu"), expected)
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "qk_norm"])

@@ -1,18 +1,26 @@
 """The fused elementwise kernels against their definitions in float64."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.checkpoint.spec import Activation
+from nanovllm.worker.kernels.base import Kernels, Stream
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and_mul_fp8
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import TensorParallel
 from nanovllm.worker.quant.fp8 import E4M3, FP8, QuantizedRows, quantize_rows
 from tests.worker.kernels.triton_device import DEVICE
 
 KERNELS = TritonKernels()
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 EPS = 1e-5
 
 
@@ -42,13 +50,14 @@ def close(out: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("size", [64, 576])
 def test_rms_norm(size: int) -> None:
     hidden, weight = torch.randn(3, size, device=DEVICE), torch.randn(size, device=DEVICE)
-    close(KERNELS.rms_norm(hidden, weight, EPS), normed(hidden, weight, EPS))
+    close(KERNELS.rms_norm(hidden, RMSNorm(weight, EPS)), normed(hidden, weight, EPS))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
     stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    norm = RMSNorm(weight, EPS)
     linear = Linear.empty(
         64, {"o": 64}, bias=bias, shard_axis=0, dtype=stream.dtype, device=stream.device
     )
@@ -66,23 +75,80 @@ def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
         32, {"down": 64}, bias=False, shard_axis=1, dtype=stream.dtype, device=stream.device
     )
     down.weight.normal_()
-    close(KERNELS.norm_linear(Stream(stream), weight, EPS, linear), product)
+    close(KERNELS.norm_linear(Stream(stream), norm, linear), product)
     inner = gate * gate.sigmoid() * up
     total = stream.double() + inner @ down.weight.double().T
-    found = KERNELS.mlp(Stream(stream.clone()), weight, EPS, linear, down, weight)
+    found = KERNELS.mlp(Stream(stream.clone()), norm, linear, down, next_norm=norm)
     close(found.hidden, total)
-    close(KERNELS.norm_linear(found, weight, EPS, linear), exact(normed(total, weight, EPS)))
+    close(KERNELS.norm_linear(found, norm, linear), exact(normed(total, weight, EPS)))
     total = stream.double() + exact(stream)
-    found = KERNELS.linear_add(stream.clone(), linear, stream, weight)
+    found = KERNELS.linear_add(stream.clone(), linear, stream, next_norm=norm)
     close(found.hidden, total)
-    close(KERNELS.norm_linear(found, weight, EPS, linear), exact(normed(total, weight, EPS)))
+    close(KERNELS.norm_linear(found, norm, linear), exact(normed(total, weight, EPS)))
+
+
+@dataclass(frozen=True)
+class Twins(TensorParallel):
+    """Two ranks that compute the same."""
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        return partial * 2
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, TorchKernels()], ids=["triton", "torch"])
+@pytest.mark.parametrize("behind", [False, True], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_what_comes_between_a_product_and_the_residual(
+    kernels: Kernels, behind: bool, num_ranks: int, activation: Activation
+) -> None:
+    """The sum over ranks first, then a norm; with several tokens and with one."""
+    for num_tokens in (1, 3):
+        stream, factors = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+        norm = RMSNorm(factors, EPS)
+        gate_up, down = (
+            Linear(torch.randn(n, k, device=DEVICE) * k**-0.5, None, {}, axis)  # type: ignore[arg-type]
+            for n, k, axis in ((96, 64, 0), (64, 48, 1))
+        )
+        down.parallel = Twins(0, num_ranks)
+        gate, up = (stream.double() @ gate_up.weight.double().T).chunk(2, dim=-1)
+        inner = ACTIVATIONS[activation](gate) * up
+        product = inner @ down.weight.double().T * num_ranks
+        added = normed(product, factors, EPS) if behind else product
+        post_norm = norm if behind else None
+        found = kernels.mlp(
+            Stream(stream.clone()),
+            None,
+            gate_up,
+            down,
+            activation=activation,
+            post_norm=post_norm,
+            next_norm=norm,
+        )
+        close(found.hidden, stream.double() + added)
+        found = kernels.linear_add(
+            inner.float(), down, stream.clone(), post_norm=post_norm, next_norm=norm
+        )
+        close(found.hidden, stream.double() + added)
+        assert found.weighed is None or (num_ranks == 1 and not behind)
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, TorchKernels()], ids=["triton", "torch"])
+def test_a_weight_in_fp32_is_multiplied_before_rounding(kernels: Kernels) -> None:
+    hidden = torch.randn(3, 64, device=DEVICE).half()
+    weight = 1 + torch.randn(64, device=DEVICE) * 0.01
+    expected = normed(hidden, weight, EPS).half()
+    found = kernels.rms_norm(hidden, RMSNorm(weight, EPS))
+    assert (found != expected).double().mean() < 0.01  # on the border between two
+    rounded = kernels.rms_norm(hidden, RMSNorm(weight.half(), EPS))
+    assert (rounded != expected).double().mean() > 0.1
 
 
 @pytest.mark.parametrize("size", [96, 1536])
 def test_silu_and_mul(size: int) -> None:
     gate_up = torch.randn(3, 2 * size, device=DEVICE)
     gate, up = gate_up.double().chunk(2, dim=-1)
-    close(KERNELS.silu_and_mul(gate_up), gate * gate.sigmoid() * up)
+    close(silu_and_mul(gate_up), gate * gate.sigmoid() * up)
 
 
 def assert_same_rows(rows: QuantizedRows, expected: QuantizedRows) -> None:
@@ -100,12 +166,12 @@ def test_quantized_rows(size: int) -> None:
     hidden, weight = torch.randn(3, size, device=DEVICE), torch.randn(size, device=DEVICE)
     hidden[1] *= 1000
     hidden[2] = 0
-    assert_same_rows(KERNELS.quantize(hidden), quantize_rows(hidden))
+    assert_same_rows(quantize(hidden), quantize_rows(hidden))
     expected = quantize_rows(normed(hidden, weight, EPS).float())
-    assert_same_rows(KERNELS.quantize(hidden, (weight, EPS)), expected)
+    assert_same_rows(quantize(hidden, RMSNorm(weight, EPS)), expected)
     gate_up = torch.randn(3, 2 * size, device=DEVICE)
     gate, up = gate_up.chunk(2, dim=-1)
-    assert_same_rows(KERNELS.silu_and_mul_fp8(gate_up), quantize_rows(gate * gate.sigmoid() * up))
+    assert_same_rows(silu_and_mul_fp8(gate_up), quantize_rows(gate * gate.sigmoid() * up))
 
 
 def fp8_linear(num_outputs: int, num_inputs: int) -> Linear:
@@ -118,6 +184,7 @@ def fp8_linear(num_outputs: int, num_inputs: int) -> Linear:
 def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
     """A single token is not quantized."""
     stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    norm = RMSNorm(weight, EPS)
     gate_up, down = fp8_linear(96, 64), fp8_linear(64, 48)
 
     def product(x: Tensor, linear: Linear) -> Tensor:
@@ -133,15 +200,15 @@ def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
         assert (out.double() - expected).norm() <= tolerance * expected.norm()
 
     wide = product(normed(stream, weight, EPS), gate_up)
-    near(KERNELS.norm_linear(Stream(stream), weight, EPS, gate_up), wide)
+    near(KERNELS.norm_linear(Stream(stream), norm, gate_up), wide)
     hidden = stream[:, :48].contiguous()
-    near(KERNELS.linear_add(hidden, down, stream.clone(), weight).hidden,
+    near(KERNELS.linear_add(hidden, down, stream.clone(), next_norm=norm).hidden,
          stream.double() + product(hidden, down))  # fmt: skip
     gate, up = wide.chunk(2, dim=-1)
     total = stream.double() + product(gate * gate.sigmoid() * up, down)
-    found = KERNELS.mlp(Stream(stream.clone()), weight, EPS, gate_up, down, weight)
+    found = KERNELS.mlp(Stream(stream.clone()), norm, gate_up, down, next_norm=norm)
     near(found.hidden, total)
-    near(KERNELS.norm_linear(found, weight, EPS, gate_up),
+    near(KERNELS.norm_linear(found, norm, gate_up),
          product(normed(total, weight, EPS), gate_up))  # fmt: skip
 
 

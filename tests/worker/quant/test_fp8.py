@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.fp8 import E4M3, FP8, NATIVE_FP8, QuantizedRows, quantize_rows
@@ -80,8 +81,10 @@ def test_native_where_it_can_be(
     linear = Linear.empty(
         size, {"o": 32}, bias=True, shard_axis=1, dtype=dtype, device=torch.device("meta")
     )
-    fp8.quantize(linear, CPU)
-    assert linear.method is (NATIVE_FP8 if is_native else FP8)
+    linear.method = fp8.method_for(WeightFormat("fp8"), linear, CPU)
+    linear.method.create(linear, CPU)
+    assert linear.method == (NATIVE_FP8 if is_native else FP8)
+    assert type(linear.method) is type(NATIVE_FP8 if is_native else FP8)
     assert linear.weight.device == CPU and linear.weight.dtype == E4M3
     assert linear.scale is not None and linear.scale.shape == (32,)
     assert linear.bias is not None and linear.bias.dtype == dtype

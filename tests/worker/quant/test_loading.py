@@ -17,8 +17,7 @@ from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
-from nanovllm.worker.quant.select import allocate_linears
+from nanovllm.worker.quant.fp8 import E4M3, FP8, Fp8, quantize_rows
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType
 from tests.worker.attention.decoding import Driver
@@ -36,10 +35,14 @@ def load(
     specs = attention_specs(spec, block_size=16, dtype=torch.float32, device=CPU)
     attention, _ = select_attention("auto", specs)
     model = Decoder(
-        spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
+        spec,
+        kernels=TorchKernels(),
+        attention=attention,
+        dtype=torch.float32,
+        device=CPU,
+        scheme=scheme,
     )
     progress: list[float] = []
-    allocate_linears(model, scheme)
     load_weights(
         model,
         checkpoint,
@@ -54,11 +57,17 @@ def load(
 def meaning(model: Decoder) -> dict[str, Tensor]:
     """By the names a safetensors checkpoint has; the head aside, which may be prepacked."""
     names = model.spec.names.safetensors
-    layers = [slot for i, layer in enumerate(model.layers) for slot in layer.slots(i)]
-    return {
-        f"{names[slot.part].format(slot.layer)}.{slot.kind}": dequantized(slot.target, slot.scale)
-        for slot in layers
-    }
+    found = {}
+    for index, layer in enumerate(model.layers):
+        for slot in layer.slots(index):
+            if slot.kind != "weight_scale":
+                found[f"{names[slot.part].format(index)}.{slot.kind}"] = slot.target
+        for linear in layer.linears():
+            for part, _, rows in linear.rows():
+                scale = None if linear.scale is None else linear.scale[rows]
+                values = dequantized(linear.weight[rows], scale)
+                found[f"{names[part].format(index)}.weight"] = values
+    return found
 
 
 def assert_means(model: Decoder, expected: dict[str, Tensor]) -> None:
@@ -84,8 +93,8 @@ def test_quantized_as_it_comes(name: str, tiny_checkpoint: Build) -> None:
     path = tiny_checkpoint(name)
     model = load(Checkpoint(path, "safetensors"), scheme=Scheme.at_load("fp8"))
     assert_means(model, rounded(load_file(path / "model.safetensors")))
-    assert all(linear.method is FP8 for layer in model.layers for linear in layer.linears())
-    assert model.lm_head.method is not FP8
+    assert all(linear.method == FP8 for layer in model.layers for linear in layer.linears())
+    assert model.lm_head.method.kind != "fp8"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -121,15 +130,15 @@ def test_stored(
         patch.setattr("nanovllm.worker.weights.can_prepack", lambda dtype, device: False)
         model = load(checkpoint, scheme=choose_scheme(None, checkpoint.config()))
     assert_means(model, expected)
-    assert (model.layers[1].down.method is UNQUANTIZED) == bool(ignore)
-    assert model.layers[0].down.method is FP8
+    assert (model.layers[1].mlp.down.method is UNQUANTIZED) == bool(ignore)
+    assert model.layers[0].mlp.down.method == Fp8(stored=strategy)
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a scale is missing": (
         lambda tensors: tensors.pop(f"{Q_PROJ}_scale"),
-        rf"tensor {Q_PROJ} is torch.float8_e4m3fn and has no scale",
+        rf"lacks 1 tensors .*{Q_PROJ}_scale",
     ),
     "a scale too many": (
         lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].float()}),

@@ -12,19 +12,24 @@ from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.fp8 import E4M3, FP8
-from nanovllm.worker.quant.select import allocate_linears, describe
+from nanovllm.worker.quant.select import describe
 from tests.worker.quant.compressed import quantization_config
 from tests.worker.test_worker import TINY_LLAMA
 
 CPU = torch.device("cpu")
 
 
-def make_decoder() -> Decoder:
+def make_decoder(scheme: Scheme | None = None) -> Decoder:
     spec = spec_from_config(TINY_LLAMA)
     specs = attention_specs(spec, block_size=4, dtype=torch.float32, device=CPU)
     attention, _ = select_attention("auto", specs)
     return Decoder(
-        spec, kernels=TorchKernels(), attention=attention, dtype=torch.float32, device=CPU
+        spec,
+        kernels=TorchKernels(),
+        attention=attention,
+        dtype=torch.float32,
+        device=CPU,
+        scheme=scheme,
     )
 
 
@@ -79,23 +84,22 @@ def test_patterns(targets: tuple[str, ...], ignored: tuple[str, ...], covered: b
 
 
 def test_the_pass_quantizes_what_the_scheme_covers() -> None:
-    model = make_decoder()
-    num_parameters = model.num_parameters
+    num_parameters = make_decoder().num_parameters
     scheme = Scheme((Rule(WeightFormat("fp8")),), ignored=("model.layers.1.self_attn.o_proj",))
-    allocate_linears(model, scheme)
+    model = make_decoder(scheme)
     for index, layer in enumerate(model.layers):
         for linear in layer.linears():
-            is_plain = index == 1 and linear is layer.o
-            assert linear.method is (UNQUANTIZED if is_plain else FP8)
+            is_plain = index == 1 and linear is layer.attention.o
+            assert linear.method == (UNQUANTIZED if is_plain else FP8)
             assert linear.weight.dtype == (torch.float32 if is_plain else E4M3)
     assert model.lm_head.method is UNQUANTIZED
     assert sum(slot.target.numel() for slot in model.slots()) == num_parameters
-    (note,) = describe(model, scheme)
+    (note,) = describe(model.linears(), scheme)
     assert note.startswith("FP8 weights quantized at load in 7 linear layers, multiplied by plain")
-    assert describe(model, None) == []
+    assert describe(model.linears(), None) == []
 
 
 def test_layers_that_are_multiplied_as_one_are_quantized_as_one() -> None:
     scheme = Scheme((Rule(WeightFormat("fp8")),), ignored=("model.layers.1.mlp.up_proj",))
     with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj otherwise than .*1.mlp.up"):
-        allocate_linears(make_decoder(), scheme)
+        make_decoder(scheme)

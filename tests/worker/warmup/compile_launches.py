@@ -26,7 +26,6 @@ from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton import expand_batch
 from nanovllm.worker.kernels.triton.gated_linear import MIN_TOKENS
 from nanovllm.worker.kernels.triton.launch import Gpu
-from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup import dummy_steps
@@ -107,9 +106,9 @@ def run_sharing_step(runner: ModelRunner) -> None:
 
 def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
     """As a layer would that is not the last, where few tokens are wanted."""
-    layer = runner._model.layers[0]
-    stream, norm = Stream(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16)), layer.post_norm
-    TritonKernels().mlp(stream, norm, 1e-6, layer.gate_up, layer.down, norm)
+    mlp = runner._model.layers[0].mlp
+    stream = Stream(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16))
+    mlp.forward(stream, next_norm=mlp.norms.pre)
 
 
 @torch.inference_mode()

@@ -24,7 +24,6 @@ from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant.select import allocate_linears
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup import dummy_steps
 
@@ -65,7 +64,6 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
     model = Decoder(
         spec, kernels=TritonKernels(), attention=attention, dtype=torch.bfloat16, device=CPU
     )
-    allocate_linears(model, None)
     rows = RequestRows(
         num_rows=limits.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,

@@ -8,42 +8,54 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import QKNorm, Stream
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
 
 
 class TorchKernels:
     """Implements `kernels.base.Kernels`, where the shapes are."""
 
-    def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return normed.to(hidden.dtype).mul_(weight)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+        if norm.weight.dtype == hidden.dtype:
+            return normed.to(hidden.dtype).mul_(norm.weight)
+        return normed.mul_(norm.weight).to(hidden.dtype)
 
-    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        return linear(self.rms_norm(stream.hidden, weight, eps))
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        return linear(stream.hidden if norm is None else self.rms_norm(stream.hidden, norm))
 
     def linear_add(
-        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+        self,
+        hidden: Tensor,
+        linear: Linear,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        return Stream(linear(hidden).add_(stream))
+        return self.add(linear(hidden), residual, post_norm=post_norm)
 
     def mlp(
         self,
         stream: Stream,
-        weight: Tensor,
-        eps: float,
+        norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
-        next_norm: Tensor,
+        *,
+        activation: Activation = "silu",
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        inner = self.silu_and_mul(self.norm_linear(stream, weight, eps, gate_up))
-        return self.linear_add(inner, down, stream.hidden, next_norm)
+        inner = gated(self.norm_linear(stream, norm, gate_up), activation)
+        return self.linear_add(inner, down, stream.hidden, post_norm=post_norm)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up: [num_tokens, 2 * intermediate], gate first; overwritten."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+        if post_norm is not None:
+            product = self.rms_norm(product, post_norm)
+        return Stream(product.add_(residual))
 
     def rope_and_cache(
         self,
@@ -61,8 +73,8 @@ class TorchKernels:
         queries, keys_values = heads[:, :num_heads], heads[:, num_heads:]
         if qk_norm is not None:
             keys = keys_values[:, :num_kv_heads]
-            queries.copy_(self.rms_norm(queries, qk_norm.q_weight, qk_norm.eps))
-            keys.copy_(self.rms_norm(keys, qk_norm.k_weight, qk_norm.eps))
+            queries.copy_(self.rms_norm(queries, RMSNorm(qk_norm.q_weight, qk_norm.eps)))
+            keys.copy_(self.rms_norm(keys, RMSNorm(qk_norm.k_weight, qk_norm.eps)))
 
         # Queries and keys, each head as its two halves: [num_tokens, heads, 2, head_dim / 2]
         rotating = heads[:, :-num_kv_heads].view(num_tokens, -1, 2, head_dim // 2)
@@ -85,3 +97,11 @@ class TorchKernels:
             keys_values, slots = narrow.view(torch.uint8), slots.view(torch.uint8)
         slots.index_copy_(1, slot_mapping, keys_values)
         return queries
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up. gate_up: [num_tokens, 2 * size], gate first; overwritten."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh").mul_(up)

@@ -22,7 +22,7 @@ from nanovllm.worker.kernels.triton.launch import (
     num_multiprocessors,
 )
 from nanovllm.worker.kernels.triton.skinny_linear import silu
-from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
+from nanovllm.worker.layers.linear import Linear
 
 MIN_TOKENS = 1024
 
@@ -87,7 +87,7 @@ def can_gate(x: Tensor, linear: Linear) -> bool:
     The copy engine needs rows of whole 16 bytes.
     """
     weight = linear.weight
-    plain = linear.method is UNQUANTIZED and linear.bias is None and x.dtype == weight.dtype
+    plain = linear.bias is None and x.dtype == weight.dtype
     is_half = weight.dtype in (torch.bfloat16, torch.float16)
     is_whole = weight.shape[0] % 16 == 0 and weight.shape[1] % 8 == 0
     can = plain and is_half and is_whole and has_tensor_memory_accelerator(weight.device)

@@ -6,87 +6,22 @@ plain torch in the model's dtype would have to store, so both backends mean the 
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import QKNorm, Stream
-from nanovllm.worker.kernels.triton.e4m3 import narrowed, quantized
-from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
-from nanovllm.worker.kernels.triton.launch import converts_fp8, launch_options
-from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
-from nanovllm.worker.kernels.triton.skinny_linear import silu, skinny_add, skinny_linear
-from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
-from nanovllm.worker.quant import fp8
-from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
+from nanovllm.worker.kernels.torch.layer_kernels import gated
+from nanovllm.worker.kernels.triton.e4m3 import narrowed
+from nanovllm.worker.kernels.triton.launch import launch_options
+from nanovllm.worker.kernels.triton.products import products_of
+from nanovllm.worker.kernels.triton.rows import rms_norm, silu_and_mul
+from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
 
 ROPE_HEADS = 8  # heads per program
-SILU_BLOCK = 1024
-
-
-@triton.jit
-def _store_row(row, columns, inside, out, out_scale, token, size, QUANTIZE: tl.constexpr):
-    """A token's row, [BLOCK] in the precision it has; if asked for, quantized to e4m3."""
-    if QUANTIZE:
-        row, scale = quantized(row)
-        tl.store(out_scale + token + tl.arange(0, 1), scale)
-    tl.store(out + token * size + columns, row, inside)
-
-
-@triton.jit
-def _rows_kernel(
-    hidden,  # [num_tokens, size]
-    weight,  # [size]
-    out,  # like hidden; e4m3 if QUANTIZE
-    out_scale,  # [num_tokens] fp32, if QUANTIZE
-    eps,
-    size,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """A program per token: norm, quantize, or both."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    if NORM:
-        factors = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    x = tl.load(hidden + token * size + columns, inside, other=0.0)
-    if NORM:
-        dtype = x.dtype
-        x = x.to(tl.float32)
-        x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-        # Rounded before the weight, as Hugging Face's norms are.
-        x = (x.to(dtype).to(tl.float32) * factors).to(dtype)
-    _store_row(x, columns, inside, out, out_scale, token, size, QUANTIZE)
-
-
-@triton.jit
-def _silu_and_mul_kernel(
-    gate_up,  # [num_tokens, 2 * size]
-    out,  # [num_tokens, size]; e4m3 if QUANTIZE
-    out_scale,  # [num_tokens] fp32, if QUANTIZE
-    size,
-    BLOCK: tl.constexpr,  # all of size, if QUANTIZE
-    QUANTIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up + token * 2 * size + columns, inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + (token * 2 + 1) * size + columns, inside, other=0.0)
-    gate = silu(gate).to(up.dtype)  # rounded, as silu alone would be
-    _store_row(gate * up, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 
 @triton.jit
@@ -182,106 +117,58 @@ def _rope_and_cache_kernel(
     tl.store(target + HALF, narrowed(new_second, cached), kept)
 
 
-def _fp8(linear: Linear) -> Fp8 | None:
-    """The method of an FP8 layer whose numbers kernels here can read and make."""
-    method = linear.method
-    return method if isinstance(method, Fp8) and converts_fp8(linear.weight.device) else None
-
-
-def _is_skinny(x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
-    """Whether our own product can take this one over, and is faster."""
-    plain = linear.method is UNQUANTIZED and x.dtype == linear.weight.dtype
-    ours = plain or _fp8(linear) is not None
-    return ours and beats_cublas(len(x), linear.weight, gated=gated)
-
-
 class TritonKernels:
     """Implements `Kernels`; stateless. Tensors' last dimensions must be contiguous.
 
-    A few tokens go through our own products, which take norms, gate and residual along, and with
-    FP8 weights quantize what they multiply. More go through cuBLAS: in the model's precision with
-    the residual, in FP8 with tokens quantized by the kernel before. Other methods do as they do.
-    Of a prompt's tokens the gated product is ours again (`gated_linear`).
+    Who multiplies depends on the form of a layer's weights (`products`). What is fused with a
+    product is so where nothing has to come between: a sum over ranks, or a norm.
     """
 
-    def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Returns new memory."""
-        out = torch.empty_like(hidden)
-        _launch_rows(hidden, QuantizedRows(out, out), norm=(weight, eps))
-        return out
+    def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        return rms_norm(hidden, norm)
 
-    def norm_linear(self, stream: Stream, weight: Tensor, eps: float, linear: Linear) -> Tensor:
-        if _is_skinny(stream.hidden, linear):
-            return self._skinny(stream, (weight, eps), linear, gated=False)
-        return self._wide(stream.hidden, (weight, eps), linear)
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        return products_of(linear).norm_linear(stream, norm, linear)
 
     def linear_add(
-        self, hidden: Tensor, linear: Linear, stream: Tensor, next_norm: Tensor
+        self,
+        hidden: Tensor,
+        linear: Linear,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        if _is_skinny(hidden, linear):
-            return skinny_add(hidden, linear, stream, next_norm=next_norm)
-        if linear.method is UNQUANTIZED and linear.bias is None:
-            return Stream(stream.addmm_(hidden, linear.weight.t()))
-        if (method := _fp8(linear)) is not None:
-            product = method.multiply(linear, self.quantize(hidden), hidden.dtype)
-            return Stream(stream.add_(product))
-        return Stream(stream.add_(linear(hidden)))
+        products = products_of(linear)
+        if linear.is_partial or post_norm is not None:
+            product = linear.reduce(products.multiply(hidden, linear))
+            return self.add(product, residual, post_norm=post_norm)
+        return products.linear_add(hidden, linear, residual, next_norm)
 
     def mlp(
         self,
         stream: Stream,
-        weight: Tensor,
-        eps: float,
+        norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
-        next_norm: Tensor,
+        *,
+        activation: Activation = "silu",
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Stream:
-        hidden = stream.hidden
-        if _is_skinny(hidden, gate_up, gated=True):
-            inner = self._skinny(stream, (weight, eps), gate_up, gated=True)
-            return self.linear_add(inner, down, hidden, next_norm)
-        if can_gate(hidden, gate_up):
-            inner = gated_linear(self.rms_norm(hidden, weight, eps), gate_up)
-            return self.linear_add(inner, down, hidden, next_norm)
-        product = self._wide(hidden, (weight, eps), gate_up)
-        if (method := _fp8(down)) is None or beats_cublas(len(hidden), down.weight):
-            return self.linear_add(self.silu_and_mul(product), down, hidden, next_norm)
-        rows = self.silu_and_mul_fp8(product)
-        return Stream(hidden.add_(method.multiply(down, rows, hidden.dtype)))
+        residual, products = stream.hidden, products_of(gate_up)
+        inner = products.gated(stream, norm, gate_up) if activation == "silu" else None
+        if inner is None:
+            product = products.norm_linear(stream, norm, gate_up)
+            if activation == "silu" and not down.is_partial and post_norm is None:
+                return products_of(down).gated_linear_add(product, down, residual, next_norm)
+            inner = silu_and_mul(product) if activation == "silu" else gated(product, activation)
+        return self.linear_add(inner, down, residual, post_norm=post_norm, next_norm=next_norm)
 
-    def _skinny(
-        self, stream: Stream, norm: tuple[Tensor, float], linear: Linear, *, gated: bool
-    ) -> Tensor:
-        """Norm and product of a few tokens; in one kernel if the stream comes weighed."""
-        if stream.weighed is None:
-            return skinny_linear(self.rms_norm(stream.hidden, *norm), linear, gated=gated)
-        values, squares = stream.weighed
-        return skinny_linear(values, linear, norm=(squares, norm[1]), gated=gated)
-
-    def _wide(self, hidden: Tensor, norm: tuple[Tensor, float], linear: Linear) -> Tensor:
-        """Norm and product of many tokens."""
-        if (method := _fp8(linear)) is not None:
-            return method.multiply(linear, self.quantize(hidden, norm), hidden.dtype)
-        return linear(self.rms_norm(hidden, *norm))
-
-    def quantize(self, hidden: Tensor, norm: tuple[Tensor, float] | None = None) -> QuantizedRows:
-        """As `quant.fp8.quantize_rows`, of rms_norm(hidden) if norm (weight and eps) is given."""
-        rows = _empty_rows(hidden, hidden.shape[1])
-        _launch_rows(hidden, rows, norm=norm)
-        return rows
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """Returns new memory."""
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        _launch_silu(gate_up, QuantizedRows(out, out), block=SILU_BLOCK)
-        return out
-
-    def silu_and_mul_fp8(self, gate_up: Tensor) -> QuantizedRows:
-        """`silu_and_mul`, quantized per token; a program takes a whole row to know its peak."""
-        size = gate_up.shape[1] // 2
-        rows = _empty_rows(gate_up, size)
-        _launch_silu(gate_up, rows, block=triton.next_power_of_2(size))
-        return rows
+    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+        if post_norm is not None:
+            product = rms_norm(product, post_norm)
+        return Stream(residual.add_(product))
 
     def rope_and_cache(
         self,
@@ -320,35 +207,3 @@ class TritonKernels:
             **launch_options(qkv.device),
         )
         return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]
-
-
-def _empty_rows(like: Tensor, size: int) -> QuantizedRows:
-    values = like.new_empty(len(like), size, dtype=fp8.E4M3)
-    return QuantizedRows(values, like.new_empty(len(like), 1, dtype=torch.float32))
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 256, 1), 16)  # 8 elements (16 bytes) a thread and load
-
-
-def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: tuple[Tensor, float] | None) -> None:
-    """Norm and quantize, whichever `norm` and the type of `out` ask for."""
-    num_tokens, size = hidden.shape
-    assert hidden.is_contiguous()
-    weight, eps = norm or (hidden, 0.0)
-    block = triton.next_power_of_2(size)
-    _rows_kernel[(num_tokens,)](
-        hidden, weight, *out, eps, size,
-        BLOCK=block, NORM=norm is not None, QUANTIZE=out.values.dtype == fp8.E4M3,
-        num_warps=_warps(block), **launch_options(hidden.device),
-    )  # fmt: skip
-
-
-def _launch_silu(gate_up: Tensor, out: QuantizedRows, *, block: int) -> None:
-    num_tokens, size = out.values.shape
-    assert gate_up.is_contiguous()
-    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
-        gate_up, *out, size,
-        BLOCK=block, QUANTIZE=out.values.dtype == fp8.E4M3,
-        num_warps=_warps(block), **launch_options(gate_up.device),
-    )  # fmt: skip

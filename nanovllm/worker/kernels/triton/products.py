@@ -1,0 +1,156 @@
+"""Who multiplies by weights of which form, together with what surrounds the product.
+
+`layer_kernels` asks `products_of` a layer. A few tokens go through our own products, which take
+norms, gate and residual along; more go through cuBLAS. A new form of weights is a class here, under
+the name of its method (`LinearMethod.kind`).
+"""
+
+from typing import cast
+
+from torch import Tensor
+
+from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
+from nanovllm.worker.kernels.triton.launch import converts_fp8
+from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
+from nanovllm.worker.kernels.triton.rows import (
+    quantize,
+    rms_norm,
+    silu_and_mul,
+    silu_and_mul_fp8,
+)
+from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
+from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
+
+
+class Products:
+    """By the layer's own method, with kernels of their own for what surrounds it."""
+
+    def serves(self, linear: Linear) -> bool:
+        """Whether these kernels run for the layer, on its device."""
+        return True
+
+    def multiply(self, x: Tensor, linear: Linear) -> Tensor:
+        """linear(x), of this rank alone."""
+        return linear.method.apply(linear, x)
+
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        """As `Kernels.norm_linear`."""
+        return self.multiply(_normed(stream, norm), linear)
+
+    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        """silu(gate) * up, whose halves never go to memory; None: not here, or not faster."""
+        return None
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Stream:
+        """residual + linear(x), perhaps written over residual."""
+        return Stream(residual.add_(self.multiply(x, linear)))
+
+    def gated_linear_add(
+        self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Stream:
+        """residual + linear(silu(gate) * up)."""
+        return self.linear_add(silu_and_mul(gate_up), linear, residual, next_norm)
+
+
+class SkinnyProducts(Products):
+    """Of weights that `skinny_linear` reads: a few tokens are its, the others go another way."""
+
+    def is_skinny(self, x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
+        """Whether our own product is the faster one."""
+        return beats_cublas(len(x), linear.weight, gated=gated)
+
+    def multiply(self, x: Tensor, linear: Linear) -> Tensor:
+        return skinny_linear(x, linear) if self.is_skinny(x, linear) else self.wide(x, linear)
+
+    def wide(self, x: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
+        """linear(norm(x)), of many tokens."""
+        return linear.method.apply(linear, x if norm is None else rms_norm(x, norm))
+
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if self.is_skinny(stream.hidden, linear):
+            return _skinny(stream, norm, linear, gated=False)
+        return self.wide(stream.hidden, linear, norm)
+
+    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        if self.is_skinny(stream.hidden, linear, gated=True):
+            return _skinny(stream, norm, linear, gated=True)
+        return None
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Stream:
+        if self.is_skinny(x, linear):
+            weight = None if next_norm is None else next_norm.weight
+            return skinny_add(x, linear, residual, next_norm=weight)
+        return self.wide_add(x, linear, residual)
+
+    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Stream:
+        """residual + linear(x), of many tokens."""
+        return Stream(residual.add_(self.wide(x, linear)))
+
+
+class PlainProducts(SkinnyProducts):
+    """Of weights in the model's precision. Of a prompt's tokens the gated product is ours, too."""
+
+    def is_skinny(self, x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
+        return x.dtype == linear.weight.dtype and super().is_skinny(x, linear, gated=gated)
+
+    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        few = super().gated(stream, norm, linear)
+        if few is None and can_gate(stream.hidden, linear):
+            return gated_linear(_normed(stream, norm), linear)
+        return few
+
+    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Stream:
+        if linear.bias is None:
+            return Stream(residual.addmm_(x, linear.weight.t()))
+        return super().wide_add(x, linear, residual)
+
+
+class Fp8Products(SkinnyProducts):
+    """Of e4m3 weights: tokens are quantized by our own product, or by the kernel before cuBLAS."""
+
+    def serves(self, linear: Linear) -> bool:
+        return converts_fp8(linear.weight.device)
+
+    def wide(self, x: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
+        return _multiply_fp8(linear, quantize(x, norm), x)
+
+    def gated_linear_add(
+        self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Stream:
+        if self.is_skinny(residual, linear):
+            return super().gated_linear_add(gate_up, linear, residual, next_norm)
+        product = _multiply_fp8(linear, silu_and_mul_fp8(gate_up), residual)
+        return Stream(residual.add_(product))
+
+
+ANY = Products()
+OF_KIND: dict[str, Products] = {"plain": PlainProducts(), "fp8": Fp8Products()}
+
+
+def products_of(linear: Linear) -> Products:
+    """Those for the form of its weights, if they run on its device."""
+    found = OF_KIND.get(linear.method.kind, ANY)
+    return found if found.serves(linear) else ANY
+
+
+def _normed(stream: Stream, norm: RMSNorm | None) -> Tensor:
+    return stream.hidden if norm is None else rms_norm(stream.hidden, norm)
+
+
+def _skinny(stream: Stream, norm: RMSNorm | None, linear: Linear, *, gated: bool) -> Tensor:
+    """Norm and product of a few tokens; in one kernel if the stream comes weighed."""
+    if norm is None or stream.weighed is None:
+        return skinny_linear(_normed(stream, norm), linear, gated=gated)
+    values, squares = stream.weighed
+    return skinny_linear(values, linear, norm=(squares, norm.eps), gated=gated)
+
+
+def _multiply_fp8(linear: Linear, rows: QuantizedRows, like: Tensor) -> Tensor:
+    return cast(Fp8, linear.method).multiply(linear, rows, like.dtype)

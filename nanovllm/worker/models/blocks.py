@@ -1,0 +1,143 @@
+"""What a decoder layer is made of: attention and an MLP, each with its norms and its residual.
+
+`DecoderLayer` runs them one after the other. New maths is a block here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.spec import Dense, LayerSpec
+from nanovllm.worker.attention.base import Rotary
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.models.builder import Builder
+
+
+@dataclass(slots=True, eq=False)
+class HeadNorms:
+    """Norms of queries and keys, each head by itself (a `kernels.base.QKNorm`)."""
+
+    q_weight: Tensor  # [head_dim]
+    k_weight: Tensor  # [head_dim]
+    eps: float
+
+
+class Norms:
+    """The norms around a block, of what it takes and of what it gives; None: there is none."""
+
+    def __init__(self, build: Builder, layer: LayerSpec, name: str) -> None:
+        """name: of the block, in the parts that checkpoints have ("attention_norm")."""
+        hidden = build.spec.hidden_size
+        self.pre = build.norm(hidden, layer.norm) if layer.pre_norm else None
+        self.post = build.norm(hidden, layer.norm) if layer.post_norm else None
+        self._spec = layer.norm
+        self._name = name
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        if self.pre is not None:
+            yield self.pre.slot(f"{self._name}_norm", layer, self._spec)
+        if self.post is not None:
+            yield self.post.slot(f"{self._name}_post_norm", layer, self._spec)
+
+
+class AttentionBlock:
+    """residual + o(attention(qkv(residual))), with norms where the layer has them."""
+
+    def __init__(self, build: Builder, layer: LayerSpec, *, module: int, cos_sin: Tensor) -> None:
+        spec, hidden = layer.attention, build.spec.hidden_size
+        q, kv, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        sizes = {"q": q * head_dim, "k": kv * head_dim, "v": kv * head_dim}
+        self.qkv = build.column(hidden, sizes, module=module, bias=spec.qkv_bias, unit=head_dim)
+        self.o = build.row(
+            q * head_dim, {"o": hidden}, module=module, bias=spec.o_bias, unit=head_dim
+        )
+        self.norms = Norms(build, layer, "attention")
+        self.q_norm = self.k_norm = self.head_norms = None
+        if spec.qk_norm is not None:
+            wide = spec.qk_norm == "full"
+            self.q_norm = build.norm(q * head_dim if wide else head_dim, layer.norm)
+            self.k_norm = build.norm(kv * head_dim if wide else head_dim, layer.norm)
+            if not wide:
+                weights = self.q_norm.weight, self.k_norm.weight
+                self.head_norms = HeadNorms(*weights, layer.norm.eps)
+        self._norm_spec = layer.norm
+        self._kernels = build.kernels
+        self._backend = build.attention.of(spec)
+        self._rotary = Rotary(build.kernels, cos_sin, self.head_norms)
+
+    def forward(
+        self,
+        stream: Stream,
+        *,
+        batch: ForwardBatch,
+        layer_cache: Tensor,
+        next_norm: RMSNorm | None,
+        wanted: Tensor | None = None,
+    ) -> Stream:
+        """wanted: the tokens that are asked for; the others only leave keys and values."""
+        qkv = self._kernels.norm_linear(stream, self.norms.pre, self.qkv)
+        if self.head_norms is None and self.q_norm is not None:
+            self._norm_all_heads(qkv)
+        attended = self._backend.forward(qkv, self._rotary, layer_cache, batch)
+        hidden = stream.hidden
+        if wanted is not None:
+            attended, hidden = attended[wanted], hidden[wanted]
+        return self._kernels.linear_add(
+            attended.flatten(1), self.o, hidden, post_norm=self.norms.post, next_norm=next_norm
+        )
+
+    def _norm_all_heads(self, qkv: Tensor) -> None:
+        """All queries of a token, and all its keys, in place."""
+        assert self.q_norm is not None and self.k_norm is not None
+        sizes = [cut.size for cut in self.qkv.parts.values()]
+        queries, keys, _ = torch.split(qkv, sizes, dim=1)
+        for heads, norm in ((queries, self.q_norm), (keys, self.k_norm)):
+            heads.copy_(self._kernels.rms_norm(heads.contiguous(), norm))
+
+    def linears(self) -> Iterator[Linear]:
+        yield from (self.qkv, self.o)
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for linear in self.linears():
+            yield from linear.slots(layer)
+        yield from self.norms.slots(layer)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield self.q_norm.slot("q_norm", layer, self._norm_spec)
+            yield self.k_norm.slot("k_norm", layer, self._norm_spec)
+
+
+class DenseBlock:
+    """residual + down(activation(gate) * up), with norms where the layer has them."""
+
+    def __init__(self, build: Builder, layer: LayerSpec, spec: Dense, *, module: int) -> None:
+        hidden, inner = build.spec.hidden_size, spec.intermediate_size
+        sizes = {"gate": inner, "up": inner}
+        self.gate_up = build.column(hidden, sizes, module=module, bias=spec.bias)
+        self.down = build.row(inner, {"down": hidden}, module=module, bias=spec.bias)
+        self.norms = Norms(build, layer, "mlp")
+        self._activation = spec.activation
+        self._kernels = build.kernels
+
+    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
+        return self._kernels.mlp(
+            stream,
+            self.norms.pre,
+            self.gate_up,
+            self.down,
+            activation=self._activation,
+            post_norm=self.norms.post,
+            next_norm=next_norm,
+        )
+
+    def linears(self) -> Iterator[Linear]:
+        yield from (self.gate_up, self.down)
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for linear in self.linears():
+            yield from linear.slots(layer)
+        yield from self.norms.slots(layer)

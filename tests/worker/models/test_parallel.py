@@ -1,0 +1,106 @@
+"""Ranks that share a model between them: each reads its slices, and sums meet where they must."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.worker.parallel import Cut, TensorParallel
+from tests.conftest import TINY
+from tests.worker.attention.decoding import Driver
+
+PROMPT = torch.randint(3, 160, (23,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@dataclass
+class Meeting:
+    """Where threads add up what each has."""
+
+    size: int
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._barrier = threading.Barrier(self.size, timeout=60)
+
+    def sum(self, rank: int, part: Tensor) -> Tensor:
+        self.parts[rank] = part
+        self._barrier.wait()
+        total = torch.stack([self.parts[rank] for rank in range(self.size)]).sum(0)
+        self._barrier.wait()
+        return total
+
+
+@dataclass(frozen=True)
+class Thread(TensorParallel):
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        return self.meeting.sum(self.rank, partial)
+
+
+def logits_of_ranks(
+    checkpoint: Checkpoint, size: int, scheme: Scheme | None = None
+) -> list[Tensor]:
+    """Each rank's logits of the prompt, in chunks of 9 and one token at last."""
+    meeting = Meeting(size)
+
+    def run(rank: int) -> Tensor:
+        parallel = Thread(rank, size, meeting=meeting)
+        driver = Driver.load(checkpoint, parallel=parallel, scheme=scheme)
+        chunks = PROMPT[:9], PROMPT[9:18], PROMPT[18:22], PROMPT[22:]
+        return torch.cat([driver.run({"a": chunk})["a"] for chunk in chunks])
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(run, range(size)))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", TINY)
+def test_ranks_compute_what_one_does(
+    name: str, size: int, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """With 4 ranks two have the same KV head."""
+    checkpoint = Checkpoint(tiny_checkpoint(name), "safetensors")
+    (expected,) = logits_of_ranks(checkpoint, 1)
+    found = logits_of_ranks(checkpoint, size)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+def test_quantized_weights_are_cut(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Scales are those of a rank's own inputs, and so a little finer."""
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
+    (exact,) = logits_of_ranks(checkpoint, 1)
+    scheme = Scheme.at_load("fp8")
+    (whole,) = logits_of_ranks(checkpoint, 1, scheme)
+    for logits in logits_of_ranks(checkpoint, 2, scheme):
+        assert (logits - exact).norm() < 1.2 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("whole", "unit", "size", "shares"),
+    [
+        (12, 1, 3, [(0, 4), (4, 4), (8, 4)]),
+        (64, 16, 2, [(0, 32), (32, 32)]),
+        (32, 16, 4, [(0, 16), (0, 16), (16, 16), (16, 16)]),
+    ],
+)
+def test_shares(whole: int, unit: int, size: int, shares: list[tuple[int, int]]) -> None:
+    found = [
+        TensorParallel(rank, size).share(whole, unit=unit, repeats=True) for rank in range(size)
+    ]
+    assert found == [Cut(start, length, whole) for start, length in shares]
+
+
+@pytest.mark.parametrize(("whole", "unit", "size"), [(9, 1, 2), (64, 16, 3), (10, 4, 2)])
+def test_what_cannot_be_shared_is_refused_with_what_can(whole: int, unit: int, size: int) -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: .* possible are 1"):
+        TensorParallel(0, size).share(whole, unit=unit)
