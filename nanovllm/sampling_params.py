@@ -14,6 +14,8 @@ from nanovllm.limits import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
+    MAX_CHOICE_BYTES,
+    MAX_CHOICE_TEXTS,
     MAX_GRAMMAR_BYTES,
     MAX_LOGIT_BIAS,
     MAX_N,
@@ -30,6 +32,7 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
 INT32_MAX = 2**31 - 1  # the device's integers
+MAX_BYTES = {"regex": MAX_REGEX_BYTES, "choice": MAX_CHOICE_BYTES}  # of structured_outputs
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
@@ -73,8 +76,9 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
             and all(isinstance(text, str) and text for text in self.choice)
         ):
             raise ValueError("structured_outputs.choice must be a list of non-empty strings")
+        check_count("structured_outputs.choice", len(self.choice or ()), MAX_CHOICE_TEXTS, "texts")
         num_bytes = len(msgspec.json.encode(getattr(self, self.kind)))
-        most = MAX_REGEX_BYTES if self.regex is not None else MAX_GRAMMAR_BYTES
+        most = MAX_BYTES.get(self.kind, MAX_GRAMMAR_BYTES)
         check_count(f"structured_outputs.{self.kind}", num_bytes, most, "bytes")
 
     @property

@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from nanovllm.core.json_schema import prepare
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 # Blank space in JSON is one space, or a new line and its indent: at a temperature, a small model
 # would else fill its max_tokens with blanks, which a schema never forbids.
 JSON_WHITESPACE = r" |\n {0,16}"
+# `oneOf` as `anyOf`: no parser can see that exactly one alternative fits.
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": JSON_WHITESPACE, "coerce_one_of": True}
+ANY_OBJECT = '{"type": "object"}'
 MAX_LEXER_STATES = 100_000  # bounds memory (0.3 to 2 kB each); llguidance bounds work by itself
 MAX_CAUSE_CHARS = 300
 LOG_NOTHING = 0
@@ -74,10 +79,10 @@ def _as_grammar(wanted: StructuredOutputsParams) -> str:
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
-        texts = " | ".join(map(json.dumps, wanted.choice))  # Lark's strings are JSON's
-        return LLMatcher.grammar_from_lark(f"start: {texts}")
+        # Lark's strings are JSON's. One terminal, not as many rules, which the parser would track.
+        texts = " | ".join(map(json.dumps, wanted.choice))
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     if wanted.grammar is not None:
         return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
-    return LLMatcher.grammar_from_json_schema(
-        wanted.json or {"type": "object"}, defaults={"whitespace_pattern": JSON_WHITESPACE}
-    )
+    schema = ANY_OBJECT if wanted.json is None else prepare(str(wanted.json))
+    return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS)
