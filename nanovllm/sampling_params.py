@@ -5,11 +5,12 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from nanovllm.config import unknown_name
 from nanovllm.limits import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARS,
@@ -36,7 +37,30 @@ MAX_BYTES = {"regex": MAX_REGEX_BYTES, "choice": MAX_CHOICE_BYTES}  # of structu
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
-class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class WrongKeywordError(TypeError, ValueError):
+    """A `TypeError` as of any call, and a `ValueError` as all that users get wrong here."""
+
+
+class _Keywords(msgspec.StructMeta):
+    """Suggests the right keyword for a wrong one."""
+
+    def __call__(self, *args: Any, **fields: Any) -> Any:
+        if args:
+            raise WrongKeywordError(f"{self.__name__} takes keywords only: such as temperature=0.8")
+        for name in fields:
+            if name not in self.__struct_fields__:
+                kind, known = f"field of {self.__name__}", list(self.__struct_fields__)
+                raise WrongKeywordError(unknown_name(kind, name, known))
+        return super().__call__(**fields)
+
+
+class _Params(msgspec.Struct, metaclass=_Keywords):
+    """Made by keywords."""
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, metaclass=_Keywords, frozen=True, kw_only=True, omit_defaults=True
+):
     """What the output must be, from its first to its last character: exactly one of these.
 
     json: a JSON schema, as a dict or as text (which is what a dict becomes). json_object: any JSON
@@ -93,7 +117,9 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
         return [name for name, value in fields.items() if value not in (None, False)]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(
+    msgspec.Struct, metaclass=_Keywords, frozen=True, kw_only=True, omit_defaults=True
+):
     """Sampling and stopping of one request.
 
     n: outputs per prompt. temperature: below 1e-5 is greedy. top_k: 0 or -1 is off.
@@ -160,6 +186,25 @@ def _check_counts(params: SamplingParams) -> None:
         check_count(name, len(value or ()), most, what)
     stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
     check_count("stop", len(stops), MAX_STOPS, "strings")
+
+
+def leaves_nothing(
+    params: SamplingParams,
+    *,
+    bad_words_token_ids: Sequence[list[int]],
+    eos_token_ids: Collection[int],
+    output_token_ids: Sequence[int],
+) -> bool:
+    """Whether min_tokens and bad words forbid all of allowed_token_ids after these outputs."""
+    if params.allowed_token_ids is None or params.structured_outputs is not None:
+        return False
+    forbidden: set[int] = set()
+    if len(output_token_ids) < params.min_tokens:
+        forbidden = {*params.stop_token_ids, *eos_token_ids}
+    for *before, last in bad_words_token_ids:
+        if not before or [*output_token_ids[-len(before) :]] == before:
+            forbidden.add(last)
+    return bool(forbidden) and all(token_id in forbidden for token_id in params.allowed_token_ids)
 
 
 def _canonicalize(params: SamplingParams) -> None:

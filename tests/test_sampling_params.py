@@ -104,8 +104,13 @@ def test_it_is_frozen_and_is_validated_again_when_decoded() -> None:
     assert msgspec.msgpack.decode(encoded, type=SamplingParams) == params
     with pytest.raises(msgspec.ValidationError, match="top_p"):
         msgspec.msgpack.decode(msgspec.msgpack.encode({"top_p": 7.0}), type=SamplingParams)
-    with pytest.raises(TypeError):
-        SamplingParams(temprature=0)  # type: ignore[call-arg]
+    for wrong in (TypeError, ValueError):
+        with pytest.raises(wrong, match=r"temprature.*did you mean 'temperature'"):
+            SamplingParams(temprature=0)  # type: ignore[call-arg]
+        with pytest.raises(wrong, match="did you mean 'regex'"):
+            StructuredOutputsParams(regexp="a")  # type: ignore[call-arg]
+        with pytest.raises(wrong, match="keywords"):
+            SamplingParams(0.5)  # type: ignore[misc]
 
 
 def nested(depth: int) -> dict[str, Any]:

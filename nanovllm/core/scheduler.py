@@ -18,7 +18,9 @@ from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
 from nanovllm.protocol.messages import FinishReason
 from nanovllm.protocol.plan import BlockAppend, StepPlan, StepResult, TokenLogprobs
+from nanovllm.sampling_params import leaves_nothing
 
+NOTHING_LEFT = "allowed_token_ids: min_tokens and bad_words leave none of them to go on with"
 BY_ORDER = attrgetter("order")
 
 
@@ -210,6 +212,9 @@ class Scheduler:
             if result.failures and index in result.failures:
                 self._fail(sequence, result.failures[index], outputs)
                 continue
+            if sequence.params.allowed_token_ids is not None and self._is_stuck(sequence):
+                self._fail(sequence, NOTHING_LEFT, outputs)
+                continue
             sequence.token_ids.append(token_id)
             if not sequence.first_token_at:
                 sequence.first_token_at = time.monotonic()
@@ -224,6 +229,15 @@ class Scheduler:
         self.num_generation_tokens += len(token_ids)
         self.waiting.charge_for_outputs(sequences)
         return outputs
+
+    def _is_stuck(self, sequence: Sequence) -> bool:
+        """Whether nothing could be sampled for the token that has come."""
+        return sequence.matcher is None and leaves_nothing(
+            sequence.params,
+            bad_words_token_ids=sequence.bad_words_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
+        )
 
     def _is_over(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> bool:
         """Finish a sequence if its new token, the last of `token_ids`, ends it."""

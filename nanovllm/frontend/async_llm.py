@@ -24,8 +24,10 @@ from nanovllm.frontend.inputs import (
     Prompt,
     PromptInput,
     RequestOptions,
+    check_choice,
     check_options,
     check_request,
+    checked_messages,
     encode_bad_words,
     make_prompt,
 )
@@ -228,11 +230,15 @@ class AsyncLLM:
 
     def make_prompt(self, prompt: PromptInput) -> Prompt:
         """Encode a text, or copy token ids."""
+        self._check_started()
         return make_prompt(prompt, self._need_tokenizer)
 
     def chat_prompt(self, messages: list[Message], **template_variables: Any) -> Prompt:
         """The template writes its special tokens itself, so none are added in encoding."""
-        text = self.apply_chat_template(messages, **template_variables)
+        self._check_started()
+        text = self.apply_chat_template(
+            checked_messages(messages, self._need_tokenizer), **template_variables
+        )
         return Prompt(text, self._need_tokenizer().encode(text, add_special_tokens=False))
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
@@ -286,11 +292,13 @@ class AsyncLLM:
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
+        bad_words = self.encode_bad_words(tuple(params.bad_words))
+        check_choice(params, bad_words, self.info.worker)
         message = AddRequest(
             number=self._next_number,
             prompt_token_ids=prompt.token_ids,
             params=params,
-            bad_words_token_ids=self.encode_bad_words(tuple(params.bad_words)),
+            bad_words_token_ids=bad_words,
             **options,
         )
         self._next_number += params.n
@@ -318,10 +326,15 @@ class AsyncLLM:
 
     # ---- the line to the core
 
-    @property
-    def _running(self) -> Session:
+    def _check_started(self) -> None:
+        """Before anything is said of a prompt, for which a tokenizer would be missing."""
         if self._session is None:
             raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
+
+    @property
+    def _running(self) -> Session:
+        self._check_started()
+        assert self._session is not None
         return self._session
 
     @property

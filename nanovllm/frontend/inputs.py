@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 
 from nanovllm.config import unknown_name
+from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.limits import MAX_BAD_WORDS_TOKENS, MAX_NAME_CHARS, MAX_PROMPT_CHARS, check_count
 from nanovllm.protocol.plan import WorkerInfo
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, leaves_nothing
 
 
 class PromptDict(TypedDict, total=False):
@@ -29,6 +30,7 @@ class PromptDict(TypedDict, total=False):
 
 PromptInput = str | list[int] | PromptDict
 NeedTokenizer = Callable[[], Tokenizer]  # raises `ValueError` if there is none
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PROMPT_KEYS = ["prompt", "prompt_token_ids"]
 PRINTABLE = re.compile(r"[ -~]*")  # ASCII: what may stand in a log and in an HTTP header
 
@@ -70,6 +72,47 @@ def make_prompt(prompt: PromptInput, need_tokenizer: NeedTokenizer) -> Prompt:
     return Prompt(content, need_tokenizer().encode(content))
 
 
+def checked_messages(messages: Any, need_tokenizer: NeedTokenizer) -> list[Message]:
+    """A conversation for the chat template, with contents of several texts joined.
+
+    `ValueError` if it is no list of messages, or holds a role or content that the model cannot
+    read. Roles beyond the usual ones are those that its template names.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        remedy = "a list such as [{'role': 'user', 'content': 'Hello'}]"
+        raise ValueError(f"messages must be {remedy}, not {_shown(messages)}")
+    template = need_tokenizer().chat_template or ""
+    made: list[Message] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} must be a dict with role and content, not {_shown(message)}")
+        role = message.get("role")
+        if not isinstance(role, str) or (role not in ROLES and role not in template):
+            raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}")
+        made.append({**message, "content": _joined(message.get("content"), where)})
+    return made
+
+
+def _joined(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{where}.content must be a string, not {_shown(content)}")
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else _shown(part)
+            raise ValueError(f"{where}.content of type {kind!r}: this model reads text only")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
+
+
 def encode_bad_words(words: Sequence[str], need_tokenizer: NeedTokenizer) -> list[list[int]]:
     """Each word as it is spelled at the start of a text and after a space."""
     if not words:
@@ -108,6 +151,20 @@ def check_request(
         )
 
 
+def check_choice(params: SamplingParams, bad_words: list[list[int]], info: WorkerInfo) -> None:
+    """That there is a first token to sample. bad_words: encoded. Raises `ValueError`."""
+    if leaves_nothing(
+        params,
+        bad_words_token_ids=bad_words,
+        eos_token_ids=info.eos_token_ids,
+        output_token_ids=[],
+    ):
+        raise ValueError(
+            "allowed_token_ids: min_tokens and bad_words forbid all of them: allow more, or leave "
+            "these out"
+        )
+
+
 def _are_below(limit: int, token_ids: Collection[int]) -> bool:
     """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
     try:
@@ -117,10 +174,17 @@ def _are_below(limit: int, token_ids: Collection[int]) -> bool:
     return not words or int(np.frombuffer(words, np.uint32).max()) < limit
 
 
+def check_params(params: object) -> None:
+    """Raises `ValueError` with the remedy: what is no `SamplingParams`."""
+    if not isinstance(params, SamplingParams):
+        remedy = ": write SamplingParams(**params)" if isinstance(params, dict) else ""
+        kind = type(params).__name__
+        raise ValueError(f"sampling_params must be a SamplingParams, not {kind}{remedy}")
+
+
 def check_options(params: SamplingParams, request_id: str | None, options: RequestOptions) -> None:
     """Types that the core could not decode, and would answer with a bad frame."""
-    if not isinstance(params, SamplingParams):
-        raise ValueError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
+    check_params(params)
     for name in options:
         if name not in OPTION_NAMES:
             raise ValueError(unknown_name("request option", name, OPTION_NAMES))

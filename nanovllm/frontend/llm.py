@@ -5,9 +5,10 @@ the top level of a script and inside notebooks, whose own loop it leaves alone.
 """
 
 import asyncio
+import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.core_process import CoreHandle
-from nanovllm.frontend.inputs import Prompt, PromptInput
+from nanovllm.frontend.inputs import Prompt, PromptInput, check_params
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.tokenizer import Tokenizer
@@ -51,7 +52,10 @@ class LLM:
         self._loop = uvloop.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="nanovllm", daemon=True)
         thread.start()
-        self._shut_down = weakref.finalize(self, _shut_down, self._llm, self._loop, thread)
+        self._process_id = os.getpid()
+        self._shut_down = weakref.finalize(
+            self, _shut_down, self._llm, self._loop, thread, self._process_id
+        )
         try:
             self._run(self._llm.start())
         except BaseException:
@@ -115,7 +119,9 @@ class LLM:
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """`generate` the next message of one conversation, or of each in a list."""
-        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Any = messages
+        if not isinstance(messages, list | tuple) or (messages and isinstance(messages[0], dict)):
+            conversations = [messages]
         made = [self._llm.chat_prompt(one, **template_variables) for one in conversations]
         return self._complete(made, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
@@ -139,6 +145,8 @@ class LLM:
         if sampling_params is None:
             sampling_params = SamplingParams()
         params = _one_each("sampling_params", sampling_params, count)
+        for one in params:
+            check_params(one)
         priorities = _one_each("priority", priority, count)
         with tqdm(total=count, desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
             return self._run(self._gather(prompts, params, priorities, bar.update))
@@ -177,6 +185,12 @@ class LLM:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run in the loop's thread, and wait. Ctrl-C here cancels the work there."""
+        if os.getpid() != self._process_id:
+            work.close()
+            raise RuntimeError(
+                "this LLM belongs to the process that this one was forked from: make one here, "
+                "or attach to its core with AsyncLLM.connect"
+            )
         if not self._shut_down.alive:
             work.close()
             raise RuntimeError("this LLM has been closed: make a new one")
@@ -188,9 +202,14 @@ class LLM:
             raise
 
 
-def _shut_down(llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _shut_down(
+    llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread, process_id: int
+) -> None:
     """End the engine from any thread, also while the interpreter exits (when no thread can start,
-    so the core is waited for here and not in the loop)."""
+    so the core is waited for here and not in the loop). A fork has no thread for the loop, and the
+    engine is not its own to end."""
+    if os.getpid() != process_id:
+        return
     try:
         handle = asyncio.run_coroutine_threadsafe(_leave(llm), loop).result(STOP_TIMEOUT_S)
     finally:
@@ -211,8 +230,9 @@ async def _leave(llm: AsyncLLM) -> CoreHandle | None:
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
-    """One prompt, or several? A non-empty list of integers is one prompt."""
-    if isinstance(prompts, str | dict):
+    """One prompt, or several? A non-empty list of integers is one prompt; so is what is no list,
+    for `make_prompt` to take or refuse."""
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | dict):
         return [prompts]
     items: list[Any] = list(prompts)
     if items and all(type(item) is int for item in items):

@@ -190,6 +190,7 @@ class Request:
         self.made_at = time.monotonic()
         self.num_cached_tokens: int | None = None
         self.prompt_logprobs: list[TokenAlternatives | None] | None = None
+        self.forget_prompt_logprobs()
         self.final_only = params.output_kind == "final_only"
         self.gives_deltas = params.output_kind == "delta"
         self.completions = [
@@ -235,7 +236,11 @@ class Request:
     def forget_unfinished_prompt_logprobs(self) -> None:
         """The core will send them again, all of them, unless it had when the first token came."""
         if self.completions[0].num_received == 0:
-            self.prompt_logprobs = None
+            self.forget_prompt_logprobs()
+
+    def forget_prompt_logprobs(self) -> None:
+        """None of them has come; the first token has none."""
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]
 
     def announce(self) -> None:
         """Wake the caller, if it is waiting for something like this."""

@@ -212,3 +212,19 @@ def test_a_grammar_outlives_ignore_eos_and_ends_at_its_own_eos() -> None:
     core.add(0, AddRequest(0, [5], constrained("a|ab|abc", ignore_eos=True)))
     (token_ids,) = drain(core).values()
     assert decode(tuple(token_ids)) in ("a", "ab", "abc")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_has_nothing_left_to_sample_ends_as_an_error(depth: int) -> None:
+    core = make_core(max_inflight_steps=depth)
+    core.add(0, AddRequest(0, [1], SamplingParams(max_tokens=2, seed=1)))
+    first, second = drain(core)[0]
+    limited = SamplingParams(allowed_token_ids=[5, 6], max_tokens=2, seed=1)
+    core.add(0, AddRequest(0, [1], limited, bad_words_token_ids=[[first, 5], [first, 6]]))
+    core.add(0, AddRequest(1, [1], limited, bad_words_token_ids=[[first, 5], [second, 6]]))
+    early = SamplingParams(allowed_token_ids=[5], stop_token_ids=[5], min_tokens=2)
+    core.add(0, AddRequest(2, [1], early))
+    failed: list[Sequence] = []
+    drain(core, failed)
+    assert [one.number for one in failed] == [2, 0]
+    assert all("allowed_token_ids" in one.failure for one in failed)

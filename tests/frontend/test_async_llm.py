@@ -29,7 +29,7 @@ from nanovllm.protocol.messages import (
     Why,
 )
 from nanovllm.sampling_params import SamplingParams
-from tests.frontend.attached import Handle, attached, last_of, says, settled
+from tests.frontend.attached import Handle, all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import STATUS, WELCOME, FakeCore, echo, silent
 from tests.frontend.vocabulary import EOS
 
@@ -97,7 +97,20 @@ async def test_abort_by_id_ends_the_stream(address: str) -> None:
         ({"prompt": {"prompt_token_ids": []}}, "prompt_token_ids is empty"),
         ({"prompt": {"prompt_token_ids": [300]}}, "vocabulary"),
         ({"prompt": "a" * 64}, "max_model_len"),
-        ({"prompt": "a", "sampling_params": SamplingParams(max_tokens=64)}, "max_tokens"),
+        (
+            {
+                "prompt": "a",
+                "sampling_params": SamplingParams(allowed_token_ids=[EOS], min_tokens=1),
+            },
+            "allowed_token_ids: .* forbid all",
+        ),
+        (
+            {
+                "prompt": "a",
+                "sampling_params": SamplingParams(allowed_token_ids=[97], bad_words=["a"]),
+            },
+            "allowed_token_ids: .* forbid all",
+        ),
         ({"prompt": "a", "sampling_params": {"n": 1}}, "sampling_params must be"),
         ({"prompt": "a", "priority": "high"}, "priority"),
         ({"prompt": "a", "priority": 2**63}, "priority"),
@@ -358,3 +371,30 @@ async def test_an_unknown_model_starts_no_core(handle: Handle) -> None:
         await AsyncLLM("smollm3").start()
     assert handle.closed == 0 and handle.process.poll() is None
     handle.close()
+
+
+async def test_used_before_its_start_it_says_so() -> None:
+    llm = AsyncLLM("m", load_format="dummy")
+    hello = [{"role": "user", "content": "Hello"}]
+    for use in (
+        lambda: llm.generate("Hello"),
+        lambda: llm.chat(hello),
+        lambda: llm.generate([1]),
+        lambda: llm.info,
+    ):
+        with pytest.raises(RuntimeError, match="not started"):
+            use()
+    for call in (llm.stats(), llm.abort("x"), llm.reset_prefix_cache()):
+        with pytest.raises(RuntimeError, match="not started"):
+            await call
+
+
+@pytest.mark.parametrize("kind", ["delta", "cumulative"])
+async def test_prompt_logprobs_of_one_token(address: str, kind: str) -> None:
+    params = SamplingParams(prompt_logprobs=1, output_kind=kind)  # type: ignore[arg-type]
+    async with attached(address, says("a", "b")) as (llm, _):
+        outputs = await all_of(llm.generate([65], params))
+        without = await last_of(llm.generate([65]))
+    assert outputs[0].prompt_logprobs == [None] and without.prompt_logprobs is None
+    if kind == "delta":
+        assert all(one.prompt_logprobs is None for one in outputs[1:])

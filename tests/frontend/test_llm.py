@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -198,3 +199,60 @@ def test_a_failed_start_leaves_nothing(address: str, handle: Handle) -> None:
         make_llm()
     assert handle.closed == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "nanovllm"]
+
+
+HELLO = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda llm: llm.generate(5), "prompt must be"),
+        (lambda llm: llm.generate(None), "prompt must be"),
+        (lambda llm: llm.generate(["a", 5.5]), "prompt must be"),
+        (lambda llm: llm.generate("a", {"max_tokens": 5}), r"SamplingParams\(\*\*params\)"),
+        (lambda llm: llm.generate("a", "greedy"), "sampling_params"),
+        (lambda llm: llm.generate(["a"], [{"n": 1}]), r"SamplingParams\(\*\*params\)"),
+        (lambda llm: llm.chat("Hello"), r"messages must be a list such as \[\{'role'"),
+        (lambda llm: llm.chat(HELLO), "messages must be a list"),
+        (lambda llm: llm.chat(["Hello"]), "messages must be a list"),
+        (lambda llm: llm.chat([HELLO, "x"]), r"messages\[1\] must be a dict"),
+        (lambda llm: llm.chat([{"role": "robot", "content": "x"}]), r"messages\[0\].role.*robot"),
+        (lambda llm: llm.chat([{"content": "x"}]), r"messages\[0\].role"),
+        (
+            lambda llm: llm.chat([{"role": "user", "content": [{"type": "image_url"}]}]),
+            r"messages\[0\].content of type 'image_url': this model reads text only",
+        ),
+        (lambda llm: llm.chat([{"role": "user", "content": 5}]), r"messages\[0\].content"),
+    ],
+)
+def test_what_cannot_be_names_its_field_and_the_remedy(
+    llm: LLM, core: FakeCore, call: Any, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        call(llm)
+    assert not core.all_of(AddRequest)
+    assert llm.generate("ok", GREEDY, use_tqdm=False)[0].outputs[0].text == "ok"
+
+
+def test_contents_of_several_texts_are_joined(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (output,) = llm.chat([{"role": "user", "content": parts}], use_tqdm=False)
+    assert output.prompt == "user:a\nb|"
+
+
+def test_after_a_fork_it_raises_instead_of_waiting(llm: LLM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            llm.generate("a", use_tqdm=False)
+        except RuntimeError as error:
+            code = 0 if "forked" in str(error) else 2
+        finally:
+            llm.close()  # ends nothing that is not its own
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert llm.generate("ok", use_tqdm=False)[0].outputs[0].text == "ok"
