@@ -55,6 +55,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: Annotated[
         AtLeast2 | None, Meta(description="prompt + output tokens; default: the model's own")
     ] = None
+    allow_long_max_model_len: Annotated[
+        bool,
+        Meta(description="let max_model_len go beyond the positions the model was made for"),
+    ] = False
     seed: Annotated[int, Meta(description="seed of requests that bring none")] = 0
     served_model_name: Annotated[
         str | None, Meta(description="the name clients see; default: the value of model")
@@ -64,6 +68,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention_backend: Annotated[
         AttentionBackendName, Meta(description="auto: the fastest that supports the model")
     ] = "auto"
+
+    def choose_max_model_len(self, most: int) -> int:
+        """`max_model_len`, or `most`: all the positions that the model was made for.
+
+        Raises `ValueError` if more are wanted and nobody insists.
+        """
+        wanted = self.max_model_len
+        if wanted is not None and wanted > most and not self.allow_long_max_model_len:
+            raise ValueError(
+                f"max_model_len: the model has {most} positions, and {wanted} are wanted: set at "
+                f"most {most}, or allow_long_max_model_len if nonsense beyond them will do"
+            )
+        return wanted or most
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.config import SECTIONS, EngineConfig, field_names
+from nanovllm.config import SECTIONS, EngineConfig, ModelConfig, field_names
 from nanovllm.flags import add_config_flags, config_values
 
 
@@ -79,3 +79,12 @@ def test_flags_become_keywords_only_when_given() -> None:
 
 def test_sections_cover_the_engine_config() -> None:
     assert tuple(SECTIONS) == EngineConfig.__struct_fields__
+
+
+def test_the_length_is_the_models_or_less_or_insisted_on() -> None:
+    assert ModelConfig().choose_max_model_len(64) == 64
+    assert ModelConfig(max_model_len=10).choose_max_model_len(64) == 10
+    with pytest.raises(ValueError, match=r"has 64 positions.*at most 64.*allow_long_max"):
+        ModelConfig(max_model_len=65).choose_max_model_len(64)
+    insisted = ModelConfig(max_model_len=65, allow_long_max_model_len=True)
+    assert insisted.choose_max_model_len(64) == 65

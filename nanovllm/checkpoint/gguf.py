@@ -222,6 +222,27 @@ ARCHITECTURES = {
 }
 
 
+# Metadata that changes what some architecture computes, and values with which it changes nothing.
+MATHS: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.key_length_swa": (),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window_pattern": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.dimension_sections": (),
+    "rope.freq_base_swa": (),
+    "rope.scaling.attn_factor": (0, 1),
+    "use_parallel_residual": (False,),
+}
+
+
 def hf_config(file: GGUFFile) -> dict[str, Any]:
     """A file's metadata in the form of a Hugging Face config.json.
 
@@ -243,12 +264,27 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         value = metadata.get(f"{name}.{key}", default)
         if value is None:
             raise ValueError(f"{file.path}: metadata {name}.{key} is missing: fetch it again")
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]  # one for each layer, all the same
+        if isinstance(value, list):
+            raise ValueError(
+                f"{file.path}: metadata {name}.{key} differs by layer, which is not supported: "
+                "use a model whose layers are alike"
+            )
         return value
 
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} holds no token_embd.weight: name the model's first part")
     num_heads, theta = fact("attention.head_count"), fact("rope.freq_base", 10000.0)
     head_dim = fact("attention.key_length", fact("embedding_length") // num_heads)
+    expected = {"attention.value_length": head_dim, "rope.dimension_count": head_dim}
+    for key, neutral in {**MATHS, **{key: (size,) for key, size in expected.items()}}.items():
+        value = metadata.get(f"{name}.{key}")
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"{file.path}: metadata {name}.{key}={value!r} changes what a model computes, and "
+                f"is not supported for {name!r}"
+            )
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -262,7 +298,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(file, name, theta=theta, head_dim=head_dim),
         "max_position_embeddings": fact("context_length"),
-        "sliding_window": metadata.get(f"{name}.attention.sliding_window"),
+        "sliding_window": fact("attention.sliding_window", 0) or None,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -282,12 +318,19 @@ def _rope_scaling(
     not stored: all released models share three of them and the fourth is the largest divisor, so
     they are recovered here, and believed only if they give the stored tensor back.
     """
-    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    if kind != "none":
+    factor = file.metadata.get(f"{name}.rope.scaling.factor")
+    if factor is None:
+        factor = file.metadata.get(f"{name}.rope.scale_linear")  # the older name
+    # As in llama.cpp, which scales linearly unless told otherwise, and for which 0 is no factor.
+    kind = file.metadata.get(f"{name}.rope.scaling.type", "linear")
+    is_scaled = kind == "linear" and factor not in (None, 0, 1)
+    if kind not in ("none", "linear") or (is_scaled and "rope_freqs.weight" in file.tensors):
         raise ValueError(
-            f"{file.path}: rope scaling {kind!r} is not supported from GGUF: "
-            "use the model's safetensors"
+            f"{file.path}: rope scaling {kind!r} is not supported from GGUF"
+            f"{' beside rope_freqs.weight' if is_scaled else ''}: use the model's safetensors"
         )
+    if is_scaled:
+        return {"rope_type": "linear", "factor": factor}
     if "rope_freqs.weight" not in file.tensors:
         return None
     stored = file.tensors["rope_freqs.weight"].dequantize()  # [head_dim / 2]

@@ -4,6 +4,7 @@ Configs are what users bring: whatever is missing or not supported is a `ValueEr
 never a model that computes something else. `null` means the same as a field that is not there.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,24 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
+# transformers' own, of Qwen's configs.
+DEFAULT_WINDOW, DEFAULT_MAX_WINDOW_LAYERS = 4096, 28
+# rope_type → what belongs to it; what belongs to "default" goes with every type.
+ROPE_FIELDS = {
+    "default": {
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+        "original_max_position_embeddings",
+    },
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
 # Fields that change what some family computes, and values with which they change nothing. A family
 # that does not read such a field is not computed rightly if it says anything else.
 MATHS: dict[str, tuple[Any, ...]] = {
@@ -95,6 +113,37 @@ def required(config: Mapping[str, Any], field: str) -> Any:
     return value
 
 
+def whole(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    """A number above 0 that holds for all layers; a list must say the same of each.
+
+    Raises `ValueError` naming the field, also if it is missing and there is no default.
+    """
+    value = config.get(field, default)
+    if value is None:
+        raise ValueError(f"config.json: {field} is missing: fetch the checkpoint again")
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
+        value = value[0]
+    if isinstance(value, list):
+        raise ValueError(
+            f"config.json: {field} differs by layer ({value}), which is not supported: "
+            "use a model whose layers are alike"
+        )
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {field} must be a whole number above 0, not {value!r}")
+    return value
+
+
+def number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
+    """A finite number above 0. Raises `ValueError` as `whole` does."""
+    value = config.get(field, default)
+    if value is None:
+        raise ValueError(f"config.json: {field} is missing: fetch the checkpoint again")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {field} must be a number above 0, not {value!r}")
+    return float(value)
+
+
 def decoder(
     config: Config, *, names: WeightNames, layers: list[LayerSpec], **differences: Any
 ) -> DecoderSpec:
@@ -105,32 +154,52 @@ def decoder(
         "dtype": config.get("dtype", config.get("torch_dtype")),
         **differences,
     }
+    positions = whole(config, "max_position_embeddings")
+    scaling = rope(config).scaling
+    if isinstance(scaling, LinearScaling):  # the field tells of those before scaling, as for vLLM
+        positions = int(positions * scaling.factor)
     return DecoderSpec(
-        architecture=config["architectures"][0],
+        architecture=architectures(config)[0],
         names=names,
-        vocab_size=required(config, "vocab_size"),
-        hidden_size=required(config, "hidden_size"),
+        vocab_size=whole(config, "vocab_size"),
+        hidden_size=whole(config, "hidden_size"),
         layers=tuple(layers),
         norm=rms_norm(config),
-        max_position_embeddings=required(config, "max_position_embeddings"),
+        max_position_embeddings=positions,
         **fields,
     )
 
 
+def architectures(config: Config) -> list[str]:
+    """The names that a config gives itself; where it has none, as its model_type implies."""
+    named = config.get("architectures")
+    if named is None:
+        named = [MODEL_TYPES[kind]] if (kind := config.get("model_type")) in MODEL_TYPES else []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"config.json: architectures must be a list of names, not {named!r}")
+    return named
+
+
 def num_layers(config: Config) -> int:
-    count: int = required(config, "num_hidden_layers")
-    return count
+    return whole(config, "num_hidden_layers")
 
 
 def rms_norm(config: Config) -> Norm:
-    return Norm(eps=config.get("rms_norm_eps", 1e-6))
+    return Norm(eps=number(config, "rms_norm_eps", 1e-6))
 
 
-def attention(config: Config, **differences: Any) -> Attention:
-    """As `config` describes it; `differences` are fields of `Attention`."""
-    num_heads = required(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or required(config, "hidden_size") // num_heads
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+def attention(
+    config: Config, *, default_head_dim: int | None = None, **differences: Any
+) -> Attention:
+    """As `config` describes it; `differences` are fields of `Attention`.
+
+    default_head_dim: of a family whose configs need not tell it; else, and where it is null, it
+    follows from the hidden size.
+    """
+    num_heads = whole(config, "num_attention_heads")
+    head_dim = None if config.is_null("head_dim") else default_head_dim
+    head_dim = whole(config, "head_dim", head_dim or whole(config, "hidden_size") // num_heads)
+    num_kv_heads = whole(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise ValueError(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
@@ -141,7 +210,7 @@ def attention(config: Config, **differences: Any) -> Attention:
 
 
 def dense(config: Config, *, bias: bool = False) -> Dense:
-    inner = required(config, "intermediate_size")
+    inner = whole(config, "intermediate_size")
     return Dense(intermediate_size=inner, activation=activation(config), bias=bias)
 
 
@@ -156,44 +225,61 @@ def activation(config: Config, field: str = "hidden_act") -> Activation:
 
 
 def rope(config: Config, **defaults: Any) -> Rope:
-    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    values: dict[str, Any] = {"rope_theta": config.get("rope_theta") or 10000.0}
-    values |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+
+    As in transformers `rope_scaling` comes first where both are there. Whatever they say that is
+    not understood is a `ValueError`.
+    """
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    given = old or new or {}
+    field = "rope_scaling" if old else "rope_parameters"
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        raise ValueError(f"config.json: {field} must be one object for all layers, not {given!r}")
+    values = {name: value for name, value in given.items() if value is not None}
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ROPE_FIELDS:
+        raise ValueError(
+            f"config.json: rope_type {kind!r} is not supported: "
+            f"supported are {', '.join([*ROPE_FIELDS][:-1])} and {[*ROPE_FIELDS][-1]}"
+        )
+    partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = float(values["rope_theta"])
-    match values.get("rope_type", values.get("type", "default")):
-        case "default":
-            return Rope(theta)
+    for name in sorted(values.keys() - ROPE_FIELDS[kind] - ROPE_FIELDS["default"]):
+        raise ValueError(
+            f"config.json: {field} has {name}={values[name]!r}, which means nothing for rope_type "
+            f"{kind!r}: name the rope_type it belongs to, or leave it out"
+        )
+    theta = number(values, "rope_theta", number(config, "rope_theta", 10000.0))
+    match kind:
         case "linear":
-            return Rope(theta, LinearScaling(required(values, "factor")))
+            return Rope(theta, LinearScaling(number(values, "factor")))
         case "llama3":
-            context = values.get("original_max_position_embeddings")
             scaling = Llama3Scaling(
-                factor=required(values, "factor"),
-                low_freq_factor=required(values, "low_freq_factor"),
-                high_freq_factor=required(values, "high_freq_factor"),
-                original_context=context or required(config, "max_position_embeddings"),
+                factor=number(values, "factor"),
+                low_freq_factor=number(values, "low_freq_factor"),
+                high_freq_factor=number(values, "high_freq_factor"),
+                original_context=whole(
+                    values,
+                    "original_max_position_embeddings",
+                    whole(config, "max_position_embeddings"),
+                ),
             )
             return Rope(theta, scaling)
-        case kind:
-            raise ValueError(
-                f"config.json: rope_type {kind!r} is not supported: "
-                "supported are default, linear and llama3"
-            )
+        case _:
+            return Rope(theta)
 
 
 def windows(config: Config) -> list[int | None]:
     """The window of each layer in Qwen's configs, where some layers may slide and others not."""
     count = num_layers(config)
-    slides = config.get("use_sliding_window", False)
-    first = config.get("max_window_layers", count)
+    window: int | None = None
+    if config.get("use_sliding_window", False) and not config.is_null("sliding_window"):
+        window = whole(config, "sliding_window", DEFAULT_WINDOW)
+    first = config.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
     kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(count)]
     if len(kinds) != count or not {*kinds} <= {FULL, SLIDING}:
         raise ValueError(
             f"config.json: layer_types must name {count} layers, each {FULL} or {SLIDING}"
         )
-    if not slides or SLIDING not in kinds:
-        return [None] * count
-    window: int = required(config, "sliding_window")
     return [window if kind == SLIDING else None for kind in kinds]

@@ -10,13 +10,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.spec import DecoderSpec, WeightGroup, count_parameters
 from nanovllm.checkpoint.weight_files import indexed_files, weight_files
 
+COMPARED_BYTES = 2**24  # at a time
 MAX_HEADER_BYTES = 2**28  # of a safetensors file; what is larger is no header
 GROUPS: dict[str, WeightGroup] = {
     "embedding": "embedding",
@@ -47,11 +50,58 @@ def read_model_size(checkpoint: Checkpoint) -> ModelSize:
     """The size of a checkpoint. Raises `ValueError` naming what is missing or damaged."""
     shapes = list(_tensor_shapes(checkpoint))
     spec = spec_from_config(checkpoint.config())
+    if spec.tied_embeddings and _stores_another_head(checkpoint, spec):
+        spec = replace(spec, tied_embeddings=False)
     if not shapes:
         return ModelSize(spec=spec, parameters=count_parameters(spec), source="config.json")
     is_gguf = checkpoint.format == "gguf"
     names = spec.names.gguf if is_gguf else spec.names.safetensors
     return ModelSize(spec=spec, parameters=_count(shapes, names, spec), source="the files' headers")
+
+
+def _stores_another_head(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
+    """Whether a head is stored that is not the embedding: then it is the head, whatever the config
+    says of tying, as in transformers 5. (GGUF has no such field to contradict.)"""
+    if checkpoint.format == "gguf":
+        return False
+    embedding, head = (
+        _stored(checkpoint.path, f"{spec.names.safetensors[part]}.weight")
+        for part in ("embedding", "lm_head")
+    )
+    if embedding is None or head is None:
+        return False
+    if embedding.kind != head.kind or embedding.num_bytes != head.num_bytes:
+        return True
+    with embedding.path.open("rb") as one, head.path.open("rb") as other:
+        one.seek(embedding.start)
+        other.seek(head.start)
+        for done in range(0, head.num_bytes, COMPARED_BYTES):
+            size = min(COMPARED_BYTES, head.num_bytes - done)
+            if one.read(size) != other.read(size):
+                return True
+    return False
+
+
+class _Stored(NamedTuple):
+    """Where a tensor's bytes lie. kind: its dtype and shape."""
+
+    path: Path
+    kind: tuple[str, tuple[int, ...]]
+    start: int
+    num_bytes: int
+
+
+def _stored(directory: Path, name: str) -> _Stored | None:
+    files = indexed_files(directory)
+    for path in weight_files(directory):
+        entry = _safetensors_header(path).get(name)
+        if entry is not None and (files is None or files.get(name) == path):
+            with path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+            first, end = entry["data_offsets"]
+            kind = entry["dtype"], tuple(entry["shape"])
+            return _Stored(path, kind, start + first, end - first)
+    return None
 
 
 def _count(

@@ -56,9 +56,7 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     checkpoint = locate(config.model.model, weights=False)
     size = read_model_size(checkpoint)
     spec = size.spec
-    wanted, most = config.model.max_model_len, spec.max_position_embeddings
-    if wanted is not None and wanted > most:
-        raise ValueError(f"max_model_len: the model has {most} positions: set at most {most}")
+    max_model_len = config.model.choose_max_model_len(spec.max_position_embeddings)
     scheme = choose_scheme(config.model.quantization, checkpoint.config())
     dtype, _ = dtype_for(
         config.model.dtype,
@@ -76,7 +74,7 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
         ),
         cache=config.cache,
         limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
-        max_model_len=wanted or most,
+        max_model_len=max_model_len,
         num_ranks=num_ranks,
     )
 

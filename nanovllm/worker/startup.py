@@ -146,8 +146,7 @@ class Startup:
             checkpoint = locate(wanted.model, on_progress=self._on_progress)
             size = read_model_size(checkpoint)
             ends = find_ends(checkpoint, wanted.tokenizer, vocab_size=size.spec.vocab_size)
-        most = size.spec.max_position_embeddings
-        max_model_len = choose_max_model_len(wanted.max_model_len, most)
+        max_model_len = wanted.choose_max_model_len(size.spec.max_position_embeddings)
         spec = replace(size.spec, max_position_embeddings=max_model_len)
         scheme = choose_scheme(wanted.quantization, checkpoint.config())
         if scheme is not None and wanted.load_format == "dummy":
@@ -303,16 +302,6 @@ def find_ends(checkpoint: Checkpoint, tokenizer: str | None, *, vocab_size: int)
     """
     path = None if tokenizer is None else locate_tokenizer(tokenizer)
     return [token_id for token_id in checkpoint.eos_token_ids(path) if 0 <= token_id < vocab_size]
-
-
-def choose_max_model_len(wanted: int | None, most: int) -> int:
-    """`wanted`, or all the positions the model has. Raises `ValueError` if it wants more."""
-    if wanted is not None and wanted > most:
-        raise ValueError(
-            f"max_model_len: {wanted} is more than the {most} positions the model was made for: "
-            f"set at most {most}"
-        )
-    return wanted or most
 
 
 def cuda_memory_budget(device: torch.device, *, share: float) -> int:

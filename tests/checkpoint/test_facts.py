@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanovllm.checkpoint.facts import spec_from_config
@@ -147,6 +148,67 @@ def test_some_layers_may_have_a_window(fields: dict[str, Any]) -> None:
     assert len(spec.attentions) == 2 and len(spec.shortened(2).layers) == 2
 
 
+def test_windows_that_are_asked_for_and_not_given() -> None:
+    asked = {**QWEN2, "use_sliding_window": True, "max_window_layers": 0}
+    for fields in (asked, {**asked, "sliding_window": None}):
+        theirs = Qwen2Config(**{k: v for k, v in fields.items() if k != "architectures"})
+        expected = theirs.sliding_window if "sliding_attention" in theirs.layer_types else None
+        assert attention_of(fields).window == expected
+    del asked["max_window_layers"]
+    assert attention_of(asked).window is None, "fewer layers than Qwen's default of 28"
+
+
+def test_qwen3_without_head_dim() -> None:
+    qwen3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
+    assert attention_of(qwen3).head_dim == Qwen3Config().head_dim == 128
+    assert attention_of({**qwen3, "head_dim": None}).head_dim == 16
+    assert attention_of({**qwen3, "head_dim": 32}).head_dim == 32
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("absent", [{}, {"architectures": None}])
+def test_without_architectures_the_model_type_counts(
+    model_type: str, absent: dict[str, Any]
+) -> None:
+    fields = {name: value for name, value in LLAMA.items() if name != "architectures"}
+    spec = spec_from_config({**fields, **absent, "model_type": model_type})
+    assert spec.architecture == f"{model_type.capitalize()}ForCausalLM"
+
+
+def test_lists_that_say_the_same_of_each_layer() -> None:
+    fields = {"num_attention_heads": [4] * 4, "num_key_value_heads": [2] * 4}
+    attention = attention_of({**LLAMA, **fields, "intermediate_size": [128] * 4})
+    assert (attention.num_heads, attention.num_kv_heads) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_theta": 7e4}},
+        {
+            "rope_theta": 7e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 9e4},
+        },
+        {"rope_theta": 7e4, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}},
+    ],
+)
+def test_old_and_new_spelling_together_as_in_transformers(fields: dict[str, Any]) -> None:
+    theirs = LlamaConfig(**{**LLAMA, **deepcopy(fields)}).rope_parameters
+    rope = attention_of({**LLAMA, **fields}).rope
+    assert rope is not None and rope.theta == theirs["rope_theta"]
+    assert isinstance(rope.scaling, LinearScaling) == (theirs["rope_type"] == "linear")
+
+
+def test_linear_scaling_makes_room_for_more_positions() -> None:
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    assert spec_from_config({**LLAMA, "rope_scaling": scaling}).max_position_embeddings == 1024
+    assert (
+        spec_from_config({**LLAMA, "rope_parameters": LLAMA3_ROPE}).max_position_embeddings == 256
+    )
+
+
 def test_mistral_windows() -> None:
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
     assert attention_of(mistral).window == 4096
@@ -159,6 +221,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing size": ({"hidden_size": None}, "hidden_size is missing"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     "rope": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' .* default, linear and"),
+    "rope by layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters must be one object for all layers",
+    ),
+    "rope of no type": (
+        {"rope_scaling": {"factor": 2.0}},
+        "rope_scaling has factor=2.0.*'default'",
+    ),
+    "rope of another type": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
+        "rope_parameters has beta_fast=32",
+    ),
+    "rope text": ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a num"),
+    "rope list": ({"rope_scaling": {"rope_type": "linear", "factor": [2]}}, "factor must be a num"),
+    "layers that differ": (
+        {"num_key_value_heads": [4, 2, 2, 4]},
+        "num_key_value_heads differs by layer",
+    ),
+    "no number": ({"vocab_size": "100"}, "vocab_size must be a whole number above 0, not '100'"),
+    "nothing": ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number above 0"),
+    "norm": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+    "names": ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
     "rope factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "heads": ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple .* \(3\)"),

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.gguf import GGUFFile, hf_config
 from tests.checkpoint.gguf_writing import (
     HIDDEN_SIZE,
@@ -232,6 +233,56 @@ def test_other_rope_scalings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'yarn' is not supported.*safetensors"):
         facts = {"llama.rope.scaling.type": "yarn"}
         hf_config(GGUFFile(write_gguf(tmp_path / "yarn.gguf", facts=facts)))
+
+
+@pytest.mark.parametrize(
+    ("facts", "factor"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, 2.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({"rope.scale_linear": 1.0}, None),
+    ],
+)
+def test_linear_rope_scaling_in_all_spellings(
+    tmp_path: Path, facts: dict[str, object], factor: float | None
+) -> None:
+    given = {f"llama.{key}": value for key, value in facts.items()}
+    config = hf_config(GGUFFile(write_gguf(tmp_path / "m.gguf", facts=given)))
+    scaling = config["rope_scaling"]
+    assert scaling == (None if factor is None else {"rope_type": "linear", "factor": factor})
+    assert spec_from_config(config).max_position_embeddings == 512 * (factor or 1)
+
+
+def test_lists_for_layers_that_are_alike(tmp_path: Path) -> None:
+    facts = {"attention.head_count": [4, 4], "attention.head_count_kv": [2, 2]}
+    facts["feed_forward_length"] = [128, 128]
+    given = {f"llama.{key}": value for key, value in facts.items()}
+    plain = hf_config(GGUFFile(write_gguf(tmp_path / "plain.gguf")))
+    assert hf_config(GGUFFile(write_gguf(tmp_path / "m.gguf", facts=given))) == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("attention.head_count_kv", [2, 4], "head_count_kv differs by layer"),
+        ("feed_forward_length", [128, 64], "feed_forward_length differs by layer"),
+        ("rope.dimension_count", 8, "dimension_count=8 changes what a model computes"),
+        ("attention.value_length", 8, "value_length=8 changes what a model computes"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping=50.0 changes what"),
+        ("residual_scale", 0.5, "residual_scale=0.5 changes what"),
+    ],
+)
+def test_maths_that_nobody_does_is_refused(
+    tmp_path: Path, key: str, value: object, reason: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", facts={f"llama.{key}": value})
+    with pytest.raises(ValueError, match=reason):
+        hf_config(GGUFFile(path))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every way weights come in, and every way a checkpoint can be wrong."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -328,6 +329,29 @@ def test_files_of_no_standard_name(editable: Edit) -> None:
     save_file(expected, checkpoint.path / "other.safetensors")
     with pytest.raises(ValueError, match=r"2 \.safetensors files \(gptq_model.*index\.json"):
         load(checkpoint)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_head_of_its_own_is_the_head_whatever_the_config_says(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], sharded: bool
+) -> None:
+    """As transformers 5, which ties only what is equal."""
+    shutil.copytree(tiny_checkpoint("qwen2"), tmp_path, dirs_exist_ok=True)
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, is_tied in ((embedding.clone(), True), (embedding.roll(1), False)):
+        save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(theirs.lm_head.weight, head)
+        if sharded:
+            write_index(shards(tmp_path))
+        size = read_model_size(checkpoint)
+        assert size.spec.tied_embeddings is is_tied
+        assert (size.parameters["head"] == 0) is is_tied
+        for path in tmp_path.glob("model*"):
+            path.unlink()
 
 
 # ---- GGUF

@@ -16,7 +16,7 @@ from nanovllm.worker.attention.select import BACKENDS
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.sampling import sampler
-from nanovllm.worker.startup import Loaded, Startup, choose_max_model_len
+from nanovllm.worker.startup import Loaded, Startup
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import Worker
@@ -169,13 +169,6 @@ def test_runs_plans_after_start(model: str, settings: dict[str, Any]) -> None:
     worker.shutdown()
     with pytest.raises(AssertionError):
         worker.execute(plan)
-
-
-def test_max_model_len() -> None:
-    assert choose_max_model_len(None, 64) == 64
-    assert choose_max_model_len(10, 64) == 10
-    with pytest.raises(ValueError, match="at most 64"):
-        choose_max_model_len(65, 64)
 
 
 def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(

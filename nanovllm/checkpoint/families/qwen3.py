@@ -9,7 +9,14 @@ def spec(config: Config) -> DecoderSpec:
     bias = config.get("attention_bias", False)
     layers = [
         LayerSpec(
-            attention=attention(config, window=window, qk_norm="head", qkv_bias=bias, o_bias=bias),
+            attention=attention(
+                config,
+                default_head_dim=128,
+                window=window,
+                qk_norm="head",
+                qkv_bias=bias,
+                o_bias=bias,
+            ),
             mlp=dense(config),
             norm=rms_norm(config),
         )
