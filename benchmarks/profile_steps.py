@@ -27,7 +27,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import StepHandle, StepPlan, StepResult
+from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 
 NUM_STEPS = 20
@@ -60,6 +60,9 @@ class TimingExecutor:
     def submit(self, plan: StepPlan) -> TimedHandle:
         self.steps.append(TimedHandle(plan, self._inner.submit(plan)))
         return self.steps[-1]
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        self._inner.sample(step, masks)
 
     def shutdown(self) -> None:
         self._inner.shutdown()

@@ -15,6 +15,9 @@ from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from nanovllm.core.grammar import Grammar, GrammarCompiler, Matcher, cache_key
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -80,7 +83,7 @@ class Grammars(Protocol):
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None: ...
 
-    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]: ...
+    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]: ...
 
 
 class Compilations:
@@ -212,10 +215,10 @@ class Compilations:
         if outcome.wants_lexer():
             self._start_thread(outcome.add_lexer)
 
-    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]:
+    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]:
         """Of each, which ids may come next; see `GrammarCompiler.compute_masks`."""
         assert self._compiler is not None
-        return self._compiler.fill_masks(matchers)
+        return self._compiler.compute_masks(matchers)
 
     # ---- threads
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.admission import Admission, Deadlines
@@ -26,14 +27,14 @@ from nanovllm.core.events import (
     GrammarsCollected,
     MasksFilled,
 )
-from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.core.validation import check_request
 from nanovllm.executor.base import Executor
 from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
-from nanovllm.protocol.plan import DeviceLostError, StepHandle, WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, StepHandle, StepMasks, WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
 Key = tuple[int, int]
@@ -45,8 +46,8 @@ class EngineCore:
 
     compiler: for structured outputs, which are refused without one. wake: called from other threads
     when `step` has something to do that it had not before. `grammars`, `sequences` (all that have
-    not ended, by client and number), `inflight`, `paused_clients` and `seeds` are the core's own,
-    and public for who records the core and runs a recording again.
+    not ended, by client and number), `inflight`, `unsampled`, `paused_clients` and `seeds` are the
+    core's own, and public for who records the core and runs a recording again.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class EngineCore:
         self.sequences: dict[Key, Sequence] = {}
         self.paused_clients: set[int] = set()
         self.inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self.unsampled: ScheduledStep | None = None  # the last of them, between its halves
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
@@ -249,15 +251,21 @@ class EngineCore:
     def _step(self) -> StepOutputs | None:
         if self.grammars.has_news and (refused := self._take_compiled()):
             return StepOutputs(failed=refused)
-        try:
-            step = self.scheduler.schedule()
-        except SchedulingFailedError as failure:
-            return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
-        if step is not None and (failed := self._submit(step)) is not None:
-            return failed
-        if not self.inflight or (step is not None and len(self.inflight) < self._max_inflight):
+        step = None
+        if self.unsampled is None:
+            try:
+                step = self.scheduler.schedule()
+            except SchedulingFailedError as failure:
+                return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
+            if step is not None and (failed := self._submit(step)) is not None:
+                return failed
+        may_submit = step is not None and self.unsampled is None
+        if not self.inflight or (may_submit and len(self.inflight) < self._max_inflight):
             return None
-        return self._take_result(*self.inflight.popleft())
+        outputs = self._take_result(*self.inflight.popleft())
+        if self.unsampled is not None and not self.unsampled.awaits_ids:
+            outputs.failed += self._sample(self.unsampled)
+        return outputs
 
     def _take_result(self, step: ScheduledStep, handle: StepHandle) -> StepOutputs:
         """Wait for a step, and take in what came of it."""
@@ -290,8 +298,6 @@ class EngineCore:
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
         try:
-            if step.constrained:
-                self._mask(step)
             for listener in self._listeners:
                 listener.on_submit(step)
             self.inflight.append((step, self._executor.submit(step.plan)))
@@ -301,7 +307,27 @@ class EngineCore:
             for listener in self._listeners:
                 listener.on_submit_failed(step, error)
             return self._give_up(step, error)
-        return None
+        self.unsampled = step
+        if step.awaits_ids:
+            return None
+        failed = self._sample(step)
+        return StepOutputs(failed=failed) if failed else None
+
+    def _sample(self, step: ScheduledStep) -> list[Sequence]:
+        """Send off the second half of the step submitted last, whose masks depend on no id any more
+        that is on its way. Returns the sequences that fail with it."""
+        self.unsampled = None
+        masks, failed = self._compute_masks(step)
+        try:
+            self._executor.sample(step.plan.step, masks)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            self.inflight.pop()
+            for listener in self._listeners:
+                listener.on_submit_failed(step, error)
+            failed += self._give_up(step, error).failed
+        return failed
 
     # ---- structured outputs
 
@@ -337,19 +363,28 @@ class EngineCore:
                 self._queue(request)
         return refused
 
-    def _mask(self, step: ScheduledStep) -> None:
-        """Put into the plan which ids its constrained sequences may sample.
+    def _compute_masks(self, step: ScheduledStep) -> tuple[StepMasks | None, list[Sequence]]:
+        """Which ids the step's constrained sequences may sample, and those that fail of it.
 
-        One whose matcher fails here samples freely, and fails when its id comes back.
+        One that has ended meanwhile samples freely: its id will be dropped. One whose matcher fails
+        here does as well, and fails when its id comes back.
         """
-        matchers = [step.sampled[index].matcher for index in step.constrained]
+        live: dict[int, Matcher] = {}
+        for index in step.constrained:
+            sequence = step.sampled[index]
+            if sequence.status is not Status.FINISHED and sequence.matcher is not None:
+                live[index] = sequence.matcher
+        if not live:
+            return None, []
         try:
-            masks = self.grammars.fill_masks([m for m in matchers if m is not None])
+            words = self.grammars.compute_masks(list(live.values()))
         except Exception as error:
             self._tell(MasksFilled(_text(error)))
-            raise
+            return None, self._fail([step.sampled[index] for index in live], _text(error))
         self._tell(MasksFilled())
-        step.plan.masks.update(zip(step.constrained, masks, strict=True))
+        return StepMasks(
+            list(live), np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+        ), []
 
     def _tell(self, event: GrammarEvent) -> None:
         for listener in self._listeners:

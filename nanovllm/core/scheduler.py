@@ -289,8 +289,6 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens >= sequence.max_total:
                 continue  # its last token is sampled or pending; nothing is left to run
-            if sequence.matcher is not None and sequence.num_pending:
-                continue  # what it may sample next depends on the id that is on its way
             num_new = num_tokens - sequence.num_computed
             if num_new > 1:
                 num_new = min(num_new, cap, budget)

@@ -5,7 +5,7 @@ Made by `Scheduler`, passed on by `EngineCore`, sorted to clients by `CoreServer
 
 from dataclasses import dataclass, field
 
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.sequence import Sequence, Status
 from nanovllm.protocol.plan import NewRow, StepPlan, TokenLogprobs
 
 
@@ -16,9 +16,15 @@ class ScheduledStep:
     plan: StepPlan
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
-    constrained: list[int]  # indices into `sampled` of those whose plan lacks its mask yet
+    constrained: list[int]  # indices into `sampled` of those whose masks its second half waits for
     budget: int = 0  # of tokens
     submitted_at: float = 0.0  # written down only while somebody watches
+
+    @property
+    def awaits_ids(self) -> bool:
+        """Whether a mask of it depends on an id that a step before is to sample."""
+        sampled = (self.sampled[index] for index in self.constrained)
+        return any(one.num_pending > 1 and one.status is not Status.FINISHED for one in sampled)
 
     def admitted_on_a_prefix(self) -> list[Sequence]:
         """Those that took a row in this step and run on KV which others have computed."""

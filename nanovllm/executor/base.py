@@ -5,7 +5,7 @@ An executor runs plans in submission order; `EngineCore` is its only caller.
 
 from typing import Protocol
 
-from nanovllm.protocol.plan import StepHandle, StepPlan, WorkerInfo
+from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, WorkerInfo
 
 
 class Executor(Protocol):
@@ -24,10 +24,18 @@ class Executor(Protocol):
         """
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Queue one step; returns without waiting for the device.
+        """Queue the first half of a step, its forward pass; returns without waiting for the device.
 
-        Raises `DeviceLostError`, or whatever only this step is to blame for: it may have run in
-        part, and its rows are new ones when they occur again.
+        The step before has been sampled, or has failed. Raises `DeviceLostError`, or whatever only
+        this step is to blame for: it may have run in part, and its rows are new ones when they
+        occur again.
+        """
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """Queue the second half of the step submitted last: what picks ids.
+
+        masks: of its constrained rows, if there are any; they are copied before this returns.
+        Raises as `submit` does.
         """
 
     def rehearse(self) -> bool:

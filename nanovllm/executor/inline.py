@@ -4,7 +4,7 @@ On CUDA `submit` returns while the device works; on the CPU the step has run whe
 """
 
 from nanovllm.config import EngineConfig
-from nanovllm.protocol.plan import ProgressCallback, StepHandle, StepPlan, WorkerInfo
+from nanovllm.protocol.plan import ProgressCallback, StepHandle, StepMasks, StepPlan, WorkerInfo
 from nanovllm.worker.warmup import driver, precompile
 
 
@@ -31,8 +31,12 @@ class InlineExecutor:
         self._worker.allocate(num_blocks)
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Queue one step; plans run in the order they are submitted. See `Worker.execute`."""
-        return self._worker.execute(plan)
+        """Queue the forward pass of a step. See `Worker.submit`."""
+        return self._worker.submit(plan)
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """Queue what picks the ids of the step submitted last. See `Worker.sample`."""
+        self._worker.sample(step, masks)
 
     def rehearse(self) -> bool:
         """Run a step of a kind that has not occurred yet."""

@@ -14,6 +14,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.protocol.plan import (
     NewRow,
     ProgressCallback,
+    StepMasks,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -41,6 +42,7 @@ class SyntheticExecutor:
         self._seeds = np.zeros(num_rows, np.uint64)
         self._rows: dict[int, NewRow] = {}  # those that want log-probabilities
         self._free_at = 0.0  # when the step before will have run
+        self._last: SyntheticStep | None = None  # the last one, between its halves
 
     def start(self) -> WorkerInfo:
         """Nothing to load."""
@@ -61,7 +63,7 @@ class SyntheticExecutor:
         """No KV is kept."""
 
     def submit(self, plan: StepPlan) -> "SyntheticStep":
-        """Sample at once; the handle gives it out when the step's time has passed."""
+        """Take the plan's new rows in; the step's time begins."""
         for new in plan.new_rows:
             self._rows.pop(new.row, None)
             if new.params.logprobs is not None or new.params.prompt_logprobs is not None:
@@ -69,6 +71,15 @@ class SyntheticExecutor:
             self._states[new.row] = hash_tokens(np.array(new.token_ids, np.uint64))
             # As with a real model, the seed of a greedy request changes nothing.
             self._seeds[new.row] = 0 if new.params.greedy else new.seed
+        self._free_at = max(self._free_at, time.monotonic()) + self._step_s
+        self._last = SyntheticStep(plan, self._free_at)
+        return self._last
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """Sample at once, whatever is allowed; the handle gives it out when its time has passed."""
+        last = self._last
+        assert last is not None and last.plan.step == step
+        plan, self._last = last.plan, None
         sampled = [plan.rows[index] for index in plan.sampling]
         rows = np.array(sampled, np.intp)
         states = self._states[rows]
@@ -76,14 +87,12 @@ class SyntheticExecutor:
         token_ids = noise % np.uint64(self._vocab_size)
         self._states[rows] = states * BASE + token_ids + np.uint64(1)
         ids: list[int] = token_ids.tolist()
-        result = StepResult(
+        last.sampled = StepResult(
             plan.step,
             ids,
             self._logprobs(sampled, ids, noise),
             self._prompt_logprobs(plan),
         )
-        self._free_at = max(self._free_at, time.monotonic()) + self._step_s
-        return SyntheticStep(result, self._free_at)
 
     def rehearse(self) -> bool:
         """Nothing gets faster by practice."""
@@ -129,17 +138,19 @@ class SyntheticExecutor:
 class SyntheticStep:
     """A step that is over at `due`, on the monotonic clock."""
 
-    __slots__ = ("_due", "_result")
+    __slots__ = ("_due", "plan", "sampled")
 
-    def __init__(self, result: StepResult, due: float) -> None:
-        self._result = result
+    def __init__(self, plan: StepPlan, due: float) -> None:
+        self.plan = plan
+        self.sampled: StepResult | None = None  # after its second half
         self._due = due
 
     def result(self) -> StepResult:
+        assert self.sampled is not None
         remaining = self._due - time.monotonic()
         if remaining > 0:
             time.sleep(remaining)
-        return self._result
+        return self.sampled
 
 
 def hash_tokens(token_ids: UInt64Array) -> np.uint64:

@@ -51,8 +51,6 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
     `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
     stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
-    `masks` maps an index j into `sampling` to the ids that may be sampled there, one bit each in
-    little-endian 32-bit words; an index that is missing is free.
     Order of effects: new_rows, block_appends, then the forward pass.
     """
 
@@ -63,7 +61,6 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     num_computed: list[int]
     num_scheduled: list[int]
     sampling: list[int]
-    masks: dict[int, bytes] = {}
 
 
 class StepMasks(msgspec.Struct, frozen=True, array_like=True):
@@ -135,7 +132,7 @@ class StepHandle(Protocol):
     """A submitted step."""
 
     def result(self) -> StepResult:
-        """Block until the step has run. Raises what the step raised, or `DeviceLostError`.
+        """Block until the step has run, both halves. Raises what it raised, or `DeviceLostError`.
 
         The plan's rows and block tables must have been taken in then, so that the steps submitted
         after it stay within their own blocks; the KV and ids of this step's rows are lost.

@@ -96,7 +96,7 @@ class Submitted(msgspec.Struct, tag=True):
 
 
 class SubmitFailed(msgspec.Struct, tag=True):
-    """The executor did not take the step before."""
+    """The executor did not take the step submitted last, or its second half."""
 
     error: str
 
@@ -129,10 +129,7 @@ Event = (
 
 
 def digest_of(plan: StepPlan) -> bytes:
-    """Equal exactly for plans that are equal but for what their masks allow, which a grammar says
-    and not the scheduler."""
-    if plan.masks:
-        plan = msgspec.structs.replace(plan, masks=dict.fromkeys(plan.masks, b""))
+    """Equal exactly for plans that are equal."""
     return xxhash.xxh3_64_digest(msgspec.msgpack.encode(plan))
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Grammar, Matcher
 from nanovllm.core.sequence import Sequence
-from nanovllm.protocol.plan import DeviceLostError, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
     LENGTH_BYTES,
     Added,
@@ -103,6 +105,8 @@ class Replay:
             )
             for step in steps:
                 self.core.inflight.append((step, self))
+            if header.snapshot.is_unsampled:
+                self.core.unsampled = steps[-1]
 
     def __iter__(self) -> Iterator[StepPlan]:
         while self._tape.next is not None:
@@ -142,9 +146,15 @@ class Replay:
         if not isinstance(then, Submitted) or then.digest != digest_of(plan):
             raise DivergedError(f"step {plan.step} differs from the recording: {plan}")
         self._plans.append(plan)
+        self._fail_if_it_did()
+        return self
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        self._fail_if_it_did()
+
+    def _fail_if_it_did(self) -> None:
         if isinstance(self._tape.next, SubmitFailed):
             raise RuntimeError(self._tape.expect(SubmitFailed).error)
-        return self
 
     def rehearse(self) -> bool:
         return False
@@ -198,10 +208,10 @@ class ReplayedGrammars:
             if sequence in group.sequences:
                 group.sequences.remove(sequence)
 
-    def fill_masks(self, matchers: list[Matcher]) -> list[bytes]:
+    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]:
         if error := self._tape.expect(Masked).error:
             raise RuntimeError(error)
-        return [b""] * len(matchers)
+        return np.empty((len(matchers), 0), np.int32)
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
         if error := self._tape.expect(Constrained).error:

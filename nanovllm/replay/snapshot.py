@@ -45,6 +45,7 @@ class StepState(msgspec.Struct, array_like=True):
     plan: StepPlan
     sequences: list[int]
     sampled: list[int]
+    constrained: list[int]
 
 
 class CompilingState(msgspec.Struct, array_like=True):
@@ -71,6 +72,7 @@ class Snapshot(msgspec.Struct):
     sequences: list[SequenceState]
     live: list[int]
     inflight: list[StepState]
+    is_unsampled: bool  # the last of them is between its halves
     paused_clients: list[int]
     random: tuple[int, list[int], float | None]
     running: list[int]
@@ -104,9 +106,10 @@ def take_snapshot(core: EngineCore) -> Snapshot:
         sequences=[_state_of(sequence, index) for sequence in known],
         live=indices(core.sequences.values()),
         inflight=[
-            StepState(step.plan, indices(step.sequences), indices(step.sampled))
+            StepState(step.plan, indices(step.sequences), indices(step.sampled), step.constrained)
             for step, _ in core.inflight
         ],
+        is_unsampled=core.unsampled is not None,
         paused_clients=sorted(core.paused_clients),
         random=(version, list(internal), gauss),
         running=indices(scheduler.running),
@@ -177,7 +180,10 @@ def restore(
     _restore_blocks(core.blocks, snapshot.blocks)
     return [
         ScheduledStep(
-            step.plan, [known[n] for n in step.sequences], [known[n] for n in step.sampled], []
+            step.plan,
+            [known[n] for n in step.sequences],
+            [known[n] for n in step.sampled],
+            step.constrained,
         )
         for step in snapshot.inflight
     ]

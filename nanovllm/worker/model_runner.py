@@ -76,6 +76,7 @@ class PendingStep:
     logprob_indices: list[int] = field(default_factory=list)
     num_top_logprobs: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, tuple[int, list[PackedLogprobs]]] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)  # as `StepResult.failures`
     done: torch.Event | None = None
 
     def result(self) -> StepResult:
@@ -94,6 +95,7 @@ class PendingStep:
                 entry: [one for part in parts for one in part.unpack([num_top] * len(part.words))]
                 for entry, (num_top, parts) in self.prompt_logprobs.items()
             },
+            failures=self.failures,
         )
 
 
@@ -178,6 +180,7 @@ class ModelRunner:
         """
         if pending.logits is not None:
             self._collect_samples(pending, self._choose(pending, masks))
+        pending.failures = self._rows.failures_among(pending.rows)
         pending.logits = None
         if self._device.type == "cuda":
             pending.done = torch.Event(self._device)

@@ -128,12 +128,13 @@ class RequestRows:
         LOG.error("sampling failed for one request", exc_info=error)
         self.failures[row] = f"{type(error).__name__}: {error}"
 
-    def failures_of(self, plan: StepPlan) -> dict[int, str]:
-        """As `StepResult.failures`, of a step that has been queued."""
+    def failures_among(self, rows: Int32Array) -> dict[int, str]:
+        """As `StepResult.failures`, of a step that has sampled for these."""
         if not self.failures:
             return {}
-        sampled = [plan.rows[entry] for entry in plan.sampling]
-        return {j: self.failures[row] for j, row in enumerate(sampled) if row in self.failures}
+        return {
+            j: self.failures[row] for j, row in enumerate(rows.tolist()) if row in self.failures
+        }
 
     def write(self, writes: Tensor) -> None:
         """Bring the device up to what `record` returned (writes: [2, num_words] int32)."""

@@ -6,9 +6,7 @@ An executor makes one per device and calls `start`, `allocate`, `execute` in pla
 import gc
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from nanovllm.config import EngineConfig
@@ -18,7 +16,6 @@ from nanovllm.protocol.plan import (
     StepHandle,
     StepMasks,
     StepPlan,
-    StepResult,
     WorkerInfo,
 )
 from nanovllm.worker.failures import (
@@ -34,18 +31,6 @@ from nanovllm.worker.warmup.dummy_steps import rehearsals
 from nanovllm.worker.warmup.precompile import Precompiler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PartlyFailedStep:
-    """A step in which some rows cannot be sampled from. failures: as in `StepResult`."""
-
-    step: PendingStep
-    failures: dict[int, str]
-
-    def result(self) -> StepResult:
-        """As `PendingStep.result`."""
-        return msgspec.structs.replace(self.step.result(), failures=self.failures)
 
 
 class Worker:
@@ -64,6 +49,7 @@ class Worker:
         self._device = torch.device("cpu")
         self._loaded: Loaded | None = None
         self._runner: ModelRunner | None = None
+        self._unsampled: PendingStep | None = None  # the last step, between its halves
         self._rehearsals: Iterator[None] = iter(())
 
     def start(self) -> WorkerInfo:
@@ -94,7 +80,7 @@ class Worker:
         return info
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache, of as many blocks as `start` found or fewer; then `execute` works.
+        """Make the KV cache, of as many blocks as `start` found or fewer: `submit` may come.
 
         Raises `ValueError` if there is no memory for it.
         """
@@ -106,19 +92,29 @@ class Worker:
             self._runner, loaded.limits, max_model_len=loaded.max_model_len
         )
 
-    def execute(self, plan: StepPlan) -> StepHandle:
-        """Queue one step; see `ModelRunner.execute`. What fails for one row is in the result.
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Queue a step's forward pass; see `ModelRunner.forward`.
 
         Raises `DeviceLostError` if nothing can run any more. After any other exception the next
         plan may come: rows, staging and graphs of a failed step are written anew by its successors.
         """
-        assert self._loaded is not None and self._runner is not None, "start(), allocate() first"
+        assert self._runner is not None, "start(), allocate() first"
+        self._unsampled = None
         try:
-            step = self._runner.execute(plan, _packed(plan.masks))
+            self._unsampled = self._runner.forward(plan)
         except Exception as error:
             raise self._recover(error) from error
-        failures = self._loaded.rows.failures_of(plan)
-        return PartlyFailedStep(step, failures) if failures else step
+        return self._unsampled
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """Queue what picks the ids of the step submitted last. What fails for one row is in its
+        result. Raises as `submit` does."""
+        pending, self._unsampled = self._unsampled, None
+        assert self._runner is not None and pending is not None and pending.step == step
+        try:
+            self._runner.sample(pending, masks)
+        except Exception as error:
+            raise self._recover(error) from error
 
     def rehearse(self) -> bool:
         """Run one kind of step that requests may want later; False if there are no more.
@@ -147,12 +143,8 @@ class Worker:
 
     def shutdown(self) -> None:
         """Free the device's memory. Safe to call twice, and after a failed start."""
-        self._runner = self._loaded = None
+        self._runner = self._loaded = self._unsampled = None
         self._rehearsals = iter(())
         self._precompiler.end()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
-
-
-def _packed(masks: dict[int, bytes]) -> StepMasks | None:
-    return StepMasks(list(masks), memoryview(b"".join(masks.values()))) if masks else None

@@ -14,7 +14,7 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler, Matcher
-from nanovllm.protocol.plan import NewRow, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import NewRow, StepMasks, StepPlan, StepResult, WorkerInfo
 
 VOCAB_SIZE = 1000
 
@@ -34,6 +34,15 @@ def sample(digest_: bytes, seed: int, mask: bytes | None = None) -> int:
 def allowed_ids(mask: bytes) -> list[int]:
     """The bits that are set."""
     return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
+
+
+def lines_of(masks: StepMasks | None) -> dict[int, bytes]:
+    """A copy of each mask, by its index."""
+    if masks is None:
+        return {}
+    whole, count = bytes(masks.words), len(masks.indices)
+    width = len(whole) // count
+    return {j: whole[i * width : (i + 1) * width] for i, j in enumerate(masks.indices)}
 
 
 def reference(
@@ -79,9 +88,10 @@ LOST = b"lost"  # the KV of a step that failed, and of all that was computed on 
 
 
 class FakeExecutor:
-    """`submit` only queues; the device's rows and slots change when a step is run.
+    """`submit` and `sample` only queue; the device's rows and slots change when a step is run.
 
-    fails(plan) may say "submit" or "result": there it raises, and the step's KV and ids are lost.
+    fails(plan) may say "submit", "sample" or "result": there it raises, and the step's KV and ids
+    are lost.
     """
 
     def __init__(
@@ -100,7 +110,9 @@ class FakeExecutor:
         self._budget = config.scheduler.limits("fake").max_num_batched_tokens
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
-        self._queue: deque[StepPlan] = deque()
+        self._queue: deque[tuple[StepPlan, dict[int, bytes]]] = deque()
+        self._unsampled: StepPlan | None = None
+        self._masks: dict[int, bytes] = {}  # of the step that runs
         self._results: dict[int, StepResult | StepFailedError] = {}
         self._slots: list[bytes | None] = [None] * (num_blocks * self._block_size)
         self._rows: dict[int, NewRow] = {}
@@ -133,15 +145,27 @@ class FakeExecutor:
             raise StepFailedError(f"step {plan.step} cannot be submitted")
         if where == "result":
             self._failing.add(plan.step)
-        self._queue.append(plan)
+        assert self._unsampled is None, "the step before has not been sampled"
+        self._unsampled = plan
         return FakeHandle(self, plan)
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        plan, self._unsampled = self._unsampled, None
+        assert plan is not None and plan.step == step, "the last step submitted is sampled, once"
+        if self._fails(plan) == "sample":
+            # Its forward pass has run.
+            self._failing.add(plan.step)
+            self._queue.append((plan, {}))
+            raise StepFailedError(f"step {plan.step} cannot be sampled")
+        self._queue.append((plan, lines_of(masks)))
 
     def shutdown(self) -> None:
         self._queue.clear()
 
     def run_until(self, step: int) -> StepResult | StepFailedError:
         while step not in self._results:
-            plan = self._queue.popleft()
+            assert self._queue, "the result of a step that has not been sampled"
+            plan, self._masks = self._queue.popleft()
             self._results[plan.step] = self._run(plan)
         return self._results.pop(step)
 
@@ -168,10 +192,10 @@ class FakeExecutor:
         for row, start, count in entries:
             self._write(row, start, count)
         sampled = []
-        assert plan.masks.keys() <= set(range(len(plan.sampling)))
+        assert self._masks.keys() <= set(range(len(plan.sampling)))
         for index, entry in enumerate(plan.sampling):
             row, start, count = entries[entry]
-            token_id = self._sample(row, start + count, plan.masks.get(index))
+            token_id = self._sample(row, start + count, self._masks.get(index))
             self._tokens[row].append(token_id)
             sampled.append(token_id)
         if plan.step in self._failing:

@@ -60,7 +60,7 @@ class Simulation:
             num_blocks=least + rng.choice([0, 1, 4, 40]),
             max_model_len=max_model_len,
             fails=lambda plan: (
-                rng.choice(["submit", "result"])
+                rng.choice(["submit", "sample", "result"])
                 if share_failing and rng.random() < share_failing
                 else ""
             ),
@@ -308,25 +308,13 @@ def forget_to_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sample_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rule 6: a constrained sequence is skipped while an id of it is pending."""
-    schedule_running = Scheduler._schedule_running
-
-    def broken(self: Scheduler, step: ScheduledStep, budget: int) -> int:
-        matchers = [(sequence, sequence.matcher) for sequence in self.running]
-        for sequence, _ in matchers:
-            sequence.matcher = None
-        left = schedule_running(self, step, budget)
-        for sequence, matcher in matchers:
-            sequence.matcher = matcher
-        step.constrained[:] = [i for i, s in enumerate(step.sampled) if s.matcher is not None]
-        return left
-
-    monkeypatch.setattr(Scheduler, "_schedule_running", broken)
+    """Rule 6: the second half of a step waits for the ids that its masks depend on."""
+    monkeypatch.setattr(ScheduledStep, "awaits_ids", False)
 
 
 def forget_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A constrained sequence samples only what its grammar allows."""
-    monkeypatch.setattr(EngineCore, "_mask", lambda self, step: None)
+    monkeypatch.setattr(EngineCore, "_compute_masks", lambda self, step: (None, []))
 
 
 def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:

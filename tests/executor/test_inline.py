@@ -15,7 +15,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import failures, startup
 from nanovllm.worker.warmup import driver
 from nanovllm.worker.warmup.precompile import Precompiler
-from tests.worker.planning import make_plan, new_row
+from tests.worker.planning import make_plan, new_row, run_step
 
 PROMPTS = {4: [31, 7, 22, 150, 9, 10, 11, 12, 13, 99, 8], 0: [5, 6, 7], 7: [42]}
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=20)
@@ -43,7 +43,7 @@ def executor(tiny_checkpoint: Checkpoints) -> Iterator[InlineExecutor]:
 
 def submit_all(executor: Executor, plans: list[StepPlan]) -> list[StepResult]:
     """Submit every plan before the first result is read."""
-    handles = [executor.submit(plan) for plan in plans]
+    handles = [run_step(executor, plan) for plan in plans]
     return [handle.result() for handle in handles]
 
 
@@ -117,7 +117,7 @@ def test_logprobs_of_prompt_and_output_agree(executor: InlineExecutor) -> None:
     outputs = [result.token_ids[0] for result in results]
     params = SamplingParams(temperature=0.0, prompt_logprobs=3)
     plan = make_plan(9, [(1, 0, 15)], new_rows=[new_row(1, PROMPTS[4] + outputs[:4], params)])
-    (prompt_logprobs,) = executor.submit(plan).result().prompt_logprobs.values()
+    (prompt_logprobs,) = run_step(executor, plan).result().prompt_logprobs.values()
     assert [entry.token_id for entry in prompt_logprobs] == (PROMPTS[4] + outputs)[1:15]
     for result, again in zip(results, prompt_logprobs[10:], strict=False):
         logprobs = result.logprobs[0]

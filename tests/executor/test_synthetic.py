@@ -7,7 +7,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.executor.synthetic import SyntheticExecutor
 from nanovllm.protocol.plan import StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
-from tests.worker.planning import make_plan, new_row
+from tests.worker.planning import make_plan, new_row, run_step
 
 PROMPT = [5, 6, 7, 8]
 SEEDED = SamplingParams(seed=3)
@@ -30,7 +30,7 @@ def outputs(
         length = len(known) + step
         new = new_row(row, known, params, num_prompt_tokens=len(PROMPT), seed=seed)
         plan = make_plan(step, [(row, length - 1, 1)], new_rows=[] if step else [new])
-        ids += executor.submit(plan).result().token_ids
+        ids += run_step(executor, plan).result().token_ids
     return ids
 
 
@@ -64,21 +64,21 @@ def test_log_probabilities_come_only_where_they_were_asked_for() -> None:
     executor = make_executor()
     asking = SamplingParams(logprobs=2, prompt_logprobs=0)
     rows = [new_row(0, PROMPT, asking), new_row(1, PROMPT, SEEDED)]
-    result = executor.submit(make_plan(0, [(0, 0, 4), (1, 0, 4)], new_rows=rows)).result()
+    result = run_step(executor, make_plan(0, [(0, 0, 4), (1, 0, 4)], new_rows=rows)).result()
     assert list(result.logprobs) == [0] and list(result.prompt_logprobs) == [0]
     one = result.logprobs[0]
     assert one.token_id == result.token_ids[0] == one.top_ids[0] and len(one.top_logprobs) == 2
     assert [entry.token_id for entry in result.prompt_logprobs[0]] == PROMPT[1:]
     # The row's next sequence does not ask.
     again = make_plan(1, [(0, 0, 4)], new_rows=[new_row(0, PROMPT, SEEDED)])
-    assert executor.submit(again).result().logprobs == {}
+    assert run_step(executor, again).result().logprobs == {}
 
 
 def test_steps_take_their_time_one_after_the_other() -> None:
     executor = make_executor(step_ms=30.0)
     started = time.monotonic()
     empty = StepPlan(0, [], [], [], [], [], [])
-    handles = [executor.submit(empty) for _ in range(3)]
+    handles = [run_step(executor, empty) for _ in range(3)]
     assert time.monotonic() - started < 0.03, "submitting does not wait"
     results: list[StepResult] = [handle.result() for handle in handles]
     assert 0.09 <= time.monotonic() - started < 0.5

@@ -1,10 +1,12 @@
 """Hand-made rows and plans for tests of the worker."""
 
+from typing import Protocol
+
 import numpy as np
 import pytest
 import torch
 
-from nanovllm.protocol.plan import BlockAppend, NewRow, StepMasks, StepPlan
+from nanovllm.protocol.plan import BlockAppend, NewRow, StepHandle, StepMasks, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 
@@ -17,6 +19,14 @@ NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 CUDA = pytest.param("cuda", marks=NEEDS_GPU)
+
+
+class Executor(Protocol):
+    """What runs steps: an executor, or a worker."""
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
+
+    def sample(self, step: int, masks: StepMasks | None) -> None: ...
 
 
 def make_rows(*, vocab_size: int = VOCAB_SIZE, device: str = "cpu") -> RequestRows:
@@ -86,6 +96,13 @@ def make_plan(
         num_scheduled=[count for _, _, count in entries],
         sampling=list(range(len(entries))) if sampling is None else sampling,
     )
+
+
+def run_step(executor: Executor, plan: StepPlan, masks: StepMasks | None = None) -> StepHandle:
+    """Both halves, one after the other."""
+    handle = executor.submit(plan)
+    executor.sample(plan.step, masks)
+    return handle
 
 
 def make_masks(allowed: dict[int, list[int]]) -> StepMasks | None:

@@ -20,7 +20,7 @@ from nanovllm.worker.startup import Loaded, Startup
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import Worker
-from tests.worker.planning import CUDA, make_plan, new_row
+from tests.worker.planning import CUDA, make_plan, new_row, run_step
 from tests.worker.test_failures import JITFunction
 
 TINY_LLAMA = {
@@ -164,11 +164,11 @@ def test_runs_plans_after_start(model: str, settings: dict[str, Any]) -> None:
     worker = make_worker(model, **settings)
     worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
-    (token_id,) = worker.execute(plan).result().token_ids
+    (token_id,) = run_step(worker, plan).result().token_ids
     assert 0 <= token_id < 200
     worker.shutdown()
     with pytest.raises(AssertionError):
-        worker.execute(plan)
+        run_step(worker, plan)
 
 
 def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
@@ -177,12 +177,12 @@ def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
     worker = make_worker(model)
     worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(2, 0, 3)], new_rows=[new_row(2, [5, 6, 7])])
-    expected = worker.execute(plan).result().token_ids
+    expected = run_step(worker, plan).result().token_ids
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "compute_logits", fail_for_want_of_memory)
         with pytest.raises(StepFailedError, match="max_num_batched_tokens"):
-            worker.execute(plan)
-    assert worker.execute(plan).result().token_ids == expected
+            run_step(worker, plan)
+    assert run_step(worker, plan).result().token_ids == expected
     worker.shutdown()
 
 
@@ -207,15 +207,15 @@ def test_a_row_that_cannot_be_sampled_fails_alone(
     worker = make_worker(model)
     worker.allocate(worker.start().num_blocks)
     plan = make_plan(0, [(row, 0, 3) for row in range(3)], new_rows=new_rows)
-    expected = worker.execute(plan).result()
+    expected = run_step(worker, plan).result()
     monkeypatch.setattr(module, place, picky)
-    result = worker.execute(plan).result()
+    result = run_step(worker, plan).result()
     assert expected.failures == {} and result.failures == {1: "IndexError: no such word"}
     for index in (0, 2):
         assert result.token_ids[index] == expected.token_ids[index]
     # Whoever takes the row next has nothing to do with it.
     again = make_plan(1, [(1, 0, 3)], new_rows=[new_row(1, [5, 6, 7], biased[0])])
-    assert worker.execute(again).result().failures == {}
+    assert run_step(worker, again).result().failures == {}
     worker.shutdown()
 
 

@@ -32,7 +32,7 @@ class DeviceSampler:
         self._rows = rows
         self._fused = fused
         self._device = rows.seeds.device
-        self._tables = EditTables(rows.edits, self._device)
+        self._tables = EditTables(rows.edits, self._device, rows.note_failure)
         self._staging = SampleStaging(num_buffers=num_buffers, device=self._device)
         self._counts: Tensor | None = None  # [num_rows + 1, vocab_size] int32, once somebody asks
 

@@ -4,7 +4,7 @@
 rows that still have theirs move to a new one. `pack_edits` says what a table looks like.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +57,16 @@ def pack_edits(edits: RowEdits) -> Int32Array:
 
 
 class EditTables:
-    """`words`: [capacity] int32 on the device. live: row → its edits, as they are at each call."""
+    """`words`: [capacity] int32 on the device. live: row → its edits, as they are at each call.
+    note_failure: told of a row whose table cannot be made."""
 
-    def __init__(self, live: Mapping[int, RowEdits], device: torch.device) -> None:
+    def __init__(
+        self,
+        live: Mapping[int, RowEdits],
+        device: torch.device,
+        note_failure: Callable[[int, Exception], None],
+    ) -> None:
+        self._note_failure = note_failure
         self.words = torch.zeros(LEAST_CAPACITY, dtype=torch.int32, device=device)
         self._live = live
         self._num_used = 0
@@ -71,11 +78,18 @@ class EditTables:
             edits = self._live.get(row)
             if edits is not None and (row not in self._held or self._held[row][0] is not edits):
                 self._hold(row, edits)
-        return [self._held[row][2] if row in self._live else NO_EDITS for row in rows]
+        return [
+            self._held[row][2] if row in self._live and row in self._held else NO_EDITS
+            for row in rows
+        ]
 
     def _hold(self, row: int, edits: RowEdits) -> None:
-        table = pack_edits(edits)
         self._held.pop(row, None)
+        try:
+            table = pack_edits(edits)
+        except Exception as error:
+            self._note_failure(row, error)
+            return
         if self._num_used + len(table) > len(self.words):
             self._move(len(table))
         self._held[row] = edits, table, self._append(table)
