@@ -6,6 +6,7 @@ A family of models is a file in `families` and a line here. No torch.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nanovllm.checkpoint.damage import blaming
 from nanovllm.checkpoint.families import llama, mistral, qwen2, qwen3
 from nanovllm.checkpoint.hf_config import Config, architectures
 from nanovllm.checkpoint.spec import DecoderSpec
@@ -24,12 +25,13 @@ def spec_from_config(fields: Mapping[str, Any]) -> DecoderSpec:
     Raises `ValueError` naming what is missing, or what is not supported.
     """
     config = Config(fields)
-    named = architectures(config)
-    for name in named:
-        if name in FAMILIES:
-            spec = FAMILIES[name](config)
-            config.check_all_maths_was_read()
-            return spec
+    with blaming("config.json"):
+        named = architectures(config)
+        for name in named:
+            if name in FAMILIES:
+                spec = FAMILIES[name](config)
+                config.check_all_maths_was_read()
+                return spec
     raise ValueError(
         f"config.json: architectures {named or None} are not supported "
         f"(model_type {config.get('model_type')!r}): supported are {', '.join(FAMILIES)}"

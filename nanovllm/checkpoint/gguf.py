@@ -25,6 +25,8 @@ SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+MAX_STRING_BYTES = 1 << 24  # templates are the longest
+MAX_NUMBERS = 1 << 22  # in all arrays: vocabularies have two for each token
 PARTS_KEY, NUM_TENSORS_KEY = "split.count", "split.tensors.count"
 # What counts, lengths and alignments that are not what they should be run into.
 NONSENSE = (OverflowError, MemoryError, TypeError, ZeroDivisionError)
@@ -76,6 +78,7 @@ class GGUFFile:
                 raise ValueError(f"{path} is too short to be a GGUF file: fetch it again")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
+        self._num_numbers = 0
         try:
             num_tensors, num_entries = self._header()
             self.metadata = dict(self._entry() for _ in range(num_entries))
@@ -138,7 +141,7 @@ class GGUFFile:
         (length,) = self._unpack("Q")
         start = self._at
         self._at += length
-        if self._at > len(self._map):
+        if self._at > len(self._map) or length > MAX_STRING_BYTES:
             raise IndexError(self._at)
         return str(self._map[start : self._at], "utf-8", "replace")
 
@@ -154,6 +157,9 @@ class GGUFFile:
             item_type, count = self._unpack("IQ")
             if item_type == STRING:
                 return self._strings(count)
+            self._num_numbers += count
+            if self._num_numbers > MAX_NUMBERS:
+                raise IndexError(count)
             return list(self._unpack(f"{count}{self._scalar(item_type)}"))
         return self._unpack(self._scalar(type_id))[0]
 

@@ -56,12 +56,18 @@ def build(path: Path, metadata: dict[str, Any]) -> FastTokenizer:
     Raises `ValueError` if the file has none, or one whose splitting nobody has named.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        return _byte_level_bpe(metadata)
-    if kind == "llama":
-        return _sentencepiece_bpe(path, metadata)
     if kind is None:
         raise ValueError(f"{path} holds no tokenizer: name one with tokenizer=<directory or id>")
+    try:
+        if kind == "gpt2":
+            return _byte_level_bpe(metadata)
+        if kind == "llama":
+            return _sentencepiece_bpe(path, metadata)
+    except Exception as error:  # the Rust library raises nothing more specific
+        raise ValueError(
+            f"the tokenizer in {path} cannot be used ({error}): fetch it again, or name another "
+            "with tokenizer=<directory or id>"
+        ) from error
     return _through_transformers(path, kind)
 
 
@@ -131,7 +137,9 @@ def _through_transformers(path: Path, kind: str) -> FastTokenizer:
     import transformers  # takes seconds, and few files need it
 
     try:
-        slow = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        slow = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         tokenizer: FastTokenizer = slow.backend_tokenizer
     except Exception as error:
         raise ValueError(

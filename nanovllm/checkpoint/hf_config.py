@@ -32,6 +32,7 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+MAX_LAYERS = 1024  # a list has an entry for each; the deepest models have some 130
 FULL, SLIDING = "full_attention", "sliding_attention"
 # transformers' own, of Qwen's configs.
 DEFAULT_WINDOW, DEFAULT_MAX_WINDOW_LAYERS = 4096, 28
@@ -181,7 +182,12 @@ def architectures(config: Config) -> list[str]:
 
 
 def num_layers(config: Config) -> int:
-    return whole(config, "num_hidden_layers")
+    count = whole(config, "num_hidden_layers")
+    if not 1 <= count <= MAX_LAYERS:
+        raise ValueError(
+            f"config.json: num_hidden_layers must be in [1, {MAX_LAYERS}], not {count}"
+        )
+    return count
 
 
 def rms_norm(config: Config) -> Norm:

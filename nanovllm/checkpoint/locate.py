@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanovllm.checkpoint import hub
+from nanovllm.checkpoint.damage import blaming
 from nanovllm.checkpoint.fetch import ALIASES, fetch
 from nanovllm.checkpoint.gguf import GGUFFile, hf_config
 from nanovllm.checkpoint.json_file import read_json
@@ -38,7 +39,8 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The model's facts in the form of a Hugging Face config.json, whatever the format."""
         if self.format == "gguf":
-            return hf_config(self.gguf)
+            with blaming(self.path):
+                return hf_config(self.gguf)
         return read_json(self.path / "config.json")
 
     def eos_token_ids(self, tokenizer: Path | None = None) -> list[int]:
@@ -47,6 +49,10 @@ class Checkpoint:
 
         tokenizer: where its files are, if not with the model.
         """
+        with blaming(self.path):
+            return self._end_ids(tokenizer)
+
+    def _end_ids(self, tokenizer: Path | None) -> list[int]:
         found: set[int] = set()
         if self.format == "gguf":
             found |= gguf_end_ids(self.gguf.metadata)

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from nanovllm.checkpoint import gguf_tokenizer, sentencepiece_bpe
+from nanovllm.checkpoint.damage import blaming
 from nanovllm.checkpoint.gguf import GGUFFile
 from nanovllm.checkpoint.json_file import read_json_if_there
 from nanovllm.checkpoint.special_tokens import gguf_special_tokens, special_tokens
@@ -30,7 +31,11 @@ class TokenizerParts(NamedTuple):
 
 def from_gguf(path: Path) -> TokenizerParts:
     """Of a GGUF file's metadata. Raises `ValueError` if it holds no tokenizer that is known."""
-    metadata = GGUFFile(path).metadata
+    with blaming(path):
+        return _from_metadata(path, GGUFFile(path).metadata)
+
+
+def _from_metadata(path: Path, metadata: dict[str, Any]) -> TokenizerParts:
     fast = gguf_tokenizer.build(path, metadata)
     named = gguf_special_tokens(metadata)
     bos, eos = gguf_tokenizer.adds_bos(metadata), gguf_tokenizer.adds_eos(metadata)
@@ -50,6 +55,11 @@ def from_gguf(path: Path) -> TokenizerParts:
 
 def from_directory(path: Path) -> TokenizerParts:
     """Of tokenizer.json, tokenizer.model or what transformers can read, and what lies beside it."""
+    with blaming(path):
+        return _from_files(path)
+
+
+def _from_files(path: Path) -> TokenizerParts:
     config = read_json_if_there(path / "tokenizer_config.json")
     fast, named = _fast_tokenizer(path)
     fast.no_truncation()
@@ -96,7 +106,7 @@ def _through_transformers(path: Path) -> FastTokenizer:
     import transformers  # takes seconds, and few models need it
 
     try:
-        slow = transformers.AutoTokenizer.from_pretrained(path)
+        slow = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         fast: FastTokenizer = slow.backend_tokenizer
     except Exception as error:
         raise ValueError(

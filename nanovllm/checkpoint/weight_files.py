@@ -97,6 +97,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"model: {index} is damaged (it has no weight_map): fetch it again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        is_plain = isinstance(name, str) and Path(name).name == name  # it stays in its directory
+        if not is_plain or not name.endswith(".safetensors"):
             raise ValueError(f"model: {index} names no file for {tensor!r}: fetch it again")
     return weight_map
