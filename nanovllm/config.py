@@ -77,8 +77,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         wanted = self.max_model_len
         if wanted is not None and wanted > most and not self.allow_long_max_model_len:
             raise ValueError(
-                f"max_model_len: the model has {most} positions, and {wanted} are wanted: set at "
-                f"most {most}, or allow_long_max_model_len if nonsense beyond them will do"
+                f"max_model_len: {wanted} is more than the {most} positions the model was made "
+                f"for: set at most {most}, or allow_long_max_model_len if nonsense beyond will do"
             )
         return wanted or most
 

@@ -84,7 +84,7 @@ def test_sections_cover_the_engine_config() -> None:
 def test_the_length_is_the_models_or_less_or_insisted_on() -> None:
     assert ModelConfig().choose_max_model_len(64) == 64
     assert ModelConfig(max_model_len=10).choose_max_model_len(64) == 10
-    with pytest.raises(ValueError, match=r"has 64 positions.*at most 64.*allow_long_max"):
+    with pytest.raises(ValueError, match=r"max_model_len: 65 .*at most 64, or allow_long_max"):
         ModelConfig(max_model_len=65).choose_max_model_len(64)
     insisted = ModelConfig(max_model_len=65, allow_long_max_model_len=True)
     assert insisted.choose_max_model_len(64) == 65

@@ -283,14 +283,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path} holds no token_embd.weight: name the model's first part")
     num_heads, theta = fact("attention.head_count"), fact("rope.freq_base", 10000.0)
     head_dim = fact("attention.key_length", fact("embedding_length") // num_heads)
-    expected = {"attention.value_length": head_dim, "rope.dimension_count": head_dim}
-    for key, neutral in {**MATHS, **{key: (size,) for key, size in expected.items()}}.items():
-        value = metadata.get(f"{name}.{key}")
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"{file.path}: metadata {name}.{key}={value!r} changes what a model computes, and "
-                f"is not supported for {name!r}"
-            )
+    _check_maths(file, name, head_dim=head_dim)
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -313,6 +306,18 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
     }
+
+
+def _check_maths(file: GGUFFile, name: str, *, head_dim: int) -> None:
+    """Raises `ValueError` naming what asks for maths that nobody does. name: the architecture."""
+    sizes = dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,))
+    for key, neutral in {**MATHS, **sizes}.items():
+        value = file.metadata.get(f"{name}.{key}")
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"{file.path}: metadata {name}.{key}={value!r} changes what a model computes, and "
+                f"is not supported for {name!r}"
+            )
 
 
 def _rope_scaling(
