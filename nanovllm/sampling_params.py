@@ -171,6 +171,20 @@ class SamplingParams(
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The token ids that end an output which has `min_tokens`. eos_token_ids: the model's."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
+
+    def stop_reason(self, token_id: int, eos_token_ids: Collection[int]) -> int | None:
+        """What is said of an output that one of `stop_ids` has ended: the id, or None for EOS."""
+        return token_id if self.ignore_eos or token_id not in eos_token_ids else None
+
+    def length_limit(self, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Tokens, with the prompt, at which an output ends with reason "length"."""
+        if self.max_tokens is None:
+            return max_model_len
+        return min(max_model_len, num_prompt_tokens + self.max_tokens)
+
 
 def _check_counts(params: SamplingParams) -> None:
     """First, so that nothing below takes long."""

@@ -24,7 +24,7 @@ BUDGETS = {
     # 3,000, the grammars of its requests and the process that tries them first, the order in which
     # requests are taken in, and trials of those that may have killed a core
     "core": 4250,
-    "frontend": 3700,  # 3,000, chat templates in processes of their own, suspects, misuse
+    "frontend": 3600,  # 3,000, chat templates in processes of their own, suspects, misuse
     "frontend.server": 5700,  # and the fields that clients send; connections, origins, bodies, keys
     "worker": 5300,  # 5,000, and shares of ranks, pieces of tensors and mixtures of experts
 }

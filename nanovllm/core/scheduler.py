@@ -85,15 +85,10 @@ class Scheduler:
     ) -> None:
         """Queue a sequence, or, if it has a leader, let it wait for the leader's prompt."""
         params = sequence.params
-        length_cap = self._max_model_len
-        if params.max_tokens is not None:
-            length_cap = min(length_cap, sequence.num_prompt_tokens + params.max_tokens)
-        assert len(sequence.token_ids) < length_cap, "validated on arrival"
-        sequence.max_total = length_cap
+        sequence.max_total = params.length_limit(sequence.num_prompt_tokens, self._max_model_len)
+        assert len(sequence.token_ids) < sequence.max_total, "validated on arrival"
         sequence.min_total = sequence.num_prompt_tokens + params.min_tokens
-        sequence.stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            sequence.stop_ids |= self._eos_token_ids
+        sequence.stop_ids = params.stop_ids(self._eos_token_ids)
         by_priority = self.limits.scheduling_policy == "priority"
         sequence.order = (priority if by_priority else 0, self.num_arrived)
         sequence.tenant = self.waiting.tenant(tenant)
@@ -245,8 +240,7 @@ class Scheduler:
         # Without a mask it was free to sample what ends it: that is no end of a whole output.
         has_failed = matcher is not None and matcher.has_failed
         if token_id in sequence.stop_ids and num_known >= sequence.min_total and not has_failed:
-            if token_id not in self._eos_token_ids or sequence.params.ignore_eos:
-                sequence.stop_reason = token_id
+            sequence.stop_reason = sequence.params.stop_reason(token_id, self._eos_token_ids)
             self.finish(sequence, "stop")
         elif matcher is not None and not matcher.accept(token_id):
             outputs.ended_by_grammar.append(sequence)

@@ -4,7 +4,6 @@ Called by `EngineCore.add`. `ValueError` names the field and what it takes.
 """
 
 import math
-from collections.abc import Collection, Iterator
 
 from nanovllm.limits import (
     MAX_BAD_WORDS,
@@ -15,6 +14,7 @@ from nanovllm.limits import (
 )
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.request_checks import check_in_vocabulary, check_token_ids
 
 MAX_NUMBER = 2**53  # of a sequence; -1 stands for none in answers
 MAX_COUNT = 2**31 - 1  # what a worker's columns hold
@@ -24,9 +24,10 @@ def check_request(request: AddRequest, info: WorkerInfo) -> None:
     """Everything that does not depend on what else runs."""
     _check_lengths(request, info.max_model_len)
     _check_numbers(request)
-    for name, token_ids in _named_token_ids(request):
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
-            raise ValueError(f"{name}: token ids must be in [0, {info.vocab_size})")
+    check_token_ids(request.prompt_token_ids, request.params, info.vocab_size)
+    check_in_vocabulary("output_token_ids", request.output_token_ids, info.vocab_size)
+    for word in request.bad_words_token_ids:
+        check_in_vocabulary("bad_words_token_ids", word, info.vocab_size)
     _check_bad_words(request.bad_words_token_ids)
     _check_names(request)
 
@@ -70,14 +71,3 @@ def _check_numbers(request: AddRequest) -> None:
         limit_ms = getattr(request, name)
         if limit_ms is not None and not 0 < limit_ms < math.inf:
             raise ValueError(f"{name} must be a number above 0, not {limit_ms}")
-
-
-def _named_token_ids(request: AddRequest) -> Iterator[tuple[str, Collection[int]]]:
-    """Everything in a request that the worker will use as an index."""
-    yield "prompt_token_ids", request.prompt_token_ids
-    yield "output_token_ids", request.output_token_ids
-    yield "stop_token_ids", request.params.stop_token_ids
-    yield "logit_bias", request.params.logit_bias
-    yield "allowed_token_ids", request.params.allowed_token_ids or ()
-    for word in request.bad_words_token_ids:
-        yield "bad_words_token_ids", word

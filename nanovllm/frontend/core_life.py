@@ -86,7 +86,7 @@ class CoreLife:
         self._on_death = on_death
         self._process = process
         self._on_progress = on_progress
-        self._link = Link(address, self, requests.on_outputs, keys=keys)
+        self.link = Link(address, self, requests.on_outputs, keys=keys)
         self._tasks: list[asyncio.Task[None]] = []
         self._calls: dict[int, asyncio.Future[Answer | None]] = {}
         self._num_calls = 0
@@ -115,7 +115,7 @@ class CoreLife:
         or the core's configuration is wrong, `EngineDeadError` if the core dies or never answers.
         """
         try:
-            self._link.connect()
+            self.link.connect()
         except zmq.ZMQError as error:
             raise ValueError(
                 f"address {self.address!r} cannot be connected to ({error}): "
@@ -128,7 +128,7 @@ class CoreLife:
     def send(self, message: ToCore) -> None:
         """Queue a message; raises `EngineDeadError` if nobody is there to get it."""
         self._check_alive()
-        self._link.send(message)
+        self.link.send(message)
 
     async def call(
         self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S
@@ -165,13 +165,13 @@ class CoreLife:
         if self._closed:
             return
         if self._error is None:
-            self._link.send(Goodbye())
+            self.link.send(Goodbye())
             self._die(EngineDeadError("the engine has been closed"))
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._link.close()
+        self.link.close()
 
     # ---- what `Link` tells
 
@@ -235,15 +235,15 @@ class CoreLife:
                 await self._bury("the core ended")
             elif self._welcome.done():
                 if now - asleep_at < WATCH_INTERVAL_S + PULSE_INTERVAL_S:  # else we stood still
-                    self._watch_stall(now - self._link.last_heard)
+                    self._watch_stall(now - self.link.last_heard)
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())
-            elif now - self._link.last_heard > SILENCE_S:
+            elif now - self.link.last_heard > SILENCE_S:
                 self._die(
                     EngineDeadError(f"the core at {self.address} was silent for {SILENCE_S:g} s")
                 )
-            elif not (self._link.has_met or self._process) and now - started > connect_timeout_s:
+            elif not (self.link.has_met or self._process) and now - started > connect_timeout_s:
                 self._die(
                     EngineDeadError(
                         f"no core answers at {self.address} (waited {connect_timeout_s:g} s): "

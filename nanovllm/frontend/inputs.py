@@ -5,19 +5,18 @@ Called by `AsyncLLM`. Every mistake is a `ValueError` naming the field and the r
 
 import math
 import re
-from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict
 
 import msgspec
-import numpy as np
 
 from nanovllm.config import unknown_name
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.limits import MAX_BAD_WORDS_TOKENS, MAX_NAME_CHARS, MAX_PROMPT_CHARS, check_count
 from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.request_checks import check_token_ids
 from nanovllm.sampling_params import SamplingParams, leaves_nothing
 
 
@@ -138,13 +137,7 @@ def check_request(
             f"prompt has {num_prompt_tokens} tokens, which leaves no room for output: "
             f"max_model_len is {most}; shorten the prompt or raise max_model_len"
         )
-    for name, token_ids in _named_token_ids(prompt, params):
-        if not _are_below(info.vocab_size, token_ids):
-            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < info.vocab_size)
-            raise ValueError(
-                f"{name} holds {wrong}, which is outside the model's vocabulary: "
-                f"token ids are in [0, {info.vocab_size})"
-            )
+    check_token_ids(prompt.token_ids, params, info.vocab_size)
     if params.stop and not has_tokenizer:
         raise ValueError(
             "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
@@ -163,15 +156,6 @@ def check_choice(params: SamplingParams, bad_words: list[list[int]], info: Worke
             "allowed_token_ids: min_tokens and bad_words forbid all of them: allow more, or leave "
             "these out"
         )
-
-
-def _are_below(limit: int, token_ids: Collection[int]) -> bool:
-    """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
-    try:
-        words = array("I", token_ids)
-    except OverflowError:
-        return False
-    return not words or int(np.frombuffer(words, np.uint32).max()) < limit
 
 
 def check_params(params: object) -> None:
@@ -235,12 +219,3 @@ def _describe(content: Any) -> str:
         odd = next(item for item in content if type(item) is not int)
         return f"a {type(content).__name__} with {odd!r} in it"
     return type(content).__name__
-
-
-def _named_token_ids(
-    prompt: Prompt, params: SamplingParams
-) -> Iterator[tuple[str, Collection[int]]]:
-    yield "prompt_token_ids", prompt.token_ids
-    yield "stop_token_ids", params.stop_token_ids
-    yield "logit_bias", params.logit_bias
-    yield "allowed_token_ids", params.allowed_token_ids or ()

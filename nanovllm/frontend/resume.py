@@ -34,16 +34,15 @@ def missed_end(completion: Completion, info: WorkerInfo, now: float) -> Finished
     """
     params, message = completion.request.params, completion.request.message
     num_tokens = completion.num_received
+    num_prompt_tokens = len(message.prompt_token_ids)
     reason: FinishReason | None = None
     stop_reason = None
     if num_tokens and num_tokens >= params.min_tokens:
         last = completion.last_token_id
-        is_eos = last in info.eos_token_ids and not params.ignore_eos
-        if is_eos or last in params.stop_token_ids:
-            reason, stop_reason = "stop", None if is_eos else last
-    num_known = len(message.prompt_token_ids) + num_tokens
-    at_cap = params.max_tokens is not None and num_tokens >= params.max_tokens
-    if reason is None and (at_cap or num_known >= info.max_model_len):
+        if last in params.stop_ids(info.eos_token_ids):
+            reason, stop_reason = "stop", params.stop_reason(last, info.eos_token_ids)
+    length_limit = params.length_limit(num_prompt_tokens, info.max_model_len)
+    if reason is None and num_prompt_tokens + num_tokens >= length_limit:
         reason = "length"
     if reason is None and any(left <= 0 for left in _times_left(completion, now).values()):
         reason = "timeout"

@@ -23,6 +23,7 @@ from nanovllm.protocol.messages import (
     Outputs,
     Overloaded,
     RequestFailed,
+    ToCore,
     TrialAccepted,
     TrialOver,
 )
@@ -52,9 +53,9 @@ class Session:
             raise ValueError(
                 f"request_id {request.request_id!r} is in use: choose another, or wait for it"
             )
-        self.line.send(request.message)
+        self._send(request.message)
         self._requests.add(request)
-        if self.line.is_up:
+        if self.line.link is not None:
             request.note_sent(self.line.epoch)
 
     def discard(self, request: Request) -> None:
@@ -62,8 +63,9 @@ class Session:
         self._last_ids.append((request.numbers, request.request_id))
         numbers = self._requests.remove(request)
         if numbers and not self.line.is_dead:
-            self.line.send(Abort(numbers))
-        self._tell_trial_over(self._suspects.drop(request))
+            self._send(Abort(numbers))
+        if self._suspects.trial is not None:
+            self._tell_trial_over(self._suspects.drop(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End them early: the core answers, or, if it is away, their end comes at once."""
@@ -72,8 +74,8 @@ class Session:
         numbers = [number for request in requests for number in request.numbers]
         for request in requests:
             request.is_aborted = True
-        if self.line.is_up and numbers:
-            self.line.send(Abort(numbers))
+        if numbers and self.line.link is not None:
+            self._send(Abort(numbers))
         else:
             for request in requests:
                 self._end_aborted(request)
@@ -91,8 +93,9 @@ class Session:
         """Tokens have come."""
         stopped = self._requests.apply(outputs)
         if stopped:
-            self.line.send(Abort(stopped))
-        self._tell_trial_over(self._suspects.take_verdict())
+            self._send(Abort(stopped))
+        if self._suspects.trial is not None:
+            self._tell_trial_over(self._suspects.take_verdict())
 
     def on_request_failed(self, failure: RequestFailed | Overloaded) -> None:
         """A request failed; -1 is some request, so one that has not begun."""
@@ -110,7 +113,7 @@ class Session:
         completion = self._requests.completion(number)
         if completion is not None:
             self._suspects.begin_trial(completion)
-            self.line.send(TrialAccepted(number))
+            self._send(TrialAccepted(number))
 
     def on_core_lost(self, error: EngineDeadError) -> Collection[str]:
         """The core has died; a request that is known to have ended it is not sent again."""
@@ -128,7 +131,7 @@ class Session:
         suspects, which the core tries one at a time, last."""
         self._suspects.forget_trial()
         if self._suspects.explained:
-            self.line.send(DeathsExplained(list(self._suspects.explained)))
+            self._send(DeathsExplained(list(self._suspects.explained)))
         for request in sorted(self._requests, key=lambda one: one.is_suspect):
             if request.is_aborted:  # the answer to the abort died with the core
                 self._end_aborted(request)
@@ -154,12 +157,19 @@ class Session:
         request.forget_unfinished_prompt_logprobs()
         request.metrics.num_resumes += 1
         for message in resumption(request, now):
-            self.line.send(message)
+            self._send(message)
         request.note_sent(self.line.epoch)
 
     def _tell_trial_over(self, number: int | None) -> None:
-        if number is not None and self.line.is_up:
-            self.line.send(TrialOver(number))
+        if number is not None and self.line.link is not None:
+            self._send(TrialOver(number))
+
+    def _send(self, message: ToCore) -> None:
+        """Send, unless the core is away just now. Raises `EngineDeadError` if it is for good."""
+        if self.line.link is not None:
+            self.line.link.send(message)
+        else:
+            self.line.check_alive()
 
     def _end_aborted(self, request: Request) -> None:
         ends = [

@@ -23,12 +23,12 @@ from nanovllm.frontend.core_life import (
 )
 from nanovllm.frontend.core_process import CoreHandle
 from nanovllm.frontend.errors import DetachedError, EngineDeadError
+from nanovllm.frontend.link import Link
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol.messages import (
     Answer,
     CoreStatus,
     Operation,
-    ToCore,
     Welcome,
 )
 
@@ -97,16 +97,11 @@ class Supervisor:
         self._config = config
         self._budget = RestartBudget(config.max_core_restarts)
         self._life: CoreLife | None = None
-        self.is_up = False  # welcomed, and not known to be dead
+        self.epoch = ""  # names the present life, or the last
+        self.link: Link | None = None  # to the present life, if it is welcomed and not known dead
         self._error: EngineDeadError | None = None
         self._up_or_dead = asyncio.Event()
         self._reviving: asyncio.Task[None] | None = None
-
-    @property
-    def epoch(self) -> str:
-        """Names the present life of the core, or the last."""
-        assert self.welcome is not None
-        return self.welcome.epoch
 
     @property
     def is_dead(self) -> bool:
@@ -117,7 +112,7 @@ class Supervisor:
     def is_stalled(self) -> bool:
         """Nothing has been heard of the core for longer than it ever should be silent."""
         assert self._life is not None
-        return not self.is_up or self._life.is_stalled
+        return self.link is None or self._life.is_stalled
 
     async def connect(
         self,
@@ -134,13 +129,6 @@ class Supervisor:
         except BaseException as error:
             self._die(EngineDeadError(f"the engine did not start: {error}"))
             raise
-
-    def send(self, message: ToCore) -> None:
-        """Send, unless the core is away just now. Raises `EngineDeadError` if it is for good."""
-        self._check_alive()
-        if self.is_up:
-            assert self._life is not None
-            self._life.send(message)
 
     async def call(self, operation: Operation) -> Answer | None:
         """As `CoreLife.call`; asks again if the core dies over it."""
@@ -163,10 +151,10 @@ class Supervisor:
 
     def _on_death(self, error: EngineDeadError) -> None:
         """`CoreLife`: this life of the core is over."""
-        if not self.is_up or self._error is not None:
+        if self.link is None or self._error is not None:
             return  # still greeting, or closed: whoever waits for it is told
         assert self._life is not None
-        self.is_up = False
+        self.link = None
         self._up_or_dead.clear()
         if self._config.on_core_death == "fail":
             self._die(error)
@@ -194,8 +182,8 @@ class Supervisor:
     async def _restart(self, error: EngineDeadError, explained: Collection[str]) -> None:
         """Start the owned core again until it is ready. `EngineDeadError`: too often, not counting
         the deaths that are explained."""
-        assert self.handle is not None and self.welcome is not None
-        epoch = self.welcome.epoch
+        assert self.handle is not None
+        epoch = self.epoch
         while True:
             delay_s = 0.0 if epoch in explained else self._budget.take(time.monotonic(), epoch)
             epoch = ""  # whatever comes next, it dies before it is welcomed
@@ -246,7 +234,7 @@ class Supervisor:
             keys=self._keys,
         )
         self.welcome = await self._life.connect(timeout_s=timeout_s)
-        self.is_up = True
+        self.epoch, self.link = self.welcome.epoch, self._life.link
         self._up_or_dead.set()
         return self.welcome
 
@@ -257,7 +245,7 @@ class Supervisor:
                     await self._up_or_dead.wait()
             except TimeoutError:
                 raise TimeoutError(f"the core was away for {CALL_TIMEOUT_S:g} s") from None
-            self._check_alive()
+            self.check_alive()
             assert self._life is not None
             with suppress(EngineDeadError):  # for good, or until its next life: see above
                 return await question(self._life)
@@ -274,12 +262,13 @@ class Supervisor:
         """The first cause stands."""
         if self._error is not None:
             return
-        self.is_up = False
+        self.link = None
         self._error = error
         self._up_or_dead.set()
         self._requests.on_core_dead(error)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises `EngineDeadError` if the core is dead for good."""
         if self._error is not None:
             raise self._error.again()
 

@@ -14,42 +14,45 @@ NUM_EXPLAINED = 64  # lives of the core that are remembered
 
 
 class Suspects:
-    """`explained`: the lives of the core that requests of this client have ended."""
+    """`explained`: the lives of the core that requests of this client have ended.
+
+    `trial`: the number by which the core knows what is on trial, if anything is, and that itself.
+    """
 
     def __init__(self) -> None:
         self.explained: deque[str] = deque(maxlen=NUM_EXPLAINED)
-        self._on_trial: tuple[int, list[Completion]] | None = None
+        self.trial: tuple[int, list[Completion]] | None = None
 
     def begin_trial(self, completion: Completion) -> None:
         """The core is about to begin with the request that it knows by this completion's number."""
         request = completion.request
         were_apart = any(one.num_received_before for one in request.completions)
-        self._on_trial = completion.number, [completion] if were_apart else request.completions
+        self.trial = completion.number, [completion] if were_apart else request.completions
 
     def take_verdict(self) -> int | None:
         """The number of the trial, once all that is on trial has got somewhere or ended."""
-        if self._on_trial is None or any(one.is_stuck for one in self._on_trial[1]):
+        if self.trial is None or any(one.is_stuck for one in self.trial[1]):
             return None
-        number, completions = self._on_trial
+        number, completions = self.trial
         for one in completions:
             one.deaths = []
-        self._on_trial = None
+        self.trial = None
         return number
 
     def drop(self, request: Request) -> int | None:
         """Nobody waits for it any more. Returns the number of its trial, if it was on trial."""
-        if self._on_trial is None or self._on_trial[1][0].request is not request:
+        if self.trial is None or self.trial[1][0].request is not request:
             return None
-        number, _ = self._on_trial
-        self._on_trial = None
+        number, _ = self.trial
+        self.trial = None
         return number
 
     def charge(self, requests: Iterable[Request], epoch: str) -> Request | None:
         """That life of the core has ended with a death. Returns the request that it died of, if
         that is known; if not, all that had got nowhere are suspects."""
-        on_trial = [] if self._on_trial is None else self._on_trial[1]
+        on_trial = [] if self.trial is None else self.trial[1]
         guilty = next((one for one in on_trial if one.is_stuck), None)
-        self._on_trial = None
+        self.trial = None
         for request in requests:
             for one in request.completions:
                 if not one.is_stuck:
@@ -63,4 +66,4 @@ class Suspects:
 
     def forget_trial(self) -> None:
         """The core knows nothing of this client any more."""
-        self._on_trial = None
+        self.trial = None
