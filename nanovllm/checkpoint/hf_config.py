@@ -16,6 +16,7 @@ from nanovllm.checkpoint.spec import (
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
+    MoE,
     Norm,
     Rope,
 )
@@ -150,6 +151,7 @@ def decoder(
 ) -> DecoderSpec:
     """The spec that `config` and a family's `differences` (fields of `DecoderSpec`) give."""
     fields = {
+        "norm": rms_norm(config),
         "tied_embeddings": config.get("tie_word_embeddings", False),
         # transformers 5's name, and the one before
         "dtype": config.get("dtype", config.get("torch_dtype")),
@@ -165,7 +167,6 @@ def decoder(
         vocab_size=whole(config, "vocab_size"),
         hidden_size=whole(config, "hidden_size"),
         layers=tuple(layers),
-        norm=rms_norm(config),
         max_position_embeddings=positions,
         **fields,
     )
@@ -190,8 +191,8 @@ def num_layers(config: Config) -> int:
     return count
 
 
-def rms_norm(config: Config) -> Norm:
-    return Norm(eps=number(config, "rms_norm_eps", 1e-6))
+def rms_norm(config: Config, *, default_eps: float = 1e-6, **differences: Any) -> Norm:
+    return Norm(eps=number(config, "rms_norm_eps", default_eps), **differences)
 
 
 def attention(
@@ -218,6 +219,16 @@ def attention(
 def dense(config: Config, *, bias: bool = False) -> Dense:
     inner = whole(config, "intermediate_size")
     return Dense(intermediate_size=inner, activation=activation(config), bias=bias)
+
+
+def experts(config: Config, *, num_experts: int, renormalizes: bool) -> MoE:
+    return MoE(
+        num_experts=num_experts,
+        top_k=whole(config, "num_experts_per_tok"),
+        intermediate_size=whole(config, "moe_intermediate_size"),
+        renormalizes=renormalizes,
+        activation=activation(config),
+    )
 
 
 def activation(config: Config, field: str = "hidden_act") -> Activation:

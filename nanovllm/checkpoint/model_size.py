@@ -25,7 +25,8 @@ GROUPS: dict[str, WeightGroup] = {
     "embedding": "embedding",
     "lm_head": "head",
     **dict.fromkeys(("q", "k", "v", "o", "sinks"), "attention"),
-    **dict.fromkeys(("router", "gate", "up", "down"), "mlp"),
+    **dict.fromkeys(("gate", "up", "down"), "mlp"),
+    **dict.fromkeys(("router", "expert_gate", "expert_up", "expert_down"), "mlp"),
 }  # of parts; all others are norms
 KINDS = re.compile(r"\.(weight|bias)$")
 

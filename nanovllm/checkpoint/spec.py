@@ -44,9 +44,14 @@ class Rope(Struct, frozen=True):
 
 
 class Norm(Struct, frozen=True, kw_only=True):
-    """An RMS norm (Zhang & Sennrich 2019). adds_one: it multiplies by 1 + weight, as Gemma's do."""
+    """An RMS norm (Zhang & Sennrich 2019).
+
+    rounds_last: it multiplies in fp32, and then rounds; else rounds, and then multiplies, as
+    Llama's do. adds_one: it multiplies by 1 + weight, as Gemma's do, which round last.
+    """
 
     eps: float
+    rounds_last: bool = False
     adds_one: bool = False
 
 
@@ -176,9 +181,10 @@ def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
         case MoE():
             copies = mlp.num_experts
             yield LinearPart("router", "mlp", copies, hidden)
-    yield LinearPart("gate", "mlp", inner, hidden, bias, copies)
-    yield LinearPart("up", "mlp", inner, hidden, bias, copies)
-    yield LinearPart("down", "mlp", hidden, inner, bias, copies)
+    prefix = "" if isinstance(mlp, Dense) else "expert_"
+    yield LinearPart(f"{prefix}gate", "mlp", inner, hidden, bias, copies)
+    yield LinearPart(f"{prefix}up", "mlp", inner, hidden, bias, copies)
+    yield LinearPart(f"{prefix}down", "mlp", hidden, inner, bias, copies)
 
 
 def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:

@@ -35,6 +35,10 @@ SAFETENSORS = {
     "gate": "model.layers.{}.mlp.gate_proj",
     "up": "model.layers.{}.mlp.up_proj",
     "down": "model.layers.{}.mlp.down_proj",
+    "router": "model.layers.{}.mlp.gate",
+    "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj",
+    "expert_up": "model.layers.{}.mlp.experts.{}.up_proj",
+    "expert_down": "model.layers.{}.mlp.experts.{}.down_proj",
     "final_norm": "model.norm",
     "lm_head": "lm_head",
 }
@@ -51,6 +55,10 @@ GGUF = {
     "gate": "blk.{}.ffn_gate",
     "up": "blk.{}.ffn_up",
     "down": "blk.{}.ffn_down",
+    "router": "blk.{}.ffn_gate_inp",
+    "expert_gate": "blk.{}.ffn_gate_exps",
+    "expert_up": "blk.{}.ffn_up_exps",
+    "expert_down": "blk.{}.ffn_down_exps",
     "final_norm": "output_norm",
     "lm_head": "output",
 }

@@ -69,6 +69,10 @@ class Kernels(Protocol):
         gate and up: the halves of gate_up(norm(stream)).
         """
 
+    def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up. gate_up: [num_tokens, 2 * size], gates first; perhaps
+        overwritten."""
+
     def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
         """residual + post_norm(product), perhaps written over either."""
 

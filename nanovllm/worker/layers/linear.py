@@ -147,7 +147,11 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [n, inputs of this rank]. Returns new memory, the same on all ranks if they share
         the inputs."""
-        return self.reduce(self.method.apply(self, x))
+        return self.reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """What this rank has of the product."""
+        return self.method.apply(self, x)
 
     @property
     def is_partial(self) -> bool:

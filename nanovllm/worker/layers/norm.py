@@ -15,7 +15,7 @@ class RMSNorm:
     """x / rms(x) * weight, in fp32 (Zhang & Sennrich 2019).
 
     A weight in the precision of x is multiplied after x has been rounded to it, as Llama does; one
-    in fp32 before, as Gemma does.
+    in fp32 before, as Gemma and OLMo do.
     """
 
     weight: Tensor  # [size]
@@ -24,7 +24,7 @@ class RMSNorm:
     @classmethod
     def empty(cls, size: int, spec: Norm, *, dtype: torch.dtype, device: torch.device) -> "RMSNorm":
         """Weights of one, until others are loaded."""
-        kept = torch.float32 if spec.adds_one else dtype
+        kept = torch.float32 if spec.adds_one or spec.rounds_last else dtype
         return cls(torch.ones(size, dtype=kept, device=device), spec.eps)
 
     def slot(self, part: str, layer: int | None, spec: Norm) -> WeightSlot:

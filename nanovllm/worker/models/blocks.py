@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.spec import Dense, LayerSpec
+from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
 from nanovllm.worker.attention.base import Rotary
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.builder import Builder
+from nanovllm.worker.parallel import Cut
 
 
 @dataclass(slots=True, eq=False)
@@ -52,14 +53,19 @@ class AttentionBlock:
         spec, hidden = layer.attention, build.spec.hidden_size
         q, kv, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         sizes = {"q": q * head_dim, "k": kv * head_dim, "v": kv * head_dim}
-        self.qkv = build.column(hidden, sizes, module=module, bias=spec.qkv_bias, unit=head_dim)
+        self.qkv = build.column(hidden, sizes, module=(module,), bias=spec.qkv_bias, unit=head_dim)
         self.o = build.row(
-            q * head_dim, {"o": hidden}, module=module, bias=spec.o_bias, unit=head_dim
+            q * head_dim, {"o": hidden}, module=(module,), bias=spec.o_bias, unit=head_dim
         )
         self.norms = Norms(build, layer, "attention")
         self.q_norm = self.k_norm = self.head_norms = None
         if spec.qk_norm is not None:
             wide = spec.qk_norm == "full"
+            if wide and build.parallel.size > 1:
+                raise ValueError(
+                    "tensor_parallel_size: a norm over all heads of a token, as "
+                    f"{build.spec.architecture} has, cannot be shared yet: use 1"
+                )
             self.q_norm = build.norm(q * head_dim if wide else head_dim, layer.norm)
             self.k_norm = build.norm(kv * head_dim if wide else head_dim, layer.norm)
             if not wide:
@@ -117,8 +123,8 @@ class DenseBlock:
     def __init__(self, build: Builder, layer: LayerSpec, spec: Dense, *, module: int) -> None:
         hidden, inner = build.spec.hidden_size, spec.intermediate_size
         sizes = {"gate": inner, "up": inner}
-        self.gate_up = build.column(hidden, sizes, module=module, bias=spec.bias)
-        self.down = build.row(inner, {"down": hidden}, module=module, bias=spec.bias)
+        self.gate_up = build.column(hidden, sizes, module=(module,), bias=spec.bias)
+        self.down = build.row(inner, {"down": hidden}, module=(module,), bias=spec.bias)
         self.norms = Norms(build, layer, "mlp")
         self._activation = spec.activation
         self._kernels = build.kernels
@@ -140,4 +146,60 @@ class DenseBlock:
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         for linear in self.linears():
             yield from linear.slots(layer)
+        yield from self.norms.slots(layer)
+
+
+class ExpertsBlock:
+    """residual + the MLPs that the router picks for each token, weighed by its softmax.
+
+    In plain steps, an expert at a time: the host waits to know which ones are hit.
+    """
+
+    def __init__(self, build: Builder, layer: LayerSpec, spec: MoE, *, module: int) -> None:
+        hidden, inner = build.spec.hidden_size, spec.intermediate_size
+        sizes = {"expert_gate": inner, "expert_up": inner}
+        self.router = build.router(hidden, spec.num_experts)
+        self.experts: list[tuple[Linear, Linear]] = []
+        for expert in range(spec.num_experts):
+            gate_up = build.column(hidden, sizes, module=(module, expert), bias=False)
+            down = build.row(inner, {"expert_down": hidden}, module=(module, expert), bias=False)
+            self.experts.append((gate_up, down))
+        self.norms = Norms(build, layer, "mlp")
+        self._spec = spec
+        self._kernels = build.kernels
+        self._parallel = build.parallel
+
+    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
+        kernels, hidden = self._kernels, stream.hidden
+        if self.norms.pre is not None:
+            hidden = kernels.rms_norm(hidden, self.norms.pre)
+        weights, chosen = self._choose(hidden)
+        mixed = torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            gate_up, down = self.experts[expert]
+            product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)
+            inner = kernels.activate(product, self._spec.activation)
+            each = down.partial(inner) * weights[tokens, places, None]
+            mixed.index_add_(0, tokens, each)
+        mixed = self._parallel.reduce(mixed)
+        return kernels.add(mixed, stream.hidden, post_norm=self.norms.post)
+
+    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of each token's experts, both [num_tokens, top_k]."""
+        probabilities = self.router(hidden).softmax(-1, dtype=torch.float32)
+        weights, chosen = probabilities.topk(self._spec.top_k, dim=-1)
+        if self._spec.renormalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(hidden.dtype), chosen
+
+    def linears(self) -> Iterator[Linear]:
+        for pair in self.experts:
+            yield from pair
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        yield from self.router.slots(layer)
+        for index, pair in enumerate(self.experts):
+            for linear in pair:
+                yield from linear.slots(layer, Cut(index, 1, len(self.experts)))
         yield from self.norms.slots(layer)

@@ -37,21 +37,41 @@ class Builder:
     parallel: TensorParallel
 
     def column(
-        self, inputs: int, parts: Mapping[str, int], *, module: int, bias: bool, unit: int = 1
+        self,
+        inputs: int,
+        parts: Mapping[str, int],
+        *,
+        module: tuple[int, ...],
+        bias: bool,
+        unit: int = 1,
     ) -> Linear:
         """Ranks hold different outputs of each part, in multiples of `unit`; where a part has fewer
-        units than there are ranks (KV heads), several hold the same. module: the layer's index."""
+        units than there are ranks (KV heads), several hold the same. module: the layer's index,
+        and the expert's if it is one."""
         share = partial(self.parallel.share, unit=unit, repeats=True)
         cuts = {part: share(size) for part, size in parts.items()}
         return self._linear(Cut.all_of(inputs), cuts, axis=0, module=module, bias=bias)
 
     def row(
-        self, inputs: int, parts: Mapping[str, int], *, module: int, bias: bool, unit: int = 1
+        self,
+        inputs: int,
+        parts: Mapping[str, int],
+        *,
+        module: tuple[int, ...],
+        bias: bool,
+        unit: int = 1,
     ) -> Linear:
         """Ranks multiply different inputs, in multiples of `unit`, and add up their products."""
         taken = self.parallel.share(inputs, unit=unit)
         cuts = {part: Cut.all_of(size) for part, size in parts.items()}
         return self._linear(taken, cuts, axis=1, module=module, bias=bias)
+
+    def router(self, inputs: int, num_experts: int) -> Linear:
+        """Whole on every rank, and never quantized: what it picks decides about all the rest."""
+        parts = {"router": num_experts}
+        return Linear.empty(
+            inputs, parts, bias=False, shard_axis=0, dtype=self.dtype, device=self.device
+        )
 
     def _linear(
         self,
@@ -59,7 +79,7 @@ class Builder:
         parts: dict[str, Cut],
         *,
         axis: Literal[0, 1],
-        module: int,
+        module: tuple[int, ...],
         bias: bool,
     ) -> Linear:
         # Built nowhere: nothing is ever allocated in a form that it will not be kept in.
@@ -67,7 +87,7 @@ class Builder:
             inputs, parts, bias=bias, shard_axis=axis, dtype=self.dtype, device=NOWHERE
         )
         linear.parallel = self.parallel
-        names = [self.spec.names.safetensors[part].format(module, 0) for part in parts]
+        names = [self.spec.names.safetensors[part].format(*module) for part in parts]
         kept = None if self.scheme is None else self.scheme.format_of_all(names)
         linear.method = method_for(kept, linear, self.device)
         linear.method.create(linear, self.device)

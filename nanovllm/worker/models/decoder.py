@@ -12,13 +12,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.quantization import Scheme
-from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, count_parameters
+from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
-from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock
+from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock
 from nanovllm.worker.models.builder import Builder
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 
@@ -28,8 +28,12 @@ class DecoderLayer:
 
     def __init__(self, build: Builder, spec: LayerSpec, *, module: int, cos_sin: Tensor) -> None:
         self.attention = AttentionBlock(build, spec, module=module, cos_sin=cos_sin)
-        assert isinstance(spec.mlp, Dense)
-        self.mlp = DenseBlock(build, spec, spec.mlp, module=module)
+        self.mlp: DenseBlock | ExpertsBlock
+        match spec.mlp:
+            case Dense() as dense:
+                self.mlp = DenseBlock(build, spec, dense, module=module)
+            case MoE() as experts:
+                self.mlp = ExpertsBlock(build, spec, experts, module=module)
 
     def forward(
         self,

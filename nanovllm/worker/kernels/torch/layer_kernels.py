@@ -49,8 +49,11 @@ class TorchKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Stream:
-        inner = gated(self.norm_linear(stream, norm, gate_up), activation)
+        inner = self.activate(self.norm_linear(stream, norm, gate_up), activation)
         return self.linear_add(inner, down, stream.hidden, post_norm=post_norm)
+
+    def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return gated(gate_up, activation)
 
     def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
         if post_norm is not None:

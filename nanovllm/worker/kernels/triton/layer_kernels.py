@@ -162,8 +162,11 @@ class TritonKernels:
             product = products.norm_linear(stream, norm, gate_up)
             if activation == "silu" and not down.is_partial and post_norm is None:
                 return products_of(down).gated_linear_add(product, down, residual, next_norm)
-            inner = silu_and_mul(product) if activation == "silu" else gated(product, activation)
+            inner = self.activate(product, activation)
         return self.linear_add(inner, down, residual, post_norm=post_norm, next_norm=next_norm)
+
+    def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return silu_and_mul(gate_up) if activation == "silu" else gated(gate_up, activation)
 
     def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
         if post_norm is not None:
