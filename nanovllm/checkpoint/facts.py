@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanovllm.checkpoint.damage import blaming
-from nanovllm.checkpoint.families import llama, mistral, qwen2, qwen3
+from nanovllm.checkpoint.families import llama, mistral, olmo2, qwen2, qwen3
 from nanovllm.checkpoint.hf_config import Config, architectures
 from nanovllm.checkpoint.spec import DecoderSpec
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "LlamaForCausalLM": llama.spec,
     "MistralForCausalLM": mistral.spec,
+    "Olmo2ForCausalLM": olmo2.spec,
     "Qwen2ForCausalLM": qwen2.spec,
     "Qwen3ForCausalLM": qwen3.spec,
 }
