@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanovllm.checkpoint.damage import blaming
-from nanovllm.checkpoint.families import llama, mistral, olmo2, qwen2, qwen3
+from nanovllm.checkpoint.families import llama, mistral, olmo2, qwen2, qwen3, qwen3_moe
 from nanovllm.checkpoint.hf_config import Config, architectures
 from nanovllm.checkpoint.spec import DecoderSpec
 
@@ -17,6 +17,7 @@ FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "Olmo2ForCausalLM": olmo2.spec,
     "Qwen2ForCausalLM": qwen2.spec,
     "Qwen3ForCausalLM": qwen3.spec,
+    "Qwen3MoeForCausalLM": qwen3_moe.spec,
 }
 
 

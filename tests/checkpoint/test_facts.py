@@ -19,6 +19,7 @@ from nanovllm.checkpoint.spec import (
     Dense,
     LinearScaling,
     Llama3Scaling,
+    MoE,
     Rope,
 )
 from nanovllm.worker.layers.rotary import cos_sin_table, inverse_frequencies
@@ -51,7 +52,8 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
     theirs = AutoConfig.from_pretrained(path)
     assert spec.num_layers == theirs.num_hidden_layers
     assert spec.tied_embeddings == theirs.tie_word_embeddings
-    for layer in spec.layers:
+    kinds = getattr(theirs, "layer_types", None) or [FULL] * spec.num_layers
+    for kind, layer in zip(kinds, spec.layers, strict=True):
         attention, mlp = layer.attention, layer.mlp
         assert attention.num_kv_heads == theirs.num_key_value_heads
         assert attention.head_dim == (getattr(theirs, "head_dim", None) or 12)
@@ -59,11 +61,18 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
         assert layer.norm.eps == spec.norm.eps == theirs.rms_norm_eps
         assert attention.rope is not None
         assert attention.rope.theta == theirs.rope_parameters["rope_theta"]
-        assert attention.window == getattr(theirs, "sliding_window", None)
-        assert (attention.qk_norm == "head") == (name == "qwen3")
-        assert attention.qkv_bias == (name in ("qwen2", "llama_linear"))
-        assert isinstance(mlp, Dense) and mlp.intermediate_size == theirs.intermediate_size
-        assert attention.o_bias == mlp.bias == (name == "llama_linear")
+        slides = name == "mistral" or kind == "sliding_attention"
+        assert attention.window == (theirs.sliding_window if slides else None)
+        assert (attention.qk_norm == "head") == name.startswith("qwen3")
+        assert attention.qkv_bias == (name.startswith("qwen2") or name == "llama_linear")
+        assert attention.o_bias == (name == "llama_linear")
+        match mlp:
+            case Dense():
+                assert mlp.intermediate_size == theirs.intermediate_size
+                assert mlp.bias == (name == "llama_linear")
+            case MoE():
+                assert mlp.intermediate_size == theirs.moe_intermediate_size
+                assert (mlp.num_experts, mlp.top_k) == (6, 2) and mlp.renormalizes
 
 
 def test_absent_fields_have_transformers_defaults() -> None:
