@@ -10,13 +10,18 @@ PY := .venv/bin/python
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types bench clean setup
+.PHONY: demo test test-clients lint types bench clean setup
 
 demo: setup
 	.venv/bin/nanovllm generate --model $(MODEL) "$(PROMPT)"
 
 test: setup
 	$(PY) -m pytest
+
+# Agent frameworks bring hundreds of megabytes that nothing else here needs.
+test-clients: setup
+	$(PY) -m pip install -q -e '.[clients]'
+	$(PY) -m pytest tests/frontend/server/test_agents.py
 
 lint: setup
 	$(PY) -m ruff check .

@@ -109,6 +109,8 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
             response_model=None,
             openapi_extra=operation(one, has_keys=settings.has_keys),
         )
+        if one.method == "GET" and one.event is None:  # probes ask for the headers alone
+            app.add_route(one.route, one.run, methods=["HEAD"], include_in_schema=False)
     for file in PAGE:
         app.add_route(file.path, file.answer, methods=["GET"], include_in_schema=False)
     app.openapi = lambda: document(app, ENDPOINTS, has_keys=settings.has_keys)  # type: ignore[method-assign]

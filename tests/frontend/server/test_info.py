@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanovllm.frontend.server import serving as serving_module
 from tests.frontend.attached import says
 from tests.frontend.fake_core import STATUS
-from tests.frontend.server.served import Served, error_of, served
+from tests.frontend.server.served import Served, error_of, listening, served
 
 BUSY = msgspec.structs.replace(
     STATUS,
@@ -148,3 +149,14 @@ async def test_health_wants_fresh_progress(address: str, monkeypatch: pytest.Mon
             while (await server.client.get("/health")).status_code != 200:
                 server.core.push(msgspec.structs.replace(STATUS))
                 await asyncio.sleep(0.05)
+
+
+async def test_probes_may_ask_for_the_headers_alone(address: str) -> None:
+    paths = ("/health", "/ready", "/v1/models", "/v1/models/fake", "/version", "/metrics")
+    async with listening(address) as (url, _, _s), httpx.AsyncClient() as client:
+        for path in paths:
+            whole, head = await client.get(url + path), await client.head(url + path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == whole.headers["content-type"]
+        assert (await client.head(f"{url}/v1/models/nope")).status_code == 404
+        assert (await client.head(f"{url}/v1/chat/completions")).status_code == 405
