@@ -17,7 +17,7 @@ OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 Quantization = Literal["fp8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
-AttentionBackendName = Literal["auto", "torch", "triton", "flash_attn"]
+AttentionBackendName = Literal["auto", "torch", "native", "triton", "flash_attn"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -64,6 +64,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str | None, Meta(description="the name clients see; default: the value of model")
     ] = None
     device: Annotated[Device, Meta(description="auto: CUDA if there is one, else the CPU")] = "auto"
+    threads: Annotated[
+        AtLeast1 | None,
+        Meta(description="threads that compute on a CPU; default: the cores it may use"),
+    ] = None
     enforce_eager: Annotated[bool, Meta(description="never capture CUDA graphs")] = False
     attention_backend: Annotated[
         AttentionBackendName, Meta(description="auto: the fastest that supports the model")

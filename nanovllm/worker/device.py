@@ -4,6 +4,9 @@
 """
 
 import logging
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -66,6 +69,26 @@ def choose_dtype(dtype: DType, device: torch.device, stored: str | None) -> tupl
         )
     name, why = dtype_for(dtype, is_gpu=is_gpu, has_bfloat16=has_bfloat16(device), stored=stored)
     return DTYPES[name], why
+
+
+def num_usable_cores() -> int:
+    """Cores that this process may use: its affinity, a CPU quota of its container, two threads of
+    a core being one."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    num_cores = len({_siblings(cpu) for cpu in allowed}) or os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no control groups, or no quota ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        num_cores = min(num_cores, max(1, int(quota) // int(period)))
+    return num_cores
+
+
+def _siblings(cpu: int) -> str:
+    """The threads of a CPU's core, as Linux lists them; the CPU itself if it does not say."""
+    try:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        return (topology / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def describe(device: torch.device) -> str:

@@ -5,6 +5,7 @@ count, and why) returns in `Loaded.info`; the KV cache is allocated later, by `L
 as many blocks as all ranks can have.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -25,12 +26,20 @@ from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs, select_attention
-from nanovllm.worker.device import choose_device, choose_dtype, choose_kv_dtype, describe
+from nanovllm.worker.device import (
+    choose_device,
+    choose_dtype,
+    choose_kv_dtype,
+    describe,
+    num_usable_cores,
+)
 from nanovllm.worker.failures import out_of_memory_at_start
+from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
@@ -43,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, with all that a runner needs but the KV cache."""
+    """A model on its device, with all that a runner needs but the KV cache.
+
+    native: runs the model's steps instead of it, if there is one for it.
+    """
 
     model: Decoder
     rows: RequestRows
@@ -51,11 +63,12 @@ class Loaded:
     attention: ModelAttention
     limits: StepLimits
     captures: bool
+    native: NativeDecoder | None = None
 
     def runner(self, *, num_blocks: int) -> ModelRunner:
         """One with a new KV cache of so many blocks."""
         return ModelRunner(
-            self.model,
+            self.native or self.model,
             self.attention,
             rows=self.rows,
             kv_cache=self._kv_cache(num_blocks),
@@ -80,7 +93,10 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What will be loaded, and by what it will run. spec: with the positions that are wanted."""
+    """What will be loaded, and by what it will run.
+
+    spec: with the positions that are wanted. is_native: whether whole steps are native calls.
+    """
 
     checkpoint: Checkpoint
     eos_token_ids: list[int]
@@ -89,6 +105,7 @@ class Choice:
     scheme: Scheme | None
     attention: ModelAttention
     kernels: DeviceKernels
+    is_native: bool
     notes: list[str]  # why it was chosen so
 
 
@@ -129,7 +146,7 @@ class Startup:
         with self.phase("build"):
             loaded = self._build(choice)
         with self.phase("weights"):
-            self._load(loaded.model, choice.checkpoint)
+            loaded = self._load(loaded, choice)
         self._await_kernels(choice.kernels)
         with self.phase("kv cache"):
             num_blocks = self._count_blocks(loaded)
@@ -137,6 +154,8 @@ class Startup:
         found = report(plan, self._memory_bytes, num_blocks=num_blocks)
         logger.info("memory of %s: %s", describe(self.device), "; ".join(found))
         notes = [*choice.notes, *describe_weights(loaded.model.linears(), choice.scheme), *found]
+        if loaded.native is not None:
+            notes.insert(len(choice.notes), loaded.native.describe())
         return loaded, self._info(choice, loaded, num_blocks, notes)
 
     def _choose(self) -> Choice:
@@ -162,8 +181,23 @@ class Startup:
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_attention(backend, specs)
         kernels = select_kernels(device, refused=self._triton_refused)
-        notes = [why_dtype, why_attention, kernels.why]
-        return Choice(checkpoint, ends, size, spec, scheme, attention, kernels, notes)
+        is_native, why_kernels = self._choose_native(spec, scheme, attention)
+        notes = [why_dtype, why_attention]
+        notes += [why_kernels] if is_native else [f"{kernels.why}{why_kernels}"]
+        return Choice(checkpoint, ends, size, spec, scheme, attention, kernels, is_native, notes)
+
+    def _choose_native(
+        self, spec: DecoderSpec, scheme: Scheme | None, attention: ModelAttention
+    ) -> tuple[bool, str]:
+        """Whether a CPU runs whole steps by native kernels, and by which; else why not."""
+        if self.device.type != "cpu":
+            return False, ""
+        if native.path() is None:
+            return False, f"; {native.HOW_TO_BUILD}"
+        threads = self._config.model.threads or num_usable_cores()
+        native.use(native.choose_isa(), num_threads=threads)
+        reason = unsupported(spec, attention) if scheme is None else "weights are quantized anew"
+        return reason is None, native.in_use() if reason is None else f"; no native steps: {reason}"
 
     def _build(self, choice: Choice) -> Loaded:
         """The model with memory for its weights, and the record of its rows."""
@@ -176,6 +210,9 @@ class Startup:
             device=self.device,
             scheme=choice.scheme,
         )
+        takes_file = self._config.model.load_format in ("auto", "gguf")
+        if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
+            take_as_stored(model)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,
             max_model_len=choice.spec.max_position_embeddings,
@@ -232,17 +269,24 @@ class Startup:
                 kernels.naming.join()
                 self._precompiler.wait(partial(self._on_progress, "kernels"))
 
-    def _load(self, model: Decoder, checkpoint: Checkpoint) -> None:
+    def _load(self, loaded: Loaded, choice: Choice) -> Loaded:
+        model = loaded.model
         load_weights(
             model,
-            checkpoint,
+            choice.checkpoint,
             load_format=self._config.model.load_format,
             seed=self._config.model.seed,
             on_progress=self._on_progress,
+            prepacks=not choice.is_native,
         )
+        if choice.is_native:
+            step = NativeDecoder(model)
+            self._memory_bytes["weights"] = step.weight_bytes
+            return dataclasses.replace(loaded, native=step)
         held = (model.embedding, *(linear.weight for linear in model.linears()))
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
+        return loaded
 
     def _count_blocks(self, loaded: Loaded) -> int:
         """How many blocks fit beside the model and the heaviest step, which on CUDA is run here."""

@@ -58,13 +58,15 @@ def load_weights(
     load_format: LoadFormat,
     seed: int,
     on_progress: ProgressCallback,
+    prepacks: bool = True,
 ) -> None:
     """Fill every parameter of `model`, then lay them out as its device likes them.
 
     Of each tensor only the pieces are read that this rank holds. What is kept quantized is
     quantized as it comes, so that the peak is little above the quantized model. seed: of
-    load_format "dummy", which reads no file. on_progress is told the phase "weights".
-    Raises `ValueError` naming the file or tensor and the remedy.
+    load_format "dummy", which reads no file. on_progress is told the phase "weights". prepacks:
+    false where somebody else lays weights out. Raises `ValueError` naming the file or tensor and
+    the remedy.
     """
     if load_format not in ("auto", "dummy", checkpoint.format):
         raise ValueError(
@@ -82,7 +84,7 @@ def load_weights(
         num_filled += num_values
         on_progress("weights", num_filled / total)
     assert num_filled == total
-    if can_prepack(model.dtype, model.device):
+    if prepacks and can_prepack(model.dtype, model.device):
         prepack(linear for linear in model.linears() if linear.method is UNQUANTIZED)
 
 
@@ -158,12 +160,23 @@ def _fill_from_gguf(
         slot, half = place.slot, 0
         if names.gguf_interleaved and slot.layer is not None and slot.part in ("q", "k"):
             half = model.spec.layers[slot.layer].attention.head_dim // 2
+        if slot.keep is not None:
+            assert place.is_whole
+            slot.keep(_unlaced(tensors[name], half) if half else tensors[name])
+            yield slot.target.numel()
+            continue
         for values, rows in _gguf_pieces(tensors[name], place, unit=2 * half or 1):
             if half:  # [heads, half, 2, …] in the file, [heads, 2, half, …] in a parameter
                 pairs = values.view(-1, half, 2, *values.shape[1:])
                 values = pairs.transpose(1, 2).reshape(values.shape)
             slot.write(values, rows)
             yield slot.target[rows].numel()
+
+
+def _unlaced(tensor: GGUFTensor, half: int) -> GGUFTensor:
+    """With the rows of each head in the order of parameters."""
+    raw = tensor.raw.reshape(-1, half, 2, tensor.raw.shape[1]).swapaxes(1, 2)
+    return replace(tensor, raw=raw.reshape(tensor.raw.shape))
 
 
 def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tuple[Tensor, slice]]:

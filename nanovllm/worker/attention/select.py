@@ -17,11 +17,12 @@ from nanovllm.worker.parallel import SINGLE, TensorParallel
 
 BACKENDS = {
     "torch": "nanovllm.worker.attention.torch_ref:TorchAttention",
+    "native": "nanovllm.worker.attention.native:NativeAttention",
     "triton": "nanovllm.worker.attention.triton.backend:TritonAttention",
     "flash_attn": "nanovllm.worker.attention.flash_attention:FlashAttention",
 }
 # "auto" takes the first that supports the model.
-PREFERENCES = {"cpu": ("torch",), "cuda": ("triton", "torch")}
+PREFERENCES = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 
 class BackendClass(Protocol):

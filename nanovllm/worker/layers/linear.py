@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 
 ALL = slice(None)
@@ -27,7 +28,8 @@ class WeightSlot:
     leading axis, if the part is one expert's. target: of the piece's shape, or one that it spreads
     to. dtype: the only one a file may hold it in; None: any but those that need a scale. note: what
     of the config says so, for an error. put(values, rows): how some rows come into target; None:
-    they are copied.
+    they are copied. keep: takes the rows of a GGUF tensor as they are stored, in the order of the
+    slot's; then target has a shape and no memory.
     """
 
     part: str
@@ -39,6 +41,7 @@ class WeightSlot:
     dtype: torch.dtype | None = None
     note: str = ""
     put: Callable[[Tensor, slice], None] | None = None
+    keep: Callable[[GGUFTensor], None] | None = None
 
     @classmethod
     def of_whole(

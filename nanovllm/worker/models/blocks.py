@@ -73,8 +73,8 @@ class AttentionBlock:
                 self.head_norms = HeadNorms(*weights, layer.norm.eps)
         self._norm_spec = layer.norm
         self._kernels = build.kernels
-        self._backend = build.attention.of(spec)
-        self._rotary = Rotary(build.kernels, cos_sin, self.head_norms)
+        self.backend = build.attention.of(spec)
+        self.rotary = Rotary(build.kernels, cos_sin, self.head_norms)
 
     def forward(
         self,
@@ -89,7 +89,7 @@ class AttentionBlock:
         qkv = self._kernels.norm_linear(stream, self.norms.pre, self.qkv)
         if self.head_norms is None and self.q_norm is not None:
             self._norm_all_heads(qkv)
-        attended = self._backend.forward(qkv, self._rotary, layer_cache, batch)
+        attended = self.backend.forward(qkv, self.rotary, layer_cache, batch)
         hidden = stream.hidden
         if wanted is not None:
             attended, hidden = attended[wanted], hidden[wanted]

@@ -5,12 +5,14 @@ Built by `startup` from a `DecoderSpec`, run by `model_runner`. It knows no phas
 device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
 from nanovllm.worker.attention.base import ModelAttention
@@ -95,6 +97,7 @@ class Decoder:
         )
         shape = spec.vocab_size, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
+        self.embedding_keeper: Callable[[GGUFTensor], None] | None = None
         tables = build.rotary_tables()
         self.layers = [
             DecoderLayer(build, layer, module=index, cos_sin=tables[layer.attention])
@@ -148,7 +151,8 @@ class Decoder:
 
     def slots(self) -> Iterator[WeightSlot]:
         """Every piece that a checkpoint must bring, and where it goes. A tied head brings none."""
-        yield WeightSlot.of_whole("embedding", "weight", self.embedding)
+        embedding = WeightSlot.of_whole("embedding", "weight", self.embedding)
+        yield replace(embedding, keep=self.embedding_keeper)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(index)
         yield self.final_norm.slot("final_norm", None, self.spec.norm)

@@ -92,6 +92,7 @@ class Layer(Structure):
         ("post_norm", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("cos_sin", c_void_p),
         ("heads", Heads),
     )
 
@@ -103,16 +104,19 @@ class DecoderParts(Structure):
         ("hidden_size", c_int32),
         ("eps", c_float),
         ("padding", c_float),
-        ("cos_sin", c_void_p),
         ("final_norm", c_void_p),
         ("embedding", Matrix),
         ("head", Linear),
     )
 
 
+HOW_TO_BUILD = "the set-up built no native kernels: install a C++ compiler and set up again"
+
 # function → (result, arguments)
 SIGNATURES = {
     "nv_isa": (c_char_p, (c_int32,)),
+    "nv_isa_in_use": (c_char_p, ()),
+    "nv_num_threads": (c_int32, ()),
     "nv_use": (c_int32, (c_char_p, c_int32)),
     "nv_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
     "nv_pack": (c_int64, (c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p)),
@@ -187,3 +191,9 @@ def use(isa: str, *, num_threads: int) -> None:
     """Have all kernels run by this instruction set in so many threads, the caller's included."""
     chosen = library().nv_use(isa.encode(), num_threads)
     assert chosen
+
+
+def in_use() -> str:
+    """What `use` chose, for notes."""
+    isa, num_threads = library().nv_isa_in_use().decode(), library().nv_num_threads()
+    return f"native kernels for {isa}, {num_threads} threads"

@@ -353,7 +353,7 @@ struct Decoder {
         e.norm(hidden.of(0), layer.input_norm, parts.eps, width, count, x);
         float* projected = qkv.of((int64_t)count * layer.qkv.rows);
         e.multiply(layer.qkv, e.prepare(e.tokens, layer.qkv, x, count), count, projected, false);
-        Rope rope{parts.cos_sin, layer.q_norm, layer.k_norm, parts.eps, 0};
+        Rope rope{layer.cos_sin, layer.q_norm, layer.k_norm, parts.eps, 0};
         e.rope(projected, layer.qkv.rows, rope, heads, cache, batch.positions + first,
                batch.slots + first, count);
         float* out = attended.of((int64_t)count * heads.num_heads * heads.head_dim);
@@ -394,6 +394,9 @@ const char* nv_isa(int index) {
     auto found = runnable();
     return index < (int)found.size() ? found[index]->name : nullptr;
 }
+
+const char* nv_isa_in_use() { return engine().kernels->name; }
+int nv_num_threads() { return engine().num_threads(); }
 
 // Returns 0 if this CPU cannot run it.
 int nv_use(const char* isa, int num_threads) {

@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -25,6 +26,11 @@ class Packed:
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
+
+    @property
+    def kind(self) -> str:
+        """As GGUF calls its type: "Q4_1"."""
+        return gguf.GGMLQuantizationType(self.matrix.type).name
 
 
 def can_pack(kind: int, columns: int) -> bool:

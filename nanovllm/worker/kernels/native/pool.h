@@ -38,7 +38,8 @@ class Pool {
   private:
     // A ticket says which job it is of, how many pieces that has, and which is the next to be taken:
     // whoever advances it has read the job it belongs to.
-    static constexpr int SPINS = 4000;  // some 50 microseconds
+    static constexpr int IDLE_SPINS = 2000;  // some 100 microseconds, then sleep
+    static constexpr int WAIT_SPINS = 400;   // then let others run: one may hold the last piece
     static constexpr int MOST = 0xffff;
     static int next_of(uint64_t ticket) { return (int)(ticket & MOST); }
     static int pieces_of(uint64_t ticket) { return (int)(ticket >> 16 & MOST); }
@@ -67,7 +68,7 @@ class Pool {
         }
         take(0);
         for (int spins = 0; done_.load(std::memory_order_acquire) < num_pieces; spins++)
-            spins < SPINS ? pause() : std::this_thread::yield();
+            spins < WAIT_SPINS ? pause() : std::this_thread::yield();
     }
 
     // Runs pieces while there are any.
@@ -91,11 +92,11 @@ class Pool {
     void work(int thread) {
         while (true) {
             int spins = 0;
-            while (!has_work() && spins < SPINS) {
+            while (!has_work() && spins < IDLE_SPINS) {
                 pause();
                 spins++;
             }
-            if (spins == SPINS) {
+            if (spins == IDLE_SPINS) {
                 std::unique_lock<std::mutex> hold(mutex_);
                 num_sleeping_++;
                 wake_.wait(hold, [this] { return stop_ || has_work(); });

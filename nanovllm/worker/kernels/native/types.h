@@ -50,7 +50,7 @@ struct Batch {
 
 struct Layer {
     Linear qkv, o, gate_up, down;
-    const float *input_norm, *post_norm, *q_norm, *k_norm;
+    const float *input_norm, *post_norm, *q_norm, *k_norm, *cos_sin;
     Heads heads;
 };
 
@@ -58,7 +58,7 @@ struct DecoderParts {
     const Layer* layers;
     int32_t num_layers, hidden_size;
     float eps, padding;
-    const float *cos_sin, *final_norm;
+    const float* final_norm;
     Matrix embedding;
     Linear head;
 };

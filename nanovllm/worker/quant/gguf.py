@@ -1,0 +1,93 @@
+"""Linear layers that multiply weights as a GGUF file stores them, by the native kernels of CPUs.
+
+`models.native` gives layers this method where the kernels are there. Tokens are rounded to 8 bits
+with a scale for each 32 values, or, many at once on a CPU with AMX, to bfloat16.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.gguf import GGUFTensor
+from nanovllm.worker.kernels.native import library as native
+from nanovllm.worker.kernels.native.packed import Packed, can_pack, pack_bfloat16, pack_gguf
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+
+
+class PackedLinear:
+    """The parts of one layer's weight, each as it is stored; `linear.weight` has no memory."""
+
+    kind: ClassVar[str] = "packed"
+
+    def __init__(self, parts: dict[str, Packed] | None = None) -> None:
+        self.parts = {} if parts is None else parts
+        self._bias: Tensor | None = None
+        self._described: native.Linear | None = None
+
+    def create(self, linear: Linear, device: torch.device) -> None:
+        linear.weight = without_memory(linear.weight)
+        linear.allocate_bias(device)
+
+    def slots(self, linear: Linear) -> Iterator[WeightSlot]:
+        for part, cut, rows in linear.rows():
+            keep = PartKeeper(self.parts, part)
+            target, piece = linear.weight[rows], (cut, linear.inputs)
+            yield WeightSlot(part, "weight", target, piece, keep=keep)
+            yield from linear.bias_slots(part, cut, rows)
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        described, wide = self.describe(linear), x.float().contiguous()
+        out = torch.empty(len(x), described.rows)
+        native.library().nv_linear(ctypes.byref(described), wide.data_ptr(), len(x), out.data_ptr())
+        return out.to(x.dtype)
+
+    def describe(self, linear: Linear) -> native.Linear:
+        """For calls into the library, once all parts are there; valid as long as this method."""
+        if self._described is None:
+            matrices = [self.parts[part].matrix for part in linear.parts]
+            rows = sum(matrix.rows for matrix in matrices)
+            self._bias = None if linear.bias is None else linear.bias.float()
+            bias = None if self._bias is None else self._bias.data_ptr()
+            self._described = native.Linear(tuple(matrices), len(matrices), rows, bias)
+        return self._described
+
+
+@dataclass(frozen=True, slots=True)
+class PartKeeper:
+    """Packs one tensor into `parts` (a `WeightSlot.keep`)."""
+
+    parts: dict[str, Packed]
+    part: str
+
+    def __call__(self, tensor: GGUFTensor) -> None:
+        self.parts[self.part] = pack_tensor(tensor)
+
+
+def pack_tensor(tensor: GGUFTensor) -> Packed:
+    """As stored, or in bfloat16 if there are no products for its type."""
+    columns = tensor.shape[-1]
+    if can_pack(int(tensor.type), columns) and tensor.type.name != "BF16":
+        return pack_gguf(tensor.raw, int(tensor.type), columns=columns, name=tensor.name)
+    return pack_bfloat16(torch.from_numpy(tensor.dequantize()).bfloat16())
+
+
+def keep_as_stored(linear: Linear, device: torch.device) -> None:
+    """Have a layer take its weights as they are stored."""
+    linear.method = PackedLinear()
+    linear.method.create(linear, device)
+
+
+def pack_linear(linear: Linear) -> None:
+    """Lay out the loaded bfloat16 weight of a layer for the native products, part by part."""
+    parts = {part: pack_bfloat16(linear.weight[rows]) for part, _, rows in linear.rows()}
+    linear.method = PackedLinear(parts)
+    linear.weight = without_memory(linear.weight)
+
+
+def without_memory(weight: Tensor) -> Tensor:
+    """One of its shape that holds nothing."""
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")

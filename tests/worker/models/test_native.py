@@ -1,0 +1,140 @@
+"""Whole native steps against the torch decoder with the same weights, layer by layer."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from nanovllm.checkpoint.locate import Checkpoint, locate
+from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.worker.attention.select import attention_specs, select_attention
+from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.native import library as native
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.model_runner import Model
+from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
+from nanovllm.worker.weights import load_weights
+
+if native.path() is None:
+    pytest.skip("the set-up built no native kernels", allow_module_level=True)
+
+BLOCK_SIZE = 16
+MAX_DIVERGENCE = 0.03  # nats, of the mean over a few tokens; 0.005 is usual with tokens in 8 bits
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=native.runnable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use(request.param, num_threads=2)
+    yield str(request.param)
+    native.use(native.choose_isa(), num_threads=2)
+
+
+def batch_of(rows: list[tuple[int, list[int]]], *, num_blocks: int) -> ForwardBatch:
+    """rows: positions computed before, and new ids. Each row has `num_blocks` blocks."""
+    counts = torch.tensor([len(ids) for _, ids in rows])
+    tables = torch.arange(1, len(rows) * num_blocks + 1, dtype=torch.int32).view(len(rows), -1)
+    positions = torch.cat([torch.arange(old, old + len(ids)) for old, ids in rows])
+    row_of = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    blocks = tables[row_of, positions // BLOCK_SIZE].long()
+    lengths = [old + len(ids) for old, ids in rows]
+    return ForwardBatch(
+        input_ids=torch.tensor([token for _, ids in rows for token in ids]),
+        positions=positions,
+        slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+        query_start_loc=torch.cat((torch.zeros(1), counts.cumsum(0))).int(),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_tables=tables,
+        num_tokens=len(positions),
+        num_rows=len(rows),
+        num_decode_rows=int((counts == 1).sum()),
+        max_query_len=int(counts.max()),
+        max_seq_len=max(lengths),
+    )
+
+
+class Loaded:
+    """A model of a checkpoint with a cache of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, *, dtype: torch.dtype) -> None:
+        specs = attention_specs(spec, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
+        is_native = dtype == torch.bfloat16
+        self.attention = select_attention("native" if is_native else "torch", specs)[0]
+        model = Decoder(
+            spec, kernels=TorchKernels(), attention=self.attention, dtype=dtype, device=CPU
+        )
+        if is_native and checkpoint.format == "gguf":
+            assert unsupported(spec, self.attention) is None
+            take_as_stored(model)
+        load_weights(
+            model,
+            checkpoint,
+            load_format="auto",
+            seed=0,
+            on_progress=lambda phase, progress: None,
+            prepacks=not is_native,
+        )
+        self.model: Model = NativeDecoder(model) if is_native else model
+        shape = self.attention.kv_shape(num_layers=spec.num_layers, num_blocks=200)
+        self.cache = torch.zeros(shape, dtype=dtype)
+
+    def logits(self, batch: ForwardBatch, wanted: Tensor | None = None) -> Tensor:
+        self.attention.prepare(batch)
+        return self.model.compute_logits(self.model.forward(batch, self.cache, wanted=wanted))
+
+
+def divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """KL of each row's next-token distribution, in nats."""
+    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+PROMPT = torch.randint(0, 49000, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+# A prompt that is long enough for the kernels of many tokens, then single ones beside a chunk.
+STEPS = [
+    [(0, PROMPT[:36]), (0, PROMPT[5:10])],
+    [(36, PROMPT[36:37]), (5, PROMPT[40:44])],
+    [(37, PROMPT[37:38]), (9, PROMPT[44:45])],
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Checkpoint, DecoderSpec]:
+    checkpoint = locate("smollm2")
+    spec = read_model_size(checkpoint).spec
+    return checkpoint, replace(spec, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: tuple[Checkpoint, DecoderSpec]) -> list[Tensor]:
+    """The logits of each step in float32 by torch."""
+    exact = Loaded(*smollm2, dtype=torch.float32)
+    return [exact.logits(batch_of(rows, num_blocks=4)) for rows in STEPS]
+
+
+@pytest.mark.model
+def test_steps_of_a_stored_model(
+    isa: str, smollm2: tuple[Checkpoint, DecoderSpec], expected: list[Tensor]
+) -> None:
+    quick = Loaded(*smollm2, dtype=torch.bfloat16)
+    for rows, logits in zip(STEPS, expected, strict=True):
+        batch = batch_of(rows, num_blocks=4)
+        found = quick.logits(batch)
+        assert divergence(logits, found).mean() < MAX_DIVERGENCE
+        # Of the tokens that are asked for only; how many there are may choose other kernels.
+        ends = batch.query_start_loc[1:].long() - 1
+        assert divergence(found[ends], quick.logits(batch, ends)).mean() < MAX_DIVERGENCE
+
+
+@pytest.mark.model
+def test_weights_are_kept_in_the_size_of_the_file(
+    smollm2: tuple[Checkpoint, DecoderSpec],
+) -> None:
+    model = Loaded(*smollm2, dtype=torch.bfloat16).model
+    assert isinstance(model, NativeDecoder)
+    assert model.weight_bytes < 1.01 * smollm2[0].path.stat().st_size
+    assert "210 Q4_1, 1 Q8_0" in model.describe()
