@@ -587,7 +587,7 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
         backend.prepare(batch)
         stream = Stream(F.embedding(batch.input_ids, model.embedding))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
-            layer.attention._backend = backend
+            layer.attention.backend = backend
             norm = layer.attention.norms.pre  # as good as the next layer's
             stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, next_norm=norm)
         return KERNELS.rms_norm(stream.hidden, model.final_norm)
