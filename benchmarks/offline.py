@@ -5,6 +5,15 @@
 
 One line per engine and workload: seconds (best of --repeats), output tokens/s, all tokens/s, and
 the roofline time over the time taken. Each engine runs in a process of its own, one after another.
+
+`ask_…` workloads (`workloads.asking`) are 64 requests of which none, one or all ask for something
+of their sampling; "x plain" compares with `ask_nobody` of the same engine, which comes first:
+
+    python benchmarks/offline.py --model benchmarks/models/qwen3-0.6b --load-format dummy \
+        --workload ask_nobody,ask_one_penalties,ask_all_penalties,ask_one_logprobs,ask_all_logprobs
+
+Those with a grammar (`…_schema`, `…_regex`) need a checkpoint with a tokenizer; their tokens/s
+count what outputs hold.
 """
 
 import argparse
@@ -18,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from workloads import WORKLOADS, Workload, floor_seconds, keeps_cache
+from workloads import ASKS, WORKLOADS, Asking, Workload, asking, floor_seconds, keeps_cache
 
 MAX_MODEL_LEN = 4096
 TEMPERATURE = 0.6
@@ -32,13 +41,52 @@ def make_engine(engine: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     llm = module.LLM(
         arguments.model,
         load_format=arguments.load_format,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not needs_tokenizer(arguments),
         dtype=arguments.dtype,
         max_model_len=MAX_MODEL_LEN,
         gpu_memory_utilization=0.85,
         **own,
     )
     return llm, module.SamplingParams
+
+
+def needs_tokenizer(arguments: argparse.Namespace) -> bool:
+    """Whether a workload has a grammar."""
+    found = [asking(name) for name, _ in wanted_workloads(arguments)]
+    return any(one is not None and one.is_free for one in found)
+
+
+def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[float, int]:
+    """Best output tokens per second of `repeats` runs, and that run's tokens."""
+    prompts, num_out = spec.workload
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    fields = dict(spec.fields)
+    if spec.is_free:
+        module = import_module(f"{params_type.__module__.partition('.')[0]}.sampling_params")
+        fields = {"structured_outputs": module.StructuredOutputsParams(**fields)}
+    plain = {"temperature": 0.8, "max_tokens": num_out[0], "detokenize": spec.is_free}
+    params = [
+        params_type(**plain, ignore_eos=not (index < spec.num_asking and spec.is_free), **more)
+        for index in range(len(prompts))
+        for more in (fields if index < spec.num_asking else {},)
+    ]
+    best = 0.0, 0
+    for _ in range(repeats + 1):  # the first one compiles grammars
+        llm.reset_prefix_cache()
+        started = time.perf_counter()
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        best = max(best, (num_tokens / seconds, num_tokens))
+    check_grammars(outputs, spec)
+    return best
+
+
+def check_grammars(outputs: list[Any], spec: Asking) -> None:
+    """Whatever has finished holds what was asked for."""
+    for output in outputs[: spec.num_asking] if "json" in spec.fields else ():
+        if output.outputs[0].finish_reason == "stop":
+            json.loads(output.outputs[0].text)
 
 
 def run_workload(llm: Any, params_type: Any, name: str, repeats: int) -> tuple[float, Workload]:
@@ -80,7 +128,18 @@ def measure(engine: str, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     llm, params_type = make_engine(engine, arguments)
     print(f"{engine:9s} start {time.perf_counter() - started:.1f} s", flush=True)
+    plain_rate = 0.0
     for name, repeats in wanted_workloads(arguments):
+        if (spec := asking(name)) is not None:
+            rate, num_tokens = run_asking(llm, params_type, spec, repeats)
+            plain_rate = rate if name == "ask_nobody" else plain_rate
+            ratio = f"{rate / plain_rate:5.2f} x plain" if plain_rate else ""
+            print(
+                f"{engine:9s} {Path(arguments.model).name:12s} {name:22s} {rate:9.0f} out tok/s "
+                f"{num_tokens:7d} tokens {ratio}",
+                flush=True,
+            )
+            continue
         seconds, workload = run_workload(llm, params_type, name, repeats)
         num_out = sum(workload[1])
         num_all = num_out + sum(map(len, workload[0]))
@@ -106,9 +165,11 @@ def main() -> None:
     parser.add_argument("--config", default="{}", help="further nanovllm settings, as JSON")
     parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
     arguments = parser.parse_args()
-    unknown = {name for name, _ in wanted_workloads(arguments)} - set(WORKLOADS)
+    unknown = {name for name, _ in wanted_workloads(arguments) if asking(name) is None}
+    unknown -= set(WORKLOADS)
     if unknown:
-        parser.error(f"unknown workload {', '.join(unknown)}: known are {', '.join(WORKLOADS)}")
+        known = ", ".join((*WORKLOADS, "ask_nobody", *(f"ask_one_{name}" for name in ASKS)))
+        parser.error(f"unknown workload {', '.join(unknown)}: known are {known}, and ask_all_…")
     if arguments.engine:
         measure(arguments.engine, arguments)
         return

@@ -20,11 +20,12 @@ from typing import Any
 
 import jsonschema
 import msgspec
+import numpy as np
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.protocol.plan import StepPlan, WorkerInfo
+from nanovllm.protocol.plan import StepMasks, WorkerInfo
 
 BATCH = 32
 Check = Callable[[str], bool]
@@ -227,17 +228,17 @@ def columns(times: list[float]) -> str:
 
 
 def replay(compiler: GrammarCompiler, rows: list[Row]) -> list[float]:
-    """CPU microseconds per token to make masks, to send them in a plan, and to accept tokens."""
-    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(StepPlan)
+    """CPU microseconds per token to make masks, to send them, and to accept tokens."""
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(StepMasks)
     seconds = [0.0, 0.0, 0.0]
     num_tokens = 0
     for step in range(max(len(ids) for _, ids in rows)):
         rows = [(matcher, ids) for matcher, ids in rows if step < len(ids)]
         times = [time.process_time()]
-        masks = compiler.fill_masks([matcher for matcher, _ in rows])
+        words = compiler.compute_masks([matcher for matcher, _ in rows])
         times.append(time.process_time())
-        plan = StepPlan(step, [], [], [], [], [], [], dict(enumerate(masks)))
-        decoder.decode(encoder.encode(plan))
+        packed = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+        decoder.decode(encoder.encode(StepMasks(list(range(len(rows))), packed)))
         times.append(time.process_time())
         for matcher, ids in rows:
             matcher.accept(ids[step])

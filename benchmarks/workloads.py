@@ -5,6 +5,7 @@ same work. `floor_seconds` is a roofline: the bytes and operations no engine can
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -50,6 +51,74 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "prefill": lambda: fixed(64, 4096 - 8, 1),
     "prefix": lambda: shared_prefix(256, 2048, 64, 64),
 }
+
+
+# What requests may ask of their sampling, in the fields that both engines have.
+ASKS: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "logprobs": {"logprobs": 5},
+    "bias": {"logit_bias": {token_id: 2.0 for token_id in range(100, 120)}},
+    "min_tokens": {"min_tokens": 200, "stop_token_ids": [1, 2, 3]},
+    "allowed": {"allowed_token_ids": list(range(0, NUM_IDS, 3))},
+    "top": {"top_p": 0.9, "top_k": 50},
+    "regex": {"regex": r"([a-z]{1,9} ){500}"},
+    "schema": {
+        "json": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 40},
+                "city": {"type": "string", "maxLength": 40},
+                "age": {"type": "integer", "minimum": 0, "maximum": 120},
+                "tags": {
+                    "type": "array",
+                    "items": {"type": "string", "maxLength": 20},
+                    "minItems": 2,
+                    "maxItems": 5,
+                },
+                "married": {"type": "boolean"},
+            },
+            "required": ["name", "city", "age", "tags", "married"],
+            "additionalProperties": False,
+        }
+    },
+    "prompt_logprobs": {"prompt_logprobs": 1},
+}
+GRAMMARS = {"json", "regex"}  # fields of a request's structured outputs
+
+
+@dataclass(frozen=True)
+class Asking:
+    """64 requests, so many of which ask for `fields` besides; they end where these say.
+
+    is_free: the outputs' lengths are up to the grammar.
+    """
+
+    num_asking: int
+    fields: dict[str, Any]
+    num_in: int = 128
+    num_out: int = 256
+
+    @property
+    def is_free(self) -> bool:
+        return not GRAMMARS.isdisjoint(self.fields)
+
+    @property
+    def workload(self) -> Workload:
+        return fixed(64, self.num_in, self.num_out)
+
+
+def asking(name: str) -> Asking | None:
+    """`ask_one_X` and `ask_all_X` for X of `ASKS`, `ask_nobody`, `ask_eight_schema`; None for the
+    names of `WORKLOADS`."""
+    if name == "ask_nobody":
+        return Asking(0, {})
+    match name.split("_", 2):
+        case ["ask", "one" | "eight" | "all" as who, what] if what in ASKS:
+            count = {"one": 1, "eight": 8, "all": 64}[who]
+            if what == "prompt_logprobs":
+                return Asking(count, ASKS[what], num_in=1000, num_out=16)
+            return Asking(count, ASKS[what])
+    return None
 
 
 def keeps_cache(name: str) -> bool:
