@@ -35,7 +35,7 @@ from nanovllm.protocol.messages import (
     ToCore,
     Welcome,
 )
-from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
 TIMEOUT_MS = 20_000
@@ -68,6 +68,9 @@ class PositionExecutor:
     def submit(self, plan: StepPlan) -> "PositionHandle":
         ends = [plan.num_computed[entry] + plan.num_scheduled[entry] for entry in plan.sampling]
         return PositionHandle(StepResult(plan.step, ends))
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """What is sampled follows from the plan."""
 
     def shutdown(self) -> None:
         pass
