@@ -216,6 +216,11 @@ class Tokenizer:
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return template.render({**known, **variables, **given})
 
+    def set_chat_template(self, source: str) -> None:
+        """Use this one instead of the model's own."""
+        self._template_sources = {DEFAULT_TEMPLATE: source}
+        self._templates = {}
+
     def start_chat_template(self) -> None:
         """If there is one: its process takes a moment to start, for which no prompt waits then."""
         if DEFAULT_TEMPLATE in self._template_sources:

@@ -12,13 +12,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from nanovllm.frontend.errors import RequestFailedError
 from nanovllm.frontend.server.api_errors import ApiError, from_engine
 from nanovllm.frontend.server.serving import Serving
 
 encode = msgspec.json.Encoder().encode
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,23 @@ class EventStream(Response):
                 except Exception as error:
                     await as_api_error(error).response()(scope, receive, send)
                     return
+                if scope["http_version"] == "1.0":  # which has no chunks: all of it, and its length
+                    collected: list[Message] = []
+
+                    async def collect(message: Message) -> None:
+                        collected.append(message)
+
+                    await self._send_all(first, events, collect)
+                    body = b"".join(message.get("body", b"") for message in collected)
+                    whole = Response(body, headers={"cache-control": "no-cache"})
+                    whole.headers["content-type"] = EVENT_STREAM
+                    await whole(scope, receive, send)
+                    return
                 await self._send_all(first, events, send)
 
     async def _send_all(self, first: bytes, rest: AsyncIterator[bytes], send: Send) -> None:
         headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"content-type", EVENT_STREAM.encode()),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),  # or nginx would hold events back
         ]

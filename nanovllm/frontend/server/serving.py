@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanovllm.frontend.async_llm import AsyncLLM
@@ -101,7 +102,11 @@ class Serving:
     async def _run(self) -> None:
         """Open the engine, then watch it. `ended` is set when it has died, or never began."""
         try:
-            self._llm = llm = await self._open_llm(self._on_progress)
+            template = read_template(self.settings.chat_template)
+            llm = await self._open_llm(self._on_progress)
+            if template is not None and llm.tokenizer is not None:
+                llm.tokenizer.set_chat_template(template)
+            self._llm = llm
             self.reply_format = ReplyFormat.of(llm.tokenizer, self.settings)
             if llm.tokenizer is not None:
                 await asyncio.to_thread(llm.tokenizer.start_chat_template)
@@ -254,6 +259,16 @@ class Generation:
         finally:
             if self._span is not None:
                 self._span.end(output, error)
+
+
+def read_template(file: str | None) -> str | None:
+    """The text of a chat template's file, if one is named. `ValueError` if it cannot be read."""
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: {file} cannot be read: {error}") from None
 
 
 def require_tracing() -> "type[Tracing]":

@@ -76,6 +76,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "proxy cuts it off does not matter",
         ),
     ] = ""
+    chat_template: Annotated[
+        str | None, Meta(description="file of a Jinja chat template, instead of the model's own")
+    ] = None
     trusted_proxies: Annotated[
         list[str],
         Meta(

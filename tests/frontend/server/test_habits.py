@@ -1,10 +1,12 @@
 """What clients send by habit, and replay: accepted where it asks for nothing, else named."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from nanovllm.frontend.server.serving import read_template
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.attached import says
 from tests.frontend.server.served import (
@@ -262,3 +264,15 @@ async def test_a_final_message_without_text_cannot_go_on(address: str) -> None:
     async with served(address + "2", tokenizer=hidden) as server:
         error = error_of(await server.chat("a", continue_final_message=True))
         assert error["param"] == "continue_final_message"
+
+
+async def test_a_chat_template_of_ones_own(address: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("<{{ messages[0].content }}>{# [TOOL_CALLS] tools #}")
+    async with served(address, roomy(says("ok")), chat_template=str(file)) as server:
+        await server.chat("hi")
+        sent = (await message_of(server.core, AddRequest)).prompt_token_ids
+        assert bytes(sent) == b"<hi>"
+        assert server.serving.reply_format.template_knows_tools
+    with pytest.raises(ValueError, match=r"chat_template: .* cannot be read"):
+        read_template(str(tmp_path / "none.jinja"))

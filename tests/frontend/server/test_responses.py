@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.protocol.messages import Abort, AddRequest, Finished, Outputs
-from tests.frontend.fake_core import begin, silent
+from tests.frontend.fake_core import begin, echo, silent
 from tests.frontend.server.served import JSON_HEAD, TIMEOUT_S, listening, message_of
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -185,3 +185,19 @@ async def test_writing_to_a_connection_being_closed_ends_the_request(
             writer.close()
         await wait_until_idle(serving)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_stream_over_http_1_0_has_no_chunks(address: str) -> None:
+    body = b'{"prompt": "hey", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    async with listening(address, echo) as (url, _, _s):
+        port = int(url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + body)
+        answer = await asyncio.wait_for(reader.read(), TIMEOUT_S)  # up to the connection's end
+        writer.close()
+    headers, _, content = answer.partition(b"\r\n\r\n")
+    assert headers.split(b"\r\n")[0].endswith(b"200 OK")
+    assert b"chunked" not in headers.lower() and b"text/event-stream" in headers
+    assert content.startswith(b"data: {") and content.endswith(b"data: [DONE]\n\n")
