@@ -24,7 +24,7 @@ from nanovllm.frontend.server.bodies import (
 )
 from nanovllm.frontend.server.middleware import Gate
 from nanovllm.frontend.server.openapi import Endpoint, document, operation
-from nanovllm.frontend.server.page_files import page_files
+from nanovllm.frontend.server.page_files import docs_files, page_files
 from nanovllm.frontend.server.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -81,9 +81,9 @@ ENDPOINTS = [
     Endpoint("GET", "/ready", info.ready, answer=Health, also=503, is_open=True),
     Endpoint("GET", "/metrics", info.metrics, is_open=True),
 ]
-PAGE = page_files()
+PAGE = page_files() + docs_files()
 PAGE_PATHS = {file.path for file in PAGE}
-OPEN_PATHS = {one.path for one in ENDPOINTS if one.is_open} | {"/docs", "/openapi.json"}
+OPEN_PATHS = {one.path for one in ENDPOINTS if one.is_open} | {"/openapi.json"}
 PATHS = {one.path for one in ENDPOINTS}
 
 
@@ -99,7 +99,7 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
         finally:
             await serving.close()
 
-    app = FastAPI(title="nanovllm", lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="nanovllm", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.serving = serving
     for one in ENDPOINTS:
         app.add_api_route(
