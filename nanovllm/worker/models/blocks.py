@@ -175,7 +175,7 @@ class ExpertsBlock:
             hidden = kernels.rms_norm(hidden, self.norms.pre)
         weights, chosen = self._choose(hidden)
         mixed = torch.zeros_like(hidden)
-        for expert in chosen.unique().tolist():
+        for expert in torch.unique(chosen).tolist():
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
             gate_up, down = self.experts[expert]
             product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)

@@ -178,8 +178,8 @@ def test_a_program_that_fails_is_not_waited_for(command: list[str]) -> None:
 
 def test_a_program_that_does_not_listen_is_ended() -> None:
     precompiler = Precompiler(STUCK)
-    config = {**CONFIG, "more": "x" * 2**20}  # than a pipe holds
-    precompiler.ask(msgspec.structs.replace(JOB, checkpoint_config=config))
+    longer = msgspec.structs.replace(SPEC, architecture="x" * 2**20)  # than a pipe holds
+    precompiler.ask(msgspec.structs.replace(JOB, spec=longer))
     assert precompiler._program is None
     assert seconds_waited(precompiler) < 0.1
 
