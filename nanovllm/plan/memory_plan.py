@@ -15,7 +15,7 @@ import msgspec
 
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import BYTES_PER_WEIGHT
-from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec, MoE, WeightGroup
+from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
 
@@ -214,9 +214,16 @@ class MemoryPlan:
 
     @property
     def _layer_values(self) -> int:
-        """Most values a layer holds per token: in its MLP, with what attention left."""
-        sharded = max(_sharded_values(layer) for layer in self.spec.layers)
-        return 2 * self.spec.hidden_size + sharded // self.num_ranks
+        """Most values a layer holds per token: those of attention or of its MLP, and the residual,
+        which is there twice beside an MLP."""
+        hidden, halves = self.spec.hidden_size, list[int]()
+        for layer in self.spec.layers:
+            attention, mlp = layer.attention, layer.mlp
+            num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads  # queries come twice
+            halves.append(hidden + num_heads * attention.head_dim // self.num_ranks)
+            num_mlps = mlp.top_k if isinstance(mlp, MoE) else 1  # gate, up and their product each
+            halves.append(2 * hidden + num_mlps * 3 * mlp.intermediate_size // self.num_ranks)
+        return max(halves)
 
     @property
     def _attention_scratch(self) -> int:
@@ -231,14 +238,6 @@ class MemoryPlan:
 
     def _blocks_for(self, length: int) -> int:
         return math.ceil(length / self.cache.block_size)
-
-
-def _sharded_values(layer: LayerSpec) -> int:
-    """Values per token that ranks share between them: queries twice, keys, values, and the MLP."""
-    attention, mlp = layer.attention, layer.mlp
-    num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-    num_mlps = mlp.top_k if isinstance(mlp, MoE) else 1
-    return num_heads * attention.head_dim + num_mlps * 3 * mlp.intermediate_size
 
 
 def remedies(plan: MemoryPlan) -> list[str]:

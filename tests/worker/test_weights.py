@@ -371,7 +371,7 @@ def as_gguf(
     names, (heads,) = (spec.names.safetensors, spec.names.gguf), spec.attentions
     assert heads.rope is not None
     gguf_names = {
-        f"{names[0][part].format(i)}.{kind_}": (part, f"{names[1][part].format(i)}.{kind_}")
+        f"{names[0][part].format(i, 0)}.{kind_}": (part, f"{names[1][part].format(i, 0)}.{kind_}")
         for part in names[0]
         for i in range(spec.num_layers)
         for kind_ in ("weight", "bias")

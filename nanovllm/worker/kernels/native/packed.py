@@ -5,7 +5,6 @@
 
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,6 +29,8 @@ class Packed:
     @property
     def kind(self) -> str:
         """As GGUF calls its type: "Q4_1"."""
+        import gguf  # half a second that a start without GGUF need not wait for
+
         return gguf.GGMLQuantizationType(self.matrix.type).name
 
 
