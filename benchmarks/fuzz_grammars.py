@@ -51,11 +51,6 @@ def cycle_of_rules(length: int) -> Wanted:
     return {"grammar": "\n".join(["start: a0", *lines])}
 
 
-def optional_properties(count: int) -> Wanted:
-    properties = {f"p{index}": {"type": "integer"} for index in range(count)}
-    return {"json": {"type": "object", "properties": properties}}
-
-
 def products(count: int) -> Wanted:
     """An `allOf` of `anyOf`s: three to the power of `count` combinations."""
     branch = [
@@ -77,7 +72,6 @@ POISONS: dict[str, Wanted] = {
     "alternations": {"regex": "(a|a)*" * 2600},
     "repeated nothing": {"regex": "(a*)*" * 3200},
     "multiples": {"json": {"type": "integer", "multipleOf": 1_000_003}},
-    "many optional properties": optional_properties(3000),
     "products": products(12),  # … refused by llguidance's own limits …
     "intersections": {"grammar": "start: R\nR: /(.*a.{50})/ & /(.*b.{60})/ & ~/(.*c.{40})/"},
     "nested groups": {"regex": "(" * 4000 + "a" + ")" * 4000},

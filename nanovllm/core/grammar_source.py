@@ -37,10 +37,30 @@ def make_tokenizer(
     from llguidance import LLTokenizer
 
     eos = eos_token_ids or None
+    tokenizer_json = _plainly_byte_level(tokenizer_json)
     tokenizer = LLTokenizer(tokenizer_json, eos_token=eos)
     if tokenizer.vocab_size < vocab_size:  # an embedding table padded at its end
         tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
     return tokenizer
+
+
+def _plainly_byte_level(tokenizer_json: str) -> str:
+    """The same tokenizer, with nothing around a byte-level decoder.
+
+    llguidance learns from the decoder how tokens spell bytes. Some files have the byte-level one as
+    the last of a sequence, behind steps that do nothing to such tokens (ByteFallback, Fuse); it
+    takes the first step at its word then, and a line break for the letter Ċ.
+    """
+    try:
+        content = json.loads(tokenizer_json)
+        steps = content["decoder"]["decoders"]
+    except (ValueError, KeyError, TypeError):
+        return tokenizer_json
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    if not byte_level:
+        return tokenizer_json
+    content["decoder"] = byte_level[-1]
+    return json.dumps(content)
 
 
 def make_matcher(tokenizer: LLTokenizer, wanted: StructuredOutputsParams) -> LLMatcher:

@@ -67,6 +67,20 @@ def test_outputs_that_fit_and_that_do_not(
         assert not fits(compile_(**wanted), text), text
 
 
+def test_a_byte_level_decoder_behind_others_is_one() -> None:
+    """As converters write it for GGUF vocabularies of Llama's architecture."""
+    content = json.loads(tokenizer_json())
+    wrapped = [{"type": "ByteFallback"}, {"type": "Fuse"}, content["decoder"]]
+    content["decoder"] = {"type": "Sequence", "decoders": wrapped}
+    plain, behind_others = (
+        grammar_source.make_tokenizer(text, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS_ID])
+        for text in (tokenizer_json(), json.dumps(content))
+    )
+    for token_id in range(1, VOCAB_SIZE):
+        assert behind_others.decode_bytes([token_id]) == plain.decode_bytes([token_id])
+    assert plain.decode_bytes(encode("\n")) == b"\n"
+
+
 def test_json_may_be_laid_out_but_not_be_filled_with_blanks() -> None:
     value = {"a": 1, "b": [1, 2]}
     for indent in (None, 2, 4):

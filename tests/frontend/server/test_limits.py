@@ -46,7 +46,7 @@ MANY: list[tuple[str, dict[str, Any], str]] = [
     ("a deep schema", {"structured_outputs": {"json": nested(200)}}, "structured_outputs"),
     ("a long schema", {"structured_outputs": {"json": {"a": "x" * 140_000}}}, "structured_outputs"),
     ("a long regex", {"structured_outputs": {"regex": "x" * 140_000}}, "structured_outputs"),
-    ("many choices", {"structured_outputs": {"choice": ["x"] * 70_000}}, "structured_outputs"),
+    ("many choices", {"structured_outputs": {"choice": ["x"] * 100_001}}, "structured_outputs"),
 ]
 CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [USER] * 4097}, "messages"),

@@ -220,7 +220,7 @@ def check_constrained_answers(client: OpenAI) -> None:
         client.completions.create(
             model="smollm2", prompt="x", extra_body={"structured_outputs": {"regex": "(?<=a)b"}}
         )
-    assert caught.value.param == "structured_outputs"
+    assert caught.value.param == "structured_outputs.regex"
 
 
 @pytest.mark.model
