@@ -69,7 +69,8 @@ def llama_cpp(model: str, threads: int) -> Callable[[list[list[int]], int], Any]
     lib.llama_backend_init()
     loaded = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 32 * 256, 2048, 512, 32
+    # Each sequence gets its share of the context, which must hold the prompt of prefill.
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 32 * 768, 2048, 512, 32
     params.n_threads = params.n_threads_batch = threads
     context = lib.llama_init_from_model(loaded, params)
     memory = lib.llama_get_memory(context)
