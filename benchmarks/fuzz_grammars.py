@@ -276,10 +276,10 @@ def follow(compiler: GrammarCompiler, wanted: StructuredOutputsParams, rng: rand
     """Returns how an output of random tokens ended. Raises `ValueError`: refused."""
     matcher = compiler.compile(wanted).matcher()
     for _ in range(NUM_FOLLOWED):
-        (mask,) = compiler.fill_masks([matcher])
+        (words,) = compiler.compute_masks([matcher])
         if matcher.error is not None:
             return "an error on the way"
-        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
         if not matcher.accept(int(rng.choice(np.flatnonzero(bits).tolist()))):
             return "whole" if matcher.error is None else "an error on the way"
     return "goes on"

@@ -159,8 +159,9 @@ class EngineCore:
             self._queue(Waiting(sequences, request.priority, tenant))
 
     def _make_sequences(self, client_id: int, request: AddRequest) -> list[Sequence]:
-        # The grammar is the core's affair: workers see masks.
-        params = msgspec.structs.replace(request.params, structured_outputs=None)
+        params = request.params
+        if params.structured_outputs is not None:  # the core's affair: workers see masks
+            params = msgspec.structs.replace(params, structured_outputs=None)
         sequences: list[Sequence] = []
         seed = params.seed if params.seed is not None else self.seeds.getrandbits(63)
         for index in range(params.n):

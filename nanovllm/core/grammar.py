@@ -281,10 +281,6 @@ class GrammarCompiler:
         bits[list(self._eos_token_ids)] = 0
         return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def fill_masks(self, matchers: Sequence[Matcher]) -> list[bytes]:
-        """`compute_masks`, as bytes of their own."""
-        return [row.tobytes() for row in self.compute_masks(matchers)]
-
 
 MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]
 

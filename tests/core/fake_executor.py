@@ -60,7 +60,7 @@ def reference(
     while len(outputs) < num_outputs and not (outputs and outputs[-1] in stop):
         if constraint is not None:
             compiler, matcher = constraint
-            (mask,) = compiler.fill_masks([matcher])
+            mask = compiler.compute_masks([matcher])[0].tobytes()
         outputs.append(sample(state, seed, mask))
         state = digest(state, outputs[-1])
         if constraint is not None and not matcher.accept(outputs[-1]):
