@@ -25,7 +25,6 @@ from nanovllm.worker.forward_batch import (
 )
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
-from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import NO_LOGPROBS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
@@ -107,24 +106,24 @@ class ModelRunner:
         model: Model,
         attention: ModelAttention,
         *,
-        rows: RequestRows,
+        sampler: Sampler,
         kv_cache: Tensor,
         limits: StepLimits,
         fused: FusedStep | None = None,
         captures: bool = False,
     ) -> None:
-        """fused: what the device has for the ends of a step. captures: run by graphs, which needs
-        that."""
+        """sampler: of the rows that plans speak of. fused: what the device has for the ends of a
+        step; then `sampler` has nothing to do. captures: run by graphs, which needs `fused`."""
         self._model = model
         self._attention = attention
-        self._rows = rows
+        self._rows = rows = sampler.rows
         self._kv_cache = kv_cache
         self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
         self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
         num_buffers = limits.max_inflight_steps + 1
         self._fused = fused
-        self._sampler = Sampler(rows)
+        self._sampler = sampler
         self._device_sampler: DeviceSampler | None = None
         if fused is not None:
             self._device_sampler = DeviceSampler(rows, fused, num_buffers=num_buffers)

@@ -43,6 +43,7 @@ from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsuppo
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.sampler import Sampler
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import NUM_LAYERS, Job, Precompiler, is_likely
 from nanovllm.worker.weights import load_weights
@@ -70,7 +71,7 @@ class Loaded:
         return ModelRunner(
             self.native or self.model,
             self.attention,
-            rows=self.rows,
+            sampler=Sampler(self.rows, self.kernels.choose_tokens),
             kv_cache=self._kv_cache(num_blocks),
             limits=self.limits,
             fused=self.kernels.fused,

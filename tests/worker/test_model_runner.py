@@ -16,6 +16,7 @@ from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.sampling.sampler import Sampler
 from tests.worker.fake_model import (
     FakeAttention,
     FakeModel,
@@ -54,7 +55,7 @@ def make_runner(
     return ModelRunner(
         model or FakeModel(),
         attention or FakeAttention(),
-        rows=make_rows(device=device),
+        sampler=Sampler(make_rows(device=device)),
         kv_cache=make_kv_cache(device),
         limits=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=24).limits("cuda"),
         fused=FUSED if padded else None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan
 from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.edit_tables import Entries
 from nanovllm.worker.sampling.logprobs import PackLogprobs
@@ -32,6 +33,20 @@ class SampleTokens(Protocol):
         seeds: Tensor,
         known: Tensor | None = None,
         out: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
+
+
+class ChooseTokens(Protocol):
+    """Part of that: a choice from logits that nothing else is to be done to."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        rows: Tensor,
+        positions: Tensor,
+        columns: Mapping[str, Tensor],
+        seeds: Tensor,
     ) -> Tensor: ...
 
 
@@ -74,6 +89,7 @@ class FusedStep:
 class DeviceKernels:
     """The kernels of one device. Without a fused step plain torch does what it would.
 
+    choose_tokens: the end of plain torch's sampler, where the device has something faster.
     gpu: the facts by which Triton compiles (`launch.Gpu`), where it does. naming: under way
     there, and to be joined before the first launch (`launch.name_kernels_ahead`).
     """
@@ -81,6 +97,7 @@ class DeviceKernels:
     layers: Kernels
     fused: FusedStep | None
     why: str
+    choose_tokens: ChooseTokens | None = None
     gpu: tuple[tuple[int, int], int] | None = None
     naming: Thread | None = None
 
@@ -103,10 +120,12 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 gpu=_load("triton.launch:gpu_of")(device),
                 naming=_load("triton.launch:name_kernels_ahead")(),
             )
+    has_native = device.type == "cpu" and native.path() is not None
     return DeviceKernels(
         layers=_load("torch.layer_kernels:TorchKernels")(),
         fused=None,
         why=f"plain torch kernels ({reason})",
+        choose_tokens=_load("native.sampler:sample_tokens") if has_native else None,
     )
 
 

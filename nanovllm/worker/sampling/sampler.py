@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import StepMasks
+from nanovllm.worker.kernels.select import ChooseTokens
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
@@ -66,8 +67,10 @@ class Sampled:
 class Sampler:
     """Reads `rows`; keeps nothing from step to step."""
 
-    def __init__(self, rows: RequestRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: RequestRows, choose_tokens: ChooseTokens | None = None) -> None:
+        """choose_tokens: what chooses from edited logits; plain torch does if there is none."""
+        self.rows = rows
+        self._choose_tokens = choose_tokens
 
     def sample(
         self, logits: Tensor, targets: SamplingTargets, packed_masks: StepMasks | None = None
@@ -76,15 +79,15 @@ class Sampler:
         masks = None
         if packed_masks is not None:
             masks = unpack_masks(packed_masks, vocab_size=logits.shape[1], device=logits.device)
-        active = self._rows.active_columns(targets.host_rows)
+        active = self.rows.active_columns(targets.host_rows)
         raw = None
         if "logprobs" in active:
-            num_top = self._rows.host["logprobs"][targets.host_rows]
+            num_top = self.rows.host["logprobs"][targets.host_rows]
             wanted = np.flatnonzero(num_top != NO_LOGPROBS)
             indices = targets.select(wanted)[1]
             raw = logits[indices]  # a copy: what follows edits the logits
         unedited = {} if masks is None else self._copy_edited(logits, targets, masks)
-        if self._rows.edits:
+        if self.rows.edits:
             self._apply_edits(logits, targets)
         if masks is not None:
             apply_masks(logits, masks, unedited)
@@ -102,11 +105,11 @@ class Sampler:
     ) -> dict[int, Tensor]:
         """The logits of those targets that have both edits and a mask."""
         rows = targets.host_rows
-        edited = [target for target in masks.targets if int(rows[target]) in self._rows.edits]
+        edited = [target for target in masks.targets if int(rows[target]) in self.rows.edits]
         return {target: logits[target].clone() for target in edited}
 
     def _apply_edits(self, logits: Tensor, targets: SamplingTargets) -> None:
-        rows = self._rows
+        rows = self.rows
         for index, row in enumerate(targets.host_rows.tolist()):
             edits = rows.edits.get(row)
             if edits is not None:
@@ -119,7 +122,7 @@ class Sampler:
                     rows.note_failure(row, error)
 
     def _penalize(self, logits: Tensor, targets: SamplingTargets) -> None:
-        rows = self._rows
+        rows = self.rows
         host = rows.host[targets.host_rows]
         asking = np.logical_or.reduce([host[name] != NEUTRAL[name] for name in PENALTIES])
         some, indices = targets.select(np.flatnonzero(asking))
@@ -139,9 +142,17 @@ class Sampler:
 
     def _choose(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
         """Greedy rows take the largest logit, the others draw. Returns [n] int64."""
+        if self._choose_tokens is not None:
+            return self._choose_tokens(
+                logits,
+                rows=targets.rows,
+                positions=targets.positions,
+                columns=self.rows.columns,
+                seeds=self.rows.seeds,
+            )
         if "temperature" not in active:
             return _argmax(logits)
-        drawing = self._rows.host["temperature"][targets.host_rows] > 0
+        drawing = self.rows.host["temperature"][targets.host_rows] > 0
         if drawing.all():
             return self._draw(logits, targets, active)
         some, indices = targets.select(np.flatnonzero(drawing))
@@ -150,16 +161,16 @@ class Sampler:
         return token_ids
 
     def _draw(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
-        columns, rows = self._rows.columns, targets.rows
+        columns, rows = self.rows.columns, targets.rows
         probs = to_probabilities(logits, columns["temperature"][rows])
         if "min_p" in active:
             probs = truncate_min_p(probs, columns["min_p"][rows])
         if "top_k" in active:
-            most = int(self._rows.host["top_k"][targets.host_rows].max())
+            most = int(self.rows.host["top_k"][targets.host_rows].max())
             probs = truncate_top_k(probs, columns["top_k"][rows], most=most)
         if "top_p" in active:
             probs = truncate_top_p(probs, columns["top_p"][rows])
-        return draw(probs, self._rows.seeds[rows], targets.positions)
+        return draw(probs, self.rows.seeds[rows], targets.positions)
 
 
 def _argmax(logits: Tensor) -> Tensor:

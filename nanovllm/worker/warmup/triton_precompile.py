@@ -41,6 +41,7 @@ from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.sampler import Sampler
 from nanovllm.worker.warmup.dummy_steps import heaviest_steps, run_step
 from nanovllm.worker.warmup.precompile import Job, stamp_of
 
@@ -213,7 +214,7 @@ def runner_without_weights(
     return ModelRunner(
         model,
         attention,
-        rows=rows,
+        sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
         fused=FusedStep(expand, sample_tokens, edit_logits, pack_logprobs),

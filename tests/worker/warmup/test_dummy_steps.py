@@ -25,6 +25,7 @@ from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.sampler import Sampler
 from nanovllm.worker.warmup import dummy_steps
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
     runner = ModelRunner(
         model,
         attention,
-        rows=rows,
+        sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
         limits=limits,
         fused=FusedStep(expand_view, sample_first, edit_logits, pack_logprobs),

@@ -304,11 +304,12 @@ static void narrow(const float* x, int64_t size, uint16_t* bf16) {
 }
 
 #include "attention.h"
+#include "sampling.h"
 
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
     NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm, silu_and_mul,
-    rope,    attend, merge,   argmax, widen,         narrow,
+    rope,    attend, merge,   argmax, weigh,         widen, narrow,
 };
 
 }  // namespace NV_NAMESPACE

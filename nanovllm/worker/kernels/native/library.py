@@ -110,6 +110,18 @@ class DecoderParts(Structure):
     )
 
 
+class Columns(Structure):
+    _fields_ = (
+        ("temperature", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("top_k", c_void_p),
+        ("seeds", c_void_p),
+        ("stride", c_int64),
+        ("seed_stride", c_int64),
+    )
+
+
 HOW_TO_BUILD = "the set-up built no native kernels: install a C++ compiler and set up again"
 
 # function → (result, arguments)
@@ -132,7 +144,10 @@ SIGNATURES = {
         None,
         (c_void_p, c_int64, POINTER(Heads), POINTER(Cache), POINTER(Batch), c_void_p),
     ),
-    "nv_argmax": (None, (c_void_p, c_int32, c_int64, c_void_p)),
+    "nv_sample": (
+        None,
+        (c_void_p, c_int32, c_int64, c_void_p, c_void_p, POINTER(Columns), c_void_p),
+    ),
     "nv_decoder": (c_void_p, (POINTER(DecoderParts),)),
     "nv_decoder_free": (None, (c_void_p,)),
     "nv_decoder_forward": (

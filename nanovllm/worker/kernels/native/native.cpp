@@ -453,10 +453,21 @@ void nv_attend(const float* queries, int64_t stride, const Heads* heads, const C
     engine().attend(queries, stride, *heads, *cache, *batch, 0, batch->num_tokens, out);
 }
 
-void nv_argmax(const float* logits, int num_rows, int64_t size, int64_t* out) {
+// logits: [num_rows, vocab_size]; rows: where in columns each draws from; out: [num_rows].
+void nv_sample(const float* logits, int num_rows, int64_t vocab_size, const int64_t* rows,
+               const int64_t* positions, const Columns* columns, int64_t* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
-    engine().share(num_rows, 1, [&](int begin, int end, int) {
-        for (int64_t i = begin; i < end; i++) out[i] = engine().kernels->argmax(logits + i * size, size);
+    Engine& e = engine();
+    e.share(num_rows, 1, [&](int begin, int end, int thread) {
+        float* scratch = (float*)e.scratch[thread].of(sampling_floats(vocab_size) * 4);
+        for (int64_t i = begin; i < end; i++) {
+            int64_t at = rows[i] * columns->stride;
+            Draw draw{columns->temperature[at], columns->top_p[at],
+                      columns->min_p[at],       columns->top_k[at],
+                      (uint64_t)columns->seeds[rows[i] * columns->seed_stride],
+                      (uint64_t)positions[i]};
+            out[i] = sample(*e.kernels, logits + i * vocab_size, vocab_size, draw, scratch);
+        }
     });
 }
 

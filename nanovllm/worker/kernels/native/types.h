@@ -63,6 +63,14 @@ struct DecoderParts {
     Linear head;
 };
 
+// Sampling parameters of rows, each a column of a table, `stride` and `seed_stride` words apart.
+struct Columns {
+    const float *temperature, *top_p, *min_p;
+    const int32_t* top_k;
+    const int64_t* seeds;
+    int64_t stride, seed_stride;
+};
+
 #ifdef __cplusplus
 
 // The inputs of a product, in the form it takes them in.
@@ -88,6 +96,13 @@ struct Span {
     float* partial;  // per query head: peak, total, then the sum; null: write `out`
 };
 
+// How one row draws. temperature 0: the largest logit; top_k 0, top_p 1 and min_p 0 are off.
+struct Draw {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    uint64_t seed, position;
+};
+
 struct Kernels {
     const char* name;
     Form (*form)(int type, int num_tokens);
@@ -103,11 +118,17 @@ struct Kernels {
     void (*attend)(const Span& span, const Heads& heads, const Cache& cache, uint8_t* scratch);
     void (*merge)(const float* partials, int num_partials, int64_t stride, int head_dim, float* out);
     int64_t (*argmax)(const float* x, int64_t size);
+    void (*weigh)(const float* x, int64_t size, float temperature, float* weights, float* masses);
     void (*widen)(const uint16_t* bf16, int64_t size, float* out);
     void (*narrow)(const float* x, int64_t size, uint16_t* bf16);
 };
 
-constexpr int BLOCK = 16, TILE = 32, MAX_GROUP = 16;
+constexpr int BLOCK = 16, TILE = 32, MAX_GROUP = 16, SEGMENT = 128;
 constexpr int64_t ATTENTION_SCRATCH = 256 * 1024;
+
+// Of sampling.cpp: one row's token. scratch: `sampling_floats` of them.
+int64_t sampling_floats(int64_t vocab_size);
+int64_t sample(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,
+               float* scratch);
 
 #endif

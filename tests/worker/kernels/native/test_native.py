@@ -131,14 +131,6 @@ def test_silu_and_mul(num_tokens: int) -> None:
     torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up)
 
 
-def test_argmax_takes_the_first_of_equals() -> None:
-    logits = torch.randn(5, 1003)
-    logits[0, 1002] = logits[1, 3] = logits[1, 700] = 9.0
-    found = torch.empty(5, dtype=torch.int64)
-    library().nv_argmax(logits.data_ptr(), 5, 1003, found.data_ptr())
-    assert found.tolist() == logits.numpy().argmax(-1).tolist()
-
-
 class Paged:
     """Rows with paged keys and values: `lengths` are (computed before, new tokens).
 
