@@ -15,7 +15,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
 OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fair", "fcfs", "priority"]
-Quantization = Literal["fp8"]
+Quantization = Literal["int4", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "native", "triton", "flash_attn"]
 AtLeast1 = Annotated[int, Meta(ge=1)]
@@ -49,7 +49,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     quantization: Annotated[
         Quantization | None,
         Meta(
-            description="fp8: quantize linear layers at load; default: as the checkpoint has them"
+            description="quantize linear layers at load: int4 and int8 weights alone, in groups, "
+            "fp8 with tokens; default: as the checkpoint has them"
         ),
     ] = None
     max_model_len: Annotated[

@@ -50,10 +50,11 @@ class ModelSize:
 def read_model_size(checkpoint: Checkpoint) -> ModelSize:
     """The size of a checkpoint. Raises `ValueError` naming what is missing or damaged."""
     shapes = list(_tensor_shapes(checkpoint))
-    spec = spec_from_config(checkpoint.config())
+    config = checkpoint.config()
+    spec = spec_from_config(config)
     if spec.tied_embeddings and _stores_another_head(checkpoint, spec):
         spec = replace(spec, tied_embeddings=False)
-    if not shapes:
+    if not shapes or "quantization_config" in config:  # whose packed weights have other shapes
         return ModelSize(spec=spec, parameters=count_parameters(spec), source="config.json")
     is_gguf = checkpoint.format == "gguf"
     names = spec.names.gguf if is_gguf else spec.names.safetensors

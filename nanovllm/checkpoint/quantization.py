@@ -5,40 +5,87 @@ and the head stay as they are. No torch.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from nanovllm.checkpoint.damage import blaming
 from nanovllm.checkpoint.spec import DecoderSpec, linear_parts
 from nanovllm.config import Quantization
 
-SUPPORTED = "an unquantized checkpoint, a GGUF file, or FP8 in compressed-tensors format"
-BYTES_PER_WEIGHT: dict[Quantization, float] = {"fp8": 1.0}  # scales are not worth counting
+SUPPORTED = (
+    "an unquantized checkpoint, a GGUF file, AWQ, GPTQ, FP8, or compressed-tensors with weights of "
+    "4 or 8 bits"
+)
 FLOAT8 = {"type": "float", "num_bits": 8, "symmetric": True}
+INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
+SCALE_BYTES = 2
+
+Method = Literal["fp8", "int8", "packed"]
+Scales = Literal["tensor", "channel", "group", "block"]
+Layout = Literal["compressed-tensors", "fp8", "awq", "gptq", "gptq_v2"]
 
 
 class WeightFormat(Struct, frozen=True):
     """How the weights of a linear layer are kept.
 
-    scales: how many of them share one: all outputs of a matrix, or the inputs of each output.
-    stored: the checkpoint holds them so, with their scales; else they are quantized as they come.
+    method: the file of `worker/quant` that multiplies by them. "fp8" and "int8" quantize tokens,
+    too; "packed" weights have a scale for each group of inputs, and tokens stay as they are.
+    scales: which weights share one: all of a matrix, of an output, `group` inputs of an output, or
+    a block of `group` inputs and as many outputs. bits: of a weight. has_zeros: a group has a zero
+    point, too. is_float: packed weights of 8 bits are e4m3 and not integers. tokens: how the scales
+    of tokens are found. is_reordered: inputs are grouped in an order of their own (GPTQ's
+    `desc_act`). layout: whose files hold the weights so; None: they are quantized as they come.
     """
 
-    method: Quantization
-    scales: Literal["tensor", "channel"] = "channel"
-    stored: bool = False
+    method: Method
+    scales: Scales = "channel"
+    bits: int = 8
+    group: int = 0
+    has_zeros: bool = False
+    is_float: bool = False
+    tokens: Literal["dynamic", "static"] = "dynamic"
+    is_reordered: bool = False
+    layout: Layout | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the checkpoint holds them so, with their scales."""
+        return self.layout is not None
 
     @property
     def bytes_per_weight(self) -> float:
-        return BYTES_PER_WEIGHT[self.method]
+        """With the scales of groups; those of whole outputs are not worth counting."""
+        if not self.group:
+            return self.bits / 8
+        scale = 2 * SCALE_BYTES if self.scales == "block" else SCALE_BYTES
+        return self.bits / 8 + (scale + self.has_zeros) / self.group
+
+    def __str__(self) -> str:
+        if self.method == "packed" and not self.is_float:
+            groups = f" in groups of {self.group}" if self.group else ""
+            return f"{self.bits}-bit integer weights{groups}"
+        blocks = f" in blocks of {self.group}" if self.group else ""
+        return f"{'INT8' if self.method == 'int8' else 'FP8'} weights{blocks}"
+
+
+AT_LOAD: dict[Quantization, WeightFormat] = {
+    "fp8": WeightFormat("fp8"),
+    "int8": WeightFormat("packed", "group", bits=8, group=128),
+    "int4": WeightFormat("packed", "group", bits=4, group=128, has_zeros=True),
+}
 
 
 class Rule(Struct, frozen=True):
-    """A format, and the modules that have it: by name, by pattern after "re:", or all."""
+    """A format, and the modules that have it: by name, by pattern after "re:", or all.
 
-    format: WeightFormat
+    format: None if they are not quantized.
+    """
+
+    format: WeightFormat | None
     targets: tuple[str, ...] = (ANY_LINEAR,)
 
 
@@ -54,11 +101,16 @@ class Scheme(Struct, frozen=True):
     @classmethod
     def at_load(cls, method: Quantization) -> "Scheme":
         """For a checkpoint that is not quantized."""
-        return cls((Rule(WeightFormat(method)),))
+        return cls((Rule(AT_LOAD[method]),))
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the checkpoint holds its weights so."""
+        return any(rule.format is not None and rule.format.is_stored for rule in self.rules)
 
     def quantizing(self) -> "Scheme":
         """The same for weights that come unquantized."""
-        rules = [Rule(replace(rule.format, stored=False), rule.targets) for rule in self.rules]
+        rules = [Rule(_at_load(rule.format), rule.targets) for rule in self.rules]
         return replace(self, rules=tuple(rules))
 
     def format_of(self, module: str) -> WeightFormat | None:
@@ -83,28 +135,19 @@ class Scheme(Struct, frozen=True):
         return found
 
 
-def choose_scheme(wanted: Quantization | None, config: dict[str, Any]) -> Scheme | None:
+def choose_scheme(wanted: Quantization | None, config: Mapping[str, Any]) -> Scheme | None:
     """The scheme that a checkpoint's config tells of, else the user's, else None.
 
     Raises `ValueError` naming field and remedy if the checkpoint is quantized in another way.
     """
-    found = config.get("quantization_config")
+    found = config.get("quantization_config", config.get("compression_config"))
     if found is None:
         return None if wanted is None else Scheme.at_load(wanted)
-    if found.get("quant_method") != "compressed-tensors":
-        _refuse(f"quant_method {found.get('quant_method')}")
-    if found.get("format") != "float-quantized":
-        _refuse(f"compressed-tensors, format {found.get('format')}")
-    if found.get("kv_cache_scheme") is not None:
-        _refuse("compressed-tensors with a kv_cache_scheme")
-    groups = list((found.get("config_groups") or {}).values())
-    if not groups:
-        _refuse("compressed-tensors without config_groups")
-    rules = tuple(
-        Rule(_format_of_group(group), tuple(group.get("targets") or [ANY_LINEAR]))
-        for group in groups
-    )
-    return Scheme(rules, ignored=tuple(found.get("ignore") or ()))
+    with blaming("config.json"):
+        method = found.get("quant_method")
+        if method not in READERS:
+            _refuse(f"quant_method {method}", OTHERS.get(str(method), SUPPORTED))
+        return READERS[method](found)
 
 
 def bytes_per_linear_weight(spec: DecoderSpec, scheme: Scheme | None, *, value_bytes: int) -> float:
@@ -128,18 +171,210 @@ def _matches(pattern: str, module: str) -> bool:
     return pattern == module
 
 
-def _format_of_group(group: dict[str, Any]) -> WeightFormat:
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
-    scales = weights.get("strategy")
-    if not (FLOAT8.items() <= weights.items() and scales in ("channel", "tensor")):
-        _refuse("compressed-tensors, weights other than FP8 per channel or per tensor")
+def _at_load(kept: WeightFormat | None) -> WeightFormat | None:
+    if kept is None:
+        return None
+    if kept.method != "packed":
+        return WeightFormat(kept.method)
+    return replace(kept, layout=None, is_reordered=False)
+
+
+def _refuse(what: str, remedy: str = SUPPORTED) -> NoReturn:
+    raise ValueError(f"config.json: quantization_config ({what}) is not supported: use {remedy}")
+
+
+# ---- compressed-tensors, as llm-compressor writes it
+
+# format → what its weights may be
+FORMATS = {
+    "pack-quantized": "int",
+    "int-quantized": "int",
+    "float-quantized": "float",
+    "naive-quantized": None,
+    "mixed-precision": None,
+}
+
+
+def _compressed_tensors(found: Mapping[str, Any]) -> Scheme:
+    named = found.get("format")
+    if named not in FORMATS:
+        known = str(named).removesuffix("-quantized").removesuffix("-pack")
+        _refuse(f"compressed-tensors, format {named}", OTHERS.get(known, SUPPORTED))
+    if found.get("kv_cache_scheme") is not None:
+        _refuse("compressed-tensors with a kv_cache_scheme")
+    if (found.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        _refuse("compressed-tensors with sparse weights")
+    groups = list((found.get("config_groups") or {}).values())
+    if not groups:
+        _refuse("compressed-tensors without config_groups")
+    rules = tuple(
+        Rule(_format_of_group(group, named), tuple(group.get("targets") or [ANY_LINEAR]))
+        for group in groups
+    )
+    return Scheme(rules, ignored=tuple(found.get("ignore") or ()))
+
+
+def _format_of_group(group: Mapping[str, Any], named: str) -> WeightFormat:
+    named = group.get("format") or named
+    weights, tokens = group.get("weights") or {}, group.get("input_activations")
     if weights.get("dynamic") or group.get("output_activations") is not None:
         _refuse("compressed-tensors with quantized outputs or dynamic weights")
-    dynamic_tokens = FLOAT8 | {"strategy": "token", "dynamic": True}
-    if activations is None or not dynamic_tokens.items() <= activations.items():
-        _refuse("compressed-tensors, activations other than FP8 per token, dynamic")
-    return WeightFormat("fp8", scales, stored=True)
+    if named == "pack-quantized" and tokens is None:
+        return _packed_format(weights)
+    kind: Literal["fp8", "int8"] = "fp8" if FLOAT8.items() <= weights.items() else "int8"
+    if kind == "int8" and not INT8.items() <= weights.items():
+        _refuse("compressed-tensors, weights other than integers of 4 or 8 bits, or FP8")
+    if FORMATS.get(named, weights["type"]) not in (None, weights["type"]):
+        _refuse(f"compressed-tensors, {weights['type']} weights in format {named}")
+    scales = weights.get("strategy")
+    if kind == "fp8" and scales == "block":
+        return _block_format(weights.get("block_structure"), "compressed-tensors")
+    if scales not in ("channel", "tensor"):
+        _refuse(f"compressed-tensors, {kind} weights with scales per {scales}")
+    if kind == "fp8" and tokens is None:
+        return WeightFormat("packed", scales, is_float=True, layout="compressed-tensors")
+    return WeightFormat(kind, scales, tokens=_tokens(tokens, kind), layout="compressed-tensors")
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ValueError(f"config.json: quantization_config ({what}) is not supported: use {SUPPORTED}")
+def _packed_format(weights: Mapping[str, Any]) -> WeightFormat:
+    bits, scales, group = weights.get("num_bits"), weights.get("strategy"), 0
+    if weights.get("type") != "int" or bits not in (4, 8):
+        _refuse(f"compressed-tensors, packed {weights.get('type')} weights of {bits} bits")
+    if scales == "group":
+        group = _group_size(weights.get("group_size"))
+    elif scales != "channel":
+        _refuse(f"compressed-tensors, packed weights with scales per {scales}")
+    return WeightFormat(
+        "packed",
+        scales,
+        bits=bits,
+        group=group,
+        has_zeros=not weights.get("symmetric", True),
+        is_reordered=weights.get("actorder") in ("group", "dynamic", True),
+        layout="compressed-tensors",
+    )
+
+
+def _tokens(tokens: Mapping[str, Any] | None, kind: str) -> Literal["dynamic", "static"]:
+    """How tokens that meet 8-bit weights are quantized."""
+    meant = FLOAT8 if kind == "fp8" else INT8
+    if tokens is not None and meant.items() <= tokens.items():
+        if tokens.get("dynamic") is True and tokens.get("strategy") == "token":
+            return "dynamic"
+        if not tokens.get("dynamic") and tokens.get("strategy") == "tensor":
+            return "static"
+    _refuse(f"compressed-tensors, activations other than {kind} per token, or per tensor if static")
+
+
+def _block_format(block: Any, layout: Layout) -> WeightFormat:
+    if not (isinstance(block, list) and len(block) == 2 and block[0] == block[1]):
+        _refuse(f"FP8 weights in blocks of {block}")
+    group = _group_size(block[0])
+    return WeightFormat("packed", "block", group=group, is_float=True, layout=layout)
+
+
+def _group_size(size: Any) -> int:
+    """0: all inputs of an output share a scale."""
+    if size == -1:
+        return 0
+    if not isinstance(size, int) or size < 16 or size % 16:
+        _refuse(f"groups of {size}")
+    return size
+
+
+# ---- others' layouts
+
+
+def _fp8(found: Mapping[str, Any]) -> Scheme:
+    """DeepSeek's and Qwen's own FP8 files, in blocks, and AutoFP8's, with a scale for a matrix."""
+    dynamic = found.get("activation_scheme") == "dynamic"
+    if found.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        _refuse(f"fp8, fmt {found.get('fmt')}")
+    if found.get("scale_fmt") not in (None, "float"):
+        _refuse(f"fp8, scale_fmt {found.get('scale_fmt')}")
+    if found.get("weight_block_size") is not None:
+        kept = _block_format(found["weight_block_size"], "fp8")
+    else:
+        kept = WeightFormat(
+            "fp8", "tensor", tokens="dynamic" if dynamic else "static", layout="fp8"
+        )
+    return Scheme((Rule(kept),), ignored=_skipped(found, "modules_to_not_convert"))
+
+
+def _awq(found: Mapping[str, Any]) -> Scheme:
+    version = str(found.get("version", "gemm")).lower()
+    if version != "gemm":
+        _refuse(f"awq, version {version}", "a checkpoint of version gemm, or " + SUPPORTED)
+    bits = found.get("bits", found.get("w_bit"))
+    if bits != 4:
+        _refuse(f"awq with {bits} bits")
+    kept = WeightFormat(
+        "packed",
+        "group",
+        bits=4,
+        group=_group_size(found.get("group_size", found.get("q_group_size"))),
+        has_zeros=True,  # stored even where they are all alike
+        layout="awq",
+    )
+    return Scheme((Rule(kept),), ignored=_skipped(found, "modules_to_not_convert"))
+
+
+def _gptq(found: Mapping[str, Any]) -> Scheme:
+    """Also with GPTQModel's `dynamic`: patterns of modules that are kept otherwise."""
+    layout = found.get("checkpoint_format", "gptq")
+    if layout not in ("gptq", "gptq_v2"):
+        _refuse(f"gptq, checkpoint_format {layout}")
+    if found.get("lm_head"):
+        _refuse("gptq with a quantized lm_head")
+    rules = [Rule(_gptq_format(found, layout))]
+    for pattern, changes in (found.get("dynamic") or {}).items():
+        target = f"re:{pattern.removeprefix('+:').removeprefix('-:')}"
+        skipped = pattern.startswith("-:")
+        kept = None if skipped else _gptq_format({**found, **changes}, layout)
+        rules.insert(-1, Rule(kept, (target,)))
+    return Scheme(tuple(rules), ignored=_skipped(found, "modules_in_block_to_not_quantize"))
+
+
+def _gptq_format(found: Mapping[str, Any], layout: Literal["gptq", "gptq_v2"]) -> WeightFormat:
+    if found.get("bits") not in (4, 8):
+        _refuse(f"gptq with {found.get('bits')} bits")
+    return WeightFormat(
+        "packed",
+        "group",
+        bits=found["bits"],
+        group=_group_size(found.get("group_size")),
+        has_zeros=True,
+        is_reordered=bool(found.get("desc_act")),
+        layout=layout,
+    )
+
+
+def _skipped(found: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Modules that are not quantized: each entry is one, or some modules' common part of a path."""
+    names = found.get(field) or ()
+    return tuple(rf"re:(.*\.)?{re.escape(name)}(\..*)?$" for name in names)
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "awq": _awq,
+    "gptq": _gptq,
+}
+FROM_ORIGINAL = "the original checkpoint with quantization="
+# What would do instead of what is not supported, by the names that configs have for it.
+OTHERS = {
+    "aqlm": f"{FROM_ORIGINAL}'int4', or its GGUF",
+    "bitsandbytes": f"{FROM_ORIGINAL}'int4' or 'int8', which quantizes as it loads, too",
+    "eetq": f"{FROM_ORIGINAL}'int8'",
+    "fbgemm_fp8": f"{FROM_ORIGINAL}'fp8', or its FP8 files in compressed-tensors format",
+    "higgs": f"{FROM_ORIGINAL}'int4', or its GGUF",
+    "hqq": f"{FROM_ORIGINAL}'int4'",
+    "modelopt": f"{FROM_ORIGINAL}'fp8', or its files in compressed-tensors format",
+    "mxfp6": f"{FROM_ORIGINAL}'int8' or 'fp8'",
+    "mxfp8": f"{FROM_ORIGINAL}'fp8'",
+    "nvfp4": f"{FROM_ORIGINAL}'int4', or its W4A16 or AWQ files",
+    "quanto": f"{FROM_ORIGINAL}'int4' or 'int8'",
+    "quark": f"{FROM_ORIGINAL}'fp8', or its files in compressed-tensors format",
+    "torchao": f"{FROM_ORIGINAL}'int4', 'int8' or 'fp8'",
+}

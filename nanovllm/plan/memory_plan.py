@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from nanovllm.checkpoint.model_size import ModelSize
-from nanovllm.checkpoint.quantization import BYTES_PER_WEIGHT
+from nanovllm.checkpoint.quantization import AT_LOAD
 from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
@@ -272,15 +272,20 @@ def _variants(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
 
 
 def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """The same with weights, KV, or both in FP8."""
+    """The same with weights, KV, or both in fewer bits."""
     if not plan.machine.is_gpu:
         return
-    weights = replace(plan.precision, linear_bytes=BYTES_PER_WEIGHT["fp8"])
-    yield "quantization=fp8", replace(plan, precision=weights)
     kv = replace(plan.precision, kv_bytes=1)
+    if plan.precision.linear_bytes < plan.precision.value_bytes:  # by its checkpoint, or asked for
+        yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
+        return
+    weights = replace(plan.precision, linear_bytes=AT_LOAD["fp8"].bytes_per_weight)
+    yield "quantization=fp8", replace(plan, precision=weights)
     yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
     both = replace(weights, kv_bytes=1)
     yield "quantization=fp8 and kv_cache_dtype=fp8", replace(plan, precision=both)
+    weights = replace(plan.precision, linear_bytes=AT_LOAD["int4"].bytes_per_weight)
+    yield "quantization=int4", replace(plan, precision=weights)
 
 
 def _with(struct: _S, **changes: Any) -> _S:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from msgspec.structs import replace
@@ -284,7 +285,8 @@ class Startup:
             step = NativeDecoder(model)
             self._memory_bytes["weights"] = step.weight_bytes
             return dataclasses.replace(loaded, native=step)
-        held = (model.embedding, *(linear.weight for linear in model.linears()))
+        linears = (linear.method.tensors(linear) for linear in model.linears())
+        held = (model.embedding, *chain.from_iterable(linears))
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
         return loaded

@@ -6,6 +6,7 @@ once, or a `ValueError` says what the checkpoint lacks or has over.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def _fill_from_safetensors(
                 if files.get(name) != path:  # the index says that another file has it
                     continue
                 for place in places.get(name, ()):
-                    place.slot.write(_read(file, name, place, where=path))
+                    values = _read(file, name, place, where=path)
+                    with _naming(name, path):
+                        place.slot.write(values)
                     yield place.slot.target.numel()
 
 
@@ -246,9 +249,11 @@ def _match(
 ) -> None:
     """Raises if the names found are not those wanted. A head that is tied may be there, too."""
     head = f"{names['lm_head']}.weight"
-    optional = {head} - places.keys()
+    spare = {name for name, found in places.items() if all(one.slot.is_optional for one in found)}
+    optional = {head} - places.keys() | spare
     present = {name for name in found if not name.endswith(DERIVED_SUFFIXES)} - optional
-    for problem, odd in (("lacks", places.keys() - present), ("has over", present - places.keys())):
+    lost, over = places.keys() - spare - present, present - places.keys()
+    for problem, odd in (("lacks", lost), ("has over", over)):
         if odd:
             some = ", ".join(sorted(odd)[:NUM_NAMES_SHOWN])
             raise ValueError(
@@ -277,6 +282,15 @@ def _files_of_tensors(directory: Path) -> dict[str, Path]:
             f"index): convert or fetch the weights, or name one .gguf file"
         )
     return files
+
+
+@contextmanager
+def _naming(name: str, path: Path) -> Iterator[None]:
+    """Says of which tensor it is, what is wrong with its values."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: tensor {name} {error}") from error
 
 
 def _opened(path: Path) -> safe_open:

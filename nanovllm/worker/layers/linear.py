@@ -29,7 +29,8 @@ class WeightSlot:
     to. dtype: the only one a file may hold it in; None: any but those that need a scale. note: what
     of the config says so, for an error. put(values, rows): how some rows come into target; None:
     they are copied. keep: takes the rows of a GGUF tensor as they are stored, in the order of the
-    slot's; then target has a shape and no memory.
+    slot's; then target has a shape and no memory. is_optional: a checkpoint may lack it, and target
+    is of no size.
     """
 
     part: str
@@ -42,6 +43,7 @@ class WeightSlot:
     note: str = ""
     put: Callable[[Tensor, slice], None] | None = None
     keep: Callable[[GGUFTensor], None] | None = None
+    is_optional: bool = False
 
     @classmethod
     def of_whole(
@@ -84,6 +86,9 @@ class LinearMethod(Protocol):
     def slots(self, linear: "Linear") -> Iterator[WeightSlot]:
         """What checkpoints must bring, while rows of the weight are still rows in memory."""
 
+    def tensors(self, linear: "Linear") -> Iterator[Tensor]:
+        """What the layer's weights take memory for."""
+
     def apply(self, linear: "Linear", x: Tensor) -> Tensor:
         """x: [n, in_features]. Returns new memory, [n, out_features]."""
 
@@ -102,6 +107,9 @@ class Unquantized:
         for part, cut, rows in linear.rows():
             yield WeightSlot(part, "weight", linear.weight[rows], (cut, linear.inputs))
             yield from linear.bias_slots(part, cut, rows)
+
+    def tensors(self, linear: "Linear") -> Iterator[Tensor]:
+        yield linear.weight
 
     def apply(self, linear: "Linear", x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)

@@ -8,13 +8,13 @@ Micikevicius et al., "FP8 formats for deep learning", 2022.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.checkpoint.quantization import WeightFormat
+from nanovllm.checkpoint.quantization import Scales, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
 
@@ -44,11 +44,13 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
 class Fp8:
     """In plain torch, on any device: weights take half the memory, and no less time.
 
-    `linear.weight` is e4m3, `linear.scale` [out_features] fp32. stored: how many weights share a
-    scale in the checkpoint; None: it holds none, and each row is quantized as it comes.
+    `linear.weight` is e4m3, `linear.scale` [out_features] fp32. stored: which weights share a scale
+    in the checkpoint; None: it holds none, and each row is quantized as it comes. is_static: it
+    holds a scale for all tokens, too.
     """
 
-    stored: Literal["tensor", "channel"] | None = None
+    stored: Scales | None = None
+    is_static: bool = False
     kind: ClassVar[str] = KIND
 
     def create(self, linear: Linear, device: torch.device) -> None:
@@ -66,15 +68,12 @@ class Fp8:
                 yield WeightSlot(part, "weight", weight, piece, put=put)
             else:
                 yield WeightSlot(part, "weight", weight, piece, dtype=E4M3)
-                yield self._scale_slot(part, cut, scale)
+                yield from scale_slots(self.stored, part, cut, scale, is_static=self.is_static)
             yield from linear.bias_slots(part, cut, rows)
 
-    def _scale_slot(self, part: str, cut: Cut, scale: Tensor) -> WeightSlot:
-        note = f"weights quantized per {self.stored}"
-        if self.stored == "tensor":
-            return WeightSlot(part, "weight_scale", scale, (), note=note)
-        piece = cut, Cut.all_of(1)
-        return WeightSlot(part, "weight_scale", scale[:, None], piece, note=note)
+    def tensors(self, linear: Linear) -> Iterator[Tensor]:
+        assert linear.scale is not None
+        yield from (linear.weight, linear.scale)
 
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         return self.multiply(linear, quantize_rows(x), x.dtype)
@@ -123,7 +122,30 @@ def method_for(kept: WeightFormat, linear: Linear, device: torch.device) -> Fp8:
         and all(size % ALIGNMENT == 0 for size in linear.weight.shape)
     )
     method = NativeFp8 if can_multiply else Fp8
-    return method(kept.scales if kept.stored else None)
+    if not kept.is_stored:
+        return method()
+    return method(kept.scales, is_static=kept.tokens == "static")
+
+
+def scale_slots(
+    stored: Scales, part: str, cut: Cut, scale: Tensor, *, is_static: bool
+) -> Iterator[WeightSlot]:
+    """Of the weights of one part, scale [outputs]; and of its tokens, where a checkpoint has one.
+
+    That is read and not used: a scale for each token, found as it comes, is never worse.
+    """
+    note = f"weights quantized per {stored}"
+    if stored == "tensor":
+        yield WeightSlot(part, "weight_scale", scale, (), note=note)
+    else:
+        piece = cut, Cut.all_of(1)
+        yield WeightSlot(part, "weight_scale", scale[:, None], piece, note=note)
+    if is_static:
+        yield WeightSlot(part, "input_scale", scale.new_empty(0), (), put=_drop)
+
+
+def _drop(values: Tensor, rows: slice) -> None:
+    pass
 
 
 def _put_quantized(weight: Tensor, scale: Tensor, values: Tensor, rows: slice) -> None:

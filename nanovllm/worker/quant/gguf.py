@@ -39,6 +39,10 @@ class PackedLinear:
             yield WeightSlot(part, "weight", target, piece, keep=keep)
             yield from linear.bias_slots(part, cut, rows)
 
+    def tensors(self, linear: Linear) -> Iterator[Tensor]:
+        """None: whoever lays weights out counts them (`num_bytes`)."""
+        yield from ()
+
     def apply(self, linear: Linear, x: Tensor) -> Tensor:
         described, wide = self.describe(linear), x.float().contiguous()
         out = torch.empty(len(x), described.rows)

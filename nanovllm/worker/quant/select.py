@@ -1,19 +1,52 @@
-"""Which method keeps the weights of a linear layer: a file here, and a line in `METHODS`.
+"""Which method keeps the weights of a linear layer: a file here, and a line in a table.
 
 What is quantized, and in which format, `checkpoint.quantization` says.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from nanovllm.checkpoint.quantization import Scheme, WeightFormat
-from nanovllm.config import Quantization
+from nanovllm.checkpoint.quantization import Layout as LayoutName
+from nanovllm.checkpoint.quantization import Method, Scheme, WeightFormat
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear, LinearMethod
 from nanovllm.worker.quant import fp8
+from nanovllm.worker.quant.awq import Awq
+from nanovllm.worker.quant.compressed_tensors import Fp8Weights, PackQuantized
+from nanovllm.worker.quant.gptq import Gptq
+from nanovllm.worker.quant.int8 import Int8
+from nanovllm.worker.quant.packed import Layout, Packed
+from nanovllm.worker.quant.rounding import Rounded, fitting
 
-METHODS: dict[Quantization, Callable[[WeightFormat, Linear, torch.device], LinearMethod]] = {
+LAYOUTS: Mapping[LayoutName, Layout] = {
+    "compressed-tensors": PackQuantized(),
+    "awq": Awq(),
+    "gptq": Gptq(offset=1),
+    "gptq_v2": Gptq(offset=0),
+}
+FLOAT_LAYOUTS: Mapping[LayoutName, Layout] = {
+    "compressed-tensors": Fp8Weights("weight_scale"),
+    "fp8": Fp8Weights("weight_scale_inv"),
+}
+
+
+def _packed(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
+    dtype = linear.weight.dtype
+    if kept.layout is None:
+        return Packed(fitting(kept, linear.inputs.size), Rounded(), dtype)
+    layouts = FLOAT_LAYOUTS if kept.is_float else LAYOUTS
+    return Packed(kept, layouts[kept.layout], dtype)
+
+
+def _int8(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
+    return Int8(kept)
+
+
+METHODS: dict[Method, Callable[[WeightFormat, Linear, torch.device], LinearMethod]] = {
     "fp8": fp8.method_for,
+    "int8": _int8,
+    "packed": _packed,
 }
 
 
@@ -26,10 +59,22 @@ def describe(linears: Iterable[Linear], scheme: Scheme | None) -> list[str]:
     """Notes for the user: what came of it."""
     if scheme is None:
         return []
-    methods = [linear.method for linear in linears]
-    num_quantized = sum(method.kind == fp8.KIND for method in methods)
-    native = any(isinstance(method, fp8.NativeFp8) for method in methods)
-    is_stored = any(rule.format.stored for rule in scheme.rules)
-    origin = "of the checkpoint" if is_stored else "quantized at load"
-    effect = "FP8 tensor cores" if native else "plain torch, which saves memory and no time"
-    return [f"FP8 weights {origin} in {num_quantized} linear layers, multiplied by {effect}"]
+    origin = "of the checkpoint" if scheme.is_stored else "quantized at load"
+    counts = Counter(what for linear in linears if (what := _what(linear.method)) is not None)
+    return [
+        f"{kept} {origin} in {count} linear layers, multiplied by {product}"
+        for (kept, product), count in counts.items()
+    ]
+
+
+def _what(method: LinearMethod) -> tuple[str, str] | None:
+    """What weights are kept as, and who multiplies by them; None: they are not quantized."""
+    plain = "plain torch, which saves memory and no time"
+    match method:
+        case fp8.NativeFp8():
+            return "FP8 weights", "FP8 tensor cores"
+        case fp8.Fp8():
+            return "FP8 weights", plain
+        case Int8() | Packed():
+            return str(method.kept), plain
+    return None

@@ -12,12 +12,13 @@ from torch import Tensor
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
-from nanovllm.config import LoadFormat
+from nanovllm.config import LoadFormat, Quantization
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.fp8 import E4M3, FP8, Fp8, quantize_rows
+from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType
 from tests.worker.attention.decoding import Driver
@@ -97,6 +98,31 @@ def test_quantized_as_it_comes(name: str, tiny_checkpoint: Build) -> None:
     assert model.lm_head.method.kind != "fp8"
 
 
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_packed_as_it_comes(
+    method: Quantization, tiny_checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From safetensors and, piece by piece, from a GGUF file of the same numbers: each weight is
+    within half a step of what it was, and the model much the same."""
+    path = tiny_checkpoint("llama")
+    expected = load_file(path / "model.safetensors")
+    monkeypatch.setattr("nanovllm.worker.weights.PIECE_VALUES", 700)
+    gguf, _ = as_gguf(path, tmp_path / "m.gguf", architecture="llama", kind=QuantizationType.F32)
+    scheme = Scheme.at_load(method)
+    models = [load(one, scheme=scheme) for one in (Checkpoint(path, "safetensors"), gguf)]
+    for index, layers in enumerate(zip(*(model.layers for model in models), strict=True)):
+        for one, other in zip(*(layer.linears() for layer in layers), strict=True):
+            assert isinstance(one.method, Packed) and isinstance(other.method, Packed)
+            for part, _, rows in one.rows():
+                weight = one.method.weight.rows(rows)
+                assert weight.group == 32
+                values = weight.dequantize()
+                steps = weight.scale.repeat_interleave(32, 1)[:, : values.shape[1]]
+                name = models[0].spec.names.safetensors[part].format(index)
+                assert ((values - expected[f"{name}.weight"]).abs() <= 0.5001 * steps).all()
+                assert torch.equal(other.method.weight.rows(rows).dequantize(), values)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_from_gguf(
     name: str, tiny_checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +198,7 @@ def test_stored_wrongly(
 
 
 def test_logits_stay_near(tiny_checkpoint: Build) -> None:
-    """And the cache in FP8 costs less than the weights."""
+    """Weights of 8 bits that are integers nearest; the cache in FP8 costs less than weights."""
     checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
     prompt = torch.randint(3, 160, (75,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -181,8 +207,14 @@ def test_logits_stay_near(tiny_checkpoint: Build) -> None:
         return driver.run({"prompt": prompt})["prompt"].double().log_softmax(-1)
 
     exact = log_probs(None, None)
-    weights, cache = (
+    fp8, cache, int8, int4 = (
         (exact.exp() * (exact - found)).sum(-1).mean()
-        for found in (log_probs(Scheme.at_load("fp8"), None), log_probs(None, E4M3))
+        for found in (
+            log_probs(Scheme.at_load("fp8"), None),
+            log_probs(None, E4M3),
+            log_probs(Scheme.at_load("int8"), None),
+            log_probs(Scheme.at_load("int4"), None),
+        )
     )
-    assert 0 < cache < weights < 0.05
+    assert 0 < int8 < cache < fp8 < 0.05
+    assert fp8 < int4 < 0.2

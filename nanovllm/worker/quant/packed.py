@@ -1,0 +1,235 @@
+"""Weights of 4 and 8 bits with a scale for each group of inputs, in the one form all are kept in.
+
+`Packed` is the `LinearMethod`; files of formats convert to its layout while they load (`Layout`).
+weight = (code - zero) * scale + shift, computed in fp32; tokens are multiplied as they are. Triton
+kernels read the same memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from nanovllm.checkpoint.quantization import WeightFormat
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.parallel import Cut
+
+KIND = "packed"  # by which kernels know these weights
+UNIT = 32  # inputs of 4 bits that are laid out together: the halves of 16 bytes, as in GGUF
+HALF = UNIT // 2
+MIDDLE = 8  # the zero of 4-bit codes that have none of their own
+PIECE_VALUES = 2**24  # of a weight that are unpacked at a time
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """codes: [rows, columns] of 0 to 15. Returns uint8 [rows, bytes]: of 32 codes the first 16 in
+    the lower halves of 16 bytes, the others in the upper ones."""
+    padded = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % UNIT))
+    low, high = padded.view(len(codes), -1, 2, HALF).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
+    """The opposite of `pack_nibbles`: uint8 [rows, num_columns]."""
+    units = packed.view(len(packed), -1, 1, HALF)
+    return torch.cat((units & 15, units >> 4), 2).flatten(1)[:, :num_columns]
+
+
+@dataclass(slots=True)
+class PackedWeight:
+    """A matrix [outputs, inputs].
+
+    codes: of 4 bits uint8 (`pack_nibbles`), else int8 or e4m3 [outputs, inputs]. group: inputs that
+    share a scale. zero: of the codes' type, 4-bit ones unpacked; None: 0, of 4 bits 8.
+    """
+
+    codes: Tensor
+    scale: Tensor  # [outputs, groups], floating
+    zero: Tensor | None  # [outputs, groups]
+    group: int
+    inputs: int
+    shift: Tensor | None = None  # [outputs, groups], floating
+    has_scales: bool = False  # some have been loaded
+
+    @classmethod
+    def empty(
+        cls, kept: WeightFormat, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> "PackedWeight":
+        """dtype: of scales, unless their file has a wider one."""
+        outputs, inputs = shape
+        group = kept.group or inputs
+        grid = outputs, -(-inputs // group)
+        width = -(-inputs // UNIT) * HALF if kept.bits == 4 else inputs
+        codes_dtype = torch.uint8 if kept.bits == 4 else torch.int8
+        zero = torch.zeros(grid, dtype=codes_dtype, device=device) if kept.has_zeros else None
+        if kept.is_float:
+            codes_dtype = torch.float8_e4m3fn
+        codes = torch.zeros((outputs, width), dtype=codes_dtype, device=device)
+        return cls(codes, torch.ones(grid, dtype=dtype, device=device), zero, group, inputs)
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    def rows(self, rows: slice) -> "PackedWeight":
+        """A view of some outputs."""
+        zero = None if self.zero is None else self.zero[rows]
+        shift = None if self.shift is None else self.shift[rows]
+        return PackedWeight(
+            self.codes[rows], self.scale[rows], zero, self.group, self.inputs, shift
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        for tensor in (self.codes, self.scale, self.zero, self.shift):
+            if tensor is not None:
+                yield tensor
+
+    def set_scale(self, rows: slice, scale: Tensor) -> None:
+        """scale: [some outputs, groups]. All are kept in the type that they come in, or in one that
+        loses nothing if they come in several."""
+        kept = self.scale.dtype if self.has_scales else scale.dtype
+        self.scale = self.scale.to(torch.promote_types(kept, scale.dtype))
+        self.has_scales = True
+        self.scale[rows].copy_(scale)
+
+    def set_zero(self, rows: slice, zero: Tensor) -> None:
+        """zero: [some outputs, groups]."""
+        assert self.zero is not None
+        self.zero[rows].copy_(zero)
+
+    def dequantize(self) -> Tensor:
+        """The matrix in fp32, exact but for the last rounding."""
+        codes = self.codes
+        wide = (unpack_nibbles(codes, self.inputs) if self.bits == 4 else codes).float()
+        padded = F.pad(wide, (0, -self.inputs % self.group))
+        grouped = padded.view(len(codes), -1, self.group)
+        if self.zero is not None:
+            grouped = grouped - self.zero.float()[:, :, None]
+        elif self.bits == 4 and self.shift is None:
+            grouped = grouped - MIDDLE
+        grouped = grouped * self.scale.float()[:, :, None]
+        if self.shift is not None:
+            grouped = grouped + self.shift.float()[:, :, None]
+        return grouped.flatten(1)[:, : self.inputs]
+
+
+class Layout(Protocol):
+    """How some files hold packed weights."""
+
+    def slots(
+        self, method: "Packed", linear: Linear, part: str, cut: Cut, rows: slice
+    ) -> Iterator[WeightSlot]:
+        """Of one part, whose outputs are `rows` of the layer's."""
+
+
+@dataclass(slots=True)
+class Packed:
+    """The method of one layer; `linear.weight` has a shape and no memory.
+
+    order: [inputs] int64, which input meets which column; None: each its own. It is that of all
+    parts, `orders`.
+    """
+
+    kept: WeightFormat
+    layout: Layout
+    dtype: torch.dtype  # of scales as they are made
+    order: Tensor | None = None
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    kind: ClassVar[str] = KIND
+    _weight: PackedWeight | None = None
+
+    @property
+    def weight(self) -> PackedWeight:
+        assert self._weight is not None, "memory is there once a layer is created"
+        return self._weight
+
+    def create(self, linear: Linear, device: torch.device) -> None:
+        outputs, inputs = linear.weight.shape
+        self._weight = PackedWeight.empty(self.kept, (outputs, inputs), self.dtype, device)
+        linear.weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device="meta")
+        linear.allocate_bias(device)
+
+    def slots(self, linear: Linear) -> Iterator[WeightSlot]:
+        for part, cut, rows in linear.rows():
+            yield from self.layout.slots(self, linear, part, cut, rows)
+            yield from linear.bias_slots(part, cut, rows)
+
+    def tensors(self, linear: Linear) -> Iterator[Tensor]:
+        yield from self.weight.tensors()
+
+    def apply(self, linear: Linear, x: Tensor) -> Tensor:
+        weight, outputs = self.weight, len(linear.weight)
+        x = self.ordered(x)
+        out = x.new_empty(len(x), outputs)
+        step = max(1, PIECE_VALUES // weight.inputs)
+        for start in range(0, outputs, step):
+            rows = slice(start, min(start + step, outputs))
+            bias = None if linear.bias is None else linear.bias[rows]
+            out[:, rows] = F.linear(x, weight.rows(rows).dequantize().to(x.dtype), bias)
+        return out
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Inputs as the columns of the weight have them."""
+        return x if self.order is None else x.index_select(1, self.order)
+
+    # ---- for layouts, while weights are loaded
+
+    def put_codes(self, part: str, rows: slice, codes: Tensor) -> None:
+        """codes: [some outputs, inputs] in the order of the file; of 4 bits 0 to 15."""
+        if part in self.orders:
+            codes = codes[:, self.orders[part]]
+        target = self.weight.codes[rows]
+        target.copy_(pack_nibbles(codes) if self.weight.bits == 4 else codes)
+
+    def put_order(self, part: str, rows: slice, group_of: Tensor) -> None:
+        """group_of: [inputs], the group of each.
+
+        Raises `ValueError` if groups are not of one size, or other parts of the layer have others.
+        """
+        weight = self.weight
+        group_of = group_of.to(weight.codes.device).long()
+        order = group_of.argsort(stable=True)
+        straight = torch.arange(weight.inputs, device=order.device)
+        if not torch.equal(group_of[order], straight // weight.group):
+            raise ValueError(f"does not put {weight.group} inputs into each group: fetch it again")
+        if any(not torch.equal(order, other) for other in self.orders.values()):
+            raise ValueError("orders inputs otherwise than the layers that it is multiplied with")
+        if not torch.equal(order, straight):
+            if not self.kept.is_reordered:
+                raise ValueError("orders inputs, of which its config does not tell (desc_act)")
+            codes = weight.rows(rows).codes
+            columns = unpack_nibbles(codes, weight.inputs) if weight.bits == 4 else codes
+            self.put_codes(part, rows, columns[:, order])
+            self.order = order
+        self.orders[part] = order
+
+
+def per(cut: Cut, count: int, what: str) -> Cut:
+    """The piece of an axis that has one place for `count` of those that `cut` is of.
+
+    Raises `ValueError` if a rank's piece would begin or end within one.
+    """
+    end = cut.start + cut.size
+    if cut.start % count or (end % count and end != cut.whole):
+        raise ValueError(
+            f"tensor_parallel_size: {cut.whole} {what} are kept in groups of {count}, which ranks "
+            f"cannot share: use a smaller one"
+        )
+    return Cut(cut.start // count, -(-cut.size // count), -(-cut.whole // count))
+
+
+def unpack_words(words: Tensor, bits: int, axis: int, size: int) -> Tensor:
+    """Codes of int32 words, the lowest bits first, along an axis of `size` codes; uint8."""
+    shape = [1] * (words.dim() + 1)
+    shape[axis + 1] = 32 // bits
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(shape)
+    codes: Tensor = words.unsqueeze(axis + 1) >> shifts & (2**bits - 1)
+    return codes.flatten(axis, axis + 1).narrow(axis, 0, size).to(torch.uint8)
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 8 bits as they are kept, int8; of 4 bits unchanged."""
+    return codes if bits == 4 else (codes ^ 128).view(torch.int8)

@@ -1,0 +1,53 @@
+"""What `nanovllm plan` foresees of quantized checkpoints is what their weights take."""
+
+from pathlib import Path
+
+import pytest
+
+from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.quantization import bytes_per_linear_weight, choose_scheme
+from nanovllm.config import EngineConfig
+from nanovllm.plan.command import choose_machine, make_plan
+from tests.worker.quant.layouts import FORMATS, write
+from tests.worker.quant.test_layouts import load
+from tests.worker.test_weights import wider
+
+UNCOUNTED = 0.1  # scales of whole outputs, which are 64 wide here; of blocks, their type
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_of_layers(name: str, tmp_path: Path) -> None:
+    (source := tmp_path / "plain").mkdir()
+    write(wider("llama", source), tmp_path, *FORMATS[name])
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    size = read_model_size(checkpoint)
+    scheme = choose_scheme(None, checkpoint.config())
+    each = bytes_per_linear_weight(size.spec, scheme, value_bytes=2)
+    planned = each * (size.parameters["attention"] + size.parameters["mlp"])
+    layers = load(tmp_path).model.layers
+    taken = sum(
+        tensor.nbytes
+        for layer in layers
+        for linear in layer.linears()
+        for tensor in linear.method.tensors(linear)
+    )
+    assert planned == pytest.approx(taken, rel=UNCOUNTED)
+
+
+def test_the_plan_of_a_packed_checkpoint_counts_all_its_weights(tmp_path: Path) -> None:
+    """Its files hold words of eight weights, which are no parameters."""
+    (source := tmp_path / "plain").mkdir()
+    plain = wider("llama", source)
+    write(plain, tmp_path, *FORMATS["awq 32"])
+    plans = []
+    for path in (plain, tmp_path):
+        config = EngineConfig.from_kwargs(model=str(path), device="cuda", dtype="bfloat16")
+        plans.append(make_plan(config, choose_machine(config, gpu="H100", gpu_memory=None)))
+    one, other = plans
+    assert one.size.num_parameters == other.size.num_parameters
+    ratio = (4 + 24 / 32) / 16
+    for group in ("attention", "mlp"):
+        assert other.weight_bytes[group] == pytest.approx(one.weight_bytes[group] * ratio, rel=1e-3)
+    for group in ("embedding", "head", "norms"):
+        assert other.weight_bytes[group] == one.weight_bytes[group]
