@@ -18,6 +18,7 @@ SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 Quantization = Literal["int4", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "native", "triton", "flash_attn"]
+Name = Annotated[str, Meta(min_length=1)]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -62,7 +63,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = False
     seed: Annotated[int, Meta(description="seed of requests that bring none")] = 0
     served_model_name: Annotated[
-        str | None, Meta(description="the name clients see; default: the value of model")
+        Name | Annotated[list[Name], Meta(min_length=1)] | None,
+        Meta(
+            description="the names by which clients may call the model, of which answers give the "
+            "first; default: the value of model"
+        ),
     ] = None
     device: Annotated[Device, Meta(description="auto: CUDA if there is one, else the CPU")] = "auto"
     threads: Annotated[
@@ -73,6 +78,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention_backend: Annotated[
         AttentionBackendName, Meta(description="auto: the fastest that supports the model")
     ] = "auto"
+
+    @property
+    def served_names(self) -> list[str]:
+        """`served_model_name` as a list, or the model's own name."""
+        names = self.served_model_name or self.model
+        return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
     def choose_max_model_len(self, most: int) -> int:
         """`max_model_len`, or `most`: all the positions that the model was made for.

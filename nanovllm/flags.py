@@ -62,7 +62,9 @@ def _options(field_type: inspect.Type) -> tuple[str, dict[str, Any]]:
         description = (field_type.extra_json_schema or {}).get("description", "")
         return description, _options(field_type.type)[1]
     if isinstance(field_type, inspect.UnionType):
-        (inner,) = (t for t in field_type.types if not isinstance(t, inspect.NoneType))
+        inner, *lists = (t for t in field_type.types if not isinstance(t, inspect.NoneType))
+        if lists:  # one or several: `str | list[str]`
+            return "", {**_options(inner)[1], "nargs": "+"}
         return _options(inner)
     if isinstance(field_type, inspect.BoolType):
         return "", {"action": argparse.BooleanOptionalAction}

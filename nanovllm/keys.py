@@ -1,15 +1,18 @@
 """Keys that let clients reach a core over a network: CurveZMQ pairs in small JSON files.
 
-The core reads a directory (`core.json`, and a public key per client in `clients/`), a client reads
-the one file made for it. Secret files are for their owner's eyes only (mode 0600).
+The core reads a directory (`core.json`, and a public key per client in `clients/`, where a second
+line "operator" lets him look at everybody's requests), a client reads the one file made for it.
+Secret files are for their owner's eyes only (mode 0600).
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+OPERATOR = b"operator"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -43,13 +46,25 @@ class CoreKeys:
 
     def client_keys(self) -> set[bytes]:
         """The public keys of those let in at this moment."""
+        return {key for key, *_ in self._entries()}
+
+    def is_operator(self, key: bytes) -> bool:
+        """Whether who has this public key may look at others' requests, at this moment."""
+        return [key, OPERATOR] in self._entries()
+
+    def _entries(self) -> list[list[bytes]]:
+        """The words of each client's file: his key, and what he is."""
         files = (self._directory / "clients").glob("*.pub")
-        return {path.read_bytes().strip() for path in files}
+        return [words for path in files if (words := path.read_bytes().split())]
 
 
-def make_keys(directory: str | Path, clients: list[str]) -> list[Path]:
+def make_keys(
+    directory: str | Path, clients: list[str], operators: Collection[str] = ()
+) -> list[Path]:
     """Make a core's keys, unless they are there, and those of new `clients`; returns the files to
-    hand to the clients. `ValueError` if one has keys already."""
+    hand to the clients. operators: those of them who may look at everybody's requests.
+
+    `ValueError` if one has keys already."""
     import zmq
 
     directory = Path(directory)
@@ -59,6 +74,8 @@ def make_keys(directory: str | Path, clients: list[str]) -> list[Path]:
     if known:
         raise ValueError(f"client {known[0]!r} has keys in {directory}: choose another name")
     odd = [name for name in clients if not name.replace("-", "").replace("_", "").isalnum()]
+    if strangers := set(operators) - set(clients):
+        raise ValueError(f"operator {min(strangers)!r}: name it among the clients as well")
     if odd or "core" in clients:
         raise ValueError(f"client {(odd or ['core'])[0]!r}: a name of letters and digits, not core")
     if not (directory / "core.json").exists():
@@ -68,7 +85,8 @@ def make_keys(directory: str | Path, clients: list[str]) -> list[Path]:
     files = []
     for name in clients:
         public, secret = (key.decode() for key in zmq.curve_keypair())
-        (directory / "clients" / f"{name}.pub").write_text(public + "\n")
+        words = [public, OPERATOR.decode()] if name in operators else [public]
+        (directory / "clients" / f"{name}.pub").write_text("\n".join(words) + "\n")
         files.append(directory / f"{name}.json")
         _save(files[-1], ClientKeys(public, secret, core.public))
     return files

@@ -22,6 +22,9 @@ def add_operator_commands(add: Callable[[str, Run, str], argparse.ArgumentParser
     names_help = "one or more clients; each gets its file: --keys DIRECTORY/NAME.json"
     keys.add_argument("--client", nargs="+", default=["client"], metavar="NAME", help=names_help)
 
+    rights_help = "those of the clients who may look at everybody's requests, as `top` does"
+    keys.add_argument("--operator", nargs="+", default=[], metavar="NAME", help=rights_help)
+
     add_top_command(add)
 
     replay = add("replay", run_replay, "run a recorded core's scheduler again, and compare plans")
@@ -30,7 +33,7 @@ def add_operator_commands(add: Callable[[str, Run, str], argparse.ArgumentParser
 
 
 def run_keys(arguments: argparse.Namespace) -> int:
-    for path in make_keys(arguments.directory, arguments.client):
+    for path in make_keys(arguments.directory, arguments.client, arguments.operator):
         print(path)
     return 0
 

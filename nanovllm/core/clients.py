@@ -24,6 +24,7 @@ class Client:
         "answers",
         "client_id",
         "identity",
+        "key",
         "last_heard",
         "num_logprobs",
         "num_unsent",
@@ -31,9 +32,10 @@ class Client:
         "unsent",
     )
 
-    def __init__(self, client_id: int, identity: bytes, now: float) -> None:
+    def __init__(self, client_id: int, identity: bytes, now: float, key: str | None) -> None:
         self.client_id = client_id
         self.identity = identity
+        self.key = key  # with which its connection was opened, if one is asked for
         self.last_heard = now
         self.outputs = Outputs()
         self.num_logprobs = 0  # in `outputs`
@@ -113,9 +115,9 @@ class ClientTable:
     def with_id(self, client_id: int) -> Client | None:
         return self._by_id.get(client_id)
 
-    def attach(self, identity: bytes, now: float) -> Client:
+    def attach(self, identity: bytes, now: float, key: str | None = None) -> Client:
         """A new client; ids are never used twice."""
-        client = Client(self._num_ever, identity, now)
+        client = Client(self._num_ever, identity, now, key)
         self._num_ever += 1
         self._by_identity[identity] = self._by_id[client.client_id] = client
         return client

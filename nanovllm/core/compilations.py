@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.core.failures import GrammarRefusedError
 from nanovllm.core.grammar import Grammar, GrammarCompiler, Matcher, cache_key
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -130,10 +131,10 @@ class Compilations:
     def begin(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
         """The outcome, if it is known; else None, and `collect` will return the request.
 
-        Raises `ValueError` if there is no compiler.
+        Raises `GrammarRefusedError` if there is no compiler.
         """
         if self._compiler is None:
-            raise ValueError(
+            raise GrammarRefusedError(
                 "structured_outputs need a tokenizer in the core, and it was told to load none "
                 "(skip_tokenizer_init)"
             )
@@ -204,10 +205,10 @@ class Compilations:
         return max(job.since, self._loaded_at) + self._timeout_s
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
-        """Give each its own matcher, behind the tokens it has generated before. `ValueError`: there
-        is none."""
+        """Give each its own matcher, behind the tokens it has generated before.
+        `GrammarRefusedError`: there is none."""
         if isinstance(outcome, ValueError):
-            raise ValueError(str(outcome))
+            raise GrammarRefusedError(str(outcome))
         for sequence in sequences:
             matcher = outcome.matcher()
             matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])

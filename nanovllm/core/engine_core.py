@@ -27,6 +27,7 @@ from nanovllm.core.events import (
     GrammarsCollected,
     MasksFilled,
 )
+from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
@@ -208,7 +209,7 @@ class EngineCore:
         if sequence is None:
             return []
         self._num_failed += 1
-        return self.end([sequence], "error", failure=cause)
+        return self.end([sequence], "error", failure=Failure(cause))
 
     def pause(self, client_id: int) -> None:
         """Run nothing for this client until `resume`: it does not read what it has got."""
@@ -257,7 +258,7 @@ class EngineCore:
             try:
                 step = self.scheduler.schedule()
             except SchedulingFailedError as failure:
-                return StepOutputs(failed=self._fail([failure.sequence], _text(failure.cause)))
+                return StepOutputs(failed=self._fail([failure.sequence], Failure.of(failure.cause)))
             if step is not None and (failed := self._submit(step)) is not None:
                 return failed
         may_submit = step is not None and self.unsampled is None
@@ -288,6 +289,7 @@ class EngineCore:
             del self.sequences[sequence.client_id, sequence.number]
             self._deadlines.remove(sequence)
         for sequence in outputs.failed:
+            assert sequence.failure is not None
             self._fail([sequence], sequence.failure)
         return outputs
 
@@ -359,7 +361,7 @@ class EngineCore:
             try:
                 self._constrain(request.sequences, outcome)
             except ValueError as error:
-                refused += self._fail(request.sequences, _text(error))
+                refused += self._fail(request.sequences, Failure.of(error))
             else:
                 self._queue(request)
         return refused
@@ -380,8 +382,9 @@ class EngineCore:
         try:
             words = self.grammars.compute_masks(list(live.values()))
         except Exception as error:
-            self._tell(MasksFilled(_text(error)))
-            return None, self._fail([step.sampled[index] for index in live], _text(error))
+            failure = Failure.of(error)
+            self._tell(MasksFilled(failure.message))
+            return None, self._fail([step.sampled[index] for index in live], failure)
         self._tell(MasksFilled())
         return StepMasks(
             list(live), np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
@@ -406,16 +409,16 @@ class EngineCore:
         for later, _ in self.inflight:
             lost |= dict.fromkeys(later.admitted_on_a_prefix())
         self.blocks.reset_prefix_cache()
-        return StepOutputs(failed=self._fail(list(lost), _text(error)))
+        return StepOutputs(failed=self._fail(list(lost), Failure.of(error)))
 
-    def _fail(self, sequences: list[Sequence], cause: str) -> list[Sequence]:
+    def _fail(self, sequences: list[Sequence], failure: Failure) -> list[Sequence]:
         # Some may have been found to end in the very step that failed: they are lost all the same.
         known = [one for one in sequences if self.sequences.get((one.client_id, one.number)) is one]
         self._num_failed += len(known)
-        return self._end(known, "error", cause)
+        return self._end(known, "error", failure)
 
     def end(
-        self, sequences: list[Sequence], reason: FinishReason, *, failure: str = ""
+        self, sequences: list[Sequence], reason: FinishReason, *, failure: Failure | None = None
     ) -> list[Sequence]:
         """End these between steps, for a reason that lies outside of them; returns them."""
         if sequences:
@@ -423,7 +426,9 @@ class EngineCore:
                 listener.on_end_asked(sequences, reason)
         return self._end(sequences, reason, failure)
 
-    def _end(self, sequences: list[Sequence], reason: FinishReason, failure: str) -> list[Sequence]:
+    def _end(
+        self, sequences: list[Sequence], reason: FinishReason, failure: Failure | None
+    ) -> list[Sequence]:
         for sequence in sequences:
             del self.sequences[sequence.client_id, sequence.number]
             self._deadlines.remove(sequence)
@@ -481,8 +486,3 @@ class EngineCore:
         self._last_step_s = now - self._last_result_at
         self._last_result_at = now
         self._num_steps += 1
-
-
-def _text(error: Exception) -> str:
-    """The cause, as a client is told."""
-    return f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
+from nanovllm.core.failures import Failure
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
@@ -20,7 +21,9 @@ from nanovllm.protocol.messages import FinishReason
 from nanovllm.protocol.plan import BlockAppend, StepPlan, StepResult, TokenLogprobs
 from nanovllm.sampling_params import leaves_nothing
 
-NOTHING_LEFT = "allowed_token_ids: min_tokens and bad_words leave none of them to go on with"
+NOTHING_LEFT = Failure(
+    "allowed_token_ids: min_tokens and bad_words leave none of them to go on with", "request"
+)
 BY_ORDER = attrgetter("order")
 
 
@@ -101,7 +104,9 @@ class Scheduler:
         else:
             self.waiting.push(sequence)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, *, failure: str = "") -> None:
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, *, failure: Failure | None = None
+    ) -> None:
         """End a sequence wherever it is and free what it holds. Its results still in flight are
         dropped by `update`.
 
@@ -205,7 +210,7 @@ class Scheduler:
                 continue
             sequence.num_pending -= 1
             if result.failures and index in result.failures:
-                self._fail(sequence, result.failures[index], outputs)
+                self._fail(sequence, Failure(result.failures[index]), outputs)
                 continue
             if sequence.params.allowed_token_ids is not None and self._is_stuck(sequence):
                 self._fail(sequence, NOTHING_LEFT, outputs)
@@ -245,7 +250,8 @@ class Scheduler:
         elif matcher is not None and not matcher.accept(token_id):
             outputs.ended_by_grammar.append(sequence)
             if matcher.error is not None:
-                self._fail(sequence, f"structured_outputs cannot go on: {matcher.error}", outputs)
+                cause = f"structured_outputs cannot go on: {matcher.error}"
+                self._fail(sequence, Failure(cause, "grammar"), outputs)
                 return True
             sequence.last_is_text = token_id not in self._eos_token_ids
             self.finish(sequence, "stop")
@@ -256,8 +262,8 @@ class Scheduler:
         outputs.finished.append(sequence)
         return True
 
-    def _fail(self, sequence: Sequence, cause: str, outputs: StepOutputs) -> None:
-        self.finish(sequence, "error", failure=cause)
+    def _fail(self, sequence: Sequence, failure: Failure, outputs: StepOutputs) -> None:
+        self.finish(sequence, "error", failure=failure)
         outputs.failed.append(sequence)
 
     @staticmethod

@@ -10,6 +10,7 @@ import sys
 import time
 from enum import Enum
 
+from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import Matcher
 from nanovllm.protocol.messages import FinishReason
 from nanovllm.sampling_params import SamplingParams
@@ -133,7 +134,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.last_is_text = False  # it stopped because its grammar was complete
-        self.failure = ""  # the cause, if finish_reason is "error"
+        self.failure: Failure | None = None  # if finish_reason is "error"
         self.tenant = NOBODY
         self.num_cached_tokens = 0
         self.num_preemptions = 0

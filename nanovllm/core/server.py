@@ -24,6 +24,7 @@ from nanovllm.core.clients import Client, ClientTable
 from nanovllm.core.delivery import Delivery
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener
+from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.intake import Intake
 from nanovllm.core.lifetime import ExitCode, watching_for_stalls
@@ -301,8 +302,11 @@ class CoreServer:
             while self._wakeup.recv(1024):
                 pass
 
-    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+    def _receive(self, identity: bytes, frames: list[bytes], key: str | None) -> None:
         client = self._clients.find(identity)
+        if client is not None and client.key != key:
+            self._forget(client)  # his name has come to somebody else
+            client = None
         if client is not None:
             client.last_heard = self._awake_at
         try:
@@ -317,7 +321,7 @@ class CoreServer:
             return
         match message:
             case Hello(protocol_version):
-                self._greet(identity, client, protocol_version)
+                self._greet(identity, key, client, protocol_version)
             case _ if client is None:
                 self._delivery.post(identity, Detached(UNKNOWN))
             case _:
@@ -338,7 +342,9 @@ class CoreServer:
             case Goodbye():
                 self._forget(client)
             case Call():
-                self._answer(client, answer_call(self._operations, client.client_id, message))
+                may = self._endpoint.is_operator(client.key)
+                answer = answer_call(self._operations, client.client_id, message, is_operator=may)
+                self._answer(client, answer)
             case Heartbeat():
                 pass
 
@@ -356,7 +362,9 @@ class CoreServer:
 
     # ---- what clients ask
 
-    def _greet(self, identity: bytes, client: Client | None, protocol_version: int) -> None:
+    def _greet(
+        self, identity: bytes, key: str | None, client: Client | None, protocol_version: int
+    ) -> None:
         if protocol_version != PROTOCOL_VERSION:
             text = f"the core speaks protocol {PROTOCOL_VERSION}, the client {protocol_version}: "
             text += "install the same nanovllm on both sides"
@@ -365,7 +373,7 @@ class CoreServer:
             text = f"the core has {len(self._clients)} clients already: raise max_clients"
             self._delivery.post(identity, CoreFailed(text, details=""))
         else:
-            client = client or self._clients.attach(identity, self._awake_at)
+            client = client or self._clients.attach(identity, self._awake_at, key)
             self._answer(client, self._welcome(client) if self._core else self._last_loading)
 
     def _welcome(self, client: Client) -> Welcome:
@@ -375,10 +383,11 @@ class CoreServer:
             client_id=client.client_id,
             epoch=self._epoch,
             model=model.tokenizer or model.model,
-            served_model_name=model.served_model_name or model.model,
+            served_model_name=model.served_names[0],
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
             worker=self._info,
+            other_served_names=model.served_names[1:],
         )
 
     def _add(self, client: Client, request: AddRequest) -> None:
@@ -391,7 +400,7 @@ class CoreServer:
         except OverloadedError as error:
             self._answer(client, Overloaded(request.number, error.retry_after_s, error.draining))
         except Exception as error:
-            self._answer(client, RequestFailed(request.number, f"{type(error).__name__}: {error}"))
+            self._answer(client, RequestFailed(request.number, *Failure.of_refusal(error)))
 
     def _release(self, held: Held, now: float) -> None:
         """Begin with a request that was held back."""
@@ -416,8 +425,8 @@ class CoreServer:
             client = self._clients.with_id(sequence.client_id)
             if client is None:
                 continue
-            if sequence.failure:
-                self._answer(client, RequestFailed(sequence.number, sequence.failure))
+            if sequence.failure is not None:
+                self._answer(client, RequestFailed(sequence.number, *sequence.failure))
             else:
                 client.outputs.finished.append(finished_message(sequence))
 

@@ -1,16 +1,15 @@
 """The core's socket: bound where only those may reach it who are meant to, with finite queues.
 
 `CoreServer` owns the one `Endpoint`. An `ipc://` path lies in a directory of this user's alone;
-`tcp://` beyond this machine needs keys, and then whoever has none gets nothing.
+`tcp://` needs keys, also on this machine, which others may use: who has none gets nothing.
 """
 
-import ipaddress
 import os
 import socket
 import stat
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import zmq
@@ -26,6 +25,15 @@ AUTHENTICATOR_TIMEOUT_S = 2.0
 Sent = Literal["sent", "full", "gone"]
 
 
+class Received(NamedTuple):
+    """What has arrived from whom. key: with which its sender's connection was opened; none are
+    asked for where only this user can connect."""
+
+    identity: bytes
+    frames: list[bytes]
+    key: str | None = None
+
+
 class Endpoint:
     """A bound ROUTER. `ValueError`: `address` cannot be used, and what to do about it."""
 
@@ -33,6 +41,7 @@ class Endpoint:
         _check_address(address, has_keys=keys is not None)
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._authenticator: ThreadAuthenticator | None = None
+        self._keys = keys
         router: zmq.Socket[bytes] = self.socket
         router.set(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         router.set(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
@@ -53,13 +62,20 @@ class Endpoint:
             self.close()
             raise
 
-    def receive(self) -> tuple[bytes, list[bytes]] | None:
+    def receive(self) -> Received | None:
         """Who sent what, or None if nothing has arrived; never blocks."""
         try:
+            if self._keys is not None:
+                return _with_key(self.socket.recv_multipart(zmq.NOBLOCK, copy=False))
             identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return None
-        return identity, frames
+        return Received(identity, frames)
+
+    def is_operator(self, key: str | None) -> bool:
+        """Whether who has this key may look at everybody's requests. Without keys only this user
+        can connect, whose core it is."""
+        return self._keys is None or (key is not None and self._keys.is_operator(key.encode()))
 
     def send(self, identity: bytes, frame: bytes) -> Sent:
         """Never blocks. "full": this client does not read; "gone": it is not connected."""
@@ -79,6 +95,13 @@ class Endpoint:
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
+
+
+def _with_key(parts: list[zmq.Frame]) -> Received:
+    """The key is in what ZeroMQ says of a frame, for which it must not be copied at once."""
+    key = parts[-1].get("User-Id")
+    identity, *frames = (part.bytes for part in parts)
+    return Received(identity, frames, str(key))
 
 
 class _KnownKeys:
@@ -126,20 +149,11 @@ def _check_address(address: str, *, has_keys: bool) -> None:
         _check_path(address, Path(address.removeprefix("ipc://")))
     elif parts.scheme != "tcp":
         raise ValueError(f"address {address!r} must begin with ipc:// or tcp://")
-    elif not has_keys and not _is_loopback(address.removeprefix("tcp://").rpartition(":")[0]):
+    elif not has_keys:
         raise ValueError(
-            f"address {address!r} can be reached from other machines: use tcp://127.0.0.1:PORT, "
-            "or make keys with `nanovllm keys new DIRECTORY` and pass --keys DIRECTORY"
+            f"address {address!r} can be reached by other users, also on a loopback address: use "
+            "ipc://PATH, or make keys with `nanovllm keys new DIRECTORY` and pass --keys DIRECTORY"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host in ("localhost", "lo"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_path(address: str, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 
-from nanovllm.frontend.errors import DetachedError, EngineDeadError
+from nanovllm.frontend.errors import DetachedError, EngineDeadError, NotAllowedError
 from nanovllm.frontend.link import Link
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol.messages import (
@@ -134,7 +134,7 @@ class CoreLife:
         self, operation: Operation, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> Answer | None:
         """Have the core do something. Raises `EngineDeadError`, `TimeoutError`, or
-        `RuntimeError` with the core's reason."""
+        `RuntimeError` with the core's reason (`NotAllowedError`: the client's key)."""
         call_id = self._num_calls
         self._num_calls += 1
         future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
@@ -222,7 +222,8 @@ class CoreLife:
         if answer.error is None:
             _resolve(future, answer.result)
         else:
-            _reject(future, RuntimeError(answer.error))
+            kind = NotAllowedError if answer.is_refused else RuntimeError
+            _reject(future, kind(answer.error))
 
     async def _watch_clock(self, connect_timeout_s: float) -> None:
         """Notice an owned process that ends, and silence before Welcome; send heartbeats."""

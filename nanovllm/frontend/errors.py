@@ -3,7 +3,7 @@
 Raised by `AsyncLLM` and `LLM`.
 """
 
-from nanovllm.protocol.messages import Overloaded, RequestFailed
+from nanovllm.protocol.messages import FailureCause, Overloaded, RequestFailed
 
 
 class EngineDeadError(RuntimeError):
@@ -27,11 +27,22 @@ class DetachedError(EngineDeadError):
 
 
 class RequestFailedError(RuntimeError):
-    """The core refused or lost this one request; the engine and all other requests live on."""
+    """The core refused or lost this one request; the engine and all other requests live on.
+
+    `cause` says who is at fault: the engine, or the request, or its grammar (`RequestFailed`).
+    """
+
+    def __init__(self, message: str, cause: FailureCause = "engine") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class QuarantinedError(RequestFailedError):
     """The core died of this request, twice: it is not sent again. All other requests live on."""
+
+
+class NotAllowedError(RuntimeError):
+    """The core does this for its operators only, and this client's key is not one's."""
 
 
 class OverloadedError(RequestFailedError):
@@ -51,4 +62,4 @@ def error_of(failure: RequestFailed | Overloaded) -> RequestFailedError:
     """What the caller of a request is to see of the core's answer."""
     if isinstance(failure, Overloaded):
         return OverloadedError(failure.retry_after_s, draining=failure.draining)
-    return RequestFailedError(failure.message)
+    return RequestFailedError(failure.message, failure.cause)

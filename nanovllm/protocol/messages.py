@@ -18,6 +18,7 @@ HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+FailureCause = Literal["engine", "request", "grammar"]
 
 
 # ---- frontend -> core
@@ -124,7 +125,10 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The core is ready and knows the client. `epoch` names this life of the core."""
+    """The core is ready and knows the client. `epoch` names this life of the core.
+
+    `served_model_name` is what answers say; requests may use one of the others as well.
+    """
 
     client_id: int
     epoch: str
@@ -133,6 +137,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     block_size: int
     max_num_seqs: int
     worker: WorkerInfo
+    other_served_names: list[str] = []
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):
@@ -200,10 +205,15 @@ class Outputs(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag=True):
-    """Only this sequence failed. `number` is -1 if the frame was too bad to tell which."""
+    """Only this sequence failed. `number` is -1 if the frame was too bad to tell which.
+
+    `cause`: the request cannot be honoured as it is, or what its output must be cannot be compiled
+    or followed ("grammar"); else the engine is at fault.
+    """
 
     number: int
     message: str
+    cause: FailureCause = "engine"
 
 
 class Overloaded(msgspec.Struct, frozen=True, tag=True):
@@ -273,11 +283,12 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
 
 
 class CallResult(msgspec.Struct, frozen=True, tag=True):
-    """`error` is None, or why the call failed."""
+    """`error` is None, or why the call failed. `is_refused`: the client's key does not allow it."""
 
     call_id: int
     result: Answer | None = None
     error: str | None = None
+    is_refused: bool = False
 
 
 class CoreFailed(msgspec.Struct, frozen=True, tag=True):

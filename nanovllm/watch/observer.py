@@ -179,8 +179,11 @@ class Observer:
 
     # ---- ShowBlock
 
-    def show_block(self, block_id: int) -> BlockContents:
-        """Raises `ValueError` if there is no such block."""
+    def show_block(self, block_id: int, *, of_client: int | None = None) -> BlockContents:
+        """of_client: only what he knows, since it is of a sequence of his; no hashes.
+
+        Raises `ValueError` if there is no such block.
+        """
         blocks, size = self._core.blocks, self._core.blocks.block_size
         if not 1 <= block_id < blocks.num_blocks:
             raise ValueError(f"block_id {block_id} is not in [1, {blocks.num_blocks - 1}]")
@@ -188,6 +191,9 @@ class Observer:
         candidates = scheduler.running + scheduler.paused
         holders = [one for one in candidates if block_id in one.block_ids]
         key, parent, token_ids = blocks.prefix_of(block_id) or (b"", b"", list[int]())
+        if of_client is not None:
+            holders = [one for one in holders if one.client_id == of_client]
+            key, parent, token_ids = b"", b"", []
         index = holders[0].block_ids.index(block_id) if holders else None
         if holders and index is not None and not key:
             known = holders[0].token_ids[: holders[0].num_computed]

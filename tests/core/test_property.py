@@ -173,7 +173,7 @@ class Simulation:
             assert sequence.finish_reason is not None
             assert bool(sequence.failure) == (sequence in outputs.failed)
             if sequence.failure:
-                assert "step" in sequence.failure
+                assert "step" in sequence.failure.message
                 self.finished[sequence.number] = "error"
                 continue
             self.finished[sequence.number] = sequence.finish_reason

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.server import CoreServer
+from nanovllm.keys import CoreKeys, make_keys
 from nanovllm.protocol.messages import (
     STATUS_INTERVAL_S,
     Abort,
@@ -319,10 +320,11 @@ def test_bad_addresses_are_refused(tmp_path: Path) -> None:
         CoreServer(EngineConfig(), f"ipc://{tmp_path}/nowhere/core.sock")
     with pytest.raises(ValueError, match="ipc:// or tcp://"):
         CoreServer(EngineConfig(), "udp://127.0.0.1:1")
+    make_keys(tmp_path / "keys", [])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match="cannot be bound"):
-            CoreServer(EngineConfig(), f"tcp://127.0.0.1:{port}")
+            CoreServer(EngineConfig(), f"tcp://127.0.0.1:{port}", keys=CoreKeys(tmp_path / "keys"))
 
 
 def test_a_grammar_is_compiled_while_the_core_sleeps_and_a_bad_one_is_told(address: str) -> None:
@@ -338,7 +340,7 @@ def test_a_grammar_is_compiled_while_the_core_sleeps_and_a_bad_one_is_told(addre
         client.send(add(1, n=2, structured_outputs=StructuredOutputsParams(regex="(a")))
         failures = [client.receive(RequestFailed) for _ in range(2)]
         assert [failure.number for failure in failures] == [1, 2]
-        assert "ValueError: structured_outputs.regex" in failures[0].message
+        assert failures[0].cause == "grammar" and "structured_outputs.regex" in failures[0].message
         assert time.monotonic() - start < 0.9, "it was found at the next status only"
         client.close()
 

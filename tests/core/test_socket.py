@@ -15,11 +15,21 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.server import CoreServer
 from nanovllm.core.socket import Endpoint
 from nanovllm.frontend.async_llm import AsyncLLM
-from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.errors import EngineDeadError, NotAllowedError
 from nanovllm.frontend.link import make_dealer
 from nanovllm.keys import ClientKeys, CoreKeys, make_keys
-from nanovllm.protocol.messages import Hello, Welcome
+from nanovllm.protocol.messages import (
+    Call,
+    CallResult,
+    Hello,
+    Operation,
+    Outputs,
+    ResetPrefixCache,
+    Welcome,
+)
+from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
+from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
 
 
@@ -35,15 +45,10 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
         CoreServer(EngineConfig(), f"ipc://{tmp_path}/core.sock")
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "*", "192.0.2.1", "example.org", "[::]"])
-def test_other_machines_are_refused_without_keys(host: str) -> None:
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "example.org", "[::]", "127.0.0.1", "localhost"])
+def test_other_machines_and_users_are_refused_without_keys(host: str) -> None:
     with pytest.raises(ValueError, match="keys new"):
         CoreServer(EngineConfig(), f"tcp://{host}:5555")
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1.2.3"])
-def test_this_machine_is_fine(host: str) -> None:
-    CoreServer(EngineConfig(), f"tcp://{host}:*").close()
 
 
 def test_too_large_a_frame_disconnects_its_sender_only(tmp_path: Path) -> None:
@@ -109,6 +114,13 @@ def test_the_command_line_makes_them(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "a", "b"]) == 0
     assert capsys.readouterr().out.split() == [f"{tmp_path}/k/a.json", f"{tmp_path}/k/b.json"]
     assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "a"]) == 2
+    assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "c", "--operator", "d"]) == 2
+    assert cli.main(["keys", "new", str(tmp_path / "k"), "--client", "c", "--operator", "c"]) == 0
+    key = ClientKeys.load(tmp_path / "k" / "c.json").public.encode()
+    known = CoreKeys(tmp_path / "k")
+    assert known.is_operator(key) and len(known.client_keys()) == 3
+    other = ClientKeys.load(tmp_path / "k" / "a.json").public.encode()
+    assert not known.is_operator(other)
 
 
 @pytest.fixture
@@ -168,6 +180,73 @@ def test_a_client_can_be_let_in_while_the_core_runs(guarded: str, keys: Path) ->
     client = keyed(guarded, ClientKeys.load(carol))
     client.greet()
     client.close()
+
+
+# ---- what a key allows
+
+
+def ask(client: RawClient, operation: Operation) -> CallResult:
+    client.send(Call(7, operation))
+    return client.receive(CallResult)
+
+
+@pytest.fixture
+def shown(keys: Path) -> Iterator[str]:
+    """The address of a core that wants keys and can be looked at; its sequences run for long."""
+    make_keys(keys, ["olga"], ["olga"])
+    executor = FakeExecutor(EngineConfig.from_kwargs(), num_blocks=7000, max_model_len=100_000)
+    with serving("tcp://127.0.0.1:*", executor, keys=CoreKeys(keys)) as server:
+        yield server._endpoint.socket.get(zmq.LAST_ENDPOINT).decode()
+
+
+def test_who_is_no_operator_sees_his_own_blocks_and_changes_nothing(shown: str, keys: Path) -> None:
+    make_keys(keys, ["bob"])
+    names = ("olga", "alice", "bob")
+    olga, alice, bob = (keyed(shown, ClientKeys.load(keys / f"{name}.json")) for name in names)
+    for client in (olga, alice, bob):
+        client.greet()
+    alice.send(msgspec.structs.replace(add(max_tokens=50_000), prompt_token_ids=[8] * 20))
+    alice.receive(Outputs)
+    seen = ask(olga, Observe(fresh=True)).result
+    assert isinstance(seen, Observation)
+    first = seen.sequences[0].block_ids[0]
+    for client in (olga, alice):
+        block = ask(client, ShowBlock(first)).result
+        assert isinstance(block, BlockContents)
+        assert (block.token_ids, block.ref_count) == ([8] * 16, 1)
+        assert bool(block.key) == (client is olga), "hashes tell of others' prompts"
+    block = ask(bob, ShowBlock(first)).result
+    assert block == BlockContents(first, 0, "", "", None, [], [])
+    for client in (alice, bob):
+        for operation in (Observe(), ResetPrefixCache()):
+            refused = ask(client, operation)
+            assert refused.is_refused and "operator" in str(refused.error)
+            assert refused.result is None
+    assert ask(olga, ResetPrefixCache()).result is False, "some blocks are in use"
+    (keys / "clients" / "bob.pub").write_text(
+        ClientKeys.load(keys / "bob.json").public + "\noperator"
+    )
+    assert ask(bob, ResetPrefixCache()).error is None, "rights are looked up when they are used"
+    for client in (olga, alice, bob):
+        client.close()
+
+
+def test_where_only_one_user_can_connect_he_is_the_operator(tmp_path: Path) -> None:
+    with serving(f"ipc://{tmp_path}/core.sock"):
+        client = RawClient(f"ipc://{tmp_path}/core.sock")
+        client.greet()
+        assert isinstance(ask(client, Observe()).result, Observation)
+        assert ask(client, ResetPrefixCache()).result is True
+        client.close()
+
+
+async def test_frontends_say_what_their_key_does_not_allow(guarded: str, keys: Path) -> None:
+    async with await AsyncLLM.connect(
+        guarded, skip_tokenizer_init=True, keys=keys / "alice.json"
+    ) as llm:
+        for ask_for in (llm.observe, llm.reset_prefix_cache):
+            with pytest.raises(NotAllowedError, match="operator"):
+                await ask_for()
 
 
 async def test_frontends_take_the_file(guarded: str, keys: Path) -> None:

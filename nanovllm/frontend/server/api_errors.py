@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from nanovllm.frontend.errors import (
     EngineDeadError,
+    NotAllowedError,
     OverloadedError,
     QuarantinedError,
     RequestFailedError,
@@ -38,7 +39,7 @@ RETRY_AFTER_S = 1
 MAX_QUOTED = 1000  # characters of an error's text
 # Names that `SamplingParams` and `AsyncLLM` use for what a request calls otherwise.
 REQUEST_NAMES = {"prompt_token_ids": "prompt", "sampling_params": "", "structured_outputs": ""}
-CONSTRAINT = re.compile(r"(?:^\w*: )?structured_outputs(?:\.\w+)?")
+CONSTRAINT = re.compile(r"structured_outputs(?:\.\w+)?")
 PATH = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 
@@ -138,6 +139,10 @@ def from_engine(error: Exception) -> ApiError:
             return ApiError(status, str(error), code=code, headers=headers)
         case QuarantinedError():  # and not 500, which clients try again by themselves
             return ApiError(422, str(error), code="request_quarantined")
+        case NotAllowedError():
+            return ApiError(403, str(error), code="not_allowed")
+        case RequestFailedError(cause="request" | "grammar"):  # found out by the core
+            return ApiError(400, str(error), code="invalid_request")
         case RequestFailedError():
             return ApiError(500, f"the engine failed this request: {error}", code="request_failed")
         case TimeoutError():

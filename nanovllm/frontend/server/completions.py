@@ -210,7 +210,9 @@ class CompletionAnswer:
         entries: list[TokenEntry] = []
         if state.offsets is None:
             skip = self.body.skip_special_tokens is not False
-            state.offsets = self.names.text_offsets(len(echoed), skip_special_tokens=skip)
+            state.offsets = self.names.text_offsets(
+                len(echoed), output.prompt_token_ids, skip_special_tokens=skip
+            )
             if self.body.echo and output.prompt_logprobs is not None:
                 entries = prompt_entries(output, echoed, self.names.tokenizer)
         new = state.offsets.entries(shown.token_ids, shown.logprobs)

@@ -7,7 +7,7 @@ protocol is uvicorn's, which bounds none of this. Who is too slow is told so and
 import asyncio
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -88,6 +88,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_header_bytes = self._num_body_bytes = 0
         self._body_since = time.monotonic()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.send = _sends_until_close(self.cycle)  # type: ignore[method-assign, assignment]
         self._overtaken = [one for one in self._overtaken if not one.response_complete]
         if before is not None and before is not self.cycle and not before.response_complete:
             self._overtaken.append(before)
@@ -169,6 +171,24 @@ class HttpProtocol(HttpToolsProtocol):
             head + b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
         )
         self.transport.write_eof()
+
+
+def _sends_until_close(cycle: RequestResponseCycle) -> Callable[[Any], Awaitable[None]]:
+    """`cycle.send` for HTTP/1.0, which knows no chunks: an answer without a length ends with its
+    connection. uvicorn counts what is left of a length, so it is told what comes."""
+    send, is_endless = cycle.send, False
+
+    async def unframed(message: Any) -> None:
+        nonlocal is_endless
+        if message["type"] == "http.response.start":
+            is_endless = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = False if is_endless else None
+        elif is_endless:
+            more = message.get("more_body", False)
+            cycle.expected_content_length = len(message.get("body", b"")) + more
+        await send(message)
+
+    return unframed
 
 
 async def sweep(connections: Iterable[Any]) -> None:

@@ -19,15 +19,17 @@ ALIVE = ("ready", "draining")
 
 
 async def list_models(request: Request) -> Response:
-    """The one model that is served."""
-    return JsonAnswer(ModelList([_card(serving_of(request))]))
+    """The one model that is served, by each of its names."""
+    serving = serving_of(request)
+    return JsonAnswer(ModelList([_card(serving, name) for name in serving.model_names]))
 
 
 async def show_model(request: Request) -> Response:
     """Facts of the served model."""
     serving = serving_of(request)
-    serving.check_model(request.path_params["model"])
-    return JsonAnswer(_card(serving))
+    name = request.path_params["model"]
+    serving.check_model(name)
+    return JsonAnswer(_card(serving, name if name in serving.model_names else serving.model_name))
 
 
 async def tokenize(request: Request) -> Response:
@@ -92,10 +94,10 @@ async def metrics(request: Request) -> Response:
     return Response(serving_of(request).metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _card(serving: Serving) -> ModelCard:
+def _card(serving: Serving, name: str) -> ModelCard:
     info = serving.llm.info
     return ModelCard(
-        serving.model_name,
+        name,
         serving.created,
         root=info.model,
         max_model_len=info.worker.max_model_len,

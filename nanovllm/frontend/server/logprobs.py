@@ -24,12 +24,14 @@ class TokenNames(NamedTuple):
     tokenizer: Tokenizer | None
     as_ids: bool
 
-    def text_offsets(self, start: int, *, skip_special_tokens: bool) -> "TextOffsets":
-        """Of a completion whose text begins at `start`."""
+    def text_offsets(
+        self, start: int, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> "TextOffsets":
+        """Of a completion of that prompt, whose text begins at `start`."""
         if self.tokenizer is None:
             return TextOffsets(None, start)
-        detokenizers = DetokenizerFactory(self.tokenizer)
-        return TextOffsets(detokenizers.make(skip_special_tokens=skip_special_tokens), start)
+        make = DetokenizerFactory(self.tokenizer).make
+        return TextOffsets(make(prompt_token_ids, skip_special_tokens=skip_special_tokens), start)
 
     def text(self, token_id: int, entry: Logprob) -> str:
         if self.as_ids or entry.decoded_token is None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from nanovllm.frontend.errors import RequestFailedError
 from nanovllm.frontend.server.api_errors import ApiError, from_engine
@@ -69,18 +69,6 @@ class EventStream(Response):
                     first = await anext(events)
                 except Exception as error:
                     await as_api_error(error).response()(scope, receive, send)
-                    return
-                if scope["http_version"] == "1.0":  # which has no chunks: all of it, and its length
-                    collected: list[Message] = []
-
-                    async def collect(message: Message) -> None:
-                        collected.append(message)
-
-                    await self._send_all(first, events, collect)
-                    body = b"".join(message.get("body", b"") for message in collected)
-                    whole = Response(body, headers={"cache-control": "no-cache"})
-                    whole.headers["content-type"] = EVENT_STREAM
-                    await whole(scope, receive, send)
                     return
                 await self._send_all(first, events, send)
 

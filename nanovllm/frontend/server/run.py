@@ -67,6 +67,7 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
             skip_tokenizer_init=self.skip_tokenizer_init,
             on_progress=on_progress,
             connect_timeout_s=CONNECT_TIMEOUT_S,
+            keys=self.settings.connect_keys,
             **msgspec.structs.asdict(self.supervision),
         )
 

@@ -148,7 +148,13 @@ class Serving:
 
     @property
     def model_name(self) -> str:
+        """What answers call the model."""
         return self.llm.info.served_model_name
+
+    @property
+    def model_names(self) -> list[str]:
+        """All by which it is served; answers give the first."""
+        return [self.model_name, *self.llm.info.other_served_names]
 
     @property
     def engine_view(self) -> EngineView | None:
@@ -164,10 +170,11 @@ class Serving:
 
     def check_model(self, name: str | None) -> None:
         """None is the one model there is."""
-        if name is not None and name not in (self.model_name, self.llm.info.model):
+        if name is not None and name not in (*self.model_names, self.llm.info.model):
+            names = " and ".join(map(repr, self.model_names))
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist: this server has {self.model_name!r}",
+                f"the model {name!r} does not exist: this server has {names}",
                 param="model",
                 code="model_not_found",
             )
@@ -249,7 +256,7 @@ class Generation:
                 self._live.discard(request_id)
         except RequestFailedError as failure:
             error = failure
-            if self._constrained_by is None or "structured_outputs" not in str(failure):
+            if self._constrained_by is None or failure.cause != "grammar":
                 raise
             # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
             raise from_constraint(str(failure), self._constrained_by) from None

@@ -40,6 +40,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     connect: Annotated[str | None, Meta(description="serve the core that runs at this address")] = (
         None
     )
+    connect_keys: Annotated[
+        str | None, Meta(description="file of this client's keys, if the core at --connect has any")
+    ] = None
     api_key: Annotated[
         list[str],
         Meta(

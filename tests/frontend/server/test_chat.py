@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
-from nanovllm.protocol.messages import AddRequest, Finished, Outputs, RequestFailed, ToCore
+from nanovllm.protocol.messages import (
+    AddRequest,
+    FailureCause,
+    Finished,
+    Outputs,
+    RequestFailed,
+    ToCore,
+)
 from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
@@ -465,8 +472,8 @@ async def test_what_the_core_says_of_a_grammar_names_the_field_that_was_sent(
             return silent(message)
         wanted = message.params.structured_outputs
         assert wanted is not None
-        cause = f"ValueError: structured_outputs.{wanted.kind} cannot be used: no such thing"
-        return [RequestFailed(message.number, cause)]
+        text = f"structured_outputs.{wanted.kind} cannot be used: no such thing"
+        return [RequestFailed(message.number, text, "grammar")]
 
     async with served(address, roomy(refuse)) as server:
         for stream in (False, True):
@@ -476,3 +483,19 @@ async def test_what_the_core_says_of_a_grammar_names_the_field_that_was_sent(
             assert error["message"] == f"{field} cannot be used: no such thing"
         if "tools" not in asked:
             assert error_of(await server.complete(**asked))["param"] == field
+
+
+@pytest.mark.parametrize(("cause", "status"), [("engine", 500), ("request", 400), ("grammar", 400)])
+async def test_a_status_says_who_is_at_fault_and_no_text_decides_it(
+    address: str, cause: FailureCause, status: int
+) -> None:
+    def fail(message: ToCore) -> Any:
+        if not isinstance(message, AddRequest):
+            return silent(message)
+        return [RequestFailed(message.number, "structured_outputs: no such thing", cause)]
+
+    async with served(address, roomy(fail)) as server:
+        for body in ({}, {"structured_outputs": {"regex": "a"}}):
+            for ask in (server.chat, server.complete):
+                for stream in (False, True):
+                    assert (await ask(stream=stream, **body)).status_code == status

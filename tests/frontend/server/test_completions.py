@@ -15,7 +15,8 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
-from tests.frontend.server.served import error_of, events, served
+from tests.frontend.server.served import error_of, events, roomy, served
+from tests.frontend.vocabulary import sentencepiece_tokenizer
 
 
 def texts_of(response: Any, num_choices: int) -> list[str]:
@@ -251,6 +252,31 @@ async def test_text_offsets_are_where_tokens_begin(
     for choice in choices:  # nor does an event speak of text that has not come
         end += len(choice["text"])
         assert all(offset <= end for offset in (choice["logprobs"] or {}).get("text_offset", []))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_offsets_of_sentencepiece_begin_behind_the_prompt(
+    address: str, stream: bool
+) -> None:
+    """Where a completion's first space counts, as it stands behind words."""
+    tokenizer = sentencepiece_tokenizer()
+    ids = [4, 5, 2, 3]  # ▁wor ld ▁he llo
+
+    def answer(message: ToCore) -> Any:
+        if not isinstance(message, AddRequest):
+            return silent(message)
+        lps = {i: TokenLogprobs(token_id, -1.0, 1, [], []) for i, token_id in enumerate(ids)}
+        end = Finished(message.number, "length", None, 0)
+        return [Outputs([message.number] * len(ids), ids, lps, finished=[end])]
+
+    async with served(address, roomy(answer), tokenizer=tokenizer) as server:
+        response = await server.complete([2, 3], logprobs=0, stream=stream)
+    choices = [chunk["choices"][0] for chunk in events(response)] if stream else [
+        response.json()["choices"][0]
+    ]  # fmt: skip
+    assert "".join(choice["text"] for choice in choices) == " world hello"
+    found = [one for choice in choices for one in (choice["logprobs"] or {}).get("text_offset", [])]
+    assert found == [0, 4, 6, 9]
 
 
 async def test_negative_max_tokens_are_refused(address: str) -> None:

@@ -9,8 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.frontend.server import serving as serving_module
+from nanovllm.protocol.messages import Hello, ToCore
 from tests.frontend.attached import says
-from tests.frontend.fake_core import STATUS
+from tests.frontend.fake_core import STATUS, WELCOME
 from tests.frontend.server.served import Served, error_of, listening, served
 
 BUSY = msgspec.structs.replace(
@@ -35,6 +36,28 @@ async def metrics_of(server: Served) -> dict[str, float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+NAMED = msgspec.structs.replace(WELCOME, other_served_names=["alias"])
+
+
+def named(message: ToCore) -> Any:
+    return [NAMED] if isinstance(message, Hello) else says("x")(message)
+
+
+async def test_every_served_name_is_listed_and_answers_give_the_first(address: str) -> None:
+    async with served(address, named) as server:
+        listed = (await server.client.get("/v1/models")).json()["data"]
+        assert [one["id"] for one in listed] == ["fake", "alias"]
+        assert listed[1] == {**listed[0], "id": "alias"}
+        for name in ("fake", "alias"):
+            assert (await server.client.get(f"/v1/models/{name}")).json()["id"] == name
+            for answer in (await server.chat(model=name), await server.complete(model=name)):
+                assert answer.json()["model"] == "fake"
+            tokens = await server.post("/tokenize", model=name, prompt="a")
+            assert tokens.status_code == 200
+        error = error_of(await server.chat(model="other"))
+        assert error["code"] == "model_not_found" and "'fake' and 'alias'" in error["message"]
 
 
 async def test_the_model_is_listed(address: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 
 import httpx
 import pytest
@@ -187,17 +188,35 @@ async def test_writing_to_a_connection_being_closed_ends_the_request(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_a_stream_over_http_1_0_has_no_chunks(address: str) -> None:
+async def test_a_stream_over_http_1_0_comes_as_it_is_made_and_without_chunks(address: str) -> None:
     body = b'{"prompt": "hey", "stream": true}'
     head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
-    async with listening(address, echo) as (url, _, _s):
+    async with listening(address, begin) as (url, core, _s):
         port = int(url.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head + body)
-        answer = await asyncio.wait_for(reader.read(), TIMEOUT_S)  # up to the connection's end
+        headers = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), TIMEOUT_S)
+        first = await asyncio.wait_for(reader.readuntil(b"\n\n"), TIMEOUT_S)
+        number = (await message_of(core, AddRequest)).number
+        core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
+        rest = await asyncio.wait_for(reader.read(), TIMEOUT_S)  # up to the connection's end
         writer.close()
-    headers, _, content = answer.partition(b"\r\n\r\n")
     assert headers.split(b"\r\n")[0].endswith(b"200 OK")
     assert b"chunked" not in headers.lower() and b"text/event-stream" in headers
-    assert content.startswith(b"data: {") and content.endswith(b"data: [DONE]\n\n")
+    assert b"connection: close" in headers.lower() and b"content-length" not in headers.lower()
+    assert first.startswith(b"data: {") and b'"finish_reason":null' in first
+    assert rest.startswith(b"data: {") and rest.endswith(b"data: [DONE]\n\n")
+
+
+async def test_whole_answers_over_http_1_0_say_how_long_they_are(address: str) -> None:
+    async with listening(address, echo) as (url, _, _s):
+        port = int(url.rpartition(":")[2])
+        for method, path in (("GET", "/v1/models"), ("HEAD", "/health"), ("GET", "/nowhere")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{method} {path} HTTP/1.0\r\n\r\n".encode())
+            answer = await asyncio.wait_for(reader.read(), TIMEOUT_S)
+            writer.close()
+            headers, _, content = answer.partition(b"\r\n\r\n")
+            (length,) = re.findall(rb"content-length: (\d+)", headers.lower())
+            assert len(content) == (0 if method == "HEAD" else int(length))
