@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from nanovllm.frontend.server import chat, completions, engine, info
 from nanovllm.frontend.server.api_errors import ApiError
@@ -23,7 +24,7 @@ from nanovllm.frontend.server.bodies import (
     TokenizeBody,
 )
 from nanovllm.frontend.server.middleware import Gate
-from nanovllm.frontend.server.openapi import Endpoint, document, operation
+from nanovllm.frontend.server.openapi import Answers, Endpoint, document
 from nanovllm.frontend.server.page_files import docs_files, page_files
 from nanovllm.frontend.server.replies import (
     ChatCompletion,
@@ -87,33 +88,29 @@ OPEN_PATHS = {one.path for one in ENDPOINTS if one.is_open} | {"/openapi.json"}
 PATHS = {one.path for one in ENDPOINTS}
 
 
-def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
+def create_app(settings: ServerSettings, open_llm: Opener) -> Starlette:
     """An application whose engine is opened when it starts up, and closed when it shuts down."""
     serving = Serving(settings, open_llm)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         serving.start()
         try:
             yield
         finally:
             await serving.close()
 
-    app = FastAPI(title="nanovllm", lifespan=lifespan, docs_url=None, redoc_url=None)
+    described = JSONResponse(document(ENDPOINTS, has_keys=settings.has_keys))
+
+    async def describe(request: Request) -> Response:
+        return described
+
+    # A probe asks for the headers alone (HEAD), which no stream of events has an answer to.
+    routes = [_route(one.route, one.run, one.method, probed=one.event is None) for one in ENDPOINTS]
+    routes += [_route(file.path, file.answer) for file in PAGE]
+    routes.append(_route("/openapi.json", describe))
+    app = Starlette(lifespan=lifespan, routes=routes)
     app.state.serving = serving
-    for one in ENDPOINTS:
-        app.add_api_route(
-            one.route,
-            one.run,
-            methods=[one.method],
-            response_model=None,
-            openapi_extra=operation(one, has_keys=settings.has_keys),
-        )
-        if one.method == "GET" and one.event is None:  # probes ask for the headers alone
-            app.add_route(one.route, one.run, methods=["HEAD"], include_in_schema=False)
-    for file in PAGE:
-        app.add_route(file.path, file.answer, methods=["GET"], include_in_schema=False)
-    app.openapi = lambda: document(app, ENDPOINTS, has_keys=settings.has_keys)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -132,6 +129,14 @@ def create_app(settings: ServerSettings, open_llm: Opener) -> FastAPI:
             allow_headers=["*"],
         )
     return app
+
+
+def _route(path: str, run: Answers, method: str = "GET", *, probed: bool = False) -> Route:
+    route = Route(path, run, methods=[method])
+    assert route.methods is not None
+    if not probed:
+        route.methods.discard("HEAD")  # the framework answers it wherever it answers GET
+    return route
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -1,11 +1,11 @@
 """The OpenAPI document, derived from the very structs that bodies are decoded into."""
 
+import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,6 +26,7 @@ MEANINGS = {
     504: "The deadline has passed",
 }
 Struct = type[msgspec.Struct]
+Answers = Callable[[Request], Awaitable[Response]]
 
 
 class PathParameter(NamedTuple):
@@ -47,7 +48,7 @@ class Endpoint(NamedTuple):
 
     method: Literal["GET", "POST"]
     path: str
-    run: Callable[[Request], Awaitable[Response]]
+    run: Answers
     body: Struct | None = None
     answer: Struct | None = None
     event: Struct | None = None
@@ -64,8 +65,7 @@ class Endpoint(NamedTuple):
         return route
 
 
-def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
-    """What FastAPI cannot see of an endpoint that reads its request itself."""
+def _operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if endpoint.answer is None and endpoint.event is None:
         content["text/plain"] = {"schema": {"type": "string"}}
@@ -81,7 +81,13 @@ def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     for status in (*endpoint.errors, *((401,) if guarded else ())):
         error = {JSON: {"schema": _ref(ErrorReply)}}
         responses[str(status)] = {"description": MEANINGS[status], "content": error}
-    found: dict[str, Any] = {"responses": responses}
+    name = endpoint.run.__name__
+    found: dict[str, Any] = {
+        "summary": name.replace("_", " ").capitalize(),
+        "description": inspect.getdoc(endpoint.run) or "",
+        "operationId": name,
+        "responses": responses,
+    }
     if endpoint.body is not None:
         content = {JSON: {"schema": _ref(endpoint.body)}}
         found["requestBody"] = {"required": True, "content": content}
@@ -96,23 +102,22 @@ def operation(endpoint: Endpoint, *, has_keys: bool) -> dict[str, Any]:
     return found
 
 
-def document(app: FastAPI, endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]:
-    """The whole, made once."""
-    if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        structs: list[Struct] = [ErrorReply]
-        for one in endpoints:
-            structs += [kind for kind in (one.body, one.answer, one.event) if kind is not None]
-        _, schemas = msgspec.json.schema_components(structs, ref_template=REF)
-        for schema in schemas.values():
-            if schema.get("additionalProperties") is False:
-                schema["additionalProperties"] = {"type": "null"}  # see `endpoint.read`
-        components = found.setdefault("components", {})
-        components.setdefault("schemas", {}).update(schemas)
-        if has_keys:
-            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        app.openapi_schema = found
-    return app.openapi_schema
+def document(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]:
+    """The whole."""
+    paths: dict[str, Any] = {}
+    structs: list[Struct] = [ErrorReply]
+    for one in endpoints:
+        paths.setdefault(one.path, {})[one.method.lower()] = _operation(one, has_keys=has_keys)
+        structs += [kind for kind in (one.body, one.answer, one.event) if kind is not None]
+    _, schemas = msgspec.json.schema_components(structs, ref_template=REF)
+    for schema in schemas.values():
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}  # see `endpoint.read`
+    components: dict[str, Any] = {"schemas": schemas}
+    if has_keys:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    info = {"title": "nanovllm", "version": version("nanovllm")}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 
 def _ref(struct: Struct) -> dict[str, str]:

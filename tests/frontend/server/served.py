@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
@@ -49,7 +49,7 @@ def roomy(script: Script) -> Script:
 
 @dataclass
 class Served:
-    app: FastAPI
+    app: Starlette
     core: FakeCore
     client: httpx.AsyncClient
 
@@ -90,7 +90,7 @@ async def message_of(core: FakeCore, kind: type[M], count: int = 1) -> M:
     return await asyncio.to_thread(core.wait_for, kind, count)
 
 
-def make_app(address: str, settings: ServerSettings, tokenizer: Tokenizer | None) -> FastAPI:
+def make_app(address: str, settings: ServerSettings, tokenizer: Tokenizer | None) -> Starlette:
     async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
         return await AsyncLLM.connect(
             address,
