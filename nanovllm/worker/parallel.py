@@ -1,12 +1,16 @@
 """Tensor parallelism as layers see it: which share of a size is this rank's, and how sums meet.
 
-Carried by linear layers and by whoever sizes attention; models never look at it.
+Carried by linear layers, the vocabulary, and whoever sizes attention. Every rank calls `reduce` and
+`gather` in the same order, and gets the same bits.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, distributed
+
+SEGMENT = 128  # ids that stay on one rank: those that enter the race of sampling as one
 
 
 class Cut(NamedTuple):
@@ -54,11 +58,29 @@ class TensorParallel:
         size = num_units // num_shares * unit
         return Cut(self.rank * num_shares // self.size * size, size, whole)
 
+    def share_vocabulary(self, whole: int) -> Cut:
+        """This rank's ids, whole segments of them. The last ranks have fewer, or none."""
+        width = self.vocabulary_width(whole)
+        start = min(self.rank * width, whole)
+        return Cut(start, min(width, whole - start), whole)
+
+    def vocabulary_width(self, whole: int) -> int:
+        """Ids of each rank but the last ones; all, of a single rank."""
+        return whole if self.size == 1 else -(-whole // (self.size * SEGMENT)) * SEGMENT
+
     def reduce(self, partial: Tensor) -> Tensor:
         """The sum of what all ranks hold, perhaps written over `partial`."""
         if self.size > 1:
             distributed.all_reduce(partial, group=self.group)
         return partial
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all ranks, [size, *part.shape]: all are of one shape."""
+        if self.size == 1:
+            return part[None]
+        parts = torch.empty(self.size, *part.shape, dtype=part.dtype, device=part.device)
+        distributed.all_gather_into_tensor(parts, part.contiguous(), group=self.group)
+        return parts
 
 
 SINGLE = TensorParallel()

@@ -86,7 +86,8 @@ def load_weights(
         on_progress("weights", num_filled / total)
     assert num_filled == total
     if prepacks and can_prepack(model.dtype, model.device):
-        prepack(linear for linear in model.linears() if linear.method is UNQUANTIZED)
+        plain = (linear for linear in model.linears() if linear.method is UNQUANTIZED)
+        prepack(linear for linear in plain if len(linear.weight))  # a rank may have no ids
 
 
 def _fill_randomly(model: Decoder, slots: list[WeightSlot], seed: int) -> Iterator[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint.spec import Norm
 from nanovllm.worker.layers.linear import WeightSlot
+from nanovllm.worker.parallel import Cut
 
 
 @dataclass(slots=True, eq=False)
@@ -27,10 +28,21 @@ class RMSNorm:
         kept = torch.float32 if spec.adds_one or spec.rounds_last else dtype
         return cls(torch.ones(size, dtype=kept, device=device), spec.eps)
 
-    def slot(self, part: str, layer: int | None, spec: Norm) -> WeightSlot:
-        """spec: as it was built by."""
+    def scale(self, hidden: Tensor, mean_squares: Tensor) -> Tensor:
+        """What the norm makes of a piece of what it is taken of. hidden: [n, size];
+        mean_squares: [n, 1] fp32, of the whole."""
+        normed = hidden.float() * torch.rsqrt(mean_squares + self.eps)
+        if self.weight.dtype == hidden.dtype:
+            return normed.to(hidden.dtype).mul_(self.weight)
+        return normed.mul_(self.weight).to(hidden.dtype)
+
+    def slot(
+        self, part: str, layer: int | None, spec: Norm, *, cut: Cut | None = None
+    ) -> WeightSlot:
+        """spec: as it was built by. cut: which of the weights a rank holds; None: all."""
         put = partial(_put_plus_one, self.weight) if spec.adds_one else None
-        return WeightSlot.of_whole(part, "weight", self.weight, layer, put=put)
+        piece = cut or Cut.all_of(len(self.weight))
+        return WeightSlot(part, "weight", self.weight, (piece,), layer, put=put)
 
 
 def _put_plus_one(weight: Tensor, values: Tensor, rows: slice) -> None:

@@ -61,18 +61,15 @@ class AttentionBlock:
         self.q_norm = self.k_norm = self.head_norms = None
         if spec.qk_norm is not None:
             wide = spec.qk_norm == "full"
-            if wide and build.parallel.size > 1:
-                raise ValueError(
-                    "tensor_parallel_size: a norm over all heads of a token, as "
-                    f"{build.spec.architecture} has, cannot be shared yet: use 1"
-                )
-            self.q_norm = build.norm(q * head_dim if wide else head_dim, layer.norm)
-            self.k_norm = build.norm(kv * head_dim if wide else head_dim, layer.norm)
+            shares = self.qkv.parts
+            self.q_norm = build.norm(shares["q"].size if wide else head_dim, layer.norm)
+            self.k_norm = build.norm(shares["k"].size if wide else head_dim, layer.norm)
             if not wide:
                 weights = self.q_norm.weight, self.k_norm.weight
                 self.head_norms = HeadNorms(*weights, layer.norm.eps)
         self._norm_spec = layer.norm
         self._kernels = build.kernels
+        self._parallel = build.parallel
         self.backend = build.attention.of(spec)
         self.rotary = Rotary(build.kernels, cos_sin, self.head_norms)
 
@@ -102,8 +99,16 @@ class AttentionBlock:
         assert self.q_norm is not None and self.k_norm is not None
         sizes = [cut.size for cut in self.qkv.parts.values()]
         queries, keys, _ = torch.split(qkv, sizes, dim=1)
-        for heads, norm in ((queries, self.q_norm), (keys, self.k_norm)):
-            heads.copy_(self._kernels.rms_norm(heads.contiguous(), norm))
+        if self._parallel.size == 1:
+            for heads, norm in ((queries, self.q_norm), (keys, self.k_norm)):
+                heads.copy_(self._kernels.rms_norm(heads.contiguous(), norm))
+            return
+        # The heads that several ranks have count as often in the sum as in what it is divided by.
+        squares = [heads.float().square().sum(-1, keepdim=True) for heads in (queries, keys)]
+        sums = self._parallel.reduce(torch.cat(squares, dim=1))
+        for index, (heads, norm) in enumerate(((queries, self.q_norm), (keys, self.k_norm))):
+            mean = sums[:, index, None] / (heads.shape[1] * self._parallel.size)
+            heads.copy_(norm.scale(heads, mean))
 
     def linears(self) -> Iterator[Linear]:
         yield from (self.qkv, self.o)
@@ -113,8 +118,13 @@ class AttentionBlock:
             yield from linear.slots(layer)
         yield from self.norms.slots(layer)
         if self.q_norm is not None and self.k_norm is not None:
-            yield self.q_norm.slot("q_norm", layer, self._norm_spec)
-            yield self.k_norm.slot("k_norm", layer, self._norm_spec)
+            q, k = (None, None) if self.head_norms is not None else self._head_cuts()
+            yield self.q_norm.slot("q_norm", layer, self._norm_spec, cut=q)
+            yield self.k_norm.slot("k_norm", layer, self._norm_spec, cut=k)
+
+    def _head_cuts(self) -> tuple[Cut, Cut]:
+        """Which of all queries and of all keys are here."""
+        return self.qkv.parts["q"], self.qkv.parts["k"]
 
 
 class DenseBlock:

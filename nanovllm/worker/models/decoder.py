@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.gguf import GGUFTensor
@@ -20,6 +19,7 @@ from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock
 from nanovllm.worker.models.builder import Builder
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
@@ -95,7 +95,8 @@ class Decoder:
             scheme=scheme,
             parallel=parallel,
         )
-        shape = spec.vocab_size, spec.hidden_size
+        self.vocabulary = Vocabulary.of(spec.vocab_size, parallel)
+        shape = self.vocabulary.cut.size, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
         self.embedding_keeper: Callable[[GGUFTensor], None] | None = None
         tables = build.rotary_tables()
@@ -105,7 +106,7 @@ class Decoder:
         ]
         self.final_norm = build.norm(spec.hidden_size, spec.norm)
         head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
-        self.lm_head = Linear(head, None, {"lm_head": Cut.all_of(spec.vocab_size)}, shard_axis=0)
+        self.lm_head = Linear(head, None, {"lm_head": self.vocabulary.cut}, shard_axis=0)
         self.num_parameters = sum(count_parameters(spec).values())
 
     def forward(
@@ -116,7 +117,7 @@ class Decoder:
         kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. wanted: [n]
         int64, the tokens that are asked for; None: all. Returns what the last layer leaves of them.
         """
-        hidden = F.embedding(batch.input_ids, self.embedding)
+        hidden = self.vocabulary.embed(batch.input_ids, self.embedding)
         if self.spec.embedding_multiplier != 1.0:
             # Rounded to the precision of what it multiplies, as Gemma's is.
             hidden *= hidden.new_tensor(self.spec.embedding_multiplier)
@@ -139,6 +140,7 @@ class Decoder:
     def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision."""
         logits = self._kernels.norm_linear(stream, self.final_norm, self.lm_head)
+        logits = self.vocabulary.gather(logits)
         if self.spec.final_softcap is not None:
             logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
         return logits
@@ -151,7 +153,8 @@ class Decoder:
 
     def slots(self) -> Iterator[WeightSlot]:
         """Every piece that a checkpoint must bring, and where it goes. A tied head brings none."""
-        embedding = WeightSlot.of_whole("embedding", "weight", self.embedding)
+        piece = self.vocabulary.cut, Cut.all_of(self.spec.hidden_size)
+        embedding = WeightSlot("embedding", "weight", self.embedding, piece)
         yield replace(embedding, keep=self.embedding_keeper)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(index)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nanovllm.worker.parallel import SEGMENT
 from nanovllm.worker.sampling.philox import uniforms
 
-SEGMENT = 128  # tokens that enter a race as one; another number would be other draws
 BLOCK = 64  # tokens of which only the largest is looked at, first, when the likeliest are sought
 NUM_CANDIDATES = 128  # most likely tokens looked at before a nucleus is searched in all of them
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import Scheme
-from nanovllm.worker.parallel import Cut, TensorParallel
+from nanovllm.worker.parallel import SEGMENT, Cut, TensorParallel
 from tests.conftest import TINY
 from tests.worker.attention.decoding import Driver
 
@@ -29,12 +30,12 @@ class Meeting:
     def __post_init__(self) -> None:
         self._barrier = threading.Barrier(self.size, timeout=60)
 
-    def sum(self, rank: int, part: Tensor) -> Tensor:
+    def stack(self, rank: int, part: Tensor) -> Tensor:
         self.parts[rank] = part
         self._barrier.wait()
-        total = torch.stack([self.parts[rank] for rank in range(self.size)]).sum(0)
+        parts = torch.stack([self.parts[rank] for rank in range(self.size)])
         self._barrier.wait()
-        return total
+        return parts
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Thread(TensorParallel):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
     def reduce(self, partial: Tensor) -> Tensor:
-        return self.meeting.sum(self.rank, partial)
+        return self.gather(partial).sum(0)
+
+    def gather(self, part: Tensor) -> Tensor:
+        return self.meeting.stack(self.rank, part)
 
 
 def logits_of_ranks(
@@ -62,23 +66,17 @@ def logits_of_ranks(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", [name for name in TINY if name != "olmo2"])
+@pytest.mark.parametrize("name", TINY)
 def test_ranks_compute_what_one_does(
     name: str, size: int, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    """With 4 ranks two have the same KV head."""
+    """With 4 ranks two have the same KV head, and two have no ids: there are two segments."""
     checkpoint = Checkpoint(tiny_checkpoint(name), "safetensors")
     (expected,) = logits_of_ranks(checkpoint, 1)
     found = logits_of_ranks(checkpoint, size)
     for logits in found:
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
     assert all(torch.equal(logits, found[0]) for logits in found)
-
-
-def test_a_norm_over_all_heads_is_refused(tiny_checkpoint: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint(tiny_checkpoint("olmo2"), "safetensors")
-    with pytest.raises(ValueError, match="tensor_parallel_size: a norm over all heads"):
-        logits_of_ranks(checkpoint, 2)
 
 
 def test_quantized_weights_are_cut(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -110,3 +108,14 @@ def test_shares(whole: int, unit: int, size: int, shares: list[tuple[int, int]])
 def test_what_cannot_be_shared_is_refused_with_what_can(whole: int, unit: int, size: int) -> None:
     with pytest.raises(ValueError, match=r"tensor_parallel_size: .* possible are 1"):
         TensorParallel(0, size).share(whole, unit=unit)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("vocab_size", [160, 49152, 151936])
+def test_ids_are_shared_by_segments(vocab_size: int, size: int) -> None:
+    ranks = [TensorParallel(rank, size) for rank in range(size)]
+    cuts = [parallel.share_vocabulary(vocab_size) for parallel in ranks]
+    assert sum(cut.size for cut in cuts) == vocab_size
+    for before, after in pairwise(cuts):
+        assert after.start == before.start + before.size
+        assert after.start % SEGMENT == 0 or not after.size

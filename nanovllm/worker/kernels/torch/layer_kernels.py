@@ -18,11 +18,7 @@ class TorchKernels:
     """Implements `kernels.base.Kernels`, where the shapes are."""
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-        if norm.weight.dtype == hidden.dtype:
-            return normed.to(hidden.dtype).mul_(norm.weight)
-        return normed.mul_(norm.weight).to(hidden.dtype)
+        return norm.scale(hidden, hidden.float().square().mean(-1, keepdim=True))
 
     def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
         return linear(stream.hidden if norm is None else self.rms_norm(stream.hidden, norm))

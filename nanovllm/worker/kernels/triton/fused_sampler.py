@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton.launch import launch_options
-from nanovllm.worker.sampling.distribution import SEGMENT  # its largest logit and mass are one pass
+from nanovllm.worker.parallel import SEGMENT  # its largest logit and mass are one pass
 
 SEGMENTS_PER_PROGRAM = 32
 SEGMENTS_PER_LOOK = 64
