@@ -59,4 +59,5 @@ def why_of(sequence: Sequence, now: float) -> Why:
         num_recomputed_tokens=sequence.num_recomputed_tokens,
         ttft_ms=(first_at - sequence.queued_at) * 1e3 if first_at else None,
         inter_token_ms=(now - first_at) * 1e3 / num_later if first_at and num_later else None,
+        num_forced_tokens=sequence.num_forced_tokens,
     )

@@ -10,16 +10,21 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from nanovllm.core.failures import GrammarRefusedError
-from nanovllm.core.grammar import Grammar, GrammarCompiler, Matcher, cache_key
+from nanovllm.core.grammar import (
+    Grammar,
+    GrammarCompiler,
+    Masks,
+    Matcher,
+    cache_key,
+    lexers_for,
+)
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -84,7 +89,7 @@ class Grammars(Protocol):
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None: ...
 
-    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]: ...
+    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]: ...
 
 
 class Compilations:
@@ -216,10 +221,10 @@ class Compilations:
         if outcome.wants_lexer():
             self._start_thread(outcome.add_lexer)
 
-    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]:
-        """Of each, which ids may come next; see `GrammarCompiler.compute_masks`."""
+    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]:
+        """Of each, which ids may come next; see `GrammarCompiler.begin_masks`."""
         assert self._compiler is not None
-        return self._compiler.compute_masks(matchers)
+        return self._compiler.begin_masks(matchers)
 
     # ---- threads
 
@@ -266,7 +271,11 @@ class Compilations:
         try:
             self._compiler.load()
             self._loaded_at = min(self._loaded_at, time.monotonic())
-            return job.spent.renewed() if job.spent else self._compiler.compile(job.wanted)
+            grammar = job.spent.renewed() if job.spent else self._compiler.compile(job.wanted)
+            num_outputs = sum(len(group.sequences) for group in list(job.waiting))
+            while grammar.num_lexers < lexers_for(num_outputs):  # for all that begin at once
+                grammar.add_lexer()
+            return grammar
         except ValueError as error:
             return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only

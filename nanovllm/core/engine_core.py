@@ -11,6 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -26,9 +27,10 @@ from nanovllm.core.events import (
     GrammarEvent,
     GrammarsCollected,
     MasksFilled,
+    TokensForced,
 )
 from nanovllm.core.failures import Failure
-from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.core.grammar import GrammarCompiler, Masks, Matcher
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
@@ -84,6 +86,8 @@ class EngineCore:
         self.paused_clients: set[int] = set()
         self.inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self.unsampled: ScheduledStep | None = None  # the last of them, between its halves
+        self._masks: Future[Masks] | None = None  # of that one, as far as they have been begun
+        self._masked: list[int] = []  # whose they are: indices into its sampled sequences
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
@@ -253,21 +257,30 @@ class EngineCore:
     def _step(self) -> StepOutputs | None:
         if self.grammars.has_news and (refused := self._take_compiled()):
             return StepOutputs(failed=refused)
+        early = None  # what came of sampling, before any result
+        if self.unsampled is not None and not self.unsampled.awaits_ids:
+            early = self._sample(self.unsampled)
+            if early is not None and early.failed:
+                return early
         step = None
         if self.unsampled is None:
             try:
                 step = self.scheduler.schedule()
             except SchedulingFailedError as failure:
-                return StepOutputs(failed=self._fail([failure.sequence], Failure.of(failure.cause)))
-            if step is not None and (failed := self._submit(step)) is not None:
-                return failed
+                failed = self._fail([failure.sequence], Failure.of(failure.cause))
+                return _joined(early, StepOutputs(failed=failed))
+            if step is not None:
+                early = _joined(early, self._submit(step))
+                if early is not None and early.failed:
+                    return early
         may_submit = step is not None and self.unsampled is None
         if not self.inflight or (may_submit and len(self.inflight) < self._max_inflight):
-            return None
+            return early
         outputs = self._take_result(*self.inflight.popleft())
         if self.unsampled is not None and not self.unsampled.awaits_ids:
-            outputs.failed += self._sample(self.unsampled)
-        return outputs
+            # They are computed while the caller delivers these outputs and takes in requests.
+            self._begin_masks(self.unsampled)
+        return _joined(early, outputs)
 
     def _take_result(self, step: ScheduledStep, handle: StepHandle) -> StepOutputs:
         """Wait for a step, and take in what came of it."""
@@ -283,15 +296,19 @@ class EngineCore:
         self._count_step()
         for listener in self._listeners:
             listener.on_result(step, result, outputs, self._last_result_at)
+        self._settle(outputs)
+        return outputs
+
+    def _settle(self, outputs: StepOutputs) -> None:
+        """Count the sequences that have begun with these, and forget those that have ended."""
         if outputs.started:
-            self._admission.note_starts(len(outputs.started), self._last_result_at)
+            self._admission.note_starts(len(outputs.started), time.monotonic())
         for sequence in outputs.finished:
             del self.sequences[sequence.client_id, sequence.number]
             self._deadlines.remove(sequence)
         for sequence in outputs.failed:
             assert sequence.failure is not None
             self._fail([sequence], sequence.failure)
-        return outputs
 
     def rehearse(self) -> bool:
         """While not `busy`: let the executor practise for a moment. Returns whether there is more
@@ -313,14 +330,15 @@ class EngineCore:
         self.unsampled = step
         if step.awaits_ids:
             return None
-        failed = self._sample(step)
-        return StepOutputs(failed=failed) if failed else None
+        self._begin_masks(step)
+        return self._sample(step)
 
-    def _sample(self, step: ScheduledStep) -> list[Sequence]:
+    def _sample(self, step: ScheduledStep) -> StepOutputs | None:
         """Send off the second half of the step submitted last, whose masks depend on no id any more
-        that is on its way. Returns the sequences that fail with it."""
+        that is on its way. Returns the sequences that fail with it, and tokens that need no
+        sampling."""
         self.unsampled = None
-        masks, failed = self._compute_masks(step)
+        masks, forced, failed = self._take_masks(step)
         try:
             self._executor.sample(step.plan.step, masks)
         except DeviceLostError:
@@ -329,8 +347,9 @@ class EngineCore:
             self.inflight.pop()
             for listener in self._listeners:
                 listener.on_submit_failed(step, error)
-            failed += self._give_up(step, error).failed
-        return failed
+            return StepOutputs(failed=failed + self._give_up(step, error).failed)
+        outputs = self._force_tokens(step, forced) if forced else None
+        return _joined(outputs, StepOutputs(failed=failed) if failed else None)
 
     # ---- structured outputs
 
@@ -366,8 +385,8 @@ class EngineCore:
                 self._queue(request)
         return refused
 
-    def _compute_masks(self, step: ScheduledStep) -> tuple[StepMasks | None, list[Sequence]]:
-        """Which ids the step's constrained sequences may sample, and those that fail of it.
+    def _begin_masks(self, step: ScheduledStep) -> None:
+        """Let it be found out which ids the step's constrained sequences may sample.
 
         One that has ended meanwhile samples freely: its id will be dropped. One whose matcher fails
         here does as well, and fails when its id comes back.
@@ -377,18 +396,66 @@ class EngineCore:
             sequence = step.sampled[index]
             if sequence.status is not Status.FINISHED and sequence.matcher is not None:
                 live[index] = sequence.matcher
+        self._masked = list(live)
+        self._masks = self.grammars.begin_masks(list(live.values())) if live else None
+
+    def _take_masks(
+        self, step: ScheduledStep
+    ) -> tuple[StepMasks | None, dict[int, list[int]], list[Sequence]]:
+        """What `_begin_masks` has begun, which of the step's sampled sequences must go on with
+        which tokens, and the sequences that fail of it."""
+        if self._masks is None and step.constrained:
+            self._begin_masks(step)  # a recording begins between the two
+        masks, indices, self._masks = self._masks, self._masked, None
+        if masks is None:
+            return None, {}, []
+        live = [step.sampled[index] for index in indices]
+        live = [sequence for sequence in live if sequence.status is not Status.FINISHED]
         if not live:
-            return None, []
+            masks.exception()  # waits until the matchers are free again
+            return None, {}, []
         try:
-            words = self.grammars.compute_masks(list(live.values()))
+            words, forced = masks.result()
         except Exception as error:
             failure = Failure.of(error)
             self._tell(MasksFilled(failure.message))
-            return None, self._fail([step.sampled[index] for index in live], failure)
+            return None, {}, self._fail(live, failure)
         self._tell(MasksFilled())
-        return StepMasks(
-            list(live), np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
-        ), []
+        packed = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+        by_index = {indices[line]: token_ids for line, token_ids in forced.items()}
+        return StepMasks(indices, packed), by_index, []
+
+    def _force_tokens(
+        self, step: ScheduledStep, forced: dict[int, list[int]]
+    ) -> StepOutputs | None:
+        """Take in the tokens that grammars leave no choice about, where that spares steps.
+
+        The step has masks that allow the first of them only; what it samples there is dropped. Who
+        wants log-probabilities gets them by sampling.
+        """
+        outputs, runs = StepOutputs(), list[tuple[Sequence, list[int]]]()
+        ended: list[tuple[Sequence, int, str | None]] = []
+        for index, token_ids in forced.items():
+            sequence = step.sampled[index]
+            if sequence.status is Status.FINISHED or sequence.params.logprobs is not None:
+                continue
+            if not self.scheduler.is_worth_forcing(len(token_ids)):
+                continue
+            num_before, num_ended = len(outputs.token_ids), len(outputs.ended_by_grammar)
+            self.scheduler.force(step, index, token_ids, outputs)
+            runs.append((sequence, token_ids))
+            if len(outputs.ended_by_grammar) > num_ended and sequence.matcher is not None:
+                num_taken = len(outputs.token_ids) - num_before
+                ended.append((sequence, num_taken - 1, sequence.matcher.error))
+        if not runs:
+            return None
+        outputs.started = self.scheduler.take_started()
+        self._tell(TokensForced(runs, ended))
+        self._settle(outputs)
+        if outputs.finished:
+            for listener in self._listeners:
+                listener.on_end(outputs.finished)
+        return outputs
 
     def _tell(self, event: GrammarEvent) -> None:
         for listener in self._listeners:
@@ -477,6 +544,7 @@ class EngineCore:
             num_failed=self._num_failed,
             num_timeouts=self._num_timeouts,
             num_overloaded=self._admission.num_overloaded,
+            num_forced_tokens=scheduler.num_forced_tokens,
             uptime_s=time.monotonic() - self._started_at,
             stalled_s=self.stalled_s,
         )
@@ -486,3 +554,10 @@ class EngineCore:
         self._last_step_s = now - self._last_result_at
         self._last_result_at = now
         self._num_steps += 1
+
+
+def _joined(first: StepOutputs | None, second: StepOutputs | None) -> StepOutputs | None:
+    if first is None or second is None:
+        return first or second
+    first.extend(second)
+    return first

@@ -42,7 +42,19 @@ class MasksFilled:
     error: str = ""
 
 
-GrammarEvent = GrammarBegun | GrammarsCollected | Constrained | MasksFilled
+@dataclass(frozen=True, slots=True)
+class TokensForced:
+    """Sequences of a step go on with tokens that nobody samples.
+
+    ended: those that their grammar ended with them, after how many of them, and the error of the
+    matcher, if there was one.
+    """
+
+    runs: list[tuple[Sequence, list[int]]]
+    ended: list[tuple[Sequence, int, str | None]]
+
+
+GrammarEvent = GrammarBegun | GrammarsCollected | Constrained | MasksFilled | TokensForced
 
 
 class CoreListener:

@@ -1,7 +1,7 @@
 """Structured output by llguidance: from what a request asks to which tokens may come next.
 
 `Compilations` calls `GrammarCompiler` in threads; each `Sequence` owns a `Matcher`, which
-`Scheduler.update` advances; `EngineCore` calls `compute_masks` for the sequences a step samples
+`Scheduler.update` advances; `EngineCore` calls `begin_masks` for the sequences a step samples
 for. llguidance (Earley parsing over lexer derivatives) is imported with the first such request.
 """
 
@@ -11,9 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet
 
 import msgspec
 import numpy as np
@@ -29,10 +31,13 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 TokenizerSource = Callable[[], str]  # the model's tokenizer, as the text of a tokenizer.json
+Words = npt.NDArray[np.int32]  # masks: [num_matchers, num_words], a bit per id, lowest first
 MAX_COPIES = 64
-MAX_LEXERS = min(4, max(1, (os.cpu_count() or 1) // 2))  # of one grammar: threads can use no more
-COPIES_PER_LEXER = 8  # of a grammar that many use, until it has as many lexers as it may
+MAX_LEXERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # of one grammar: each serves one thread
+COPIES_PER_LEXER = 8  # live ones of a grammar, until it has as many lexers as it may
 FEW = 4  # matchers whose masks are not worth waking other threads for
+MAX_FORCED = 64  # tokens that a grammar forces which are looked for at a time
+WORTH_A_THREAD_S = 1e-4  # masks that take longer are computed beside the loop
 SLOW_S = 0.01  # a mask or a token accepted that takes longer is held against its output …
 MAX_SLOW_S = 1.0  # … which ends when it has come to so much: others wait meanwhile
 
@@ -40,10 +45,12 @@ MAX_SLOW_S = 1.0  # … which ends when it has come to so much: others wait mean
 @dataclass(slots=True, eq=False)
 class Family:
     """What copies of a matcher have in common: llguidance lets them share the lexer's states, so
-    that one's masks are quick where another has been, and its limits as well."""
+    that one's masks are quick where another has been, its limits as well, and a lock: of one family
+    only one mask is computed at a time."""
 
-    num_copies: int = 0
+    num_copies: int = 0  # ever made
     failed: bool = False
+    live: WeakSet[Matcher] = field(default_factory=WeakSet)  # those that somebody still holds
 
     @property
     def is_spent(self) -> bool:
@@ -57,7 +64,7 @@ class Matcher:
     free_text: what comes before the grammar begins; None from then on.
     """
 
-    __slots__ = ("_matcher", "_slow_s", "error", "family", "free_text")
+    __slots__ = ("__weakref__", "_matcher", "_slow_s", "error", "family", "free_text")
 
     def __init__(
         self, matcher: LLMatcher, family: Family, free_text: FreeText | None = None
@@ -129,7 +136,9 @@ class Matcher:
         """Another one at the same place."""
         self.family.num_copies += 1
         free_text = None if self.free_text is None else self.free_text.copy()
-        return Matcher(self._matcher.deep_copy(), self.family, free_text)
+        copy = Matcher(self._matcher.deep_copy(), self.family, free_text)
+        self.family.live.add(copy)
+        return copy
 
     def note_error(self) -> None:
         """Take over what llguidance says has gone wrong, if anything has."""
@@ -141,43 +150,71 @@ class Matcher:
 class Grammar:
     """What a request's grammar has compiled to; it makes a matcher for each output.
 
-    Matchers of one family wait for one another when masks are computed, since llguidance locks the
-    lexer that they share. So a grammar that many outputs use gets several.
+    Matchers of one family wait for one another when masks are computed, so a grammar that many
+    outputs use at a time gets several lexers. Old ones are replaced one by one.
     """
 
-    def __init__(self, make_first: Callable[[], Matcher], *, max_lexers: int = 1) -> None:
+    def __init__(self, make_first: Callable[[], Matcher]) -> None:
         """make_first: a new matcher at the beginning, with a lexer of its own. `ValueError`: none
         can be made."""
         self._make_first = make_first
-        self._max_lexers = max_lexers
         self._firsts = [make_first()]
-        self._num_promised = 1  # lexers, with the one that is being made
+        self._is_adding = False  # some thread makes a lexer
 
     @property
     def is_spent(self) -> bool:
-        """Whether all its lexers are."""
-        return all(first.family.is_spent for first in self._firsts)
+        """Whether nothing can be copied from any of its lexers: all have failed."""
+        return all(first.family.failed for first in self._firsts)
+
+    @property
+    def num_lexers(self) -> int:
+        return len(self._firsts)
 
     def matcher(self) -> Matcher:
-        """At the beginning of an output, of the family that has the fewest."""
-        first = min(self._firsts, key=lambda one: (one.family.failed, one.family.num_copies))
-        return first.copy()
+        """At the beginning of an output, of the family that has the fewest of them now."""
+
+        def rank(first: Matcher) -> tuple[bool, bool, int]:
+            return first.family.failed, first.family.is_spent, len(first.family.live)
+
+        return min(self._firsts, key=rank).copy()
 
     def wants_lexer(self) -> bool:
-        """Whether `add_lexer` should be called now, by some thread. True once for each."""
-        num_copies = sum(first.family.num_copies for first in self._firsts)
-        if self._num_promised >= min(self._max_lexers, 1 + num_copies // COPIES_PER_LEXER):
+        """Whether some thread should call `add_lexer` now. True once, until that has been done."""
+        num_live = sum(len(first.family.live) for first in self._firsts)
+        wants_more = self.num_lexers < lexers_for(num_live)
+        if self._is_adding or not (wants_more or any(one.family.is_spent for one in self._firsts)):
             return False
-        self._num_promised += 1
+        self._is_adding = True
         return True
 
     def add_lexer(self) -> None:
-        """Take one lexer more, as long as it takes to compile again."""
-        self._firsts.append(self._make_first())
+        """Take one lexer more, or one in place of a spent one; as long as it takes to compile."""
+        try:
+            fresh = self._make_first()
+        finally:
+            self._is_adding = False
+        for index, first in enumerate(self._firsts):
+            if first.family.is_spent:
+                self._firsts[index] = fresh
+                return
+        self._firsts.append(fresh)
 
     def renewed(self) -> Grammar:
         """The same with a fresh lexer. It has been tried before: the sandbox is not asked."""
-        return Grammar(self._make_first, max_lexers=self._max_lexers)
+        return Grammar(self._make_first)
+
+
+def lexers_for(num_outputs: int) -> int:
+    """How many lexers so many outputs of one grammar should share."""
+    return min(MAX_LEXERS, 1 + num_outputs // COPIES_PER_LEXER)
+
+
+class Masks(NamedTuple):
+    """Of some matchers, what may come next. forced: index of a matcher → the tokens that must come
+    next, where there are some, which its mask allows one by one."""
+
+    words: Words
+    forced: dict[int, list[int]]
 
 
 class GrammarCompiler:
@@ -201,7 +238,9 @@ class GrammarCompiler:
         self._executor: LLExecutor | None = None
         self._lock = threading.Lock()
         self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
-        self._looks_for_slow_ones = False  # the last ones took long, and it is not known which
+        self._last_s = 0.0  # what they took
+        self._looks_for_slow_ones = False  # it was long, and it is not known which
+        self._beside = ThreadPoolExecutor(1, "masks")  # has no thread before it is used
 
     def load(self) -> None:
         """Make the vocabulary's trie, here and in the sandbox, once: about half a second.
@@ -232,21 +271,50 @@ class GrammarCompiler:
         assert self._tokenizer is not None
         if self._sandbox is not None:
             self._sandbox.try_out(wanted)
-        return Grammar(partial(self._make_first, wanted), max_lexers=MAX_LEXERS)
+        return Grammar(partial(self._make_first, wanted))
 
     def _make_first(self, wanted: StructuredOutputsParams) -> Matcher:
         assert self._tokenizer is not None
         after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
         return Matcher(make_matcher(self._tokenizer, wanted), Family(), after)
 
-    def compute_masks(self, matchers: Sequence[Matcher]) -> npt.NDArray[np.int32]:
-        """For each, the ids that may come next: [num_matchers, ceil(vocab_size / 32)], a bit per
-        id, lowest first. The next call writes over it.
+    def begin_masks(self, matchers: Sequence[Matcher]) -> Future[Masks]:
+        """Compute them beside the caller, who must leave the matchers alone until it is done.
+
+        What takes too little to be worth a thread is done when this returns.
+        """
+        if self._last_s < WORTH_A_THREAD_S:
+            done: Future[Masks] = Future()
+            try:
+                done.set_result(self._compute(matchers))
+            except Exception as error:
+                done.set_exception(error)
+            return done
+        has_begun = threading.Lock()
+        has_begun.acquire()
+        masks = self._beside.submit(self._compute_beside, matchers, has_begun)
+        # Python's lock is handed over here: else the thread would wait for it for milliseconds.
+        has_begun.acquire()
+        return masks
+
+    def _compute_beside(self, matchers: Sequence[Matcher], has_begun: threading.Lock) -> Masks:
+        has_begun.release()
+        return self._compute(matchers)
+
+    def _compute(self, matchers: Sequence[Matcher]) -> Masks:
+        words = self.compute_masks(matchers)
+        single = np.flatnonzero(np.bitwise_count(words).sum(1) == 1).tolist()
+        forced = {index: matchers[index].forced_tokens(MAX_FORCED) for index in single}
+        return Masks(words, {index: token_ids for index, token_ids in forced.items() if token_ids})
+
+    def compute_masks(self, matchers: Sequence[Matcher]) -> Words:
+        """For each, the ids that may come next. The next call writes over it.
 
         Many are computed by llguidance's threads, while this one waits without Python's lock. A
         matcher that exceeds its limits, or its time, has its `error` set: its row is of no use.
         """
         assert self._tokenizer is not None and self._executor is not None
+        start = time.perf_counter()
         if len(self._words) < len(matchers):
             num_words = -(-self._tokenizer.vocab_size // 32)
             self._words = np.empty((2 * len(matchers), num_words), np.int32)
@@ -259,7 +327,6 @@ class GrammarCompiler:
                 words[index] = self._free_words
             else:
                 begun.append(index)
-        start = time.perf_counter()
         if len(begun) < FEW or self._looks_for_slow_ones:
             for index in begun:
                 began = time.perf_counter()
@@ -267,11 +334,14 @@ class GrammarCompiler:
                 one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
                 matchers[index].note_time(time.perf_counter() - began)
         else:
+            # Neighbours go to one thread: let them be of one family, which has one lock.
+            begun.sort(key=lambda index: id(matchers[index].family))
             entries = [(matchers[index]._matcher, index) for index in begun]
             self._executor.unsafe_compute_mask_ptr(entries, address, row_bytes, len(matchers))
-        self._looks_for_slow_ones = time.perf_counter() - start > SLOW_S
         for index in begun:
             matchers[index].note_error()
+        self._last_s = time.perf_counter() - start
+        self._looks_for_slow_ones = self._last_s > SLOW_S
         return words[:, : -(-self._vocab_size // 32)]
 
     def _all_but_eos(self, num_words: int) -> npt.NDArray[np.int32]:

@@ -18,9 +18,12 @@ from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
 from nanovllm.protocol.messages import FinishReason
-from nanovllm.protocol.plan import BlockAppend, StepPlan, StepResult, TokenLogprobs
+from nanovllm.protocol.plan import BlockAppend, KnownTokens, StepPlan, StepResult, TokenLogprobs
 from nanovllm.sampling_params import leaves_nothing
 
+# A chunk makes a step slower than one in which every row runs one token, for all of its rows: by
+# about a quarter. What it spares must be worth that.
+ROWS_PER_SPARED_STEP = 4
 NOTHING_LEFT = Failure(
     "allowed_token_ids: min_tokens and bad_words leave none of them to go on with", "request"
 )
@@ -45,7 +48,7 @@ class Scheduler:
         self.num_queued = 0  # sequences never started, and their tokens
         self.num_queued_tokens = 0
         self.num_prompt_tokens = 0
-        self.num_generation_tokens = 0
+        self.num_generation_tokens = self.num_forced_tokens = 0
         self.limits = limits
         self._blocks = block_manager
         self._max_model_len = max_model_len
@@ -198,15 +201,14 @@ class Scheduler:
 
     def update(self, step: ScheduledStep, result: StepResult) -> StepOutputs:
         """Take in a step's sampled ids, oldest step first."""
-        outputs = StepOutputs(started=self.newly_started)
-        self.newly_started = []
+        outputs = StepOutputs(started=self.take_started())
         for index, logprobs in result.prompt_logprobs.items():
             self._take_prompt_logprobs(outputs, step, index, logprobs)
         sequences, token_ids = outputs.sequences, outputs.token_ids
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
         ):
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.FINISHED or index in step.forced:
                 continue
             sequence.num_pending -= 1
             if result.failures and index in result.failures:
@@ -229,6 +231,43 @@ class Scheduler:
         self.num_generation_tokens += len(token_ids)
         self.waiting.charge_for_outputs(sequences)
         return outputs
+
+    def take_started(self) -> list[Sequence]:
+        """Those that have begun since it was last asked."""
+        started, self.newly_started = self.newly_started, []
+        return started
+
+    def is_worth_forcing(self, num_tokens: int) -> bool:
+        """Whether so many tokens of one sequence should be computed at once, without sampling."""
+        return ROWS_PER_SPARED_STEP * (num_tokens - 1) >= max(len(self.running), 2)
+
+    def force(
+        self, step: ScheduledStep, index: int, token_ids: list[int], outputs: StepOutputs
+    ) -> None:
+        """Go on with these tokens, in place of what the step, whose second half has been queued,
+        samples for `step.sampled[index]`. They are in no plan yet."""
+        sequence = step.sampled[index]
+        assert sequence.num_pending == 1 and sequence.status is not Status.FINISHED
+        step.forced.add(index)
+        sequence.num_pending = 0
+        if not sequence.first_token_at:
+            sequence.first_token_at = time.monotonic()
+        taken: list[Sequence] = []
+        for token_id in token_ids:
+            sequence.token_ids.append(token_id)
+            sequence.num_unsent += 1
+            taken.append(sequence)
+            outputs.token_ids.append(token_id)
+            if self._is_over(sequence, token_id, outputs):
+                break
+        else:
+            if len(sequence.token_ids) >= sequence.next_registration <= sequence.num_computed:
+                self._blocks.register(sequence)
+        outputs.sequences += taken
+        sequence.num_forced_tokens += len(taken)
+        self.num_generation_tokens += len(taken)
+        self.num_forced_tokens += len(taken)
+        self.waiting.charge_for_outputs(taken)
 
     def _is_stuck(self, sequence: Sequence) -> bool:
         """Whether nothing could be sampled for the token that has come."""
@@ -292,13 +331,11 @@ class Scheduler:
             num_new = num_tokens - sequence.num_computed
             if num_new > 1:
                 num_new = min(num_new, cap, budget)
-            if sequence.num_computed + num_new > sequence.capacity:
-                assert sequence.num_computed + num_new == sequence.capacity + 1
-                if not self._free_one_block(sequence):
-                    break
-                block_id = self._blocks.grow(sequence)
-                append = BlockAppend(sequence.row, len(sequence.block_ids) - 1, block_id)
-                step.plan.block_appends.append(append)
+            num_lacking = sequence.num_computed + num_new - sequence.capacity
+            if num_lacking > 0 and not self._grow(step, sequence, num_lacking):
+                break
+            if sequence.num_unsent:
+                self._tell_known(step, sequence)
             self._advance(step, sequence, num_new)
             budget -= num_new
         return budget
@@ -323,10 +360,29 @@ class Scheduler:
         if sequence.forks and sequence.has_computed_prompt:
             self._release_forks(sequence)
 
-    def _free_one_block(self, sequence: Sequence) -> bool:
-        """Preempt the paused, then from the end of the order, until a block is free; False if it
-        hit `sequence`."""
-        while self._blocks.num_free_blocks == 0:
+    def _grow(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> bool:
+        """Give it room for so many tokens more; False if it was itself preempted for it."""
+        num_blocks = -(-num_tokens // self._blocks.block_size)
+        if not self._free_blocks(num_blocks, sequence):
+            return False
+        for _ in range(num_blocks):
+            block_id = self._blocks.grow(sequence)
+            append = BlockAppend(sequence.row, len(sequence.block_ids) - 1, block_id)
+            step.plan.block_appends.append(append)
+        return True
+
+    @staticmethod
+    def _tell_known(step: ScheduledStep, sequence: Sequence) -> None:
+        """Let its row have the tokens that a grammar has forced."""
+        position = len(sequence.token_ids) - sequence.num_unsent
+        known = KnownTokens(sequence.row, position, sequence.token_ids[position:])
+        step.plan.known_tokens.append(known)
+        sequence.num_unsent = 0
+
+    def _free_blocks(self, num_blocks: int, sequence: Sequence) -> bool:
+        """Preempt the paused, then from the end of the order, until so many blocks are free; False
+        if it hit `sequence`."""
+        while self._blocks.num_free_blocks < num_blocks:
             victim = self.paused[-1] if self.paused else self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -404,6 +460,7 @@ class Scheduler:
         self._blocks.hold(sequence, shared)
         sequence.num_computed = len(shared) * self._blocks.block_size
         sequence.row = self.free_rows.pop()
+        sequence.num_unsent = 0  # a new row is told all
         insort(self.running, sequence, key=BY_ORDER)
         sequence.status = Status.RUNNING
         if not sequence.started_at:

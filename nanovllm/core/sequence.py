@@ -67,11 +67,13 @@ class Sequence:
         "num_cached_tokens",
         "num_computed",
         "num_first_known",
+        "num_forced_tokens",
         "num_pending",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_recomputed_tokens",
+        "num_unsent",
         "number",
         "order",
         "params",
@@ -123,6 +125,7 @@ class Sequence:
         self.token_ids = token_ids + (output_token_ids or [])  # what is known
         self.num_computed = 0
         self.num_pending = 0
+        self.num_unsent = 0  # of the last known tokens, those that its row has not been told of
         self.max_total = sys.maxsize  # length by count at which it ends with reason "length"
         self.min_total = 0  # known length below which no stop counts
         self.stop_ids: frozenset[int] = frozenset()
@@ -139,6 +142,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
+        self.num_forced_tokens = 0  # not sampled: its grammar left no choice
         self.num_prompt_logprobs = 0  # of prompt tokens reported so far
         self.started_at = 0.0
         self.first_token_at = 0.0

@@ -3,6 +3,8 @@
 Made by `Scheduler`, passed on by `EngineCore`, sorted to clients by `CoreServer`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 from nanovllm.core.sequence import Sequence, Status
@@ -17,6 +19,8 @@ class ScheduledStep:
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
     constrained: list[int]  # indices into `sampled` of those whose masks its second half waits for
+    forced: set[int] = field(default_factory=set)  # likewise, of those whose next tokens were
+    # known before it sampled: what it samples for them is dropped
     budget: int = 0  # of tokens
     submitted_at: float = 0.0  # written down only while somebody watches
 
@@ -45,6 +49,18 @@ class StepOutputs:
     finished: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     ended_by_grammar: list[Sequence] = field(default_factory=list)  # they finished, or failed
+
+    def extend(self, later: StepOutputs) -> None:
+        """Take in what came after."""
+        shift = len(self.token_ids)
+        self.logprobs |= {shift + index: one for index, one in later.logprobs.items()}
+        self.sequences += later.sequences
+        self.token_ids += later.token_ids
+        self.prompt_logprobs += later.prompt_logprobs
+        self.started += later.started
+        self.finished += later.finished
+        self.failed += later.failed
+        self.ended_by_grammar += later.ended_by_grammar
 
 
 class SchedulingFailedError(Exception):

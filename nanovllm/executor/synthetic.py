@@ -40,6 +40,7 @@ class SyntheticExecutor:
         num_rows = config.scheduler.max_num_seqs
         self._states = np.zeros(num_rows, np.uint64)
         self._seeds = np.zeros(num_rows, np.uint64)
+        self._before = np.zeros(num_rows, np.uint64)  # the states, but for what was sampled last
         self._rows: dict[int, NewRow] = {}  # those that want log-probabilities
         self._free_at = 0.0  # when the step before will have run
         self._last: SyntheticStep | None = None  # the last one, between its halves
@@ -71,6 +72,11 @@ class SyntheticExecutor:
             self._states[new.row] = hash_tokens(np.array(new.token_ids, np.uint64))
             # As with a real model, the seed of a greedy request changes nothing.
             self._seeds[new.row] = 0 if new.params.greedy else new.seed
+        for known in plan.known_tokens:  # in place of what was sampled last
+            state = self._before[known.row : known.row + 1]
+            for token_id in known.token_ids:
+                state = state * BASE + np.uint64(token_id + 1)
+            self._states[known.row] = state[0]
         self._free_at = max(self._free_at, time.monotonic()) + self._step_s
         self._last = SyntheticStep(plan, self._free_at)
         return self._last
@@ -85,6 +91,7 @@ class SyntheticExecutor:
         states = self._states[rows]
         noise = scramble(states ^ scramble(self._seeds[rows]))
         token_ids = noise % np.uint64(self._vocab_size)
+        self._before[rows] = states
         self._states[rows] = states * BASE + token_ids + np.uint64(1)
         ids: list[int] = token_ids.tolist()
         last.sampled = StepResult(

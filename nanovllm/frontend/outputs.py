@@ -47,6 +47,7 @@ class RequestMetrics(msgspec.Struct):
 
     With n > 1, num_… count all outputs together; why tells of each, by index, once it has finished
     there: what it waited for, what preemption cost it, how fast it ran (see `protocol.Why`).
+    num_forced_tokens: generated ones that were not sampled, since a grammar left no choice.
     num_resumes: how often the request was continued by another core after its own had died.
     """
 
@@ -57,6 +58,7 @@ class RequestMetrics(msgspec.Struct):
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_generation_tokens: int = 0
+    num_forced_tokens: int = 0
     num_resumes: int = 0
     why: dict[int, Why] = {}
 

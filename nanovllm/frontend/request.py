@@ -380,6 +380,7 @@ class RequestTable:
             request.metrics.num_preemptions += end.num_preemptions
         if end is not None and end.why is not None:
             request.metrics.num_recomputed_tokens += end.why.num_recomputed_tokens
+            request.metrics.num_forced_tokens += end.why.num_forced_tokens
             request.metrics.why = {**request.metrics.why, completion.index: end.why}
         if request.num_unfinished == 0:
             request.metrics.finished_time = now

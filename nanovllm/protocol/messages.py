@@ -153,7 +153,8 @@ class Why(msgspec.Struct, frozen=True, array_like=True):
 
     `seats_ms`, `budget_ms` and `kv_ms` are the parts of its waiting for which admission was held up
     by `max_num_seqs`, by `max_num_batched_tokens` and by lack of KV blocks. `num_recomputed_tokens`
-    were computed before a preemption took their KV. `ttft_ms` is None without a token,
+    were computed before a preemption took their KV, `num_forced_tokens` of the output were not
+    sampled, since its grammar left no choice. `ttft_ms` is None without a token,
     `inter_token_ms` (the mean) without a second one.
     """
 
@@ -166,6 +167,7 @@ class Why(msgspec.Struct, frozen=True, array_like=True):
     num_recomputed_tokens: int
     ttft_ms: float | None
     inter_token_ms: float | None
+    num_forced_tokens: int = 0
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
@@ -245,6 +247,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
     wait for their client to read. `loop_cpu_s` is CPU time of the loop's thread, `messaging_cpu_s`
     the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
+    `num_forced_tokens`: of the generation tokens, those that a grammar left no choice about.
     `explained_epochs`: lives before this one that clients say were ended by a request of theirs.
     """
 
@@ -276,6 +279,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     messaging_cpu_s: float = 0.0
     draining: bool = False
     explained_epochs: list[str] = []
+    num_forced_tokens: int = 0
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):

@@ -45,13 +45,21 @@ class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
     block_id: int
 
 
+class KnownTokens(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of a row from `position` on, which nobody has sampled: its grammar left no choice."""
+
+    row: int
+    position: int
+    token_ids: list[int]
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One forward pass, in counts. Parallel lists, one entry per row that runs.
 
     Entry i runs `num_scheduled[i]` tokens of row `rows[i]` from position `num_computed[i]` on.
     `sampling` lists the entries (indices into `rows`) whose last token is sampled from: the worker
     stores the sampled id at position `num_computed[i] + num_scheduled[i]` of that row.
-    Order of effects: new_rows, block_appends, then the forward pass.
+    Order of effects: new_rows, block_appends, known_tokens, then the forward pass.
     """
 
     step: int
@@ -61,6 +69,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     num_computed: list[int]
     num_scheduled: list[int]
     sampling: list[int]
+    known_tokens: list[KnownTokens] = []
 
 
 class StepMasks(msgspec.Struct, frozen=True, array_like=True):

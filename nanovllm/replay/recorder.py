@@ -84,6 +84,14 @@ class Masked(msgspec.Struct, tag=True):
     error: str = ""
 
 
+class Forced(msgspec.Struct, tag=True):
+    """Tokens of sequences that nobody samples. `ended`: as in `Returned`, with how many of these
+    tokens went before the one that ended it."""
+
+    runs: list[tuple[Key, list[int]]]
+    ended: list[tuple[Key, int, str | None]]
+
+
 class Stepped(msgspec.Struct, tag=True):
     """`EngineCore.step` was called; what it asked of the executor follows."""
 
@@ -121,6 +129,7 @@ Event = (
     | Collected
     | Constrained
     | Masked
+    | Forced
     | Stepped
     | Submitted
     | SubmitFailed
@@ -189,6 +198,10 @@ class Recorder(CoreListener):
                 self._write(Constrained(error))
             case events.MasksFilled(error):
                 self._write(Masked(error))
+            case events.TokensForced(runs, ended):
+                keys = [(key_of(one), token_ids) for one, token_ids in runs]
+                ends = [(key_of(one), num_before, why) for one, num_before, why in ended]
+                self._write(Forced(keys, ends))
 
     def on_submit(self, step: ScheduledStep) -> None:
         self._write(Submitted(step.plan.step, digest_of(step.plan)))
@@ -200,7 +213,7 @@ class Recorder(CoreListener):
         self, step: ScheduledStep, result: StepResult, outputs: StepOutputs, now: float
     ) -> None:
         ended = [
-            ((one.client_id, one.number), None if one.matcher is None else one.matcher.error)
+            (key_of(one), None if one.matcher is None else one.matcher.error)
             for one in outputs.ended_by_grammar
         ]
         # Log-probabilities are no matter of scheduling, and large.
@@ -232,8 +245,12 @@ class Recorder(CoreListener):
         return self._file
 
 
+def key_of(sequence: Sequence) -> Key:
+    return sequence.client_id, sequence.number
+
+
 def keys_of(sequences: list[Sequence]) -> list[Key]:
-    return [(one.client_id, one.number) for one in sequences]
+    return [key_of(one) for one in sequences]
 
 
 def _text(error: Exception) -> str:

@@ -6,18 +6,18 @@ grammars decided, come from the file. To step through a bug, iterate over `Repla
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import Grammar, Matcher
+from nanovllm.core.grammar import Grammar, Masks, Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.plan import DeviceLostError, StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
@@ -29,6 +29,7 @@ from nanovllm.replay.recorder import (
     Constrained,
     Ended,
     Event,
+    Forced,
     Header,
     Key,
     Masked,
@@ -62,7 +63,8 @@ class Tape:
     def __init__(self, events: Iterator[Event]) -> None:
         self._events = events
         self.next = next(events, None)
-        self.ended: dict[Key, str | None] = {}  # by their grammars, with the result taken last
+        # By their grammars, with the tokens taken in last: how many each took before, and why.
+        self.ended: dict[Key, tuple[int, str | None]] = {}
 
     def take(self) -> Event:
         """The next one. Raises `EndOfRecordingError`."""
@@ -161,7 +163,7 @@ class Replay:
 
     def result(self) -> StepResult:
         then = self._tape.expect(Returned)
-        self._tape.ended = dict(then.ended)
+        self._tape.ended = {key: (0, error) for key, error in then.ended}
         if then.result is None:
             raise RuntimeError(then.error)
         return then.result
@@ -208,16 +210,35 @@ class ReplayedGrammars:
             if sequence in group.sequences:
                 group.sequences.remove(sequence)
 
-    def compute_masks(self, matchers: list[Matcher]) -> npt.NDArray[np.int32]:
-        if error := self._tape.expect(Masked).error:
-            raise RuntimeError(error)
-        return np.empty((len(matchers), 0), np.int32)
+    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]:
+        return ReplayedMasks(self._tape, matchers)
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
         if error := self._tape.expect(Constrained).error:
             raise ValueError(error)
         for sequence in sequences:
             sequence.matcher = ReplayedMatcher(sequence, self._tape)
+
+
+class ReplayedMasks(Future[Masks]):
+    """They are there, or failed, as they were then, when it is asked."""
+
+    def __init__(self, tape: Tape, matchers: list[Matcher]) -> None:
+        self._tape = tape
+        self._keys = [one.key for one in matchers if isinstance(one, ReplayedMatcher)]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        return None
+
+    def result(self, timeout: float | None = None) -> Masks:
+        if error := self._tape.expect(Masked).error:
+            raise RuntimeError(error)
+        words, forced = np.empty((len(self._keys), 0), np.int32), dict[int, list[int]]()
+        if isinstance(self._tape.next, Forced):
+            event = self._tape.expect(Forced)
+            self._tape.ended = {key: (num_before, error) for key, num_before, error in event.ended}
+            forced = {self._keys.index(key): token_ids for key, token_ids in event.runs}
+        return Masks(words, forced)
 
 
 class ReplayedGrammar(Grammar):
@@ -230,21 +251,27 @@ class ReplayedGrammar(Grammar):
 class ReplayedMatcher(Matcher):
     """Ends where the recorded one did."""
 
-    __slots__ = ("_key", "_tape")
+    __slots__ = ("_tape", "key")
 
     def __init__(self, sequence: Sequence, tape: Tape) -> None:
-        self._key = sequence.client_id, sequence.number
+        self.key = sequence.client_id, sequence.number
         self._tape = tape
         self.error = None
 
     @property
     def has_failed(self) -> bool:
-        return self._tape.ended.get(self._key) is not None
+        num_left, error = self._tape.ended.get(self.key, (0, None))
+        return error is not None and not num_left
 
     def accept(self, token_id: int) -> bool:
-        if self._key not in self._tape.ended:
+        ending = self._tape.ended.get(self.key)
+        if ending is None:
             return True
-        self.error = self._tape.ended[self._key]
+        num_left, error = ending
+        if num_left:
+            self._tape.ended[self.key] = num_left - 1, error
+            return True
+        self.error = error
         return False
 
 

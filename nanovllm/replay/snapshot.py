@@ -46,6 +46,7 @@ class StepState(msgspec.Struct, array_like=True):
     sequences: list[int]
     sampled: list[int]
     constrained: list[int]
+    forced: set[int]
 
 
 class CompilingState(msgspec.Struct, array_like=True):
@@ -106,7 +107,13 @@ def take_snapshot(core: EngineCore) -> Snapshot:
         sequences=[_state_of(sequence, index) for sequence in known],
         live=indices(core.sequences.values()),
         inflight=[
-            StepState(step.plan, indices(step.sequences), indices(step.sampled), step.constrained)
+            StepState(
+                step.plan,
+                indices(step.sequences),
+                indices(step.sampled),
+                step.constrained,
+                step.forced,
+            )
             for step, _ in core.inflight
         ],
         is_unsampled=core.unsampled is not None,
@@ -184,6 +191,7 @@ def restore(
             [known[n] for n in step.sequences],
             [known[n] for n in step.sampled],
             step.constrained,
+            step.forced,
         )
         for step in snapshot.inflight
     ]

@@ -79,7 +79,7 @@ class RequestRows:
         self._eos_token_ids = eos_token_ids
 
     def record(self, plan: StepPlan) -> Int32Array:
-        """Take the plan's new rows and blocks into the mirror, and return what `write` needs.
+        """Take what the plan brings into the mirror, and return what `write` needs.
 
         Returns [2, num_words]: places in the state and their new values.
         """
@@ -107,6 +107,10 @@ class RequestRows:
             self.host_block_tables[appends[:, 0], appends[:, 1]] = appends[:, 2]
             places.append(appends[:, 0] * self._width + appends[:, 1] + NUM_WORDS)
             values.append(appends[:, 2])
+        for known in plan.known_tokens:
+            at = known.row * self._width + self._tokens_at + known.position
+            places.append(np.arange(at, at + len(known.token_ids), dtype=np.int32))
+            values.append(np.array(known.token_ids, np.int32))
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))

@@ -179,6 +179,10 @@ class FakeExecutor:
         for append in plan.block_appends:
             assert append.index == len(self._tables[append.row])
             self._tables[append.row].append(append.block_id)
+        for known in plan.known_tokens:
+            del self._tokens[known.row][known.position :]  # what it has sampled, at most
+            assert known.position == len(self._tokens[known.row])
+            self._tokens[known.row] += known.token_ids
         if plan.step in self._failing:
             self._lost_rows.update(plan.rows)
         entries = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))

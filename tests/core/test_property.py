@@ -25,11 +25,13 @@ from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import make_compiler
 
 NUM_SEEDS = 360
-COMPILER = make_compiler()
+COMPILER, REFEREE = make_compiler(), make_compiler()  # masks of one are good until its next
 GRAMMARS = [
     StructuredOutputsParams(regex="[a-z]{4,30}"),
     StructuredOutputsParams(regex="([a-z]{1,6} ){1,8}end"),
     StructuredOutputsParams(choice=["yes", "no", "perhaps", "perhaps not"]),
+    StructuredOutputsParams(regex="the (first|second) of many: [0-9]{1,3} of them, and so it ends"),
+    StructuredOutputsParams(regex="(key: [a-z]; )*"),
     StructuredOutputsParams(grammar='start: "(" start ")" | "[" start "]" | /[0-9]+/'),
 ]
 NUM_CLIENTS = 3
@@ -75,7 +77,7 @@ class Simulation:
         self.client_of: dict[int, int] = {}
         self.finished: dict[int, str] = {}
         self.next_number = 0
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_forced = 0
 
     def run(self, num_requests: int = 12) -> None:
         rng = self.random
@@ -94,6 +96,7 @@ class Simulation:
         assert (status.num_running, status.num_waiting, status.num_paused) == (0, 0, 0)
         assert (status.num_queued, status.num_queued_tokens) == (0, 0)
         self.num_preemptions = status.num_preemptions
+        self.num_forced = status.num_forced_tokens
 
     def disturb(self) -> None:
         """Something that no sequence but an aborted one may notice."""
@@ -128,7 +131,7 @@ class Simulation:
             number = self.next_number + index
             assert params.seed is not None
             constraint = (
-                None if kind is None else (COMPILER, COMPILER.compile(GRAMMARS[kind]).matcher())
+                None if kind is None else (REFEREE, REFEREE.compile(GRAMMARS[kind]).matcher())
             )
             self.expected[number] = reference(
                 prompt, params.seed + index, num_outputs, stop, constraint
@@ -194,7 +197,7 @@ def scheduler_of(core: EngineCore) -> Scheduler:
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
-    num_preemptions = 0
+    num_preemptions = num_forced = 0
     for seed in range(depth - 1, NUM_SEEDS, 4):
         simulation = Simulation(seed)
         assert simulation.config.scheduler.max_inflight_steps == depth
@@ -203,7 +206,9 @@ def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         num_preemptions += simulation.num_preemptions
+        num_forced += simulation.num_forced
     assert num_preemptions > 50, "the simulations must preempt to mean something"
+    assert num_forced > 500, "and force tokens: the reference samples each of them"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -314,7 +319,23 @@ def sample_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A constrained sequence samples only what its grammar allows."""
-    monkeypatch.setattr(EngineCore, "_compute_masks", lambda self, step: (None, []))
+    monkeypatch.setattr(EngineCore, "_take_masks", lambda self, step: (None, []))
+
+
+def keep_what_was_sampled_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens are forced, the step's own sample is dropped."""
+    update = Scheduler.update
+
+    def broken(self: Scheduler, step: ScheduledStep, result: StepResult) -> object:
+        step.forced.clear()
+        return update(self, step, result)
+
+    monkeypatch.setattr(Scheduler, "update", broken)
+
+
+def forget_to_tell_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced tokens are sent to the row, which has sampled something of its own there."""
+    monkeypatch.setattr(Scheduler, "_tell_known", lambda step, sequence: None)
 
 
 def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +348,8 @@ def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         sample_without_waiting,
         forget_the_masks,
+        keep_what_was_sampled_instead,
+        forget_to_tell_rows,
         share_one_matcher,
         keep_results_of_the_finished,
         readmit_early,

@@ -78,6 +78,29 @@ def test_preempted_outputs_go_on_where_they_were(llm: LLM) -> None:
     assert alone.outputs[0].token_ids == outputs[-1].outputs[0].token_ids
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"repetition_penalty": 1.2, "presence_penalty": 0.5}]
+)
+def test_tokens_that_a_grammar_forces_are_those_it_would_have_sampled(
+    llm: LLM, settings: dict[str, Any]
+) -> None:
+    """Who wants log-probabilities has every token sampled."""
+    kinds = [{"json": PERSON}, {"regex": "The answer is (yes|no), and that is (it|all)\\."}]
+    params = [sampled(kind, seed, **settings) for seed in range(2) for kind in kinds]
+    forced = llm.chat([QUESTION] * 4, params, use_tqdm=False)
+    params = [sampled(kind, seed, logprobs=0, **settings) for seed in range(2) for kind in kinds]
+    whole = llm.chat([QUESTION] * 4, params, use_tqdm=False)
+    assert [one.outputs[0].token_ids for one in forced] == [
+        one.outputs[0].token_ids for one in whole
+    ]
+    assert [one.metrics.num_generation_tokens for one in forced] == [
+        one.metrics.num_generation_tokens for one in whole
+    ]
+    assert all(one.metrics.num_forced_tokens > 0 for one in forced[1::2])
+    assert all(one.metrics.num_forced_tokens == 0 for one in whole)
+    assert all(len(one.outputs[0].logprobs or ()) == len(one.outputs[0].token_ids) for one in whole)
+
+
 def test_n_outputs_go_their_own_ways(llm: LLM) -> None:
     (output,) = llm.chat(QUESTION, sampled({"regex": "[a-z]{8,12}"}, 5, n=4), use_tqdm=False)
     texts = [one.text for one in output.outputs]

@@ -5,7 +5,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.synthetic import SyntheticExecutor
-from nanovllm.protocol.plan import StepPlan, StepResult
+from nanovllm.protocol.plan import KnownTokens, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.worker.planning import make_plan, new_row, run_step
 
@@ -52,6 +52,16 @@ def test_one_wrong_lost_repeated_or_swapped_token_changes_what_follows() -> None
         [0, *known],
     ):
         assert outputs(damaged, 4) != rest
+
+
+def test_known_tokens_take_the_place_of_what_was_sampled_last() -> None:
+    known, forced = outputs(PROMPT, 3), [9, 8, 7]
+    executor = make_executor()
+    new = new_row(1, PROMPT + known, SEEDED, num_prompt_tokens=len(PROMPT), seed=3)
+    run_step(executor, make_plan(0, [(1, 0, 7)], new_rows=[new])).result()
+    plan = make_plan(1, [(1, 7, 3)])
+    plan.known_tokens.append(KnownTokens(1, 7, forced))
+    assert run_step(executor, plan).result().token_ids == outputs(PROMPT + known + forced, 1)
 
 
 def test_the_seed_counts_unless_it_is_greedy() -> None:

@@ -35,6 +35,7 @@ from nanovllm.protocol.messages import (
 )
 from nanovllm.protocol.plan import (
     BlockAppend,
+    KnownTokens,
     NewRow,
     StepMasks,
     StepPlan,
@@ -123,6 +124,7 @@ WORKER = [
         [0],
         [2],
         [0],
+        [KnownTokens(1, 5, [6, 7])],
     ),
     StepMasks([0], memoryview(b"\x07\0\0\0")),
     StepResult(1, [5], {0: LOGPROBS}, {0: [LOGPROBS]}),
@@ -167,6 +169,7 @@ def test_no_message_is_left_out() -> None:
         Why,
         NewRow,
         BlockAppend,
+        KnownTokens,
     }
     defined = {
         value

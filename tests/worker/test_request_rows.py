@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.protocol.plan import BlockAppend
+from nanovllm.protocol.plan import BlockAppend, KnownTokens
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import COLUMNS, NO_LOGPROBS
@@ -43,6 +43,16 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
         assert rows.host[column.name][3] == pytest.approx(value), column.name
     untouched = [row for row in range(rows.num_rows + 1) if row not in (0, 3)]
     assert not rows.token_ids[untouched].any() and not rows.block_tables[untouched].any()
+
+
+def test_known_tokens_are_written_where_they_belong() -> None:
+    rows = make_rows()
+    rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=[new_row(2, [5, 6, 7])]))))
+    plan = make_plan(1, [])
+    plan.known_tokens.extend((KnownTokens(2, 3, [8, 9]), KnownTokens(0, 0, [4])))
+    rows.write(torch.from_numpy(rows.record(plan)))
+    assert rows.token_ids[2, :6].tolist() == [5, 6, 7, 8, 9, 0]
+    assert rows.token_ids[0, :2].tolist() == [4, 0] and not rows.token_ids[[1, 3]].any()
 
 
 def test_block_appends_and_readmission() -> None:

@@ -48,6 +48,7 @@ CORE_COUNTERS = {
     "num_preemptions": ("num_preemptions", "Sequences preempted."),
     "num_prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
     "num_generation_tokens": ("generation_tokens", "Tokens generated."),
+    "num_forced_tokens": ("forced_tokens", "Of those, tokens that a grammar left no choice about."),
     "prefix_cache_queries": ("prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
     "step": ("engine_steps", "Forward passes."),
