@@ -115,8 +115,8 @@ def _count(
     if spec.tied_embeddings:
         del groups[names["lm_head"]]  # perhaps stored though the embedding serves
     for name, shape in shapes:
-        module, is_parameter = KINDS.subn("", name)
-        group = groups.get(re.sub(r"(?<=\.)\d+(?=\.)", "{}", module)) if is_parameter else None
+        whole = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
+        group = groups.get(KINDS.sub("", whole), groups.get(whole))
         if group is not None:
             counts[group] += math.prod(shape)
     return counts

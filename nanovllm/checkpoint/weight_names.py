@@ -1,7 +1,7 @@
 """What checkpoints call the weights of a decoder: part → name.
 
 Read through the `names` of a `DecoderSpec` by whoever loads or counts weights. Parts are those of
-`WeightSlot.part`; ".weight" or ".bias" is added to a name.
+`WeightSlot.part`; ".weight" or ".bias" is added to a name, but to that of sinks.
 """
 
 from msgspec import Struct
@@ -31,6 +31,7 @@ SAFETENSORS = {
     "q_norm": "model.layers.{}.self_attn.q_norm",
     "k_norm": "model.layers.{}.self_attn.k_norm",
     "o": "model.layers.{}.self_attn.o_proj",
+    "sinks": "model.layers.{}.self_attn.sinks",
     "mlp_norm": "model.layers.{}.post_attention_layernorm",
     "gate": "model.layers.{}.mlp.gate_proj",
     "up": "model.layers.{}.mlp.up_proj",
@@ -51,6 +52,7 @@ GGUF = {
     "q_norm": "blk.{}.attn_q_norm",
     "k_norm": "blk.{}.attn_k_norm",
     "o": "blk.{}.attn_output",
+    "sinks": "blk.{}.attn_sinks.weight",
     "mlp_norm": "blk.{}.ffn_norm",
     "gate": "blk.{}.ffn_gate",
     "up": "blk.{}.ffn_up",

@@ -210,7 +210,9 @@ def _places(slots: Iterable[WeightSlot], names: Mapping[str, str]) -> dict[str, 
     by_name: dict[str, dict[str, list[WeightSlot]]] = {}
     for slot in slots:
         expert = 0 if slot.expert is None else slot.expert.start
-        name = f"{names[slot.part].format(slot.layer, expert)}.{slot.kind}"
+        name = names[slot.part].format(slot.layer, expert)
+        if slot.kind:
+            name = f"{name}.{slot.kind}"
         by_name.setdefault(name, {}).setdefault(slot.part, []).append(slot)
     order = list(names)
     return {

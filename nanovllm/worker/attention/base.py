@@ -87,13 +87,19 @@ class AttentionBackend(Protocol):
         """Once per step, before any layer and outside any CUDA graph."""
 
     def forward(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate and cache (by `rotary.apply`, or as it would), then attend. Capturable.
 
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], perhaps overwritten;
-        layer_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], keys then values. Returns
-        [num_tokens, num_heads, head_dim].
+        layer_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], keys then values; sinks:
+        [num_heads] fp32, the layer's, if `AttentionSpec.sinks`. Returns [num_tokens, num_heads,
+        head_dim].
         """
 
 

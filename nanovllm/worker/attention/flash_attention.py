@@ -82,6 +82,8 @@ class FlashAttention(TritonAttention):
             return f"flash-attn 2 needs a block_size of {BLOCKS_OF_FLASH_ATTN_2}"
         if package == FLASH_ATTN_4 and torch.cuda.get_device_capability(spec.device) < (9, 0):
             return "flash-attn-4 needs compute capability 9.0 (Hopper)"
+        if spec.softcap is not None or spec.sinks:
+            return "flash-attn is not asked for soft caps or sinks"
         return TritonAttention.unsupported(spec)
 
     def _prepare_chunks(self, batch: ForwardBatch) -> None:
@@ -92,10 +94,15 @@ class FlashAttention(TritonAttention):
             self._arguments = self._arguments_for(batch)
 
     def _prefill(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None,
     ) -> Tensor:
         if self._arguments is None:
-            return super()._prefill(qkv, rotary, layer_cache, batch)
+            return super()._prefill(qkv, rotary, layer_cache, batch, sinks)
         attended = self._attend(
             rotary.apply(qkv, batch, layer_cache),
             *layer_cache,

@@ -22,7 +22,20 @@ class NativeAttention:
     shares_prefix = False
 
     def __init__(self, spec: AttentionSpec) -> None:
-        self.heads = _heads(spec)
+        self._spec = spec
+
+    def heads(self, sinks: Tensor | None) -> native.Heads:
+        """As the kernels are told of them; valid as long as the sinks."""
+        spec = self._spec
+        return native.Heads(
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.sliding_window or 0,
+            spec.scale,
+            spec.softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+        )
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -34,8 +47,6 @@ class NativeAttention:
             return native.HOW_TO_BUILD
         if spec.cache_dtype not in CACHE_DTYPES:
             return f"it reads no cache of {spec.cache_dtype}"
-        if spec.sinks:
-            return "it is given no sinks"
         if spec.head_dim % native.BLOCK:
             return f"head_dim {spec.head_dim} is no multiple of {native.BLOCK}"
         return None
@@ -48,7 +59,12 @@ class NativeAttention:
         """Nothing: the kernel reads the batch as it is."""
 
     def forward(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         query = rotary.apply(qkv, batch, layer_cache).float().contiguous()
         # Tokens of padding belong to no row, and nobody writes their lines.
@@ -56,7 +72,7 @@ class NativeAttention:
         native.library().nv_attend(
             query.data_ptr(),
             query.stride(0),
-            ctypes.byref(self.heads),
+            ctypes.byref(self.heads(sinks)),
             ctypes.byref(describe_cache(layer_cache)),
             ctypes.byref(describe_batch(batch)),
             output.data_ptr(),
@@ -81,16 +97,4 @@ def describe_batch(batch: ForwardBatch) -> native.Batch:
         batch.num_tokens,
         batch.num_rows,
         batch.block_tables.stride(0),
-    )
-
-
-def _heads(spec: AttentionSpec) -> native.Heads:
-    return native.Heads(
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_dim,
-        spec.sliding_window or 0,
-        spec.scale,
-        spec.softcap or 0.0,
-        None,
     )

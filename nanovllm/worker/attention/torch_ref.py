@@ -26,11 +26,52 @@ class Part(Protocol):
     def tokens(self) -> Tensor | slice:
         """Which of the batch's tokens."""
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         """query: that of `tokens`, [n, num_heads, head_dim]. Returns a tensor of its shape.
 
-        keys and values: [num_slots, num_kv_heads, head_dim], the layer's whole cache.
+        keys and values: [num_slots, num_kv_heads, head_dim], the layer's whole cache; sinks:
+        [num_heads].
         """
+
+
+def softmax_of(
+    scores: Tensor, mask: Tensor, *, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The weights of keys from scaled products, [..., keys].
+
+    mask: False hides a key. softcap: scores stay within it, by tanh (Gemma 2). sinks: broadcast to
+    scores with one key; the share of a key whose value is nothing (gpt-oss).
+    """
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    with_sinks = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+    return with_sinks.softmax(-1)[..., :-1]
+
+
+def attend_plainly(
+    spec: AttentionSpec,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with soft caps or sinks, for which torch has no kernel; in fp32.
+
+    query: [rows, tokens, num_heads, head_dim]; keys and values: [rows, length, num_kv_heads,
+    head_dim]; mask: [rows, tokens, length]. Returns a tensor of query's shape.
+    """
+    shape = *query.shape[:2], spec.num_kv_heads, -1, spec.head_dim
+    grouped = query.reshape(shape).float()
+    scores = torch.einsum("rtkgd,rlkd->rkgtl", grouped, keys.float()) * spec.scale
+    if sinks is not None:
+        sinks = sinks.view(spec.num_kv_heads, -1, 1, 1)
+    weights = softmax_of(scores, mask[:, None, None], softcap=spec.softcap, sinks=sinks)
+    attended = torch.einsum("rkgtl,rlkd->rtkgd", weights, values.float())
+    return attended.flatten(2, 3).to(query.dtype)
 
 
 class Chunk:
@@ -40,24 +81,31 @@ class Chunk:
         self, spec: AttentionSpec, block_table: Tensor, *, tokens: slice, seq_len: int
     ) -> None:
         self.tokens = tokens
-        self._scale = spec.scale
+        self._spec = spec
         start = seq_len - (tokens.stop - tokens.start)
         window = spec.sliding_window or seq_len
         seen = torch.arange(max(0, start - window + 1), seq_len, device=block_table.device)
         self._slots = _slots(block_table[None], seen[None], spec.block_size)[0]  # [length]
         self._mask: Tensor | None = None  # [num_tokens, length]; None: plain causal
-        if start > 0 or window < seq_len:
+        self._is_plain = spec.softcap is None and not spec.sinks
+        if start > 0 or window < seq_len or not self._is_plain:
             distance = torch.arange(start, seq_len, device=seen.device)[:, None] - seen
             self._mask = (distance >= 0) & (distance < window)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        keys = _read(keys, self._slots, query.dtype)[None]
+        values = _read(values, self._slots, query.dtype)[None]
+        if not self._is_plain:
+            assert self._mask is not None
+            mask = self._mask[None]
+            return attend_plainly(self._spec, query[None], keys, values, mask, sinks)[0]
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
-            _read(keys, self._slots, query.dtype).transpose(0, 1)[None],
-            _read(values, self._slots, query.dtype).transpose(0, 1)[None],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=self._mask,
             is_causal=self._mask is None,
-            scale=self._scale,
+            scale=self._spec.scale,
             enable_gqa=True,
         )
         return attended[0].transpose(0, 1)
@@ -69,20 +117,25 @@ class GatheredRows:
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
-        self._scale = spec.scale
+        self._spec = spec
         self._slots = slots.flatten()
         self._mask = mask[:, None, None, :]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         num_rows, (num_kv_heads, head_dim) = len(query), keys.shape[1:]
         shape = num_rows, -1, num_kv_heads, head_dim
+        keys = _read(keys, self._slots, query.dtype).view(shape)
+        values = _read(values, self._slots, query.dtype).view(shape)
+        if self._spec.softcap is not None or self._spec.sinks:
+            mask = self._mask[:, 0]
+            return attend_plainly(self._spec, query[:, None], keys, values, mask, sinks)[:, 0]
         attended = F.scaled_dot_product_attention(
             # The queries that share a head of keys stand where those of a longer prompt would.
             query.reshape(num_rows, num_kv_heads, -1, head_dim),
-            _read(keys, self._slots, query.dtype).view(shape).transpose(1, 2),
-            _read(values, self._slots, query.dtype).view(shape).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=self._mask,
-            scale=self._scale,
+            scale=self._spec.scale,
         )
         return attended.reshape(query.shape)
 
@@ -98,7 +151,7 @@ class StreamedRows:
     def __init__(self, spec: AttentionSpec, *, tokens: Tensor, slots: Tensor, mask: Tensor) -> None:
         """tokens: [rows]; slots: [rows, length]; mask: [rows, length], False is padding."""
         self.tokens = tokens
-        self._scale = spec.scale
+        self._spec = spec
         self._num_seen = int(slots.max() + 1) * spec.num_kv_heads
         # Rows of the cache seen as [num_slots * num_kv_heads, head_dim], for each row and head.
         heads = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
@@ -112,20 +165,23 @@ class StreamedRows:
             size=(len(self._starts) - 1, self._num_seen),
             check_invariants=False,
         )
-        self._bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]
+        self._mask = mask[:, None]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
         torch.sparse.sampled_addmm(
             self._products,
             query.flatten(0, 1),
             keys.flatten(0, 1)[: self._num_seen].t(),
             beta=0.0,
-            alpha=self._scale,
+            alpha=self._spec.scale,
             out=self._products,
         )
-        num_rows, _, length = self._bias.shape
-        scores = self._products.values().view(num_rows, -1, length) + self._bias
-        weights = scores.softmax(-1).flatten()
+        num_rows, _, length = self._mask.shape
+        scores = self._products.values().view(num_rows, -1, length)
+        if sinks is not None:
+            sinks = sinks[:, None]
+        softcap = self._spec.softcap
+        weights = softmax_of(scores, self._mask, softcap=softcap, sinks=sinks).flatten()
         values, starts = values.flatten(0, 1), self._starts[:-1]
         attended = torch.embedding_bag(values, self._index, starts, False, 0, False, weights)[0]
         return attended.view(query.shape)
@@ -150,8 +206,6 @@ class TorchAttention:
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
-        if spec.softcap is not None or spec.sinks:
-            return "no attention in plain torch with soft caps or sinks"
         return None
 
     @staticmethod
@@ -177,15 +231,20 @@ class TorchAttention:
         self._covers_all = len(self._parts) == 1 and starts[-1] == batch.num_tokens
 
     def forward(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         query = rotary.apply(qkv, batch, layer_cache)
         keys, values = layer_cache.flatten(1, 2).unbind(0)  # each [num_slots, kv_heads, head_dim]
         if self._covers_all:
-            return self._parts[0].attend(query, keys, values)
+            return self._parts[0].attend(query, keys, values, sinks)
         output = torch.zeros_like(query)  # tokens of padding may belong to no part
         for part in self._parts:
-            output[part.tokens] = part.attend(query[part.tokens], keys, values)
+            output[part.tokens] = part.attend(query[part.tokens], keys, values, sinks)
         return output
 
     def _single_token_rows(self, batch: ForwardBatch, rows: list[int], longest: int) -> Part:

@@ -24,13 +24,13 @@ class WeightSlot:
     """A piece of a checkpoint tensor, and where it goes.
 
     part: what the tensor is ("q", "gate", "embedding" …), a key of `WeightNames`; kind: the end of
-    its name. piece: what of each axis of the whole part is taken; expert: which place along a
-    leading axis, if the part is one expert's. target: of the piece's shape, or one that it spreads
-    to. dtype: the only one a file may hold it in; None: any but those that need a scale. note: what
-    of the config says so, for an error. put(values, rows): how some rows come into target; None:
-    they are copied. keep: takes the rows of a GGUF tensor as they are stored, in the order of the
-    slot's; then target has a shape and no memory. is_optional: a checkpoint may lack it, and target
-    is of no size.
+    its name, empty if it has none. piece: what of each axis of the whole part is taken; expert:
+    which place along a leading axis, if the part is one expert's. target: of the piece's shape, or
+    one that it spreads to. dtype: the only one a file may hold it in; None: any but those that need
+    a scale. note: what of the config says so, for an error. put(values, rows): how some rows come
+    into target; None: they are copied. keep: takes the rows of a GGUF tensor as they are stored, in
+    the order of the slot's; then target has a shape and no memory. is_optional: a checkpoint may
+    lack it, and target is of no size.
     """
 
     part: str

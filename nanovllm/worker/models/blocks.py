@@ -67,6 +67,10 @@ class AttentionBlock:
             if not wide:
                 weights = self.q_norm.weight, self.k_norm.weight
                 self.head_norms = HeadNorms(*weights, layer.norm.eps)
+        self.sinks = self._shared = None
+        if spec.sinks:
+            self._shared = build.parallel.share(q)
+            self.sinks = torch.zeros(self._shared.size, dtype=torch.float32, device=build.device)
         self._norm_spec = layer.norm
         self._kernels = build.kernels
         self._parallel = build.parallel
@@ -86,7 +90,7 @@ class AttentionBlock:
         qkv = self._kernels.norm_linear(stream, self.norms.pre, self.qkv)
         if self.head_norms is None and self.q_norm is not None:
             self._norm_all_heads(qkv)
-        attended = self.backend.forward(qkv, self.rotary, layer_cache, batch)
+        attended = self.backend.forward(qkv, self.rotary, layer_cache, batch, self.sinks)
         hidden = stream.hidden
         if wanted is not None:
             attended, hidden = attended[wanted], hidden[wanted]
@@ -121,6 +125,8 @@ class AttentionBlock:
             q, k = (None, None) if self.head_norms is not None else self._head_cuts()
             yield self.q_norm.slot("q_norm", layer, self._norm_spec, cut=q)
             yield self.k_norm.slot("k_norm", layer, self._norm_spec, cut=k)
+        if self.sinks is not None and self._shared is not None:
+            yield WeightSlot("sinks", "", self.sinks, (self._shared,), layer)
 
     def _head_cuts(self) -> tuple[Cut, Cut]:
         """Which of all queries and of all keys are here."""

@@ -146,6 +146,8 @@ class NativeDecoder:
         assert isinstance(attention.backend, NativeAttention)
         assert attention.norms.pre is not None and mlp.norms.pre is not None
         norms = attention.head_norms
+        if attention.sinks is not None:
+            self._kept.append(attention.sinks)
         return native.Layer(
             *map(self._linear, layer.linears()),
             self._address(attention.norms.pre.weight),
@@ -153,7 +155,7 @@ class NativeDecoder:
             None if norms is None else self._address(norms.q_weight),
             None if norms is None else self._address(norms.k_weight),
             self._address(attention.rotary.cos_sin),
-            attention.backend.heads,
+            attention.backend.heads(attention.sinks),
         )
 
     def _linear(self, linear: Linear) -> native.Linear:

@@ -98,6 +98,14 @@ def rotary_for(spec: AttentionSpec, kernels: Kernels, *, normed: bool = True) ->
     return Rotary(kernels, torch.cat((angles.cos(), angles.sin()), dim=1), norm)
 
 
+def sinks_for(spec: AttentionSpec) -> Tensor | None:
+    """Some that matter beside some keys and all, always the same."""
+    if not spec.sinks:
+        return None
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(spec.num_heads, generator=generator).to(spec.device) * 3
+
+
 def dense(spec: AttentionSpec, qkv: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
     """The definition of attention, row by row in float64, after plain torch's rotation."""
     cache = cache.clone()
@@ -117,7 +125,13 @@ def dense(spec: AttentionSpec, qkv: Tensor, cache: Tensor, batch: ForwardBatch) 
         if spec.sliding_window is not None:
             visible &= places > positions - spec.sliding_window
         scores = torch.einsum("qhd,khd->hqk", q, keys) * spec.scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        if spec.softcap is not None:
+            scores = (scores / spec.softcap).tanh() * spec.softcap
+        weights = scores.masked_fill(~visible, float("-inf"))
+        if (sinks := sinks_for(spec)) is not None:
+            nothing = sinks.double()[:, None, None].expand(-1, len(q), 1)
+            weights = torch.cat((weights, nothing), dim=-1)
+        weights = weights.softmax(-1)[..., :num_keys]
         out[starts[row] : starts[row + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out
 
@@ -128,9 +142,10 @@ def attend(
     backend = TritonAttention(spec, tuning)
     backend.prepare(batch)
     rotary = rotary_for(spec, TritonKernels())
-    first = backend.forward(qkv.clone(), rotary, cache, batch)
+    sinks = sinks_for(spec)
+    first = backend.forward(qkv.clone(), rotary, cache, batch, sinks)
     # Scratch is left as found, and what the cache gained changes nothing.
-    assert torch.equal(first, backend.forward(qkv.clone(), rotary, cache, batch))
+    assert torch.equal(first, backend.forward(qkv.clone(), rotary, cache, batch, sinks))
     return first
 
 

@@ -12,6 +12,7 @@ from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.torch_ref import MAX_GROUP_PADDING, TorchAttention, group_by_length
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from tests.worker.attention.attending import sinks_for
 from tests.worker.attention.decoding import CPU, make_batch
 
 Rows = list[tuple[int, int]]  # each row's new tokens, and how many came before
@@ -51,6 +52,14 @@ SPECS = {
         SPEC, dtype=torch.bfloat16, sliding_window=12, kv_dtype=torch.float8_e4m3fn
     ),
     "bfloat16 window": replace(SPEC, dtype=torch.bfloat16, sliding_window=12),
+    "soft cap": replace(SPEC, softcap=1.5),
+    "sinks": replace(SPEC, sinks=True),
+    "bfloat16 window, soft cap and sinks": replace(
+        SPEC, dtype=torch.bfloat16, sliding_window=12, softcap=1.5, sinks=True
+    ),
+    "window, sinks, fp8 cache": replace(
+        SPEC, sliding_window=12, sinks=True, kv_dtype=torch.float8_e4m3fn
+    ),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -60,6 +69,7 @@ def exact_attention(
 ) -> Tensor:
     """softmax(q kᵀ) v of each token, in fp64, from the definition."""
     result = torch.zeros(query.shape, dtype=torch.float64)
+    sinks = sinks_for(spec)
     group_size = spec.num_heads // spec.num_kv_heads
     for row in range(batch.num_rows):
         start, end = batch.query_start_loc[row : row + 2].tolist()
@@ -72,7 +82,13 @@ def exact_attention(
             keys, values = layer_cache[:, block_ids, offsets].double()  # [seen, kv_heads, head_dim]
             for head in range(spec.num_heads):
                 scores = keys[:, head // group_size] @ query[token, head].double() * spec.scale
-                result[token, head] = scores.softmax(0) @ values[:, head // group_size]
+                if spec.softcap is not None:
+                    scores = (scores / spec.softcap).tanh() * spec.softcap
+                weights = scores
+                if sinks is not None:
+                    weights = torch.cat((scores, sinks[head : head + 1].double()))
+                weights = weights.softmax(0)[: len(scores)]
+                result[token, head] = weights @ values[:, head // group_size]
     return result
 
 
@@ -105,8 +121,9 @@ def attend(spec: AttentionSpec, query: Tensor, cache: Tensor, batch: ForwardBatc
     backend = TorchAttention(spec)
     backend.prepare(batch)
     rotary = Unrotated(TorchKernels(), torch.empty(0), None)
-    first = backend.forward(query, rotary, cache, batch)
-    second = backend.forward(query, rotary, cache, batch)  # of the next layer
+    sinks = sinks_for(spec)
+    first = backend.forward(query, rotary, cache, batch, sinks)
+    second = backend.forward(query, rotary, cache, batch, sinks)  # of the next layer
     assert torch.equal(first, second)
     return first
 

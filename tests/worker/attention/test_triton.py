@@ -1,10 +1,12 @@
 """Triton attention against dense attention in float64, in Triton's interpreter unless on CUDA."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.attention.triton.attention_tuning import Tuning, tuning_for
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import SharedPrefix
@@ -12,6 +14,7 @@ from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.launch import arrival_counters, num_multiprocessors
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from tests.worker.attention.attending import (
+    FUSED_TUNING,
     SPEC,
     TMA_TUNING,
     TUNING,
@@ -115,6 +118,21 @@ def test_the_context_of_few_queries_is_cut(
     for changes in ({}, {"sliding_window": 40}, {"kv_dtype": torch.float8_e4m3fn}):
         check(replace(SPEC, **changes), query_lens, seq_lens, tuning)
     assert not arrival_counters(DEVICE).any()
+
+
+@pytest.mark.parametrize("tuning", [TUNING, FUSED_TUNING], ids=["gather", "fused"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"softcap": 2.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True, "sliding_window": 24}],
+    ids=["cap", "sinks", "both in a window"],
+)
+def test_soft_caps_and_sinks(changes: dict[str, Any], tuning: Tuning) -> None:
+    """In every kernel: a decode alone and in parts, mixed steps, contexts cut in pieces."""
+    spec = replace(SPEC, scale=0.4, num_heads=6, **changes)
+    check(spec, [1, 1], [1, 150], tuning)
+    if tuning is TUNING:
+        check(spec, [1, 9], [70, 40], tuning)
+        check(spec, [5], [130], replace(tuning, piece_programs_per_sm=40, min_piece=16))
 
 
 def test_half_precision() -> None:
@@ -251,6 +269,16 @@ def test_shared_prefix(
     tuning: Tuning, num_shared: int, prefix_splits: int, programs_per_sm: int
 ) -> None:
     """Rows 0, 2 and 5 share; beside them a chunk, padding, and a row that keeps to itself."""
+    check_shared_prefix(SPEC, tuning, num_shared, prefix_splits, programs_per_sm)
+
+
+def test_shared_prefix_with_soft_caps_and_sinks() -> None:
+    check_shared_prefix(replace(SPEC, softcap=2.0, sinks=True), TUNING, 256, 16, 9)
+
+
+def check_shared_prefix(
+    spec: AttentionSpec, tuning: Tuning, num_shared: int, prefix_splits: int, programs_per_sm: int
+) -> None:
     torch.manual_seed(3)
     batch = batch_of([1, 1, 1, 7, 1, 1], [330, 300, 345, 340, 1, 321], SPEC.block_size)
     batch.block_tables[:, : num_shared // SPEC.block_size] = batch.block_tables[
@@ -261,11 +289,11 @@ def test_shared_prefix(
     leader = torch.tensor([2], dtype=torch.int32, device=DEVICE)
     batch = with_slots(batch, SPEC.block_size)
     batch.prefix = SharedPrefix(num_keys.to(DEVICE), leader)
-    qkv, cache = inputs_for(SPEC, batch)
+    qkv, cache = inputs_for(spec, batch)
     before = cache.clone()
     tuning = replace(tuning, prefix_splits=prefix_splits, programs_per_sm=programs_per_sm)
-    out = attend(SPEC, qkv, cache, batch, tuning)
-    assert (out.double() - dense(SPEC, qkv, before, batch)).norm(dim=(1, 2)).max() < 1e-5
+    out = attend(spec, qkv, cache, batch, tuning)
+    assert (out.double() - dense(spec, qkv, before, batch)).norm(dim=(1, 2)).max() < 1e-5
 
 
 def test_padding_rows_do_no_harm() -> None:

@@ -62,6 +62,7 @@ class TritonAttention:
             "BLOCK_D": triton.next_power_of_2(spec.head_dim),
             "BLOCK_SIZE": spec.block_size,
             "WINDOW": spec.sliding_window or 0,
+            "SOFTCAP": spec.softcap or 0.0,
         }
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
@@ -76,8 +77,6 @@ class TritonAttention:
             return f"no Triton attention over a cache in {spec.cache_dtype}"
         if spec.head_dim > MAX_HEAD_DIM:
             return f"head_dim {spec.head_dim} is over {MAX_HEAD_DIM}"
-        if spec.softcap is not None or spec.sinks:
-            return "no Triton attention with soft caps or sinks"
         return unusable(spec.device)
 
     @staticmethod
@@ -104,7 +103,12 @@ class TritonAttention:
         self._tile_rows = torch.searchsorted(starts, tiles, right=True, out_int32=True) - 1
 
     def forward(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rows with one token are cut up over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
@@ -112,10 +116,10 @@ class TritonAttention:
         if fitting is not None:
             assert qkv.stride(1) == 1
             out = self._output(qkv)
-            self._decode(qkv, rotary, layer_cache, batch, out, fitting)
+            self._decode(qkv, rotary, layer_cache, batch, out, fitting, sinks)
             return out
         if batch.max_query_len > 1:
-            out = self._prefill(qkv, rotary, layer_cache, batch)
+            out = self._prefill(qkv, rotary, layer_cache, batch, sinks)
         else:
             rotary.apply(qkv, batch, layer_cache)
             out = self._output(qkv)
@@ -123,7 +127,7 @@ class TritonAttention:
         if batch.num_decode_rows:
             if batch.prefix is not None:
                 self._attend_to_prefix(query, layer_cache, batch, batch.prefix)
-            self._stream(query, layer_cache, batch, out)
+            self._stream(query, layer_cache, batch, out, sinks)
         return out
 
     def _output(self, query: Tensor) -> Tensor:
@@ -209,7 +213,12 @@ class TritonAttention:
         return [TensorDescriptor.from_tensor(half, box) for half in slots]
 
     def _prefill(
-        self, qkv: Tensor, rotary: Rotary, layer_cache: Tensor, batch: ForwardBatch
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Rotate and cache, and attend for rows with several tokens; those of the others are left
         to be written. The kernel rotates the queries, which it has to load anyway."""
@@ -239,6 +248,7 @@ class TritonAttention:
             rotary.cos_sin,
             None if norm is None else norm.q_weight,
             0.0 if norm is None else norm.eps,
+            sinks,
             torch.empty(
                 parts, self._tuning.queries, self._shape["BLOCK_D"] + 2, device=self._spec.device
             ),
@@ -249,6 +259,7 @@ class TritonAttention:
             BLOCK_M=self._tuning.queries,
             OWN_TMA=own is not None,
             NORM=norm is not None,
+            SINKS=sinks is not None,
             PIECES=pieces,
             LEAST=self._tuning.min_piece,
             **tiling.options,
@@ -271,6 +282,7 @@ class TritonAttention:
         batch: ForwardBatch,
         out: Tensor,
         fitting: Fitting,
+        sinks: Tensor | None,
     ) -> None:
         """A few rows: all in one kernel. qkv: as the product left it."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
@@ -294,16 +306,25 @@ class TritonAttention:
             None if norm is None else norm.q_weight,
             None if norm is None else norm.k_weight,
             0.0 if norm is None else norm.eps,
+            sinks,
             **self._shape,
             BLOCK_G=self._block_group,
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
             NORM=norm is not None,
+            SINKS=sinks is not None,
             **fitting.tiling.options,
             **self._options,
         )
 
-    def _stream(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch, out: Tensor) -> None:
+    def _stream(
+        self,
+        query: Tensor,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        out: Tensor,
+        sinks: Tensor | None,
+    ) -> None:
         """Many rows. query: rotated, [num_tokens, num_heads, head_dim]."""
         spec, tuning = self._spec, self._tuning
         scratch, prefix = self._scratch_for(batch.num_rows), batch.prefix
@@ -320,9 +341,11 @@ class TritonAttention:
             batch.block_tables,
             batch.block_tables.stride(0),
             spec.scale * LOG2E,
+            sinks,
             **self._shape,
             BLOCK_G=self._block_group,
             SLOTS=self._slots,
+            SINKS=sinks is not None,
             SHARED=prefix is not None,
             **tuning.decode.options,
             **self._options,
@@ -333,6 +356,7 @@ class TritonAttention:
             scratch.lines,
             scratch.totals,
             shared_keys,
+            sinks,
             KV_HEADS=spec.num_kv_heads,
             GROUP=self._group,
             HEAD_DIM=spec.head_dim,
@@ -340,6 +364,7 @@ class TritonAttention:
             MAX_SPLITS=tuning.max_splits,
             SLOTS=self._slots,
             SHARED=prefix is not None,
+            SINKS=sinks is not None,
             num_warps=2,
             **self._options,
         )

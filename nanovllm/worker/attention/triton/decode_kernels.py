@@ -13,7 +13,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.attention.triton.decode_plan import RECORD
-from nanovllm.worker.attention.triton.prefill_kernels import FLOOR, absorb, key_and_value
+from nanovllm.worker.attention.triton.prefill_kernels import (
+    FLOOR,
+    absorb,
+    capped,
+    key_and_value,
+    products,
+    with_sinks,
+)
 from nanovllm.worker.kernels.triton.e4m3 import multiplied_as, narrowed
 
 
@@ -33,10 +40,11 @@ def decode_kernel(
     cache, value_offset: tl.int64,  # keys, and how far behind them values lie, to be written
     cos_sin,  # [max_positions, HEAD_DIM] fp32
     q_weight, k_weight, eps,
+    sinks,  # [num_heads] fp32, if SINKS
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_G: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: one split of one row, all heads of one KV head at once."""
     if PDL:
@@ -51,8 +59,8 @@ def decode_kernel(
             qkv + token * qkv_stride, keys, values, out, partial_out, partial_max, partial_sum,
             arrivals, block_tables + row * table_stride, item % KV_HEADS,
             row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
-            cos_sin, q_weight, k_weight, eps, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
-            WINDOW, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, NORM, PDL,
+            cos_sin, q_weight, k_weight, eps, sinks, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D,
+            BLOCK_SIZE, WINDOW, SOFTCAP, SINKS, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, NORM, PDL,
         )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -62,11 +70,11 @@ def decode_kernel(
 def _decode_item(
     qkv, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
     block_table, kv_head, row, split, num_splits, begin, end, token, position, scale,
-    cache, value_offset, cos_sin, q_weight, k_weight, eps,
+    cache, value_offset, cos_sin, q_weight, k_weight, eps, sinks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_G: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Into `out` if the split is all there is. qkv: of this token."""
     heads = tl.arange(0, BLOCK_G)
@@ -93,22 +101,24 @@ def _decode_item(
     if end > position:
         slot = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
         _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
-        peak = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        peak = capped(score, scale, SOFTCAP) * scale
         total = tl.full([BLOCK_G], 1.0, tl.float32)
         acc += new_v.to(tl.float32)[None, :]
     acc, peak, total = absorb_tile(q, k, v, begin, cached_end, first, scale, acc, peak, total,
-                                   BLOCK_N, WINDOW)  # fmt: skip
+                                   BLOCK_N, WINDOW, SOFTCAP)  # fmt: skip
     for start in tl.range(begin + BLOCK_N, cached_end, BLOCK_N):
         k, v = key_and_value(
             keys, values, block_table, start, cached_end, kv_head, DTYPE,
             KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
         )  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
-                                       BLOCK_N, WINDOW)  # fmt: skip
+                                       BLOCK_N, WINDOW, SOFTCAP)  # fmt: skip
     out_row = out + token * (KV_HEADS * GROUP * HEAD_DIM)
     if num_splits == 0:
         real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
         places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
+        total = with_sinks(total, peak, sinks, kv_head * GROUP + heads, heads < GROUP, SINKS)
         tl.store(out_row + places, (acc / total[:, None]).to(out.dtype.element_ty), real)
     else:
         row_head = row * KV_HEADS + kv_head
@@ -117,7 +127,7 @@ def _decode_item(
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
             join(out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, 0,
-                 GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, 64)  # fmt: skip
+                 sinks, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, SINKS, 64)  # fmt: skip
             tl.store(arrivals + row_head, 0)
 
 
@@ -146,13 +156,13 @@ def leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head
 
 @triton.jit
 def absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl.constexpr,
-                WINDOW: tl.constexpr):  # fmt: skip
+                WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """Attend to keys start … start + BLOCK_N, of which those in first … end are visible."""
     places = start + tl.arange(0, BLOCK_N)
     visible = places < end
     if WINDOW > 0:
         visible &= places >= first
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = products(q, k, scale, SOFTCAP)
     scores = tl.where(visible[None, :], scores, float("-inf"))
     return absorb(scores, scale, v, acc, peak, total)
 
@@ -220,8 +230,9 @@ def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_
 @triton.jit
 def join(
     out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, num_prefix,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    SLOTS: tl.constexpr, SHARED: tl.constexpr, AT_ONCE: tl.constexpr,
+    sinks, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, SINKS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Parts of the heads of one KV head, into `out_row`: own splits, then those of a shared prefix.
 
@@ -245,7 +256,9 @@ def join(
             parts, peaks, sums, MAX_SPLITS, MAX_SPLITS + num_prefix, acc, peak, total,
             GROUP, MEMBERS, BLOCK_D, SLOTS, JOINED,
         )  # fmt: skip
-    members = tl.arange(0, MEMBERS)[:, None]
+    members = tl.arange(0, MEMBERS)
+    total = with_sinks(total, peak, sinks, kv_head * GROUP + members, members < GROUP, SINKS)
+    members = members[:, None]
     lanes = tl.arange(0, BLOCK_D)[None, :]
     targets = out_row + (kv_head * GROUP + members) * HEAD_DIM + lanes
     inside = (members < GROUP) & (lanes < HEAD_DIM)

@@ -16,6 +16,8 @@ from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.layer_kernels import normed, rotated
 
 FLOOR = tl.constexpr(-1.0e30)  # finite: a tile without a visible key gives no NaN
+LOG2E = tl.constexpr(1.4426950408889634)
+MOST = tl.constexpr(126.0)  # an exponent whose power of two is finite
 
 
 @triton.jit
@@ -78,6 +80,29 @@ def vectors_in(
             k = tl.load(keys + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(values + vectors, (lanes < HEAD_DIM)[None, :], other=0.0)
     return widened(k, DTYPE), widened(v, DTYPE)
+
+
+@triton.jit
+def capped(scores, scale, SOFTCAP: tl.constexpr):
+    """Scores, unscaled, that stay within SOFTCAP when they are scaled: by tanh. 0: as they are."""
+    if SOFTCAP > 0:
+        tanh = 1 - 2 / (tl.exp2(tl.minimum(scores * (scale * (2 / SOFTCAP)), MOST)) + 1)
+        scores = tanh * (SOFTCAP * LOG2E / scale)
+    return scores
+
+
+@triton.jit
+def products(q, k, scale, SOFTCAP: tl.constexpr):
+    """Scores of queries and keys, [M, N], unscaled."""
+    return capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+
+
+@triton.jit
+def with_sinks(total, peak, sinks, heads, real, SINKS: tl.constexpr):
+    """What the weights of a head's keys add up to, its sink among them if there are sinks."""
+    if SINKS:
+        total += tl.exp2(tl.minimum(tl.load(sinks + heads, real, other=0.0) * LOG2E - peak, MOST))
+    return total
 
 
 @triton.jit
@@ -156,10 +181,10 @@ def _own_key_and_value(
 
 
 @triton.jit
-def _visible_scores(q, k, ahead, WINDOW: tl.constexpr):
+def _visible_scores(q, k, ahead, scale, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores of keys that queries are `ahead` places of; -inf where that is negative or too far."""
     visible = (ahead >= 0) & ((ahead < WINDOW) | (WINDOW == 0))
-    return tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+    return tl.where(visible, products(q, k, scale, SOFTCAP), float("-inf"))
 
 
 @triton.jit
@@ -167,7 +192,7 @@ def _attend_to_cached(
     q, keys, values, table, context, low, high, first_query, local, kv_head, scale,
     acc, peak, total,
     SLOT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Queries at `local` places past the context attend to its places low … high, as far as their
     window reaches. low: where a tile begins."""
@@ -177,14 +202,14 @@ def _attend_to_cached(
         for start in tl.range(low, begin, BLOCK_N):
             k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
                                  BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = products(q, k, scale, SOFTCAP)
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     for start in tl.range(begin, high, BLOCK_N):
         k, v = key_and_value(keys, values, table, start, context, kv_head, q.dtype, SLOT,
                              BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         places = start + tl.arange(0, BLOCK_N)
         ahead = tl.where(places < context, context - places, -(2**30))
-        scores = _visible_scores(q, k, local[:, None] + ahead[None, :], WINDOW)
+        scores = _visible_scores(q, k, local[:, None] + ahead[None, :], scale, WINDOW, SOFTCAP)
         acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     return acc, peak, total
 
@@ -194,7 +219,7 @@ def _attend_to_own(
     q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
     acc, peak, total,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, OWN_TMA: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, OWN_TMA: tl.constexpr,
 ):  # fmt: skip
     """The same queries attend to their row's tokens of this step, up to themselves."""
     begin = first_visible(first_query, WINDOW, BLOCK_N)
@@ -204,14 +229,14 @@ def _attend_to_own(
             k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
                                       KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
                                       OWN_TMA)  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = products(q, k, scale, SOFTCAP)
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     for start in tl.range(begin, end, BLOCK_N):
         k, v = _own_key_and_value(qkv, query_stride, own, first_token, start, end, kv_head,
                                   KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
                                   OWN_TMA)  # fmt: skip
         ahead = local[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-        scores = _visible_scores(q, k, ahead, WINDOW)
+        scores = _visible_scores(q, k, ahead, scale, WINDOW, SOFTCAP)
         acc, peak, total = absorb(scores, scale, v, acc, peak, total)
     return acc, peak, total
 
@@ -230,8 +255,8 @@ def _attend_to_piece(
     q, qkv, query_stride, own, keys, values, table, first_token, num_queries, context, first_query,
     local, piece, num_pieces, kv_head, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, OWN_TMA: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
 ):  # fmt: skip
     """To a piece of what earlier steps have cached, and with the first also to the row's tokens of
     this step, which lie side by side in qkv. Of both, tiles that all queries see in full need no
@@ -243,13 +268,14 @@ def _attend_to_piece(
     acc, peak, total = _attend_to_cached(
         q, keys, values, table, context, piece * size, tl.minimum((piece + 1) * size, context),
         first_query, local, kv_head, scale, acc, peak, total,
-        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, TMA,
+        KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_N, TMA,
     )  # fmt: skip
     if piece == 0:
         end = tl.minimum(first_query + BLOCK_M // GROUP, num_queries)
         acc, peak, total = _attend_to_own(
             q, qkv, query_stride, own, first_token, end, first_query, local, kv_head, scale,
-            acc, peak, total, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, WINDOW, BLOCK_N, OWN_TMA,
+            acc, peak, total, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, WINDOW, SOFTCAP, BLOCK_N,
+            OWN_TMA,
         )  # fmt: skip
     return acc, peak, total
 
@@ -285,7 +311,7 @@ def _join_if_last(acc, peak, total, partial, arrivals, tile_id, piece, num_piece
             total = total * shrink + other_total * weight
             peak = new_peak
         tl.store(arrival, 0)
-    return acc, total, is_last
+    return acc, peak, total, is_last
 
 
 # A stride that changes from step to step must not ask for a kernel of its own.
@@ -296,14 +322,14 @@ def prefill_kernel(
     own,  # if OWN_TMA: a descriptor of qkv, boxes [BLOCK_N, HEAD_DIM]
     keys, values, out, block_tables, table_stride,  # as in decode_kernel
     seq_lens, query_start_loc, tile_rows,  # [num_rows], [num_rows + 1], [number of tiles] int32
-    scale, cos_sin, q_weight, eps,  # as in decode_kernel
+    scale, cos_sin, q_weight, eps, sinks,  # as in decode_kernel
     partial,  # [tiles, KV_HEADS, PIECES, BLOCK_M * (BLOCK_D + 2)] fp32
     arrivals,  # [tiles * KV_HEADS] int32, zero before and after
     num_rows, room,  # for how many programs
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, OWN_TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    PIECES: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr, PIECES: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """A program attends for BLOCK_M // GROUP tokens of one row and all heads of one KV head.
 
@@ -338,15 +364,16 @@ def prefill_kernel(
             q, qkv, query_stride, own, keys, values,
             block_tables + row.to(tl.int64) * table_stride, first_token, num_queries, context,
             first_query, local, piece, num_pieces, kv_head, scale, KV_HEADS, GROUP, HEAD_DIM,
-            BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, TMA, OWN_TMA,
+            BLOCK_D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_M, BLOCK_N, TMA, OWN_TMA,
         )  # fmt: skip
         is_last = num_pieces == 1
         if num_pieces > 1:
-            acc, total, is_last = _join_if_last(
+            acc, peak, total, is_last = _join_if_last(
                 acc, peak, total, partial, arrivals, index * KV_HEADS + kv_head, piece, num_pieces,
                 PIECES, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if is_last:
+            total = with_sinks(total, peak, sinks, heads, present, SINKS)
             result = (acc / tl.maximum(total, 1e-30)[:, None]).to(out.dtype.element_ty)
             places = (tokens * (KV_HEADS * GROUP) + heads)[:, None] * HEAD_DIM + lanes
             tl.store(out + places, result, real)

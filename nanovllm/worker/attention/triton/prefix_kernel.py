@@ -12,7 +12,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.attention.triton.decode_plan import shared_split
-from nanovllm.worker.attention.triton.prefill_kernels import FLOOR, absorb, key_and_value
+from nanovllm.worker.attention.triton.prefill_kernels import (
+    FLOOR,
+    absorb,
+    key_and_value,
+    products,
+)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
@@ -26,7 +31,7 @@ def shared_prefix_kernel(
     table_stride,
     scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M // GROUP rows, the heads of one KV head, one split of the shared keys."""
@@ -57,7 +62,7 @@ def shared_prefix_kernel(
             k, v = key_and_value(keys, values, table, start, end, kv_head, q.dtype,
                                  KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N,
                                  TMA)  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = products(q, k, scale, SOFTCAP)
             acc, peak, total = absorb(scores, scale, v, acc, peak, total)
         parts = (rows.to(tl.int64) * (KV_HEADS * GROUP) + heads) * SLOTS + MAX_SPLITS + split
         tl.store(partial_out + parts[:, None] * BLOCK_D + lanes[None, :], acc, present[:, None])

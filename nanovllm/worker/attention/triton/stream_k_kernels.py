@@ -14,7 +14,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.attention.triton.decode_kernels import absorb_tile, join, leave_part
 from nanovllm.worker.attention.triton.decode_plan import LINE, RANGE, prefix_splits
-from nanovllm.worker.attention.triton.prefill_kernels import FLOOR, blocks_of, vectors_in
+from nanovllm.worker.attention.triton.prefill_kernels import (
+    FLOOR,
+    blocks_of,
+    vectors_in,
+    with_sinks,
+)
 from nanovllm.worker.kernels.triton.e4m3 import multiplied_as
 
 
@@ -28,9 +33,11 @@ def stream_kernel(
     block_tables,
     table_stride,
     scale,
+    sinks,  # [num_heads] fp32, if SINKS
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr, SLOTS: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_G: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program attends for the heads of one KV head to the tiles of one range."""
     if PDL:
@@ -42,8 +49,8 @@ def stream_kernel(
         _stream(
             query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
             lines, ranges + which * RANGE, num_tiles, shared_keys, block_tables, table_stride,
-            kv_head, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_G,
-            SLOTS, SHARED, BLOCK_N, TMA, PDL,
+            kv_head, scale, sinks, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFTCAP,
+            SINKS, BLOCK_G, SLOTS, SHARED, BLOCK_N, TMA, PDL,
         )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -60,9 +67,10 @@ def _line(lines, index):
 def _stream(
     query, query_stride, keys, values, out, partial_out, partial_max, partial_sum,
     lines, record, num_tiles, shared_keys, block_tables, table_stride, kv_head, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_G: tl.constexpr, SLOTS: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    sinks, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, BLOCK_G: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One loop over the tiles of all rows: the next row's are on their way while one ends.
 
@@ -94,7 +102,7 @@ def _stream(
         k, v = vectors_in(blocks, keys, values, start, end, kv_head, DTYPE, KV_HEADS * HEAD_DIM,
                           BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, end, tl.maximum(end - WINDOW, 0), scale,
-                                       acc, peak, total, BLOCK_N, WINDOW)  # fmt: skip
+                                       acc, peak, total, BLOCK_N, WINDOW, SOFTCAP)  # fmt: skip
         ends = start + BLOCK_N >= end
         is_last = tile + 1 == num_tiles
         advances = ends & (not is_last)
@@ -106,7 +114,8 @@ def _stream(
                 is_whole &= tl.load(shared_keys + row) == 0
             _leave(acc, peak, total, is_whole, out + token.to(tl.int64) * WIDTH + places, real,
                    partial_out, partial_max, partial_sum, row.to(tl.int64) * KV_HEADS + kv_head,
-                   part, GROUP, BLOCK_D, MEMBERS, REPEATS, SLOTS)  # fmt: skip
+                   part, sinks, kv_head, GROUP, BLOCK_D, MEMBERS, REPEATS, SLOTS,
+                   SINKS)  # fmt: skip
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
             peak = tl.full([BLOCK_G], FLOOR, tl.float32)
             total = tl.zeros([BLOCK_G], tl.float32)
@@ -121,8 +130,8 @@ def _stream(
 @triton.jit
 def _leave(
     acc, peak, total, is_whole, targets, real, partial_out, partial_max, partial_sum,
-    row_head, part, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr,
-    REPEATS: tl.constexpr, SLOTS: tl.constexpr,
+    row_head, part, sinks, kv_head, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEMBERS: tl.constexpr, REPEATS: tl.constexpr, SLOTS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """What a row has in a range: at `targets` if that is all of it, else for `join`.
 
@@ -132,6 +141,8 @@ def _leave(
     peak = tl.max(tl.reshape(peak, [REPEATS, MEMBERS]), 0)
     total = tl.max(tl.reshape(total, [REPEATS, MEMBERS]), 0)
     if is_whole:
+        members = tl.arange(0, MEMBERS)
+        total = with_sinks(total, peak, sinks, kv_head * GROUP + members, members < GROUP, SINKS)
         tl.store(targets, (acc / total[:, None]).to(targets.dtype.element_ty), real)
     else:
         leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head, part,
@@ -142,8 +153,10 @@ def _leave(
 def combine_kernel(
     out, partial_out, partial_max, partial_sum, lines, totals,  # as in stream_kernel
     shared_keys,  # [num_rows] int32, if SHARED
+    sinks,  # [num_heads] fp32, if SINKS
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHARED: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, SINKS: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program joins a row's parts for the heads of one KV head, if there are several."""
     if PDL:
@@ -161,5 +174,6 @@ def combine_kernel(
         join(
             out + token.to(tl.int64) * (KV_HEADS * GROUP * HEAD_DIM), kv_head,
             partial_out, partial_max, partial_sum, row.to(tl.int64) * KV_HEADS + kv_head,
-            num_parts, num_prefix, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, SHARED, 16,
+            num_parts, num_prefix, sinks, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, SHARED,
+            SINKS, 16,
         )  # fmt: skip
