@@ -155,7 +155,10 @@ class Startup:
         self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
         found = report(plan, self._memory_bytes, num_blocks=num_blocks)
         logger.info("memory of %s: %s", describe(self.device), "; ".join(found))
-        notes = [*choice.notes, *describe_weights(loaded.model.linears(), choice.scheme), *found]
+        has_kernels = choice.kernels.fused is not None
+        linears = loaded.model.linears()
+        kept = describe_weights(linears, choice.scheme, has_kernels=has_kernels)
+        notes = [*choice.notes, *kept, *found]
         if loaded.native is not None:
             notes.insert(len(choice.notes), loaded.native.describe())
         return loaded, self._info(choice, loaded, num_blocks, notes)

@@ -55,19 +55,23 @@ def method_for(kept: WeightFormat | None, linear: Linear, device: torch.device) 
     return UNQUANTIZED if kept is None else METHODS[kept.method](kept, linear, device)
 
 
-def describe(linears: Iterable[Linear], scheme: Scheme | None) -> list[str]:
-    """Notes for the user: what came of it."""
+def describe(
+    linears: Iterable[Linear], scheme: Scheme | None, *, has_kernels: bool = False
+) -> list[str]:
+    """Notes for the user: what came of it. has_kernels: there are some that read packed weights."""
     if scheme is None:
         return []
     origin = "of the checkpoint" if scheme.is_stored else "quantized at load"
-    counts = Counter(what for linear in linears if (what := _what(linear.method)) is not None)
+    counts = Counter(
+        what for linear in linears if (what := _what(linear.method, has_kernels)) is not None
+    )
     return [
         f"{kept} {origin} in {count} linear layers, multiplied by {product}"
         for (kept, product), count in counts.items()
     ]
 
 
-def _what(method: LinearMethod) -> tuple[str, str] | None:
+def _what(method: LinearMethod, has_kernels: bool) -> tuple[str, str] | None:
     """What weights are kept as, and who multiplies by them; None: they are not quantized."""
     plain = "plain torch, which saves memory and no time"
     match method:
@@ -75,6 +79,8 @@ def _what(method: LinearMethod) -> tuple[str, str] | None:
             return "FP8 weights", "FP8 tensor cores"
         case fp8.Fp8():
             return "FP8 weights", plain
-        case Int8() | Packed():
+        case Packed():
+            return str(method.kept), "kernels that read them packed" if has_kernels else plain
+        case Int8():
             return str(method.kept), plain
     return None

@@ -122,6 +122,9 @@ def main() -> None:
         run_mlp(runner, num_tokens=num_tokens)
     fp8 = make_runner(Scheme.at_load("fp8"), torch.float8_e4m3fn)
     run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
+    for method in ("int4", "int8"):
+        packed = make_runner(Scheme.at_load(method))
+        run_steps(packed, PLAIN, (1, 1), (8, 1), (24, 1), (NUM_ROWS, 1), (2, 600))
     print(json.dumps(found))
 
 

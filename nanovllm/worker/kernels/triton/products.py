@@ -5,24 +5,51 @@ norms, gate and residual along; more go through cuBLAS. A new form of weights is
 the name of its method (`LinearMethod.kind`).
 """
 
-from typing import cast
+from typing import Protocol, cast
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
 from nanovllm.worker.kernels.triton.launch import converts_fp8
 from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
+from nanovllm.worker.kernels.triton.packed_linear import (
+    can_multiply,
+    packed_add,
+    packed_linear,
+    unpacked,
+)
 from nanovllm.worker.kernels.triton.rows import (
     quantize,
     rms_norm,
     silu_and_mul,
     silu_and_mul_fp8,
 )
-from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton.skinny_linear import (
+    MAX_WEIGHED_TOKENS,
+    skinny_add,
+    skinny_linear,
+)
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
+from nanovllm.worker.quant.packed import Packed
+
+MIN_UNPACKED_TOKENS = 1024  # to write all weights and read them again is then a small part
+
+
+class FusedProduct(Protocol):
+    """`skinny_linear`, or the same for weights of another form."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        gated: bool = False,
+    ) -> Tensor: ...
 
 
 class Products:
@@ -112,6 +139,41 @@ class PlainProducts(SkinnyProducts):
         return super().wide_add(x, linear, residual)
 
 
+class PackedProducts(Products):
+    """Of packed weights: by our own product, but of very many tokens by cuBLAS, once unpacked."""
+
+    def serves(self, linear: Linear) -> bool:
+        return can_multiply(_packed(linear).weight)
+
+    def multiply(self, x: Tensor, linear: Linear) -> Tensor:
+        x = _packed(linear).ordered(x)
+        if len(x) < MIN_UNPACKED_TOKENS:
+            return packed_linear(x, linear)
+        return F.linear(x, unpacked(_packed(linear).weight, x.dtype), linear.bias)
+
+    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if self._is_fused(stream.hidden, linear):
+            return _skinny(stream, norm, linear, gated=False, product=packed_linear)
+        return super().norm_linear(stream, norm, linear)
+
+    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        if self._is_fused(stream.hidden, linear):
+            return _skinny(stream, norm, linear, gated=True, product=packed_linear)
+        return None
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Stream:
+        if len(x) >= MIN_UNPACKED_TOKENS:
+            return super().linear_add(x, linear, residual, next_norm)
+        weight = None if next_norm is None else next_norm.weight
+        return packed_add(_packed(linear).ordered(x), linear, residual, next_norm=weight)
+
+    def _is_fused(self, x: Tensor, linear: Linear) -> bool:
+        """Whether norm and gate are part of the product, for which inputs must lie as they are."""
+        return len(x) <= MAX_WEIGHED_TOKENS and _packed(linear).order is None
+
+
 class Fp8Products(SkinnyProducts):
     """Of e4m3 weights: tokens are quantized by our own product, or by the kernel before cuBLAS."""
 
@@ -131,7 +193,11 @@ class Fp8Products(SkinnyProducts):
 
 
 ANY = Products()
-OF_KIND: dict[str, Products] = {"plain": PlainProducts(), "fp8": Fp8Products()}
+OF_KIND: dict[str, Products] = {
+    "plain": PlainProducts(),
+    "fp8": Fp8Products(),
+    "packed": PackedProducts(),
+}
 
 
 def products_of(linear: Linear) -> Products:
@@ -144,12 +210,23 @@ def _normed(stream: Stream, norm: RMSNorm | None) -> Tensor:
     return stream.hidden if norm is None else rms_norm(stream.hidden, norm)
 
 
-def _skinny(stream: Stream, norm: RMSNorm | None, linear: Linear, *, gated: bool) -> Tensor:
+def _skinny(
+    stream: Stream,
+    norm: RMSNorm | None,
+    linear: Linear,
+    *,
+    gated: bool,
+    product: FusedProduct = skinny_linear,
+) -> Tensor:
     """Norm and product of a few tokens; in one kernel if the stream comes weighed."""
     if norm is None or stream.weighed is None:
-        return skinny_linear(_normed(stream, norm), linear, gated=gated)
+        return product(_normed(stream, norm), linear, gated=gated)
     values, squares = stream.weighed
-    return skinny_linear(values, linear, norm=(squares, norm.eps), gated=gated)
+    return product(values, linear, norm=(squares, norm.eps), gated=gated)
+
+
+def _packed(linear: Linear) -> Packed:
+    return cast(Packed, linear.method)
 
 
 def _multiply_fp8(linear: Linear, rows: QuantizedRows, like: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def silu(x):
 
 
 @triton.jit
-def _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
-            tokens, outputs, num_tokens, num_outputs, GATED: tl.constexpr):  # fmt: skip
+def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
+           tokens, outputs, num_tokens, num_outputs, GATED: tl.constexpr):  # fmt: skip
     """Scale, bias, gate and residual, then the store; and what the next norm needs, if it is known.
 
     acc, up: [tokens, outputs].
@@ -63,7 +63,7 @@ def _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, s
 
 
 @triton.jit
-def _load_squares(squares, tokens, num_tokens, PARTS: tl.constexpr):
+def load_squares(squares, tokens, num_tokens, PARTS: tl.constexpr):
     """The parts that tokens' sums of squares come in, [tokens, parts]."""
     parts = tl.arange(0, triton.next_power_of_2(PARTS))[None, :]
     real = (tokens < num_tokens)[:, None] & (parts < PARTS)
@@ -71,7 +71,7 @@ def _load_squares(squares, tokens, num_tokens, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _normed(acc, up, squares, K: tl.constexpr, eps):
+def scaled_by_norm(acc, up, squares, K: tl.constexpr, eps):
     """Products times the scale that the norm gives each token."""
     scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
     return acc * scale, up * scale
@@ -108,7 +108,7 @@ def _vector_kernel(
         gdc_wait()
     tokens = tl.arange(0, 1)
     if squares is not None:
-        parts = _load_squares(squares, tokens, 1, PARTS)
+        parts = load_squares(squares, tokens, 1, PARTS)
     inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)[None, :]
     acc = w.to(tl.float32) * inputs
     up = acc
@@ -123,8 +123,8 @@ def _vector_kernel(
             up += up_w.to(tl.float32) * inputs
     acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
     if squares is not None:
-        acc, up = _normed(acc, up, parts, K, eps)
-    _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+        acc, up = scaled_by_norm(acc, up, parts, K, eps)
+    finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
             tokens, outputs, 1, num_outputs, GATED)  # fmt: skip
 
 
@@ -154,8 +154,19 @@ def _matrix_kernel(
         x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps, K, PARTS, NUM_TILES,
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATED, PDL,
     )  # fmt: skip
+    finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+                 partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
+                 BLOCK_N, GATED)  # fmt: skip
+
+
+@triton.jit
+def finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+                 partial, arrivals, tokens, outputs, num_tokens, num_outputs,
+                 SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 GATED: tl.constexpr):  # fmt: skip
+    """`finish` of what all programs of an output tile have, by the last of them to arrive."""
     if SPLITS == 1:
-        _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+        finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
                 tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
@@ -170,11 +181,11 @@ def _matrix_kernel(
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         arrival = arrivals + tile_id
         if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
-            acc = _sum_parts(parts, lanes, present, SPLITS, PART)
+            acc = sum_parts(parts, lanes, present, SPLITS, PART)
             up = acc
             if GATED:
-                up = _sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
-            _finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
+                up = sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
+            finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
                     next_squares, tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
             tl.store(arrival, 0)
 
@@ -197,7 +208,7 @@ def _products(
     if PDL:
         gdc_wait()
     if squares is not None:  # on their way while the products are made
-        parts = _load_squares(squares, tokens, num_tokens, PARTS)
+        parts = load_squares(squares, tokens, num_tokens, PARTS)
     x, scale = _multiplicand(x_desc.load([token, first]), w.dtype)
     acc = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, w)
     up = acc
@@ -210,7 +221,7 @@ def _products(
         if GATED:
             up = _add_product(up, x, scale, weight_desc.load([num_outputs + output, k]))
     if squares is not None:
-        acc, up = _normed(acc, up, parts, K, eps)
+        acc, up = scaled_by_norm(acc, up, parts, K, eps)
     return acc, up
 
 
@@ -236,7 +247,7 @@ def _add_product(acc, x, scale, w):
 
 
 @triton.jit
-def _sum_parts(parts, lanes, present, SPLITS: tl.constexpr, PART: tl.constexpr):
+def sum_parts(parts, lanes, present, SPLITS: tl.constexpr, PART: tl.constexpr):
     """In the order of the splits, whichever came last."""
     total = tl.load(parts + lanes, present, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
