@@ -6,6 +6,7 @@ read goes to stdout; progress and figures go to stderr.
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -15,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nanovllm import __version__
 from nanovllm.bench.load import ClientsLoad
 from nanovllm.checkpoint.fetch import ALIASES, fetch
-from nanovllm.flags import add_config_flags, add_struct_flags, config_values, struct_values
+from nanovllm.flags import (
+    USAGE_ERROR,
+    Parser,
+    add_config_flags,
+    add_model_argument,
+    add_struct_flags,
+    config_values,
+    count,
+    struct_values,
+)
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.operator_commands import add_operator_commands
 from nanovllm.sampling_params import SamplingParams
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
     from nanovllm.frontend.async_llm import AsyncLLM
     from nanovllm.frontend.outputs import RequestOutput
 
-USAGE_ERROR = 2
 CHAT_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer."
 
 
@@ -47,16 +57,26 @@ def main(argv: list[str] | None = None) -> int:
     from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except (ValueError, EngineDeadError, RequestFailedError) as error:
         print(f"nanovllm: {error}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, ValueError) else 1
+    except BrokenPipeError:  # whoever read the answers has gone, and wants no more of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"nanovllm: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nanovllm", description="Run language models, fast.")
+    parser = Parser(prog="nanovllm", description="Run language models, fast.")
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -72,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="apply the model's chat template (default: if it has one)",
     )
     chat = add("chat", run_chat, "talk to a model; " + CHAT_HELP)
+    add_model_argument(chat)
     chat.add_argument("--system", help="what the model is told first")
     for command in (generate, chat):
         command.add_argument("--address", help="attach to a running core instead of starting one")
@@ -80,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_config_flags(command)
 
     serving = add("serve", run_serve, "answer HTTP requests as OpenAI's API does")
-    serving.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL")
+    add_model_argument(serving)
     add_struct_flags(serving.add_argument_group("server"), ServerSettings)
     add_config_flags(serving)
 
@@ -89,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan = add(
         "plan", run_plan, "show what a model takes in memory and how much fits; no GPU needed"
     )
-    plan.add_argument("of_model", nargs="?", metavar="MODEL", help="the same as --model")
+    add_model_argument(plan)
     plan.add_argument("--gpu", help="plan for this GPU (H200, H100, L4 …) instead of this machine")
     plan.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="or for one of so much memory"
@@ -111,14 +132,18 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         ("latency", "a few at once, over and over"),
     ):
         kind = kinds.add_parser(what, help=text, description=text)
-        kind.add_argument("--input-len", type=int, default=128, help="tokens per prompt")
-        kind.add_argument("--output-len", type=int, default=64, help="tokens per answer")
-        kind.add_argument("--num-prompts", type=int, default=64, help="throughput: requests in all")
-        kind.add_argument("--batch-size", type=int, default=1, help="latency: requests at once")
-        kind.add_argument("--num-iters", type=int, default=5, help="latency: rounds")
+        add_model_argument(kind)
+        kind.add_argument("--input-len", type=count, default=128, help="tokens per prompt")
+        kind.add_argument("--output-len", type=count, default=64, help="tokens per answer")
+        kind.add_argument(
+            "--num-prompts", type=count, default=64, help="throughput: requests in all"
+        )
+        kind.add_argument("--batch-size", type=count, default=1, help="latency: requests at once")
+        kind.add_argument("--num-iters", type=count, default=5, help="latency: rounds")
         add_config_flags(kind)
     text = "a load from many client processes, as it comes"
     clients = kinds.add_parser("clients", help=text, description=text)
+    add_model_argument(clients)
     add_struct_flags(clients.add_argument_group("load"), ClientsLoad)
     add_config_flags(clients)
 
@@ -373,6 +398,7 @@ class Progress:
                 transient=True,
             )
             self._bar.start()
+            self("starting", 0.0)  # seconds pass before the core says anything
         return self
 
     def __call__(self, phase: str, progress: float) -> None:

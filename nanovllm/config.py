@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 Device = Literal["auto", "cpu", "cuda"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
 OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fair", "fcfs", "priority"]

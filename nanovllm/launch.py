@@ -19,7 +19,7 @@ from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
 from nanovllm.core.server import CoreServer, MakeListener
 from nanovllm.executor.base import Executor
-from nanovllm.flags import add_config_flags, config_values
+from nanovllm.flags import Parser, add_config_flags, add_model_argument, config_values
 from nanovllm.keys import CoreKeys
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.replay.recorder import Recorder
@@ -82,12 +82,13 @@ def core_main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nanovllm-core",
         description="Run an engine core alone; clients attach to its address. SIGTERM lets what "
         "runs finish first, a second one does not. Exit codes: 0 done, 1 crashed, 2 wrong usage, "
         "3 owner gone, 4 drain timeout, 5 cut short.",
     )
+    add_model_argument(parser)
     parser.add_argument("--address", required=True, help="ipc://PATH or tcp://HOST:PORT to bind")
     parser.add_argument(
         "--keys", metavar="DIRECTORY", help="let in clients with a key, from any machine"

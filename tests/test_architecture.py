@@ -41,9 +41,10 @@ SHARED = {"checkpoint", "config", "keys", "limits", "protocol", "sampling_params
 # room → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
+    "__main__": {"cli"},
     "bench": {"frontend"},
     "checkpoint": set(),
-    "cli": {"bench", "flags", "frontend", "operator_commands", "plan"},
+    "cli": {"", "bench", "flags", "frontend", "operator_commands", "plan"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from nanovllm import cli
+from nanovllm import __version__, cli
 from nanovllm.bench.load import ClientsLoad
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -181,6 +181,49 @@ def test_bad_sampling_flags_cost_no_start(
     assert cli.main(["generate", "hi", "--top-p", "2"]) == cli.USAGE_ERROR
     assert "top_p must be in (0, 1], not 2.0" in capsys.readouterr().err
     assert engine.events == []
+
+
+def test_settings_come_from_flags_then_a_file_then_the_environment(
+    engine: type[ScriptedLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.yaml"
+    lines = ("max-model-len: 512", "block_size: 8", "temperature: 0", "enforce-eager: true")
+    file.write_text("\n".join((*lines, "kv-cache-memory-bytes: 1.5G", "served-model-name: [a, b]")))
+    monkeypatch.setenv("NANOVLLM_BLOCK_SIZE", "32")
+    monkeypatch.setenv("NANOVLLM_MAX_NUM_SEQS", "7")
+    monkeypatch.setenv("NANOVLLM_ENABLE_PREFIX_CACHING", "false")
+    words = ["generate", "hi", "--config", str(file), "--max-model-len", "1024"]
+    assert cli.main(words) == 0
+    assert engine.settings == {
+        "max_model_len": 1024,
+        "block_size": 8,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 3 * 2**29,
+        "served_model_name": ["a", "b"],
+        "max_num_seqs": 7,
+        "enable_prefix_caching": False,
+    }
+    assert engine.params[0].temperature == 0
+    assert engine.asked == [[("user", "hi")]]
+
+
+def test_help_is_short_unless_all_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for flag in ("--help", "--help=all"):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", flag])
+        shown.append(capsys.readouterr().out)
+    short, whole = shown
+    assert "--max-model-len" in short and "--block-size" not in short
+    assert "more flags: nanovllm generate --help=all" in short
+    assert "--max-model-len" in whole and "--block-size" in whole
+    assert len(short.splitlines()) <= 60 < len(whole.splitlines())
+
+
+@pytest.mark.parametrize("command", [["-m", "nanovllm", "--version"]])
+def test_the_package_is_a_program(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    assert done.stdout == f"nanovllm {__version__}\n"
 
 
 # ---- chat

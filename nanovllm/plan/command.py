@@ -40,10 +40,6 @@ GPUS = {
 
 def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Print the plan; returns the exit code, 1 if the model does not fit."""
-    if arguments.of_model is not None and "model" in settings:
-        raise ValueError("model: it is named twice: give MODEL or --model")
-    if arguments.of_model is not None:
-        settings = {**settings, "model": arguments.of_model}
     config = EngineConfig.from_kwargs(**settings)
     machine = choose_machine(config, gpu=arguments.gpu, gpu_memory=arguments.gpu_memory)
     plan = make_plan(config, machine)

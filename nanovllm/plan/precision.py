@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nanovllm.config import DType
 
+OTHER_NAMES = {"float": "float32", "half": "float16"}  # vLLM's
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,7 +46,7 @@ def dtype_for(
     of float32, as in vLLM. has_bfloat16: whether the device computes in it by itself.
     """
     if wanted != "auto":
-        return wanted, f"{wanted} as dtype asks"
+        return OTHER_NAMES.get(wanted, wanted), f"{wanted} as dtype asks"
     if not is_gpu:
         if has_bfloat16:
             return "bfloat16", "bfloat16, which this CPU multiplies natively"

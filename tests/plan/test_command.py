@@ -65,7 +65,6 @@ def test_says_what_would_do_when_it_does_not_fit(
         (["--gpu-memory", "0"], "--gpu-memory: 0.0"),
         (["--gpu", "H200", "--device", "cpu"], "omit them"),
         (["--max-model-len", "40961"], "max_model_len: 40961 is more than the 40960 positions"),
-        (["--model", "smollm2"], "named twice"),
     ],
 )
 def test_bad_input_is_named(
