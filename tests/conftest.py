@@ -22,11 +22,10 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from nanovllm.checkpoint.locate import locate
+from tests.moe_models import TINY_MOE
 
 # Head sizes that do not follow from the hidden size, grouped queries, windows shorter than prompts.
 SIZES = {
@@ -71,18 +70,7 @@ TINY: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"rms_norm_eps": 1e-5}),
-    "qwen3_moe": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
-        {
-            "head_dim": 16,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 40,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-        },
-    ),
+    **TINY_MOE,
 }
 
 

@@ -7,14 +7,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanovllm.checkpoint.damage import blaming
-from nanovllm.checkpoint.families import llama, mistral, olmo2, qwen2, qwen3, qwen3_moe
+from nanovllm.checkpoint.families import (
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from nanovllm.checkpoint.hf_config import Config, architectures
 from nanovllm.checkpoint.spec import DecoderSpec
 
 FAMILIES: dict[str, Callable[[Config], DecoderSpec]] = {
     "LlamaForCausalLM": llama.spec,
     "MistralForCausalLM": mistral.spec,
+    "MixtralForCausalLM": mixtral.spec,
     "Olmo2ForCausalLM": olmo2.spec,
+    "OlmoeForCausalLM": olmoe.spec,
     "Qwen2ForCausalLM": qwen2.spec,
     "Qwen3ForCausalLM": qwen3.spec,
     "Qwen3MoeForCausalLM": qwen3_moe.spec,

@@ -19,6 +19,7 @@ from nanovllm.checkpoint.spec import (
     MoE,
     Norm,
     Rope,
+    Router,
 )
 from nanovllm.checkpoint.weight_names import WeightNames
 
@@ -30,8 +31,11 @@ ACTIVATIONS: dict[str, Activation] = {
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MAX_LAYERS = 1024  # a list has an entry for each; the deepest models have some 130
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -221,13 +225,32 @@ def dense(config: Config, *, bias: bool = False) -> Dense:
     return Dense(intermediate_size=inner, activation=activation(config), bias=bias)
 
 
-def experts(config: Config, *, num_experts: int, renormalizes: bool) -> MoE:
+def experts(
+    config: Config,
+    *,
+    num_experts: int,
+    router: Router,
+    size_field: str = "moe_intermediate_size",
+    default_top_k: int | None = None,
+    **differences: Any,
+) -> MoE:
+    """As `config` describes them; `differences` are fields of `MoE`.
+
+    size_field: where the intermediate size of one expert stands.
+    """
+    top_k = whole(config, "num_experts_per_tok", default_top_k)
+    if top_k > num_experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok ({top_k}) must be at most the number of experts "
+            f"({num_experts})"
+        )
+    fields = {"activation": activation(config), **differences}
     return MoE(
         num_experts=num_experts,
-        top_k=whole(config, "num_experts_per_tok"),
-        intermediate_size=whole(config, "moe_intermediate_size"),
-        renormalizes=renormalizes,
-        activation=activation(config),
+        top_k=top_k,
+        intermediate_size=whole(config, size_field),
+        router=router,
+        **fields,
     )
 
 
@@ -267,7 +290,8 @@ def rope(config: Config, **defaults: Any) -> Rope:
             f"config.json: {field} has {name}={values[name]!r}, which means nothing for rope_type "
             f"{kind!r}: name the rope_type it belongs to, or leave it out"
         )
-    theta = number(values, "rope_theta", number(config, "rope_theta", 10000.0))
+    default = defaults.get("rope_theta", 10000.0)
+    theta = number(values, "rope_theta", number(config, "rope_theta", default))
     match kind:
         case "linear":
             return Rope(theta, LinearScaling(number(values, "factor")))

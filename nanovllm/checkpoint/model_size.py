@@ -27,6 +27,8 @@ GROUPS: dict[str, WeightGroup] = {
     **dict.fromkeys(("q", "k", "v", "o", "sinks"), "attention"),
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
     **dict.fromkeys(("router", "expert_gate", "expert_up", "expert_down"), "mlp"),
+    **dict.fromkeys(("router_correction", "shared_gate", "shared_up", "shared_down"), "mlp"),
+    "shared_expert_gate": "mlp",
 }  # of parts; all others are norms
 KINDS = re.compile(r"\.(weight|bias)$")
 

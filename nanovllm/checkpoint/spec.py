@@ -85,17 +85,39 @@ class Dense(Struct, frozen=True, kw_only=True, tag=True):
     bias: bool = False
 
 
-class MoE(Struct, frozen=True, kw_only=True, tag=True):
-    """A mixture of gated MLPs: a softmax over `num_experts` weighs the `top_k` likeliest.
+class Router(Struct, frozen=True, kw_only=True):
+    """How logits, one per expert, become the experts of a token and their weights.
 
-    intermediate_size: of one expert. renormalizes: the weights of those chosen add up to 1.
+    scores: what an expert is weighed by: its share of the softmax over all, or the sigmoid of its
+    logit. renormalizes: the weights of those chosen add up to 1; of a softmax it is the same
+    whether it is taken before or after. bias: of the logits. corrects: experts are chosen by their
+    score plus a stored number, and weighed by the score alone (DeepSeek-V3). num_groups: experts
+    are chosen from the `top_groups` whose two best add up to the most. scale: of the weights.
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalizes: bool = False
+    bias: bool = False
+    corrects: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+class MoE(Struct, frozen=True, kw_only=True, tag=True):
+    """A mixture of `num_experts` gated MLPs, of which a router picks `top_k` for each token.
+
+    intermediate_size: of one expert. shared_size: of one more MLP that every token passes through;
+    0: there is none. shared_gate: it is weighed by the sigmoid of a product of its own.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
-    renormalizes: bool
+    router: Router
     activation: Activation = "silu"
+    shared_size: int = 0
+    shared_gate: bool = False
 
 
 class LayerSpec(Struct, frozen=True, kw_only=True):
@@ -140,10 +162,6 @@ class DecoderSpec(Struct, frozen=True, kw_only=True):
         """Each kind of attention that some layer has, once."""
         return tuple(dict.fromkeys(layer.attention for layer in self.layers))
 
-    @property
-    def has_experts(self) -> bool:
-        return any(isinstance(layer.mlp, MoE) for layer in self.layers)
-
     def shortened(self, num_layers: int) -> "DecoderSpec":
         """The same with few layers: one of each kind, and at least `num_layers`."""
         kinds = list(dict.fromkeys(self.layers))
@@ -179,8 +197,14 @@ def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
         case Dense():
             bias = mlp.bias
         case MoE():
-            copies = mlp.num_experts
-            yield LinearPart("router", "mlp", copies, hidden)
+            copies, shared = mlp.num_experts, mlp.shared_size
+            yield LinearPart("router", "mlp", copies, hidden, mlp.router.bias)
+            if shared:
+                yield LinearPart("shared_gate", "mlp", shared, hidden)
+                yield LinearPart("shared_up", "mlp", shared, hidden)
+                yield LinearPart("shared_down", "mlp", hidden, shared)
+            if mlp.shared_gate:
+                yield LinearPart("shared_expert_gate", "mlp", 1, hidden)
     prefix = "" if isinstance(mlp, Dense) else "expert_"
     yield LinearPart(f"{prefix}gate", "mlp", inner, hidden, bias, copies)
     yield LinearPart(f"{prefix}up", "mlp", inner, hidden, bias, copies)
@@ -202,6 +226,8 @@ def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
             counts[part.group] += part.num_weights + part.copies * part.outputs * part.bias
         attention = layer.attention
         counts["attention"] += attention.num_heads * attention.sinks
+        if isinstance(layer.mlp, MoE) and layer.mlp.router.corrects:
+            counts["mlp"] += layer.mlp.num_experts
         counts["norms"] += 2 * hidden * (layer.pre_norm + layer.post_norm)
         match attention.qk_norm:
             case "head":

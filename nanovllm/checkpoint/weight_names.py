@@ -40,6 +40,10 @@ SAFETENSORS = {
     "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj",
     "expert_up": "model.layers.{}.mlp.experts.{}.up_proj",
     "expert_down": "model.layers.{}.mlp.experts.{}.down_proj",
+    "shared_gate": "model.layers.{}.mlp.shared_expert.gate_proj",
+    "shared_up": "model.layers.{}.mlp.shared_expert.up_proj",
+    "shared_down": "model.layers.{}.mlp.shared_expert.down_proj",
+    "shared_expert_gate": "model.layers.{}.mlp.shared_expert_gate",
     "final_norm": "model.norm",
     "lm_head": "lm_head",
 }
@@ -61,6 +65,11 @@ GGUF = {
     "expert_gate": "blk.{}.ffn_gate_exps",
     "expert_up": "blk.{}.ffn_up_exps",
     "expert_down": "blk.{}.ffn_down_exps",
+    "router_correction": "blk.{}.exp_probs_b",
+    "shared_gate": "blk.{}.ffn_gate_shexp",
+    "shared_up": "blk.{}.ffn_up_shexp",
+    "shared_down": "blk.{}.ffn_down_shexp",
+    "shared_expert_gate": "blk.{}.ffn_gate_inp_shexp",
     "final_norm": "output_norm",
     "lm_head": "output",
 }

@@ -227,7 +227,7 @@ class Startup:
             device=self.device,
         )
         captures = kernels.fused is not None and not self._config.model.enforce_eager
-        captures = captures and not choice.spec.has_experts  # the host waits for their router
+        captures = captures and not model.waits_for_routers
         return Loaded(model, rows, kernels, attention, self._limits, captures)
 
     def _info(
@@ -252,7 +252,7 @@ class Startup:
     def _compile_ahead(self, choice: Choice) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
         gpu, attention = choice.kernels.gpu, choice.attention.spec
-        if gpu is None or choice.spec.has_experts or not is_likely(self._config):
+        if gpu is None or not is_likely(self._config):
             self._precompiler.end()
             return
         self._precompiler.ask(

@@ -61,7 +61,7 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
         assert layer.norm.eps == spec.norm.eps == theirs.rms_norm_eps
         assert attention.rope is not None
         assert attention.rope.theta == theirs.rope_parameters["rope_theta"]
-        slides = name == "mistral" or kind == "sliding_attention"
+        slides = name in ("mistral", "mixtral") or kind == "sliding_attention"
         assert attention.window == (theirs.sliding_window if slides else None)
         assert (attention.qk_norm == "head") == name.startswith("qwen3")
         assert attention.qkv_bias == (name.startswith("qwen2") or name == "llama_linear")
@@ -71,8 +71,11 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
                 assert mlp.intermediate_size == theirs.intermediate_size
                 assert mlp.bias == (name == "llama_linear")
             case MoE():
-                assert mlp.intermediate_size == theirs.moe_intermediate_size
-                assert (mlp.num_experts, mlp.top_k) == (6, 2) and mlp.renormalizes
+                size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+                assert mlp.intermediate_size == size
+                counts = mlp.num_experts, mlp.top_k
+                assert counts == (theirs.num_local_experts, theirs.num_experts_per_tok)
+                assert mlp.router.renormalizes == getattr(theirs, "norm_topk_prob", True)
 
 
 def test_absent_fields_have_transformers_defaults() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm.sampling_params import SamplingParams
 from tests.e2e.engine import Engine
+from tests.moe_models import TINY_MOE
 
 ARCHITECTURES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
 NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
@@ -63,14 +64,35 @@ def reference_ids(
     return outputs
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def tiny(
-    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
-) -> tuple[Path, list[list[int]], list[list[int]]]:
-    path = tiny_checkpoint(request.param)
+Expected = tuple[Path, list[list[int]], list[list[int]]]  # a model, prompts, and their outputs
+
+
+def expected_of(path: Path) -> Expected:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = mixed_prompts(model.config.vocab_size)
     return path, prompts, reference_ids(model, prompts, NUM_TINY_TOKENS)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Expected:
+    return expected_of(tiny_checkpoint(request.param))
+
+
+@pytest.mark.parametrize("name", TINY_MOE)
+def test_mixtures_of_experts_equal_transformers(
+    name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """In batches, in chunks, from a warm prefix cache, and preempted."""
+    path, prompts, expected = expected_of(tiny_checkpoint(name))
+    for variation in ("chunks_of_7", "chunks_of_64"):
+        engine = Engine(model=str(path), max_model_len=256, **VARIATIONS[variation])
+        assert engine.generate(prompts, TINY_GREEDY) == expected
+        assert engine.generate(prompts, TINY_GREEDY) == expected, "with a warm prefix cache"
+        engine.close()
+    engine = Engine(model=str(path), max_model_len=160, num_gpu_blocks_override=20)
+    assert engine.generate(prompts, TINY_GREEDY) == expected
+    assert engine.status().num_preemptions > 0
+    engine.close()
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)

@@ -9,21 +9,12 @@ from nanovllm.checkpoint.hf_config import (
     num_layers,
     rms_norm,
 )
-from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec
+from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, Router
 from nanovllm.checkpoint.weight_names import QWEN
 
 
 def spec(config: Config) -> DecoderSpec:
     bias, slides = config.get("attention_bias", False), config.get("use_sliding_window", False)
-    num_experts = config.get("num_experts", config.get("num_local_experts", 128))
-    mixture = experts(
-        config, num_experts=num_experts, renormalizes=config.get("norm_topk_prob", False)
-    )
-    only_dense, every = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
-    is_sparse = [
-        num_experts > 0 and index not in only_dense and (index + 1) % every == 0
-        for index in range(num_layers(config))
-    ]
     layers = [
         LayerSpec(
             attention=attention(
@@ -33,9 +24,24 @@ def spec(config: Config) -> DecoderSpec:
                 qkv_bias=bias,
                 o_bias=bias,
             ),
-            mlp=mixture if sparse else dense(config),
+            mlp=mlp,
             norm=rms_norm(config),
         )
-        for sparse in is_sparse
+        for mlp in mlps(config)
     ]
     return decoder(config, names=QWEN, layers=layers)
+
+
+def mlps(config: Config) -> list[MoE | Dense]:
+    """Of each layer: with experts, but for those that the config excepts."""
+    num_experts = config.get("num_experts", config.get("num_local_experts", 128))
+    excepted, every = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
+    sparse = [
+        num_experts > 0 and index not in excepted and (index + 1) % every == 0
+        for index in range(num_layers(config))
+    ]
+    if not any(sparse):
+        return [dense(config)] * len(sparse)
+    router = Router(renormalizes=config.get("norm_topk_prob", False))
+    mixture = experts(config, num_experts=num_experts, router=router, default_top_k=8)
+    return [mixture if is_sparse else dense(config) for is_sparse in sparse]

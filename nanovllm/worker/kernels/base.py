@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
 
 
@@ -75,6 +76,20 @@ class Kernels(Protocol):
 
     def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
         """residual + post_norm(product), perhaps written over either."""
+
+    @property
+    def stacked_kinds(self) -> frozenset[str]:
+        """Forms of weights (`LinearMethod.kind`) that `experts` multiplies from `Experts.stacked`,
+        all at once and without the host; others are multiplied an expert at a time."""
+
+    def experts(
+        self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
+    ) -> Tensor:
+        """What the experts that a router picks make of each token, weighed and added up.
+
+        hidden: [num_tokens, hidden_size]; logits: of the router, [num_tokens, num_experts].
+        residual: is added, and perhaps written over; only where no sum over ranks is to come.
+        """
 
     def rope_and_cache(
         self,

@@ -166,56 +166,68 @@ class DenseBlock:
 
 
 class ExpertsBlock:
-    """residual + the MLPs that the router picks for each token, weighed by its softmax.
-
-    In plain steps, an expert at a time: the host waits to know which ones are hit.
-    """
+    """residual + the MLPs that the router picks for each token, weighed, and a shared one."""
 
     def __init__(self, build: Builder, layer: LayerSpec, spec: MoE, *, module: int) -> None:
-        hidden, inner = build.spec.hidden_size, spec.intermediate_size
-        sizes = {"expert_gate": inner, "expert_up": inner}
-        self.router = build.router(hidden, spec.num_experts)
-        self.experts: list[tuple[Linear, Linear]] = []
-        for expert in range(spec.num_experts):
-            gate_up = build.column(hidden, sizes, module=(module, expert), bias=False)
-            down = build.row(inner, {"expert_down": hidden}, module=(module, expert), bias=False)
-            self.experts.append((gate_up, down))
+        hidden = build.spec.hidden_size
+        self.router = build.router(hidden, spec)
+        self.experts = build.experts(hidden, spec, module=module)
+        self.shared = SharedExpert(build, spec, module=module) if spec.shared_size else None
         self.norms = Norms(build, layer, "mlp")
-        self._spec = spec
         self._kernels = build.kernels
         self._parallel = build.parallel
+
+    @property
+    def waits_for_router(self) -> bool:
+        """Whether the host has to know what the router picks: then no graph can be captured."""
+        return self.experts.stacked is None
 
     def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
         kernels, hidden = self._kernels, stream.hidden
         if self.norms.pre is not None:
             hidden = kernels.rms_norm(hidden, self.norms.pre)
-        weights, chosen = self._choose(hidden)
-        mixed = torch.zeros_like(hidden)
-        for expert in torch.unique(chosen).tolist():
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            gate_up, down = self.experts[expert]
-            product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)
-            inner = kernels.activate(product, self._spec.activation)
-            each = down.partial(inner) * weights[tokens, places, None]
-            mixed.index_add_(0, tokens, each)
+        routed = Stream(hidden.to(self.router.weight.dtype))
+        logits = kernels.norm_linear(routed, None, self.router)
+        if self.shared is None and self.norms.post is None and self._parallel.size == 1:
+            return Stream(kernels.experts(hidden, logits, self.experts, residual=stream.hidden))
+        mixed = kernels.experts(hidden, logits, self.experts)
+        if self.shared is not None:
+            mixed = mixed.add_(self.shared.partial(hidden))
         mixed = self._parallel.reduce(mixed)
         return kernels.add(mixed, stream.hidden, post_norm=self.norms.post)
 
-    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and indices of each token's experts, both [num_tokens, top_k]."""
-        probabilities = self.router(hidden).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self._spec.top_k, dim=-1)
-        if self._spec.renormalizes:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(hidden.dtype), chosen
-
     def linears(self) -> Iterator[Linear]:
-        for pair in self.experts:
-            yield from pair
+        yield from self.experts.linears()
+        if self.shared is not None:
+            yield from (self.shared.gate_up, self.shared.down)
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         yield from self.router.slots(layer)
-        for index, pair in enumerate(self.experts):
-            for linear in pair:
-                yield from linear.slots(layer, Cut(index, 1, len(self.experts)))
+        yield from self.experts.slots(layer)
+        if self.shared is not None:
+            yield from self.shared.slots(layer)
         yield from self.norms.slots(layer)
+
+
+class SharedExpert:
+    """The MLP beside those of experts that every token passes through, perhaps weighed."""
+
+    def __init__(self, build: Builder, spec: MoE, *, module: int) -> None:
+        hidden, inner = build.spec.hidden_size, spec.shared_size
+        sizes = {"shared_gate": inner, "shared_up": inner}
+        self.gate_up = build.column(hidden, sizes, module=(module,), bias=False)
+        self.down = build.row(inner, {"shared_down": hidden}, module=(module,), bias=False)
+        self.gate = build.whole(hidden, {"shared_expert_gate": 1}) if spec.shared_gate else None
+        self._activation = spec.activation
+        self._kernels = build.kernels
+
+    def partial(self, hidden: Tensor) -> Tensor:
+        """This rank's share. hidden: normed, [num_tokens, hidden_size]. Returns new memory."""
+        product = self._kernels.norm_linear(Stream(hidden), None, self.gate_up)
+        product = self.down.partial(self._kernels.activate(product, self._activation))
+        return product if self.gate is None else product.mul_(self.gate(hidden).sigmoid())
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for linear in (self.gate_up, self.down, self.gate):
+            if linear is not None:
+                yield from linear.slots(layer)

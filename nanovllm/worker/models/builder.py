@@ -3,7 +3,7 @@
 `Decoder` makes one; blocks ask it for layers, and so need not know what is quantized or sharded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.quantization import Scheme
-from nanovllm.checkpoint.spec import Attention, DecoderSpec, Norm
+from nanovllm.checkpoint.spec import Attention, DecoderSpec, MoE, Norm
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.rotary import cos_sin_table
 from nanovllm.worker.parallel import Cut, TensorParallel
@@ -46,8 +47,7 @@ class Builder:
         unit: int = 1,
     ) -> Linear:
         """Ranks hold different outputs of each part, in multiples of `unit`; where a part has fewer
-        units than there are ranks (KV heads), several hold the same. module: the layer's index,
-        and the expert's if it is one."""
+        units than there are ranks (KV heads), several hold the same. module: the layer's index."""
         share = partial(self.parallel.share, unit=unit, repeats=True)
         cuts = {part: share(size) for part, size in parts.items()}
         return self._linear(Cut.all_of(inputs), cuts, axis=0, module=module, bias=bias)
@@ -66,12 +66,60 @@ class Builder:
         cuts = {part: Cut.all_of(size) for part, size in parts.items()}
         return self._linear(taken, cuts, axis=1, module=module, bias=bias)
 
-    def router(self, inputs: int, num_experts: int) -> Linear:
-        """Whole on every rank, and never quantized: what it picks decides about all the rest."""
-        parts = {"router": num_experts}
-        return Linear.empty(
-            inputs, parts, bias=False, shard_axis=0, dtype=self.dtype, device=self.device
+    def router(self, inputs: int, spec: MoE) -> Linear:
+        """Whole on every rank, and never quantized: what it picks decides about all the rest. In
+        fp32 where sigmoids are compared, as transformers does."""
+        wide = spec.router.scores == "sigmoid"
+        return self.whole(inputs, {"router": spec.num_experts}, bias=spec.router.bias, wide=wide)
+
+    def whole(
+        self, inputs: int, parts: Mapping[str, int], *, bias: bool = False, wide: bool = False
+    ) -> Linear:
+        """A small layer that every rank has all of, unquantized; wide: in fp32."""
+        dtype = torch.float32 if wide else self.dtype
+        return Linear.empty(inputs, parts, bias=bias, shard_axis=0, dtype=dtype, device=self.device)
+
+    def experts(self, inputs: int, spec: MoE, *, module: int) -> Experts:
+        """Ranks hold a part of every expert. Stacked, if the kernels multiply by that form."""
+        inner, whole = self.parallel.share(spec.intermediate_size), Cut.all_of(inputs)
+        first, second = {"expert_gate": inner, "expert_up": inner}, {"expert_down": whole}
+        each = []
+        for expert in range(spec.num_experts):
+            place = (module, expert)
+            gate_up = self._unmade(whole, first, axis=0, module=place, bias=False)
+            each.append((gate_up, self._unmade(inner, second, axis=1, module=place, bias=False)))
+        made = Experts(spec, each)
+        if spec.router.corrects:
+            made.correction = torch.zeros(spec.num_experts, device=self.device)
+        kinds = {linear.method.kind for linear in made.linears()}
+        if len(kinds) == 1 and kinds <= self.kernels.stacked_kinds:
+            gate_ups, downs = zip(*each, strict=True)
+            made.stacked = self._stack(gate_ups), self._stack(downs)
+        else:
+            for linear in made.linears():
+                linear.method.create(linear, self.device)
+        return made
+
+    def _stack(self, linears: Sequence[Linear]) -> Linear:
+        """A layer of all their rows, in the memory of which they become views."""
+        first = linears[0]
+        num_rows = len(first.weight)
+        stack = Linear.empty(
+            first.inputs,
+            {"experts": num_rows * len(linears)},
+            bias=first.bias is not None,
+            shard_axis=first.shard_axis,
+            dtype=self.dtype,
+            device=NOWHERE,
         )
+        stack.method = first.method
+        stack.method.create(stack, self.device)
+        for index, linear in enumerate(linears):
+            rows = slice(index * num_rows, (index + 1) * num_rows)
+            linear.weight = stack.weight[rows]
+            linear.scale = None if stack.scale is None else stack.scale[rows]
+            linear.bias = None if stack.bias is None else stack.bias[rows]
+        return stack
 
     def _linear(
         self,
@@ -82,7 +130,23 @@ class Builder:
         module: tuple[int, ...],
         bias: bool,
     ) -> Linear:
-        # Built nowhere: nothing is ever allocated in a form that it will not be kept in.
+        linear = self._unmade(inputs, parts, axis=axis, module=module, bias=bias)
+        linear.method.create(linear, self.device)
+        return linear
+
+    def _unmade(
+        self,
+        inputs: Cut,
+        parts: dict[str, Cut],
+        *,
+        axis: Literal[0, 1],
+        module: tuple[int, ...],
+        bias: bool,
+    ) -> Linear:
+        """A layer without memory: nothing is ever allocated in a form that it will not be kept in.
+
+        module: the layer's index, and the expert's if it is one.
+        """
         linear = Linear.empty(
             inputs, parts, bias=bias, shard_axis=axis, dtype=self.dtype, device=NOWHERE
         )
@@ -90,7 +154,6 @@ class Builder:
         names = [self.spec.names.safetensors[part].format(*module) for part in parts]
         kept = None if self.scheme is None else self.scheme.format_of_all(names)
         linear.method = method_for(kept, linear, self.device)
-        linear.method.create(linear, self.device)
         return linear
 
     def norm(self, size: int, spec: Norm) -> RMSNorm:

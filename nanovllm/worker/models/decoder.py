@@ -145,6 +145,12 @@ class Decoder:
             logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
         return logits
 
+    @property
+    def waits_for_routers(self) -> bool:
+        """Whether the host waits for what some router picks."""
+        blocks = (layer.mlp for layer in self.layers)
+        return any(isinstance(mlp, ExpertsBlock) and mlp.waits_for_router for mlp in blocks)
+
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""
         for layer in self.layers:

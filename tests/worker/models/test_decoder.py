@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from tests.conftest import TINY
+from tests.moe_models import TINY_MOE
 from tests.worker.attention.decoding import Driver
 from tests.worker.kernels.triton_device import DEVICE
 
@@ -116,7 +117,7 @@ def test_half_precision_stays_near(
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels run on the CPU if interpreted only")
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", *TINY_MOE])
 def test_fused_kernels(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     """Norms ahead of products, from layer to layer, with one token, with few and with many."""
     path = tiny_checkpoint(name)

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import SchedulerConfig
 from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
@@ -46,6 +47,22 @@ SPEC = spec_from_config(
         "head_dim": 128,
         "max_position_embeddings": MAX_MODEL_LEN,
         "tie_word_embeddings": True,
+    }
+)
+MOE_SPEC = spec_from_config(
+    {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 4000,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 768,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": MAX_MODEL_LEN,
     }
 )
 PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
@@ -82,12 +99,14 @@ def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) 
     return expand_view(staged, rows, block_size=block_size)
 
 
-def make_runner(scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None) -> ModelRunner:
+def make_runner(
+    scheme: Scheme | None = None, kv_dtype: torch.dtype | None = None, *, spec: DecoderSpec = SPEC
+) -> ModelRunner:
     """A model as wide as Qwen3-0.6B, of two layers and few tokens, with nothing in its weights."""
     specs = attention_specs(
-        SPEC, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
+        spec, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU, kv_dtype=kv_dtype
     )
-    return runner_without_weights(SPEC, specs, LIMITS, scheme=scheme, expand=expand_after_all)
+    return runner_without_weights(spec, specs, LIMITS, scheme=scheme, expand=expand_after_all)
 
 
 def run_steps(runner: ModelRunner, params: SamplingParams, *sizes: tuple[int, int]) -> None:
@@ -125,6 +144,9 @@ def main() -> None:
     for method in ("int4", "int8"):
         packed = make_runner(Scheme.at_load(method))
         run_steps(packed, PLAIN, (1, 1), (8, 1), (24, 1), (NUM_ROWS, 1), (2, 600))
+    for scheme in (None, Scheme.at_load("fp8")):
+        experts = make_runner(scheme, spec=MOE_SPEC)
+        run_steps(experts, PLAIN, (1, 1), (8, 1), (100, 1), (2, 60))
     print(json.dumps(found))
 
 

@@ -20,6 +20,12 @@ LAUNCHED = {
     "stream_kernel",
     "combine_kernel",
     "shared_prefix_kernel",
+    "_route_kernel",
+    "_sort_kernel",
+    "_vector_gate_up_kernel",
+    "_vector_down_kernel",
+    "_grouped_kernel",
+    "_combine_kernel",
     "_segments_kernel",
     "_choose_kernel",
 }

@@ -4,18 +4,24 @@ Handed to every layer by `worker`. Casts are where transformers has them, so tha
 a decode step on a CPU is many small calls, so each method makes few of them.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
 
 
 class TorchKernels:
     """Implements `kernels.base.Kernels`, where the shapes are."""
+
+    stacked_kinds: ClassVar[frozenset[str]] = frozenset()
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         return norm.scale(hidden, hidden.float().square().mean(-1, keepdim=True))
@@ -55,6 +61,12 @@ class TorchKernels:
         if post_norm is not None:
             product = self.rms_norm(product, post_norm)
         return Stream(product.add_(residual))
+
+    def experts(
+        self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
+    ) -> Tensor:
+        mixed = mix_experts(self, hidden, logits, experts)
+        return mixed if residual is None else mixed.add_(residual)
 
     def rope_and_cache(
         self,

@@ -6,6 +6,8 @@ plain torch in the model's dtype would have to store, so both backends mean the 
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
+from typing import ClassVar
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,12 +15,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.kernels.torch.layer_kernels import gated
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
+from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.kernels.triton.products import products_of
 from nanovllm.worker.kernels.triton.rows import rms_norm, silu_and_mul
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
 
 ROPE_HEADS = 8  # heads per program
@@ -124,6 +129,8 @@ class TritonKernels:
     product is so where nothing has to come between: a sum over ranks, or a norm.
     """
 
+    stacked_kinds: ClassVar[frozenset[str]] = STACKED_KINDS
+
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         return rms_norm(hidden, norm)
 
@@ -172,6 +179,14 @@ class TritonKernels:
         if post_norm is not None:
             product = rms_norm(product, post_norm)
         return Stream(residual.add_(product))
+
+    def experts(
+        self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
+    ) -> Tensor:
+        if experts.stacked is not None:
+            return fused_experts(hidden, logits, experts, residual=residual)
+        mixed = mix_experts(self, hidden, logits, experts)
+        return mixed if residual is None else mixed.add_(residual)
 
     def rope_and_cache(
         self,

@@ -1,0 +1,30 @@
+"""How products of experts are cut; `experts` launches by it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTile:
+    """What one program computes: block_m pairs of one expert, block_n outputs, block_k inputs at a
+    time. An output of the first product is a gate and an up, so its tiles are twice as wide."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def tiles_for(pairs_per_expert: float) -> tuple[ExpertTile, ExpertTile]:
+    """Of gate and up, and of down; both of the same blocks of pairs.
+
+    Chosen by what fits: up to some 64 pairs an expert its weights are what takes time, and several
+    programs share a multiprocessor (at most 72 KiB each); then products are. (Not yet measured.)
+    """
+    if pairs_per_expert <= 12:
+        return ExpertTile(16, 64, 64, 4, 4), ExpertTile(16, 128, 64, 4, 4)
+    if pairs_per_expert <= 24:
+        return ExpertTile(32, 64, 64, 4, 4), ExpertTile(32, 128, 64, 4, 4)
+    if pairs_per_expert <= 64:
+        return ExpertTile(64, 64, 64, 4, 3), ExpertTile(64, 128, 64, 4, 3)
+    return ExpertTile(128, 64, 64, 8, 4), ExpertTile(128, 128, 64, 8, 4)

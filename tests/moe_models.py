@@ -1,0 +1,54 @@
+"""Small random mixtures of experts, which `conftest.TINY` has besides dense models.
+
+At least two odd configurations of every family: what is null, tied, renormalized, or another size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+FEW = {"num_experts_per_tok": 2}
+QWEN3 = {**FEW, "head_dim": 16, "num_experts": 6, "moe_intermediate_size": 40}
+TINY_MOE: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]] = {
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**QWEN3, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe_steps": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**QWEN3, "decoder_sparse_step": 2, "num_experts_per_tok": 5, "tie_word_embeddings": True},
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {**FEW, "num_local_experts": 6, "sliding_window": 20},
+    ),
+    "mixtral_one": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "head_dim": 20,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    ),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe_renormalized": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        {**FEW, "num_experts": 5, "norm_topk_prob": True, "rms_norm_eps": 1e-3},
+    ),
+}

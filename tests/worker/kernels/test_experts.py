@@ -1,0 +1,186 @@
+"""Mixtures of experts in Triton against plain torch: routers, and the products of those chosen."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.checkpoint.spec import MoE, Router
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.kernels.triton.expert_routing import (
+    block_counter,
+    most_blocks,
+    route,
+    sort_by_expert,
+)
+from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.moe import Experts, choose
+from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
+from tests.worker.kernels.triton_device import DEVICE
+
+# The interpreter multiplies no bfloat16.
+HALVES = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+HIDDEN, INNER = 72, 40  # no powers of two, and less than a tile
+ROUTERS = {
+    "softmax": Router(),
+    "renormalized": Router(renormalizes=True),
+    "scaled": Router(scale=2.5),
+    "sigmoid": Router(scores="sigmoid", corrects=True, renormalizes=True, scale=1.5),
+    "groups": Router(scores="sigmoid", corrects=True, num_groups=3, top_groups=2),
+}
+
+
+def spec_of(router: Router, **differences: Any) -> MoE:
+    fields = {"num_experts": 12, "top_k": 3, "intermediate_size": INNER, **differences}
+    return MoE(router=router, **fields)
+
+
+def random_stack(num_rows: int, num_inputs: int, dtype: torch.dtype) -> Linear:
+    weight = torch.randn(num_rows, num_inputs) * num_inputs**-0.5
+    return Linear(weight.to(DEVICE, dtype), None, {}, 0)
+
+
+def make_experts(spec: MoE, dtype: torch.dtype = torch.float32) -> Experts:
+    """Random ones, stacked, on the device; those of `each` are views."""
+    inner, count = spec.intermediate_size, spec.num_experts
+    stacks = (
+        random_stack(count * 2 * inner, HIDDEN, dtype),
+        random_stack(count * HIDDEN, inner, dtype),
+    )
+    correction = torch.randn(count, device=DEVICE) * 0.2 if spec.router.corrects else None
+    return Experts(spec, views(stacks, count), stacks, correction)
+
+
+def views(stacks: tuple[Linear, Linear], count: int) -> list[tuple[Linear, Linear]]:
+    parts = zip(*(stack.weight.chunk(count) for stack in stacks), strict=True)
+    return [(Linear(one, None, {}, 0), Linear(other, None, {}, 1)) for one, other in parts]
+
+
+def widened(experts: Experts) -> Experts:
+    """The same in float32."""
+    assert experts.stacked is not None
+    first, second = (Linear(stack.weight.float(), None, {}, 0) for stack in experts.stacked)
+    each = views((first, second), experts.spec.num_experts)
+    return Experts(experts.spec, each, correction=experts.correction)
+
+
+def inputs(spec: MoE, num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    hidden = torch.randn(num_tokens, HIDDEN).to(DEVICE, dtype)
+    return hidden, torch.randn(num_tokens, spec.num_experts).to(DEVICE, dtype)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    assert not block_counter(DEVICE).any(), "the next layer counts from zero"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+def test_routers(name: str, num_tokens: int) -> None:
+    spec = spec_of(ROUTERS[name])
+    experts = make_experts(spec)
+    _, logits = inputs(spec, num_tokens)
+    found = route(logits, spec, experts.correction)
+    weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction)
+    assert torch.equal(found.experts.long(), chosen)
+    torch.testing.assert_close(found.weights, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of NaN - NaN
+def test_equal_logits_choose_different_experts() -> None:
+    spec = spec_of(Router(renormalizes=True))
+    for value in (0.0, float("nan")):
+        found = route(torch.full((2, 12), value, device=DEVICE), spec, None).experts
+        assert ((found >= 0) & (found < 12)).all()
+    assert route(torch.zeros(1, 12, device=DEVICE), spec, None).experts.unique().numel() == 3
+
+
+@pytest.mark.parametrize(("num_tokens", "block_m"), [(2, 16), (7, 16), (64, 16), (900, 32)])
+@pytest.mark.parametrize("spread", ["random", "one"])
+def test_sorting(num_tokens: int, block_m: int, spread: str) -> None:
+    """Every pair is in one block, with others of its expert only; blocks are as few as can be."""
+    spec = spec_of(Router())
+    logits = torch.randn(num_tokens, 12, device=DEVICE)
+    if spread == "one":
+        logits[:, 4] = 50.0
+    routed = route(logits, spec, None)
+    blocks = sort_by_expert(routed, 12, block_m)
+    count = int(blocks.num_blocks)
+    counts = torch.bincount(routed.experts.flatten().long(), minlength=12)
+    assert count == int((counts / block_m).ceil().sum()) <= blocks.most_blocks
+    found = []
+    for block in range(count):
+        pairs = blocks.pairs[block, : int(blocks.block_sizes[block])]
+        assert (routed.experts.flatten()[pairs.long()] == blocks.block_experts[block]).all()
+        found += pairs.tolist()
+    assert sorted(found) == list(range(num_tokens * 3))
+    blocks.num_blocks.zero_()
+
+
+def test_most_blocks_is_a_bound() -> None:
+    assert most_blocks(8, 128, 16) == 8  # each with an expert of its own
+    assert most_blocks(1, 128, 16) == 1
+    assert most_blocks(65536, 128, 128) == 512 + 127
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 40, 131])
+def test_products(num_tokens: int, activation: Any) -> None:
+    """Few tokens leave most experts empty; many fill more than one block of each."""
+    spec = spec_of(Router(renormalizes=True), activation=activation)
+    experts = make_experts(spec)
+    hidden, logits = inputs(spec, num_tokens)
+    residual = torch.randn_like(hidden)
+    expected = TorchKernels().experts(hidden, logits, experts)
+    found = TritonKernels().experts(hidden, logits, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found = TritonKernels().experts(hidden, logits, experts, residual=residual)
+    torch.testing.assert_close(found, expected + residual, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50, 300])
+def test_one_expert_takes_all(num_tokens: int) -> None:
+    spec = spec_of(Router(), top_k=1)
+    experts = make_experts(spec)
+    hidden, logits = inputs(spec, num_tokens)
+    logits[:, 5] = 60.0
+    expected = TorchKernels().experts(hidden, logits, experts)
+    found = TritonKernels().experts(hidden, logits, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("num_tokens", [1, 9, 70])
+def test_half_precision(num_tokens: int, dtype: torch.dtype) -> None:
+    spec = spec_of(Router(renormalizes=True))
+    experts = make_experts(spec, dtype)
+    hidden, logits = inputs(spec, num_tokens, dtype)
+    wide = widened(experts)
+    exact = TorchKernels().experts(hidden.float(), logits.float(), wide)
+    theirs = TorchKernels().experts(hidden, logits, experts).float()
+    found = TritonKernels().experts(hidden, logits, experts).float()
+    assert (found - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 70])
+def test_fp8_weights(num_tokens: int) -> None:
+    """Tokens stay as they are: only weights are e4m3, with a scale for each row."""
+    spec = spec_of(Router(renormalizes=True))
+    experts = make_experts(spec)
+    assert experts.stacked is not None
+    for stack in experts.stacked:
+        rows = quantize_rows(stack.weight)
+        stack.weight.copy_(rows.values.float() * rows.scale)
+        stack.method, stack.scale = FP8, rows.scale[:, 0]
+    hidden, logits = inputs(spec, num_tokens)
+    expected = TorchKernels().experts(hidden, logits, widened(experts))
+    for stack in experts.stacked:
+        assert stack.scale is not None
+        stack.weight = (stack.weight / stack.scale[:, None]).to(E4M3)
+    found = TritonKernels().experts(hidden, logits, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
