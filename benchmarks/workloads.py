@@ -4,14 +4,17 @@ A workload is (prompt token ids, output lengths); generation ignores EOS, so eve
 same work. `floor_seconds` is a roofline: the bytes and operations no engine can avoid.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Any
 
 Workload = tuple[list[list[int]], list[int]]
 H200_BYTES_PER_S = 4.3e12  # measured by a large copy, reads and writes counted
 H200_FLOP_PER_S = 790e12  # measured by a large bf16 product on random data
+MXFP4_BYTES = 17 / 32  # half a byte each, and a scale for 32
 NUM_IDS = 10_000  # prompts draw their ids from [0, NUM_IDS]
 
 
@@ -126,8 +129,20 @@ def keeps_cache(name: str) -> bool:
     return name == "prefix"
 
 
+def mlp_weights(config: dict[str, Any], num_tokens: int) -> float:
+    """Parameters of a layer's MLP that a step of so many tokens reads; of its experts those that
+    are hit, if routers send tokens to all alike."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    num_experts = config.get("num_experts", config.get("num_local_experts"))
+    if num_experts is None:
+        return 3 * hidden * inner
+    missed = (1 - config["num_experts_per_tok"] / num_experts) ** num_tokens
+    inner = config.get("moe_intermediate_size", inner)
+    return num_experts * hidden + num_experts * (1 - missed) * 3 * hidden * inner
+
+
 def floor_seconds(
-    config: dict[str, Any], workload: Workload, *, layer_bytes: int = 2, kv_bytes: int = 2
+    config: dict[str, Any], workload: Workload, *, layer_bytes: float = 2, kv_bytes: float = 2
 ) -> float:
     """Weights once per decode step + all KV once per token, at memory speed; prefill at peak rate.
 
@@ -138,16 +153,23 @@ def floor_seconds(
     prompts, num_out = workload
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim, inner = config["head_dim"], config["intermediate_size"]
+    head_dim = config["head_dim"]
     attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
-    linear = layers * (attention + 3 * hidden * inner)  # parameters in linear layers
-    weight_bytes = max(num_out) * (linear * layer_bytes + config["vocab_size"] * hidden * 2)
+    is_mxfp4 = (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    mlp_bytes = MXFP4_BYTES if is_mxfp4 else layer_bytes
+    ends = sorted(num_out)
+    weight_bytes = 0.0
+    for start, end in pairwise([0, *ends]):  # steps in which the same sequences are left
+        num_alive = len(ends) - bisect_right(ends, start)
+        layer = attention * layer_bytes + mlp_weights(config, num_alive) * mlp_bytes
+        weight_bytes += (end - start) * (layers * layer + config["vocab_size"] * hidden * 2)
     kv_bytes_per_token = layers * 2 * kv_heads * head_dim * kv_bytes
     num_kv_reads = sum(
         len(prompt) * count + count * (count - 1) // 2
         for prompt, count in zip(prompts, num_out, strict=True)
     )
     # Two operations per weight and token; FP8 does them in the time of one.
+    linear = layers * (attention + mlp_weights(config, 1))
     prefill_flop = sum(
         linear * layer_bytes * len(prompt) + 2 * layers * heads * head_dim * len(prompt) ** 2
         for prompt in prompts

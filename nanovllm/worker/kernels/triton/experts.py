@@ -192,7 +192,12 @@ def _combine_kernel(
 
 
 def fused_experts(
-    hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
+    hidden: Tensor,
+    logits: Tensor,
+    experts: Experts,
+    *,
+    residual: Tensor | None = None,
+    tiles: tuple[ExpertTile, ExpertTile] | None = None,
 ) -> Tensor:
     """As `Kernels.experts`, of stacked weights. Returns new memory, [num_tokens, hidden_size]."""
     assert experts.stacked is not None and hidden.is_contiguous()
@@ -203,7 +208,7 @@ def fused_experts(
     if len(hidden) == 1:
         return _of_one_token(hidden, routed, gate_up, down, spec.activation, residual)
     num_inner = down.weight.shape[1]
-    first, second = tiles_for(routed.experts.numel() / spec.num_experts)
+    first, second = tiles or tiles_for(routed.experts.numel() / spec.num_experts)
     blocks = sort_by_expert(routed, spec.num_experts, first.block_m)
     inner = hidden.new_empty(routed.experts.numel(), num_inner)
     _multiply(hidden, gate_up, blocks, inner, spec.top_k, first, activation=spec.activation)
