@@ -13,6 +13,7 @@ over 790 TFLOP/s, whichever is more. --sweep tries other tiles where there are s
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 
 import torch
@@ -155,7 +156,7 @@ def measure(
         verdict = "ok" if error < MOST_ERROR else "WRONG"
         seconds = 0.0
         if DEVICE.type == "cuda":
-            seconds = time_graph(lambda: run_all(hidden, logits, experts, tiles)) / NUM_CALLS
+            seconds = time_graph(partial(run_all, hidden, logits, experts, tiles)) / NUM_CALLS
         print(
             f"{name:14s} {kind:6s} {num_tokens:5d} tokens {seconds * 1e6:9.1f} us "
             f"floor {floor / seconds if seconds else 0:5.2f} error {error:.1e} {verdict}  {label}",
