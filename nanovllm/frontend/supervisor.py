@@ -100,7 +100,7 @@ class Supervisor:
         self.epoch = ""  # names the present life, or the last
         self.link: Link | None = None  # to the present life, if it is welcomed and not known dead
         self._error: EngineDeadError | None = None
-        self._up_or_dead = asyncio.Event()
+        self._up_or_dead, self._dead = asyncio.Event(), asyncio.Event()
         self._reviving: asyncio.Task[None] | None = None
 
     @property
@@ -137,6 +137,12 @@ class Supervisor:
     async def status(self) -> CoreStatus:
         """The latest of the core's present life; waits for the next life if it is away."""
         return await self._ask(lambda life: life.status())
+
+    async def until_dead(self) -> EngineDeadError:
+        """Wait for the death that is for good; returns its cause."""
+        await self._dead.wait()
+        assert self._error is not None
+        return self._error.again()
 
     async def close(self) -> None:
         """Say goodbye. The process of an owned core is left to the caller."""
@@ -265,6 +271,7 @@ class Supervisor:
         self.link = None
         self._error = error
         self._up_or_dead.set()
+        self._dead.set()
         self._requests.on_core_dead(error)
 
     def check_alive(self) -> None:

@@ -22,8 +22,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
-from nanovllm.frontend.core_process import start_core
-from nanovllm.frontend.server.frontends import Frontends
+from nanovllm.frontend.server.frontends import Frontends, own_core
 from nanovllm.frontend.server.run import (
     SUPERVISION_FIELDS,
     TOKENIZER_FIELDS,
@@ -35,6 +34,7 @@ from nanovllm.frontend.server.run import (
 )
 from nanovllm.frontend.server.serving import Serving, require_tracing
 from nanovllm.frontend.server.settings import OLDER_NAMES, ServerSettings
+from nanovllm.frontend.supervisor import Supervisor
 
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -107,10 +107,10 @@ async def _serve_many(
     with contextlib.ExitStack() as stack:
         stack.enter_context(reservation)
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanovllm-metrics-"))
-        async with _core(settings, engine_fields) as (address, process):
+        async with _core(settings, engine_fields) as (address, core):
             setup = FrontendSetup.of(settings, address, engine_fields)
             environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory}
-            frontends = Frontends(setup, environment, core=process)
+            frontends = Frontends(setup, environment, core=core)
             return await frontends.run(
                 lambda: on_ready(f"the engine of {settings.frontends} frontends")
             )
@@ -119,19 +119,16 @@ async def _serve_many(
 @contextlib.asynccontextmanager
 async def _core(
     settings: ServerSettings, engine_fields: dict[str, Any]
-) -> AsyncIterator[tuple[str, Any]]:
-    """The address of a running core, and its process if it is ours."""
+) -> AsyncIterator[tuple[str, Supervisor | None]]:
+    """The address of a core, and the line to it if it is ours."""
     if settings.connect is not None:
         yield settings.connect, None
         return
     config = EngineConfig.from_kwargs(**engine_fields)
     if config.model.load_format not in ("dummy", "synthetic"):
         await asyncio.to_thread(locate, config.model.model)
-    handle = start_core(config)
-    try:
-        yield handle.address, handle.process
-    finally:
-        await asyncio.to_thread(handle.close)
+    async with own_core(config) as line:
+        yield line.address, line
 
 
 def _settings(arguments: argparse.Namespace) -> ServerSettings:

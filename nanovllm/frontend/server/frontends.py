@@ -1,34 +1,56 @@
 """The HTTP processes of `--frontends N`, as their parent sees them.
 
-Each gets its setup on standard input and says one line when it is ready. One that dies is replaced;
-when the core dies, or they keep dying, all end.
+Each gets its setup on standard input and says one line when it is ready. One that dies is replaced.
+So is a core of their own, by the parent: they go on with what they have under way. When it is dead
+for good, or they keep dying, all end.
 """
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from nanovllm.config import EngineConfig
+from nanovllm.frontend.core_process import start_core
 from nanovllm.frontend.server.run import READY_LINE, FrontendSetup
+from nanovllm.frontend.session import Session
+from nanovllm.frontend.supervisor import Supervisor
 
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
 KILL_AFTER_S = 10.0  # beyond the drain
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.run")
 
 
+@contextlib.asynccontextmanager
+async def own_core(config: EngineConfig) -> AsyncIterator[Supervisor]:
+    """A core for all frontends, which is started again when it dies. This process has no requests
+    of its own: the frontends, which wait for the core at its address, send theirs again."""
+    handle = start_core(config)
+    line = Session(config.supervision, handle.address, handle=handle).line
+    greeting = asyncio.create_task(line.connect())
+    try:
+        yield line
+    finally:
+        greeting.cancel()
+        await asyncio.gather(greeting, return_exceptions=True)  # frontends have told why, if it is
+        await line.close()
+        await asyncio.to_thread(handle.close)
+
+
 class Frontends:
-    """Runs `setup.settings.frontends` processes. core: its process, if the parent owns it."""
+    """Runs `setup.settings.frontends` processes. core: the line to it, if the parent owns it."""
 
     def __init__(
         self,
         setup: FrontendSetup,
         environment: dict[str, str],
         *,
-        core: "subprocess.Popen[bytes] | None",
+        core: Supervisor | None,
     ) -> None:
         self._setup = setup
         self._environment = environment
@@ -38,6 +60,7 @@ class Frontends:
         assert setup.settings.frontends is not None
         self._num_frontends = self._num_unready = setup.settings.frontends
         self._restarts: list[float] = []
+        self._core_is_dead = False
 
     async def run(self, on_ready: Callable[[], None]) -> int:
         """Until a signal or a death that cannot be mended. Returns the exit code."""
@@ -47,8 +70,18 @@ class Frontends:
         keepers = [
             asyncio.create_task(self._keep_one(on_ready)) for _ in range(self._num_frontends)
         ]
+        watcher = asyncio.create_task(self._end_with_core())
         codes = await asyncio.gather(*keepers)
+        watcher.cancel()
         return max(codes)
+
+    async def _end_with_core(self) -> None:
+        """Where it is theirs. While it is being started again nothing ends."""
+        if self._core is not None:
+            error = await self._core.until_dead()
+            print(f"nanovllm: {error}", file=sys.stderr)
+            self._core_is_dead = True
+            self._stopping.set()
 
     def _on_signal(self) -> None:
         if self._stopping.is_set():  # a second one makes them hurry
@@ -61,9 +94,8 @@ class Frontends:
         while True:
             code = await self._run_one(on_ready)
             if self._stopping.is_set():
-                return 0 if code <= 0 else code
-            core_is_dead = self._core is not None and self._core.poll() is not None
-            if code > 0 or core_is_dead or not self._may_restart():
+                return max(code, int(self._core_is_dead))
+            if code > 0 or not self._may_restart():
                 print(f"nanovllm: a frontend ended with code {code}", file=sys.stderr)
                 self._stopping.set()
                 return max(code, 1)

@@ -1,5 +1,6 @@
 """`nanovllm serve` as a program: its port, its processes, its end."""
 
+import json
 import os
 import re
 import signal
@@ -146,6 +147,50 @@ def test_frontends_end_with_their_parent(address: str, tokenizer: str) -> None:
         wait_until(
             lambda: not any(alive(pid) for pid in found), timeout_s=TIMEOUT_S, what="their end"
         )
+
+
+OWN_CORE = ("--frontends", "2", "--load-format", "synthetic", "--step-ms", "20")
+
+
+def core_of(server: Program) -> int:
+    """The child that is no frontend."""
+    return next(
+        pid
+        for pid in children(server.pid)
+        if b"nanovllm.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+
+
+def test_frontends_go_on_when_their_core_has_died(tokenizer: str) -> None:
+    with program("x", *OWN_CORE, "--tokenizer", tokenizer, "--vocab-size", "250") as server:
+        url = server.hear(r"ready after .*: (http://127.0.0.1:\d+)/v1")[1]
+        core = core_of(server)
+        body = {"prompt": [1], "max_tokens": 60, "stream": True, "ignore_eos": True, "seed": 1}
+        body |= {"return_token_ids": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as stream:
+            lines = stream.iter_lines()
+            read = [next(lines) for _ in range(9)]
+            os.kill(core, signal.SIGKILL)
+            read += list(lines)
+        chunks = [json.loads(line[6:]) for line in read if line.startswith("data: {")]
+        assert sum(len(one["choices"][0]["token_ids"]) for one in chunks) == 60
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert core_of(server) != core
+        body["stream"] = False
+        for _ in range(6):  # a connection each, so that both get some
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
+            assert answer.status_code == 200
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("how", [("--max-core-restarts", "0"), ("--on-core-death", "fail")])
+def test_frontends_end_when_their_core_is_dead_for_good(tokenizer: str, how: tuple[str]) -> None:
+    with program("x", *OWN_CORE, "--tokenizer", tokenizer, *how) as server:
+        server.hear("ready after")
+        os.kill(core_of(server), signal.SIGKILL)
+        assert server.wait() == 1
+        assert "signal 9" in server.said
 
 
 def test_it_ends_with_its_core(address: str, tokenizer: str) -> None:
