@@ -19,6 +19,7 @@ Quantization = Literal["int4", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "native", "triton", "flash_attn"]
 Name = Annotated[str, Meta(min_length=1)]
+Revision = Annotated[str, Meta(pattern=r"^[\w./-]+$")]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -34,8 +35,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "or /FILE.gguf for one of its GGUF files)"
         ),
     ] = "smollm2"
+    revision: Annotated[
+        Revision | None,
+        Meta(description="branch, tag or commit of a Hugging Face id; default: its main branch"),
+    ] = None
     tokenizer: Annotated[
         str | None, Meta(description="tokenizer to use instead of the model's own")
+    ] = None
+    tokenizer_revision: Annotated[
+        Revision | None, Meta(description="branch, tag or commit of the Hugging Face id tokenizer")
     ] = None
     skip_tokenizer_init: Annotated[
         bool, Meta(description="load no tokenizer; prompts and outputs are token ids only")
@@ -78,6 +86,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention_backend: Annotated[
         AttentionBackendName, Meta(description="auto: the fastest that supports the model")
     ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError("tokenizer_revision: is for a tokenizer of its own: set revision")
+
+    @property
+    def source(self) -> str:
+        """`model` at its revision, as `locate` takes it."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Likewise where the tokenizer is."""
+        if self.tokenizer is None:
+            return self.source
+        mark = "" if self.tokenizer_revision is None else f"@{self.tokenizer_revision}"
+        return f"{self.tokenizer}{mark}"
 
     @property
     def served_names(self) -> list[str]:
@@ -299,4 +324,4 @@ def _convert(values: dict[str, Any], config_type: type[_T]) -> _T:
         return msgspec.convert(values, config_type)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        raise ValueError(f"{path.rstrip('`') or config_type.__name__}: {message}") from None
+        raise ValueError(f"{path.rstrip('`')}: {message}" if path else message) from None

@@ -43,7 +43,7 @@ def load_tokenizer_json(config: EngineConfig) -> str:
     """The model's tokenizer, for the grammars of structured outputs. `ValueError`: it has none."""
     from nanovllm.frontend.tokenizer import Tokenizer  # with the first such request
 
-    return Tokenizer.load(config.model.tokenizer or config.model.model).to_json()
+    return Tokenizer.load(config.model.tokenizer_source).to_json()
 
 
 def core_main(argv: list[str] | None = None) -> int:

@@ -75,7 +75,7 @@ class Site(NamedTuple):
 # ---- mutations
 
 
-def kind_of(node: ast.AST) -> str:
+def kind_of(node: ast.AST) -> str:  # noqa: C901 - a table
     """What would be done to it; "" is nothing."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in FLIPPED:

@@ -26,7 +26,9 @@ BUDGETS = {
     # request fails, what a client's key allows, masks beside the loop, and forced tokens
     "core": 4800,
     "frontend": 3600,  # 3,000, chat templates in processes of their own, suspects, misuse
-    "frontend.server": 5700,  # and the fields that clients send; connections, origins, bodies, keys
+    # and the fields that clients send; connections, origins, bodies, keys; a core of several
+    # frontends that is started again, prompts whose encoding can be ended
+    "frontend.server": 5800,
     # 5,000, and shares of ranks, pieces of tensors, mixtures of experts, a step's second half, and
     # the native decoder of CPUs
     "worker": 5800,

@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanovllm.checkpoint.weight_files import (
@@ -36,39 +36,44 @@ TOKENIZER_FILES = [
 ]
 VOCABULARY_FILES = ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"]
 NUM_NAMES_SHOWN = 12
-REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:(?P<mark>[:/])(?P<choice>.+))?")
+REFERENCE = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?:(?P<mark>[:/])(?P<choice>[^@]+))?(?:@(?P<revision>[\w./-]+))?"
+)
 
 
 @dataclass(frozen=True)
 class HubReference:
-    """A repository, and of its GGUF files perhaps one, by its path or its quantization."""
+    """A repository at a revision, and of its GGUF files perhaps one, by path or quantization."""
 
     repo: str
     file: str | None = None
     quantization: str | None = None
+    revision: str | None = None
 
     @property
     def names_gguf(self) -> bool:
         return self.file is not None or self.quantization is not None
 
     def __str__(self) -> str:
-        if self.file is not None:
-            return f"{self.repo}/{self.file}"
-        return self.repo if self.quantization is None else f"{self.repo}:{self.quantization}"
+        file = "" if self.file is None else f"/{self.file}"
+        quantization = "" if self.quantization is None else f":{self.quantization}"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{file}{quantization}{revision}"
 
 
 def parse(name: str) -> HubReference | None:
-    """`org/name`, `org/name:Q4_K_M`, `org/name:FILE.gguf` or `org/name/FILE.gguf`."""
+    """`org/name`, `org/name:Q4_K_M`, `org/name:FILE.gguf` or `org/name/FILE.gguf`; with
+    `@REVISION` (a branch, a tag or a commit) behind it."""
     match = REFERENCE.fullmatch(name)
     if match is None or name.startswith("."):
         return None
-    choice = match["choice"]
+    choice, whole = match["choice"], HubReference(match["repo"], revision=match["revision"])
     if choice is None:
-        return None if match["repo"].endswith(".gguf") else HubReference(match["repo"])
+        return None if match["repo"].endswith(".gguf") else whole
     if choice.endswith(".gguf"):
-        return HubReference(match["repo"], file=choice)
+        return replace(whole, file=choice)
     if match["mark"] == ":" and "/" not in choice:
-        return HubReference(match["repo"], quantization=choice)
+        return replace(whole, quantization=choice)
     return None
 
 
@@ -82,12 +87,12 @@ def fetch_model(reference: HubReference, *, weights: bool) -> Path:
         return _fetch_gguf(reference)
     small = [*CONFIG_FILES, *TOKENIZER_FILES]
     if not weights:
-        path = _snapshot(reference.repo, small, is_whole=_has_config)
+        path = _snapshot(reference, small, is_whole=_has_config)
         return path if _has_config(path) else _fetch_only_gguf(reference)
-    path = _snapshot(reference.repo, [*small, SINGLE, SHARD_PATTERN], is_whole=_has_weights)
+    path = _snapshot(reference, [*small, SINGLE, SHARD_PATTERN], is_whole=_has_weights)
     if not _has_weights(path) and (path / INDEX).is_file():  # it names them otherwise
         names = {file.name for file in (indexed_files(path) or {}).values()}
-        path = _snapshot(reference.repo, sorted(names), is_whole=_has_weights)
+        path = _snapshot(reference, sorted(names), is_whole=_has_weights)
     return path if _has_weights(path) else _fetch_only_gguf(reference)
 
 
@@ -95,7 +100,7 @@ def fetch_tokenizer(reference: HubReference) -> Path:
     """A directory with a tokenizer's files and no weights, or the GGUF file that has it inside."""
     if reference.names_gguf:
         return _fetch_gguf(reference)
-    path = _snapshot(reference.repo, TOKENIZER_FILES, is_whole=_has_vocabulary)
+    path = _snapshot(reference, TOKENIZER_FILES, is_whole=_has_vocabulary)
     return path if _has_vocabulary(path) else _fetch_only_gguf(reference)
 
 
@@ -120,14 +125,14 @@ def _fetch_gguf(reference: HubReference) -> Path:
     if reference.file is not None:
         names = part_names(reference.file)
         path = _snapshot(
-            reference.repo, names, is_whole=lambda path: all((path / n).is_file() for n in names)
+            reference, names, is_whole=lambda path: all((path / n).is_file() for n in names)
         )
         found = [reference.file] if (path / reference.file).is_file() else []
     else:
         kind = re.escape(reference.quantization or "")
         wanted = re.compile(rf"(.*[-._/])?{kind}(-\d{{5}}-of-\d{{5}})?\.gguf", re.IGNORECASE)
         path = _snapshot(
-            reference.repo,
+            reference,
             _patterns(reference.quantization or ""),
             is_whole=lambda path: bool(_ggufs(path, wanted)),
         )
@@ -139,22 +144,22 @@ def _fetch_gguf(reference: HubReference) -> Path:
             f"model: {reference} is {len(found)} files of {reference.repo} "
             f"({', '.join(found)}): name one as {reference.repo}/FILE.gguf"
         )
-    raise ValueError(f"model: there is no {reference}: {_offer(reference.repo)}")
+    raise ValueError(f"model: there is no {reference}: {_offer(reference)}")
 
 
 def _fetch_only_gguf(reference: HubReference) -> Path:
     """The file of a repository with nothing but one GGUF model."""
-    models = gguf_models(_names(reference.repo))
+    models = gguf_models(_names(reference))
     if len(models) == 1:
-        return _fetch_gguf(HubReference(reference.repo, file=models[0]))
+        return _fetch_gguf(replace(reference, file=models[0]))
     raise ValueError(
-        f"model: {reference.repo!r} has no {SINGLE} or shards of it: {_offer(reference.repo)}"
+        f"model: {reference.repo!r} has no {SINGLE} or shards of it: {_offer(reference)}"
     )
 
 
-def _offer(repo: str) -> str:
+def _offer(reference: HubReference) -> str:
     """What else a user may name, for an error's text."""
-    models = gguf_models(_names(repo))
+    repo, models = reference.repo, gguf_models(_names(reference))
     if not models:
         return "name a repository with safetensors or GGUF files, or a local directory"
     more = " …" if len(models) > NUM_NAMES_SHOWN else ""
@@ -164,12 +169,12 @@ def _offer(repo: str) -> str:
     )
 
 
-def _names(repo: str) -> list[str]:
+def _names(reference: HubReference) -> list[str]:
     """The names of a repository's files; none where the hub is out of reach."""
     from huggingface_hub import list_repo_files
 
     try:
-        return list(list_repo_files(repo))
+        return list(list_repo_files(reference.repo, revision=reference.revision))
     except (OSError, ValueError):
         return []
 
@@ -190,7 +195,9 @@ def _patterns(quantization: str) -> list[str]:
     ]
 
 
-def _snapshot(repo: str, patterns: list[str], *, is_whole: Callable[[Path], bool]) -> Path:
+def _snapshot(
+    reference: HubReference, patterns: list[str], *, is_whole: Callable[[Path], bool]
+) -> Path:
     """The local snapshot; asks the network only if it `is_whole` not."""
     from huggingface_hub import snapshot_download
 
@@ -198,7 +205,12 @@ def _snapshot(repo: str, patterns: list[str], *, is_whole: Callable[[Path], bool
     for local_files_only in (True, False):
         try:
             path = Path(
-                snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only)
+                snapshot_download(
+                    reference.repo,
+                    revision=reference.revision,
+                    allow_patterns=patterns,
+                    local_files_only=local_files_only,
+                )
             )
         except (OSError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -207,6 +219,6 @@ def _snapshot(repo: str, patterns: list[str], *, is_whole: Callable[[Path], bool
         if is_whole(path) or not local_files_only:
             return path
     raise ValueError(
-        f"model: {repo!r} is no local path and could not be fetched from Hugging Face "
+        f"model: {str(reference)!r} is no local path and could not be fetched from Hugging Face "
         f"({reason}): check the id and the network, or name a local directory"
     )

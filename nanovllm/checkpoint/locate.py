@@ -104,6 +104,9 @@ def locate(
         return Checkpoint(fetch(model, on_progress=on_progress), "gguf")
     if (reference := hub.parse(model)) is not None:
         return _found(hub.fetch_model(reference, weights=weights))
+    name, mark, revision = model.rpartition("@")
+    if mark and (name in ALIASES or Path(name).expanduser().exists()):
+        raise ValueError(f"revision: {name} has none, so not {revision!r} either: leave it out")
     if "/" in model or path.suffix == ".gguf":
         raise ValueError(f"model: there is no such file or directory: {model}")
     raise ValueError(unknown_name("model", model, list(ALIASES)))

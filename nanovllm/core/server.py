@@ -382,7 +382,7 @@ class CoreServer:
         return Welcome(
             client_id=client.client_id,
             epoch=self._epoch,
-            model=model.tokenizer or model.model,
+            model=model.tokenizer_source,
             served_model_name=model.served_names[0],
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,

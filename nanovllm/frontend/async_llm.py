@@ -117,11 +117,12 @@ class AsyncLLM:
         if self._session is not None:
             raise RuntimeError("this engine has been started before: make a new one")
         model = self.config.model
-        tokenizer = model.tokenizer or (None if model.load_format == "synthetic" else model.model)
+        has_own = model.tokenizer is not None or model.load_format != "synthetic"
+        tokenizer = model.tokenizer_source if has_own else None
         try:
             if model.load_format not in ("dummy", "synthetic"):
                 # Fetch it here, where the user sees the progress.
-                await asyncio.to_thread(locate, model.model, on_progress=self._thread_progress())
+                await asyncio.to_thread(locate, model.source, on_progress=self._thread_progress())
             self._handle = start_core(self.config)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._greet(self._handle.address))
@@ -143,6 +144,8 @@ class AsyncLLM:
         """`close`, but for the blocking end of an owned core: the caller closes its handle."""
         if self._session is not None:
             await self._session.line.close()
+        if self._tokenizer is not None:
+            self._tokenizer.long_texts.close()
         handle, self._handle = self._handle, None
         return handle
 

@@ -7,6 +7,7 @@ Owns the vocabulary. `AsyncLLM` calls it; the detokenizers read its pieces. What
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from nanovllm.checkpoint import tokenizer_files
 from nanovllm.checkpoint.locate import locate_tokenizer
 from nanovllm.checkpoint.tokenizer_files import DEFAULT_TEMPLATE
 from nanovllm.frontend.chat_template import ChatTemplate, Message
+from nanovllm.frontend.encoding_process import LongTexts
 
 TOOL_TEMPLATE = "tool_use"  # the name of the template for conversations with tools, if there is one
 
@@ -95,6 +97,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.byte_level = isinstance(fast.decoder, decoders.ByteLevel)
         self.piece_spelling = None if fast.decoder is None else _piece_spelling(fast.decoder)
+        self.long_texts = LongTexts(self.to_json)
 
     @classmethod
     def load(cls, name: str) -> "Tokenizer":
@@ -142,6 +145,16 @@ class Tokenizer:
         """
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
+
+    @cached_property
+    def most_chars(self) -> int | None:
+        """Of a text that one token can stand for; None where that is not known, since texts are
+        changed before they are cut into tokens, or tokens take the white space around them."""
+        added = self._fast.get_added_tokens_decoder().values()
+        strips = any(token.lstrip or token.rstrip for token in added)
+        if strips or not self.spells_bytes or self._fast.normalizer is not None:
+            return None
+        return max(map(len, self._fast.get_vocab()))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Of each text, without special tokens; other threads may run meanwhile."""

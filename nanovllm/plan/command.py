@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
 
 def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> MemoryPlan:
     """The plan of `config` on `machine`. Raises `ValueError` naming field and remedy."""
-    checkpoint = locate(config.model.model, weights=False)
+    checkpoint = locate(config.model.source, weights=False)
     size = read_model_size(checkpoint)
     spec = size.spec
     max_model_len = config.model.choose_max_model_len(spec.max_position_embeddings)

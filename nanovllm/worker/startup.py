@@ -167,9 +167,10 @@ class Startup:
         """What will be loaded and by what it will run; nothing is on the device yet."""
         wanted, device = self._config.model, self.device
         with self.phase("locate"):
-            checkpoint = locate(wanted.model, on_progress=self._on_progress)
+            checkpoint = locate(wanted.source, on_progress=self._on_progress)
             size = read_model_size(checkpoint)
-            ends = find_ends(checkpoint, wanted.tokenizer, vocab_size=size.spec.vocab_size)
+            other = None if wanted.tokenizer is None else wanted.tokenizer_source
+            ends = find_ends(checkpoint, other, vocab_size=size.spec.vocab_size)
         max_model_len = wanted.choose_max_model_len(size.spec.max_position_embeddings)
         spec = replace(size.spec, max_position_embeddings=max_model_len)
         scheme = choose_scheme(wanted.quantization, checkpoint.config())

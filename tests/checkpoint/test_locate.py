@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from nanovllm.checkpoint.gguf import GGUFFile
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.weight_files import weight_files
+from nanovllm.config import EngineConfig
 from tests.checkpoint.gguf_writing import QuantizationType, values, write_gguf
 
 
@@ -261,7 +263,14 @@ class Hub:
         self.local, self.remote = local, remote
         self.num_downloads = 0
 
-    def __call__(self, model: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+    def __call__(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        local_files_only: bool,
+    ) -> str:
         self.num_downloads += not local_files_only
         found = self.local if local_files_only else self.remote
         if isinstance(found, Exception):
@@ -313,8 +322,18 @@ class Repository:
         self.cache, self.files = cache, files
         self.is_online = True
         self.num_requests = 0
+        self.revisions: set[str | None] = set()
 
-    def snapshot(self, model: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        local_files_only: bool,
+    ) -> str:
+        assert model == "org/name"
+        self.revisions.add(revision)
         if local_files_only and not self.cache.exists():
             raise FileNotFoundError("not cached")
         if not local_files_only:
@@ -328,7 +347,8 @@ class Repository:
                     path.write_text(content)
         return str(self.cache)
 
-    def names(self, model: str) -> list[str]:
+    def names(self, model: str, *, revision: str | None) -> list[str]:
+        self.revisions.add(revision)
         if not self.is_online:
             raise ConnectionError("no route")
         return list(self.files)
@@ -386,6 +406,39 @@ def test_a_tokenizer_brings_no_weights_and_needs_no_config(publish: Publish) -> 
     assert repository.fetched() == set(TOKENIZER)
     repository.is_online = False
     assert locate_tokenizer("org/name") == repository.cache
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "0123abc"])
+@pytest.mark.parametrize("choice", ["", ":Q4_K_M", "/M-Q4_K_S.gguf"])
+def test_all_that_is_asked_of_the_hub_is_of_one_revision(
+    publish: Publish, revision: str, choice: str
+) -> None:
+    for files in (GGUFS, {"config.json": "{}", "model.safetensors": ""}, {"a.gguf": ""}):
+        repository = publish(files)
+        with suppress(ValueError):  # not every choice is in every repository
+            locate(f"org/name{choice}@{revision}")
+        with suppress(ValueError):
+            locate_tokenizer(f"org/name{choice}@{revision}")
+        assert repository.revisions == {revision}
+
+
+def test_what_lies_here_has_no_revision(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "smollm2"):
+        with pytest.raises(ValueError, match=r"revision: .* has none"):
+            locate(f"{name}@main")
+
+
+def test_names_with_their_revisions() -> None:
+    model = EngineConfig.from_kwargs(model="o/n:Q8_0", revision="r").model
+    assert model.source == model.tokenizer_source == "o/n:Q8_0@r"
+    model = EngineConfig.from_kwargs(model="o/n", tokenizer="o/t", revision="r").model
+    assert (model.source, model.tokenizer_source) == ("o/n@r", "o/t")
+    model = EngineConfig.from_kwargs(tokenizer="o/t", tokenizer_revision="s").model
+    assert (model.source, model.tokenizer_source) == ("smollm2", "o/t@s")
+    with pytest.raises(ValueError, match=r"^tokenizer_revision: .*set revision"):
+        EngineConfig.from_kwargs(model="o/n", tokenizer_revision="s")
+    with pytest.raises(ValueError, match="revision"):
+        EngineConfig.from_kwargs(model="o/n", revision="a b")
 
 
 def test_a_plan_brings_no_weights(publish: Publish) -> None:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import ChatBody
-from nanovllm.frontend.server.endpoint import generated, options_of, usage_of
+from nanovllm.frontend.server.endpoint import generated, most_tokens, options_of, usage_of
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.prompts import chat_prompt, truncated
 from nanovllm.frontend.server.reasoning import CLOSE
@@ -61,7 +61,8 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
         raise refused("messages", "text needs a tokenizer, and there is none")
     if body.tools and serving.reply_format.tools is None and body.tool_choice in (None, "auto"):
         raise refused("tools", "unknown how this model writes calls: set --tool-call-parser")
-    prompt, form = await chat_prompt(tokenizer, body), serving.reply_format
+    prompt = await chat_prompt(tokenizer, body, most_tokens(serving, body))
+    form = serving.reply_format
     thinks_first = form.thinks_first(prompt.text or "")
     constraint = constraint_of(body, after=CLOSE if thinks_first else None)
     params = chat_params(body, constraint)

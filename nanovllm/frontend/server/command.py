@@ -126,7 +126,7 @@ async def _core(
         return
     config = EngineConfig.from_kwargs(**engine_fields)
     if config.model.load_format not in ("dummy", "synthetic"):
-        await asyncio.to_thread(locate, config.model.model)
+        await asyncio.to_thread(locate, config.model.source)
     async with own_core(config) as line:
         yield line.address, line
 

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import CompletionBody
-from nanovllm.frontend.server.endpoint import blaming, generated, options_of, usage_of
+from nanovllm.frontend.server.endpoint import blaming, generated, most_tokens, options_of, usage_of
 from nanovllm.frontend.server.logprobs import (
     TextOffsets,
     TokenEntry,
@@ -58,7 +58,8 @@ async def _prepare(
     texts: list[str | None] = []
     generations: dict[int, Generation] = {}
     refusals: dict[int, ApiError] = {}
-    for index, prompt in enumerate(await text_prompts(tokenizer, body)):
+    most = most_tokens(serving, body)
+    for index, prompt in enumerate(await text_prompts(tokenizer, body, most)):
         own = options._replace(request_id=f"{options.request_id}-{index}")
         try:
             with blaming(body):

@@ -22,7 +22,7 @@ from nanovllm.frontend.server.api_keys import CALLER
 from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
-from nanovllm.frontend.server.responses import EventStream, Whole
+from nanovllm.frontend.server.responses import EventStream, Whole, until_disconnect
 from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
 from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
@@ -124,14 +124,25 @@ async def generated(
     body = await read(request, kind)
     serving.check_model(body.model)
     serving.callers.apply(body, request.scope["state"][CALLER])
-    with blaming(body):
-        if body.bad_words:  # encoded once for all prompts, and not while streams wait
-            encode = partial(serving.llm.encode_bad_words, tuple(body.bad_words))
-            await aside_if_long(encode, sum(map(len, body.bad_words)))
-        answer = await prepare(serving, body, request.headers)
+    answer: Answer | None = None
+    async with until_disconnect(request.receive):  # who leaves has nothing more made for him
+        with blaming(body):
+            if body.bad_words:  # encoded once for all prompts, and not while streams wait
+                encode = partial(serving.llm.encode_bad_words, tuple(body.bad_words))
+                await aside_if_long(encode, sum(map(len, body.bad_words)))
+            answer = await prepare(serving, body, request.headers)
+    if answer is None:
+        return Response()  # to nobody
     if body.stream:
         return EventStream(serving, answer.events())
     return Whole(serving, answer.whole)
+
+
+def most_tokens(serving: Serving, body: GenerationBody) -> int | None:
+    """Of a prompt; None if it may be longer, since it will be cut."""
+    if body.truncate_prompt_tokens is not None:
+        return None
+    return serving.llm.info.worker.max_model_len
 
 
 def options_of(

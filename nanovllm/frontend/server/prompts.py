@@ -8,7 +8,7 @@ are encoded together.
 import asyncio
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from nanovllm.frontend.chat_template import RESERVED, Message
@@ -25,9 +25,8 @@ from nanovllm.frontend.server.tool_prompt import with_tools
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.limits import MAX_OUTPUTS, MAX_PROMPT_CHARS, MAX_PROMPTS, check_count
 
-MAX_AT_ONCE = 1 << 18  # characters of a text that is encoded beside others; longer ones queue
+MAX_AT_ONCE = 1 << 16  # characters; more take long, and are encoded where that can be ended
 LONG_TEXT = 768  # characters; up to 0.3 ms to encode, where a thread costs 0.05
-LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 TEXT_TYPES = ("text", "input_text", "output_text")
 INSTEAD = {
     "audio": "this model reads text only",
@@ -47,56 +46,86 @@ class ServedPrompt(NamedTuple):
     token_ids: list[int]
 
 
-async def chat_prompt(tokenizer: Tokenizer, body: ChatBody | TokenizeBody) -> ServedPrompt:
-    """Render the conversation and encode it; the template writes special tokens itself."""
+async def chat_prompt(
+    tokenizer: Tokenizer, body: ChatBody | TokenizeBody, most_tokens: int | None = None
+) -> ServedPrompt:
+    """Render the conversation and encode it; the template writes special tokens itself.
+
+    most_tokens: that a model takes, if a longer prompt is of no use.
+    """
     messages, variables = template_input(tokenizer, body)
 
-    def make() -> ServedPrompt:
-        if body.continue_final_message:
-            *others, last = messages
-            text = tokenizer.apply_chat_template([*others, _marked(last)], **variables)
-            text = _open_ended(text, last)
-        else:
-            text = tokenizer.apply_chat_template(messages, **variables)
-        add = bool(body.add_special_tokens)
-        return ServedPrompt(text, tokenizer.encode(text, add_special_tokens=add))
+    def render() -> str:
+        if not body.continue_final_message:
+            return tokenizer.apply_chat_template(messages, **variables)
+        *others, last = messages
+        text = tokenizer.apply_chat_template([*others, _marked(last)], **variables)
+        return _open_ended(text, last)
 
     size = sum(len(str(message.get("content", ""))) for message in messages)
     check_count("messages", size, MAX_PROMPT_CHARS, "characters")
     # Always aside: a template may take as long as it is let.
-    return await aside_if_long(make, max(size, LONG_TEXT))
+    text = await aside_if_long(render, LONG_TEXT)
+    add = bool(body.add_special_tokens)
+    if (refusal := _refusal_of_length(tokenizer, text, most_tokens)) is not None:
+        raise refusal
+    return ServedPrompt(text, await plain_prompt(tokenizer, text, add_special_tokens=add))
 
 
 async def text_prompts(
-    tokenizer: Tokenizer | None, body: CompletionBody
+    tokenizer: Tokenizer | None, body: CompletionBody, most_tokens: int | None = None
 ) -> list[ServedPrompt | ApiError]:
-    """One per prompt of the batch, or what is wrong with it."""
+    """One per prompt of the batch, or what is wrong with it. Who leaves has no more encoded."""
     add = body.add_special_tokens is not False
 
-    def make(content: str | list[int]) -> ServedPrompt | ApiError:
+    async def made(content: str | list[int]) -> ServedPrompt | ApiError:
         if isinstance(content, list):
             return ServedPrompt(None, content)
         if tokenizer is None:
             return refused("prompt", "text needs a tokenizer, and there is none: send token ids")
         if not content:
             return refused("prompt", "is empty: send at least one character")
-        return ServedPrompt(content, tokenizer.encode(content, add_special_tokens=add))
+        if (refusal := _refusal_of_length(tokenizer, content, most_tokens)) is not None:
+            return refusal
+        # Many short ones would hold up the loop as one long one does.
+        size = len(content) if is_short else max(len(content), LONG_TEXT)
+        ids = await _encoded(tokenizer, content, size, add_special_tokens=add)
+        return ServedPrompt(content, ids)
 
     contents = _batch(body.prompt)
     num_outputs = len(contents) * (body.n or 1)
     check_count("prompt", num_outputs, MAX_OUTPUTS, "prompts times n")
     size = sum(len(content) for content in contents if isinstance(content, str))
     check_count("prompt", size, MAX_PROMPT_CHARS, "characters")
-    return await aside_if_long(lambda: [make(content) for content in contents], size)
+    is_short = size < LONG_TEXT
+    return [await made(content) for content in contents]
 
 
 async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     """The token ids of a text, which may be empty."""
+    return await _encoded(tokenizer, text, len(text), add_special_tokens=add_special_tokens)
 
-    def make() -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    return await aside_if_long(make, len(text))
+def _refusal_of_length(tokenizer: Tokenizer, text: str, most_tokens: int | None) -> ApiError | None:
+    """What is too long for any model like this one is not encoded first."""
+    if most_tokens is None or tokenizer.most_chars is None:
+        return None
+    least = -(-len(text) // tokenizer.most_chars)
+    if least <= most_tokens:
+        return None
+    message = (
+        f"prompt: it has at least {least} tokens, but max_model_len is {most_tokens}: shorten it"
+    )
+    return ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+
+async def _encoded(
+    tokenizer: Tokenizer, text: str, size: int, *, add_special_tokens: bool
+) -> list[int]:
+    if size > MAX_AT_ONCE:
+        return await tokenizer.long_texts.encode(text, add_special_tokens=add_special_tokens)
+    encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return await aside_if_long(encode, size)
 
 
 def truncated(prompt: ServedPrompt, limit: int | None) -> ServedPrompt:
@@ -149,12 +178,10 @@ def _batch(prompt: str | list[Any]) -> list[Any]:
 
 
 async def aside_if_long(make: Callable[[], T], num_characters: int) -> T:
-    """In a thread unless it is short. The longest, which take seconds and much memory, one by one:
-    then they take neither all threads nor all memory."""
+    """In a thread unless it is short."""
     if num_characters < LONG_TEXT:
         return make()
-    pool = LONG_TEXTS if num_characters > MAX_AT_ONCE else None
-    return await asyncio.get_running_loop().run_in_executor(pool, make)
+    return await asyncio.to_thread(make)
 
 
 def _template_fields(body: ChatBody, source: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Whole(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response | None = None
-        async with _until_disconnect(receive):
+        async with until_disconnect(receive):
             try:
                 with self._serving.admission():
                     response = JsonAnswer(await self._work())
@@ -62,7 +62,7 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _until_disconnect(receive), contextlib.aclosing(self._events) as events:
+        async with until_disconnect(receive), contextlib.aclosing(self._events) as events:
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(self._serving.admission())
@@ -121,7 +121,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 @contextlib.asynccontextmanager
-async def _until_disconnect(receive: Receive) -> AsyncIterator[None]:
+async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
     """Cancel what runs inside when the client leaves; that ends here, without an error."""
     task = asyncio.current_task()
     assert task is not None

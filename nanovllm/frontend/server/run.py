@@ -40,7 +40,7 @@ USAGE_ERROR = 2
 READY_LINE = "ready"
 # What a frontend without a core of its own reads of an engine's settings.
 SUPERVISION_FIELDS = frozenset(SupervisionConfig.__struct_fields__)
-TOKENIZER_FIELDS = frozenset({"tokenizer", "skip_tokenizer_init"})
+TOKENIZER_FIELDS = frozenset({"tokenizer", "tokenizer_revision", "skip_tokenizer_init"})
 
 
 class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,8 +57,14 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
         """fields: keywords of `EngineConfig`; those that only the core reads are left to it."""
         supervision = {name: value for name, value in fields.items() if name in SUPERVISION_FIELDS}
         own = {name: value for name, value in fields.items() if name in TOKENIZER_FIELDS}
-        supervised = EngineConfig.from_kwargs(**supervision).supervision
-        return cls(settings=settings, address=address, supervision=supervised, **own)
+        config = EngineConfig.from_kwargs(**supervision, **own)
+        return cls(
+            settings=settings,
+            address=address,
+            tokenizer=None if config.model.tokenizer is None else config.model.tokenizer_source,
+            skip_tokenizer_init=config.model.skip_tokenizer_init,
+            supervision=config.supervision,
+        )
 
     async def open_llm(self, on_progress: ProgressCallback) -> AsyncLLM:
         return await AsyncLLM.connect(

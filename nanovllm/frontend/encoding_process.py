@@ -1,0 +1,116 @@
+"""The process in which long texts are encoded: the tokenizer's native code cannot be interrupted.
+
+`LongTexts` starts it, and kills it if nobody waits for the ids any more. Its standard input is a
+socket: first comes the tokenizer as JSON, then a text at a time; each is answered. Frames are those
+of `template_process`.
+"""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+
+import msgspec
+from tokenizers import Tokenizer as FastTokenizer
+
+from nanovllm.frontend.template_process import receive, send
+
+PROGRAM = (sys.executable, "-m", "nanovllm.frontend.encoding_process")
+TIMEOUT_S = 120.0  # the longest text that a server takes needs some seconds
+
+
+class LongText(msgspec.Struct, frozen=True, array_like=True):
+    """What is to be encoded; answered by the list of its ids."""
+
+    text: str
+    add_special_tokens: bool
+
+
+class LongTexts:
+    """Encodes them one at a time, so that they take neither all threads nor all memory.
+
+    make_json: of the tokenizer. The process starts with the first text.
+    """
+
+    def __init__(self, make_json: Callable[[], str]) -> None:
+        self._make_json = make_json
+        self._turn = asyncio.Lock()
+        self._encoder: _Encoder | None = None
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Its ids. Cancelled, the encoding ends as well. `ValueError`: it takes too long."""
+        async with self._turn:
+            try:
+                if self._encoder is None:
+                    self._encoder = await asyncio.to_thread(_Encoder, self._make_json)
+                return await asyncio.to_thread(
+                    self._encoder.encode, LongText(text, add_special_tokens)
+                )
+            except BaseException:
+                self.close()  # which also ends the thread's waiting
+                raise
+
+    def close(self) -> None:
+        """End the process, if there is one; the next text starts another."""
+        if self._encoder is not None:
+            self._encoder.kill()
+        self._encoder = None
+
+
+class _Encoder:
+    """One process."""
+
+    def __init__(self, make_json: Callable[[], str]) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(TIMEOUT_S)
+        with theirs:
+            self._process = subprocess.Popen(
+                PROGRAM, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+            )
+        self.kill = weakref.finalize(self, _end, self._process, self._channel)
+        send(self._channel, make_json().encode())
+
+    def encode(self, wanted: LongText) -> list[int]:
+        try:
+            send(self._channel, msgspec.msgpack.encode(wanted))
+            answer = receive(self._channel)
+        except OSError:
+            answer = None
+        if answer is None:
+            raise ValueError(f"prompt: encoding it takes more than {TIMEOUT_S:g} s")
+        return msgspec.msgpack.decode(answer, type=list[int])
+
+
+def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)
+    channel.close()
+
+
+def main() -> None:
+    """Serve until the other side closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    channel = socket.socket(fileno=0)
+    with contextlib.suppress(ConnectionError):
+        content = receive(channel)
+        if content is None:
+            return
+        fast = FastTokenizer.from_str(content.decode())
+        while (frame := receive(channel)) is not None:
+            wanted = msgspec.msgpack.decode(frame, type=LongText)
+            (encoding,) = fast.encode_batch_fast(
+                [wanted.text], add_special_tokens=wanted.add_special_tokens
+            )
+            send(channel, msgspec.msgpack.encode(encoding.ids))
+
+
+if __name__ == "__main__":
+    main()
