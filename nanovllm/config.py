@@ -70,6 +70,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(description="let max_model_len go beyond the positions the model was made for"),
     ] = False
     seed: Annotated[int, Meta(description="seed of requests that bring none")] = 0
+    generation_config: Annotated[
+        Literal["auto", "vllm"],
+        Meta(
+            description="where defaults of sampling come from: auto, the checkpoint's "
+            "generation_config.json; vllm, those of SamplingParams alone"
+        ),
+    ] = "auto"
     served_model_name: Annotated[
         Name | Annotated[list[Name], Meta(min_length=1)] | None,
         Meta(

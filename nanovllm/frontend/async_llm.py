@@ -279,6 +279,11 @@ class AsyncLLM:
             return None
         return self._running.request_id_of(number)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of requests that bring none: the model's own (`generation_config`)."""
+        defaults: dict[str, Any] = {**self.info.worker.sampling_defaults}
+        return SamplingParams(**defaults)
+
     # ---- one request in steps, as `LLM` needs it
 
     def prepare(
@@ -289,7 +294,7 @@ class AsyncLLM:
         **options: Unpack[RequestOptions],
     ) -> Request:
         """Check everything and give it a number; nothing is sent yet. Raises `ValueError`."""
-        params = SamplingParams() if params is None else params
+        params = self.get_default_sampling_params() if params is None else params
         check_options(params, request_id, options)
         check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
         if params.seed is None and not params.greedy:

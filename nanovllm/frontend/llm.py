@@ -91,6 +91,10 @@ class LLM:
         """None with skip_tokenizer_init."""
         return self._llm.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of prompts that come without: the model's own (`generation_config`)."""
+        return self._llm.get_default_sampling_params()
+
     def generate(
         self,
         prompts: PromptInput | Sequence[PromptInput],
@@ -143,7 +147,7 @@ class LLM:
     ) -> list[RequestOutput]:
         count = len(prompts)
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self.get_default_sampling_params()
         params = _one_each("sampling_params", sampling_params, count)
         for one in params:
             check_params(one)

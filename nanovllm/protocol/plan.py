@@ -103,6 +103,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts found at start, by whoever owns the device.
 
     `num_blocks` includes block 0, which is reserved for padding and never handed out.
+    `sampling_defaults`: fields of `SamplingParams` as the checkpoint wants them by default.
     `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
     `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
     """
@@ -117,6 +118,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     num_parameters: int = 0
     kv_cache_bytes: int = 0
+    sampling_defaults: dict[str, int | float] = {}
     notes: list[str] = []
     phase_seconds: dict[str, float] = {}
     memory_bytes: dict[str, int] = {}

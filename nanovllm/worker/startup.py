@@ -18,6 +18,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from nanovllm.checkpoint.generation_config import sampling_defaults
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
@@ -234,6 +235,12 @@ class Startup:
     def _info(
         self, choice: Choice, loaded: Loaded, num_blocks: int, notes: list[str]
     ) -> WorkerInfo:
+        defaults: dict[str, int | float] = {}
+        if self._config.model.generation_config == "auto":
+            defaults = sampling_defaults(choice.checkpoint)
+        if defaults:
+            named = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+            notes = [*notes, f"defaults of sampling, by generation_config.json: {named}"]
         return WorkerInfo(
             device=describe(self.device),
             dtype=name_of(loaded.model.dtype),
@@ -245,6 +252,7 @@ class Startup:
             eos_token_ids=choice.eos_token_ids,
             num_parameters=loaded.model.num_parameters,
             kv_cache_bytes=self._memory_bytes["KV cache"],
+            sampling_defaults=defaults,
             notes=notes,
             phase_seconds=self._phase_seconds,
             memory_bytes=self._memory_bytes,

@@ -68,6 +68,17 @@ def fail_for_want_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("tried to allocate more than there is")
 
 
+def test_defaults_of_sampling_are_the_checkpoint_s_unless_refused(model: str) -> None:
+    content = {"temperature": 0.6, "top_k": 20, "eos_token_id": [5, 7]}
+    (Path(model) / "generation_config.json").write_text(json.dumps(content))
+    info = start(model)
+    assert info.sampling_defaults == {"temperature": 0.6, "top_k": 20}
+    assert info.notes[-1].endswith("by generation_config.json: temperature 0.6, top_k 20")
+    without = start(model, generation_config="vllm")
+    assert without.sampling_defaults == {} and without.notes == info.notes[:-1]
+    assert info.eos_token_ids == without.eos_token_ids == [5, 7]
+
+
 def test_info_tells_what_was_found(model: str) -> None:
     info = start(model, max_model_len=40)
     assert (info.device, info.dtype) == ("cpu", "float32")

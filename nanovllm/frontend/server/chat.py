@@ -65,7 +65,7 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
     form = serving.reply_format
     thinks_first = form.thinks_first(prompt.text or "")
     constraint = constraint_of(body, after=CLOSE if thinks_first else None)
-    params = chat_params(body, constraint)
+    params = chat_params(body, constraint, serving.sampling_defaults)
     parsers = [form.make_parser(body, thinks_first=thinks_first) for _ in range(params.n)]
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)

@@ -52,7 +52,7 @@ async def _prepare(
 ) -> "CompletionAnswer":
     """Everything that can be wrong with a request is found here."""
     constraint = constraint_of(body)
-    params = completion_params(body, constraint)
+    params = completion_params(body, constraint, serving.sampling_defaults)
     tokenizer = serving.llm.tokenizer
     options = options_of(body, "cmpl", headers, constraint)
     texts: list[str | None] = []

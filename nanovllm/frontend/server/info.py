@@ -101,6 +101,7 @@ def _card(serving: Serving, name: str) -> ModelCard:
         serving.created,
         root=info.model,
         max_model_len=info.worker.max_model_len,
+        default_sampling_params=info.worker.sampling_defaults,
     )
 
 

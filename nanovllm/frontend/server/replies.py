@@ -199,6 +199,7 @@ class ModelCard(msgspec.Struct):
     created: int
     root: str
     max_model_len: int
+    default_sampling_params: dict[str, int | float]  # where a request leaves a field out
     object: Literal["model"] = "model"
     owned_by: str = "nanovllm"
     parent: None = None

@@ -4,6 +4,7 @@ Called by the completion endpoints. Values are checked by `SamplingParams` itsel
 which of the fields that OpenAI and vLLM know have only one value that means anything.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, refused
@@ -64,6 +65,7 @@ CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "web_search_options": (),
 }
+Defaults = Mapping[str, int | float | None]  # fields of `SamplingParams`, as the model wants them
 
 
 class Constraint(NamedTuple):
@@ -73,7 +75,9 @@ class Constraint(NamedTuple):
     params: StructuredOutputsParams
 
 
-def chat_params(body: ChatBody, constraint: Constraint | None) -> SamplingParams:
+def chat_params(
+    body: ChatBody, constraint: Constraint | None, defaults: Defaults
+) -> SamplingParams:
     """Unless limited, an answer may be as long as the model's context allows."""
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if body.max_tokens not in (None, limit):
@@ -83,10 +87,13 @@ def chat_params(body: ChatBody, constraint: Constraint | None) -> SamplingParams
         logprobs = body.top_logprobs or 0
     elif body.top_logprobs:
         raise refused("top_logprobs", "needs logprobs=true")
-    return _params(body, constraint, max_tokens=limit, logprobs=logprobs)
+    given: dict[str, Any] = {} if limit is None else {"max_tokens": limit}
+    return _params(body, constraint, {"max_tokens": None, **defaults}, logprobs=logprobs, **given)
 
 
-def completion_params(body: CompletionBody, constraint: Constraint | None) -> SamplingParams:
+def completion_params(
+    body: CompletionBody, constraint: Constraint | None, defaults: Defaults
+) -> SamplingParams:
     """max_tokens 0 (to score a prompt with echo) generates one token that is not shown."""
     limit = body.max_tokens
     if body.best_of not in (None, body.n or 1):
@@ -98,7 +105,7 @@ def completion_params(body: CompletionBody, constraint: Constraint | None) -> Sa
         if body.prompt_logprobs is not None and body.prompt_logprobs != body.logprobs:
             raise refused("prompt_logprobs", "must equal logprobs if echo=true")
         more["prompt_logprobs"] = body.logprobs
-    return _params(body, constraint, logprobs=body.logprobs, **more)
+    return _params(body, constraint, defaults, logprobs=body.logprobs, **more)
 
 
 def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constraint | None:
@@ -133,7 +140,9 @@ def called_tools(body: ChatBody) -> str | None:
     return choice.function.name if isinstance(choice, NamedTool) else "required"
 
 
-def _params(body: GenerationBody, constraint: Constraint | None, **given: Any) -> SamplingParams:
+def _params(
+    body: GenerationBody, constraint: Constraint | None, defaults: Defaults, **given: Any
+) -> SamplingParams:
     _check_neutral(body)
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options", "needs stream=true")
@@ -145,7 +154,8 @@ def _params(body: GenerationBody, constraint: Constraint | None, **given: Any) -
             given.setdefault(name, value)
     if constraint is not None:
         given["structured_outputs"] = constraint.params
-    return SamplingParams(output_kind="delta" if body.stream else "final_only", **given)
+    given["output_kind"] = "delta" if body.stream else "final_only"
+    return SamplingParams(**{**defaults, **given})
 
 
 def _check_neutral(body: GenerationBody) -> None:

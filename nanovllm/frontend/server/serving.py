@@ -157,6 +157,11 @@ class Serving:
         return [self.model_name, *self.llm.info.other_served_names]
 
     @property
+    def sampling_defaults(self) -> dict[str, int | float]:
+        """Of fields that requests leave out, as the model wants them."""
+        return self.llm.info.worker.sampling_defaults
+
+    @property
     def engine_view(self) -> EngineView | None:
         """How much of the engine may be looked at; None: nothing."""
         return self.settings.shown_view

@@ -9,9 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.frontend.server import serving as serving_module
-from nanovllm.protocol.messages import Hello, ToCore
+from nanovllm.protocol.messages import AddRequest, Hello, ToCore
 from tests.frontend.attached import says
-from tests.frontend.fake_core import STATUS, WELCOME
+from tests.frontend.fake_core import INFO, STATUS, WELCOME
 from tests.frontend.server.served import Served, error_of, listening, served
 
 BUSY = msgspec.structs.replace(
@@ -58,6 +58,31 @@ async def test_every_served_name_is_listed_and_answers_give_the_first(address: s
             assert tokens.status_code == 200
         error = error_of(await server.chat(model="other"))
         assert error["code"] == "model_not_found" and "'fake' and 'alias'" in error["message"]
+
+
+DEFAULTS: dict[str, int | float] = {"temperature": 0.6, "top_k": 20, "max_tokens": 7}
+WISHFUL = msgspec.structs.replace(
+    WELCOME, worker=msgspec.structs.replace(INFO, sampling_defaults=DEFAULTS)
+)
+
+
+def wishful(message: ToCore) -> Any:
+    return [WISHFUL] if isinstance(message, Hello) else says("x")(message)
+
+
+async def test_the_model_s_own_defaults_hold_where_a_request_says_nothing(address: str) -> None:
+    async with served(address, wishful) as server:
+        (card,) = (await server.client.get("/v1/models")).json()["data"]
+        assert card["default_sampling_params"] == DEFAULTS
+        for index, answer in enumerate((server.chat, server.complete)):
+            await answer()
+            plain = server.core.wait_for(AddRequest, 2 * index + 1).params
+            assert (plain.temperature, plain.top_k, plain.max_tokens) == (0.6, 20, 7)
+            await answer(temperature=0.0, top_k=0, max_tokens=3)
+            own = server.core.wait_for(AddRequest, 2 * index + 2).params
+            assert (own.temperature, own.top_k, own.max_tokens) == (0.0, 0, 3)
+        defaults = server.serving.llm.get_default_sampling_params()
+        assert (defaults.temperature, defaults.top_k, defaults.max_tokens) == (0.6, 20, 7)
 
 
 async def test_the_model_is_listed(address: str) -> None:
