@@ -207,6 +207,17 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_steps: int
 
 
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The devices that run one model between them."""
+
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, le=64, description="ranks that share every layer, each a process")
+    ] = 1
+    compare_ranks: Annotated[
+        bool, Meta(description="for debugging: end the engine if two ranks pick different ids")
+    ] = False
+
+
 class SyntheticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The model that load_format="synthetic" stands for: it loads everything but a device."""
 
@@ -272,6 +283,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     grammar: GrammarConfig = GrammarConfig()
@@ -298,6 +310,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "parallel": ParallelConfig,
     "synthetic": SyntheticConfig,
     "supervision": SupervisionConfig,
     "grammar": GrammarConfig,

@@ -26,6 +26,7 @@ from nanovllm.replay.recorder import Recorder
 from nanovllm.watch.observer import Observer
 
 EXECUTORS = {
+    "group": "nanovllm.executor.group:GroupExecutor",
     "inline": "nanovllm.executor.inline:InlineExecutor",
     "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
 }
@@ -34,6 +35,8 @@ EXECUTORS = {
 def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
     """The executor this configuration asks for."""
     kind = "synthetic" if config.model.load_format == "synthetic" else "inline"
+    if config.parallel.tensor_parallel_size > 1:
+        kind = "group"
     module, _, name = EXECUTORS[kind].partition(":")
     executor: Executor = getattr(import_module(module), name)(config, on_progress)
     return executor

@@ -152,6 +152,11 @@ class SyntheticStep:
         self.sampled: StepResult | None = None  # after its second half
         self._due = due
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its time has passed."""
+        return time.monotonic() >= self._due
+
     def result(self) -> StepResult:
         assert self.sampled is not None
         remaining = self._due - time.monotonic()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import bytes_per_linear_weight, choose_scheme
 from nanovllm.config import EngineConfig, unknown_name
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
@@ -41,8 +42,9 @@ GPUS = {
 def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Print the plan; returns the exit code, 1 if the model does not fit."""
     config = EngineConfig.from_kwargs(**settings)
+    num_ranks = config.parallel.tensor_parallel_size
     machine = choose_machine(config, gpu=arguments.gpu, gpu_memory=arguments.gpu_memory)
-    plan = make_plan(config, machine)
+    plan = make_plan(config, machine, num_ranks=num_ranks)
     print_plan(plan, Console())
     return 0 if plan.fits else 1
 
@@ -52,6 +54,7 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     checkpoint = locate(config.model.source, weights=False)
     size = read_model_size(checkpoint)
     spec = size.spec
+    check_num_ranks(spec, num_ranks)
     max_model_len = config.model.choose_max_model_len(spec.max_position_embeddings)
     scheme = choose_scheme(config.model.quantization, checkpoint.config())
     dtype, _ = dtype_for(
@@ -101,9 +104,10 @@ def choose_machine(config: EngineConfig, *, gpu: str | None, gpu_memory: float |
 def print_plan(plan: MemoryPlan, console: Console) -> None:
     """Tables of what goes where and of what fits; in words what would do if it does not fit."""
     size, machine = plan.size, plan.machine
+    where = f"each of {plan.num_ranks} ranks, " if plan.num_ranks > 1 else ""
     console.print(
         f"{plan.spec.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
-        f"(by {size.source}), {plan.precision.dtype}, on {machine.name} "
+        f"(by {size.source}), {plan.precision.dtype}, on {where}{machine.name} "
         f"({machine.memory_bytes / GIB:.1f} GiB{'' if machine.is_gpu else ' free'})",
         highlight=False,
         soft_wrap=True,

@@ -164,7 +164,8 @@ class StepGraphs:
 
     def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What threads of a communicator ask of their events meanwhile is no fault of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self._step(shape, variant)
         hidden = None if output.hidden is None else borrow(output.hidden)
         return CapturedStep(graph, StepOutput(output.token_ids, borrow(output.logits), hidden))

@@ -78,6 +78,11 @@ class PendingStep:
     failures: dict[int, str] = field(default_factory=dict)  # as `StepResult.failures`
     done: torch.Event | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `result` would not wait."""
+        return self.done is None or bool(self.done.query())
+
     def result(self) -> StepResult:
         """Wait for this step, and for nothing queued after it."""
         if self.done is not None:

@@ -7,7 +7,6 @@ Carried by linear layers, the vocabulary, and whoever sizes attention. Every ran
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, distributed
 
 SEGMENT = 128  # ids that stay on one rank: those that enter the race of sampling as one
@@ -78,9 +77,10 @@ class TensorParallel:
         """The parts of all ranks, [size, *part.shape]: all are of one shape."""
         if self.size == 1:
             return part[None]
-        parts = torch.empty(self.size, *part.shape, dtype=part.dtype, device=part.device)
-        distributed.all_gather_into_tensor(parts, part.contiguous(), group=self.group)
-        return parts
+        # As a sum to which the others add zeros, exactly: of what is small it takes no longer.
+        parts = part.new_zeros(self.size, *part.shape)
+        parts[self.rank] = part
+        return self.reduce(parts)
 
 
 SINGLE = TensorParallel()

@@ -22,6 +22,7 @@ def plan_memory(
     device: torch.device,
     precision: Precision,
     max_model_len: int,
+    num_ranks: int = 1,
 ) -> MemoryPlan:
     """The plan of `config` on this very device.
 
@@ -30,11 +31,12 @@ def plan_memory(
     """
     plan = MemoryPlan(
         size=size,
-        machine=machine_of(device),
+        machine=machine_of(device, num_ranks=num_ranks),
         precision=precision,
         cache=config.cache,
         limits=config.scheduler.limits(device.type),
         max_model_len=max_model_len,
+        num_ranks=num_ranks,
     )
     if plan.is_hopeless:
         raise ValueError(explain(plan))
@@ -51,10 +53,11 @@ def precision_of(spec: DecoderSpec, scheme: Scheme | None, attention: AttentionS
     )
 
 
-def machine_of(device: torch.device) -> Machine:
-    """A device and its memory; what other programs hold of it is taken."""
+def machine_of(device: torch.device, *, num_ranks: int = 1) -> Machine:
+    """A device and its memory; what other programs hold of it is taken. Ranks share a CPU's."""
     if device.type != "cuda":
-        return Machine(name="this CPU", memory_bytes=free_memory(), taken_bytes=0, is_gpu=False)
+        share = free_memory() // num_ranks
+        return Machine(name="this CPU", memory_bytes=share, taken_bytes=0, is_gpu=False)
     free, total = torch.cuda.mem_get_info(device)
     return Machine(
         name=torch.cuda.get_device_name(device),

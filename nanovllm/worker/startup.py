@@ -21,6 +21,7 @@ from torch import Tensor
 from nanovllm.checkpoint.generation_config import sampling_defaults
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
+from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig, StepLimits
@@ -42,6 +43,7 @@ from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.preflight import plan_memory, precision_of, report
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
@@ -121,6 +123,7 @@ class Startup:
         on_progress: ProgressCallback,
         precompiler: Precompiler,
         *,
+        parallel: TensorParallel = SINGLE,
         triton_refused: str | None = None,
     ) -> None:
         """Raises `ValueError` if the device asked for cannot be had."""
@@ -128,6 +131,7 @@ class Startup:
         self._config = config
         self._on_progress = on_progress
         self._precompiler = precompiler
+        self._parallel = parallel
         self._triton_refused = triton_refused
         self._phase_seconds: dict[str, float] = {}
         self._memory_bytes: dict[str, int] = {}
@@ -145,6 +149,7 @@ class Startup:
             device=self.device,
             precision=precision_of(choice.spec, choice.scheme, choice.attention.spec),
             max_model_len=choice.spec.max_position_embeddings,
+            num_ranks=self._parallel.size,
         )
         with self.phase("build"):
             loaded = self._build(choice)
@@ -170,6 +175,7 @@ class Startup:
         with self.phase("locate"):
             checkpoint = locate(wanted.source, on_progress=self._on_progress)
             size = read_model_size(checkpoint)
+            check_num_ranks(size.spec, self._parallel.size)
             other = None if wanted.tokenizer is None else wanted.tokenizer_source
             ends = find_ends(checkpoint, other, vocab_size=size.spec.vocab_size)
         max_model_len = wanted.choose_max_model_len(size.spec.max_position_embeddings)
@@ -184,6 +190,7 @@ class Startup:
             dtype=dtype,
             device=device,
             kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
+            parallel=self._parallel,
         )
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_attention(backend, specs)
@@ -199,6 +206,8 @@ class Startup:
         """Whether a CPU runs whole steps by native kernels, and by which; else why not."""
         if self.device.type != "cpu":
             return False, ""
+        if self._parallel.size > 1:
+            return False, "; no native steps: ranks share the model"
         if native.path() is None:
             return False, f"; {native.HOW_TO_BUILD}"
         threads = self._config.model.threads or num_usable_cores()
@@ -216,6 +225,7 @@ class Startup:
             dtype=attention.spec.dtype,
             device=self.device,
             scheme=choice.scheme,
+            parallel=self._parallel,
         )
         takes_file = self._config.model.load_format in ("auto", "gguf")
         if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
@@ -261,7 +271,8 @@ class Startup:
     def _compile_ahead(self, choice: Choice) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
         gpu, attention = choice.kernels.gpu, choice.attention.spec
-        if gpu is None or not is_likely(self._config):
+        is_shared = self._parallel.size > 1  # its kernels are those of other sizes
+        if gpu is None or is_shared or not is_likely(self._config):
             self._precompiler.end()
             return
         self._precompiler.ask(
@@ -316,7 +327,7 @@ class Startup:
             self._memory_bytes["heaviest step"] = reserved
             memory_bytes = cuda_memory_budget(self.device, share=cache.gpu_memory_utilization)
         elif measured:
-            memory_bytes = cpu_memory_budget(free_memory())
+            memory_bytes = cpu_memory_budget(free_memory()) // self._parallel.size
         return fit_blocks(
             cache,
             bytes_per_block=loaded.bytes_per_block,

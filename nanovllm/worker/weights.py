@@ -92,16 +92,17 @@ def load_weights(
 
 def _fill_randomly(model: Decoder, slots: list[WeightSlot], seed: int) -> Iterator[int]:
     """Normally distributed, norms one; drawn on the device. Yields the size of each tensor."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    for slot in slots:
+    generator = torch.Generator(model.device)
+    for index, slot in enumerate(slots):
         assert slot.dtype is None, "a stored form has no numbers to draw"
         if slot.part.endswith("norm"):
             slot.target.fill_(1.0)
-        elif slot.put is None:
-            slot.target.normal_(0.0, DUMMY_STD, generator=generator)
-        else:
-            values = torch.empty(slot.target.shape, dtype=model.dtype, device=model.device)
-            slot.write(values.normal_(0.0, DUMMY_STD, generator=generator))
+        elif slot.target.numel():
+            # The whole tensor, whatever piece of it is here: ranks agree on what they share.
+            generator.manual_seed(seed + index)
+            values = torch.empty(slot.shape, dtype=model.dtype, device=model.device)
+            values.normal_(0.0, DUMMY_STD, generator=generator)
+            slot.write(values[tuple(cut.slice for cut in slot.piece)])
         yield slot.target.numel()
 
 

@@ -26,6 +26,7 @@ from nanovllm.worker.failures import (
     meaning,
 )
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.startup import Loaded, Startup, explaining_want_of_memory
 from nanovllm.worker.warmup.dummy_steps import rehearsals
 from nanovllm.worker.warmup.precompile import Precompiler
@@ -41,11 +42,14 @@ class Worker:
         config: EngineConfig,
         on_progress: ProgressCallback,
         precompiler: Precompiler | None = None,
+        *,
+        parallel: TensorParallel = SINGLE,
     ) -> None:
-        """precompiler: one that has begun, if any."""
+        """precompiler: one that has begun, if any. parallel: which of the ranks this is."""
         self._config = config
         self._on_progress = on_progress
         self._precompiler = precompiler or Precompiler()
+        self._parallel = parallel
         self._device = torch.device("cpu")
         self._loaded: Loaded | None = None
         self._runner: ModelRunner | None = None
@@ -73,7 +77,11 @@ class Worker:
 
     def _start(self, *, triton_refused: str | None = None) -> WorkerInfo:
         startup = Startup(
-            self._config, self._on_progress, self._precompiler, triton_refused=triton_refused
+            self._config,
+            self._on_progress,
+            self._precompiler,
+            parallel=self._parallel,
+            triton_refused=triton_refused,
         )
         self._device = startup.device
         self._loaded, info = startup.run()
@@ -126,7 +134,8 @@ class Worker:
         except Exception as error:
             self._rehearsals = iter(())
             found = self._recover(error)
-            if isinstance(found, DeviceLostError):
+            # Other ranks have run the step, or wait in it.
+            if isinstance(found, DeviceLostError) or self._parallel.size > 1:
                 raise found from error
             logger.warning("a rehearsal failed, and is the last one", exc_info=error)
             return False

@@ -8,11 +8,12 @@ from pathlib import Path
 
 def core_children(owner: int) -> list[int]:
     """Pids of the core programs that `owner` has started."""
-    return [
-        pid
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if _parent(pid) == owner and b"nanovllm.launch" in _command(pid)
-    ]
+    return _children(owner, b"nanovllm.launch")
+
+
+def rank_children(owner: int) -> list[int]:
+    """Pids of the ranks that `owner`, a core, has started, the first one first."""
+    return sorted(_children(owner, b"nanovllm.executor.rank"))
 
 
 def alive(pid: int) -> bool:
@@ -27,6 +28,14 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) 
         assert time.monotonic() - started < timeout_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.02)
     return time.monotonic() - started
+
+
+def _children(owner: int, program: bytes) -> list[int]:
+    return [
+        pid
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if _parent(pid) == owner and program in _command(pid)
+    ]
 
 
 def _stat(pid: int) -> list[str]:

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from nanovllm.protocol import messages, plan, watch
+from nanovllm.protocol import group, messages, plan, watch
 from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
@@ -130,6 +130,37 @@ WORKER = [
     StepResult(1, [5], {0: LOGPROBS}, {0: [LOGPROBS]}),
     INFO,
 ]
+
+STEP_PLAN, MASKS, RESULT, _ = WORKER
+TO_RANK = [
+    group.Connect(4000),
+    group.Allocate(9),
+    group.Submit(STEP_PLAN),
+    group.Sample(1, MASKS),
+    group.Sample(1, None),
+    group.Rehearse(),
+    group.Leave(),
+]
+FROM_RANK = [
+    group.Listening(4000),
+    group.Progress("weights", 0.5),
+    group.Started(INFO),
+    group.Allocated(),
+    group.Sampled(RESULT),
+    group.Digest(1, 7),
+    group.Rehearsed(True),
+    group.RankFailed("why", "traceback", usage=True),
+]
+
+
+@pytest.mark.parametrize("message", TO_RANK, ids=lambda m: type(m).__name__)
+def test_messages_to_a_rank(message: group.ToRank) -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=group.ToRank) == message
+
+
+@pytest.mark.parametrize("message", FROM_RANK, ids=lambda m: type(m).__name__)
+def test_messages_from_a_rank(message: group.FromRank) -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=group.FromRank) == message
 
 
 @pytest.mark.parametrize("message", TO_CORE, ids=lambda m: type(m).__name__)

@@ -43,10 +43,7 @@ class Thread(TensorParallel):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
     def reduce(self, partial: Tensor) -> Tensor:
-        return self.gather(partial).sum(0)
-
-    def gather(self, part: Tensor) -> Tensor:
-        return self.meeting.stack(self.rank, part)
+        return self.meeting.stack(self.rank, partial).sum(0)
 
 
 def logits_of_ranks(

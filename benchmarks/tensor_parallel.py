@@ -1,0 +1,472 @@
+"""Ranks of one host beside a single one: are ids right, what is gained, what does a death cost?
+
+    python benchmarks/tensor_parallel.py                       # on a host with two GPUs or more
+    python benchmarks/tensor_parallel.py --device cpu          # in small over gloo: checks itself
+    python benchmarks/tensor_parallel.py --parts ids,speed --models 8b --ranks 2 --seconds 90
+
+`ids`: greedy and seeded ids of random models (one dense, one of experts; the checkpoint of --real,
+too, where it is named) on several ranks beside those of one. Where they differ, how far the token
+taken lies behind the best that one rank would have taken after the same tokens, in nats (two tokens
+of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes, with random weights: decoding 1, 8
+and 64 sequences, and a prompt; ratios are to one rank. `faults`: a rank is killed amid 64 streams:
+how many end with the ids of an undisturbed run, and how long they paused. `reduce`: all-reduce by
+NCCL in a CUDA graph, and one-shot over symmetric memory; over gloo on a CPU.
+Each engine has processes of its own. No part begins after --seconds; what was left out is told.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanovllm import LLM, AsyncLLM, SamplingParams
+
+MODELS = Path(__file__).resolve().parent / "models"
+DENSE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS: dict[str, Any] = {
+    **DENSE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+SMALLER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+PARTS = ("ids", "speed", "faults", "reduce")
+REDUCED_KIB = (4, 64, 512, 8192)
+
+
+def prompts(count: int, length: int, *, turn: int, vocab_size: int) -> list[list[int]]:
+    """Different ids in each, so that no prefix is found again."""
+    return [
+        [3 + (7 * i + 131 * j + 17 * turn * (j + 1)) % (vocab_size - 3) for j in range(length)]
+        for i in range(count)
+    ]
+
+
+class Bench:
+    """One call: what it was asked for, until when, and what it has found."""
+
+    def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
+        self.arguments = arguments
+        self.is_cpu = arguments.device == "cpu"
+        self._until = time.monotonic() + arguments.seconds
+        self._directory = directory
+        self.found: list[dict[str, Any]] = []
+        self.failed = False
+
+    def say(self, part: str, **values: Any) -> None:
+        """One line, for readers and for programs."""
+        self.found.append({"part": part, **values})
+        print(json.dumps(self.found[-1]), flush=True)
+
+    def attempt(self, name: str, part: Callable[[], None]) -> None:
+        """Run a part if there is time; one that fails leaves the others alone."""
+        if time.monotonic() > self._until:
+            self.say("left out", what=name)
+            return
+        started = time.monotonic()
+        try:
+            part()
+        except Exception as error:
+            self.failed = True
+            traceback.print_exc()
+            self.say("failed", what=name, error=f"{type(error).__name__}: {error}")
+        print(f"# {name}: {time.monotonic() - started:.1f} s", flush=True)
+
+    def random_model(self, kind: str) -> str:
+        """A directory with the config of a small model, which gets random weights."""
+        config = {"dense": DENSE, "experts": EXPERTS}[kind]
+        if self.is_cpu:
+            config = {**config, **SMALLER, "num_hidden_layers": 2}
+            config = {**config, "moe_intermediate_size": 64} if kind == "experts" else config
+        path = self._directory / kind
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        return str(path)
+
+    def settings(self, size: int, **more: Any) -> dict[str, Any]:
+        """Of an engine of so many ranks."""
+        common: dict[str, Any] = {
+            "device": self.arguments.device,
+            "tensor_parallel_size": size,
+            "max_model_len": 256 if self.is_cpu else 4096,
+            "max_num_seqs": 8 if self.is_cpu else 64,
+            "gpu_memory_utilization": 0.8,
+            "compare_ranks": True,
+        }
+        if self.is_cpu:
+            common |= {"dtype": "float32", "num_gpu_blocks_override": 256}
+        return common | more
+
+    @contextmanager
+    def engine(self, model: str, size: int, **more: Any) -> Iterator[LLM]:
+        """Started, and closed; says how long the start took."""
+        started = time.monotonic()
+        with LLM(model, **self.settings(size, **more)) as llm:
+            self.say("start", model=Path(model).name, ranks=size, s=_rounded(started))
+            yield llm
+
+
+def _rounded(since: float) -> float:
+    return round(time.monotonic() - since, 2)
+
+
+# ---- ids
+
+
+def check_ids(bench: Bench, model: str, sizes: list[int], *, real: bool = False) -> None:
+    """Of one rank, then of several."""
+    more: dict[str, Any] = {"skip_tokenizer_init": True}
+    if not real:
+        more["load_format"] = "dummy"
+    vocab_size = 512 if bench.is_cpu or real else 4096
+    count, num_new = (4, 16) if bench.is_cpu else (16, 48)
+    asked = prompts(count, 40, turn=1, vocab_size=vocab_size)
+    kinds = {
+        "greedy": SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True),
+        "seeded": SamplingParams(temperature=1, seed=5, max_tokens=num_new, ignore_eos=True),
+    }
+    expected: dict[str, list[list[int]]] = {}
+    answers: dict[tuple[int, str], list[list[int]]] = {}
+    for size in sizes:
+        with bench.engine(model, size, **more) as llm:
+            for kind, params in kinds.items():
+                answers[size, kind] = _ids(llm, asked, params)
+    with bench.engine(model, 1, **more) as llm:
+        for kind, params in kinds.items():
+            expected[kind] = _ids(llm, asked, params)
+        for (size, kind), ids in answers.items():
+            equal = sum(a == b for a, b in zip(expected[kind], ids, strict=True))
+            gap = _largest_gap(llm, asked, ids) if kind == "greedy" else None
+            bench.say(
+                "ids",
+                model=Path(model).name,
+                ranks=size,
+                kind=kind,
+                equal=f"{equal}/{count}",
+                largest_gap_nats=gap,
+            )
+            if bench.is_cpu and equal < count:
+                raise AssertionError(f"{kind} ids of {size} ranks differ in float32")
+
+
+def _ids(llm: LLM, asked: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _largest_gap(llm: LLM, asked: list[list[int]], ids: list[list[int]]) -> float:
+    """Of tokens to the best one after the same tokens, as `llm` has it."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    together = [prompt + more for prompt, more in zip(asked, ids, strict=True)]
+    worst = 0.0
+    for prompt, output in zip(
+        together, llm.generate(together, params, use_tqdm=False), strict=True
+    ):
+        assert output.prompt_logprobs is not None
+        for token_id, found in list(zip(prompt, output.prompt_logprobs, strict=True))[40:]:
+            assert found is not None
+            best = max(one.logprob for one in found.values())
+            worst = max(worst, best - found[token_id].logprob)
+    return round(worst, 4)
+
+
+# ---- speed
+
+
+def measure(bench: Bench, model: str, sizes: list[int]) -> None:
+    """Tokens per second of new tokens, or of a prompt's, on one rank and on several."""
+    alone: dict[str, float] = {}
+    for size in [1, *sizes]:
+        more = {"load_format": "dummy", "skip_tokenizer_init": True, "compare_ranks": False}
+        with bench.engine(model, size, enable_prefix_caching=False, **more) as llm:
+            for case in ("1", "8", "64", "prefill"):
+                if bench.is_cpu and case == "64":
+                    continue
+                speed = _speed(bench, llm, case)
+                alone.setdefault(case, speed)
+                bench.say(
+                    "speed",
+                    model=Path(model).name,
+                    ranks=size,
+                    case=case,
+                    tokens_per_s=round(speed, 1),
+                    ratio=round(speed / alone[case], 3),
+                )
+
+
+def _speed(bench: Bench, llm: LLM, case: str) -> float:
+    """The best of some runs; the first ones compile and capture."""
+    repeats = 1 if bench.is_cpu else 3
+    length, num_new = (16, 8) if bench.is_cpu else (128, 64)
+
+    def seconds(count: int, size: int, new: int, turn: int) -> float:
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+        asked = prompts(count, size, turn=turn, vocab_size=500)
+        started = time.perf_counter()
+        llm.generate(asked, params, use_tqdm=False)
+        return time.perf_counter() - started
+
+    if case == "prefill":
+        length = 64 if bench.is_cpu else 2048
+        for turn in range(2):
+            seconds(1, length, 1, turn)
+        return length / min(seconds(1, length, 1, 2 + turn) for turn in range(repeats))
+    count = int(case)
+    seconds(count, length, 8, 0)
+    seconds(count, length, 8, 1)
+    first = statistics.median(seconds(count, length, 1, 2 + turn) for turn in range(repeats))
+    whole = min(seconds(count, length, 1 + num_new, 9 + turn) for turn in range(repeats))
+    return count * num_new / max(whole - first, 1e-9)
+
+
+# ---- faults
+
+
+async def kill_a_rank(bench: Bench, model: str, size: int) -> None:
+    """Streams without and with the death of the last rank."""
+    count, num_new = (6, 60) if bench.is_cpu else (64, 400)
+    asked = prompts(count, 40, turn=3, vocab_size=500)
+    settings = bench.settings(size, load_format="dummy", skip_tokenizer_init=True)
+    started = time.monotonic()
+    async with AsyncLLM(model, **settings) as llm:
+        start_s = time.monotonic() - started
+        await _stream_all(llm, asked, num_new)  # compiles, captures
+        undisturbed, _ = await _stream_all(llm, asked, num_new)
+        again, _ = await _stream_all(llm, asked, num_new)
+        assert llm._handle is not None
+        core = llm._handle.process.pid
+        ranks = ranks_of(core)
+        streams = asyncio.create_task(_stream_all(llm, asked, num_new))
+        await asyncio.sleep(0.3)
+        killed_at = time.monotonic()
+        os.kill(ranks[-1], signal.SIGKILL)
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+            await asyncio.sleep(0.005)
+        ended_s = time.monotonic() - killed_at
+        resumed, pause_s = await streams
+        left = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    bench.say(
+        "faults",
+        ranks=size,
+        streams=count,
+        ids_equal=sum(a == b for a, b in zip(undisturbed, resumed, strict=True)),
+        ids_equal_undisturbed=sum(a == b for a, b in zip(undisturbed, again, strict=True)),
+        complete=sum(len(ids) == num_new for ids in resumed),
+        start_s=round(start_s, 2),
+        group_ended_s=round(ended_s, 3),
+        longest_pause_s=round(pause_s, 2),
+        left=left,
+    )
+    if bench.is_cpu and undisturbed != resumed:
+        raise AssertionError("streams that were resumed got other ids")
+
+
+async def _stream_all(
+    llm: AsyncLLM, asked: list[list[int]], num_new: int
+) -> tuple[list[list[int]], float]:
+    """Ids of each stream, every second one drawn by a seed, and the longest wait of any."""
+
+    async def one(index: int) -> tuple[list[int], float]:
+        params = SamplingParams(
+            temperature=index % 2,
+            seed=index,
+            max_tokens=num_new,
+            ignore_eos=True,
+            output_kind="delta",
+        )
+        ids: list[int] = []
+        pause_s, last = 0.0, time.monotonic()
+        async for output in llm.generate(asked[index], params):
+            now = time.monotonic()
+            pause_s, last = max(pause_s, now - last), now
+            ids += output.outputs[0].token_ids
+        return ids, pause_s
+
+    results = await asyncio.gather(*(one(index) for index in range(len(asked))))
+    return [ids for ids, _ in results], max(pause for _, pause in results)
+
+
+def ranks_of(core: int) -> list[int]:
+    """Pids of a core's ranks, the first one first."""
+    children = Path(f"/proc/{core}/task/{core}/children").read_text().split()
+    return sorted(
+        int(pid)
+        for pid in children
+        if b"nanovllm.executor.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+
+
+# ---- all-reduce alone
+
+
+def measure_reduce(bench: Bench, size: int) -> None:
+    """By a program per rank (`--reduce-rank`)."""
+    command = [sys.executable, __file__, "--device", bench.arguments.device, "--ranks", str(size)]
+    with tempfile.TemporaryDirectory() as directory:
+        store = f"{directory}/store"
+        programs = [
+            subprocess.Popen(
+                [*command, "--reduce-rank", str(rank), "--store", store],
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                text=True,
+                env={"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", **os.environ},
+            )
+            for rank in range(size)
+        ]
+        try:
+            output, _ = programs[0].communicate(timeout=60)
+        finally:
+            for program in programs:
+                program.kill()
+                program.wait()
+    for line in output.splitlines():
+        if line.startswith("{"):
+            bench.say("reduce", ranks=size, **json.loads(line))
+    if not any(one["part"] == "reduce" for one in bench.found):
+        raise AssertionError("no rank has said anything")
+
+
+def reduce_rank(rank: int, size: int, device: str, store: str) -> None:
+    """One rank of `measure_reduce`; the first prints a line per size."""
+    import torch
+    from torch import distributed
+
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(place)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=distributed.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        device_id=place if on_gpu else None,
+    )
+    for kib in REDUCED_KIB:
+        values = torch.ones(kib * 512, dtype=torch.bfloat16, device=place)
+        kinds = {"nccl" if on_gpu else "gloo": partial(distributed.all_reduce, values)}
+        if on_gpu and kib <= 512:
+            kinds["one_shot"] = _one_shot(values)
+        took = {kind: _time_reduce(run, on_gpu=on_gpu) for kind, run in kinds.items()}
+        if rank == 0:
+            print(json.dumps({"kib": kib, "us": took}), flush=True)
+    distributed.barrier()
+
+
+def _one_shot(like: Any) -> Callable[[], Any]:
+    """Every rank reads what all others have, and adds it up by itself."""
+    import torch
+    import torch.distributed._symmetric_memory as symmetric
+
+    group = torch.distributed.group.WORLD
+    shared = symmetric.empty(len(like), dtype=like.dtype, device=like.device)
+    symmetric.rendezvous(shared, group)
+    return partial(torch.ops.symm_mem.one_shot_all_reduce, shared, "sum", group.group_name)
+
+
+def _time_reduce(run: Callable[[], Any], *, on_gpu: bool) -> float:
+    """Microseconds of one, within a graph of 20 where there are graphs."""
+    import torch
+
+    num, repeats = 20, 5
+    for _ in range(3):
+        run()
+    if not on_gpu:
+        started = time.perf_counter()
+        for _ in range(num):
+            run()
+        return round((time.perf_counter() - started) / num * 1e6, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(num):
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        graph.replay()
+    torch.cuda.synchronize()
+    return round((time.perf_counter() - started) / (repeats * num) * 1e6, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ranks", default="2", help="sizes beside 1, with commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
+    parser.add_argument("--models", default="8b,0.6b", help="of the speed part")
+    parser.add_argument("--real", help="a checkpoint whose ids are compared, too")
+    parser.add_argument("--seconds", type=float, default=150.0, help="when no part begins any more")
+    parser.add_argument("--reduce-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = [int(size) for size in arguments.ranks.split(",")]
+    if arguments.reduce_rank is not None:
+        reduce_rank(arguments.reduce_rank, sizes[0], arguments.device, arguments.store)
+        return
+    wanted = arguments.parts.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"--parts: {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(arguments, Path(directory))
+        if "ids" in wanted:
+            for kind in ("dense", "experts"):
+                model = bench.random_model(kind)
+                bench.attempt(f"ids, {kind}", lambda m=model: check_ids(bench, m, sizes))
+            if arguments.real:
+                run_real = lambda: check_ids(bench, arguments.real, sizes, real=True)  # noqa: E731
+                bench.attempt("ids, real", run_real)
+        if "speed" in wanted:
+            names = arguments.models.split(",")
+            paths = [bench.random_model("dense")] if bench.is_cpu else names
+            for name in paths:
+                path = name if bench.is_cpu else str(MODELS / f"qwen3-{name}")
+                bench.attempt(f"speed, {name}", lambda p=path: measure(bench, p, sizes))
+        if "faults" in wanted:
+            model = bench.random_model("dense")
+            run = kill_a_rank(bench, model, sizes[0])
+            bench.attempt("faults", lambda: asyncio.run(run))
+        if "reduce" in wanted:
+            bench.attempt("reduce", lambda: measure_reduce(bench, sizes[0]))
+    sys.exit(bench.failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Many ranks as one executor: plans go to all of them, and the first answers.
+
+`launch` chooses it for tensor_parallel_size > 1. The core plans for one device and never knows.
+Ranks run the same steps in the same order, and meet in their sums: a rank that dies or raises ends
+the whole group, within `WATCH_S` of its death wherever this waits. A rank that is stopped is not
+dead: it is reported, and waited for.
+"""
+
+import logging
+import select
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from zlib import crc32
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from nanovllm.config import EngineConfig
+from nanovllm.executor.channel import ChannelClosedError
+from nanovllm.executor.rank_process import RankProcess
+from nanovllm.protocol.group import (
+    Allocate,
+    Allocated,
+    Connect,
+    Digest,
+    FromRank,
+    Leave,
+    Listening,
+    Progress,
+    RankFailed,
+    Rehearse,
+    Rehearsed,
+    Sample,
+    Sampled,
+    Started,
+    Submit,
+    ToRank,
+)
+from nanovllm.protocol.plan import (
+    DeviceLostError,
+    ProgressCallback,
+    StepMasks,
+    StepPlan,
+    StepResult,
+    WorkerInfo,
+)
+
+WATCH_S = 0.1  # between two looks at whether all ranks live, and how often progress is told
+TELL_STOPPED_AFTER_S = 1.0
+CONSEQUENCE_S = 0.3  # in which a rank's death is noticed after others have failed of it
+LEAVE_S = 5.0
+LOG = logging.getLogger(__name__)
+
+
+class GroupExecutor:
+    """An `executor.base.Executor` over `tensor_parallel_size` processes of this host."""
+
+    def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
+        self._config = config
+        self._on_progress = on_progress
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._ranks: list[RankProcess] = []
+        self._poll = select.poll()
+        self._results: dict[int, StepResult] = {}
+        self._digests: dict[int, list[int]] = {}  # step → those of the other ranks
+        self._lost: DeviceLostError | None = None
+        self._is_running = False  # a failure is a step's, not the configuration's
+
+    def start(self) -> WorkerInfo:
+        """Start all ranks, and load the model on each. Blocks are those that fit everywhere."""
+        size = self._config.parallel.tensor_parallel_size
+        for number in range(size):
+            self._ranks.append(RankProcess.spawn(self._config, number))
+            self._poll.register(self._ranks[-1].channel, select.POLLIN)
+        infos: dict[int, WorkerInfo] = {}
+        phase, share = "starting", 0.0
+        while len(infos) < size:
+            for rank, message in self._receive(WATCH_S):
+                match message:
+                    case Listening(port):
+                        self._send(Connect(port), self._ranks[1:])
+                    case Progress() if rank.rank == 0:
+                        phase, share = message.phase, message.share
+                    case Started(info):
+                        infos[rank.rank] = info
+            self._on_progress(phase, share)
+        return _joined([infos[number] for number in range(size)])
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache on every rank."""
+        self._send(Allocate(num_blocks))
+        num_done = 0
+        while num_done < len(self._ranks):
+            num_done += sum(isinstance(found, Allocated) for _, found in self._receive(WATCH_S))
+        self._is_running = True
+
+    def submit(self, plan: StepPlan) -> "GroupStep":
+        """Send the first half of a step to all ranks."""
+        self._send(Submit(plan))
+        return GroupStep(self, plan.step)
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        """Send the second half; masks are copied into the message."""
+        self._send(Sample(step, masks))
+
+    def rehearse(self) -> bool:
+        """Have all ranks run a step of a kind that has not occurred yet."""
+        self._send(Rehearse())
+        answers: list[bool] = []
+        while len(answers) < len(self._ranks):
+            for _, message in self._receive(WATCH_S):
+                if isinstance(message, Rehearsed):
+                    answers.append(message.has_more)
+        return all(answers)
+
+    def wait_for(self, step: int) -> StepResult:
+        """The result of a step whose halves have been sent. Raises `DeviceLostError`."""
+        num_digests = len(self._ranks) - 1 if self._config.parallel.compare_ranks else 0
+        started, told = time.monotonic(), False
+        while step not in self._results or len(self._digests.get(step, ())) < num_digests:
+            for _, message in self._receive(WATCH_S):
+                match message:
+                    case Sampled(result):
+                        self._results[result.step] = result
+                    case Digest():
+                        self._digests.setdefault(message.step, []).append(message.digest)
+            if not told and time.monotonic() - started > TELL_STOPPED_AFTER_S:
+                told = self._tell_stopped(step)
+        result = self._results.pop(step)
+        if any(digest != digest_of(result) for digest in self._digests.pop(step, ())):
+            raise self._end(f"ranks have sampled different ids in step {step}")
+        return result
+
+    def shutdown(self) -> None:
+        """End all ranks: politely unless the group is lost. Safe to call twice."""
+        if self._lost is None and self._is_running:
+            with suppress(DeviceLostError):  # one is dead: the others have been ended
+                self._send(Leave())
+        until = time.monotonic() + (LEAVE_S if self._is_running and self._lost is None else 0.0)
+        for rank in self._ranks:
+            rank.end(max(0.0, until - time.monotonic()))
+        self._ranks = []
+        self._is_running = False
+
+    # ---- the channels
+
+    def _send(self, message: ToRank, ranks: list[RankProcess] | None = None) -> None:
+        """To these ranks (all), encoded once."""
+        if self._lost is not None:
+            raise self._lost
+        frame = self._encoder.encode(message)
+        waiting = list(self._ranks if ranks is None else ranks)
+        try:
+            for rank in waiting:
+                rank.channel.send(frame)
+            while waiting := [rank for rank in waiting if not rank.channel.flush()]:
+                room = select.poll()
+                for one in waiting:
+                    room.register(one.channel, select.POLLOUT)
+                room.poll(WATCH_S * 1e3)
+        except ChannelClosedError:
+            raise self._explain({rank.rank: None}) from None
+
+    def _receive(self, timeout_s: float) -> list[tuple[RankProcess, FromRank]]:
+        """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
+        if self._lost is not None:
+            raise self._lost
+        received: list[tuple[RankProcess, FromRank]] = []
+        failed: dict[int, RankFailed | None] = {}
+        for rank in self._ready(timeout_s):
+            received += self._take(rank, failed)
+        if failed:
+            raise self._explain(failed)
+        return received
+
+    def _ready(self, timeout_s: float) -> Iterator[RankProcess]:
+        found = {descriptor for descriptor, _ in self._poll.poll(timeout_s * 1e3)}
+        return (rank for rank in self._ranks if rank.channel.fileno() in found)
+
+    def _take(
+        self, rank: RankProcess, failed: dict[int, RankFailed | None]
+    ) -> Iterator[tuple[RankProcess, FromRank]]:
+        """failed: takes up what went wrong; None: the rank is dead, without a word."""
+        try:
+            for frame in rank.channel.receive():
+                message = self._decoder.decode(frame)
+                if isinstance(message, RankFailed):
+                    failed.setdefault(rank.rank, message)
+                else:
+                    yield rank, message
+        except ChannelClosedError:
+            self._poll.unregister(rank.channel)
+            failed.setdefault(rank.rank, None)
+
+    # ---- what ends a group
+
+    def _explain(self, failed: dict[int, RankFailed | None]) -> Exception:
+        """End the group; returns what to raise. A rank that died without a word is the cause, be it
+        that others have failed of its death and said so first."""
+        until = time.monotonic() + CONSEQUENCE_S
+        while None not in failed.values() and (left_s := until - time.monotonic()) > 0:
+            for rank in self._ready(left_s):
+                for _ in self._take(rank, failed):
+                    pass
+        dead = [rank for rank, failure in failed.items() if failure is None]
+        if dead:
+            return self._end(self._ranks[dead[0]].cause_of_death())
+        first, failure = next(iter(failed.items()))
+        assert failure is not None
+        if failure.usage and not self._is_running:
+            self._end(failure.message)
+            return ValueError(failure.message)
+        LOG.error("%s failed:\n%s", self._ranks[first], failure.details)
+        return self._end(f"{self._ranks[first]} failed: {failure.message}")
+
+    def _end(self, cause: str) -> DeviceLostError:
+        size = len(self._ranks)
+        self._lost = DeviceLostError(f"{cause}: the {size} ranks of its group have been ended")
+        for rank in self._ranks:
+            rank.end()
+        return self._lost
+
+    def _tell_stopped(self, step: int) -> bool:
+        stopped = [str(rank) for rank in self._ranks if rank.is_stopped]
+        if stopped:
+            LOG.warning("step %d waits for %s, stopped by a signal", step, ", ".join(stopped))
+        return bool(stopped)
+
+
+class GroupStep:
+    """A step that all ranks have been sent."""
+
+    __slots__ = ("_group", "_step")
+
+    def __init__(self, group: GroupExecutor, step: int) -> None:
+        self._group = group
+        self._step = step
+
+    def result(self) -> StepResult:
+        return self._group.wait_for(self._step)
+
+
+def digest_of(result: StepResult) -> int:
+    """Of the ids of a step, and of nothing else."""
+    return crc32(np.array(result.token_ids, np.int64).tobytes())
+
+
+def _joined(infos: list[WorkerInfo]) -> WorkerInfo:
+    """What the group says of itself: of the first rank, with blocks that all have room for."""
+    first, size = infos[0], len(infos)
+    num_blocks = min(info.num_blocks for info in infos)
+    note = f"{size} ranks share the model; figures of memory are those of each"
+    per_block = first.kv_cache_bytes // max(1, first.num_blocks)
+    return replace(
+        first,
+        num_blocks=num_blocks,
+        kv_cache_bytes=per_block * num_blocks,
+        notes=[note, *first.notes],
+    )

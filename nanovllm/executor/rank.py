@@ -1,0 +1,211 @@
+"""The program of one rank: does what its group says, in that order, on its own device.
+
+`rank_process` starts it. Whatever it raises is told to the group, and ends it: ranks that have not
+run the same steps cannot go on together. It ends when the group's process does, however that dies.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from contextlib import suppress
+from typing import Protocol, cast
+
+import msgspec
+
+from nanovllm.config import EngineConfig
+from nanovllm.executor.base import Executor
+from nanovllm.executor.channel import Channel, ChannelClosedError
+from nanovllm.executor.group import digest_of
+from nanovllm.protocol.group import (
+    Allocate,
+    Allocated,
+    Connect,
+    Digest,
+    FromRank,
+    Leave,
+    Listening,
+    Progress,
+    RankFailed,
+    Rehearse,
+    Rehearsed,
+    Sample,
+    Sampled,
+    Started,
+    Submit,
+    ToRank,
+)
+from nanovllm.protocol.plan import StepHandle
+
+TELL_EVERY_S = 0.1
+OWNER_GRACE_S = 1.0  # in which a rank that waits for others ends by itself after its owner
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class RankStep(StepHandle, Protocol):
+    """A step of this rank."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `result` would not wait."""
+
+
+class Rank:
+    """One rank, from its start to its end."""
+
+    def __init__(self, config: EngineConfig, rank: int, channel: Channel) -> None:
+        self._config = config
+        self._rank = rank
+        self._channel = channel
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._unsampled: RankStep | None = None
+        self._steps: deque[RankStep] = deque()  # under way
+        self._told = "", 0.0  # the last phase, and when
+
+    def run(self) -> None:
+        """Load the model, then serve until told to leave. Raises what goes wrong; the owner's end
+        is `ChannelClosedError`."""
+        executor = self._make_executor()
+        self._tell(Started(executor.start()))
+        while True:
+            self._answer()
+            self._poll.poll(0 if self._steps else None)
+            for frame in self._channel.receive():
+                message = self._decoder.decode(frame)
+                if isinstance(message, Leave):
+                    executor.shutdown()
+                    return
+                self._obey(executor, message)
+
+    def _obey(self, executor: Executor, message: ToRank) -> None:
+        match message:
+            case Allocate(num_blocks):
+                executor.allocate(num_blocks)
+                self._tell(Allocated())
+            case Submit(plan):
+                self._unsampled = cast(RankStep, executor.submit(plan))
+            case Sample(step, masks):
+                assert self._unsampled is not None
+                executor.sample(step, masks)
+                self._steps.append(self._unsampled)
+                self._unsampled = None
+            case Rehearse():
+                self._tell(Rehearsed(executor.rehearse()))
+
+    def _answer(self) -> None:
+        """Take in the steps that are over. All ranks do: each sees what goes wrong on its device.
+
+        A step that is under way is looked at again and again: sleeping would make all wait.
+        """
+        while self._steps and self._steps[0].is_over:
+            result = self._steps.popleft().result()
+            if self._rank == 0:
+                self._tell(Sampled(result))
+            elif self._config.parallel.compare_ranks:
+                self._tell(Digest(result.step, digest_of(result)))
+        if self._steps:
+            os.sched_yield()
+
+    def _make_executor(self) -> Executor:
+        if self._config.model.load_format == "synthetic":
+            from nanovllm.executor.synthetic import SyntheticExecutor
+
+            return SyntheticExecutor(self._config, self._on_progress)
+        from nanovllm.worker.rank import RankWorker
+
+        size = self._config.parallel.tensor_parallel_size
+        return RankWorker(self._config, self._on_progress, self._rank, size, meet=self._meet)
+
+    def _meet(self, port: int | None) -> int:
+        """Agree on a port: the first rank brings it, the others are told."""
+        if port is not None:
+            self._tell(Listening(port))
+            return port
+        while True:
+            self._poll.poll()
+            for frame in self._channel.receive():
+                message = self._decoder.decode(frame)
+                assert isinstance(message, Connect)
+                return message.port
+
+    def _on_progress(self, phase: str, progress: float) -> None:
+        last, at = self._told
+        now = time.monotonic()
+        if phase != last or now - at >= TELL_EVERY_S:
+            self._told = phase, now
+            self._tell(Progress(phase, progress))
+
+    def _tell(self, message: FromRank) -> None:
+        self._channel.send(self._encoder.encode(message))
+        while not self._channel.flush():
+            room = select.poll()
+            room.register(self._channel, select.POLLOUT)
+            room.poll()
+
+    def tell_failure(self, error: Exception) -> None:
+        """The last word."""
+        usage = isinstance(error, ValueError)
+        message = str(error) if usage else f"{type(error).__name__}: {error}"
+        self._tell(RankFailed(message, traceback.format_exc(), usage))
+
+
+def watch_owner(owner: int, descriptor: int) -> None:
+    """End this process when its owner has gone, even while it waits for other ranks or is stopped.
+
+    The system's signal ends what is stopped, where there is one; the channel's end tells the rest.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != owner:
+        os._exit(1)
+    hangup = select.poll()
+    hangup.register(descriptor, 0)
+
+    def watch() -> None:
+        hangup.poll()
+        time.sleep(OWNER_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+def main() -> None:
+    """Run a rank until its group ends it."""
+    parser = argparse.ArgumentParser(prog="nanovllm.executor.rank")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--owner", type=int, required=True)
+    parser.add_argument("--config-json", required=True)
+    arguments = parser.parse_args()
+    watch_owner(arguments.owner, arguments.fd)
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {arguments.rank} %(message)s")
+    config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
+    rank = Rank(config, arguments.rank, Channel(socket.socket(fileno=arguments.fd)))
+    code = 0
+    try:
+        rank.run()
+    except ChannelClosedError:
+        code = 1
+    except Exception as error:
+        code = 1
+        with suppress(ChannelClosedError):
+            rank.tell_failure(error)
+    # Without the interpreter's end: a device or a collective that hangs would hold it up.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

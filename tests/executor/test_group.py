@@ -1,0 +1,149 @@
+"""Groups of ranks: the ids of one rank, and nothing left behind by whatever becomes of a rank."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.executor.base import Executor
+from nanovllm.executor.group import GroupExecutor
+from nanovllm.executor.inline import InlineExecutor
+from nanovllm.protocol.messages import AddRequest
+from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.sampling_params import SamplingParams
+from tests.e2e.processes import rank_children
+from tests.worker.planning import make_masks, make_plan, new_row, run_step
+
+NUM_BLOCKS = 18  # few: sequences are preempted
+NUM_LIVES = 3  # of each model; seeds are fixed
+KINDS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 1.0, "logit_bias": {5: 2.0, 130: 3.0}, "min_tokens": 2},
+]
+
+
+def config_of(model: str, size: int = 1, **settings: Any) -> EngineConfig:
+    values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4}
+    values |= {"max_num_seqs": 4, "max_model_len": 64, "num_gpu_blocks_override": NUM_BLOCKS}
+    values |= {"max_num_batched_tokens": 16, "max_inflight_steps": 2, "compare_ranks": True}
+    values |= settings
+    return EngineConfig.from_kwargs(model=model, tensor_parallel_size=size, **values)
+
+
+def begin(executor: Executor) -> WorkerInfo:
+    info = executor.start()
+    executor.allocate(info.num_blocks)
+    return info
+
+
+@pytest.fixture(scope="module", params=[("qwen3_moe", 2), ("olmo2", 4)], ids=lambda p: p[0])
+def engines(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
+) -> Iterator[tuple[Executor, Executor]]:
+    """One rank and several, of the same model. Of 4 ranks two have the same KV head."""
+    name, size = request.param
+    model = str(tiny_checkpoint(name))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    alone = InlineExecutor(config_of(model), lambda *_: None)
+    group = GroupExecutor(config_of(model, size), lambda *_: None)
+    one, many = begin(alone), begin(group)
+    assert many.num_blocks == one.num_blocks
+    assert f"{size} ranks" in many.notes[0]
+    yield alone, group
+    alone.shutdown()
+    group.shutdown()
+
+
+def live(executor: Executor, seed: int, preempted: list[int]) -> dict[int, list[Any]]:
+    """A random life of a core: what each sequence got. preempted: takes up how often."""
+    rng = random.Random(seed)
+    info = WorkerInfo(
+        device="cpu",
+        dtype="float32",
+        attention_backend="",
+        architecture="",
+        num_blocks=NUM_BLOCKS,
+        max_model_len=64,
+        vocab_size=160,
+        eos_token_ids=[2],
+    )
+    core = EngineCore(config_of(""), executor, info)
+    prefixes = [[rng.randrange(3, 160) for _ in range(9)] for _ in range(2)]
+    got: dict[int, list[Any]] = {}
+    left, number = 8, 0
+    while left or core.busy:
+        if left and rng.random() < 0.4:
+            left -= 1
+            prompt = rng.choice(prefixes) + [
+                rng.randrange(3, 160) for _ in range(rng.choice((1, 25)))
+            ]
+            params = SamplingParams(
+                seed=number, max_tokens=rng.choice((3, 25)), **rng.choice(KINDS)
+            )
+            core.add(0, AddRequest(number, prompt, params))
+            got[number] = []
+            number += 1
+        outputs = core.step() if core.busy else None
+        if outputs is None:
+            continue
+        assert not outputs.failed
+        for index, (sequence, token_id) in enumerate(
+            zip(outputs.sequences, outputs.token_ids, strict=True)
+        ):
+            got[sequence.number].append(token_id)
+            if (found := outputs.logprobs.get(index)) is not None:
+                got[sequence.number] += [found.top_ids, pytest.approx(found.logprob, abs=1e-4)]
+        for sequence, prompt_logprobs in outputs.prompt_logprobs:
+            got[sequence.number] += [
+                pytest.approx(one.logprob, abs=1e-4) for one in prompt_logprobs
+            ]
+    preempted.append(core.scheduler.num_preemptions)
+    return got
+
+
+def numbers(got: dict[int, list[Any]]) -> dict[int, list[Any]]:
+    """With what `approx` expects, which only compares with numbers."""
+    return {
+        key: [getattr(value, "expected", value) for value in values] for key, values in got.items()
+    }
+
+
+def test_random_lives_get_the_ids_of_one_rank(engines: tuple[Executor, Executor]) -> None:
+    """Chunks, prefixes, preemption, every kind of sampling; each step's ids are compared across
+    ranks, too."""
+    alone, group = engines
+    preempted: list[int] = []
+    for seed in range(NUM_LIVES):
+        expected = live(alone, seed, preempted)
+        assert expected == numbers(live(group, seed, preempted)), f"seed {seed}"
+    assert sum(preempted), "lives must preempt to mean something"
+
+
+def test_masks_reach_all_ranks(engines: tuple[Executor, Executor]) -> None:
+    results: list[list[int]] = []
+    for executor in engines:
+        plan = make_plan(0, [(1, 0, 5)], new_rows=[new_row(1, [5, 6, 7, 8, 9], block_ids=[1, 2])])
+        step = run_step(executor, plan, make_masks({0: [77, 131]}))
+        results.append(step.result().token_ids)
+    assert results[0] == results[1]
+    assert results[0][0] in (77, 131)
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    group = GroupExecutor(config_of(str(tiny_checkpoint("llama")), 3), lambda *_: None)
+    started_before = rank_children(os.getpid())
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: .*4 heads.* use one of 1, 2, 4"):
+        group.start()
+    group.shutdown()
+    assert rank_children(os.getpid()) == started_before
