@@ -1,5 +1,6 @@
 """Models that tests share: small random ones of every architecture, and SmolLM2 where it is."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from nanovllm.checkpoint.locate import locate
+from tests.dense_models import OLD_SPELLING, TINY_DENSE
 from tests.moe_models import TINY_MOE
 
 # Head sizes that do not follow from the hidden size, grouped queries, windows shorter than prompts.
@@ -70,6 +72,7 @@ TINY: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"rms_norm_eps": 1e-5}),
+    **TINY_DENSE,
     **TINY_MOE,
 }
 
@@ -84,12 +87,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         if not path.exists():
             model_class, config_class, changes = TINY[name]
             torch.manual_seed(0)
-            model = model_class(config_class(**SIZES, **changes))
+            model = model_class(config_class(**SIZES | changes))
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() == 1:  # norms begin as ones, biases as zeros
                         parameter.add_(torch.randn_like(parameter), alpha=0.2)
             model.save_pretrained(path)
+            if name in OLD_SPELLING:
+                fields = json.loads((path / "config.json").read_text())
+                del fields["rope_parameters"]
+                (path / "config.json").write_text(json.dumps(fields | OLD_SPELLING[name]))
         return path
 
     return build

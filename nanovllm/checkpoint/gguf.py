@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.checkpoint.gguf_families import ARCHITECTURES
 from nanovllm.checkpoint.weight_files import gguf_parts
 
 if TYPE_CHECKING:
@@ -220,14 +221,7 @@ class GGUFFile:
 # What Llama 3.1, 3.2 and 3.3 share of their rope scaling.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
-# general.architecture → (architecture, model_type)
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
-
-
+PER_LAYER = {"attention.sliding_window_pattern"}  # keys whose lists are understood
 # Metadata that changes what some architecture computes, and values with which it changes nothing.
 MATHS: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -256,7 +250,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     and rope scalings that are not supported, and for facts that are missing.
     """
     metadata = file.metadata
-    name = metadata.get("general.architecture")
+    name = str(metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{file.path}: architecture {name!r} is not supported: "
@@ -264,36 +258,25 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         )
     if metadata.get(f"{name}.expert_count"):
         raise ValueError(f"{file.path}: mixtures of experts are not supported from GGUF")
-    architecture, model_type = ARCHITECTURES[name]
-
-    def fact(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{name}.{key}", default)
-        if value is None:
-            raise ValueError(f"{file.path}: metadata {name}.{key} is missing: fetch it again")
-        if isinstance(value, list) and value and value.count(value[0]) == len(value):
-            value = value[0]  # one for each layer, all the same
-        if isinstance(value, list):
-            raise ValueError(
-                f"{file.path}: metadata {name}.{key} differs by layer, which is not supported: "
-                "use a model whose layers are alike"
-            )
-        return value
-
+    architecture = ARCHITECTURES[name]
+    facts = _Facts(file, name)
+    fact = facts.fact
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} holds no token_embd.weight: name the model's first part")
     num_heads, theta = fact("attention.head_count"), fact("rope.freq_base", 10000.0)
     head_dim = fact("attention.key_length", fact("embedding_length") // num_heads)
-    _check_maths(file, name, head_dim=head_dim)
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
+    # Where norms are layer norms, the architecture reads another key.
+    eps = fact("attention.layer_norm_rms_epsilon") if _has_rms_norms(file, name) else None
+    common = {
+        "architectures": [architecture.architecture],
+        "model_type": architecture.model_type,
         "hidden_size": fact("embedding_length"),
         "intermediate_size": fact("feed_forward_length"),
         "num_hidden_layers": fact("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": fact("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "rms_norm_eps": fact("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": eps,
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(file, name, theta=theta, head_dim=head_dim),
         "max_position_embeddings": fact("context_length"),
@@ -306,14 +289,54 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
     }
+    config = common | architecture.fields(facts, common)
+    _check_maths(file, name, head_dim=head_dim, read=facts.read)
+    return config
 
 
-def _check_maths(file: GGUFFile, name: str, *, head_dim: int) -> None:
-    """Raises `ValueError` naming what asks for maths that nobody does. name: the architecture."""
+class _Facts:
+    """Implements `gguf_families.Facts`; remembers which keys have been read."""
+
+    def __init__(self, file: GGUFFile, name: str) -> None:
+        self._file, self._name = file, name
+        self.read: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        return f"{self._name}.{key}" in self._file.metadata
+
+    def fact(self, key: str, default: Any = None) -> Any:
+        path, full = self._file.path, f"{self._name}.{key}"
+        self.read.add(key)
+        value = self._file.metadata.get(full, default)
+        if value is None:
+            raise ValueError(f"{path}: metadata {full} is missing: fetch it again")
+        if key in PER_LAYER:
+            return value
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]  # one for each layer, all the same
+        if isinstance(value, list):
+            raise ValueError(
+                f"{path}: metadata {full} differs by layer, which is not supported: "
+                "use a model whose layers are alike"
+            )
+        return value
+
+    def values(self, tensor: str) -> npt.NDArray[np.float32] | None:
+        found = self._file.tensors.get(tensor)
+        return None if found is None else found.dequantize()
+
+
+def _has_rms_norms(file: GGUFFile, name: str) -> bool:
+    return f"{name}.attention.layer_norm_epsilon" not in file.metadata
+
+
+def _check_maths(file: GGUFFile, name: str, *, head_dim: int, read: set[str]) -> None:
+    """Raises `ValueError` naming what asks for maths that nobody does. name: the architecture;
+    read: keys that have been understood."""
     sizes = dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,))
     for key, neutral in {**MATHS, **sizes}.items():
         value = file.metadata.get(f"{name}.{key}")
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and key not in read:
             raise ValueError(
                 f"{file.path}: metadata {name}.{key}={value!r} changes what a model computes, and "
                 f"is not supported for {name!r}"

@@ -16,10 +16,12 @@ from nanovllm.checkpoint.spec import (
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     MoE,
     Norm,
     Rope,
     Router,
+    YarnScaling,
 )
 from nanovllm.checkpoint.weight_names import WeightNames
 
@@ -29,7 +31,19 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 MODEL_TYPES = {
+    "cohere2": "Cohere2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmoe": "OlmoeForCausalLM",
@@ -48,7 +62,13 @@ ROPE_FIELDS = {
         "original_max_position_embeddings",
     },
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        *("factor", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    },
+    "longrope": {"factor", "short_factor", "long_factor", "attention_factor"},
 }
 # Fields that change what some family computes, and values with which they change nothing. A family
 # that does not read such a field is not computed rightly if it says anything else.
@@ -71,6 +91,7 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "parallel_attn": (None, False),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1),
+    "use_bidirectional_attention": (None, False),
     "use_qk_norm": (None, False),
     "use_sliding_window": (None, False),
 }
@@ -94,22 +115,37 @@ class Config(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._fields)
 
+    def of_text_part(self) -> "Config":
+        """The fields of a multimodal model's text decoder, which may lie in an object of theirs."""
+        inner = self._fields.get("text_config")
+        if inner is None:
+            return self
+        if not isinstance(inner, Mapping):
+            raise ValueError(f"config.json: text_config must be an object, not {inner!r}")
+        outer = {name: self._fields.get(name) for name in ("dtype", "torch_dtype")}
+        told = {name: value for name, value in outer.items() if value is not None}
+        return Config({**told, **inner, "architectures": self._fields.get("architectures")})
+
     def is_null(self, name: str) -> bool:
         """Whether the field is there, and says that there is none."""
         return name in self._nulls
 
     def check_all_maths_was_read(self) -> None:
         """Raises `ValueError` naming a field that asks for maths which nobody looked at."""
-        for name, neutral in MATHS.items():
-            value = self._fields.get(name)
-            if name not in self._read and value not in neutral:
+        for name in maths_in(self._fields):
+            if name not in self._read:
                 raise ValueError(
-                    f"config.json: {name}={value!r} changes what a model computes, and is not "
-                    f"supported for architectures {self._fields.get('architectures')}"
+                    f"config.json: {name}={self._fields[name]!r} changes what a model computes, "
+                    f"and is not supported for architectures {self._fields.get('architectures')}"
                 )
         kinds = {*self._fields.get("layer_types", [])} - {FULL}
         if "layer_types" not in self._read and kinds:
             raise ValueError(f"config.json: layer_types {sorted(kinds)} are not supported here")
+
+
+def maths_in(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of `MATHS` with values that change something."""
+    return [name for name, neutral in MATHS.items() if fields.get(name) not in neutral]
 
 
 def required(config: Mapping[str, Any], field: str) -> Any:
@@ -150,6 +186,13 @@ def number(config: Mapping[str, Any], field: str, default: float | None = None) 
     return float(value)
 
 
+def number_or_none(config: Config, field: str, default: float | None = None) -> float | None:
+    """As `number`, of a field that may say that there is none."""
+    if config.is_null(field) or (default is None and field not in config):
+        return None
+    return number(config, field, default)
+
+
 def decoder(
     config: Config, *, names: WeightNames, layers: list[LayerSpec], **differences: Any
 ) -> DecoderSpec:
@@ -162,9 +205,13 @@ def decoder(
         **differences,
     }
     positions = whole(config, "max_position_embeddings")
-    scaling = rope(config).scaling
-    if isinstance(scaling, LinearScaling):  # the field tells of those before scaling, as for vLLM
-        positions = int(positions * scaling.factor)
+    ropes = {layer.attention.rope for layer in layers}
+    match ropes.pop() if len(ropes) == 1 else None:
+        # The field tells of those before scaling, or of those after: as for vLLM.
+        case Rope(scaling=LinearScaling(factor)):
+            positions = int(positions * factor)
+        case Rope(scaling=YarnScaling(factor, context)):
+            positions = max(positions, int(context * factor))
     return DecoderSpec(
         architecture=architectures(config)[0],
         names=names,
@@ -216,13 +263,34 @@ def attention(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
             f"num_key_value_heads ({num_kv_heads}), and head_dim ({head_dim}) even"
         )
-    fields = {"scale": head_dim**-0.5, "rope": rope(config), **differences}
+    fields = {"scale": head_dim**-0.5, **differences}
+    if "rope" not in fields:
+        fields["rope"] = rope(config)
+    _check_turning(fields["rope"], head_dim)
     return Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **fields)
 
 
-def dense(config: Config, *, bias: bool = False) -> Dense:
-    inner = whole(config, "intermediate_size")
-    return Dense(intermediate_size=inner, activation=activation(config), bias=bias)
+def _check_turning(turning: Rope | None, head_dim: int) -> None:
+    if turning is None:
+        return
+    size = int(head_dim * turning.share)
+    if size % 2 or not size:
+        raise ValueError(
+            f"config.json: partial_rotary_factor {turning.share} of head_dim {head_dim} must be an "
+            "even number above 0"
+        )
+    match turning.scaling:
+        case LongRopeScaling(short, long) if {len(short), len(long)} != {size // 2}:
+            raise ValueError(
+                f"config.json: short_factor and long_factor must have {size // 2} numbers, not "
+                f"{len(short)} and {len(long)}"
+            )
+
+
+def dense(config: Config, *, bias: bool = False, **differences: Any) -> Dense:
+    """As `config` describes it; `differences` are fields of `Dense`."""
+    fields = differences or {"activation": activation(config)}
+    return Dense(intermediate_size=whole(config, "intermediate_size"), bias=bias, **fields)
 
 
 def experts(
@@ -254,8 +322,8 @@ def experts(
     )
 
 
-def activation(config: Config, field: str = "hidden_act") -> Activation:
-    name = config.get(field, "silu")
+def activation(config: Config, field: str = "hidden_act", *, default: str = "silu") -> Activation:
+    name = config.get(field, default)
     if name not in ACTIVATIONS:
         raise ValueError(
             f"config.json: {field} {name!r} is not supported: "
@@ -264,51 +332,143 @@ def activation(config: Config, field: str = "hidden_act") -> Activation:
     return ACTIVATIONS[name]
 
 
-def rope(config: Config, **defaults: Any) -> Rope:
+def rope(
+    config: Config,
+    kind: str | None = None,
+    *,
+    rope_theta: float = 10000.0,
+    theta_field: str = "rope_theta",
+    share: float | None = None,
+    interleaved: bool = False,
+    also: frozenset[str] = frozenset(),
+) -> Rope:
     """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
 
-    As in transformers `rope_scaling` comes first where both are there. Whatever they say that is
-    not understood is a `ValueError`.
+    As in transformers `rope_scaling` comes first where both are there. kind: of layer, where a
+    family's configs may tell of each by itself; then `rope_scaling` is that of full attention. The
+    others but `also` are what the family's configs need not tell, share: None where heads always
+    turn as a whole; also: fields that the family reads itself. Whatever a config says that is not
+    understood is a `ValueError`.
     """
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    given = old or new or {}
-    field = "rope_scaling" if old else "rope_parameters"
-    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise ValueError(f"config.json: {field} must be one object for all layers, not {given!r}")
-    values = {name: value for name, value in given.items() if value is not None}
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ROPE_FIELDS:
+    field, values = _rope_values(config, kind)
+    name = values.get("rope_type", values.get("type", "default"))
+    name = "longrope" if name == "su" else name
+    if name not in ROPE_FIELDS:
         raise ValueError(
-            f"config.json: rope_type {kind!r} is not supported: "
+            f"config.json: rope_type {name!r} is not supported: "
             f"supported are {', '.join([*ROPE_FIELDS][:-1])} and {[*ROPE_FIELDS][-1]}"
         )
-    partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    for name in sorted(values.keys() - ROPE_FIELDS[kind] - ROPE_FIELDS["default"]):
+    for extra in sorted(values.keys() - ROPE_FIELDS[name] - ROPE_FIELDS["default"] - also):
         raise ValueError(
-            f"config.json: {field} has {name}={values[name]!r}, which means nothing for rope_type "
-            f"{kind!r}: name the rope_type it belongs to, or leave it out"
+            f"config.json: {field} has {extra}={values[extra]!r}, which means nothing for "
+            f"rope_type {name!r}: name the rope_type it belongs to, or leave it out"
         )
-    default = defaults.get("rope_theta", 10000.0)
-    theta = number(values, "rope_theta", number(config, "rope_theta", default))
-    match kind:
+    told = number(values, "partial_rotary_factor", config.get("partial_rotary_factor", share or 1))
+    if told > 1 or (share is None and told != 1):
+        raise ValueError(
+            f"config.json: partial_rotary_factor {told} is not supported for architectures "
+            f"{config.get('architectures')}"
+        )
+    context = config.get("original_max_position_embeddings")
+    if context is None:
+        context = values.get(
+            "original_max_position_embeddings", config.get("max_position_embeddings")
+        )
+    context = whole(
+        {"original_max_position_embeddings": context}, "original_max_position_embeddings"
+    )
+    return Rope(
+        number(values, "rope_theta", number(config, theta_field, rope_theta)),
+        _scaling(config, name, values, context=context),
+        share=told,
+        interleaved=interleaved,
+    )
+
+
+def _rope_values(config: Config, kind: str | None) -> tuple[str, dict[str, Any]]:
+    """What a config says of the rope of one kind of layer, and the field that says it."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    field = "rope_scaling" if old else "rope_parameters"
+    given = old or new or {}
+    is_object = isinstance(given, Mapping) and isinstance(new or {}, Mapping)
+    by_kind = is_object and any(isinstance(value, Mapping) for value in (new or {}).values())
+    if kind is not None and new is not None and by_kind:
+        own = new.get(kind) or {}
+        given = {**own, **(old or {})} if kind == FULL else own
+        is_object = isinstance(given, Mapping)
+    elif kind == SLIDING:
+        given = {}
+    if not is_object or any(isinstance(value, Mapping) for value in given.values()):
+        raise ValueError(f"config.json: {field} must be one object for all layers, not {given!r}")
+    return field, {name: value for name, value in given.items() if value is not None}
+
+
+def _scaling(
+    config: Config, name: str, values: Mapping[str, Any], *, context: int
+) -> LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None:
+    """name: a key of `ROPE_FIELDS`; context: the original one, in tokens."""
+    match name:
         case "linear":
-            return Rope(theta, LinearScaling(number(values, "factor")))
+            return LinearScaling(number(values, "factor"))
         case "llama3":
-            scaling = Llama3Scaling(
-                factor=number(values, "factor"),
-                low_freq_factor=number(values, "low_freq_factor"),
-                high_freq_factor=number(values, "high_freq_factor"),
-                original_context=whole(
-                    values,
-                    "original_max_position_embeddings",
-                    whole(config, "max_position_embeddings"),
-                ),
+            low, high = number(values, "low_freq_factor"), number(values, "high_freq_factor")
+            return Llama3Scaling(number(values, "factor"), low, high, context)
+        case "yarn":
+            factor = number(values, "factor", _growth(config, context))
+            return YarnScaling(
+                factor=factor,
+                original_context=context,
+                attention_factor=_yarn_attention_factor(values, factor),
+                beta_fast=number(values, "beta_fast", 32.0),
+                beta_slow=number(values, "beta_slow", 1.0),
+                truncates=values.get("truncate", True),
             )
-            return Rope(theta, scaling)
+        case "longrope":
+            factor = number(values, "factor", _growth(config, context))
+            grown = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+            return LongRopeScaling(
+                short_factors=_factors(values, "short_factor"),
+                long_factors=_factors(values, "long_factor"),
+                original_context=context,
+                attention_factor=number(values, "attention_factor", grown),
+            )
         case _:
-            return Rope(theta)
+            # Within max_position_embeddings "dynamic" scales nothing, and no more are served: past
+            # them frequencies change with a sequence's length, and cached keys cannot follow.
+            return None
+
+
+def _growth(config: Config, context: int) -> float:
+    return whole(config, "max_position_embeddings") / context
+
+
+def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
+    def grown(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    default = grown(1.0)
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        default = grown(number(values, "mscale")) / grown(number(values, "mscale_all_dim"))
+    return number(values, "attention_factor", default)
+
+
+def _factors(values: Mapping[str, Any], field: str) -> tuple[float, ...]:
+    factors = values.get(field)
+    if not isinstance(factors, list) or not factors:
+        raise ValueError(f"config.json: {field} must be a list of numbers, not {factors!r}")
+    return tuple(number({field: factor}, field) for factor in factors)
+
+
+def layer_kinds(config: Config, *, every: int, field: str | None = None) -> list[str]:
+    """FULL or SLIDING for each layer; by default one in `every` layers is full, the last of them.
+
+    field: where configs told `every` before they told `layer_types`.
+    """
+    count = num_layers(config)
+    if field is not None:
+        every = whole(config, field, every)
+    implied = [SLIDING if i % every else FULL for i in range(1, count + 1)]
+    return _checked(config.get("layer_types") or implied, count)
 
 
 def windows(config: Config) -> list[int | None]:
@@ -319,8 +479,12 @@ def windows(config: Config) -> list[int | None]:
         window = whole(config, "sliding_window", DEFAULT_WINDOW)
     first = config.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
     kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(count)]
+    return [window if kind == SLIDING else None for kind in _checked(kinds, count)]
+
+
+def _checked(kinds: list[str], count: int) -> list[str]:
     if len(kinds) != count or not {*kinds} <= {FULL, SLIDING}:
         raise ValueError(
             f"config.json: layer_types must name {count} layers, each {FULL} or {SLIDING}"
         )
-    return [window if kind == SLIDING else None for kind in kinds]
+    return kinds

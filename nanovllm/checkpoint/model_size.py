@@ -18,6 +18,7 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.spec import DecoderSpec, WeightGroup, count_parameters
 from nanovllm.checkpoint.weight_files import indexed_files, weight_files
+from nanovllm.checkpoint.weight_names import WeightNames
 
 COMPARED_BYTES = 2**24  # at a time
 MAX_HEADER_BYTES = 2**28  # of a safetensors file; what is larger is no header
@@ -69,7 +70,7 @@ def _stores_another_head(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
     if checkpoint.format == "gguf":
         return False
     embedding, head = (
-        _stored(checkpoint.path, f"{spec.names.safetensors[part]}.weight")
+        _stored(checkpoint.path, spec.names, f"{spec.names.safetensors[part]}.weight")
         for part in ("embedding", "lm_head")
     )
     if embedding is None or head is None:
@@ -95,10 +96,12 @@ class _Stored(NamedTuple):
     num_bytes: int
 
 
-def _stored(directory: Path, name: str) -> _Stored | None:
+def _stored(directory: Path, names: WeightNames, wanted: str) -> _Stored | None:
     files = indexed_files(directory)
     for path in weight_files(directory):
-        entry = _safetensors_header(path).get(name)
+        header = _safetensors_header(path)
+        name = next((name for name in header if names.known(name) == wanted), wanted)
+        entry = header.get(name)
         if entry is not None and (files is None or files.get(name) == path):
             with path.open("rb") as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
@@ -116,7 +119,10 @@ def _count(
     groups = {name: GROUPS.get(part, "norms") for part, name in names.items()}
     if spec.tied_embeddings:
         del groups[names["lm_head"]]  # perhaps stored though the embedding serves
-    for name, shape in shapes:
+    for stored, shape in shapes:
+        name = spec.names.known(stored)
+        if name is None:
+            continue
         whole = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
         group = groups.get(KINDS.sub("", whole), groups.get(whole))
         if group is not None:

@@ -36,23 +36,69 @@ class Llama3Scaling(Struct, frozen=True, tag=True):
     original_context: int  # tokens
 
 
+class YarnScaling(Struct, frozen=True, tag=True):
+    """YaRN (Peng et al. 2023): frequencies that turn fast within `original_context` stay, slow ones
+    are divided by `factor`; between the two a ramp.
+
+    beta_fast, beta_slow: turns within the original context at which the ramp begins and ends.
+    truncates: its ends are rounded outwards to whole pairs. attention_factor: of cosines and sines.
+    """
+
+    factor: float
+    original_context: int  # tokens
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncates: bool = True
+
+
+class LongRopeScaling(Struct, frozen=True, tag=True):
+    """LongRoPE (Ding et al. 2024): a divisor of its own for each frequency.
+
+    Those of `long_factors` where more than `original_context` positions are served, else those of
+    `short_factors`. One table serves all sequences, as vLLM's does: cached keys cannot change when
+    a sequence grows past the original context. attention_factor: of cosines and sines.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context: int  # tokens
+    attention_factor: float
+
+
 class Rope(Struct, frozen=True):
-    """Base and scaling of the rotary frequencies."""
+    """Base and scaling of the rotary frequencies, and which numbers of a head they turn.
+
+    share: of a head's numbers, the first, that turn at all. interleaved: the two numbers of a pair
+    are neighbours in checkpoints, else half the turning numbers apart; in memory they are always
+    half a head apart (`worker.layers.rotary`).
+    """
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
+    share: float = 1.0
+    interleaved: bool = False
+
+
+class QueryGrowth(Struct, frozen=True):
+    """Queries grow with their position p, by 1 + beta * log(1 + p // context) (Llama 4)."""
+
+    beta: float
+    context: int  # tokens
 
 
 class Norm(Struct, frozen=True, kw_only=True):
-    """An RMS norm (Zhang & Sennrich 2019).
+    """An RMS norm (Zhang & Sennrich 2019), or a layer norm without bias.
 
-    rounds_last: it multiplies in fp32, and then rounds; else rounds, and then multiplies, as
-    Llama's do. adds_one: it multiplies by 1 + weight, as Gemma's do, which round last.
+    centers: the mean is taken off first, which makes it a layer norm. rounds_last: it multiplies in
+    fp32, and then rounds; else rounds, and then multiplies, as Llama's do. adds_one: it multiplies
+    by 1 + weight, as Gemma's do, which round last.
     """
 
     eps: float
     rounds_last: bool = False
     adds_one: bool = False
+    centers: bool = False
 
 
 class Attention(Struct, frozen=True, kw_only=True):
@@ -61,7 +107,8 @@ class Attention(Struct, frozen=True, kw_only=True):
     scale: of the products of queries and keys. rope: None leaves positions out. window: tokens a
     query sees, itself included; None sees all. softcap: products become softcap * tanh(product /
     softcap). sinks: one more weight per head, which goes to nothing. qk_norm: queries and keys are
-    normed, each head by itself or all heads of a token at once.
+    normed, each head by itself or all heads of a token at once. query_growth: of queries with their
+    position.
     """
 
     num_heads: int
@@ -75,6 +122,7 @@ class Attention(Struct, frozen=True, kw_only=True):
     qk_norm: Literal["head", "full"] | None = None
     qkv_bias: bool = False
     o_bias: bool = False
+    query_growth: QueryGrowth | None = None
 
 
 class Dense(Struct, frozen=True, kw_only=True, tag=True):
@@ -124,7 +172,8 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
     """Attention, then an MLP, each added to the residual.
 
     pre_norm: what each of the two takes is normed; post_norm: what each gives is, before it is
-    added. All norms of a layer are of one kind.
+    added. All norms of a layer are of one kind. parallel: both take what the first norm gives, and
+    there is no second.
     """
 
     attention: Attention
@@ -132,13 +181,14 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
     norm: Norm
     pre_norm: bool = True
     post_norm: bool = False
+    parallel: bool = False
 
 
 class DecoderSpec(Struct, frozen=True, kw_only=True):
     """A whole decoder: embedding, layers, a norm, and the head.
 
     dtype: the precision the checkpoint was saved in, as torch calls it; None if it does not say.
-    embedding_multiplier: of what the embedding gives. final_softcap: of the logits.
+    embedding_multiplier: of what the embedding gives. logit_scale and final_softcap: of the logits.
     """
 
     architecture: str
@@ -151,6 +201,7 @@ class DecoderSpec(Struct, frozen=True, kw_only=True):
     tied_embeddings: bool
     dtype: str | None = None
     embedding_multiplier: float = 1.0
+    logit_scale: float = 1.0
     final_softcap: float | None = None
 
     @property
@@ -228,7 +279,8 @@ def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
         counts["attention"] += attention.num_heads * attention.sinks
         if isinstance(layer.mlp, MoE) and layer.mlp.router.corrects:
             counts["mlp"] += layer.mlp.num_experts
-        counts["norms"] += 2 * hidden * (layer.pre_norm + layer.post_norm)
+        num_pre = layer.pre_norm * (1 if layer.parallel else 2)
+        counts["norms"] += hidden * (num_pre + 2 * layer.post_norm)
         match attention.qk_norm:
             case "head":
                 counts["norms"] += 2 * attention.head_dim

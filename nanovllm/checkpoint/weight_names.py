@@ -14,12 +14,24 @@ class WeightNames(Struct, frozen=True):
     the expert holds all of them, one behind the other along a leading axis. Parts that share a name
     lie in that tensor one below the other, in the order of the map. gguf_interleaved: llama.cpp has
     reordered the rows of q and k within each head, so that the two numbers a rotation mixes are
-    neighbours; the loader puts them head_dim / 2 apart again.
+    neighbours; the loader puts them head_dim / 2 apart again. prefixes: what names of safetensors
+    may begin with, and what that means in the map; ignored: prefixes of what is no text decoder.
     """
 
     safetensors: dict[str, str]
     gguf: dict[str, str]
     gguf_interleaved: bool = False
+    prefixes: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def known(self, stored: str) -> str | None:
+        """The name in the map of safetensors that a stored tensor's name means; None: none."""
+        if stored.startswith(self.ignored):
+            return None
+        for prefix, meant in self.prefixes:
+            if stored.startswith(prefix):
+                return meant + stored.removeprefix(prefix)
+        return stored
 
 
 SAFETENSORS = {
@@ -73,5 +85,25 @@ GGUF = {
     "final_norm": "output_norm",
     "lm_head": "output",
 }
+
+
+def of_text_part(names: WeightNames) -> WeightNames:
+    """The same where a checkpoint may hold a text decoder beside what sees."""
+    return WeightNames(
+        names.safetensors,
+        names.gguf,
+        names.gguf_interleaved,
+        prefixes=(
+            ("language_model.model.", "model."),
+            ("language_model.lm_head", "lm_head"),
+            ("model.language_model.", "model."),
+        ),
+        ignored=(
+            *("vision_tower.", "model.vision_tower."),
+            *("multi_modal_projector.", "model.multi_modal_projector."),
+        ),
+    )
+
+
 LLAMA = WeightNames(SAFETENSORS, GGUF, gguf_interleaved=True)
 QWEN = WeightNames(SAFETENSORS, GGUF)

@@ -13,21 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace as replace_struct
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import SUPPORTED
+from nanovllm.checkpoint.spec import Rope
 from nanovllm.checkpoint.weight_files import INDEX, SINGLE, indexed_files, weight_files
 from nanovllm.config import LoadFormat
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
+from nanovllm.worker.layers.rotary import memory_order
 from nanovllm.worker.models.decoder import Decoder
 
 # Tensors that some checkpoints carry though they follow from the config.
-DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
+DERIVED_SUFFIXES = (
+    *("rotary_emb.inv_freq", "rope_freqs.weight"),
+    *("rope_factors_long.weight", "rope_factors_short.weight"),
+)
 DUMMY_STD = 0.02  # what models are commonly initialized with
 PIECE_VALUES = 2**18  # of a GGUF tensor at a time: what numpy makes on the way stays in the cache
 NUM_NAMES_SHOWN = 3
@@ -111,12 +117,14 @@ def _fill_from_safetensors(
 ) -> Iterator[int]:
     """From one file or many. Yields the size of each piece."""
     files = _files_of_tensors(directory)
-    names = model.spec.names.safetensors
+    names, known = model.spec.names.safetensors, model.spec.names.known
     places = _places(slots, names)
-    _match(names, places, files, where=directory)
+    _match(names, places, filter(None, map(known, files)), where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
-            promised = {name for name, where in files.items() if where == path and name in places}
+            promised = {
+                name for name, where in files.items() if where == path and known(name) in places
+            }
             if lost := promised - set(file.keys()):
                 raise ValueError(
                     f"{path} lacks {min(lost)}, which {INDEX} says it holds: fetch both again"
@@ -124,10 +132,11 @@ def _fill_from_safetensors(
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if files.get(name) != path:  # the index says that another file has it
                     continue
-                for place in places.get(name, ()):
+                for place in places.get(known(name) or "", ()):
                     values = _read(file, name, place, where=path)
                     with _naming(name, path):
-                        place.slot.write(values)
+                        order = _order_of_heads(model, place.slot)
+                        place.slot.write(values if order is None else _reordered(values, order))
                     yield place.slot.target.numel()
 
 
@@ -162,26 +171,54 @@ def _fill_from_gguf(
     for name, place in ((name, place) for name, found in places.items() for place in found):
         if tensors[name].shape != place.shape:
             raise _wrong_shape(place, tensors[name].shape, name=name, where=checkpoint.path)
-        slot, half = place.slot, 0
-        if names.gguf_interleaved and slot.layer is not None and slot.part in ("q", "k"):
-            half = model.spec.layers[slot.layer].attention.head_dim // 2
+        slot = place.slot
+        order = _order_of_heads(model, slot, interleaved=names.gguf_interleaved)
         if slot.keep is not None:
-            assert place.is_whole
-            slot.keep(_unlaced(tensors[name], half) if half else tensors[name])
+            slot.keep(_stored_rows(tensors[name], place, order))
             yield slot.target.numel()
             continue
-        for values, rows in _gguf_pieces(tensors[name], place, unit=2 * half or 1):
-            if half:  # [heads, half, 2, …] in the file, [heads, 2, half, …] in a parameter
-                pairs = values.view(-1, half, 2, *values.shape[1:])
-                values = pairs.transpose(1, 2).reshape(values.shape)
-            slot.write(values, rows)
+        for values, rows in _gguf_pieces(tensors[name], place, unit=len(order or "1")):
+            slot.write(values if order is None else _reordered(values, order), rows)
             yield slot.target[rows].numel()
 
 
-def _unlaced(tensor: GGUFTensor, half: int) -> GGUFTensor:
-    """With the rows of each head in the order of parameters."""
-    raw = tensor.raw.reshape(-1, half, 2, tensor.raw.shape[1]).swapaxes(1, 2)
-    return replace(tensor, raw=raw.reshape(tensor.raw.shape))
+def _order_of_heads(
+    model: Decoder, slot: WeightSlot, *, interleaved: bool = False
+) -> list[int] | None:
+    """Which number of each head in a file lies where in memory, of what is rotated; None: as it is.
+
+    interleaved: the file has been written so, whatever the family does.
+    """
+    if slot.layer is None or slot.part not in ("q", "k", "q_norm", "k_norm"):
+        return None
+    attention = model.spec.layers[slot.layer].attention
+    rope = attention.rope
+    if interleaved and slot.part in ("q", "k"):
+        rope = replace_struct(rope or Rope(1.0), interleaved=True)
+    order = None if rope is None else memory_order(rope, attention.head_dim)
+    if order is None or not slot.shape or slot.shape == (1,):  # one scale for all
+        return None
+    if slot.kind not in ("weight", "bias", "weight_scale"):
+        raise ValueError(
+            f"has rows of {slot.part} that must be reordered for its rope, which packed weights "
+            "do not allow: use the model unquantized"
+        )
+    return order
+
+
+def _reordered(values: Tensor, order: list[int]) -> Tensor:
+    """values: [heads * head_dim, …]."""
+    return values.view(-1, len(order), *values.shape[1:])[:, order].flatten(0, 1)
+
+
+def _stored_rows(tensor: GGUFTensor, place: Place, order: list[int] | None) -> GGUFTensor:
+    """The rows of a place, as they are stored, in the order of parameters."""
+    rows = place.index[0]
+    assert place.is_whole or place.index[1:] == (slice(0, place.shape[1]),)
+    raw = tensor.raw[rows]
+    if order is not None:
+        raw = raw.reshape(-1, len(order), raw.shape[1])[:, order].reshape(raw.shape)
+    return replace(tensor, raw=raw, shape=(len(raw), *tensor.shape[1:]))
 
 
 def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tuple[Tensor, slice]]:

@@ -22,8 +22,9 @@ from nanovllm.checkpoint.spec import (
     MoE,
     Rope,
 )
-from nanovllm.worker.layers.rotary import cos_sin_table, inverse_frequencies
+from nanovllm.worker.layers.rotary import cos_sin_table, inverse_frequencies, memory_order
 from tests.conftest import LLAMA3_ROPE, TINY
+from tests.dense_models import TINY_DENSE
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,7 +46,7 @@ def attention_of(fields: dict[str, Any]) -> Attention:
     return kind
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name not in TINY_DENSE])
 def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     path = tiny_checkpoint(name)
     spec = spec_from_config(json.loads((path / "config.json").read_text()))
@@ -108,18 +109,103 @@ def test_linear_scaling(kind: str) -> None:
     assert attention_of({**LLAMA, **fields}).rope == Rope(5e5, LinearScaling(2.0))
 
 
-def test_frequencies_equal_transformers() -> None:
-    for scaling in (LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}):
-        config = LlamaConfig(**{**LLAMA, "rope_parameters": dict(scaling)})
-        expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
-        rope = attention_of({**LLAMA, "rope_parameters": scaling}).rope
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.4],
+    "long_factor": [1.5, 2.0, 4.0, 9.0],
+    "original_max_position_embeddings": 64,
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": LLAMA3_ROPE,
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": YARN,
+    "yarn of another length": {**YARN, "original_max_position_embeddings": 100, "factor": 2.5},
+    "yarn as it is told": {**YARN, "beta_fast": 20, "beta_slow": 2, "attention_factor": 1.3},
+    "yarn with two scales": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
+    "yarn between pairs": {**YARN, "truncate": False},
+    "longrope": LONG,
+    "longrope with a factor": {**LONG, "factor": 8.0},
+    "longrope as it is told": {**LONG, "attention_factor": 1.5},
+}
+
+
+@pytest.mark.parametrize("values", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("max_positions", [64, 256])
+def test_rope_equals_transformers(values: dict[str, Any], max_positions: int) -> None:
+    """As transformers turns a sequence of that length."""
+    phi = "short_factor" in values
+    fields = {**LLAMA, "architectures": ["Phi3ForCausalLM" if phi else "LlamaForCausalLM"]}
+    fields |= {"max_position_embeddings": 256, "rope_theta": 500.0}
+    fields |= {"partial_rotary_factor": 0.5} if phi else {}
+    values = {"rope_theta": 500.0, "partial_rotary_factor": 0.5 if phi else 1.0, **values}
+    config = LlamaConfig(**{**fields, "rope_parameters": dict(values)})
+    theta = values["rope_theta"]
+    length = max_positions if phi else None
+    expected, factor = ROPE_INIT_FUNCTIONS[values["rope_type"]](config, seq_len=length)
+    old = {name: value for name, value in values.items() if name != "rope_theta"}
+    spellings = [{"rope_parameters": values}, {"rope_theta": theta, "rope_scaling": old}]
+    for spelling in spellings:
+        rope = attention_of({**fields, **spelling}).rope
         assert rope is not None
-        torch.testing.assert_close(inverse_frequencies(rope, 16), expected, rtol=2e-7, atol=0.0)
-        assert factor == 1.0
-    table = cos_sin_table(rope, head_dim=16, max_positions=5, device=torch.device("cpu"))
-    angles = 3 * expected
-    torch.testing.assert_close(table[3], torch.cat((angles.cos(), angles.sin())))
-    assert table.shape == (5, 16) and table.dtype == torch.float32
+        found = inverse_frequencies(rope, 16, max_positions=max_positions)
+        torch.testing.assert_close(found, expected, rtol=3e-7, atol=0.0)
+    cpu = torch.device("cpu")
+    table = cos_sin_table(rope, head_dim=16, max_positions=max_positions, device=cpu)
+    cos, sin = table[50].chunk(2)
+    num_turning = len(expected)
+    torch.testing.assert_close(cos[:num_turning], (50 * expected).cos() * factor)
+    torch.testing.assert_close(sin[:num_turning], (50 * expected).sin() * factor)
+    assert (cos[num_turning:] == 1).all() and (sin[num_turning:] == 0).all()
+    assert table.shape == (max_positions, 16) and table.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rope", "order"),
+    [
+        (Rope(1.0), None),
+        (Rope(1.0, interleaved=True), [0, 2, 4, 6, 1, 3, 5, 7]),
+        (Rope(1.0, share=0.5), [0, 1, 4, 5, 2, 3, 6, 7]),
+        (Rope(1.0, share=0.5, interleaved=True), [0, 2, 4, 5, 1, 3, 6, 7]),
+    ],
+)
+def test_pairs_lie_half_a_head_apart(rope: Rope, order: list[int] | None) -> None:
+    assert memory_order(rope, 8) == order
+
+
+UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
+    "recurrent": (
+        {"architectures": ["Qwen3NextForCausalLM"], "linear_conv_kernel_dim": 4},
+        "nearest supported one is Qwen3.*lacks recurrent layers .linear_conv_kernel_dim",
+    ),
+    "recurrent by layers": (
+        {"architectures": ["Qwen3_5ForCausalLM"], "layer_types": ["linear_attention", FULL]},
+        "recurrent layers .linear_attention",
+    ),
+    "latent attention": (
+        {"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512},
+        "lacks latent attention .MLA. .kv_lora_rank",
+    ),
+    "vision": (
+        {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"x": 1}},
+        "lacks vision .vision_config",
+    ),
+    "maths": (
+        {"architectures": ["LlamaProForCausalLM"], "attn_logit_softcapping": 30.0},
+        "nearest supported one is LlamaForCausalLM, .* perhaps what .*: attn_logit_softcapping",
+    ),
+    "nothing told": (
+        {"architectures": ["Olmo4ForCausalLM"]},
+        "nearest supported one is Olmo[23]ForCausalLM, which lacks what its config does not tell",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), UNKNOWN.values(), ids=UNKNOWN)
+def test_an_unknown_family_is_told_what_is_nearest(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"config.json: .*{message}"):
+        spec_from_config({**LLAMA, **fields})
 
 
 @pytest.mark.parametrize(
@@ -228,11 +314,14 @@ def test_mistral_windows() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2.*supported are Llama.*Qwen3"),
+    "architecture": (
+        {"architectures": ["GPT2LMHeadModel"]},
+        r"GPT2.*nearest.*upported are .*Qwen3",
+    ),
     "no architecture": ({"architectures": None}, "architectures None are not supported"),
     "missing size": ({"hidden_size": None}, "hidden_size is missing"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    "rope": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' .* default, linear and"),
+    "rope": ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope' .* default, linear, dy"),
     "rope by layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
         "rope_parameters must be one object for all layers",

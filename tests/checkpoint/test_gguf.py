@@ -288,7 +288,7 @@ def test_maths_that_nobody_does_is_refused(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architecture": "mamba"}, "'mamba' is not supported: supported are llama, qwen2, qwen3"),
+        ({"architecture": "mamba"}, "'mamba' is not supported: supported are cohere2, gemma2"),
         ({"facts": {"llama.block_count": None}}, "llama.block_count is missing"),
         ({"facts": {"llama.expert_count": 8}}, "mixtures of experts"),
         ({"tensors": {}}, "no token_embd.weight"),

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm.sampling_params import SamplingParams
+from tests.dense_models import TINY_DENSE
 from tests.e2e.engine import Engine
 from tests.moe_models import TINY_MOE
 
@@ -69,7 +70,7 @@ Expected = tuple[Path, list[list[int]], list[list[int]]]  # a model, prompts, an
 
 def expected_of(path: Path) -> Expected:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    prompts = mixed_prompts(model.config.vocab_size)
+    prompts = mixed_prompts(model.config.get_text_config().vocab_size)
     return path, prompts, reference_ids(model, prompts, NUM_TINY_TOKENS)
 
 
@@ -78,8 +79,8 @@ def tiny(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path])
     return expected_of(tiny_checkpoint(request.param))
 
 
-@pytest.mark.parametrize("name", TINY_MOE)
-def test_mixtures_of_experts_equal_transformers(
+@pytest.mark.parametrize("name", [*TINY_DENSE, *TINY_MOE])
+def test_every_family_equals_transformers(
     name: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     """In batches, in chunks, from a warm prefix cache, and preempted."""

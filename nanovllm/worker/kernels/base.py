@@ -38,7 +38,7 @@ class Kernels(Protocol):
     """
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        """hidden: [num_tokens, size], kept. Returns new memory."""
+        """hidden: [num_tokens, size], kept. Returns new memory. A layer norm if norm.centers."""
 
     def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
         """linear(norm(stream)), new memory; stream is kept."""

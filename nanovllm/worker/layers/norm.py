@@ -21,12 +21,13 @@ class RMSNorm:
 
     weight: Tensor  # [size]
     eps: float
+    centers: bool = False  # then it is a layer norm: the mean is taken off first
 
     @classmethod
     def empty(cls, size: int, spec: Norm, *, dtype: torch.dtype, device: torch.device) -> "RMSNorm":
         """Weights of one, until others are loaded."""
         kept = torch.float32 if spec.adds_one or spec.rounds_last else dtype
-        return cls(torch.ones(size, dtype=kept, device=device), spec.eps)
+        return cls(torch.ones(size, dtype=kept, device=device), spec.eps, spec.centers)
 
     def scale(self, hidden: Tensor, mean_squares: Tensor) -> Tensor:
         """What the norm makes of a piece of what it is taken of. hidden: [n, size];

@@ -34,7 +34,8 @@ class Norms:
     def __init__(self, build: Builder, layer: LayerSpec, name: str) -> None:
         """name: of the block, in the parts that checkpoints have ("attention_norm")."""
         hidden = build.spec.hidden_size
-        self.pre = build.norm(hidden, layer.norm) if layer.pre_norm else None
+        has_pre = layer.pre_norm and not (layer.parallel and name == "mlp")
+        self.pre = build.norm(hidden, layer.norm) if has_pre else None
         self.post = build.norm(hidden, layer.norm) if layer.post_norm else None
         self._spec = layer.norm
         self._name = name
@@ -71,6 +72,8 @@ class AttentionBlock:
         if spec.sinks:
             self._shared = build.parallel.share(q)
             self.sinks = torch.zeros(self._shared.size, dtype=torch.float32, device=build.device)
+        growth = spec.query_growth
+        self.growth = None if growth is None else build.query_growth(growth)
         self._norm_spec = layer.norm
         self._kernels = build.kernels
         self._parallel = build.parallel
@@ -90,6 +93,9 @@ class AttentionBlock:
         qkv = self._kernels.norm_linear(stream, self.norms.pre, self.qkv)
         if self.head_norms is None and self.q_norm is not None:
             self._norm_all_heads(qkv)
+        if self.growth is not None:  # by the same for all of a head, so it may come before rotation
+            queries = qkv[:, : self.qkv.parts["q"].size]
+            queries *= self.growth[batch.positions, None].to(qkv.dtype)
         attended = self.backend.forward(qkv, self.rotary, layer_cache, batch, self.sinks)
         hidden = stream.hidden
         if wanted is not None:
@@ -144,6 +150,19 @@ class DenseBlock:
         self.norms = Norms(build, layer, "mlp")
         self._activation = spec.activation
         self._kernels = build.kernels
+
+    def forward_beside(
+        self, stream: Stream, residual: Tensor, *, norm: RMSNorm | None, next_norm: RMSNorm | None
+    ) -> Stream:
+        """As `forward`, but residual is what is added to. norm: of the block beside this one."""
+        product = self._kernels.norm_linear(stream, norm, self.gate_up)
+        return self._kernels.linear_add(
+            self._kernels.activate(product, self._activation),
+            self.down,
+            residual,
+            post_norm=self.norms.post,
+            next_norm=next_norm,
+        )
 
     def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
         return self._kernels.mlp(

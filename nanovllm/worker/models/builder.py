@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.quantization import Scheme
-from nanovllm.checkpoint.spec import Attention, DecoderSpec, MoE, Norm
+from nanovllm.checkpoint.spec import Attention, DecoderSpec, MoE, Norm, QueryGrowth
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.layers.linear import Linear
@@ -158,6 +158,11 @@ class Builder:
 
     def norm(self, size: int, spec: Norm) -> RMSNorm:
         return RMSNorm.empty(size, spec, dtype=self.dtype, device=self.device)
+
+    def query_growth(self, growth: QueryGrowth) -> Tensor:
+        """By how much queries grow at each position: [max_positions] fp32."""
+        positions = torch.arange(self.spec.max_position_embeddings, device=self.device)
+        return 1 + growth.beta * torch.log1p((positions // growth.context).float())
 
     def rotary_tables(self) -> dict[Attention, Tensor]:
         """Cosines and sines for each kind of attention; one table for all that turn alike."""

@@ -36,6 +36,7 @@ class DecoderLayer:
                 self.mlp = DenseBlock(build, spec, dense, module=module)
             case MoE() as experts:
                 self.mlp = ExpertsBlock(build, spec, experts, module=module)
+        self._is_parallel = spec.parallel
 
     def forward(
         self,
@@ -48,6 +49,8 @@ class DecoderLayer:
     ) -> Stream:
         """The stream after this layer, of `wanted` tokens if given: as of the last layer the others
         only leave keys and values. next_norm: the norm that comes next."""
+        if self._is_parallel:
+            return self._forward_parallel(stream, batch, layer_cache, next_norm, wanted)
         stream = self.attention.forward(
             stream,
             batch=batch,
@@ -56,6 +59,29 @@ class DecoderLayer:
             wanted=wanted,
         )
         return self.mlp.forward(stream, next_norm=next_norm)
+
+    def _forward_parallel(
+        self,
+        stream: Stream,
+        batch: ForwardBatch,
+        layer_cache: Tensor,
+        next_norm: RMSNorm | None,
+        wanted: Tensor | None,
+    ) -> Stream:
+        """Attention and MLP of the same stream, both added to it."""
+        assert isinstance(self.mlp, DenseBlock)
+        # Attention may write over its residual, and the MLP has yet to read it.
+        attended = self.attention.forward(
+            Stream(stream.hidden.clone(), stream.weighed),
+            batch=batch,
+            layer_cache=layer_cache,
+            next_norm=None,
+            wanted=wanted,
+        )
+        if wanted is not None:
+            stream = Stream(stream.hidden[wanted])
+        norm = self.attention.norms.pre
+        return self.mlp.forward_beside(stream, attended.hidden, norm=norm, next_norm=next_norm)
 
     def linears(self) -> Iterator[Linear]:
         yield from self.attention.linears()
@@ -141,6 +167,8 @@ class Decoder:
         """`compute_logits` in the model's own precision."""
         logits = self._kernels.norm_linear(stream, self.final_norm, self.lm_head)
         logits = self.vocabulary.gather(logits)
+        if self.spec.logit_scale != 1.0:
+            logits.mul_(self.spec.logit_scale)
         if self.spec.final_softcap is not None:
             logits.div_(self.spec.final_softcap).tanh_().mul_(self.spec.final_softcap)
         return logits

@@ -35,7 +35,7 @@ def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
         return f"{attention.spec.dtype} is computed as torch does"
     if not all(isinstance(attention.of(kind), NativeAttention) for kind in spec.attentions):
         return "attention is not native"
-    if spec.embedding_multiplier != 1.0 or spec.final_softcap is not None:
+    if (spec.embedding_multiplier, spec.logit_scale, spec.final_softcap) != (1.0, 1.0, None):
         return "embeddings or logits are scaled"
     if spec.hidden_size % native.TILE:
         return f"hidden_size {spec.hidden_size} is no multiple of {native.TILE}"
@@ -46,8 +46,11 @@ def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
 def _odd(layer: LayerSpec) -> str | None:
     if not isinstance(layer.mlp, Dense) or layer.mlp.activation != "silu":
         return "an MLP is not a plain gated one"
-    if not layer.pre_norm or layer.post_norm or layer.norm.adds_one:
+    norm = layer.norm
+    if not layer.pre_norm or layer.post_norm or layer.parallel or norm.adds_one or norm.centers:
         return "norms lie elsewhere than before attention and MLP"
+    if layer.attention.query_growth is not None:
+        return "queries grow with their position"
     if layer.attention.qk_norm == "full":
         return "queries and keys are normed as a whole"
     heads = layer.attention.num_heads * layer.attention.head_dim

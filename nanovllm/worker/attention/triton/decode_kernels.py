@@ -222,8 +222,11 @@ def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_
         norm = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
         factors = tl.load(weight + lanes, inside, other=0.0).to(tl.float32)[None, :]
         other_factors = tl.load(weight + others, inside, other=0.0).to(tl.float32)[None, :]
-        x = ((x * norm).to(dtype).to(tl.float32) * factors).to(dtype).to(tl.float32)
-        other = ((other * norm).to(dtype).to(tl.float32) * other_factors).to(dtype).to(tl.float32)
+        x, other = x * norm, other * norm
+        if weight.dtype.element_ty == dtype:  # rounded before the weight, as Llama's norms are
+            x, other = x.to(dtype).to(tl.float32), other.to(dtype).to(tl.float32)
+        x = (x * factors).to(dtype).to(tl.float32)
+        other = (other * other_factors).to(dtype).to(tl.float32)
     return (x * cos + other * sin).to(dtype)
 
 

@@ -149,7 +149,8 @@ def _rotate_queries(
     first = tl.load(places, real, other=0.0).to(tl.float32)
     second = tl.load(places + HALF, real, other=0.0).to(tl.float32)
     if NORM:
-        first, second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+        first, second = normed(first, second, q_weight, lanes, inside, eps, HALF,
+                               queries.dtype.element_ty)  # fmt: skip
     angles = (cos_sin + positions * HEAD_DIM)[:, None] + lanes[None, :]
     cos, sin = tl.load(angles, real, other=0.0), tl.load(angles + HALF, real, other=0.0)
     first, second = rotated(first, second, cos, sin)

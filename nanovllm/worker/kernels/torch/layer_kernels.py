@@ -24,7 +24,11 @@ class TorchKernels:
     stacked_kinds: ClassVar[frozenset[str]] = frozenset()
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
-        return norm.scale(hidden, hidden.float().square().mean(-1, keepdim=True))
+        wide = hidden.float()
+        if norm.centers:
+            wide = wide - wide.mean(-1, keepdim=True)
+            return norm.scale(wide, wide.square().mean(-1, keepdim=True)).to(hidden.dtype)
+        return norm.scale(hidden, wide.square().mean(-1, keepdim=True))
 
     def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
         return linear(stream.hidden if norm is None else self.rms_norm(stream.hidden, norm))

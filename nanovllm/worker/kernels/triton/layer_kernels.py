@@ -30,25 +30,27 @@ ROPE_HEADS = 8  # heads per program
 
 
 @triton.jit
-def normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr):
-    """RMS norm of heads given in halves, [heads, lanes] fp32 each."""
+def normed(first, second, weight, lanes, inside, eps, HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """RMS norm of heads given in halves, [heads, lanes] fp32 each, that are stored as DTYPE."""
     square = tl.sum(first * first + second * second, 1) / (2 * HALF)
     scale = tl.rsqrt(square + eps)[:, None]
-    dtype = weight.dtype.element_ty
     first_weight = tl.load(weight + lanes, inside, other=0.0).to(tl.float32)
     second_weight = tl.load(weight + HALF + lanes, inside, other=0.0).to(tl.float32)
-    first = (first * scale).to(dtype).to(tl.float32) * first_weight[None, :]
-    second = (second * scale).to(dtype).to(tl.float32) * second_weight[None, :]
-    return first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+    first, second = first * scale, second * scale
+    if weight.dtype.element_ty == DTYPE:  # rounded before the weight, as Llama's norms are
+        first, second = first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+    first, second = first * first_weight[None, :], second * second_weight[None, :]
+    return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
 def _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside, eps,
-                    NUM_HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+                    NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
+                    DTYPE: tl.constexpr):  # fmt: skip
     """Queries, if there are any, by one weight, all other heads by the other."""
-    k_first, k_second = normed(first, second, k_weight, lanes, inside, eps, HALF)
+    k_first, k_second = normed(first, second, k_weight, lanes, inside, eps, HALF, DTYPE)
     if NUM_HEADS > 0:
-        q_first, q_second = normed(first, second, q_weight, lanes, inside, eps, HALF)
+        q_first, q_second = normed(first, second, q_weight, lanes, inside, eps, HALF, DTYPE)
         k_first = tl.where(is_query, q_first, k_first)
         k_second = tl.where(is_query, q_second, k_second)
     return k_first, k_second
@@ -96,7 +98,7 @@ def _rope_and_cache_kernel(
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
     if NORM:
         first, second = _normed_by_kind(first, second, is_query, q_weight, k_weight, lanes, inside,
-                                        eps, NUM_HEADS, HALF)  # fmt: skip
+                                        eps, NUM_HEADS, HALF, qkv.dtype.element_ty)  # fmt: skip
     dtype = qkv.dtype.element_ty
     angles = cos_sin + tl.load(positions + token) * (2 * HALF) + lanes
     cos = tl.load(angles, inside, other=0.0)[None, :]

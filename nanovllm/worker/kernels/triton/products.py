@@ -112,7 +112,7 @@ class SkinnyProducts(Products):
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
     ) -> Stream:
         if self.is_skinny(x, linear):
-            weight = None if next_norm is None else next_norm.weight
+            weight = None if next_norm is None or next_norm.centers else next_norm.weight
             return skinny_add(x, linear, residual, next_norm=weight)
         return self.wide_add(x, linear, residual)
 

@@ -41,6 +41,7 @@ def _rows_kernel(
     size,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    CENTERS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -57,6 +58,8 @@ def _rows_kernel(
     if NORM:
         dtype = x.dtype
         x = x.to(tl.float32)
+        if CENTERS:
+            x = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
         x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
         if weight.dtype.element_ty == dtype:
             x = x.to(dtype).to(tl.float32)  # rounded before the weight, as Llama's norms are
@@ -132,7 +135,8 @@ def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: RMSNorm | None) ->
     block = triton.next_power_of_2(size)
     _rows_kernel[(num_tokens,)](
         hidden, weight, *out, eps, size,
-        BLOCK=block, NORM=norm is not None, QUANTIZE=out.values.dtype == fp8.E4M3,
+        BLOCK=block, NORM=norm is not None, CENTERS=norm is not None and norm.centers,
+        QUANTIZE=out.values.dtype == fp8.E4M3,
         num_warps=_warps(block), **launch_options(hidden.device),
     )  # fmt: skip
 
