@@ -176,8 +176,7 @@ async def line_of(process: asyncio.subprocess.Process) -> bytes:
 
 def core_pid(llm: AsyncLLM) -> int:
     """The owned core of this moment."""
-    assert llm._handle is not None
-    return llm._handle.process.pid
+    return llm._handles[0].process.pid
 
 
 def kill_core(times: int, *, seed: int = 0) -> Fault:

@@ -269,8 +269,7 @@ async def kill_a_rank(bench: Bench, model: str, size: int) -> None:
         await _stream_all(llm, asked, num_new)  # compiles, captures
         undisturbed, _ = await _stream_all(llm, asked, num_new)
         again, _ = await _stream_all(llm, asked, num_new)
-        assert llm._handle is not None
-        core = llm._handle.process.pid
+        core = llm._handles[0].process.pid
         ranks = ranks_of(core)
         streams = asyncio.create_task(_stream_all(llm, asked, num_new))
         await asyncio.sleep(0.3)

@@ -213,6 +213,9 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tensor_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="ranks that share every layer, each a process")
     ] = 1
+    data_parallel_size: Annotated[
+        int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
+    ] = 1
     compare_ranks: Annotated[
         bool, Meta(description="for debugging: end the engine if two ranks pick different ids")
     ] = False

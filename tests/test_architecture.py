@@ -25,7 +25,8 @@ BUDGETS = {
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
     # request fails, what a client's key allows, masks beside the loop, and forced tokens
     "core": 4800,
-    "frontend": 3600,  # 3,000, chat templates in processes of their own, suspects, misuse
+    # 3,000, chat templates in processes of their own, suspects, misuse, several cores
+    "frontend": 3950,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
     # frontends that is started again, prompts whose encoding can be ended
     "frontend.server": 5800,

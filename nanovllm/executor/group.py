@@ -8,6 +8,7 @@ dead: it is reported, and waited for.
 
 import logging
 import select
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -51,6 +52,7 @@ WATCH_S = 0.1  # between two looks at whether all ranks live, and how often prog
 TELL_STOPPED_AFTER_S = 1.0
 CONSEQUENCE_S = 0.3  # in which a rank's death is noticed after others have failed of it
 LEAVE_S = 5.0
+KILLED_S = 1.0
 LOG = logging.getLogger(__name__)
 
 
@@ -162,7 +164,10 @@ class GroupExecutor:
                     room.register(one.channel, select.POLLOUT)
                 room.poll(WATCH_S * 1e3)
         except ChannelClosedError:
-            raise self._explain({rank.rank: None}) from None
+            failed: dict[int, RankFailed | None] = {}
+            for _ in self._take(rank, failed):  # its last words may still be there
+                pass
+            raise self._explain(failed or {rank.rank: None}) from None
 
     def _receive(self, timeout_s: float) -> list[tuple[RankProcess, FromRank]]:
         """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
@@ -220,7 +225,11 @@ class GroupExecutor:
         size = len(self._ranks)
         self._lost = DeviceLostError(f"{cause}: the {size} ranks of its group have been ended")
         for rank in self._ranks:
-            rank.end()
+            rank.process.kill()
+        until = time.monotonic() + KILLED_S
+        for rank in self._ranks:  # `shutdown` waits for one that its device holds up
+            with suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, until - time.monotonic()))
         return self._lost
 
     def _tell_stopped(self, step: int) -> bool:

@@ -17,7 +17,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_life import CONNECT_TIMEOUT_S, ProgressCallback
-from nanovllm.frontend.core_process import CoreHandle, start_core
+from nanovllm.frontend.core_process import CoreHandle, start_cores
 from nanovllm.frontend.detokenizer import DetokenizerFactory
 from nanovllm.frontend.inputs import (
     OPTION_NAMES,
@@ -32,6 +32,7 @@ from nanovllm.frontend.inputs import (
     make_prompt,
 )
 from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.replicas import SEPARATOR, Lines, Replicas
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
@@ -60,8 +61,8 @@ class AsyncLLM:
     ) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **config_fields)
         self._on_progress = on_progress
-        self._handle: CoreHandle | None = None
-        self._session: Session | None = None
+        self._handles: list[CoreHandle] = []
+        self._session: Session | Replicas | None = None
         self._tokenizer: Tokenizer | None = None
         self._why_no_tokenizer = "skip_tokenizer_init is set"
         self._detokenizers: DetokenizerFactory | None = None
@@ -86,6 +87,7 @@ class AsyncLLM:
     ) -> "AsyncLLM":
         """Attach to a running core; any number of frontends may. `close` leaves it running.
 
+        address: or several with commas, of cores that run the same model: each request goes to one.
         tokenizer: by default that of the core's model, if it can be had on this machine; without
         one, only token ids can be sent. connect_timeout_s: for somebody to answer at the address;
         a core that still loads is waited for. keys: the file that `nanovllm keys new` made for this
@@ -99,7 +101,9 @@ class AsyncLLM:
         llm._seeds = random.Random()  # not the core's: its other clients draw seeds as well
         try:
             pair = None if keys is None else ClientKeys.load(keys)
-            welcome = await llm._greet(address, connect_timeout_s=connect_timeout_s, keys=pair)
+            welcome = await llm._greet(
+                address.split(SEPARATOR), connect_timeout_s=connect_timeout_s, keys=pair
+            )
             if tokenizer is not None:
                 await llm._load_tokenizer(tokenizer)
             elif not skip_tokenizer_init:
@@ -123,9 +127,9 @@ class AsyncLLM:
             if model.load_format not in ("dummy", "synthetic"):
                 # Fetch it here, where the user sees the progress.
                 await asyncio.to_thread(locate, model.source, on_progress=self._thread_progress())
-            self._handle = start_core(self.config)
+            self._handles = start_cores(self.config)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._greet(self._handle.address))
+                group.create_task(self._greet([handle.address for handle in self._handles]))
                 if tokenizer is not None and not model.skip_tokenizer_init:
                     group.create_task(self._load_tokenizer(tokenizer))
         except BaseException as error:
@@ -136,18 +140,17 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Abort what runs, say goodbye, and end the core if it is owned. May be called twice."""
-        handle = await self.leave()
-        if handle is not None:
-            await asyncio.to_thread(handle.close)
+        handles = await self.leave()
+        await asyncio.gather(*(asyncio.to_thread(handle.close) for handle in handles))
 
-    async def leave(self) -> CoreHandle | None:
-        """`close`, but for the blocking end of an owned core: the caller closes its handle."""
+    async def leave(self) -> list[CoreHandle]:
+        """`close`, but for the blocking end of owned cores: the caller closes their handles."""
         if self._session is not None:
             await self._session.line.close()
         if self._tokenizer is not None:
             self._tokenizer.long_texts.close()
-        handle, self._handle = self._handle, None
-        return handle
+        handles, self._handles = self._handles, []
+        return handles
 
     async def __aenter__(self) -> "AsyncLLM":
         if self._session is None:  # else it comes from `connect`: `async with await …connect(…)`
@@ -254,6 +257,13 @@ class AsyncLLM:
         core `is_stalled`. Waits while it is being replaced."""
         return await self._line.status()
 
+    @property
+    def replica_stats(self) -> list[CoreStatus | None]:
+        """The latest word of each core, by its place; None of one that is away."""
+        line = self._line
+        lines = line.lines if isinstance(line, Lines) else [line]
+        return [one.latest_status for one in lines]
+
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False if blocks in use made it partial."""
         return bool(await self._line.call(ResetPrefixCache()))
@@ -340,23 +350,28 @@ class AsyncLLM:
             raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
 
     @property
-    def _running(self) -> Session:
+    def _running(self) -> Session | Replicas:
         self._check_started()
         assert self._session is not None
         return self._session
 
     @property
-    def _line(self) -> Supervisor:
+    def _line(self) -> Supervisor | Lines:
         return self._running.line
 
     async def _greet(
         self,
-        address: str,
+        addresses: list[str],
         *,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         keys: ClientKeys | None = None,
     ) -> Welcome:
-        self._session = Session(self.config.supervision, address, handle=self._handle, keys=keys)
+        config, handles = self.config.supervision, self._handles
+        if len(addresses) == 1:
+            handle = handles[0] if handles else None
+            self._session = Session(config, addresses[0], handle=handle, keys=keys)
+        else:
+            self._session = Replicas(config, addresses, handles=handles, keys=keys)
         line = self._session.line
         return await line.connect(timeout_s=connect_timeout_s, on_progress=self._on_progress)
 

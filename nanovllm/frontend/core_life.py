@@ -104,6 +104,11 @@ class CoreLife:
         return self._welcome.done() and self._error is None and not self._closed
 
     @property
+    def latest_status(self) -> CoreStatus | None:
+        """What the core has said last; None: nothing yet."""
+        return self._status
+
+    @property
     def explained_epochs(self) -> list[str]:
         """Lives before this one that ended by requests which will not be sent again."""
         return [] if self._status is None else self._status.explained_epochs

@@ -1,6 +1,6 @@
 """Starts a core as a process of its own, and ends it; what runs there is `nanovllm.launch`.
 
-Frontends that own their core call `start_core`. The core ends when its owner dies.
+Frontends that own their cores call `start_cores`. A core ends when its owner dies.
 """
 
 import os
@@ -28,6 +28,7 @@ class CoreHandle:
     process: subprocess.Popen[bytes]
     _owner_end: socket.socket
     _directory: Path | None = field(default=None)
+    _gpus: str | None = None  # those that it sees; None: all
 
     def end(self, timeout_s: float = 10.0) -> int:
         """End the core: politely, then by SIGTERM, then by SIGKILL. Returns its exit code."""
@@ -43,7 +44,7 @@ class CoreHandle:
     def restart(self) -> None:
         """Start it again, at the same address, after it has ended."""
         assert self.process.poll() is not None, "end() first"
-        self.process, self._owner_end = _spawn(self.config, self.address)
+        self.process, self._owner_end = _spawn(self.config, self.address, self._gpus)
 
     def close(self) -> int:
         """`end`, for good. Returns the exit code."""
@@ -53,19 +54,53 @@ class CoreHandle:
         return code
 
 
-def start_core(config: EngineConfig, *, address: str | None = None) -> CoreHandle:
+def start_cores(config: EngineConfig) -> list[CoreHandle]:
+    """One per replica (data_parallel_size), each with GPUs of its own where there are any.
+
+    Raises `ValueError` if there are too few.
+    """
+    num_replicas = config.parallel.data_parallel_size
+    if num_replicas == 1:
+        return [start_core(config)]
+    gpus, each = visible_gpus(config), config.parallel.tensor_parallel_size
+    if gpus and len(gpus) < num_replicas * each:
+        raise ValueError(
+            f"data_parallel_size: {num_replicas} replicas of {each} ranks need "
+            f"{num_replicas * each} GPUs, and {len(gpus)} are visible: use "
+            f"{max(1, len(gpus) // each)}, or device 'cpu'"
+        )
+    shares = [",".join(gpus[first * each :][:each]) for first in range(num_replicas)]
+    return [start_core(config, gpus=share if gpus else None) for share in shares]
+
+
+def visible_gpus(config: EngineConfig) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES would name them; none if none will be used."""
+    if config.model.device == "cpu" or config.model.load_format == "synthetic":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def start_core(
+    config: EngineConfig, *, address: str | None = None, gpus: str | None = None
+) -> CoreHandle:
     """Start a core as a program of its own and return at once; clients see it load.
 
     address: where it binds; by default a socket in a fresh directory only this user can enter.
+    gpus: the only ones that it sees, as in CUDA_VISIBLE_DEVICES.
     """
     directory = None
     if address is None:
         directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
         address = f"ipc://{directory}/core.sock"
-    return CoreHandle(config, address, *_spawn(config, address), directory)
+    return CoreHandle(config, address, *_spawn(config, address, gpus), directory, gpus)
 
 
-def _spawn(config: EngineConfig, address: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _spawn(
+    config: EngineConfig, address: str, gpus: str | None
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """The program, and the end of a socket pair whose closing tells it that its owner has gone."""
     owner_end, core_end = socket.socketpair()
     command = [sys.executable, *PROGRAM, "--address", address]
@@ -77,7 +112,11 @@ def _spawn(config: EngineConfig, address: str) -> tuple[subprocess.Popen[bytes],
         stdin=subprocess.DEVNULL,
         pass_fds=[core_end.fileno()],
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
+        },
     )
     core_end.close()
     return process, owner_end

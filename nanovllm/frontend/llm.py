@@ -215,22 +215,22 @@ def _shut_down(
     if os.getpid() != process_id:
         return
     try:
-        handle = asyncio.run_coroutine_threadsafe(_leave(llm), loop).result(STOP_TIMEOUT_S)
+        handles = asyncio.run_coroutine_threadsafe(_leave(llm), loop).result(STOP_TIMEOUT_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(STOP_TIMEOUT_S)
     loop.close()
-    if handle is not None:
+    for handle in handles:
         handle.close()
 
 
-async def _leave(llm: AsyncLLM) -> CoreHandle | None:
-    handle = await llm.leave()
+async def _leave(llm: AsyncLLM) -> list[CoreHandle]:
+    handles = await llm.leave()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    return handle
+    return handles
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:

@@ -293,6 +293,9 @@ class RequestTable:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def __iter__(self) -> Iterator[Request]:
         return iter(list(self._requests.values()))
 

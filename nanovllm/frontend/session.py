@@ -6,7 +6,7 @@ when it is back; whatever has left the table is not.
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from nanovllm.config import SupervisionConfig
 from nanovllm.frontend.core_process import CoreHandle
@@ -41,10 +41,13 @@ class Session:
         *,
         handle: CoreHandle | None = None,
         keys: ClientKeys | None = None,
+        hand_over: Callable[[Request], bool] | None = None,
     ) -> None:
+        """hand_over: lets another core go on with a request of a dead one, if it can."""
         self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
         self._suspects = Suspects()
+        self._hand_over = hand_over
         self._last_ids: deque[tuple[range, str]] = deque(maxlen=NUM_LAST_IDS)  # of discarded ones
 
     def submit(self, request: Request) -> None:
@@ -57,6 +60,16 @@ class Session:
         self._requests.add(request)
         if self.line.link is not None:
             request.note_sent(self.line.epoch)
+
+    @property
+    def num_requests(self) -> int:
+        """That have not ended."""
+        return len(self._requests)
+
+    def adopt(self, request: Request) -> None:
+        """Go on with a request of a core that has died."""
+        self._requests.add(request)
+        self._resume(request)
 
     def discard(self, request: Request) -> None:
         """Nobody waits for it any more: abort what still runs of it."""
@@ -124,6 +137,10 @@ class Session:
             )
             guilty.fail(QuarantinedError(why))
             self.discard(guilty)
+        if self._hand_over is not None:
+            for request in self._requests:
+                if not (request.is_suspect or request.is_aborted) and self._hand_over(request):
+                    self._requests.remove(request)
         return self._suspects.explained
 
     def on_core_back(self) -> None:

@@ -138,6 +138,11 @@ class Supervisor:
         """The latest of the core's present life; waits for the next life if it is away."""
         return await self._ask(lambda life: life.status())
 
+    @property
+    def latest_status(self) -> CoreStatus | None:
+        """What the core has said last; None while it is away."""
+        return None if self.link is None or self._life is None else self._life.latest_status
+
     async def until_dead(self) -> EngineDeadError:
         """Wait for the death that is for good; returns its cause."""
         await self._dead.wait()

@@ -40,14 +40,14 @@ class Deaths:
 
     def __init__(self, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        assert llm._handle is not None
-        restart = llm._handle.restart
+        (handle,) = llm._handles
+        restart = handle.restart
 
         def counted() -> None:
             self.count += 1
             restart()
 
-        monkeypatch.setattr(llm._handle, "restart", counted)
+        monkeypatch.setattr(handle, "restart", counted)
 
 
 async def poisoning(llm: AsyncLLM, *, n: int = 1, prompt: list[int] | None = None) -> str:

@@ -18,7 +18,7 @@ def address(tmp_path: Path) -> str:
 @pytest.fixture
 def handle(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handle]:
     handle = Handle(address, idle_process())
-    monkeypatch.setattr(async_llm, "start_core", lambda config: handle)
+    monkeypatch.setattr(async_llm, "start_cores", lambda config: [handle])
     monkeypatch.setattr(async_llm.Tokenizer, "load", lambda name: byte_tokenizer())
     yield handle
     handle.close()

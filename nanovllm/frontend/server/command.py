@@ -22,7 +22,8 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
-from nanovllm.frontend.server.frontends import Frontends, own_core
+from nanovllm.frontend.replicas import Lines
+from nanovllm.frontend.server.frontends import Frontends, own_cores
 from nanovllm.frontend.server.run import (
     SUPERVISION_FIELDS,
     TOKENIZER_FIELDS,
@@ -34,7 +35,6 @@ from nanovllm.frontend.server.run import (
 )
 from nanovllm.frontend.server.serving import Serving, require_tracing
 from nanovllm.frontend.server.settings import OLDER_NAMES, ServerSettings
-from nanovllm.frontend.supervisor import Supervisor
 
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -119,7 +119,7 @@ async def _serve_many(
 @contextlib.asynccontextmanager
 async def _core(
     settings: ServerSettings, engine_fields: dict[str, Any]
-) -> AsyncIterator[tuple[str, Supervisor | None]]:
+) -> AsyncIterator[tuple[str, Lines | None]]:
     """The address of a core, and the line to it if it is ours."""
     if settings.connect is not None:
         yield settings.connect, None
@@ -127,7 +127,7 @@ async def _core(
     config = EngineConfig.from_kwargs(**engine_fields)
     if config.model.load_format not in ("dummy", "synthetic"):
         await asyncio.to_thread(locate, config.model.source)
-    async with own_core(config) as line:
+    async with own_cores(config) as line:
         yield line.address, line
 
 

@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from nanovllm.config import EngineConfig
-from nanovllm.frontend.core_process import start_core
+from nanovllm.frontend.core_process import start_cores
+from nanovllm.frontend.replicas import Lines
 from nanovllm.frontend.server.run import READY_LINE, FrontendSetup
 from nanovllm.frontend.session import Session
-from nanovllm.frontend.supervisor import Supervisor
 
 MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
 KILL_AFTER_S = 10.0  # beyond the drain
@@ -27,11 +27,12 @@ PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.run")
 
 
 @contextlib.asynccontextmanager
-async def own_core(config: EngineConfig) -> AsyncIterator[Supervisor]:
-    """A core for all frontends, which is started again when it dies. This process has no requests
-    of its own: the frontends, which wait for the core at its address, send theirs again."""
-    handle = start_core(config)
-    line = Session(config.supervision, handle.address, handle=handle).line
+async def own_cores(config: EngineConfig) -> AsyncIterator[Lines]:
+    """Cores for all frontends, which are started again when they die. This process has no requests
+    of its own: the frontends, which wait for a core at its address, send theirs again."""
+    handles = start_cores(config)
+    lines = [Session(config.supervision, one.address, handle=one).line for one in handles]
+    line = Lines(lines)
     greeting = asyncio.create_task(line.connect())
     try:
         yield line
@@ -39,7 +40,7 @@ async def own_core(config: EngineConfig) -> AsyncIterator[Supervisor]:
         greeting.cancel()
         await asyncio.gather(greeting, return_exceptions=True)  # frontends have told why, if it is
         await line.close()
-        await asyncio.to_thread(handle.close)
+        await asyncio.gather(*(asyncio.to_thread(handle.close) for handle in handles))
 
 
 class Frontends:
@@ -50,7 +51,7 @@ class Frontends:
         setup: FrontendSetup,
         environment: dict[str, str],
         *,
-        core: Supervisor | None,
+        core: Lines | None,
     ) -> None:
         self._setup = setup
         self._environment = environment

@@ -8,6 +8,7 @@ multiprocess mode (`PROMETHEUS_MULTIPROC_DIR`, set before this module is importe
 import os
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 from prometheus_client import (
     CollectorRegistry,
@@ -53,11 +54,12 @@ CORE_COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
     "step": ("engine_steps", "Forward passes."),
 }
-StatusSource = Callable[[], tuple[Welcome, CoreStatus] | None]
+StatusSource = Callable[[], tuple[Welcome, list[CoreStatus | None]] | None]
 
 
 class ServerMetrics:
-    """All metrics of one server process; `status` gives the core's latest word, if there is one."""
+    """All metrics of one server process; `status` gives the latest word of each core, if there is
+    one."""
 
     def __init__(self, status: StatusSource) -> None:
         self._registry = CollectorRegistry()
@@ -120,25 +122,41 @@ class CoreCollector:
         known = self._status()
         if known is None:
             return
-        welcome, status = known
-        labels = [welcome.served_model_name, "0"]
+        welcome, statuses = known
+        engines = {
+            (welcome.served_model_name, str(index)): status
+            for index, status in enumerate(statuses)
+            if status is not None
+        }
+
+        def gauge(name: str, text: str, value: Callable[[CoreStatus], float]) -> Metric:
+            family = GaugeMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
+            for labels, status in engines.items():
+                family.add_metric(labels, value(status))
+            return family
+
         for field, (name, text) in CORE_GAUGES.items():
-            yield _gauge(name, text, labels, getattr(status, field))
-        num_used = status.num_blocks - status.num_free_blocks
+            yield gauge(name, text, attrgetter(field))
         text = "KV blocks in use; 1 is all of them."
-        yield _gauge("kv_cache_usage_perc", text, labels, num_used / max(1, status.num_blocks))
-        yield _gauge("engine_step_seconds", "The last step.", labels, status.last_step_ms / 1e3)
+        yield gauge("kv_cache_usage_perc", text, _share_used)
+        yield gauge("engine_step_seconds", "The last step.", lambda one: one.last_step_ms / 1e3)
         for field, (name, text) in CORE_COUNTERS.items():
-            family = CounterMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
-            family.add_metric(labels, getattr(status, field))
-            yield family
+            counter = CounterMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
+            for labels, status in engines.items():
+                counter.add_metric(labels, getattr(status, field))
+            yield counter
         info = GaugeMetricFamily(
             "nanovllm:cache_config_info",
             "Facts of the KV cache.",
             labels=(*LABELS, "block_size", "num_gpu_blocks"),
         )
-        info.add_metric([*labels, str(welcome.block_size), str(status.num_blocks)], 1)
+        for labels, status in engines.items():
+            info.add_metric([*labels, str(welcome.block_size), str(status.num_blocks)], 1)
         yield info
+
+
+def _share_used(status: CoreStatus) -> float:
+    return (status.num_blocks - status.num_free_blocks) / max(1, status.num_blocks)
 
 
 class RequestTimes:
@@ -186,9 +204,3 @@ class RequestTimes:
         for completion in output.outputs:
             if completion.finish_reason is not None:
                 metrics.success.labels(*labels, completion.finish_reason).inc()
-
-
-def _gauge(name: str, text: str, labels: list[str], value: float) -> Metric:
-    family = GaugeMetricFamily(f"nanovllm:{name}", text, labels=LABELS)
-    family.add_metric(labels, value)
-    return family

@@ -131,8 +131,10 @@ class Serving:
         self.phase, self.progress = phase, progress
         self._heard_at = time.monotonic()
 
-    def _core_status(self) -> tuple[Welcome, CoreStatus] | None:
-        return None if self._llm is None or self._status is None else (self.llm.info, self._status)
+    def _core_status(self) -> tuple[Welcome, list[CoreStatus | None]] | None:
+        if self._llm is None or self._status is None or not self._llm.is_running:
+            return None
+        return self.llm.info, self._llm.replica_stats
 
     # ---- what endpoints ask
 

@@ -1,0 +1,100 @@
+"""Several ranks, and several replicas, behind one engine: who dies costs a pause and no token."""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from nanovllm import AsyncLLM, SamplingParams
+from tests.e2e.processes import alive, core_children, rank_children, wait_until
+
+SYNTHETIC: dict[str, Any] = {
+    "model": "synthetic",
+    "load_format": "synthetic",
+    "step_ms": 5.0,
+    "num_gpu_blocks_override": 4000,
+    "skip_tokenizer_init": True,
+}
+NUM_STREAMS, NUM_TOKENS = 12, 150
+
+
+def engine(**settings: Any) -> AsyncLLM:
+    return AsyncLLM(**{**SYNTHETIC, **settings})
+
+
+async def ids_of(llm: AsyncLLM, prompt: list[int], seed: int, num_tokens: int) -> list[int]:
+    params = SamplingParams(seed=seed, max_tokens=num_tokens, ignore_eos=True)
+    ids: list[int] = []
+    async for output in llm.generate(prompt, params):
+        ids = output.outputs[0].token_ids
+    return ids
+
+
+async def all_ids(llm: AsyncLLM) -> list[list[int]]:
+    prompts = [[7 * index + 1] * 40 for index in range(NUM_STREAMS)]
+    streams = [ids_of(llm, prompt, seed, NUM_TOKENS) for seed, prompt in enumerate(prompts)]
+    return await asyncio.gather(*streams)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_rank_dies_amid_streams_which_resume(victim: int) -> None:
+    async with engine(tensor_parallel_size=2) as llm:
+        expected = await all_ids(llm)
+        (core,) = core_children(os.getpid())
+        ranks = rank_children(core)
+        assert len(ranks) == 2
+        streams = asyncio.create_task(all_ids(llm))
+        await asyncio.sleep(0.3)
+        os.kill(ranks[victim], signal.SIGKILL)
+        assert await streams == expected
+        (core,) = core_children(os.getpid())
+        again = rank_children(core)
+        assert len(again) == 2 and not set(ranks) & set(again)
+    wait_until(lambda: not any(map(alive, [*ranks, *again])), timeout_s=5, what="ranks end")
+
+
+async def test_a_replica_dies_and_its_streams_go_on_at_the_other() -> None:
+    async with engine(data_parallel_size=2) as llm:
+        expected = await all_ids(llm)
+        assert len(core_children(os.getpid())) == 2
+        streams = asyncio.create_task(all_ids(llm))
+        await asyncio.sleep(0.3)
+        started = asyncio.get_running_loop().time()
+        os.kill(core_children(os.getpid())[0], signal.SIGKILL)
+        assert await streams == expected
+        assert asyncio.get_running_loop().time() - started < 4
+        assert await all_ids(llm) == expected
+
+
+async def test_replicas_share_requests_and_keep_what_begins_alike_together() -> None:
+    async with engine(data_parallel_size=3, max_num_seqs=64) as llm:
+        groups = [[100 + group] * 256 for group in range(6)]
+        for group in groups:
+            await ids_of(llm, [*group, 1], 0, 2)
+        streams = [ids_of(llm, [*group, index], index, 4) for index in range(8) for group in groups]
+        await asyncio.gather(*streams)
+        await asyncio.sleep(1.2)  # a status of each
+        statuses = [status for status in llm.replica_stats if status is not None]
+        assert len(statuses) == 3
+        total = await llm.stats()
+        assert total.num_generation_tokens == sum(one.num_generation_tokens for one in statuses)
+        assert total.num_generation_tokens == 6 * 2 + 48 * 4
+        shares = [one.num_generation_tokens / total.num_generation_tokens for one in statuses]
+        assert max(shares) < 0.45, shares
+        # All but the first of each group have found its beginning.
+        assert total.prefix_cache_hits >= 0.95 * 48 * 256
+        assert await llm.reset_prefix_cache()
+
+
+async def test_unprefixed_requests_are_shared_evenly_and_many_frontends_may_attach() -> None:
+    async with engine(data_parallel_size=2) as owner:
+        async with await AsyncLLM.connect(owner.address, skip_tokenizer_init=True) as llm:
+            prompts = [[index + 1] * 70 for index in range(40)]
+            ids = await asyncio.gather(*(ids_of(llm, prompt, 3, 20) for prompt in prompts))
+            assert ids == await asyncio.gather(*(ids_of(owner, one, 3, 20) for one in prompts))
+        await asyncio.sleep(1.2)
+        tokens = [one.num_generation_tokens for one in owner.replica_stats if one is not None]
+        assert sum(tokens) == 2 * 40 * 20
+        assert max(tokens) <= 1.1 * sum(tokens) / 2
