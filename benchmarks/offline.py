@@ -12,8 +12,11 @@ of their sampling; "x plain" compares with `ask_nobody` of the same engine, whic
     python benchmarks/offline.py --model benchmarks/models/qwen3-0.6b --load-format dummy \
         --workload ask_nobody,ask_one_penalties,ask_all_penalties,ask_one_logprobs,ask_all_logprobs
 
-Those with a grammar (`…_schema`, `…_regex`) need a checkpoint with a tokenizer; their tokens/s
-count what outputs hold.
+Those with a grammar (`…_schema`, `…_regex`) or `…_bad_words` need a checkpoint with a tokenizer;
+their tokens/s count what outputs hold, and "forced" those of them that were not sampled.
+
+`first_1,first_8,first_64`, named first of all, are run twice each, the first time right after the
+start; "x second" is the first run's time over the second's.
 """
 
 import argparse
@@ -27,7 +30,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from workloads import ASKS, WORKLOADS, Asking, Workload, asking, floor_seconds, keeps_cache
+from workloads import (
+    ASKS,
+    WORKLOADS,
+    Asking,
+    Workload,
+    asking,
+    first_requests,
+    floor_seconds,
+    keeps_cache,
+)
 
 MAX_MODEL_LEN = 4096
 TEMPERATURE = 0.6
@@ -51,13 +63,29 @@ def make_engine(engine: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def needs_tokenizer(arguments: argparse.Namespace) -> bool:
-    """Whether a workload has a grammar."""
+    """Whether a workload has a grammar, or texts in its parameters."""
     found = [asking(name) for name, _ in wanted_workloads(arguments)]
-    return any(one is not None and one.is_free for one in found)
+    return any(one is not None and one.needs_tokenizer for one in found)
 
 
-def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[float, int]:
-    """Best output tokens per second of `repeats` runs, and that run's tokens."""
+def run_first(llm: Any, params_type: Any, workload: Workload) -> tuple[float, float]:
+    """Seconds of the first run and of the second, each with a cold prefix cache."""
+    prompts, num_out = workload
+    params = params_type(
+        temperature=TEMPERATURE, ignore_eos=True, max_tokens=num_out[0], detokenize=False
+    )
+    requests, seconds = [{"prompt_token_ids": prompt} for prompt in prompts], []
+    for _ in range(2):
+        started = time.perf_counter()
+        llm.generate(requests, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+        llm.reset_prefix_cache()
+    return seconds[0], seconds[1]
+
+
+def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[float, int, int]:
+    """Best output tokens per second of `repeats` runs, that run's tokens, and those of them that a
+    grammar forced, as far as the engine tells."""
     prompts, num_out = spec.workload
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     fields = dict(spec.fields)
@@ -70,14 +98,16 @@ def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[
         for index in range(len(prompts))
         for more in (fields if index < spec.num_asking else {},)
     ]
-    best = 0.0, 0
+    best = 0.0, 0, 0
     for _ in range(repeats + 1):  # the first one compiles grammars
         llm.reset_prefix_cache()
         started = time.perf_counter()
         outputs = llm.generate(requests, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        best = max(best, (num_tokens / seconds, num_tokens))
+        tells = params_type.__module__.startswith("nanovllm")
+        num_forced = sum(output.metrics.num_forced_tokens for output in outputs) if tells else 0
+        best = max(best, (num_tokens / seconds, num_tokens, num_forced))
     check_grammars(outputs, spec)
     return best
 
@@ -131,12 +161,20 @@ def measure(engine: str, arguments: argparse.Namespace) -> None:
     plain_rate = 0.0
     for name, repeats in wanted_workloads(arguments):
         if (spec := asking(name)) is not None:
-            rate, num_tokens = run_asking(llm, params_type, spec, repeats)
+            rate, num_tokens, num_forced = run_asking(llm, params_type, spec, repeats)
             plain_rate = rate if name == "ask_nobody" else plain_rate
             ratio = f"{rate / plain_rate:5.2f} x plain" if plain_rate else ""
             print(
                 f"{engine:9s} {Path(arguments.model).name:12s} {name:22s} {rate:9.0f} out tok/s "
-                f"{num_tokens:7d} tokens {ratio}",
+                f"{num_tokens:7d} tokens {ratio}{f' {num_forced} forced' * (num_forced > 0)}",
+                flush=True,
+            )
+            continue
+        if (first := first_requests(name)) is not None:
+            once, again = run_first(llm, params_type, first)
+            print(
+                f"{engine:9s} {Path(arguments.model).name:12s} {name:22s} first {once:7.3f} s "
+                f"second {again:7.3f} s {once / again:5.2f} x second",
                 flush=True,
             )
             continue
@@ -165,10 +203,15 @@ def main() -> None:
     parser.add_argument("--config", default="{}", help="further nanovllm settings, as JSON")
     parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
     arguments = parser.parse_args()
-    unknown = {name for name, _ in wanted_workloads(arguments) if asking(name) is None}
-    unknown -= set(WORKLOADS)
+    unknown = {
+        name
+        for name, _ in wanted_workloads(arguments)
+        if asking(name) is None and first_requests(name) is None and name not in WORKLOADS
+    }
     if unknown:
-        known = ", ".join((*WORKLOADS, "ask_nobody", *(f"ask_one_{name}" for name in ASKS)))
+        known = ", ".join(
+            (*WORKLOADS, "first_1", "ask_nobody", *(f"ask_one_{name}" for name in ASKS))
+        )
         parser.error(f"unknown workload {', '.join(unknown)}: known are {known}, and ask_all_…")
     if arguments.engine:
         measure(arguments.engine, arguments)

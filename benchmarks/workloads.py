@@ -63,6 +63,7 @@ ASKS: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {token_id: 2.0 for token_id in range(100, 120)}},
     "min_tokens": {"min_tokens": 200, "stop_token_ids": [1, 2, 3]},
     "allowed": {"allowed_token_ids": list(range(0, NUM_IDS, 3))},
+    "bad_words": {"bad_words": ["the", "and so on", "of course", "a"]},
     "top": {"top_p": 0.9, "top_k": 50},
     "regex": {"regex": r"([a-z]{1,9} ){500}"},
     "schema": {
@@ -87,6 +88,7 @@ ASKS: dict[str, dict[str, Any]] = {
     "prompt_logprobs": {"prompt_logprobs": 1},
 }
 GRAMMARS = {"json", "regex"}  # fields of a request's structured outputs
+TEXTS = {"bad_words"}  # fields that are texts, for which a tokenizer is needed
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class Asking:
         return not GRAMMARS.isdisjoint(self.fields)
 
     @property
+    def needs_tokenizer(self) -> bool:
+        return self.is_free or not TEXTS.isdisjoint(self.fields)
+
+    @property
     def workload(self) -> Workload:
         return fixed(64, self.num_in, self.num_out)
 
@@ -121,6 +127,15 @@ def asking(name: str) -> Asking | None:
             if what == "prompt_logprobs":
                 return Asking(count, ASKS[what], num_in=1000, num_out=16)
             return Asking(count, ASKS[what])
+    return None
+
+
+def first_requests(name: str) -> Workload | None:
+    """`first_1`, `first_8`, `first_64`: what is asked twice, the first time right after the start.
+    None for other names."""
+    match name.split("_"):
+        case ["first", count] if count.isdecimal():
+            return fixed(int(count), 128, 256)
     return None
 
 

@@ -193,6 +193,9 @@ class PlanStaging:
         return tensor.to(self._device, non_blocking=True)
 
 
+ALIGNMENT = 4  # words: 16 bytes
+
+
 class SampleStaging:
     """Carries to the device what the second half of a step needs, by a stream of its own.
 
@@ -219,7 +222,8 @@ class SampleStaging:
         steps = torch.accelerator.current_stream(self._device)
         self._read[self._turn].record(steps)  # what reads the last call's has been queued
         self._turn = (self._turn + 1) % len(self._pinned)
-        num_words = sum(array.size for array in arrays)
+        # Aligned, or Triton would compile kernels anew for other numbers of entries.
+        num_words = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
         self._copied[self._turn].synchronize()
         if len(self._pinned[self._turn]) < num_words:
             capacity = 1 << (num_words - 1).bit_length()
@@ -234,7 +238,7 @@ class SampleStaging:
             end = start + array.size
             words[start:end] = array.reshape(-1)
             sent.append(buffer[start:end].view(array.shape))
-            start = end
+            start += -(-array.size // ALIGNMENT) * ALIGNMENT
         self._stream.wait_event(self._read[self._turn])
         with self._stream:
             buffer[:num_words].copy_(self._pinned[self._turn][:num_words], non_blocking=True)

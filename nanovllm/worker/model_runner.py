@@ -148,6 +148,10 @@ class ModelRunner:
         """Of steps that run by graph."""
         return [] if self._graphs is None else self._graphs.shapes
 
+    @property
+    def vocab_size(self) -> int:
+        return self._rows.vocab_size
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> PendingStep:
         """Queue the first half of a step. Both halves of the plan before it must have been queued,

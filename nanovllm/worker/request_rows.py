@@ -75,7 +75,7 @@ class RequestRows:
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self._uncounted: set[int] = set()  # admitted since their tokens were last counted
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
 
     def record(self, plan: StepPlan) -> Int32Array:
@@ -120,7 +120,7 @@ class RequestRows:
         self.failures.pop(new.row, None)
         try:
             edits = prepare_edits(
-                new, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids
+                new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
             )
             return encode(new), edits
         except Exception as error:

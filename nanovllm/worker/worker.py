@@ -5,6 +5,7 @@ An executor makes one per device and calls `start`, `allocate`, `execute` in pla
 
 import gc
 import logging
+import time
 from collections.abc import Iterator
 
 import torch
@@ -28,10 +29,13 @@ from nanovllm.worker.failures import (
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.startup import Loaded, Startup, explaining_want_of_memory
-from nanovllm.worker.warmup.dummy_steps import rehearsals
+from nanovllm.worker.warmup.dummy_steps import num_usual, rehearsals
 from nanovllm.worker.warmup.precompile import Precompiler
 
 logger = logging.getLogger(__name__)
+# Spent on what first requests will want, before any can come. Kernels that must still be compiled
+# take longer than that, which ends it.
+PRACTICE_S = 0.3
 
 
 class Worker:
@@ -99,6 +103,10 @@ class Worker:
         self._rehearsals = rehearsals(
             self._runner, loaded.limits, max_model_len=loaded.max_model_len
         )
+        until = time.monotonic() + PRACTICE_S
+        for _ in range(num_usual(self._runner)):
+            if not self.rehearse() or time.monotonic() > until:
+                break
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Queue a step's forward pass; see `ModelRunner.forward`.

@@ -57,16 +57,22 @@ class DeviceSampler:
         lines = np.flatnonzero(wants_logprobs).astype(np.int32)
         if not entries.size and not lines.size:
             return Sampled(token_ids, None, [], [])
-        arrays = [entries, lines]
+        arrays = [entries, *entries[:3], lines]
         if masks is not None:
             arrays.append(mask_words(masks))
         on_device = self._staging.send(arrays)
         if entries.size:
             counted = rows[penalized].tolist()
             has_edits = bool((entries[3] != NO_EDITS).any())
-            asking = Entries(on_device[0], self._tables.words if has_edits else None)
+            asking = Entries(
+                words=on_device[0],
+                lines=on_device[1],
+                rows=on_device[2],
+                positions=on_device[3],
+                tables=self._tables.words if has_edits else None,
+            )
             self._sample_again(
-                logits, token_ids, asking, counted, None if masks is None else on_device[2]
+                logits, token_ids, asking, counted, None if masks is None else on_device[5]
             )
         if not lines.size:
             return Sampled(token_ids, None, [], [])
@@ -75,7 +81,7 @@ class DeviceSampler:
         pack, most = self._fused.pack_logprobs, int(num_top.max())
         if (num_top < 0).any():
             pack, most = pack_logprobs, -1
-        words = pack(logits, token_ids, num_top=most, lines=on_device[1])
+        words = pack(logits, token_ids, num_top=most, lines=on_device[4])
         return Sampled(token_ids, PackedLogprobs(words), lines.tolist(), num_top.tolist())
 
     def _find_entries(
@@ -125,10 +131,10 @@ class DeviceSampler:
         )
         self._fused.sample_tokens(
             edited,
-            rows=entries.words[1],
-            positions=entries.words[2],
+            rows=entries.rows,
+            positions=entries.positions,
             columns=rows.columns,
             seeds=rows.seeds,
             known=rows.token_ids,
-            out=(token_ids, entries.words[0]),
+            out=(token_ids, entries.lines),
         )

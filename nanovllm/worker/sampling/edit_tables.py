@@ -25,10 +25,14 @@ class Entries:
 
     words: [5, k] int32 on the device. By entry: its line among those that sample, its row, the
     position of its next token, where its table begins (or `NO_EDITS`), its mask's line (or
-    `NO_MASK`). tables: `EditTables.words`, or None if no entry has one.
+    `NO_MASK`). lines, rows, positions: [k] int32, the first three of them once more, each aligned
+    as kernels were compiled for. tables: `EditTables.words`, or None if no entry has one.
     """
 
     words: Tensor
+    lines: Tensor
+    rows: Tensor
+    positions: Tensor
     tables: Tensor | None
 
     @property

@@ -1,18 +1,37 @@
 """Steps that are run for what they cost, not for their tokens; only the padding row is touched.
 
 `Worker` runs the heaviest one at its start, to see how much memory the allocator then holds; that
-also compiles most kernels. While it has nothing else to do it goes through the shapes that CUDA
-graphs come in, so that requests find them compiled and captured.
+also compiles most kernels. Before requests come, and while it has nothing else to do, it goes
+through the shapes that CUDA graphs come in, so that requests find them compiled and captured.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from nanovllm.config import StepLimits
-from nanovllm.protocol.plan import NewRow, StepPlan
+from nanovllm.protocol.plan import NewRow, StepMasks, StepPlan
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.model_runner import ModelRunner
 
 PLAIN = SamplingParams(temperature=0.5)
+PENALIZED = SamplingParams(temperature=0.5, repetition_penalty=1.1)
+BIASED = SamplingParams(temperature=0.5, logit_bias={0: 1.0})
+BOTH = SamplingParams(temperature=0.5, repetition_penalty=1.1, logit_bias={0: 1.0})
+# What rows may ask of the second half of a step, and whether a grammar masks them: each pair runs
+# other kernels.
+KINDS = (
+    (PLAIN, True),
+    (PENALIZED, False),
+    (BIASED, False),
+    (BOTH, False),
+    (PENALIZED, True),
+    (BIASED, True),
+    (BOTH, True),
+    (SamplingParams(temperature=0.5, logprobs=5), False),
+)
+USUAL = (1, 8, 64)  # rows of decode steps that first requests are likely to want
 # Asks for every operation of the sampler.
 HEAVY = SamplingParams(
     top_p=0.9,
@@ -41,13 +60,35 @@ def heaviest_steps(
 
 
 def rehearsals(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:
-    """Steps of every shape that runs by graph, one with each `next`."""
-    for num_tokens, num_rows in runner.graph_shapes:
-        if num_tokens > num_rows * (max_model_len - 1):
-            continue
+    """Steps of every shape that runs by graph, one with each `next`; what is wanted soonest first:
+    `num_usual` of them."""
+    shapes = runner.graph_shapes
+    usual = [shape for shape in shapes if _is_usual(shape)]
+    if shapes:
+        yield from _twice(runner, limits, usual)
+        for params, is_masked in KINDS:
+            run_step(runner, limits, params, counts=[1], is_masked=is_masked)
+            yield
+    possible = [one for one in shapes if one.num_tokens <= one.num_rows * (max_model_len - 1)]
+    yield from _twice(runner, limits, [shape for shape in possible if not _is_usual(shape)])
+
+
+def num_usual(runner: ModelRunner) -> int:
+    """Of the rehearsals, those that should come before any request, where that takes little."""
+    shapes = runner.graph_shapes
+    return 2 * sum(map(_is_usual, shapes)) + len(KINDS) if shapes else 0
+
+
+def _is_usual(shape: StepShape) -> bool:
+    return shape.num_tokens == shape.num_rows and shape.num_rows in USUAL
+
+
+def _twice(runner: ModelRunner, limits: StepLimits, shapes: list[StepShape]) -> Iterator[None]:
+    """Eagerly, which compiles; then it is captured."""
+    for num_tokens, num_rows in shapes:
         each, more = divmod(num_tokens, num_rows)
         counts = [each + 1] * more + [each] * (num_rows - more)
-        for _ in range(2):  # eagerly, which compiles; then it is captured
+        for _ in range(2):
             run_step(runner, limits, PLAIN, counts=counts)
             yield
 
@@ -61,11 +102,24 @@ def largest_step(limits: StepLimits, *, max_model_len: int) -> tuple[int, int]:
 
 
 def run_step(
-    runner: ModelRunner, limits: StepLimits, params: SamplingParams, *, counts: list[int]
+    runner: ModelRunner,
+    limits: StepLimits,
+    params: SamplingParams,
+    *,
+    counts: list[int],
+    is_masked: bool = False,
 ) -> None:
-    """One step in which every entry is the padding row, with so many tokens from its first on."""
+    """One step in which every entry is the padding row, with so many tokens from its first on.
+
+    is_masked: by masks that allow every id.
+    """
     padding, num_entries = limits.max_num_seqs, len(counts)
     new = NewRow(padding, [0], 1, [], params, 0, [])
     entries, zeros = [padding] * num_entries, [0] * num_entries
-    plan = StepPlan(0, [new], [], entries, zeros, counts, list(range(num_entries)))
-    runner.execute(plan).result()
+    sampling = list(range(num_entries))
+    plan = StepPlan(0, [new], [], entries, zeros, counts, sampling)
+    masks = None
+    if is_masked:
+        words = np.full(num_entries * -(-runner.vocab_size // 32), -1, np.int32)
+        masks = StepMasks(sampling, words.view(np.uint8).data)
+    runner.execute(plan, masks).result()

@@ -42,7 +42,7 @@ from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampler
-from nanovllm.worker.warmup.dummy_steps import heaviest_steps, run_step
+from nanovllm.worker.warmup.dummy_steps import KINDS, heaviest_steps, run_step
 from nanovllm.worker.warmup.precompile import Job, stamp_of
 
 NOWHERE = torch.device("meta")
@@ -146,7 +146,7 @@ def _fork(task: Callable[[], Any]) -> int:
         os._exit(failed)
 
 
-def runner_for(job: Job, device: torch.device = NOWHERE) -> ModelRunner:
+def runner_for(job: Job, device: torch.device = NOWHERE, *, captures: bool = True) -> ModelRunner:
     """Whose steps are those of the job, of a model with few layers."""
     specs = attention_specs(
         job.spec,
@@ -155,7 +155,7 @@ def runner_for(job: Job, device: torch.device = NOWHERE) -> ModelRunner:
         device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    return runner_without_weights(job.spec, specs, job.limits, scheme=job.scheme)
+    return runner_without_weights(job.spec, specs, job.limits, scheme=job.scheme, captures=captures)
 
 
 def go_through_first(runner: ModelRunner, job: Job) -> None:
@@ -166,6 +166,13 @@ def go_through_first(runner: ModelRunner, job: Job) -> None:
         # Raised when sampled ids are to be read, which nobody has computed: all is launched then.
         with suppress(NotImplementedError):
             run_step(runner, job.limits, params, counts=counts)
+
+
+def go_through_kinds(runner: ModelRunner, job: Job) -> None:
+    """What rows may ask of the second half of a step. runner: captures nothing."""
+    for params, is_masked in KINDS:
+        with suppress(NotImplementedError):  # as above
+            run_step(runner, job.limits, params, counts=[1], is_masked=is_masked)
 
 
 def go_through_all(runner: ModelRunner, job: Job) -> None:
@@ -190,6 +197,7 @@ def runner_without_weights(
     *,
     scheme: Scheme | None = None,
     expand: ExpandView = expand_view,
+    captures: bool = True,
 ) -> ModelRunner:
     """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
     attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
@@ -218,7 +226,7 @@ def runner_without_weights(
         kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
         fused=FusedStep(expand, sample_tokens, edit_logits, pack_logprobs),
-        captures=True,
+        captures=captures,
     )
 
 
@@ -281,6 +289,7 @@ def compile_all(job: Job) -> None:
                 stamp_of(job).touch()
         print("the first steps' kernels are compiled", flush=True)
         children.most = min(MAX_PROCESSES, max(1, num_processors // 2))  # the engine now works
+        go_through_kinds(runner_for(job, captures=False), job)
         go_through_all(runner, job)
         children.wait()
 

@@ -12,7 +12,7 @@ from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan
 from nanovllm.plan.precision import Precision
-from nanovllm.protocol.plan import StepPlan
+from nanovllm.protocol.plan import StepMasks, StepPlan
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.attention.triton.backend import TritonAttention
@@ -178,12 +178,26 @@ def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
     shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(64, 4), StepShape(9 * MAX_MODEL_LEN, 4)]
     monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
     plans: list[StepPlan] = []
-    monkeypatch.setattr(
-        ModelRunner, "execute", lambda _, plan: plans.append(plan) or PendingStep(plan.step, *NONE)
-    )
+    masked: list[bool] = []
+
+    def execute(_: ModelRunner, plan: StepPlan, masks: StepMasks | None = None) -> PendingStep:
+        plans.append(plan)
+        masked.append(masks is not None and bytes(masks.words[:125]) == b"\xff" * 125)
+        return PendingStep(plan.step, *NONE)
+
+    monkeypatch.setattr(ModelRunner, "execute", execute)
     num_rehearsals = sum(
         1 for _ in dummy_steps.rehearsals(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
-    assert num_rehearsals == len(plans) == 2 * 3  # times, shapes that can be
+    kinds = dummy_steps.KINDS
+    assert num_rehearsals == len(plans) == 2 * 3 + len(kinds)  # times, shapes that can be
+    # First the usual shape, then what else rows may ask for.
+    assert dummy_steps.num_usual(runner) == 2 + len(kinds)
+    assert [plan.rows for plan in plans[: 2 + len(kinds)]] == [[rows.num_rows]] * (2 + len(kinds))
+    assert masked[2 : 2 + len(kinds)] == [is_masked for _, is_masked in kinds]
+    assert sum(masked) == sum(masked[2 : 2 + len(kinds)])
+    assert (
+        len({(str(one.new_rows[0].params), m) for one, m in zip(plans, masked, strict=True)}) == 9
+    )
     assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}

@@ -19,7 +19,8 @@ LOWEST = tl.constexpr(-(2**63))  # below every key
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+# One compilation for every number of alternatives, which is a bound of loops.
+@triton.jit(do_not_specialize=["num_top"])
 def _pieces_kernel(
     logits,  # [n, vocab_size] of any float type
     logits_stride,
@@ -55,7 +56,7 @@ def _pieces_kernel(
         keys = tl.where(keys == best, LOWEST, keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _join_kernel(
     logits, logits_stride, lines, token_ids, sums, larger, candidates,
     words,  # [m, 3 + 2 * num_top] int32, out: as `sampling.logprobs` packs them
