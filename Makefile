@@ -10,7 +10,7 @@ PY := .venv/bin/python
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-clients lint types bench clean setup
+.PHONY: demo test test-clients lint types bench mutants clean setup
 
 demo: setup
 	.venv/bin/nanovllm generate --model $(MODEL) "$(PROMPT)"
@@ -38,6 +38,16 @@ bench: setup
 	$(PY) benchmarks/http_server.py
 	$(PY) benchmarks/faults.py
 	$(PY) benchmarks/offline_vs_transformers.py
+
+# Whether tests hold what the code does: small mutations, drawn at random, in a copy of this tree.
+# An hour or more; MUTANTS says how many, and a second run goes on where the first one was.
+MUTANTS ?= 300
+mutants: setup
+	rm -rf build/mutants
+	mkdir -p build/mutants
+	git ls-files -z | xargs -0 cp --parents -t build/mutants
+	cp nanovllm/worker/kernels/native/*.so build/mutants/nanovllm/worker/kernels/native/ || true
+	$(PY) build/mutants/tests/mutants.py --num $(MUTANTS) --results build/mutants.jsonl
 
 setup: .venv/installed
 

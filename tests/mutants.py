@@ -34,6 +34,7 @@ HEAVY += ("tokenizers", "llguidance", "msgspec", "numpy", "prometheus_client", "
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
 MAX_TESTS, MAX_TESTS_S = 60, 40.0  # per mutant, the quickest first
+TRACE_LIMIT_S = 240.0  # of a file of tests
 LEAST_LIMIT_S, TIMES_LIMIT = 40.0, 6  # a mutant that takes longer hangs
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -291,7 +292,7 @@ def trace_tests(file: Path, log: Path) -> None:
             answer.write_text(json.dumps(good))
             return code
 
-        in_child(run, 600.0, log)
+        in_child(run, TRACE_LIMIT_S, log)
         done[name] = json.loads(answer.read_text()) if answer.exists() else {}
         file.write_text(json.dumps(done))
         print(f"{name}: {len(done[name])} tests", flush=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ServiceConfig
 from nanovllm.core.accounts import finished_message
-from nanovllm.core.admission import OverloadedError
+from nanovllm.core.admission import Admission, OverloadedError
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
+from nanovllm.core.waiting import WaitingQueue
 from nanovllm.limits import MAX_DEADLINE_MS
 from nanovllm.protocol.messages import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.sampling_params import SamplingParams
@@ -351,3 +352,54 @@ def test_an_abort_overtakes_its_request_and_both_are_answered(address: str) -> N
         assert {finished[number].reason for number in range(40)} == {"abort"}
         assert finished[100].reason == "length"
         client.close()
+
+
+def test_a_refusal_says_when_by_the_rate_at_which_sequences_start() -> None:
+    """Ten that start in ten seconds are one a second, as are three one after the other."""
+    request_of_3 = request(1, n=3)
+    for starts in ([(10, 110.0)], [(1, 101.0), (1, 102.0), (1, 103.0)]):
+        admission = Admission(ServiceConfig(max_queued_requests=1))
+        admission.note_starts(1, 100.0)
+        for num_started, at in starts:
+            admission.note_starts(num_started, at)
+        with pytest.raises(OverloadedError) as refusal:
+            admission.check(request_of_3, num_queued=1, num_queued_tokens=1)
+        assert refusal.value.retry_after_s == pytest.approx(3.0)
+
+
+def test_the_cap_on_tokens_counts_the_outputs_of_a_new_request() -> None:
+    core = make_core(max_queued_tokens=50, max_num_seqs=1)
+    core.add(0, request(0, 40))
+    core.step()
+    core.add(0, request(1, 5))
+    with pytest.raises(OverloadedError):
+        core.add(0, request(2, 20, n=3))
+    core.add(0, request(2, 15, n=3))
+
+
+def test_who_waits_stays_known_however_many_tenants_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has been served is not forgotten, or it would be served once more."""
+    monkeypatch.setattr("nanovllm.core.waiting.MAX_TENANTS", 4)
+    core = make_core(max_num_seqs=1)
+    for number in range(3):
+        core.add(0, request(number, 30, 30))
+    for _ in range(20):
+        core.step()
+    served = core.scheduler.waiting.tenant("client 0").served
+    assert served > 0
+    for number in range(20):
+        core.add(number + 1, request(0, 3, 1))
+    assert core.scheduler.waiting.tenant("client 0").served >= served
+    assert len(core.scheduler.waiting.tenants) <= 4 + 20
+
+
+def test_a_tenant_that_comes_when_nobody_waits_begins_where_the_last_one_was() -> None:
+    queue = WaitingQueue(by_tenant=True)
+    old, new = (Sequence(n, 0, [1], SamplingParams()) for n in range(2))
+    for number, one in enumerate((old, new)):
+        one.tenant, one.order = queue.tenant(f"client {number}"), (0, number)
+    queue.push(old)
+    old.tenant.served = 100.0
+    queue.remove(old)
+    queue.push(new)
+    assert new.tenant.served == 100.0

@@ -8,6 +8,9 @@ import psutil
 import pytest
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.clients import ClientTable
+from nanovllm.core.sequence import Sequence
+from nanovllm.core.step import StepOutputs
 from nanovllm.protocol.messages import (
     Abort,
     CoreFailed,
@@ -16,10 +19,12 @@ from nanovllm.protocol.messages import (
     Heartbeat,
     Hello,
     Outputs,
+    PromptLogprobs,
     RequestFailed,
     Welcome,
 )
-from nanovllm.protocol.plan import StepPlan
+from nanovllm.protocol.plan import StepPlan, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
 
@@ -201,3 +206,15 @@ def test_hello_again_is_answered_again(address: str) -> None:
         client.send(add(1))
         client.receive(Outputs)
         client.close()
+
+
+def test_a_message_may_hold_log_probabilities_of_a_prompt_alone() -> None:
+    """A prompt in pieces brings some before it brings a token."""
+    clients = ClientTable(max_clients=1, lease_s=1.0)
+    client = clients.attach(b"x", 0.0)
+    sequence = Sequence(client.client_id, 3, [5, 6], SamplingParams(prompt_logprobs=1))
+    told = TokenLogprobs(6, -0.5, 1, [6], [-0.5])
+    clients.collect(StepOutputs(prompt_logprobs=[(sequence, [told])]))
+    assert client.has_mail and client.backlog == 2
+    assert client.take_outputs() == Outputs(prompt_logprobs=[PromptLogprobs(3, [told])])
+    assert not client.has_mail and client.backlog == 0

@@ -15,6 +15,8 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import decode, make_compiler
 
+EOS_ID = 0
+
 
 def make_core(**settings: Any) -> EngineCore:
     config = EngineConfig.from_kwargs(**settings)
@@ -233,3 +235,40 @@ def test_what_has_nothing_left_to_sample_ends_as_an_error(depth: int) -> None:
     drain(core, failed)
     assert [one.number for one in failed] == [2, 0]
     assert {one.failure and one.failure.cause for one in failed} == {"request"}
+
+
+def test_seeds_of_outputs_wrap_where_numbers_end() -> None:
+    core = make_core()
+    params = SamplingParams(n=3, seed=2**63 - 1, max_tokens=2)
+    core.add(0, AddRequest(0, [1, 2], params))
+    assert [core.sequences[0, n].seed for n in range(3)] == [2**63 - 1, 0, 1]
+
+
+def test_the_last_token_is_text_unless_it_is_the_eos() -> None:
+    """A grammar that may go on ends by an EOS, which is no text; one that cannot ends before."""
+    core = make_core(max_inflight_steps=1)
+    core.add(0, AddRequest(0, [1], constrained("[a-z]{6}")))
+    for number in range(1, 9):
+        core.add(0, AddRequest(number, [number], constrained("[a-z]{2}(bbb)?")))
+    ended: dict[int, Sequence] = {}
+    while core.busy or core.status(epoch="", num_clients=0).num_waiting:
+        outputs = core.step()
+        ended |= {} if outputs is None else {one.number: one for one in outputs.finished}
+    assert ended[0].last_is_text
+    for one in ended.values():
+        assert one.finish_reason == "stop"
+        assert one.last_is_text == (one.token_ids[-1] != EOS_ID)
+    assert {one.last_is_text for one in ended.values()} == {False, True}
+
+
+def test_a_pause_is_no_stall() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [1, 2], SamplingParams(max_tokens=5)))
+    core.step()
+    core.pause(0)
+    while core.busy:  # what was under way
+        core.step()
+    time.sleep(0.3)
+    assert core.stalled_s == 0.0
+    core.resume(0)
+    assert core.busy and core.stalled_s < 0.2

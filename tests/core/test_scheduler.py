@@ -257,3 +257,19 @@ def test_prompt_logprobs_are_not_repeated_after_preemption() -> None:
         run(schedule(scheduler))
     assert sequence.num_preemptions == 1
     assert reported == [1, 2, 3, 4, 5]
+
+
+def test_who_does_not_read_makes_room_before_who_runs() -> None:
+    """However long he has been there."""
+    scheduler = make_scheduler(num_blocks=5)
+    older = Sequence(1, 0, [1, 2, 3, 4], SamplingParams(max_tokens=20))
+    scheduler.add(older, priority=0)
+    younger = add(scheduler, [5, 6, 7, 8], max_tokens=16)
+    answer(scheduler, schedule(scheduler), 9, 9)
+    scheduler.pause(1)
+    assert older.status is Status.PAUSED
+    for _ in range(11):
+        if not younger.is_queued or younger.status is not Status.RUNNING:
+            break
+        answer(scheduler, schedule(scheduler), 9)
+    assert younger.num_preemptions == 0 and older.num_preemptions == 1

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nanovllm.config import EngineConfig
@@ -385,3 +386,16 @@ def test_an_idle_core_rehearses_until_there_is_no_more(address: str) -> None:
     assert set(executor.done[:first]) == {"step"}
     assert executor.done[first : first + 3] == ["rehearsal"] * 3
     assert set(executor.done[first + 3 :]) == {"step"}
+
+
+def test_the_core_itself_refuses_what_its_model_cannot_hold(client: RawClient) -> None:
+    """A client need not have looked at the length that it was told."""
+    limit = client.greet().worker.max_model_len
+    for number, length in enumerate((limit + 1, limit)):
+        client.send(msgspec.structs.replace(add(number), prompt_token_ids=[1] * length))
+        failure = client.receive(RequestFailed)
+        assert (failure.number, failure.cause) == (number, "request")
+        assert "max_model_len" in failure.message
+    client.send(msgspec.structs.replace(add(2), prompt_token_ids=[1] * (limit - 1)))
+    token_ids, finished = collect(client, 2)
+    assert len(token_ids[2]) == 1 and finished[2].reason == "length"

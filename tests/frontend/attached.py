@@ -70,6 +70,7 @@ class Handle:
         return self.process.wait()
 
     def restart(self) -> None:
+        assert self.process.poll() is not None, "a core is ended before it is started again"
         self.restarts += 1
         self.process = idle_process()
 

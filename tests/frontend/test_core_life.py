@@ -228,6 +228,12 @@ async def test_the_lease_is_renewed(address: str, monkeypatch: pytest.MonkeyPatc
         client, _ = await connected(address)
         await asyncio.to_thread(core.wait_for, Heartbeat, 2)
         await client.close()
+    monkeypatch.setattr(core_life, "HEARTBEAT_INTERVAL_S", 30.0)
+    with FakeCore(address) as core:
+        client, _ = await connected(address)
+        await asyncio.sleep(0.5)
+        assert not core.all_of(Heartbeat), "no more often than is needed"
+        await client.close()
 
 
 async def test_silence_is_a_stall_until_something_is_heard(

@@ -281,3 +281,15 @@ def test_the_budget_of_restarts() -> None:
     assert [budget.take(float(now)) for now in range(4)] == [0.0, 0.05, 0.1, None]
     assert budget.take(supervisor.WINDOW_S + 0.5) == 0.1, "the first is forgotten"
     assert RestartBudget(0).take(0.0) is None
+
+
+@pytest.mark.parametrize("first", [0, 5])
+async def test_log_probabilities_of_a_prompt_come_once_whatever_dies(
+    address: str, first: int
+) -> None:
+    params = SamplingParams(output_kind="delta", n=2, seed=7, prompt_logprobs=0)
+    outputs, second = await through_a_death(address, params, first=first)
+    told = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+    assert [len(one) for one in told] == [3]
+    asked = [one.params.prompt_logprobs for one in second.all_of(AddRequest)]
+    assert asked == ([0] if first == 0 else [None, None])

@@ -230,6 +230,13 @@ async def test_stop_strings_wait_for_min_tokens(address: str) -> None:
     assert (one.text, one.stop_reason) == ("aba", "b")
 
 
+async def test_a_stop_string_is_found_behind_one_that_came_too_early(address: str) -> None:
+    async with attached(address, says("aabaab", end=None)) as (llm, _):
+        params = SamplingParams(stop="aab", min_tokens=4)
+        (one,) = (await last_of(llm.generate("a", params))).outputs
+    assert (one.text, one.stop_reason) == ("aab", "aab")
+
+
 # ---- log-probabilities
 
 

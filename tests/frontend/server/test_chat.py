@@ -499,3 +499,59 @@ async def test_a_status_says_who_is_at_fault_and_no_text_decides_it(
             for ask in (server.chat, server.complete):
                 for stream in (False, True):
                     assert (await ask(stream=stream, **body)).status_code == status
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("end", ["length", "stop"])
+async def test_what_a_parser_has_held_back_comes_at_the_end(
+    address: str, stream: bool, end: str
+) -> None:
+    """It began as a call does, and is none."""
+    script = roomy(says("well <", "tool_ca", *[[EOS]] * (end == "stop"), end=end))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        response = await server.chat(tools=[WEATHER], stream=stream)
+    if stream:
+        assert joined(events(response)) == "well <tool_ca"
+        assert events(response)[-1]["choices"][0]["finish_reason"] == end
+    else:
+        choice = response.json()["choices"][0]
+        assert choice["message"]["content"] == "well <tool_ca" and choice["finish_reason"] == end
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "end", "reason"),
+    [(CALL, "stop", "tool_calls"), (CALL[:-32], "length", "length"), (CALL, "length", "length")],
+)
+async def test_a_call_that_its_limit_has_cut_ends_by_length(
+    address: str, stream: bool, text: str, end: str, reason: str
+) -> None:
+    script = roomy(says(text, *[[EOS]] * (end == "stop"), end=end))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        response = await server.chat(tools=[WEATHER], stream=stream)
+    choice = (events(response)[-1] if stream else response.json())["choices"][0]
+    assert choice["finish_reason"] == reason
+
+
+@pytest.mark.parametrize("fields", [{}, {"return_token_ids": True}, {"tools": [WEATHER]}])
+async def test_events_of_a_stream_say_each_thing_once(address: str, fields: dict[str, Any]) -> None:
+    """The role and the prompt's ids first, then texts that are none of them empty, then the end."""
+    script = roomy(says("ab", "cd", [EOS], end="stop"))
+    async with served(address, script, tokenizer=tokenizer_with(TOOL_TEMPLATE)) as server:
+        chunks = events(await server.chat(stream=True, **fields))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert all(set(delta) == {"content"} and delta["content"] for delta in deltas[1:-1])
+    assert joined(chunks) == "abcd"
+    with_prompt = [chunk for chunk in chunks if chunk.get("prompt_token_ids")]
+    assert with_prompt == (chunks[:1] if "return_token_ids" in fields else [])
+    ids = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids") or []]
+    assert ids == ([*b"abcd", EOS] if "return_token_ids" in fields else [])
+
+
+async def test_what_is_false_beside_another_constraint_asks_for_nothing(address: str) -> None:
+    async with served(address, roomy(says("a"))) as server:
+        response = await server.chat(structured_outputs={"json_object": False, "regex": "a"})
+        assert response.status_code == 200, response.text
+        wanted = server.core.wait_for(AddRequest).params.structured_outputs
+        assert wanted is not None and wanted.kind == "regex"

@@ -1,10 +1,12 @@
 """Plain completions against a scripted core: prompts, batches, echo, log-probabilities."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from nanovllm.protocol.messages import (
+    Abort,
     AddRequest,
     Finished,
     Outputs,
@@ -14,8 +16,8 @@ from nanovllm.protocol.messages import (
 )
 from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
-from tests.frontend.fake_core import silent
-from tests.frontend.server.served import error_of, events, roomy, served
+from tests.frontend.fake_core import begin, silent
+from tests.frontend.server.served import error_of, events, message_of, roomy, served
 from tests.frontend.vocabulary import sentencepiece_tokenizer
 
 
@@ -290,3 +292,48 @@ async def test_more_tokens_than_fit_are_cut_to_what_fits(address: str) -> None:
     async with served(address) as server:
         for ask in (server.complete, server.chat):
             assert (await ask("Hi", max_tokens=10_000)).status_code == 200  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_when_one_of_a_batch_fails_the_core_ends_the_others(
+    address: str, stream: bool
+) -> None:
+    def fail_the_second(message: ToCore) -> Any:
+        if not isinstance(message, AddRequest):
+            return silent(message)
+        if message.prompt_token_ids == [98]:
+            return [RequestFailed(message.number, "no luck")]
+        return [Outputs([message.number], [65])]
+
+    async with served(address, fail_the_second) as server:
+        response = await server.complete(["a", "b", "c"], stream=stream)
+        assert stream or response.status_code == 500
+        begun = server.core.all_of(AddRequest)
+        others = {one.number for one in begun if one.prompt_token_ids != [98]}
+        async with asyncio.timeout(5):
+            while not others <= {n for one in server.core.all_of(Abort) for n in one.numbers}:
+                await asyncio.sleep(0.01)
+
+
+async def test_only_the_first_event_of_a_choice_holds_the_prompts_ids(address: str) -> None:
+    async with served(address, begin) as server:
+        asked = asyncio.create_task(server.complete("hi", stream=True, return_token_ids=True))
+        number = (await message_of(server.core, AddRequest)).number
+        for _ in range(3):
+            server.core.push(Outputs([number], [66]))
+            await asyncio.sleep(0.1)  # or they might come as one
+        server.core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
+        chunks = events(await asked)
+    found = [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks]
+    assert len(found) > 2 and found == [list(b"hi"), *[None] * (len(found) - 1)]
+
+
+async def test_limits_are_the_last_that_is_allowed(address: str) -> None:
+    """Of the model's 64 tokens one has to be left; 2,048 prompts are as many as there may be."""
+    async with served(address, says("x")) as server:
+        for length, status in ((63, 200), (64, 400), (65, 400)):
+            assert (await server.complete([1] * length)).status_code == status
+        before = len(server.core.all_of(AddRequest))
+        response = await server.complete([[1]] * 2048)
+        assert response.status_code == 200 and len(response.json()["choices"]) == 2048
+        assert len(server.core.all_of(AddRequest)) == before + 2048

@@ -209,3 +209,22 @@ def test_a_row_forgets_the_edits_of_its_former_owner() -> None:
     rows = admit(new_row(0, [1], greedy(allowed_token_ids=[3])))
     rows.write(torch.from_numpy(rows.record(make_plan(1, [], new_rows=[new_row(0, [1])]))))
     assert sample(rows, ramp(1), {0: 1}).token_ids.tolist() == [TOP]
+
+
+def test_rows_ask_for_none_some_and_all_alternatives_in_one_batch() -> None:
+    """As wide as the widest needs; each gets what it asked for."""
+    wanted = [2, -1, 0]
+    rows = admit(
+        *(
+            new_row(i, [1, 2], SamplingParams(temperature=0.0, logprobs=n))
+            for i, n in enumerate(wanted)
+        )
+    )
+    sampled = sample(rows, ramp(3), {0: 2, 1: 2, 2: 2})
+    assert sampled.logprobs is not None
+    found = sampled.logprobs.unpack(sampled.num_top_logprobs)
+    assert [len(one.top_ids) for one in found] == [2, VOCAB_SIZE, 0]
+    for one in found:
+        assert one.top_ids == list(range(VOCAB_SIZE))[::-1][: len(one.top_ids)]
+        assert (one.token_id, one.rank) == (TOP, 1)
+    assert abs(np.exp(found[1].top_logprobs).sum() - 1) < 1e-5

@@ -1,0 +1,212 @@
+"""What 16 streams notice of hostile bodies and of 2,000 slow connections.
+
+    python -m benchmarks.hostile [--connections 2000] [--step-ms 20]
+
+A server of its own (`nanovllm serve`, a synthetic core) answers 16 streams and a probe of
+`/health`, which another process reads and times as long as the program runs. First they are alone,
+then all bodies of `tests/frontend/server/hostile_bodies.py` are sent, one after the other, twice,
+then so many connections are opened that send nothing, or a part of something. Intervals between
+events and the probe's times are compared phase by phase; memory and descriptors are the server's.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.frontend.server.hostile_bodies import bodies
+from tests.frontend.vocabulary import save
+
+NUM_STREAMS = 16
+ALONE_S = 15.0
+CLOSED_WITHIN_S = 60.0
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+# Nothing at all, part of a header, part of a body, and a header that drips.
+KINDS = (b"", b"GET / HT", HEAD + b"content-length: 900\r\n\r\n{", b"G")
+
+
+# ---- who looks on
+
+
+async def watch(port: int) -> None:
+    """Until standard input ends; prints [time, seconds] of each interval and of each probe."""
+    intervals: list[tuple[float, float]] = []
+    probes: list[tuple[float, float]] = []
+
+    async def stream() -> None:
+        body = {"prompt": [1, 2, 3], "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        content = json.dumps(body).encode()
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"content-length: %d\r\n\r\n%b" % (len(content), content))
+            last = 0.0
+            while line := await reader.readline():
+                if line.startswith(b"data: [DONE]"):
+                    break
+                if line.startswith(b"data: "):
+                    now = time.monotonic()
+                    if last:
+                        intervals.append((now, now - last))
+                    last = now
+            writer.close()
+
+    async def probe() -> None:
+        while True:
+            began = time.monotonic()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /health HTTP/1.0\r\nhost: localhost\r\n\r\n")
+            assert b" 200 " in await reader.read()
+            probes.append((began, time.monotonic() - began))
+            writer.close()
+            await asyncio.sleep(0.1)
+
+    tasks = [asyncio.create_task(stream()) for _ in range(NUM_STREAMS)]
+    tasks.append(asyncio.create_task(probe()))
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    failed = [task for task in tasks if task.done()]
+    for task in tasks:
+        task.cancel()
+    print(json.dumps([intervals, probes, len(failed)]))
+
+
+# ---- what is done to the server
+
+
+async def send_bodies(port: int) -> list[tuple[str, float]]:
+    """Each body's time to its answer."""
+    times = []
+    for one in bodies():
+        head = f"POST {one.path} HTTP/1.0\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(one.content) + one.content)
+        answer = await reader.read()
+        times.append((one.name, time.monotonic() - began))
+        assert int(answer.split()[1]) in one.statuses, (one.name, answer[:200])
+        writer.close()
+    return times
+
+
+async def hold_connections(port: int, count: int) -> float:
+    """Open as many, and wait until the server has closed all. Returns how long that took."""
+    began = time.monotonic()
+
+    async def hold(kind: bytes) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(kind)
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(CLOSED_WITHIN_S):
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(2.0):
+                            if not await reader.read(1 << 16):
+                                break
+                    if kind == b"G":
+                        writer.write(b"x")
+        writer.close()
+
+    await asyncio.gather(*(hold(KINDS[number % len(KINDS)]) for number in range(count)))
+    return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def server(step_ms: float, directory: str) -> Iterator[tuple[int, psutil.Process]]:
+    save(Path(directory))
+    command = [sys.executable, "-m", "nanovllm.cli", "serve", "x", "--port", "0"]
+    command += ["--load-format", "synthetic", "--step-ms", str(step_ms), "--vocab-size", "250"]
+    command += ["--tokenizer", directory, "--max-model-len", "8192"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        while (found := re.search(r"ready after .*:(\d+)/v1", process.stderr.readline())) is None:
+            assert process.poll() is None
+        yield int(found[1]), psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] * 1e3
+
+
+def describe(phase: str, seen: list[float], probes: list[float]) -> None:
+    print(
+        f"{phase}: between events p50 {statistics.median(seen) * 1e3:.1f}, p99 "
+        f"{percentile(seen, 0.99):.1f} ms; /health p50 {statistics.median(probes) * 1e3:.1f}, "
+        f"p99 {percentile(probes, 0.99):.1f} ms ({len(seen)} events, {len(probes)} probes)"
+    )
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        server(arguments.step_ms, directory) as (port, process),
+    ):
+        watcher = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.hostile", "--watch", str(port)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 30,
+        )
+        assert watcher.stdout is not None
+        await watcher.stdout.readline()
+        await asyncio.sleep(3.0)
+        marks, memory, descriptors = [time.monotonic()], [], [process.num_fds()]
+        await asyncio.sleep(ALONE_S)
+        marks.append(time.monotonic())
+        times: list[tuple[str, float]] = []
+        for _ in range(2):
+            memory.append(process.memory_info().rss)
+            times += await send_bodies(port)
+        memory.append(process.memory_info().rss)
+        marks.append(time.monotonic())
+        closed_s = await hold_connections(port, arguments.connections)
+        marks.append(time.monotonic())
+        await asyncio.sleep(2.0)
+        descriptors.append(process.num_fds())
+        output, _ = await watcher.communicate()
+    intervals, probes, num_failed = json.loads(output)
+    for phase, start, end in zip(
+        ("alone", "bodies", "connections"), marks, marks[1:], strict=False
+    ):
+        describe(
+            phase,
+            [seconds for at, seconds in intervals if start <= at < end],
+            [seconds for at, seconds in probes if start <= at < end],
+        )
+    slowest = sorted(times, key=lambda one: -one[1])[:3]
+    print(f"{len(times)} bodies; the slowest: " + ", ".join(f"{n} {s:.2f} s" for n, s in slowest))
+    print("memory before, after the first round, after the second (MB): ", end="")
+    print(", ".join(f"{one / 1e6:.0f}" for one in memory))
+    print(f"{arguments.connections} connections: all closed after {closed_s:.1f} s; ", end="")
+    print(
+        f"descriptors {descriptors[0]} before, {descriptors[1]} after; {num_failed} streams failed"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connections", type=int, default=2000)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--watch", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    asyncio.run(run(arguments) if arguments.watch is None else watch(arguments.watch))
+
+
+if __name__ == "__main__":
+    main()
