@@ -30,6 +30,8 @@ AREAS = ("nanovllm/core", "nanovllm/frontend", "nanovllm/worker/sampling")
 TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay", "tests/watch")
 # Loaded once, before forking; nothing of nanovllm, which each child loads with its mutation.
 HEAVY = ("torch", "transformers", "hypothesis", "httpx", "fastapi", "uvicorn", "openai", "zmq")
+MODELS = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "qwen3_moe")  # of tests/conftest.py
+HEAVY += tuple(f"transformers.models.{name}.modeling_{name}" for name in MODELS)
 HEAVY += ("tokenizers", "llguidance", "msgspec", "numpy", "prometheus_client", "rich")
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")

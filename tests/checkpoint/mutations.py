@@ -1,7 +1,8 @@
 """Damaged model files: what a header may claim, and bytes changed at random.
 
 `test_hostile_files.py` reads some of them in every run; as a program
-(`python -m tests.checkpoint.mutations 20000`) it reads as many as are wanted and tells how it went.
+(`python -m tests.checkpoint.mutations 20000 [--headers]`) it reads as many as are wanted, of GGUF
+and safetensors alone if so asked, and tells how it went.
 """
 
 import collections
@@ -126,9 +127,11 @@ def attempt(read: Read, path: Path, outcomes: Outcomes) -> None:
     assert time.monotonic() - began < MAX_SECONDS, path
 
 
-def run(count: int, directory: Path, *, seed: int = 0) -> dict[str, Outcomes]:
-    """Read `count` damaged files, a quarter of each kind. Whatever else is raised gets out, with
-    the file left in `directory`."""
+def run(
+    count: int, directory: Path, *, seed: int = 0, headers_only: bool = False
+) -> dict[str, Outcomes]:
+    """Read `count` damaged files, a quarter of each kind, or half of each that has a header.
+    Whatever else is raised gets out, with the file left in `directory`."""
     import transformers  # noqa: F401 - odd tokenizers need it, and it takes seconds by itself
 
     rng = random.Random(seed)
@@ -152,14 +155,15 @@ def run(count: int, directory: Path, *, seed: int = 0) -> dict[str, Outcomes]:
     }
     for name, content in whole.items():
         (directory / name).write_text(json.dumps(content))
-    for _ in range(count // 4):
+    for _ in range(count // (2 if headers_only else 4)):
         path = directory / "bad.gguf"
         path.write_bytes(changed_bytes(gguf, rng, header=header))
         attempt(read_gguf, path, found["gguf"])
         path = directory / "bad.safetensors"
         path.write_bytes(changed_bytes(safetensors, rng, header=256))
         attempt(read_safetensors, path, found["safetensors"])
-        for name in ("config.json", rng.choice(["tokenizer.json", "tokenizer_config.json"])):
+        others = ("config.json", rng.choice(["tokenizer.json", "tokenizer_config.json"]))
+        for name in () if headers_only else others:
             path = directory / name
             good = path.read_bytes()
             if rng.random() < 0.3:
@@ -173,6 +177,8 @@ def run(count: int, directory: Path, *, seed: int = 0) -> dict[str, Outcomes]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        for kind, outcomes in run(int(sys.argv[1]), Path(name)).items():
+        headers_only = "--headers" in sys.argv
+        found = run(int(sys.argv[1]), Path(name), headers_only=headers_only)
+        for kind, outcomes in found.items():
             print(kind, dict(outcomes))
     print("peak memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MiB")
