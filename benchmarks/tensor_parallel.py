@@ -10,7 +10,8 @@ taken lies behind the best that one rank would have taken after the same tokens,
 of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes, with random weights: decoding 1, 8
 and 64 sequences, and a prompt; ratios are to one rank. `faults`: a rank is killed amid 64 streams:
 how many end with the ids of an undisturbed run, and how long they paused. `reduce`: all-reduce by
-NCCL in a CUDA graph, and one-shot over symmetric memory; over gloo on a CPU.
+NCCL in a CUDA graph, and one-shot over symmetric memory; over gloo on a CPU. `plan`: a plan's way
+to 2, 4 and 8 ranks that compute nothing, and its result's way back.
 Each engine has processes of its own. No part begins after --seconds; what was left out is told.
 """
 
@@ -32,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.config import EngineConfig
+from nanovllm.executor.group import GroupExecutor
+from nanovllm.protocol.plan import StepPlan
 
 MODELS = Path(__file__).resolve().parent / "models"
 DENSE: dict[str, Any] = {
@@ -66,7 +70,8 @@ EXPERTS: dict[str, Any] = {
     "mlp_only_layers": [],
 }
 SMALLER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-PARTS = ("ids", "speed", "faults", "reduce")
+PARTS = ("ids", "speed", "faults", "reduce", "plan")
+NUM_PLANS = 2000
 REDUCED_KIB = (4, 64, 512, 8192)
 
 
@@ -425,6 +430,55 @@ def _time_reduce(run: Callable[[], Any], *, on_gpu: bool) -> float:
     return round((time.perf_counter() - started) / (repeats * num) * 1e6, 1)
 
 
+# ---- a plan's way
+
+
+def measure_plan(bench: Bench, size: int) -> None:
+    """Of a step in which 64 sequences decode."""
+    config = EngineConfig.from_kwargs(
+        model="synthetic", load_format="synthetic", step_ms=0.0, tensor_parallel_size=size
+    )
+    group = GroupExecutor(config, lambda *_: None)
+    try:
+        group.allocate(group.start().num_blocks)
+        times = []
+        for step in range(NUM_PLANS):
+            lengths = [100 + step] * 64
+            plan = StepPlan(step, [], [], list(range(64)), lengths, [1] * 64, list(range(64)))
+            started = time.perf_counter()
+            handle = group.submit(plan)
+            group.sample(step, None)
+            handle.result()
+            times.append(time.perf_counter() - started)
+    finally:
+        group.shutdown()
+    p50, p99 = (round(sorted(times)[int(NUM_PLANS * share)] * 1e6) for share in (0.5, 0.99))
+    bench.say("plan", ranks=size, p50_us=p50, p99_us=p99)
+
+
+def run_parts(bench: Bench, wanted: list[str], sizes: list[int]) -> None:
+    """Those that are wanted, in their order."""
+    arguments = bench.arguments
+    if "ids" in wanted:
+        for kind in ("dense", "experts"):
+            model = bench.random_model(kind)
+            bench.attempt(f"ids, {kind}", partial(check_ids, bench, model, sizes))
+        if arguments.real:
+            run = partial(check_ids, bench, arguments.real, sizes, real=True)
+            bench.attempt("ids, real", run)
+    if "speed" in wanted:
+        paths = [str(MODELS / f"qwen3-{name}") for name in arguments.models.split(",")]
+        for path in [bench.random_model("dense")] if bench.is_cpu else paths:
+            bench.attempt(f"speed, {Path(path).name}", partial(measure, bench, path, sizes))
+    if "faults" in wanted:
+        streams = partial(kill_a_rank, bench, bench.random_model("dense"), sizes[0])
+        bench.attempt("faults", lambda: asyncio.run(streams()))
+    if "reduce" in wanted:
+        bench.attempt("reduce", partial(measure_reduce, bench, sizes[0]))
+    for size in (2, 4, 8) if "plan" in wanted else ():
+        bench.attempt(f"plan, {size}", partial(measure_plan, bench, size))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -445,25 +499,7 @@ def main() -> None:
         parser.error(f"--parts: {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(arguments, Path(directory))
-        if "ids" in wanted:
-            for kind in ("dense", "experts"):
-                model = bench.random_model(kind)
-                bench.attempt(f"ids, {kind}", lambda m=model: check_ids(bench, m, sizes))
-            if arguments.real:
-                run_real = lambda: check_ids(bench, arguments.real, sizes, real=True)  # noqa: E731
-                bench.attempt("ids, real", run_real)
-        if "speed" in wanted:
-            names = arguments.models.split(",")
-            paths = [bench.random_model("dense")] if bench.is_cpu else names
-            for name in paths:
-                path = name if bench.is_cpu else str(MODELS / f"qwen3-{name}")
-                bench.attempt(f"speed, {name}", lambda p=path: measure(bench, p, sizes))
-        if "faults" in wanted:
-            model = bench.random_model("dense")
-            run = kill_a_rank(bench, model, sizes[0])
-            bench.attempt("faults", lambda: asyncio.run(run))
-        if "reduce" in wanted:
-            bench.attempt("reduce", lambda: measure_reduce(bench, sizes[0]))
+        run_parts(bench, wanted, sizes)
     sys.exit(bench.failed)
 
 

@@ -31,8 +31,9 @@ BUDGETS = {
     # frontends that is started again, prompts whose encoding can be ended
     "frontend.server": 5800,
     # 5,000, and shares of ranks, pieces of tensors, mixtures of experts, a step's second half, and
-    # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share
-    "worker": 6050,
+    # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
+    # ropes and norms of more families, and what is captured before the core is ready
+    "worker": 6200,
     "worker.quant": 1300,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -103,8 +103,10 @@ class Worker:
         self._rehearsals = rehearsals(
             self._runner, loaded.limits, max_model_len=loaded.max_model_len
         )
+        # Ranks would not stop at the same step by their clocks: their group has them practise.
+        num_steps = num_usual(self._runner) if self._parallel.size == 1 else 0
         until = time.monotonic() + PRACTICE_S
-        for _ in range(num_usual(self._runner)):
+        for _ in range(num_steps):
             if not self.rehearse() or time.monotonic() > until:
                 break
 

@@ -11,7 +11,7 @@ DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
 
 
 def test_every_metric_of_the_dashboard_is_exposed() -> None:
-    exposition = ServerMetrics(lambda: (WELCOME, STATUS)).exposition().decode()
+    exposition = ServerMetrics(lambda: (WELCOME, [STATUS])).exposition().decode()
     exposed = set(re.findall(r"^# TYPE (nanovllm:\w+)", exposition, re.MULTILINE))
     panels = json.loads(DASHBOARD.read_text())["panels"]
     shown = {
