@@ -9,7 +9,7 @@ import msgspec
 from nanovllm.protocol.messages import FinishReason, Why
 
 
-class Logprob(msgspec.Struct, frozen=True):
+class Logprob(msgspec.Struct, frozen=True, gc=False):
     """A token's natural-log probability, and its rank among all tokens, from 1."""
 
     logprob: float

@@ -392,13 +392,12 @@ class RequestTable:
 
 def alternatives(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenAlternatives:
     """The token itself first, then the most probable ones in order."""
-
-    def entry(token_id: int, logprob: float, rank: int) -> Logprob:
-        text = None if tokenizer is None else tokenizer.token_text(token_id)
-        return Logprob(logprob, rank, text)
-
-    found = {logprobs.token_id: entry(logprobs.token_id, logprobs.logprob, logprobs.rank)}
-    for index, token_id in enumerate(logprobs.top_ids):
-        if token_id not in found:
-            found[token_id] = entry(token_id, logprobs.top_logprobs[index], index + 1)
+    token_id, text = logprobs.token_id, None if tokenizer is None else tokenizer.token_text
+    found = {
+        token_id: Logprob(logprobs.logprob, logprobs.rank, None if text is None else text(token_id))
+    }
+    likeliest = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    for rank, (top_id, logprob) in enumerate(likeliest, 1):
+        if top_id != token_id:
+            found[top_id] = Logprob(logprob, rank, None if text is None else text(top_id))
     return found

@@ -12,8 +12,11 @@ import msgspec
 from nanovllm.sampling_params import SamplingParams
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: the token's own, its rank from 1, and the top ones."""
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities at one position: the token's own, its rank from 1, and the top ones.
+
+    Out of the garbage collector's sight, which would else look at hundreds of them every few steps.
+    """
 
     token_id: int
     logprob: float

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nanovllm.core import compilations as compilations_module
+from nanovllm.core import grammar as grammar_module
 from nanovllm.core.compilations import Compilations, Outcome, Waiting
-from nanovllm.core.grammar import Grammar, GrammarCompiler
+from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.vocabulary import make_compiler
@@ -107,6 +108,17 @@ def test_a_spent_family_is_compiled_afresh(bench: Bench) -> None:
     assert bench.begin("a+", sequence()) is None
     ((_, fresh),) = bench.collect()
     assert fresh is not outcome
+
+
+def test_as_many_lexers_as_outputs_want_that_begin_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 3)
+    bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
+    bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
+    bench.compiler.gate.set()
+    over = bench.collect(2)
+    assert [outcome.num_lexers for _, outcome in over if isinstance(outcome, Grammar)] == [3, 3]
 
 
 def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

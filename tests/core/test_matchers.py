@@ -63,6 +63,37 @@ def test_a_row_that_has_failed_leaves_the_others_theirs() -> None:
     assert [allowed_ids(words[index].tobytes()) for index in (0, 1, 2, 4, 5)] == [encode("1")] * 5
 
 
+@pytest.mark.parametrize("worth", [0.0, 1e9])
+def test_masks_are_begun_beside_the_loop_or_at_once(
+    worth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "WORTH_A_THREAD_S", worth)
+    matchers = [matcher_of(regex="the end"), *(matcher_of(regex=f"[a-{x}]+") for x in "cegik")]
+    COMPILER.compute_masks(matchers)
+    begun = COMPILER.begin_masks(matchers)
+    assert begun.done() or not worth
+    words, forced = begun.result()
+    assert forced == {0: matchers[0].forced_tokens(99)} and len(forced[0]) > 1
+    expected = [allowed(one) for one in matchers]
+    words = COMPILER.begin_masks(matchers).result().words
+    assert [allowed_ids(row.tobytes()) for row in words] == expected
+
+
+def test_what_goes_wrong_beside_the_loop_is_told_where_masks_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no masks today")
+
+    compiler = make_compiler()
+    compiler.compute_masks([compiler.compile(StructuredOutputsParams(regex="a+")).matcher()])
+    monkeypatch.setattr(compiler, "compute_masks", fail)
+    for worth in (0.0, 1e9):
+        monkeypatch.setattr(grammar_module, "WORTH_A_THREAD_S", worth)
+        with pytest.raises(RuntimeError, match="no masks today"):
+            compiler.begin_masks([]).result()
+
+
 # ---- several lexers
 
 
@@ -87,6 +118,35 @@ def test_a_grammar_that_many_use_gets_more_lexers(monkeypatch: pytest.MonkeyPatc
     assert grammar.matcher().family is first[0].family and not grammar.is_spent
     first[0].family.failed = True
     assert grammar.is_spent and not grammar.renewed().is_spent
+
+
+def test_old_lexers_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_COPIES", 3)
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 2)
+    grammar = grammar_of(regex="[a-z]{5}")
+    grammar.add_lexer()
+    old = [grammar.matcher() for _ in range(6)]
+    assert all(one.family.is_spent for one in old) and not grammar.is_spent, "they serve still"
+    assert grammar.wants_lexer() and not grammar.wants_lexer()
+    grammar.add_lexer()
+    fresh = grammar.matcher().family
+    assert grammar.num_lexers == 2 and fresh not in [one.family for one in old]
+    assert grammar.wants_lexer(), "the other is old as well"
+    grammar.add_lexer()
+    assert not grammar.wants_lexer()
+
+
+def test_outputs_are_spread_by_those_that_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 2)
+    grammar = grammar_of(regex="[a-z]{6}")
+    first = [grammar.matcher() for _ in range(4)]
+    grammar.add_lexer()
+    second = [grammar.matcher() for _ in range(4)]
+    assert {one.family for one in second}.isdisjoint(one.family for one in first)
+    family = first[0].family
+    first.clear()
+    more = [grammar.matcher() for _ in range(4)]
+    assert all(one.family is family for one in more), "its outputs have ended"
 
 
 def test_compilations_add_lexers_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
