@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from triton.runtime.jit import JITFunction
 
 from nanovllm.checkpoint.facts import spec_from_config
@@ -64,6 +65,28 @@ MOE_SPEC = spec_from_config(
         "head_dim": 128,
         "max_position_embeddings": MAX_MODEL_LEN,
     }
+)
+# Soft caps, windows and sinks in every kernel of attention; four norms, heads of 256.
+CAPPED_SPEC = spec_from_config(
+    {
+        "architectures": ["Gemma2ForCausalLM"],
+        "vocab_size": 4000,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 128,
+        "max_position_embeddings": MAX_MODEL_LEN,
+    }
+)
+CAPPED_SPEC = replace(
+    CAPPED_SPEC,
+    layers=tuple(
+        replace(layer, attention=replace(layer.attention, sinks=True))
+        for layer in CAPPED_SPEC.layers
+    ),
 )
 PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
 
@@ -147,6 +170,9 @@ def main() -> None:
     for scheme in (None, Scheme.at_load("fp8")):
         experts = make_runner(scheme, spec=MOE_SPEC)
         run_steps(experts, PLAIN, (1, 1), (8, 1), (100, 1), (2, 60))
+    capped = make_runner(spec=CAPPED_SPEC)
+    run_steps(capped, PLAIN, (1, 1), (8, 1), (NUM_ROWS, 1), (2, 60))
+    run_sharing_step(capped)
     print(json.dumps(found))
 
 
