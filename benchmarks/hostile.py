@@ -171,15 +171,18 @@ async def run(arguments: argparse.Namespace) -> None:
         marks.append(time.monotonic())
         times: list[tuple[str, float]] = []
         for _ in range(2):
+            print("sending bodies", file=sys.stderr)
             memory.append(process.memory_info().rss)
             times += await send_bodies(port)
         memory.append(process.memory_info().rss)
         marks.append(time.monotonic())
+        print("opening connections", file=sys.stderr)
         closed_s = await hold_connections(port, arguments.connections)
         marks.append(time.monotonic())
         await asyncio.sleep(2.0)
         descriptors.append(process.num_fds())
-        output, _ = await watcher.communicate()
+        print("reading what was seen", file=sys.stderr)
+        output, _ = await watcher.communicate(b"")  # the end of its input
     intervals, probes, num_failed = json.loads(output)
     for phase, start, end in zip(
         ("alone", "bodies", "connections"), marks, marks[1:], strict=False

@@ -35,7 +35,7 @@ HEAVY += tuple(f"transformers.models.{name}.modeling_{name}" for name in MODELS)
 HEAVY += ("tokenizers", "llguidance", "msgspec", "numpy", "prometheus_client", "rich")
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
-MAX_TESTS, MAX_TESTS_S = 60, 40.0  # per mutant, the quickest first
+MAX_TESTS, MAX_TESTS_S = 80, 40.0  # per mutant
 TRACE_LIMIT_S = 240.0  # of a file of tests
 LEAST_LIMIT_S, TIMES_LIMIT = 40.0, 6  # a mutant that takes longer hangs
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -304,16 +304,17 @@ def trace_tests(file: Path, log: Path) -> None:
 
 
 def tests_of(site: Site, traced: dict[str, Any]) -> list[tuple[float, str]]:
-    """Those that call the function, the quickest first, as many as fit."""
-    wanted = f"{site.path}:{site.function}"
+    """Those that call the function, as many as fit: first those of its own file, and the quickest
+    of the others."""
+    wanted, own = f"{site.path}:{site.function}", f"/test_{Path(site.path).stem}.py"
     found = sorted(
-        (test["seconds"], nodeid)
+        (own not in nodeid, test["seconds"], nodeid)
         for tests in traced.values()
         for nodeid, test in tests.items()
         if wanted in test["calls"]
     )
     chosen: list[tuple[float, str]] = []
-    for seconds, nodeid in found[:MAX_TESTS]:
+    for _, seconds, nodeid in found[:MAX_TESTS]:
         if chosen and sum(one for one, _ in chosen) + seconds > MAX_TESTS_S:
             break
         chosen.append((seconds, nodeid))

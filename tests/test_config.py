@@ -77,6 +77,19 @@ def test_flags_become_keywords_only_when_given() -> None:
         parser.parse_args(["--dtype", "int3"])
 
 
+def test_a_model_may_have_several_names() -> None:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    arguments = parser.parse_args(["--served-model-name", "a", "b", "a", "--block-size", "32"])
+    config = EngineConfig.from_kwargs(model="m", **config_values(arguments))
+    assert config.model.served_names == ["a", "b"] and config.cache.block_size == 32
+    assert EngineConfig.from_kwargs(model="m").model.served_names == ["m"]
+    assert EngineConfig.from_kwargs(served_model_name="x").model.served_names == ["x"]
+    for names in ("", [], ["a", ""]):
+        with pytest.raises(ValueError, match="served_model_name"):
+            EngineConfig.from_kwargs(served_model_name=names)
+
+
 def test_sections_cover_the_engine_config() -> None:
     assert tuple(SECTIONS) == EngineConfig.__struct_fields__
 
