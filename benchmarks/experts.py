@@ -1,6 +1,6 @@
 """Checks and times the fused experts of a layer on the GPU at hand, without a model around them.
 
-    python benchmarks/experts.py [--model qwen3-30b-a3b,gpt-oss-20b] [--kind plain,fp8]
+    python benchmarks/experts.py [--model qwen3-30b-a3b,gpt-oss-20b] [--kind plain,fp8,mxfp4]
         [--tokens 1,8,64,512,4096] [--sweep]
 
 Every case is compared with plain torch in fp32 (relative error of the residual's increment), then
@@ -19,12 +19,13 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.spec import MoE, Router
+from nanovllm.checkpoint.spec import ClampedSwiGLU, MoE, Router
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.expert_tuning import ExpertTile, tiles_for
 from nanovllm.worker.kernels.triton.experts import fused_experts
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts, choose
+from nanovllm.worker.quant import mxfp4
 from nanovllm.worker.quant.fp8 import E4M3
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,30 +47,45 @@ SHAPES = {
         2048, MoE(num_experts=128, top_k=8, intermediate_size=768, router=RENORMALIZES)
     ),
     "gpt-oss-20b": Shape(
-        2880, MoE(num_experts=32, top_k=4, intermediate_size=2880, router=RENORMALIZES)
+        2880,
+        MoE(
+            num_experts=32,
+            top_k=4,
+            intermediate_size=2880,
+            router=RENORMALIZES,
+            bias=True,
+            takes_turns=True,
+            clamped=ClampedSwiGLU(1.702, 7.0),
+        ),
     ),
-    "tiny": Shape(64, MoE(num_experts=8, top_k=2, intermediate_size=48, router=RENORMALIZES)),
+    "tiny": Shape(64, MoE(num_experts=8, top_k=2, intermediate_size=96, router=RENORMALIZES)),
 }
 
 
-def make_stack(num_rows: int, num_inputs: int, kind: str) -> Linear:
+def make_stack(num_rows: int, num_inputs: int, kind: str, *, bias: bool) -> Linear:
     """Random weights of all experts in one form."""
+    added = torch.randn(num_rows, device=DEVICE).to(DTYPE) if bias else None
     weight = torch.empty(num_rows, num_inputs, device=DEVICE, dtype=DTYPE)
     for rows in weight.split(2**16):
         rows.normal_(0, num_inputs**-0.5)
-    linear = Linear(weight, None, {}, 0)
+    linear = Linear(weight, added, {}, 0)
     if kind == "fp8":
         linear.scale = torch.full((num_rows,), 1 / 448, device=DEVICE)
         linear.weight = (weight * 448).to(E4M3)
+    if kind == "mxfp4":
+        parts = [mxfp4.round_to_nearest(rows) for rows in weight.split(2**14)]
+        linear.weight, linear.scale = (torch.cat(one) for one in zip(*parts, strict=True))
     return linear
 
 
 def dequantized(linear: Linear, rows: slice) -> Linear:
     """Some rows in fp32, as an oracle takes them."""
-    weight = linear.weight[rows].float()
-    if linear.scale is not None:
-        weight *= linear.scale[rows, None]
-    return Linear(weight, None, {}, 0)
+    weight, scale = linear.weight[rows], linear.scale
+    if scale is not None and scale.dtype == torch.uint8:
+        wide = mxfp4.dequantize(weight, scale[rows], torch.float32)
+    else:
+        wide = weight.float() if scale is None else weight.float() * scale[rows, None]
+    return Linear(wide, None if linear.bias is None else linear.bias[rows].float(), {}, 0)
 
 
 class OneByOne(list[tuple[Linear, Linear]]):
@@ -113,7 +129,7 @@ def copy_bandwidth() -> float:
 
 def other_tiles(num_tokens: int, spec: MoE) -> Iterator[tuple[ExpertTile, ExpertTile]]:
     """What might be faster, of the same number of pairs."""
-    first, second = tiles_for(num_tokens * spec.top_k / spec.num_experts)
+    first, second = tiles_for(num_tokens * spec.top_k / spec.num_experts)  # as of bfloat16
     heights = {first.block_m, max(16, first.block_m // 2), min(128, first.block_m * 2)}
     for block_m, wide, block_k in product(sorted(heights), (False, True), (64, 128)):
         warps = 8 if block_m == 128 or wide else 4
@@ -142,7 +158,7 @@ def measure(
     few = slice(0, 64)
     expected = TorchKernels().experts(hidden[few].float(), logits[0][few].float(), experts)
     hit = [choose(one, spec.router, spec.top_k, None)[1].unique().numel() for one in logits]
-    num_bytes = sum(stack.weight.nbytes for stack in stacks) / spec.num_experts
+    num_bytes = sum(bytes_of(stack) for stack in stacks) / spec.num_experts
     num_bytes *= sum(hit) / NUM_CALLS
     operations = 6 * num_tokens * spec.top_k * shape.hidden * spec.intermediate_size
     floor = max(num_bytes / bandwidth, operations / RATE)
@@ -164,6 +180,10 @@ def measure(
         )
 
 
+def bytes_of(linear: Linear) -> int:
+    return linear.weight.nbytes + (0 if linear.scale is None else linear.scale.nbytes)
+
+
 def run_all(
     hidden: Tensor,
     logits: list[Tensor],
@@ -178,7 +198,7 @@ def run_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="qwen3-30b-a3b", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--kind", default="plain", help="of plain, fp8")
+    parser.add_argument("--kind", default="plain", help="of plain, fp8, mxfp4")
     parser.add_argument("--tokens", default="1,8,64,512,4096")
     parser.add_argument("--sweep", action="store_true", help="other tiles, too")
     arguments = parser.parse_args()
@@ -190,8 +210,10 @@ def main() -> None:
         spec, hidden = shape.spec, shape.hidden
         for kind in arguments.kind.split(","):
             stacks = (
-                make_stack(spec.num_experts * 2 * spec.intermediate_size, hidden, kind),
-                make_stack(spec.num_experts * hidden, spec.intermediate_size, kind),
+                make_stack(
+                    spec.num_experts * 2 * spec.intermediate_size, hidden, kind, bias=spec.bias
+                ),
+                make_stack(spec.num_experts * hidden, spec.intermediate_size, kind, bias=spec.bias),
             )
             for num_tokens in map(int, arguments.tokens.split(",")):
                 measure(name, kind, stacks, num_tokens, bandwidth, sweeps=arguments.sweep)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -16,6 +18,16 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
 FEW = {"num_experts_per_tok": 2}
 QWEN3 = {**FEW, "head_dim": 16, "num_experts": 6, "moe_intermediate_size": 40}
 TINY_MOE: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]] = {
@@ -50,5 +62,45 @@ TINY_MOE: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, A
         OlmoeForCausalLM,
         OlmoeConfig,
         {**FEW, "num_experts": 5, "norm_topk_prob": True, "rms_norm_eps": 1e-3},
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            **FEW,
+            "num_local_experts": 5,
+            "head_dim": 16,
+            "sliding_window": 20,
+            "rope_parameters": YARN,
+        },
+    ),
+    "gpt_oss_odd": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            "num_experts_per_tok": 4,
+            "num_local_experts": 6,
+            "head_dim": 12,
+            "sliding_window": 7,
+            "attention_bias": False,
+            "swiglu_limit": 0.5,
+            "swiglu_alpha": 1.1,
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": PLAIN_ROPE,
+        },
+    ),
+    "gpt_oss_blocks": (  # whose weights can be in MXFP4
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            **FEW,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_local_experts": 5,
+            "head_dim": 16,
+            "sliding_window": 20,
+            "rope_parameters": PLAIN_ROPE,
+        },
     ),
 }

@@ -18,7 +18,7 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.spec import DecoderSpec, WeightGroup, count_parameters
 from nanovllm.checkpoint.weight_files import indexed_files, weight_files
-from nanovllm.checkpoint.weight_names import WeightNames
+from nanovllm.checkpoint.weight_names import WeightNames, tensor_name
 
 COMPARED_BYTES = 2**24  # at a time
 MAX_HEADER_BYTES = 2**28  # of a safetensors file; what is larger is no header
@@ -28,10 +28,10 @@ GROUPS: dict[str, WeightGroup] = {
     **dict.fromkeys(("q", "k", "v", "o", "sinks"), "attention"),
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
     **dict.fromkeys(("router", "expert_gate", "expert_up", "expert_down"), "mlp"),
+    "expert_gate_up": "mlp",
     **dict.fromkeys(("router_correction", "shared_gate", "shared_up", "shared_down"), "mlp"),
     "shared_expert_gate": "mlp",
 }  # of parts; all others are norms
-KINDS = re.compile(r"\.(weight|bias)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +116,19 @@ def _count(
 ) -> dict[WeightGroup, int]:
     """What the model takes of the files: scales, for one, are no parameters."""
     counts: dict[WeightGroup, int] = dict.fromkeys(count_parameters(spec), 0)
-    groups = {name: GROUPS.get(part, "norms") for part, name in names.items()}
-    if spec.tied_embeddings:
-        del groups[names["lm_head"]]  # perhaps stored though the embedding serves
+    groups = {
+        tensor_name(name, kind): GROUPS.get(part, "norms")
+        for part, name in names.items()
+        for kind in ("weight", "bias", "")
+        # a tied head is perhaps stored though the embedding serves
+        if part != "lm_head" or not spec.tied_embeddings
+    }
     for stored, shape in shapes:
         name = spec.names.known(stored)
         if name is None:
             continue
         whole = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
-        group = groups.get(KINDS.sub("", whole), groups.get(whole))
+        group = groups.get(whole)
         if group is not None:
             counts[group] += math.prod(shape)
     return counts

@@ -16,24 +16,25 @@ from nanovllm.checkpoint.spec import DecoderSpec, linear_parts
 from nanovllm.config import Quantization
 
 SUPPORTED = (
-    "an unquantized checkpoint, a GGUF file, AWQ, GPTQ, FP8, or compressed-tensors with weights of "
-    "4 or 8 bits"
+    "an unquantized checkpoint, a GGUF file, AWQ, GPTQ, FP8, MXFP4 experts, or compressed-tensors "
+    "with weights of 4 or 8 bits"
 )
 FLOAT8 = {"type": "float", "num_bits": 8, "symmetric": True}
 INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
 SCALE_BYTES = 2
 
-Method = Literal["fp8", "int8", "packed"]
+Method = Literal["fp8", "int8", "packed", "mxfp4"]
 Scales = Literal["tensor", "channel", "group", "block"]
-Layout = Literal["compressed-tensors", "fp8", "awq", "gptq", "gptq_v2"]
+Layout = Literal["compressed-tensors", "fp8", "awq", "gptq", "gptq_v2", "mxfp4"]
 
 
 class WeightFormat(Struct, frozen=True):
     """How the weights of a linear layer are kept.
 
     method: the file of `worker/quant` that multiplies by them. "fp8" and "int8" quantize tokens,
-    too; "packed" weights have a scale for each group of inputs, and tokens stay as they are.
+    too; "packed" weights have a scale for each group of inputs, and tokens stay as they are;
+    "mxfp4" weights are floats of 4 bits with a power of two for each group, and tokens stay, too.
     scales: which weights share one: all of a matrix, of an output, `group` inputs of an output, or
     a block of `group` inputs and as many outputs. bits: of a weight. has_zeros: a group has a zero
     point, too. is_float: packed weights of 8 bits are e4m3 and not integers. tokens: how the scales
@@ -62,9 +63,12 @@ class WeightFormat(Struct, frozen=True):
         if not self.group:
             return self.bits / 8
         scale = 2 * SCALE_BYTES if self.scales == "block" else SCALE_BYTES
+        scale = 1 if self.method == "mxfp4" else scale
         return self.bits / 8 + (scale + self.has_zeros) / self.group
 
     def __str__(self) -> str:
+        if self.method == "mxfp4":
+            return "MXFP4 weights"
         if self.method == "packed" and not self.is_float:
             groups = f" in groups of {self.group}" if self.group else ""
             return f"{self.bits}-bit integer weights{groups}"
@@ -77,6 +81,9 @@ AT_LOAD: dict[Quantization, WeightFormat] = {
     "int8": WeightFormat("packed", "group", bits=8, group=128),
     "int4": WeightFormat("packed", "group", bits=4, group=128, has_zeros=True),
 }
+
+
+MXFP4 = WeightFormat("mxfp4", "group", bits=4, group=32, layout="mxfp4")
 
 
 class Rule(Struct, frozen=True):
@@ -174,7 +181,7 @@ def _matches(pattern: str, module: str) -> bool:
 def _at_load(kept: WeightFormat | None) -> WeightFormat | None:
     if kept is None:
         return None
-    if kept.method != "packed":
+    if kept.method in ("fp8", "int8"):
         return WeightFormat(kept.method)
     return replace(kept, layout=None, is_reordered=False)
 
@@ -349,6 +356,11 @@ def _gptq_format(found: Mapping[str, Any], layout: Literal["gptq", "gptq_v2"]) -
     )
 
 
+def _mxfp4(found: Mapping[str, Any]) -> Scheme:
+    """gpt-oss's: experts alone are quantized, whatever else the config lists."""
+    return Scheme((Rule(MXFP4, (r"re:.*\.experts(\..*)?$",)),))
+
+
 def _skipped(found: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """Modules that are not quantized: each entry is one, or some modules' common part of a path."""
     names = found.get(field) or ()
@@ -360,6 +372,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "fp8": _fp8,
     "awq": _awq,
     "gptq": _gptq,
+    "mxfp4": _mxfp4,
 }
 FROM_ORIGINAL = "the original checkpoint with quantization="
 # What would do instead of what is not supported, by the names that configs have for it.

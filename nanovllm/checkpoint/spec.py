@@ -152,11 +152,20 @@ class Router(Struct, frozen=True, kw_only=True):
     scale: float = 1.0
 
 
+class ClampedSwiGLU(Struct, frozen=True):
+    """gate * sigmoid(alpha * gate) * (up + 1): gates at most `limit`, ups within it (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+
 class MoE(Struct, frozen=True, kw_only=True, tag=True):
     """A mixture of `num_experts` gated MLPs, of which a router picks `top_k` for each token.
 
-    intermediate_size: of one expert. shared_size: of one more MLP that every token passes through;
-    0: there is none. shared_gate: it is weighed by the sigmoid of a product of its own.
+    intermediate_size: of one expert. bias: of its products. takes_turns: gates and ups are one
+    tensor, in which they take turns. clamped: what gates and ups become instead of `activation`.
+    shared_size: of one more MLP that every token passes through; 0: there is none. shared_gate: it
+    is weighed by the sigmoid of a product of its own.
     """
 
     num_experts: int
@@ -164,6 +173,9 @@ class MoE(Struct, frozen=True, kw_only=True, tag=True):
     intermediate_size: int
     router: Router
     activation: Activation = "silu"
+    bias: bool = False
+    takes_turns: bool = False
+    clamped: ClampedSwiGLU | None = None
     shared_size: int = 0
     shared_gate: bool = False
 
@@ -248,7 +260,7 @@ def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
         case Dense():
             bias = mlp.bias
         case MoE():
-            copies, shared = mlp.num_experts, mlp.shared_size
+            bias, copies, shared = mlp.bias, mlp.num_experts, mlp.shared_size
             yield LinearPart("router", "mlp", copies, hidden, mlp.router.bias)
             if shared:
                 yield LinearPart("shared_gate", "mlp", shared, hidden)
@@ -257,8 +269,11 @@ def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
             if mlp.shared_gate:
                 yield LinearPart("shared_expert_gate", "mlp", 1, hidden)
     prefix = "" if isinstance(mlp, Dense) else "expert_"
-    yield LinearPart(f"{prefix}gate", "mlp", inner, hidden, bias, copies)
-    yield LinearPart(f"{prefix}up", "mlp", inner, hidden, bias, copies)
+    if isinstance(mlp, MoE) and mlp.takes_turns:
+        yield LinearPart("expert_gate_up", "mlp", 2 * inner, hidden, bias, copies)
+    else:
+        yield LinearPart(f"{prefix}gate", "mlp", inner, hidden, bias, copies)
+        yield LinearPart(f"{prefix}up", "mlp", inner, hidden, bias, copies)
     yield LinearPart(f"{prefix}down", "mlp", hidden, inner, bias, copies)
 
 

@@ -1,7 +1,7 @@
 """What checkpoints call the weights of a decoder: part → name.
 
 Read through the `names` of a `DecoderSpec` by whoever loads or counts weights. Parts are those of
-`WeightSlot.part`; ".weight" or ".bias" is added to a name, but to that of sinks.
+`WeightSlot.part`; ".weight" or ".bias" is added to a name, but to that of sinks (`tensor_name`).
 """
 
 from msgspec import Struct
@@ -15,7 +15,9 @@ class WeightNames(Struct, frozen=True):
     lie in that tensor one below the other, in the order of the map. gguf_interleaved: llama.cpp has
     reordered the rows of q and k within each head, so that the two numbers a rotation mixes are
     neighbours; the loader puts them head_dim / 2 apart again. prefixes: what names of safetensors
-    may begin with, and what that means in the map; ignored: prefixes of what is no text decoder.
+    may begin with, and what that means in the map; ignored: prefixes of what is no text decoder. A
+    name that ends in "*" is that of parameters and of no module: of the weight, which lies inputs
+    first, it has no "*"; of others it ends in "_bias" and so on.
     """
 
     safetensors: dict[str, str]
@@ -32,6 +34,18 @@ class WeightNames(Struct, frozen=True):
             if stored.startswith(prefix):
                 return meant + stored.removeprefix(prefix)
         return stored
+
+
+def tensor_name(name: str, kind: str) -> str:
+    """Of a module's tensor; kind: "" if the name is the tensor's own."""
+    if is_parameter(name):
+        return name[:-1] if kind == "weight" else f"{name[:-1]}_{kind}"
+    return f"{name}.{kind}" if kind else name
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a name in the maps is one of parameters and not of a module."""
+    return name.endswith("*")
 
 
 SAFETENSORS = {

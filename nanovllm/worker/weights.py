@@ -22,6 +22,7 @@ from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import SUPPORTED
 from nanovllm.checkpoint.spec import Rope
 from nanovllm.checkpoint.weight_files import INDEX, SINGLE, indexed_files, weight_files
+from nanovllm.checkpoint.weight_names import is_parameter, tensor_name
 from nanovllm.config import LoadFormat
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
@@ -41,11 +42,13 @@ NUM_NAMES_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a file's tensor a slot's piece lies. shape: of that whole tensor."""
+    """Where in a file's tensor a slot's piece lies. shape: of that whole tensor. is_transposed: it
+    has inputs before outputs."""
 
     slot: WeightSlot
     shape: tuple[int, ...]
     index: tuple[slice, ...]
+    is_transposed: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -54,8 +57,9 @@ class Place:
         )
 
     def as_piece(self, values: Tensor) -> Tensor:
-        """What was read, without the axis of experts."""
-        return values.reshape([cut.size for cut in self.slot.piece])
+        """What was read, without the axis of experts, outputs first."""
+        sizes = [cut.size for cut in self.slot.piece]
+        return values.reshape(sizes[::-1]).t() if self.is_transposed else values.reshape(sizes)
 
 
 def load_weights(
@@ -248,9 +252,7 @@ def _places(slots: Iterable[WeightSlot], names: Mapping[str, str]) -> dict[str, 
     by_name: dict[str, dict[str, list[WeightSlot]]] = {}
     for slot in slots:
         expert = 0 if slot.expert is None else slot.expert.start
-        name = names[slot.part].format(slot.layer, expert)
-        if slot.kind:
-            name = f"{name}.{slot.kind}"
+        name = tensor_name(names[slot.part].format(slot.layer, expert), slot.kind)
         by_name.setdefault(name, {}).setdefault(slot.part, []).append(slot)
     order = list(names)
     return {
@@ -274,9 +276,13 @@ def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Pl
             index = [cut.slice for cut in slot.piece]
             if index:
                 index[0] = slice(start + index[0].start, start + index[0].stop)
+            turns = is_parameter(names[slot.part]) and slot.kind == "weight"
+            if turns:
+                index.reverse()
             if is_stack and slot.expert is not None:
                 index.insert(0, slot.expert.slice)
-            places.append(Place(slot, shape, tuple(index)))
+            whole = (*shape[:-2], shape[-1], shape[-2]) if turns else shape
+            places.append(Place(slot, whole, tuple(index), turns))
         start += part[0].shape[0] if part[0].shape else 0
     return places
 

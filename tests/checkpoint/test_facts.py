@@ -65,8 +65,10 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
         slides = name in ("mistral", "mixtral") or kind == "sliding_attention"
         assert attention.window == (theirs.sliding_window if slides else None)
         assert (attention.qk_norm == "head") == name.startswith("qwen3")
-        assert attention.qkv_bias == (name.startswith("qwen2") or name == "llama_linear")
-        assert attention.o_bias == (name == "llama_linear")
+        both = name in ("llama_linear", "gpt_oss", "gpt_oss_blocks")
+        assert attention.qkv_bias == (name.startswith("qwen2") or both)
+        assert attention.o_bias == both
+        assert attention.sinks == name.startswith("gpt_oss")
         match mlp:
             case Dense():
                 assert mlp.intermediate_size == theirs.intermediate_size

@@ -83,11 +83,12 @@ class Builder:
         """Ranks hold a part of every expert. Stacked, if the kernels multiply by that form."""
         inner, whole = self.parallel.share(spec.intermediate_size), Cut.all_of(inputs)
         first, second = {"expert_gate": inner, "expert_up": inner}, {"expert_down": whole}
+        if spec.takes_turns:
+            first = {"expert_gate_up": Cut(*(2 * size for size in inner))}
         each = []
         for expert in range(spec.num_experts):
-            place = (module, expert)
-            gate_up = self._unmade(whole, first, axis=0, module=place, bias=False)
-            each.append((gate_up, self._unmade(inner, second, axis=1, module=place, bias=False)))
+            build = partial(self._unmade, module=(module, expert), bias=spec.bias)
+            each.append((build(whole, first, axis=0), build(inner, second, axis=1)))
         made = Experts(spec, each)
         if spec.router.corrects:
             made.correction = torch.zeros(spec.num_experts, device=self.device)

@@ -16,6 +16,7 @@ from nanovllm.worker.quant.awq import Awq
 from nanovllm.worker.quant.compressed_tensors import Fp8Weights, PackQuantized
 from nanovllm.worker.quant.gptq import Gptq
 from nanovllm.worker.quant.int8 import Int8
+from nanovllm.worker.quant.mxfp4 import Mxfp4
 from nanovllm.worker.quant.packed import Layout, Packed
 from nanovllm.worker.quant.rounding import Rounded, fitting
 
@@ -43,9 +44,14 @@ def _int8(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMet
     return Int8(kept)
 
 
+def _mxfp4(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
+    return Mxfp4(kept)
+
+
 METHODS: dict[Method, Callable[[WeightFormat, Linear, torch.device], LinearMethod]] = {
     "fp8": fp8.method_for,
     "int8": _int8,
+    "mxfp4": _mxfp4,
     "packed": _packed,
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.spec import MoE, Router
+from nanovllm.checkpoint.spec import ClampedSwiGLU, MoE, Router
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.expert_routing import (
     block_counter,
@@ -18,6 +18,7 @@ from nanovllm.worker.kernels.triton.expert_routing import (
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts, choose
+from nanovllm.worker.quant import mxfp4
 from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
 from tests.worker.kernels.triton_device import DEVICE
 
@@ -38,37 +39,48 @@ def spec_of(router: Router, **differences: Any) -> MoE:
     return MoE(router=router, **fields)
 
 
-def random_stack(num_rows: int, num_inputs: int, dtype: torch.dtype) -> Linear:
+def random_stack(num_rows: int, num_inputs: int, dtype: torch.dtype, *, bias: bool) -> Linear:
     weight = torch.randn(num_rows, num_inputs) * num_inputs**-0.5
-    return Linear(weight.to(DEVICE, dtype), None, {}, 0)
+    added = (torch.randn(num_rows) * 0.3).to(DEVICE, dtype) if bias else None
+    return Linear(weight.to(DEVICE, dtype), added, {}, 0)
 
 
-def make_experts(spec: MoE, dtype: torch.dtype = torch.float32) -> Experts:
+def make_experts(spec: MoE, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Experts:
     """Random ones, stacked, on the device; those of `each` are views."""
     inner, count = spec.intermediate_size, spec.num_experts
     stacks = (
-        random_stack(count * 2 * inner, HIDDEN, dtype),
-        random_stack(count * HIDDEN, inner, dtype),
+        random_stack(count * 2 * inner, hidden, dtype, bias=spec.bias),
+        random_stack(count * hidden, inner, dtype, bias=spec.bias),
     )
     correction = torch.randn(count, device=DEVICE) * 0.2 if spec.router.corrects else None
     return Experts(spec, views(stacks, count), stacks, correction)
 
 
 def views(stacks: tuple[Linear, Linear], count: int) -> list[tuple[Linear, Linear]]:
-    parts = zip(*(stack.weight.chunk(count) for stack in stacks), strict=True)
-    return [(Linear(one, None, {}, 0), Linear(other, None, {}, 1)) for one, other in parts]
+    """Of each expert."""
+    both = []
+    for stack in stacks:
+        biases = [None] * count if stack.bias is None else stack.bias.chunk(count)
+        weights = stack.weight.chunk(count)
+        both.append([Linear(*one, {}, 0) for one in zip(weights, biases, strict=True)])
+    return list(zip(*both, strict=True))
 
 
 def widened(experts: Experts) -> Experts:
     """The same in float32."""
     assert experts.stacked is not None
-    first, second = (Linear(stack.weight.float(), None, {}, 0) for stack in experts.stacked)
+    first, second = (
+        Linear(stack.weight.float(), None if stack.bias is None else stack.bias.float(), {}, 0)
+        for stack in experts.stacked
+    )
     each = views((first, second), experts.spec.num_experts)
     return Experts(experts.spec, each, correction=experts.correction)
 
 
-def inputs(spec: MoE, num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    hidden = torch.randn(num_tokens, HIDDEN).to(DEVICE, dtype)
+def inputs(
+    spec: MoE, num_tokens: int, dtype: torch.dtype = torch.float32, size: int = HIDDEN
+) -> tuple[Tensor, Tensor]:
+    hidden = torch.randn(num_tokens, size).to(DEVICE, dtype)
     return hidden, torch.randn(num_tokens, spec.num_experts).to(DEVICE, dtype)
 
 
@@ -119,7 +131,8 @@ def test_sorting(num_tokens: int, block_m: int, spread: str) -> None:
         assert (routed.experts.flatten()[pairs.long()] == blocks.block_experts[block]).all()
         found += pairs.tolist()
     assert sorted(found) == list(range(num_tokens * 3))
-    blocks.num_blocks.zero_()
+    with torch.inference_mode():  # as whoever made it may have been in
+        blocks.num_blocks.zero_()
 
 
 def test_most_blocks_is_a_bound() -> None:
@@ -141,6 +154,37 @@ def test_products(num_tokens: int, activation: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found = TritonKernels().experts(hidden, logits, experts, residual=residual)
     torch.testing.assert_close(found, expected + residual, rtol=1e-5, atol=1e-5)
+
+
+CLAMPED = {"bias": True, "takes_turns": True, "clamped": ClampedSwiGLU(1.702, 0.8)}
+
+
+@pytest.mark.parametrize("differences", [CLAMPED, {"bias": True}, {"takes_turns": True}])
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_biases_turns_and_clamps(num_tokens: int, differences: dict[str, Any]) -> None:
+    spec = spec_of(Router(renormalizes=True), **differences)
+    experts = make_experts(spec)
+    hidden, logits = inputs(spec, num_tokens)
+    expected = TorchKernels().experts(hidden, logits, experts)
+    found = TritonKernels().experts(hidden, logits, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 70])
+def test_mxfp4_weights(num_tokens: int) -> None:
+    """As gpt-oss has them; 3 blocks of 32 inputs hang over a tile."""
+    spec = spec_of(Router(renormalizes=True), intermediate_size=96, **CLAMPED)
+    experts = make_experts(spec, hidden=96)
+    assert experts.stacked is not None
+    packed = [mxfp4.round_to_nearest(stack.weight) for stack in experts.stacked]
+    for stack, (weight, scale) in zip(experts.stacked, packed, strict=True):
+        stack.weight.copy_(mxfp4.dequantize(weight, scale, torch.float32))
+    hidden, logits = inputs(spec, num_tokens, size=96)
+    expected = TorchKernels().experts(hidden, logits, experts)
+    for stack, (weight, scale) in zip(experts.stacked, packed, strict=True):
+        stack.weight, stack.scale = weight, scale
+    found = TritonKernels().experts(hidden, logits, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 50, 300])

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from triton.runtime.jit import JITFunction
 
 from nanovllm.checkpoint.facts import spec_from_config
-from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import SchedulerConfig
 from nanovllm.protocol.plan import StepPlan
@@ -88,6 +88,20 @@ CAPPED_SPEC = replace(
         for layer in CAPPED_SPEC.layers
     ),
 )
+OSS_SPEC = spec_from_config(
+    {
+        "architectures": ["GptOssForCausalLM"],
+        "vocab_size": 4000,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 4,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_MODEL_LEN,
+    }
+)
+MXFP4 = choose_scheme(None, {"quantization_config": {"quant_method": "mxfp4"}})
 PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
 
 
@@ -167,8 +181,8 @@ def main() -> None:
     for method in ("int4", "int8"):
         packed = make_runner(Scheme.at_load(method))
         run_steps(packed, PLAIN, (1, 1), (8, 1), (24, 1), (NUM_ROWS, 1), (2, 600))
-    for scheme in (None, Scheme.at_load("fp8")):
-        experts = make_runner(scheme, spec=MOE_SPEC)
+    for spec, scheme in ((MOE_SPEC, None), (MOE_SPEC, Scheme.at_load("fp8")), (OSS_SPEC, MXFP4)):
+        experts = make_runner(scheme, spec=spec)
         run_steps(experts, PLAIN, (1, 1), (8, 1), (100, 1), (2, 60))
     capped = make_runner(spec=CAPPED_SPEC)
     run_steps(capped, PLAIN, (1, 1), (8, 1), (NUM_ROWS, 1), (2, 60))

@@ -6,6 +6,7 @@ Both `Kernels` call it. The host waits to know which experts are hit; no others 
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import MoE
 from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.moe import Experts, choose
 
@@ -20,6 +21,18 @@ def mix_experts(kernels: Kernels, hidden: Tensor, logits: Tensor, experts: Exper
         tokens, places = (chosen == expert).nonzero(as_tuple=True)
         gate_up, down = experts.each[expert]
         product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)
-        inner = kernels.activate(product, spec.activation)
+        inner = _activated(kernels, product, spec)
         mixed.index_add_(0, tokens, down.partial(inner) * weights[tokens, places, None])
     return mixed
+
+
+def _activated(kernels: Kernels, gate_up: Tensor, spec: MoE) -> Tensor:
+    """What gates and ups become. gate_up: [num_tokens, 2 * intermediate_size]."""
+    if spec.takes_turns:
+        gate_up = gate_up.view(len(gate_up), -1, 2).transpose(-1, -2).flatten(-2)
+    if spec.clamped is None:
+        return kernels.activate(gate_up, spec.activation)
+    alpha, limit = spec.clamped.alpha, spec.clamped.limit
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))

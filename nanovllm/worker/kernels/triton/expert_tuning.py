@@ -15,16 +15,19 @@ class ExpertTile:
     stages: int
 
 
-def tiles_for(pairs_per_expert: float) -> tuple[ExpertTile, ExpertTile]:
+def tiles_for(pairs_per_expert: float, *, are_bytes: bool = False) -> tuple[ExpertTile, ExpertTile]:
     """Of gate and up, and of down; both of the same blocks of pairs.
 
     Chosen by what fits: up to some 64 pairs an expert its weights are what takes time, and several
-    programs share a multiprocessor (at most 72 KiB each); then products are. (Not yet measured.)
+    programs share a multiprocessor (at most 72 KiB each); then products are. are_bytes: of weights
+    of 8 or 4 bits few tokens take twice as many inputs at a time, to read as long pieces of rows.
+    (Not yet measured.)
     """
+    block_k = 128 if are_bytes else 64
     if pairs_per_expert <= 12:
-        return ExpertTile(16, 64, 64, 4, 4), ExpertTile(16, 128, 64, 4, 4)
+        return ExpertTile(16, 64, block_k, 4, 4), ExpertTile(16, 128, block_k, 4, 4)
     if pairs_per_expert <= 24:
-        return ExpertTile(32, 64, 64, 4, 4), ExpertTile(32, 128, 64, 4, 4)
+        return ExpertTile(32, 64, block_k, 4, 4), ExpertTile(32, 128, block_k, 4, 4)
     if pairs_per_expert <= 64:
         return ExpertTile(64, 64, 64, 4, 3), ExpertTile(64, 128, 64, 4, 3)
     return ExpertTile(128, 64, 64, 8, 4), ExpertTile(128, 128, 64, 8, 4)

@@ -7,13 +7,14 @@ block. No host waits, so CUDA graphs capture it. `torch.experts` is the oracle.
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.expert_routing import Routed, Sorted, route, sort_by_expert
 from nanovllm.worker.kernels.triton.expert_tuning import ExpertTile, tiles_for
@@ -22,17 +23,30 @@ from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 
-STACKED_KINDS = frozenset({"plain", "fp8"})
+STACKED_KINDS = frozenset({"plain", "fp8", "mxfp4"})
 COMBINE_BLOCK = 1024
 VECTOR_VALUES = 16384  # weights that a program of one token reads at a time
 
 
+class _Gating(NamedTuple):
+    """Of the first product, as kernels take it."""
+
+    activation: str
+    turns: bool  # gates and ups take turns in the rows of a weight, else all gates come first
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
 @triton.jit
-def _activated(gate, up, dtype, ACTIVATION: tl.constexpr):
-    """activation(gate) * up, rounded as the two halves alone would be."""
+def _activated(gate, up, dtype, GATING: tl.constexpr):
+    """What gates and ups become, fp32, rounded as the two halves alone would be."""
     gate = gate.to(dtype).to(tl.float32)
     up = up.to(dtype).to(tl.float32)
-    if ACTIVATION == "silu":
+    if GATING.activation == "clamped":
+        gate = tl.minimum(gate, GATING.limit)
+        gate = gate / (1 + tl.exp(-GATING.alpha * gate))
+        up = tl.minimum(tl.maximum(up, -GATING.limit), GATING.limit) + 1
+    elif GATING.activation == "silu":
         gate = silu(gate)
     else:
         cubic = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
@@ -41,31 +55,76 @@ def _activated(gate, up, dtype, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _rows_times_token(weight, scale, rows, real, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows of a weight times one token, [rows] fp32. x: where its [K] numbers lie."""
-    columns = tl.arange(0, BLOCK_K)
-    lines = weight + rows.to(tl.int64)[:, None] * K
-    acc = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        k = start + columns
-        w = tl.load(lines + k[None, :], real[:, None] & (k < K)[None, :], other=0.0)
-        inputs = tl.load(x + k, k < K, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * inputs[None, :]
-    product = tl.sum(acc, 1)
-    if scale is not None:
-        product *= tl.load(scale + rows, real, other=0.0)
+def _e2m1(codes):
+    """The numbers that 4 bits stand for, times 2 ** -14, in float16: there e2m1's exponent and
+    mantissa stand as they are, subnormal numbers included."""
+    codes = codes.to(tl.int16)
+    return (((codes & 7) << 9) | ((codes & 8) << 12)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _e8m0(exponents):
+    """The powers of two that bytes stand for, times 2 ** 14."""
+    return (tl.minimum(exponents.to(tl.int32) + 14, 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rows_times_token(weight, scale, bias, rows, real, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows of a weight times one token, plus their biases, [rows] fp32. x: where its [K] numbers
+    lie."""
+    if weight.dtype.element_ty == tl.uint8:
+        product = _packed_rows_times_token(weight, scale, rows, real, x, K, BLOCK_K)
+    else:
+        columns = tl.arange(0, BLOCK_K)
+        lines = weight + rows.to(tl.int64)[:, None] * K
+        acc = tl.zeros([rows.shape[0], BLOCK_K], tl.float32)
+        for start in tl.static_range(0, K, BLOCK_K):
+            k = start + columns
+            w = tl.load(lines + k[None, :], real[:, None] & (k < K)[None, :], other=0.0)
+            inputs = tl.load(x + k, k < K, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * inputs[None, :]
+        product = tl.sum(acc, 1)
+        if scale is not None:
+            product *= tl.load(scale + rows, real, other=0.0)
+    if bias is not None:
+        product += tl.load(bias + rows, real, other=0.0).to(tl.float32)
     return product
+
+
+@triton.jit
+def _packed_rows_times_token(weight, scale, rows, real, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same of MXFP4: a byte holds the weights of two neighbouring inputs."""
+    HALVES: tl.constexpr = K // 2  # noqa: N806
+    GROUPS: tl.constexpr = K // 32  # noqa: N806
+    acc = tl.zeros([rows.shape[0], BLOCK_K // 32], tl.float32)
+    lines, scales = weight + rows[:, None] * HALVES, scale + rows[:, None] * GROUPS
+    for start in tl.static_range(0, K, BLOCK_K):
+        half = start // 2 + tl.arange(0, BLOCK_K // 2)
+        group = start // 32 + tl.arange(0, BLOCK_K // 32)
+        inside = half < HALVES
+        packed = tl.load(lines + half[None, :], real[:, None] & inside[None, :], other=0)
+        scaled = real[:, None] & (group < GROUPS)[None, :]
+        exponents = tl.load(scales + group[None, :], scaled, other=0)
+        k = start + tl.arange(0, BLOCK_K)
+        inputs = tl.load(x + k, k < K, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(inputs, [BLOCK_K // 2, 2]))
+        products = _e2m1(packed & 15).to(tl.float32) * even[None, :]
+        products += _e2m1(packed >> 4).to(tl.float32) * odd[None, :]
+        sums = tl.sum(tl.reshape(products, [rows.shape[0], BLOCK_K // 32, 16]), 2)
+        acc += sums * _e8m0(exponents)
+    return tl.sum(acc, 1)
 
 
 @triton.jit
 def _vector_gate_up_kernel(
     x,  # [K]
-    weight,  # [num_experts * 2 * N, K]: of each expert the gates, then the ups
-    scale,  # fp32, of each row of weight, or None
+    weight,  # [num_experts * 2 * N, K]: gates and ups of each expert; of MXFP4 [.., K / 2] bytes
+    scale,  # fp32, of each row of weight, or None; of MXFP4 [.., K / 32] bytes
+    bias,  # of each row of weight, or None
     experts,  # [top_k] int32
     out,  # [top_k, N]
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    GATING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: BLOCK_N outputs of one of its experts."""
     if PDL:
@@ -75,17 +134,24 @@ def _vector_gate_up_kernel(
     first = tl.load(experts + place).to(tl.int64) * (2 * N)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = outputs < N
-    gate = _rows_times_token(weight, scale, first + outputs, real, x, K, BLOCK_K)
-    up = _rows_times_token(weight, scale, first + N + outputs, real, x, K, BLOCK_K)
-    inner = _activated(gate, up, out.dtype.element_ty, ACTIVATION)
+    if GATING.turns:
+        gate_rows = first + 2 * outputs
+        up_rows = gate_rows + 1
+    else:
+        gate_rows = first + outputs
+        up_rows = gate_rows + N
+    gate = _rows_times_token(weight, scale, bias, gate_rows, real, x, K, BLOCK_K)
+    up = _rows_times_token(weight, scale, bias, up_rows, real, x, K, BLOCK_K)
+    inner = _activated(gate, up, out.dtype.element_ty, GATING)
     tl.store(out + place * N + outputs, inner.to(out.dtype.element_ty), real)
 
 
 @triton.jit
 def _vector_down_kernel(
     inner,  # [TOP_K, K]
-    weight,  # [num_experts * N, K]
-    scale,  # fp32, of each row of weight, or None
+    weight,  # [num_experts * N, K]; these three as in the kernel before
+    scale,
+    bias,
     weights,  # [TOP_K] fp32, of the experts
     experts,  # [TOP_K] int32
     residual,  # [N], or None
@@ -104,23 +170,55 @@ def _vector_down_kernel(
         total += tl.load(residual + outputs, real, other=0.0).to(tl.float32)
     for place in tl.static_range(TOP_K):
         rows = tl.load(experts + place).to(tl.int64) * N + outputs
-        product = _rows_times_token(weight, scale, rows, real, inner + place * K, K, BLOCK_K)
+        x = inner + place * K
+        product = _rows_times_token(weight, scale, bias, rows, real, x, K, BLOCK_K)
         total += tl.load(weights + place) * product
     tl.store(out + outputs, total.to(out.dtype.element_ty), real)
 
 
 @triton.jit
+def _tile_of_weights(weight, scale, rows, start, DTYPE: tl.constexpr, K: tl.constexpr,
+                     BLOCK_K: tl.constexpr):  # fmt: skip
+    """BLOCK_K inputs from `start` on of some rows, [BLOCK_K, rows], as DTYPE. Scales of whole rows
+    are left to others."""
+    EVEN: tl.constexpr = K % BLOCK_K == 0  # noqa: N806
+    if weight.dtype.element_ty == tl.uint8:
+        half = start // 2 + tl.arange(0, BLOCK_K // 2)
+        group = start // 32 + tl.arange(0, BLOCK_K // 32)
+        lines = weight + rows[:, None] * (K // 2) + half[None, :]
+        scales = scale + rows[:, None] * (K // 32) + group[None, :]
+        if EVEN:
+            packed, exponents = tl.load(lines), tl.load(scales)
+        else:
+            packed = tl.load(lines, (half < K // 2)[None, :], other=0)
+            exponents = tl.load(scales, (group < K // 32)[None, :], other=0)
+        pairs = tl.join(_e2m1(packed & 15), _e2m1(packed >> 4))
+        grouped = tl.reshape(pairs, [rows.shape[0], BLOCK_K // 32, 32]).to(tl.float32)
+        scaled = (grouped * _e8m0(exponents)[:, :, None]).to(DTYPE)
+        w = tl.trans(tl.reshape(scaled, [rows.shape[0], BLOCK_K]))
+    else:
+        k = start + tl.arange(0, BLOCK_K)
+        lines = weight + rows[None, :] * K + k[:, None]
+        if EVEN:
+            w = widened(tl.load(lines), DTYPE)
+        else:
+            w = widened(tl.load(lines, (k < K)[:, None], other=0.0), DTYPE)
+    return w
+
+
+@triton.jit
 def _grouped_kernel(
     x,  # [num_pairs / DIVIDES, K]
-    weight,  # [num_experts * N, K]; if GATED [num_experts * 2 * N, K]
-    scale,  # fp32, of each row of weight, or None
+    weight,  # [num_experts * N, K], twice as many rows if gated; these three as in the vector's
+    scale,
+    bias,
     out,  # [num_pairs, N]
     pairs, block_experts, block_sizes, num_blocks,  # of `Sorted`
-    N: tl.constexpr, K: tl.constexpr, DIVIDES: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, DIVIDES: tl.constexpr, GATING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A block of pairs of one expert times BLOCK_N of its outputs, each a gate and an up if GATED.
+    """A block of pairs of one expert times BLOCK_N of its outputs, each a gate and an up if GATING.
 
     DIVIDES: a pair's input is row pair // DIVIDES of x. Gates and ups take turns in the
     accumulator, so that both of an output are in the same thread.
@@ -131,7 +229,7 @@ def _grouped_kernel(
     num_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     block, tile = tl.program_id(0) // num_n, tl.program_id(0) % num_n
     if block < tl.load(num_blocks):
-        HALVES: tl.constexpr = 2 if GATED else 1  # noqa: N806
+        HALVES: tl.constexpr = 1 if GATING is None else 2  # noqa: N806
         expert = tl.load(block_experts + block).to(tl.int64)
         lanes = tl.arange(0, BLOCK_M)
         present = lanes < tl.load(block_sizes + block)
@@ -139,26 +237,30 @@ def _grouped_kernel(
         lines = x + (pair // DIVIDES).to(tl.int64)[:, None] * K
         turns = tl.arange(0, HALVES * BLOCK_N)
         output = tile * BLOCK_N + turns // HALVES
+        row = output
+        if HALVES == 2:
+            row = 2 * output + turns % 2 if GATING.turns else output + (turns % 2) * N
         # Beyond the end any row will do: what becomes of it is not stored.
-        row = expert * (HALVES * N) + tl.where(output < N, output + (turns % HALVES) * N, 0)
-        rows = weight + row[None, :] * K
+        rows = expert * (HALVES * N) + tl.where(output < N, row, 0)
         columns = tl.arange(0, BLOCK_K)
         acc = tl.zeros([BLOCK_M, HALVES * BLOCK_N], tl.float32)
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             k = start + columns
             if K % BLOCK_K == 0:
-                tokens, w = tl.load(lines + k[None, :]), tl.load(rows + k[:, None])
+                tokens = tl.load(lines + k[None, :])
             else:
                 tokens = tl.load(lines + k[None, :], (k < K)[None, :], other=0.0)
-                w = tl.load(rows + k[:, None], (k < K)[:, None], other=0.0)
-            acc = tl.dot(tokens, widened(w, tokens.dtype), acc, input_precision="ieee")
-        if scale is not None:
-            acc *= tl.load(scale + row)[None, :]
+            w = _tile_of_weights(weight, scale, rows, start, tokens.dtype, K, BLOCK_K)
+            acc = tl.dot(tokens, w, acc, input_precision="ieee")
+        if scale is not None and weight.dtype.element_ty != tl.uint8:
+            acc *= tl.load(scale + rows)[None, :]
+        if bias is not None:
+            acc += tl.load(bias + rows).to(tl.float32)[None, :]
         dtype = out.dtype.element_ty
         outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        if GATED:
+        if HALVES == 2:
             gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
-            acc = _activated(gate, up, dtype, ACTIVATION)
+            acc = _activated(gate, up, dtype, GATING)
         places = pair.to(tl.int64)[:, None] * N + outputs[None, :]
         tl.store(out + places, acc.to(dtype), present[:, None] & (outputs < N)[None, :])
 
@@ -204,16 +306,21 @@ def fused_experts(
     assert residual is None or residual.is_contiguous()
     spec = experts.spec
     gate_up, down = experts.stacked
+    gating = _Gating(spec.activation, spec.takes_turns)
+    if spec.clamped is not None:
+        gating = _Gating("clamped", spec.takes_turns, spec.clamped.alpha, spec.clamped.limit)
     routed = route(logits, spec, experts.correction)
+    num_inner = len(gate_up.weight) // (2 * spec.num_experts)
     if len(hidden) == 1:
-        return _of_one_token(hidden, routed, gate_up, down, spec.activation, residual)
-    num_inner = down.weight.shape[1]
-    first, second = tiles or tiles_for(routed.experts.numel() / spec.num_experts)
+        return _of_one_token(hidden, routed, gate_up, down, num_inner, gating, residual)
+    first, second = tiles or tiles_for(
+        routed.experts.numel() / spec.num_experts, are_bytes=gate_up.weight.itemsize == 1
+    )
     blocks = sort_by_expert(routed, spec.num_experts, first.block_m)
     inner = hidden.new_empty(routed.experts.numel(), num_inner)
-    _multiply(hidden, gate_up, blocks, inner, spec.top_k, first, activation=spec.activation)
+    _multiply(hidden, gate_up, blocks, inner, spec.top_k, first, gating=gating)
     parts = hidden.new_empty(len(inner), hidden.shape[1])
-    _multiply(inner, down, blocks, parts, 1, second, activation=None)
+    _multiply(inner, down, blocks, parts, 1, second, gating=None)
     return _combine(parts, routed, blocks, residual)
 
 
@@ -222,33 +329,35 @@ def _of_one_token(
     routed: Routed,
     gate_up: Linear,
     down: Linear,
-    activation: Activation,
+    num_inner: int,
+    gating: _Gating,
     residual: Tensor | None,
 ) -> Tensor:
-    top_k, size, num_inner = routed.experts.numel(), hidden.shape[1], down.weight.shape[1]
+    top_k, size = routed.experts.numel(), hidden.shape[1]
     options = launch_options(hidden.device)
     inner = hidden.new_empty(top_k, num_inner)
-    block_k, block_n = _vector_blocks(size)
+    block_k, block_n = _vector_blocks(size, gate_up.weight)
     block_n = max(1, block_n // 2)
     _vector_gate_up_kernel[(triton.cdiv(num_inner, block_n), top_k)](
-        hidden, gate_up.weight, gate_up.scale, routed.experts, inner,
-        N=num_inner, K=size, BLOCK_N=block_n, BLOCK_K=block_k, ACTIVATION=activation,
+        hidden, gate_up.weight, gate_up.scale, gate_up.bias, routed.experts, inner,
+        N=num_inner, K=size, BLOCK_N=block_n, BLOCK_K=block_k, GATING=gating,
         num_warps=8, **options,
     )  # fmt: skip
     out = torch.empty_like(hidden)
-    block_k, block_n = _vector_blocks(num_inner)
+    block_k, block_n = _vector_blocks(num_inner, down.weight)
     block_n = max(1, block_n // 4)  # all experts are in one program
     _vector_down_kernel[(triton.cdiv(size, block_n),)](
-        inner, down.weight, down.scale, *routed, residual, out,
+        inner, down.weight, down.scale, down.bias, *routed, residual, out,
         N=size, K=num_inner, TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8, **options,
     )  # fmt: skip
     return out
 
 
-def _vector_blocks(num_inputs: int) -> tuple[int, int]:
-    """Inputs and rows that a program of one token takes at a time."""
-    block_k = min(2048, triton.next_power_of_2(num_inputs))
-    return block_k, min(16, VECTOR_VALUES // block_k)
+def _vector_blocks(num_inputs: int, weight: Tensor) -> tuple[int, int]:
+    """Inputs and rows that a program of one token takes at a time; more where they are bytes."""
+    shrinks = weight.itemsize == 1
+    block_k = min(4096 if shrinks else 2048, max(32, triton.next_power_of_2(num_inputs)))
+    return block_k, min(16, VECTOR_VALUES * (1 + shrinks) // block_k)
 
 
 def _multiply(
@@ -259,14 +368,13 @@ def _multiply(
     divides: int,
     tile: ExpertTile,
     *,
-    activation: Activation | None,
+    gating: _Gating | None,
 ) -> None:
-    """Every pair's input times the weights of its expert, gated if there is an activation."""
+    """Every pair's input times the weights of its expert, gated if asked for."""
     num_outputs = out.shape[1]
     _grouped_kernel[(blocks.most_blocks * triton.cdiv(num_outputs, tile.block_n),)](
-        x, linear.weight, linear.scale, out, *blocks[:4],
-        N=num_outputs, K=x.shape[1], DIVIDES=divides,
-        GATED=activation is not None, ACTIVATION=activation, BLOCK_M=blocks.block_m,
+        x, linear.weight, linear.scale, linear.bias, out, *blocks[:4],
+        N=num_outputs, K=x.shape[1], DIVIDES=divides, GATING=gating, BLOCK_M=blocks.block_m,
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, num_warps=tile.warps,
         **launch_options(x.device),
     )  # fmt: skip
