@@ -58,15 +58,18 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
         attention, mlp = layer.attention, layer.mlp
         assert attention.num_kv_heads == theirs.num_key_value_heads
         assert attention.head_dim == (getattr(theirs, "head_dim", None) or 12)
-        assert attention.scale == attention.head_dim**-0.5
-        assert layer.norm.eps == spec.norm.eps == theirs.rms_norm_eps
+        scale = getattr(theirs, "attention_multiplier", attention.head_dim**-0.5)
+        assert attention.scale == scale
+        multiplier = getattr(theirs, "residual_multiplier", 1.0)
+        assert layer.norm.eps == spec.norm.eps == theirs.rms_norm_eps / multiplier**2
         assert attention.rope is not None
         assert attention.rope.theta == theirs.rope_parameters["rope_theta"]
         slides = name in ("mistral", "mixtral") or kind == "sliding_attention"
         assert attention.window == (theirs.sliding_window if slides else None)
-        assert (attention.qk_norm == "head") == name.startswith("qwen3")
+        norms_heads = name.startswith("qwen3") or name == "glm4_moe"
+        assert (attention.qk_norm == "head") == norms_heads
         both = name in ("llama_linear", "gpt_oss", "gpt_oss_blocks")
-        assert attention.qkv_bias == (name.startswith("qwen2") or both)
+        assert attention.qkv_bias == (name.startswith("qwen2") or name == "glm4_moe" or both)
         assert attention.o_bias == both
         assert attention.sinks == name.startswith("gpt_oss")
         match mlp:
@@ -76,8 +79,8 @@ def test_config_as_transformers_reads_it(name: str, tiny_checkpoint: Callable[[s
             case MoE():
                 size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
                 assert mlp.intermediate_size == size
-                counts = mlp.num_experts, mlp.top_k
-                assert counts == (theirs.num_local_experts, theirs.num_experts_per_tok)
+                count = getattr(theirs, "num_local_experts", None) or theirs.num_experts
+                assert (mlp.num_experts, mlp.top_k) == (count, theirs.num_experts_per_tok)
                 assert mlp.router.renormalizes == getattr(theirs, "norm_topk_prob", True)
 
 

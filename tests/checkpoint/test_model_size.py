@@ -15,7 +15,6 @@ from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.spec import count_parameters
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
-from nanovllm.worker.models.blocks import ExpertsBlock
 from nanovllm.worker.models.decoder import Decoder
 from tests.checkpoint.gguf_writing import QuantizationType, values, write_gguf
 from tests.conftest import TINY
@@ -39,13 +38,9 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     assert size.num_parameters == model.num_parameters
     assert size.source == "the files' headers"
     assert size.spec == model.spec and size.parameters == count_parameters(model.spec)
-    mlps = [layer.mlp for layer in model.layers]
-    linears = [linear.weight.numel() for mlp in mlps for linear in mlp.linears()]
-    routers = [mlp.router.weight.numel() for mlp in mlps if isinstance(mlp, ExpertsBlock)]
-    biases = sum(
-        linear.bias.numel() for mlp in mlps for linear in mlp.linears() if linear.bias is not None
-    )
-    assert size.parameters["mlp"] == sum(linears) + sum(routers) + biases
+    slots = [slot for index, one in enumerate(model.layers) for slot in one.mlp.slots(index)]
+    sizes = [slot.target.numel() for slot in slots if not slot.part.endswith("norm")]
+    assert size.parameters["mlp"] == sum(sizes)
     assert size.parameters["embedding"] == model.embedding.numel()
     assert (size.parameters["head"] == 0) == model.spec.tied_embeddings
 

@@ -15,23 +15,17 @@ from nanovllm.checkpoint.hf_config import (
 from nanovllm.checkpoint.spec import ClampedSwiGLU, DecoderSpec, LayerSpec, Router
 from nanovllm.checkpoint.weight_names import GGUF, SAFETENSORS, WeightNames
 
-MLP = "model.layers.{}.mlp"
-NAMES = WeightNames(
-    SAFETENSORS
-    | {
-        "router": f"{MLP}.router",
-        "expert_gate_up": f"{MLP}.experts.gate_up_proj*",
-        "expert_down": f"{MLP}.experts.down_proj*",
-    },
-    GGUF,
-)
-THETA, WINDOW = 150000.0, 128  # transformers' defaults
+NAMES = {
+    "router": "model.layers.{}.mlp.router",
+    "expert_gate_up": "model.layers.{}.mlp.experts.gate_up_proj*",
+    "expert_down": "model.layers.{}.mlp.experts.down_proj*",
+}
 
 
 def spec(config: Config) -> DecoderSpec:
     bias = config.get("attention_bias", True)
     norm = rms_norm(config, default_eps=1e-5, rounds_last=True)
-    alpha, limit = number(config, "swiglu_alpha", 1.702), number(config, "swiglu_limit", 7.0)
+    clamps = number(config, "swiglu_alpha", 1.702), number(config, "swiglu_limit", 7.0)
     mixture = experts(
         config,
         num_experts=whole(config, "num_local_experts", 128),
@@ -40,10 +34,10 @@ def spec(config: Config) -> DecoderSpec:
         default_top_k=4,
         bias=True,
         takes_turns=True,
-        clamped=ClampedSwiGLU(alpha, limit),
+        clamped=ClampedSwiGLU(*clamps),
     )
-    window = None if config.is_null("sliding_window") else whole(config, "sliding_window", WINDOW)
-    turning = rope(config, rope_theta=THETA)
+    window = None if config.is_null("sliding_window") else whole(config, "sliding_window", 128)
+    turning = rope(config, rope_theta=150000.0)
     layers = [
         LayerSpec(
             attention=attention(
@@ -60,4 +54,4 @@ def spec(config: Config) -> DecoderSpec:
         )
         for kind in layer_kinds(config, every=2)
     ]
-    return decoder(config, names=NAMES, layers=layers, norm=norm)
+    return decoder(config, names=WeightNames(SAFETENSORS | NAMES, GGUF), layers=layers, norm=norm)

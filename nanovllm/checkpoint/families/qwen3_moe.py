@@ -32,9 +32,11 @@ def spec(config: Config) -> DecoderSpec:
     return decoder(config, names=QWEN, layers=layers)
 
 
-def mlps(config: Config) -> list[MoE | Dense]:
+def mlps(
+    config: Config, *, default_num_experts: int = 128, default_top_k: int = 8
+) -> list[MoE | Dense]:
     """Of each layer: with experts, but for those that the config excepts."""
-    num_experts = config.get("num_experts", config.get("num_local_experts", 128))
+    num_experts = config.get("num_experts", config.get("num_local_experts", default_num_experts))
     excepted, every = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
     sparse = [
         num_experts > 0 and index not in excepted and (index + 1) % every == 0
@@ -43,5 +45,5 @@ def mlps(config: Config) -> list[MoE | Dense]:
     if not any(sparse):
         return [dense(config)] * len(sparse)
     router = Router(renormalizes=config.get("norm_topk_prob", False))
-    mixture = experts(config, num_experts=num_experts, router=router, default_top_k=8)
+    mixture = experts(config, num_experts=num_experts, router=router, default_top_k=default_top_k)
     return [mixture if is_sparse else dense(config) for is_sparse in sparse]

@@ -1,0 +1,48 @@
+"""Granite 3's mixtures of experts (IBM 2024): Granite's multipliers, experts stacked on disk."""
+
+from nanovllm.checkpoint.families.granite import multipliers, norm_of
+from nanovllm.checkpoint.hf_config import (
+    Config,
+    attention,
+    decoder,
+    experts,
+    num_layers,
+    number,
+    whole,
+)
+from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec, Router
+from nanovllm.checkpoint.weight_names import GGUF, SAFETENSORS, WeightNames
+
+BLOCK = "model.layers.{}.block_sparse_moe"
+NAMES = WeightNames(
+    SAFETENSORS
+    | {
+        "router": f"{BLOCK}.router.layer",
+        "expert_gate": f"{BLOCK}.input_linear",
+        "expert_up": f"{BLOCK}.input_linear",
+        "expert_down": f"{BLOCK}.output_linear",
+    },
+    GGUF,
+    gguf_interleaved=True,
+)
+
+
+def spec(config: Config) -> DecoderSpec:
+    bias = config.get("attention_bias", False)
+    layer = LayerSpec(
+        attention=attention(
+            config,
+            scale=number(config, "attention_multiplier", 1.0),
+            qkv_bias=bias,
+            o_bias=bias,
+        ),
+        mlp=experts(
+            config,
+            num_experts=whole(config, "num_local_experts", 8),
+            router=Router(renormalizes=True),
+            size_field="intermediate_size",
+            default_top_k=2,
+        ),
+        norm=norm_of(config),
+    )
+    return decoder(config, names=NAMES, layers=[layer] * num_layers(config), **multipliers(config))
