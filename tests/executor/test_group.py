@@ -17,6 +17,7 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from tests.e2e.processes import rank_children
+from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
 
 NUM_BLOCKS = 18  # few: sequences are preempted
@@ -147,3 +148,27 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
         group.start()
     group.shutdown()
     assert rank_children(os.getpid()) == started_before
+
+
+@pytest.mark.model
+def test_nine_heads_on_three_ranks() -> None:
+    """SmolLM2, whose GGUF file is read in slices; each rank has one of its 3 KV heads."""
+    answers = []
+    for size in (3, 1):
+        config = config_of("smollm2", size)
+        executor = (GroupExecutor if size > 1 else InlineExecutor)(config, lambda *_: None)
+        begin(executor)
+        kinds = SamplingParams(temperature=0.0), SamplingParams(temperature=0.9)
+        answers.append(
+            [
+                generate(
+                    executor,
+                    new_row(0, [504, 3575, 282, 4649, 314], params, seed=3),
+                    chunk=3,
+                    num_outputs=10,
+                )
+                for params in kinds
+            ]
+        )
+        executor.shutdown()
+    assert answers[0] == answers[1]
