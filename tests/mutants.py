@@ -35,7 +35,7 @@ HEAVY += tuple(f"transformers.models.{name}.modeling_{name}" for name in MODELS)
 HEAVY += ("tokenizers", "llguidance", "msgspec", "numpy", "prometheus_client", "rich")
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
-MAX_TESTS, MAX_TESTS_S = 80, 40.0  # per mutant
+MAX_TESTS, MAX_TESTS_S = 200, 60.0  # per mutant
 TRACE_LIMIT_S = 240.0  # of a file of tests
 LEAST_LIMIT_S, TIMES_LIMIT = 40.0, 6  # a mutant that takes longer hangs
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
