@@ -179,6 +179,28 @@ def test_pairs_lie_half_a_head_apart(rope: Rope, order: list[int] | None) -> Non
     assert memory_order(rope, 8) == order
 
 
+@pytest.mark.parametrize("kind", ["mistral", "ministral3"])
+def test_the_text_part_of_a_model_that_sees(kind: str) -> None:
+    """Read as if it were alone, with its own defaults."""
+    text = {name: value for name, value in LLAMA.items() if name != "architectures"}
+    alone = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}[kind]
+    seeing = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": {**text, "model_type": kind},
+        "vision_config": {"hidden_size": 8},
+        "dtype": "bfloat16",
+    }
+    found = spec_from_config(seeing)
+    expected = spec_from_config({**text, "architectures": [alone], "dtype": "bfloat16"})
+    assert found.layers == expected.layers and found.dtype == "bfloat16"
+    known = found.names.known
+    assert known("language_model.model.norm.weight") == "model.norm.weight"
+    assert known("model.language_model.norm.weight") == "model.norm.weight"
+    assert known("vision_tower.norm.weight") is None
+    with pytest.raises(ValueError, match="text_config must be an object"):
+        spec_from_config({**seeing, "text_config": [1]})
+
+
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "recurrent": (
         {"architectures": ["Qwen3NextForCausalLM"], "linear_conv_kernel_dim": 4},

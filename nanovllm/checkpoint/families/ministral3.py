@@ -1,6 +1,7 @@
 """Ministral 3 (2025), also the text part of its multimodal checkpoints: Mistral whose queries grow
 with their position."""
 
+from nanovllm.checkpoint.families import mistral
 from nanovllm.checkpoint.hf_config import (
     Config,
     attention,
@@ -18,6 +19,8 @@ BETA = "llama_4_scaling_beta"
 
 
 def spec(config: Config) -> DecoderSpec:
+    if config.get("model_type") == "mistral":  # as in Mistral Small 3, which sees, too
+        return mistral.spec(config)
     told = config.get("rope_scaling") or config.get("rope_parameters") or {}
     turning = rope(config, also=frozenset((BETA, "max_position_embeddings")))
     growth = None

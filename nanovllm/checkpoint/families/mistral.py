@@ -2,7 +2,7 @@
 
 from nanovllm.checkpoint.hf_config import Config, attention, decoder, dense, num_layers, rms_norm
 from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec
-from nanovllm.checkpoint.weight_names import LLAMA
+from nanovllm.checkpoint.weight_names import LLAMA, of_text_part
 
 FIRST_WINDOW = 4096  # the first release's, which its config does not tell; later ones say null
 
@@ -14,4 +14,4 @@ def spec(config: Config) -> DecoderSpec:
         mlp=dense(config),
         norm=rms_norm(config),
     )
-    return decoder(config, names=LLAMA, layers=[layer] * num_layers(config))
+    return decoder(config, names=of_text_part(LLAMA), layers=[layer] * num_layers(config))
