@@ -221,8 +221,11 @@ class MemoryPlan:
             attention, mlp = layer.attention, layer.mlp
             num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads  # queries come twice
             halves.append(hidden + num_heads * attention.head_dim // self.num_ranks)
-            num_mlps = mlp.top_k if isinstance(mlp, MoE) else 1  # gate, up and their product each
-            halves.append(2 * hidden + num_mlps * 3 * mlp.intermediate_size // self.num_ranks)
+            inner = mlp.intermediate_size // self.num_ranks
+            if isinstance(mlp, MoE):  # what each of a token's experts makes of it, and between
+                halves.append(2 * hidden + mlp.top_k * (hidden + inner))
+            else:
+                halves.append(2 * hidden + 3 * inner)  # gate, up and their product
         return max(halves)
 
     @property
