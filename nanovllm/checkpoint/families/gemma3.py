@@ -3,18 +3,9 @@ and keys instead of soft caps, and a rope of their own for the layers with a win
 
 from msgspec.structs import replace
 
+from nanovllm.checkpoint import hf_config as hf
 from nanovllm.checkpoint.families.gemma2 import NAMES, mlp_of, norm_of
-from nanovllm.checkpoint.hf_config import (
-    SLIDING,
-    Config,
-    attention,
-    decoder,
-    layer_kinds,
-    number,
-    number_or_none,
-    rope,
-    whole,
-)
+from nanovllm.checkpoint.hf_config import Config
 from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec
 from nanovllm.checkpoint.weight_names import of_text_part
 
@@ -27,18 +18,18 @@ BASES = {
 
 def spec(config: Config) -> DecoderSpec:
     bias, norm = config.get("attention_bias", False), norm_of(config)
-    window = None if config.is_null("sliding_window") else whole(config, "sliding_window", 4096)
+    window = None if config.is_null("sliding_window") else hf.whole(config, "sliding_window", 4096)
     layers = []
-    for kind in layer_kinds(config, every=6, field="sliding_window_pattern"):
+    for kind in hf.layer_kinds(config, every=6, field="sliding_window_pattern"):
         field, theta = BASES[kind]
         layer = LayerSpec(
-            attention=attention(
+            attention=hf.attention(
                 config,
                 default_head_dim=256,
-                scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
-                rope=rope(config, kind, rope_theta=theta, theta_field=field),
-                window=window if kind == SLIDING else None,
-                softcap=number_or_none(config, "attn_logit_softcapping"),
+                scale=hf.number(config, "query_pre_attn_scalar", 256) ** -0.5,
+                rope=hf.rope(config, kind, rope_theta=theta, theta_field=field),
+                window=window if kind == hf.SLIDING else None,
+                softcap=hf.number_or_none(config, "attn_logit_softcapping"),
                 qk_norm="head",
                 qkv_bias=bias,
                 o_bias=bias,
@@ -48,14 +39,16 @@ def spec(config: Config) -> DecoderSpec:
             post_norm=True,
         )
         layers.append(layer)
-    made = decoder(
+    made = hf.decoder(
         config,
         names=of_text_part(NAMES),
         layers=layers,
         norm=norm,
         tied_embeddings=config.get("tie_word_embeddings", True),
-        embedding_multiplier=whole(config, "hidden_size") ** 0.5,
-        final_softcap=number_or_none(config, "final_logit_softcapping"),
+        embedding_multiplier=hf.whole(config, "hidden_size") ** 0.5,
+        final_softcap=hf.number_or_none(config, "final_logit_softcapping"),
     )
     # Its configs tell of all positions, where others tell of those before linear scaling.
-    return replace(made, max_position_embeddings=whole(config, "max_position_embeddings", 131_072))
+    return replace(
+        made, max_position_embeddings=hf.whole(config, "max_position_embeddings", 131_072)
+    )
