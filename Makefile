@@ -18,10 +18,17 @@ demo: setup
 test: setup
 	$(PY) -m pytest
 
-# Agent frameworks bring hundreds of megabytes that nothing else here needs.
-test-clients: setup
-	$(PY) -m pip install -q -e '.[clients]'
-	$(PY) -m pytest tests/frontend/server/test_agents.py
+# Agent frameworks bring hundreds of megabytes that nothing else here needs, and wishes of their own
+# about versions: they get an environment that sees the packages of the other one.
+test-clients: setup .venv/clients/installed
+	.venv/clients/bin/python -m pytest tests/frontend/server/test_agents.py
+
+.venv/clients/installed: .venv/installed
+	@$(PYTHON) -m venv .venv/clients
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv/clients/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-tests.pth
+	.venv/clients/bin/python -m pip install -q 'nanovllm[clients]'
+	@touch $@
 
 lint: setup
 	$(PY) -m ruff check .
