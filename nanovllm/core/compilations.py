@@ -31,6 +31,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
 MAX_THREADS = 4  # that compile within their time …
 MAX_LATE = 12  # … and those, besides, that nobody waits for any more
+MAX_EXTRA_S = 0.05  # that outputs wait for lexers which they will share
 STACK_BYTES = 16 << 20  # of such a thread: far more than the sandbox grants the same grammar
 
 Outcome = Grammar | ValueError
@@ -273,7 +274,9 @@ class Compilations:
             self._loaded_at = min(self._loaded_at, time.monotonic())
             grammar = job.spent.renewed() if job.spent else self._compiler.compile(job.wanted)
             num_outputs = sum(len(group.sequences) for group in list(job.waiting))
-            while grammar.num_lexers < lexers_for(num_outputs):  # for all that begin at once
+            # For all that begin at once; what takes long is added while they run.
+            num_lexers = min(lexers_for(num_outputs), 1 + int(MAX_EXTRA_S / grammar.lexer_s))
+            while grammar.num_lexers < num_lexers:
                 grammar.add_lexer()
             return grammar
         except ValueError as error:

@@ -158,7 +158,9 @@ class Grammar:
         """make_first: a new matcher at the beginning, with a lexer of its own. `ValueError`: none
         can be made."""
         self._make_first = make_first
+        started = time.perf_counter()
         self._firsts = [make_first()]
+        self.lexer_s = time.perf_counter() - started  # what one more will take
         self._is_adding = False  # some thread makes a lexer
 
     @property

@@ -33,9 +33,7 @@ from nanovllm.worker.warmup.dummy_steps import num_usual, rehearsals
 from nanovllm.worker.warmup.precompile import Precompiler
 
 logger = logging.getLogger(__name__)
-# Spent on what first requests will want, before any can come. Kernels that must still be compiled
-# take longer than that, which ends it.
-PRACTICE_S = 0.3
+PRACTICE_S = 0.3  # spent on what first requests will want, before any can come
 
 
 class Worker:
@@ -104,7 +102,9 @@ class Worker:
             self._runner, loaded.limits, max_model_len=loaded.max_model_len
         )
         # Ranks would not stop at the same step by their clocks: their group has them practise.
-        num_steps = num_usual(self._runner) if self._parallel.size == 1 else 0
+        # And kernels that must still be compiled would take longer than the whole start.
+        practises = self._parallel.size == 1 and self._precompiler.has_found_all
+        num_steps = num_usual(self._runner) if practises else 0
         until = time.monotonic() + PRACTICE_S
         for _ in range(num_steps):
             if not self.rehearse() or time.monotonic() > until:

@@ -114,11 +114,16 @@ def test_as_many_lexers_as_outputs_want_that_begin_at_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "MAX_LEXERS", 3)
+    monkeypatch.setattr(compilations_module, "MAX_EXTRA_S", 1e9)
     bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
     bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
     bench.compiler.gate.set()
     over = bench.collect(2)
     assert [outcome.num_lexers for _, outcome in over if isinstance(outcome, Grammar)] == [3, 3]
+    monkeypatch.setattr(compilations_module, "MAX_EXTRA_S", 0.0)
+    bench.begin("c+", *map(sequence, range(2 * COPIES_PER_LEXER)))
+    ((_, outcome),) = bench.collect()
+    assert isinstance(outcome, Grammar) and outcome.num_lexers == 1, "none is waited for so long"
 
 
 def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,12 @@ class Precompiler:
         self._program: subprocess.Popen[bytes] | None = None
         self._is_awaited = False
 
+    @property
+    def has_found_all(self) -> bool:
+        """Whether kernels of the first steps were there when it was asked: an earlier start has
+        compiled them, and most others."""
+        return self._program is not None and not self._is_awaited
+
     def begin(self) -> None:
         """Have it load what it needs for any job."""
         if self._program is None:

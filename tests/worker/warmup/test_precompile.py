@@ -87,6 +87,16 @@ def test_what_steps_launch_is_compiled_once(cache: Path, job: Job) -> None:
     assert found[0] == found[1]
 
 
+def test_it_tells_whether_an_earlier_start_has_compiled(cache: Path) -> None:
+    for is_there in (False, True):
+        precompiler = Precompiler(STUCK)
+        assert not precompiler.has_found_all
+        precompiler.ask(JOB)
+        assert precompiler.has_found_all == is_there
+        precompiler.end()
+        stamp_of(JOB).touch()
+
+
 def test_one_step_stands_for_those_that_launch_the_same() -> None:
     shapes = [StepShape(size, size) for size in (1, 2, 4, 8, 16, 24, 32, 40)]
     shapes += [StepShape(tokens, 16) for tokens in (32, 48, 64)]
