@@ -12,6 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nanovllm.checkpoint.damage import blaming
+from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.spec import DecoderSpec, linear_parts
 from nanovllm.config import Quantization
 
@@ -23,10 +24,11 @@ FLOAT8 = {"type": "float", "num_bits": 8, "symmetric": True}
 INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
 SCALE_BYTES = 2
+SUPER_GROUP = 256
 
 Method = Literal["fp8", "int8", "packed", "mxfp4"]
 Scales = Literal["tensor", "channel", "group", "block"]
-Layout = Literal["compressed-tensors", "fp8", "awq", "gptq", "gptq_v2", "mxfp4"]
+Layout = Literal["compressed-tensors", "fp8", "awq", "gptq", "gptq_v2", "mxfp4", "gguf"]
 
 
 class WeightFormat(Struct, frozen=True):
@@ -37,9 +39,11 @@ class WeightFormat(Struct, frozen=True):
     "mxfp4" weights are floats of 4 bits with a power of two for each group, and tokens stay, too.
     scales: which weights share one: all of a matrix, of an output, `group` inputs of an output, or
     a block of `group` inputs and as many outputs. bits: of a weight. has_zeros: a group has a zero
-    point, too. is_float: packed weights of 8 bits are e4m3 and not integers. tokens: how the scales
-    of tokens are found. is_reordered: inputs are grouped in an order of their own (GPTQ's
-    `desc_act`). layout: whose files hold the weights so; None: they are quantized as they come.
+    point, too, has_shifts: a number that is added. is_nested: both are integers, with a scale for
+    each SUPER_GROUP inputs. is_float: packed weights of 8 bits are e4m3 and not integers. tokens:
+    how the scales of tokens are found. is_reordered: inputs are grouped in an order of their own
+    (GPTQ's `desc_act`). unit: inputs that a file stores as one. layout: whose files hold the
+    weights so; None: they are quantized as they come.
     """
 
     method: Method
@@ -47,9 +51,12 @@ class WeightFormat(Struct, frozen=True):
     bits: int = 8
     group: int = 0
     has_zeros: bool = False
+    has_shifts: bool = False
+    is_nested: bool = False
     is_float: bool = False
     tokens: Literal["dynamic", "static"] = "dynamic"
     is_reordered: bool = False
+    unit: int = 1
     layout: Layout | None = None
 
     @property
@@ -64,7 +71,12 @@ class WeightFormat(Struct, frozen=True):
             return self.bits / 8
         scale = 2 * SCALE_BYTES if self.scales == "block" else SCALE_BYTES
         scale = 1 if self.method == "mxfp4" else scale
-        return self.bits / 8 + (scale + self.has_zeros) / self.group
+        num_scales = 1 + self.has_shifts
+        if self.is_nested:
+            per_weight = num_scales * (1 / self.group + SCALE_BYTES / SUPER_GROUP)
+        else:
+            per_weight = (num_scales * scale + self.has_zeros) / self.group
+        return self.bits / 8 + per_weight
 
     def __str__(self) -> str:
         if self.method == "mxfp4":
@@ -130,9 +142,16 @@ class Scheme(Struct, frozen=True):
         return next((rule.format for rule in self.rules if ANY_LINEAR in rule.targets), None)
 
     def format_of_all(self, modules: list[str]) -> WeightFormat | None:
-        """Of the modules of one merged layer. Raises `ValueError` if it is not the same."""
+        """Of the modules of one merged layer.
+
+        Raises `ValueError` if it is not the same. Those of GGUF files may differ: the layer has one
+        that loses nothing of any.
+        """
         first, *others = modules
         found = self.format_of(first)
+        formats = [self.format_of(module) for module in modules]
+        if any(one is not None and one.layout == "gguf" for one in formats):
+            return _joined(formats)
         for other in others:
             if self.format_of(other) != found:
                 raise ValueError(
@@ -155,6 +174,17 @@ def choose_scheme(wanted: Quantization | None, config: Mapping[str, Any]) -> Sch
         if method not in READERS:
             _refuse(f"quant_method {method}", OTHERS.get(str(method), SUPPORTED))
         return READERS[method](found)
+
+
+def scheme_for(
+    checkpoint: Checkpoint, spec: DecoderSpec, wanted: Quantization | None, *, is_gpu: bool
+) -> Scheme | None:
+    """`choose_scheme`, and on a GPU what a GGUF file holds, which is kept so. (CPUs have kernels of
+    their own for that.)"""
+    scheme = choose_scheme(wanted, checkpoint.config())
+    if scheme is None and is_gpu and checkpoint.format == "gguf":
+        return _gguf(checkpoint, spec)
+    return scheme
 
 
 def bytes_per_linear_weight(spec: DecoderSpec, scheme: Scheme | None, *, value_bytes: int) -> float:
@@ -183,7 +213,9 @@ def _at_load(kept: WeightFormat | None) -> WeightFormat | None:
         return None
     if kept.method in ("fp8", "int8"):
         return WeightFormat(kept.method)
-    return replace(kept, layout=None, is_reordered=False)
+    zeros = kept.has_zeros or kept.has_shifts
+    changes = dict.fromkeys(("is_reordered", "has_shifts", "is_nested"), False)
+    return replace(kept, layout=None, unit=1, has_zeros=zeros, **changes)
 
 
 def _refuse(what: str, remedy: str = SUPPORTED) -> NoReturn:
@@ -365,6 +397,82 @@ def _skipped(found: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """Modules that are not quantized: each entry is one, or some modules' common part of a path."""
     names = found.get(field) or ()
     return tuple(rf"re:(.*\.)?{re.escape(name)}(\..*)?$" for name in names)
+
+
+# ---- GGUF: a type for each tensor
+
+
+def _of_gguf(
+    bits: int,
+    group: int = 32,
+    unit: int = 32,
+    *,
+    has_shifts: bool = False,
+    is_nested: bool = False,
+) -> WeightFormat:
+    return WeightFormat(
+        "packed",
+        "group",
+        bits=bits,
+        group=group,
+        has_shifts=has_shifts,
+        is_nested=is_nested,
+        unit=unit,
+        layout="gguf",
+    )
+
+
+# Codes of 5 and 6 bits are kept in 8, and so are the numbers that IQ4_NL's 4 bits stand for.
+GGUF_FORMATS: dict[str, WeightFormat] = {
+    "Q4_0": _of_gguf(4),
+    "Q4_1": _of_gguf(4, has_shifts=True),
+    "Q5_0": _of_gguf(8),
+    "Q5_1": _of_gguf(8, has_shifts=True),
+    "Q8_0": _of_gguf(8),
+    "IQ4_NL": _of_gguf(8),
+    "Q4_K": _of_gguf(4, 32, SUPER_GROUP, has_shifts=True, is_nested=True),
+    "Q5_K": _of_gguf(8, 32, SUPER_GROUP, has_shifts=True, is_nested=True),
+    "Q6_K": _of_gguf(8, 16, SUPER_GROUP, is_nested=True),
+}
+UNQUANTIZED_TYPES = ("F32", "F16", "BF16")
+# What other types become: rounded to 8 bits, which are more than they have.
+ROUNDED = WeightFormat("packed", "group", bits=8, group=32)
+
+
+def _gguf(checkpoint: Checkpoint, spec: DecoderSpec) -> Scheme | None:
+    """What the matrices of a file's layers are kept as; None if none is quantized. Experts and what
+    lies in one tensor with others come dequantized."""
+    tensors, names = checkpoint.gguf.tensors, spec.names
+    targets: dict[WeightFormat, list[str]] = {}
+    for index, layer in enumerate(spec.layers):
+        for part in linear_parts(layer, spec.hidden_size):
+            name = names.gguf[part.name]
+            tensor = tensors.get(f"{name.format(index)}.weight")
+            is_shared = list(names.gguf.values()).count(name) > 1
+            if tensor is None or is_shared or part.copies > 1 or part.name == "router":
+                continue
+            if tensor.type.name not in UNQUANTIZED_TYPES:
+                kept = GGUF_FORMATS.get(tensor.type.name, ROUNDED)
+                module = names.safetensors[part.name].format(index)
+                targets.setdefault(kept, []).append(module)
+    rules = tuple(Rule(kept, tuple(modules)) for kept, modules in targets.items())
+    return Scheme(rules) if rules else None
+
+
+def _joined(formats: list[WeightFormat | None]) -> WeightFormat | None:
+    """The least format that holds all of these. None: one is not quantized."""
+    kept = [one for one in formats if one is not None]
+    if len(kept) < len(formats):
+        return None
+    if any(one.layout is None for one in kept):
+        return ROUNDED
+    return _of_gguf(
+        max(one.bits for one in kept),
+        min(one.group for one in kept),
+        max(one.unit for one in kept),
+        has_shifts=any(one.has_shifts for one in kept),
+        is_nested=all(one.is_nested for one in kept),
+    )
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {

@@ -15,7 +15,7 @@ from rich.table import Table
 from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
-from nanovllm.checkpoint.quantization import bytes_per_linear_weight, choose_scheme
+from nanovllm.checkpoint.quantization import bytes_per_linear_weight, scheme_for
 from nanovllm.config import EngineConfig, unknown_name
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
 from nanovllm.plan.precision import VALUE_BYTES, Precision, dtype_for
@@ -56,7 +56,8 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     spec = size.spec
     check_num_ranks(spec, num_ranks)
     max_model_len = config.model.choose_max_model_len(spec.max_position_embeddings)
-    scheme = choose_scheme(config.model.quantization, checkpoint.config())
+    wanted = config.model.quantization
+    scheme = scheme_for(checkpoint, spec, wanted, is_gpu=machine.is_gpu)
     dtype, _ = dtype_for(
         config.model.dtype,
         is_gpu=machine.is_gpu,

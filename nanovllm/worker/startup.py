@@ -22,7 +22,7 @@ from nanovllm.checkpoint.generation_config import sampling_defaults
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
-from nanovllm.checkpoint.quantization import Scheme, choose_scheme
+from nanovllm.checkpoint.quantization import Scheme, scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig, StepLimits
 from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
@@ -180,7 +180,8 @@ class Startup:
             ends = find_ends(checkpoint, other, vocab_size=size.spec.vocab_size)
         max_model_len = wanted.choose_max_model_len(size.spec.max_position_embeddings)
         spec = replace(size.spec, max_position_embeddings=max_model_len)
-        scheme = choose_scheme(wanted.quantization, checkpoint.config())
+        is_gpu = device.type == "cuda"
+        scheme = scheme_for(checkpoint, spec, wanted.quantization, is_gpu=is_gpu)
         if scheme is not None and wanted.load_format == "dummy":
             scheme = scheme.quantizing()
         dtype, why_dtype = choose_dtype(wanted.dtype, device, spec.dtype)

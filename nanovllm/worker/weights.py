@@ -178,7 +178,8 @@ def _fill_from_gguf(
         slot = place.slot
         order = _order_of_heads(model, slot, interleaved=names.gguf_interleaved)
         if slot.keep is not None:
-            slot.keep(_stored_rows(tensors[name], place, order))
+            with _naming(name, checkpoint.path):
+                slot.keep(_stored_piece(tensors[name], place, order))
             yield slot.target.numel()
             continue
         for values, rows in _gguf_pieces(tensors[name], place, unit=len(order or "1")):
@@ -215,14 +216,18 @@ def _reordered(values: Tensor, order: list[int]) -> Tensor:
     return values.view(-1, len(order), *values.shape[1:])[:, order].flatten(0, 1)
 
 
-def _stored_rows(tensor: GGUFTensor, place: Place, order: list[int] | None) -> GGUFTensor:
-    """The rows of a place, as they are stored, in the order of parameters."""
-    rows = place.index[0]
-    assert place.is_whole or place.index[1:] == (slice(0, place.shape[1]),)
-    raw = tensor.raw[rows]
+def _stored_piece(tensor: GGUFTensor, place: Place, order: list[int] | None) -> GGUFTensor:
+    """Some rows, in the order of parameters, and columns, as they are stored: whole blocks."""
+    import gguf  # half a second that a start without GGUF need not wait for
+
+    rows, columns = place.index
+    size, num_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+    assert columns.start % size == 0 and columns.stop % size == 0
+    first, end = (at // size * num_bytes for at in (columns.start, columns.stop))
+    raw = tensor.raw[rows, first:end]
     if order is not None:
         raw = raw.reshape(-1, len(order), raw.shape[1])[:, order].reshape(raw.shape)
-    return replace(tensor, raw=raw, shape=(len(raw), *tensor.shape[1:]))
+    return replace(tensor, raw=raw, shape=(len(raw), columns.stop - columns.start))
 
 
 def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tuple[Tensor, slice]]:

@@ -2,18 +2,18 @@
 
 `Packed` is the `LinearMethod`; files of formats convert to its layout while they load (`Layout`).
 weight = (code - zero) * scale + shift, computed in fp32; tokens are multiplied as they are. Triton
-kernels read the same memory.
+kernels read the same memory. GGUF's scales and shifts may be integers times that of a super group.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.checkpoint.quantization import WeightFormat
+from nanovllm.checkpoint.quantization import SUPER_GROUP, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
 
@@ -52,6 +52,8 @@ class PackedWeight:
     group: int
     inputs: int
     shift: Tensor | None = None  # [outputs, groups], floating
+    super_scale: Tensor | None = None  # [outputs, super groups], of scales that are integers
+    super_shift: Tensor | None = None  # the same of shifts
     has_scales: bool = False  # some have been loaded
 
     @classmethod
@@ -68,7 +70,16 @@ class PackedWeight:
         if kept.is_float:
             codes_dtype = torch.float8_e4m3fn
         codes = torch.zeros((outputs, width), dtype=codes_dtype, device=device)
-        return cls(codes, torch.ones(grid, dtype=dtype, device=device), zero, group, inputs)
+        scale = torch.ones(grid, dtype=torch.int8 if kept.is_nested else dtype, device=device)
+        weight = cls(codes, scale, zero, group, inputs)
+        if kept.has_shifts:
+            narrow = torch.int8 if kept.is_nested else torch.float16
+            weight.shift = torch.zeros(grid, dtype=narrow, device=device)
+        if kept.is_nested:
+            wide = outputs, -(-inputs // SUPER_GROUP)
+            weight.super_scale = torch.ones(wide, dtype=torch.float16, device=device)
+            weight.super_shift = torch.zeros_like(weight.super_scale) if kept.has_shifts else None
+        return weight
 
     @property
     def bits(self) -> int:
@@ -76,24 +87,52 @@ class PackedWeight:
 
     def rows(self, rows: slice) -> "PackedWeight":
         """A view of some outputs."""
-        zero = None if self.zero is None else self.zero[rows]
-        shift = None if self.shift is None else self.shift[rows]
-        return PackedWeight(
-            self.codes[rows], self.scale[rows], zero, self.group, self.inputs, shift
-        )
+        tensors = {
+            name: None if tensor is None else tensor[rows] for name, tensor in self._named().items()
+        }
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def tensors(self) -> Iterator[Tensor]:
-        for tensor in (self.codes, self.scale, self.zero, self.shift):
-            if tensor is not None:
-                yield tensor
+        yield from (tensor for tensor in self._named().values() if tensor is not None)
+
+    def _named(self) -> dict[str, Tensor | None]:
+        return {
+            "codes": self.codes,
+            "scale": self.scale,
+            "zero": self.zero,
+            "shift": self.shift,
+            "super_scale": self.super_scale,
+            "super_shift": self.super_shift,
+        }
 
     def set_scale(self, rows: slice, scale: Tensor) -> None:
         """scale: [some outputs, groups]. All are kept in the type that they come in, or in one that
         loses nothing if they come in several."""
         kept = self.scale.dtype if self.has_scales else scale.dtype
-        self.scale = self.scale.to(torch.promote_types(kept, scale.dtype))
+        self.scale = _with_rows(self.scale.to(kept), rows, scale)
         self.has_scales = True
+
+    def set_shift(self, rows: slice, shift: Tensor | None) -> None:
+        """shift: as scale; None: there is none."""
+        if shift is not None:
+            assert self.shift is not None
+            self.shift = _with_rows(self.shift, rows, shift)
+
+    def set_nested(self, rows: slice, scale: Tensor, shift: Tensor | None) -> None:
+        """Of scales and shifts that are integers, [some outputs, groups] int8, what `super_` ones
+        are multiplied by."""
         self.scale[rows].copy_(scale)
+        if shift is not None:
+            assert self.shift is not None
+            self.shift[rows].copy_(shift)
+
+    def set_super(self, rows: slice, scale: Tensor, shift: Tensor | None) -> None:
+        """What integer scales and shifts are multiplied by, [some outputs, super groups] fp16."""
+        assert self.super_scale is not None
+        self.super_scale[rows].copy_(scale)
+        if shift is not None:
+            assert self.super_shift is not None
+            self.super_shift[rows].copy_(shift)
 
     def set_zero(self, rows: slice, zero: Tensor) -> None:
         """zero: [some outputs, groups]."""
@@ -110,10 +149,25 @@ class PackedWeight:
             grouped = grouped - self.zero.float()[:, :, None]
         elif self.bits == 4 and self.shift is None:
             grouped = grouped - MIDDLE
-        grouped = grouped * self.scale.float()[:, :, None]
+        grouped = grouped * self._wide(self.scale, self.super_scale)
         if self.shift is not None:
-            grouped = grouped + self.shift.float()[:, :, None]
+            grouped = grouped + self._wide(self.shift, self.super_shift)
         return grouped.flatten(1)[:, : self.inputs]
+
+    def _wide(self, each: Tensor, whole: Tensor | None) -> Tensor:
+        """Of each group, [outputs, groups, 1] fp32. whole: of super groups."""
+        found = each.float()
+        if whole is not None:
+            count = SUPER_GROUP // self.group
+            found = found * whole.float().repeat_interleave(count, 1)[:, : found.shape[1]]
+        return found[:, :, None]
+
+
+def _with_rows(target: Tensor, rows: slice, values: Tensor) -> Tensor:
+    """With some rows set; in a wider type if need be."""
+    target = target.to(torch.promote_types(target.dtype, values.dtype))
+    target[rows].copy_(values)
+    return target
 
 
 class Layout(Protocol):

@@ -14,6 +14,7 @@ from nanovllm.worker.layers.linear import UNQUANTIZED, Linear, LinearMethod
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.awq import Awq
 from nanovllm.worker.quant.compressed_tensors import Fp8Weights, PackQuantized
+from nanovllm.worker.quant.gguf_blocks import Gguf
 from nanovllm.worker.quant.gptq import Gptq
 from nanovllm.worker.quant.int8 import Int8
 from nanovllm.worker.quant.mxfp4 import Mxfp4
@@ -25,6 +26,7 @@ LAYOUTS: Mapping[LayoutName, Layout] = {
     "awq": Awq(),
     "gptq": Gptq(offset=1),
     "gptq_v2": Gptq(offset=0),
+    "gguf": Gguf(),
 }
 FLOAT_LAYOUTS: Mapping[LayoutName, Layout] = {
     "compressed-tensors": Fp8Weights("weight_scale"),
@@ -36,6 +38,8 @@ def _packed(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearM
     dtype = linear.weight.dtype
     if kept.layout is None:
         return Packed(fitting(kept, linear.inputs.size), Rounded(), dtype)
+    if linear.inputs.start % kept.unit or linear.inputs.size % kept.unit:
+        return UNQUANTIZED  # a rank's share, which begins within a block, comes dequantized
     layouts = FLOAT_LAYOUTS if kept.is_float else LAYOUTS
     return Packed(kept, layouts[kept.layout], dtype)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.locate import Checkpoint
-from nanovllm.checkpoint.quantization import WeightFormat, choose_scheme
+from nanovllm.checkpoint.quantization import GGUF_FORMATS, WeightFormat, choose_scheme
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.packed_linear import (
@@ -24,6 +24,7 @@ from tests.worker.attention.decoding import Driver
 from tests.worker.kernels.test_skinny_linear import rms_normed
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.quant.layouts import FORMATS, write
+from tests.worker.quant.test_gguf_blocks import keep, random_tensor
 from tests.worker.test_weights import wider
 
 KINDS = {
@@ -162,6 +163,19 @@ def test_half_precision(dtype: torch.dtype, num_tokens: int) -> None:
         x = torch.randn(num_tokens, 256, device=DEVICE).to(dtype)
         expected = x.double() @ meaning(linear).T
         assert_near(packed_linear(x, linear), expected, 6e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("name", GGUF_FORMATS)
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_blocks_of_gguf(name: str, num_tokens: int) -> None:
+    linear = keep(GGUF_FORMATS[name], random_tensor(name, rows=20), device=DEVICE)
+    x = torch.randn(num_tokens, 512, device=DEVICE)
+    assert_near(packed_linear(x, linear), x.double() @ meaning(linear).T)
+    weight = linear.method.weight  # type: ignore[attr-defined]
+    assert can_multiply(weight)
+    torch.testing.assert_close(
+        unpacked(weight, torch.float32), weight.dequantize(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_groups_that_kernels_do_not_read() -> None:

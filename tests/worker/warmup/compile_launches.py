@@ -15,7 +15,13 @@ from msgspec.structs import replace
 from triton.runtime.jit import JITFunction
 
 from nanovllm.checkpoint.facts import spec_from_config
-from nanovllm.checkpoint.quantization import Scheme, choose_scheme
+from nanovllm.checkpoint.quantization import (
+    AT_LOAD,
+    GGUF_FORMATS,
+    Rule,
+    Scheme,
+    choose_scheme,
+)
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import SchedulerConfig
 from nanovllm.protocol.plan import StepPlan
@@ -178,9 +184,10 @@ def main() -> None:
         run_mlp(runner, num_tokens=num_tokens)
     fp8 = make_runner(Scheme.at_load("fp8"), torch.float8_e4m3fn)
     run_steps(fp8, PLAIN, (1, 1), (8, 1), (2, 60))
-    for method in ("int4", "int8"):
-        packed = make_runner(Scheme.at_load(method))
-        run_steps(packed, PLAIN, (1, 1), (8, 1), (24, 1), (NUM_ROWS, 1), (2, 600))
+    packed = make_runner(Scheme.at_load("int4"))
+    run_steps(packed, PLAIN, (1, 1), (8, 1), (NUM_ROWS, 1), (2, 600))
+    for kept in (AT_LOAD["int8"], GGUF_FORMATS["Q4_K"], GGUF_FORMATS["Q6_K"]):
+        run_steps(make_runner(Scheme((Rule(kept),))), PLAIN, (1, 1), (8, 1))
     for spec, scheme in ((MOE_SPEC, None), (MOE_SPEC, Scheme.at_load("fp8")), (OSS_SPEC, MXFP4)):
         experts = make_runner(scheme, spec=spec)
         run_steps(experts, PLAIN, (1, 1), (8, 1), (100, 1), (2, 60))

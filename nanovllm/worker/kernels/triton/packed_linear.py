@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
 from nanovllm.worker.kernels.base import Stream, Weighed
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.launch import (
@@ -33,9 +34,10 @@ from nanovllm.worker.kernels.triton.skinny_linear import (
     scaled_by_norm,
 )
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.quant.packed import MIDDLE, UNIT, Packed, PackedWeight
+from nanovllm.worker.quant.packed import HALF, MIDDLE, UNIT, Packed, PackedWeight
 
-MIN_GROUP = UNIT  # of 4-bit weights the halves of a unit share scales
+MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
+SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr
                GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Codes [outputs, bytes], and scale, zero and shift of their groups, [outputs, groups].
 
-    weight: (codes, scale, zero, shift), the last two perhaps None.
+    weight: the tensors of a `PackedWeight`; after the first two perhaps None.
     """
-    codes, scale, zero, shift = weight
+    codes, scale, zero, shift, super_scale, super_shift = weight
     PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
     WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
     GROUPS: tl.constexpr = tl.cdiv(K, GROUP)  # noqa: N806
@@ -71,12 +73,18 @@ def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr
     groups = (k // GROUP + tl.arange(0, max(1, BLOCK_K // GROUP)))[None, :]
     places, inside = rows * GROUPS + groups, real & (groups < GROUPS)
     scales = tl.load(scale + places, inside, other=0.0).to(tl.float32)
+    if super_scale is not None:
+        SUPERS: tl.constexpr = tl.cdiv(K, SUPER_GROUP)  # noqa: N806
+        wholes = rows * SUPERS + groups // (SUPER_GROUP // GROUP)
+        scales *= tl.load(super_scale + wholes, inside, other=0.0).to(tl.float32)
     zeros = scales
     if zero is not None:
         zeros = tl.load(zero + places, inside, other=0).to(tl.float32)
     shifts = scales
     if shift is not None:
         shifts = tl.load(shift + places, inside, other=0.0).to(tl.float32)
+        if super_shift is not None:
+            shifts *= tl.load(super_shift + wholes, inside, other=0.0).to(tl.float32)
     return loaded, scales, zeros, shifts
 
 
@@ -155,6 +163,7 @@ def _packed_vector_kernel(
     scale,  # [rows, groups]
     zero,  # like scale, or None
     shift,  # like scale, or None
+    super_scale, super_shift,  # [rows, super groups], or None
     bias, residual, squares, next_weight, out, weighed, next_squares,  # as in `skinny_linear`
     num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -164,7 +173,7 @@ def _packed_vector_kernel(
     """One token: products and sums in fp32, without tensor cores."""
     if PDL:
         gdc_launch_dependents()
-    weight = (codes, scale, zero, shift)
+    weight = (codes, scale, zero, shift, super_scale, super_shift)
     HAS_ZERO: tl.constexpr = zero is not None  # noqa: N806
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -223,7 +232,7 @@ def _load_tokens(x, tokens, columns, num_tokens, K: tl.constexpr):
 @triton.jit
 def _packed_matrix_kernel(
     x,  # [num_tokens, K]
-    codes, scale, zero, shift,  # as in _packed_vector_kernel
+    codes, scale, zero, shift, super_scale, super_shift,  # as in _packed_vector_kernel
     bias, residual, squares, next_weight, out, weighed, next_squares,  # as in `skinny_linear`
     partial, arrivals,
     num_tokens, num_outputs, eps,
@@ -235,7 +244,7 @@ def _packed_matrix_kernel(
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     if PDL:
         gdc_launch_dependents()
-    weight = (codes, scale, zero, shift)
+    weight = (codes, scale, zero, shift, super_scale, super_shift)
     HAS_ZERO: tl.constexpr = zero is not None  # noqa: N806
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -271,7 +280,7 @@ def _packed_matrix_kernel(
 
 @triton.jit
 def _unpack_kernel(
-    codes, scale, zero, shift,  # as in _packed_vector_kernel
+    codes, scale, zero, shift, super_scale, super_shift,  # as in _packed_vector_kernel
     out,  # [num_outputs, K]
     num_outputs,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr,
@@ -285,7 +294,7 @@ def _unpack_kernel(
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K
-    weight = (codes, scale, zero, shift)
+    weight = (codes, scale, zero, shift, super_scale, super_shift)
     dtype = out.dtype.element_ty
     loaded, scales, zeros, shifts = _load_tile(
         weight, outputs, k, num_outputs, K, BITS, GROUP, BLOCK_K
@@ -308,7 +317,8 @@ def can_multiply(weight: PackedWeight) -> bool:
     if weight.codes.dtype == torch.float8_e4m3fn and not converts_fp8(weight.codes.device):
         return False
     return weight.scale.shape[1] == 1 or (
-        weight.group >= MIN_GROUP and weight.group == triton.next_power_of_2(weight.group)
+        weight.group >= MIN_GROUP[weight.bits]
+        and weight.group == triton.next_power_of_2(weight.group)
     )
 
 
@@ -371,7 +381,8 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _pointers(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.codes, weight.scale, weight.zero, weight.shift
+    nested = weight.super_scale, weight.super_shift
+    return weight.codes, weight.scale, weight.zero, weight.shift, *nested
 
 
 def _format(weight: PackedWeight) -> dict[str, Any]:
