@@ -45,6 +45,7 @@ from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
 from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.preflight import plan_memory, precision_of, report
+from nanovllm.worker.quant.gguf import reads_packed
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampler
@@ -213,7 +214,9 @@ class Startup:
             return False, f"; {native.HOW_TO_BUILD}"
         threads = self._config.model.threads or num_usable_cores()
         native.use(native.choose_isa(), num_threads=threads)
-        reason = unsupported(spec, attention) if scheme is None else "weights are quantized anew"
+        reason = unsupported(spec, attention)
+        if scheme is not None and not reads_packed(scheme):
+            reason = "its weights have a form of their own"
         return reason is None, native.in_use() if reason is None else f"; no native steps: {reason}"
 
     def _build(self, choice: Choice) -> Loaded:
@@ -229,6 +232,7 @@ class Startup:
             parallel=self._parallel,
         )
         takes_file = self._config.model.load_format in ("auto", "gguf")
+        takes_file = takes_file and choice.scheme is None
         if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
             take_as_stored(model)
         rows = RequestRows(

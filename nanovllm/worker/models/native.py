@@ -24,9 +24,11 @@ from nanovllm.worker.quant.gguf import (
     PackedLinear,
     PartKeeper,
     keep_as_stored,
+    lay_out_packed,
     pack_linear,
     without_memory,
 )
+from nanovllm.worker.quant.packed import Packed as PackedMethod
 
 
 def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
@@ -81,6 +83,8 @@ class NativeDecoder:
         for linear in model.linears():
             if linear.method is UNQUANTIZED:
                 pack_linear(linear)
+            elif isinstance(linear.method, PackedMethod):
+                lay_out_packed(linear, linear.method.weight)
         self._kept: list[Tensor | PackedLinear] = []  # what addresses point into
         layers = (native.Layer * len(model.layers))(*map(self._layer, model.layers))
         parts = native.DecoderParts(

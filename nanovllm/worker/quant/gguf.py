@@ -1,4 +1,4 @@
-"""Linear layers that multiply weights as a GGUF file stores them, by the native kernels of CPUs.
+"""Linear layers that multiply weights as GGUF files store them, by the native kernels of CPUs.
 
 `models.native` gives layers this method where the kernels are there. Tokens are rounded to 8 bits
 with a scale for each 32 values, or, many at once on a CPU with AMX, to bfloat16.
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.gguf import GGUFTensor
+from nanovllm.checkpoint.quantization import Scheme, WeightFormat
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, can_pack, pack_bfloat16, pack_gguf
 from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.quant.packed import UNIT, PackedWeight
+
+Q4_0, Q4_1, Q8_0 = 2, 3, 8  # types as GGUF numbers them
 
 
 class PackedLinear:
@@ -90,6 +94,51 @@ def pack_linear(linear: Linear) -> None:
     parts = {part: pack_bfloat16(linear.weight[rows]) for part, _, rows in linear.rows()}
     linear.method = PackedLinear(parts)
     linear.weight = without_memory(linear.weight)
+
+
+def reads_packed(scheme: Scheme) -> bool:
+    """Whether all weights that are kept so have a shape that a type of GGUF has, too."""
+    return all(_has_type(rule.format) for rule in scheme.rules)
+
+
+def _has_type(kept: WeightFormat | None) -> bool:
+    if kept is None:
+        return True
+    if kept.method != "packed" or kept.is_float or kept.is_reordered:
+        return False
+    return kept.group % UNIT == 0 and (kept.bits == 4 or not kept.has_zeros)
+
+
+def lay_out_packed(linear: Linear, weight: PackedWeight) -> None:
+    """Have native products read a loaded layer's packed weight (one that `reads_packed`).
+
+    As Q4_0 and Q8_0 it is the same but for scales that float16 rounds; Q4_1 adds a rounded
+    -zero * scale.
+    """
+    parts = {}
+    for part, _, rows in linear.rows():
+        raw, kind = _as_blocks(weight.rows(rows))
+        parts[part] = pack_gguf(raw.numpy(), kind, columns=weight.inputs, name=part)
+    linear.method = PackedLinear(parts)
+
+
+def _as_blocks(weight: PackedWeight) -> tuple[Tensor, int]:
+    """Rows of blocks as GGUF stores them, uint8, and their type."""
+    outputs, num_blocks = len(weight.codes), weight.inputs // UNIT
+    times = weight.group // UNIT
+
+    def halves(each: Tensor) -> Tensor:
+        spread = each.repeat_interleave(times, 1)[:, :num_blocks, None]
+        return spread.half().contiguous().view(torch.uint8)
+
+    scale = weight.scale.float()
+    fields = [halves(scale)]
+    kind = Q8_0 if weight.bits == 8 else Q4_0
+    if weight.zero is not None:
+        kind = Q4_1
+        fields.append(halves(-weight.zero.float() * scale))
+    fields.append(weight.codes.view(torch.uint8).view(outputs, num_blocks, -1))
+    return torch.cat(fields, 2).flatten(1), kind
 
 
 def without_memory(weight: Tensor) -> Tensor:

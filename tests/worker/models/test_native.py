@@ -1,6 +1,7 @@
 """Whole native steps against the torch decoder with the same weights, layer by layer."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint.locate import Checkpoint, locate
 from nanovllm.checkpoint.model_size import read_model_size
+from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.forward_batch import ForwardBatch
@@ -17,7 +19,10 @@ from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.model_runner import Model
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
+from nanovllm.worker.quant.gguf import reads_packed
 from nanovllm.worker.weights import load_weights
+from tests.worker.quant.layouts import FORMATS, write
+from tests.worker.test_weights import wider
 
 if native.path() is None:
     pytest.skip("the set-up built no native kernels", allow_module_level=True)
@@ -60,14 +65,26 @@ def batch_of(rows: list[tuple[int, list[int]]], *, num_blocks: int) -> ForwardBa
 class Loaded:
     """A model of a checkpoint with a cache of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: DecoderSpec,
+        *,
+        dtype: torch.dtype,
+        scheme: Scheme | None = None,
+    ) -> None:
         specs = attention_specs(spec, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
         is_native = dtype == torch.bfloat16
         self.attention = select_attention("native" if is_native else "torch", specs)[0]
         model = Decoder(
-            spec, kernels=TorchKernels(), attention=self.attention, dtype=dtype, device=CPU
+            spec,
+            kernels=TorchKernels(),
+            attention=self.attention,
+            dtype=dtype,
+            device=CPU,
+            scheme=scheme,
         )
-        if is_native and checkpoint.format == "gguf":
+        if is_native and checkpoint.format == "gguf" and scheme is None:
             assert unsupported(spec, self.attention) is None
             take_as_stored(model)
         load_weights(
@@ -138,3 +155,39 @@ def test_weights_are_kept_in_the_size_of_the_file(
     assert isinstance(model, NativeDecoder)
     assert model.weight_bytes < 1.01 * smollm2[0].path.stat().st_size
     assert "210 Q4_1, 1 Q8_0" in model.describe()
+
+
+PACKED = ["awq 32", "gptq 4 32", "compressed 4 32 symmetric", "compressed 4 32 zeros"]
+PACKED += ["compressed 8 32 symmetric", "gptq 4 all inputs", "compressed 8 channel"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_are_multiplied_as_blocks_of_gguf(name: str, tmp_path: Path) -> None:
+    """In every layer; a step's distribution is that of the same weights in plain torch."""
+    (source := tmp_path / "plain").mkdir()
+    write(wider("llama", source), tmp_path, *FORMATS[name])
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    scheme = choose_scheme(None, checkpoint.config())
+    assert scheme is not None and reads_packed(scheme)
+    spec = replace(read_model_size(checkpoint).spec, max_position_embeddings=64)
+    plain, packed = (
+        Loaded(checkpoint, spec, dtype=dtype, scheme=scheme)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert isinstance(packed.model, NativeDecoder)
+    kind = {"gptq 4 all inputs": "Q4_1", "compressed 4 32 symmetric": "Q4_0"}.get(name, "Q4_1")
+    kind = "Q8_0" if " 8 " in name else kind
+    assert f"{2 * 3 + 5 * 3} {kind}" in packed.model.describe()
+    for rows in STEPS:
+        ids = [(old, [token % 160 for token in new]) for old, new in rows]
+        batch = batch_of(ids, num_blocks=4)
+        expected, found = plain.logits(batch), packed.logits(batch)
+        assert divergence(expected, found).mean() < MAX_DIVERGENCE
+
+
+def test_packed_weights_without_a_type_of_gguf() -> None:
+    for name in ("gptq 8 32", "gptq 4 ordered", "fp8 blocks 32", "awq 16"):
+        scheme = choose_scheme(None, {"quantization_config": FORMATS[name][0]})
+        assert scheme is not None and not reads_packed(scheme)
+    assert not reads_packed(Scheme.at_load("fp8"))
+    assert reads_packed(Scheme.at_load("int4")) and reads_packed(Scheme.at_load("int8"))

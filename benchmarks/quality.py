@@ -1,18 +1,20 @@
-"""What FP8 costs in quality: every next-token distribution over real text, against bf16's.
+"""What quantized weights cost in quality: next-token distributions over real text, against bf16's.
 
-    python benchmarks/quantization_quality.py [--model smollm2] [--texts 8] [--tokens 256]
-        [--tokens-per-step N]
+    python benchmarks/quality.py [--model smollm2] [--texts 8] [--tokens 256] [--tokens-per-step N]
+        [--variants int4 q4_k …]
 
 The text is Python's own language reference, which comes with every Python. Prints, per variant, the
-mean, median, 99th percentile and largest KL(reference ‖ variant) per token in nats, how often both
-think the same token likeliest, and the variant's perplexity. float32 shows how far bf16 itself is
-from exact arithmetic, and "tokens as they are" what the kernel for one token does on a GPU (there
---tokens-per-step 1 runs it, and 16 those for a few): FP8 weights times activations that are not
-quantized.
+bytes per weight of a layer, the mean, median, 99th percentile and largest KL(reference ‖ variant)
+per token in nats, how often both think the same token likeliest, and the variant's perplexity. The
+weights of each variant are rounded from the reference's: Q4_K and Q8_0 as llama.cpp lays them out,
+each group from its least to its greatest number. float32 shows how far bf16 itself is from exact
+arithmetic, and "tokens as they are" what the kernel for one token does on a GPU: FP8 weights times
+activations that are not quantized.
 """
 
 import argparse
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
@@ -23,17 +25,26 @@ from torch import Tensor
 
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import locate
-from nanovllm.checkpoint.quantization import choose_scheme
-from nanovllm.config import KVCacheDType, Quantization
+from nanovllm.checkpoint.quantization import (
+    AT_LOAD,
+    GGUF_FORMATS,
+    SUPER_GROUP,
+    Rule,
+    Scheme,
+    WeightFormat,
+)
+from nanovllm.config import KVCacheDType
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.device import DTYPES, choose_device, choose_kv_dtype
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
-from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.parallel import Cut
 from nanovllm.worker.quant.fp8 import Fp8
+from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -45,7 +56,7 @@ class Variant:
 
     name: str
     dtype: str
-    quantization: Quantization | None = None
+    kept: WeightFormat | None = None
     kv_cache_dtype: KVCacheDType = "auto"
     quantizes_tokens: bool = True
 
@@ -59,6 +70,40 @@ class Widened(Fp8):
         assert linear.scale is not None
         product = F.linear(x, linear.weight.to(x.dtype)).float().mul_(linear.scale)
         return (product if linear.bias is None else product.add_(linear.bias)).to(x.dtype)
+
+
+class NestedRounded:
+    """As `rounding.Rounded`, into scales and mins of 6 bits: Q4_K (a `packed.Layout`)."""
+
+    def slots(
+        self, method: Packed, linear: Linear, part: str, cut: Cut, rows: slice
+    ) -> Iterator[WeightSlot]:
+        def put(values: Tensor, of: slice) -> None:
+            first = rows.start + (of.start or 0)
+            self._put(method, part, slice(first, first + len(values)), values)
+
+        yield WeightSlot(part, "weight", linear.weight[rows], (cut, linear.inputs), put=put)
+
+    def _put(self, method: Packed, part: str, rows: slice, values: Tensor) -> None:
+        weight = method.weight
+        padding = -values.shape[1] % SUPER_GROUP
+        padded = F.pad(values.to(weight.codes.device).float(), (0, padding))
+        groups = padded.view(len(values), -1, SUPER_GROUP // 32, 32)
+        low = -groups.amin(-1).clamp(max=0.0)
+        step = (groups.amax(-1).clamp(min=0.0) + low) / 15
+        (whole, scale), (least, shift) = (self._six_bits(each) for each in (step, low))
+        wide = (whole.float() * scale)[..., None].clamp(min=1e-12)
+        codes = ((groups + (least.float() * shift)[..., None]) / wide).round().clamp(0, 15)
+        count = weight.scale.shape[1]
+        narrow = [each.flatten(1)[:, :count].to(torch.int8) for each in (scale, shift)]
+        method.put_codes(part, rows, codes.flatten(1)[:, : weight.inputs])
+        weight.set_nested(rows, *narrow)
+        weight.set_super(rows, whole[..., 0], -least[..., 0])
+
+    def _six_bits(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale of each super group, float16, and what it is multiplied by."""
+        whole = (each.amax(-1, keepdim=True) / 63).half()
+        return whole, (each / whole.float().clamp(min=1e-12)).round().clamp(0, 63)
 
 
 class Scorer:
@@ -84,8 +129,11 @@ class Scorer:
             attention=attention,
             dtype=dtype,
             device=self._device,
-            scheme=choose_scheme(variant.quantization, config),
+            scheme=None if variant.kept is None else Scheme((Rule(variant.kept),)),
         )
+        for linear in self._model.linears():
+            if isinstance(linear.method, Packed) and linear.method.kept.is_nested:
+                linear.method.layout = NestedRounded()
         load_weights(
             self._model,
             checkpoint,
@@ -138,7 +186,9 @@ def real_texts(model: str, *, num_texts: int, num_tokens: int) -> list[list[int]
     return [tokenizer.encode(text)[:num_tokens] for text in chosen]
 
 
-def report(name: str, found: list[Tensor], reference: list[Tensor], texts: list[list[int]]) -> None:
+def report(
+    variant: Variant, found: list[Tensor], reference: list[Tensor], texts: list[list[int]]
+) -> None:
     """One line: `found` and `reference` are the logits of each text."""
     divergences, agreements, losses = [], [], []
     for ours, theirs, token_ids in zip(found, reference, texts, strict=True):
@@ -147,10 +197,14 @@ def report(name: str, found: list[Tensor], reference: list[Tensor], texts: list[
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
         agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
         losses.append(-log_q[:-1].gather(1, torch.tensor(token_ids)[1:, None])[:, 0])
+    num_bytes = DTYPES[variant.dtype].itemsize
+    if variant.kept is not None:
+        num_bytes = variant.kept.bytes_per_weight
     kl, agrees = torch.cat(divergences), torch.cat(agreements).double().mean()
+    perplexity = torch.cat(losses).mean().exp()
     print(
-        f"{name:24} {kl.mean():9.5f} {kl.median():9.5f} {kl.quantile(0.99):9.5f} {kl.max():9.5f} "
-        f"{agrees:9.2%} {torch.cat(losses).mean().exp():11.3f}",
+        f"{variant.name:24} {num_bytes:6.3f} {kl.mean():9.5f} {kl.median():9.5f} "
+        f"{kl.quantile(0.99):9.5f} {kl.max():9.5f} {agrees:9.2%} {perplexity:11.3f}",
         flush=True,
     )
 
@@ -161,30 +215,42 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="of each text")
     parser.add_argument("--tokens-per-step", type=int, help="default: all at once")
+    parser.add_argument("--variants", nargs="+", help="names of some; default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the reference")
     arguments = parser.parse_args()
     texts = real_texts(arguments.model, num_texts=arguments.texts, num_tokens=arguments.tokens)
     step = arguments.tokens_per_step or arguments.tokens
     dtype = arguments.dtype
+    fp8, small = AT_LOAD["fp8"], {"group": 32}
     variants = [
         Variant(dtype, dtype),
         Variant("float32", "float32"),
-        Variant("fp8 weights", dtype, quantization="fp8"),
-        Variant("  tokens as they are", dtype, quantization="fp8", quantizes_tokens=False),
+        Variant("int8", dtype, AT_LOAD["int8"]),
+        Variant("q8_0", dtype, WeightFormat("packed", "group", bits=8, group=32)),
+        Variant("fp8", dtype, fp8),
+        Variant("fp8, tokens as they are", dtype, fp8, quantizes_tokens=False),
+        Variant("int4", dtype, AT_LOAD["int4"]),
+        Variant("int4, groups of 32", dtype, replace(AT_LOAD["int4"], **small)),
+        Variant("q4_k", dtype, replace(GGUF_FORMATS["Q4_K"], layout=None, unit=1)),
         Variant("fp8 KV", dtype, kv_cache_dtype="fp8"),
-        Variant("fp8 weights, fp8 KV", dtype, quantization="fp8", kv_cache_dtype="fp8"),
+        Variant("fp8 and fp8 KV", dtype, fp8, kv_cache_dtype="fp8"),
     ]
+    if arguments.variants:
+        variants = [one for one in variants if one.name in (dtype, *arguments.variants)]
     print(
         f"{arguments.model}: {sum(map(len, texts))} tokens of Python {platform.python_version()}'s "
         f"reference, {step} a step, {choose_device('auto').type}, torch {torch.__version__}"
     )
-    print(f"{'':24} {'mean KL':>9} {'median':>9} {'99 %':>9} {'max':>9} {'agree':>9} perplexity")
+    print(
+        f"{'':24} {'bytes':>6} {'mean KL':>9} {'median':>9} {'99 %':>9} {'max':>9} {'agree':>9} "
+        "perplexity"
+    )
     reference: list[Tensor] = []
     for variant in variants:
         scorer = Scorer(arguments.model, variant, num_tokens=arguments.tokens)
         logits = [scorer.logits(token_ids, step) for token_ids in texts]
         reference = reference or logits
-        report(variant.name, logits, reference, texts)
+        report(variant, logits, reference, texts)
 
 
 if __name__ == "__main__":
