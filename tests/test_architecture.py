@@ -34,7 +34,7 @@ BUDGETS = {
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready
     "worker": 6200,
-    "worker.quant": 1300,  # formats of quantized weights, some 100 lines each
+    "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.
 INNER_ROOMS = ("frontend.server", "worker.kernels", "worker.attention.triton", "worker.quant")
