@@ -36,7 +36,7 @@ from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
 from nanovllm.worker.quant.packed import Packed
 
-MIN_UNPACKED_TOKENS = 1024  # to write all weights and read them again is then a small part
+MIN_UNPACKED_TOKENS = 64  # cuBLAS is then so much faster that writing all weights out pays
 
 
 class FusedProduct(Protocol):
