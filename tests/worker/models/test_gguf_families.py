@@ -207,6 +207,7 @@ def gemma() -> Path:
     return path
 
 
+@pytest.mark.timeout(1200)  # unpacking K-quants of 270 M weights by NumPy takes a minute or more
 @pytest.mark.model
 def test_gemma3_270m_has_transformers_tokens(gemma: Path) -> None:
     theirs = hf.AutoTokenizer.from_pretrained(gemma.parent, gguf_file=gemma.name)
@@ -219,6 +220,7 @@ def test_gemma3_270m_has_transformers_tokens(gemma: Path) -> None:
 FRANCE = [2, 818, 5279, 529, 7001, 563]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.model
 def test_gemma3_270m_answers_as_transformers_does(gemma: Path) -> None:
     driver, ids, new = Driver.load(Checkpoint(gemma, "gguf"), block_size=16), FRANCE, FRANCE
