@@ -8,6 +8,7 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.worker import worker as worker_module
 from nanovllm.worker.parallel import TensorParallel
+from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import Worker
 from tests.worker.models.test_parallel import Meeting, Thread
 
@@ -25,6 +26,7 @@ def test_only_a_single_rank_practises_by_the_clock(
         return False
 
     monkeypatch.setattr(worker_module, "num_usual", lambda runner: 3)
+    monkeypatch.setattr(Precompiler, "has_found_all", True)  # else nobody practises
     monkeypatch.setattr(Worker, "rehearse", rehearse)
     config = EngineConfig.from_kwargs(
         model=str(tiny_checkpoint("llama")), device="cpu", dtype="float32", max_model_len=64
