@@ -207,7 +207,10 @@ def test_settings_come_from_flags_then_a_file_then_the_environment(
     assert engine.asked == [[("user", "hi")]]
 
 
-def test_help_is_short_unless_all_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_short_unless_all_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     shown = []
     for flag in ("--help", "--help=all"):
         with pytest.raises(SystemExit):
