@@ -13,7 +13,7 @@ from nanovllm.checkpoint.hf_config import (
     number,
     rms_norm,
 )
-from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec, Norm
+from nanovllm.checkpoint.spec import Attention, DecoderSpec, LayerSpec, Norm
 from nanovllm.checkpoint.weight_names import LLAMA
 
 
@@ -37,15 +37,15 @@ def multipliers(config: Config) -> dict[str, Any]:
     }
 
 
-def spec(config: Config) -> DecoderSpec:
+def attention_of(config: Config) -> Attention:
     bias = config.get("attention_bias", False)
+    scale = number(config, "attention_multiplier", 1.0)
+    return attention(config, scale=scale, qkv_bias=bias, o_bias=bias)
+
+
+def spec(config: Config) -> DecoderSpec:
     layer = LayerSpec(
-        attention=attention(
-            config,
-            scale=number(config, "attention_multiplier", 1.0),
-            qkv_bias=bias,
-            o_bias=bias,
-        ),
+        attention=attention_of(config),
         mlp=dense(config, bias=config.get("mlp_bias", False)),
         norm=norm_of(config),
     )

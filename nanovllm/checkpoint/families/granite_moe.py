@@ -1,13 +1,11 @@
 """Granite 3's mixtures of experts (IBM 2024): Granite's multipliers, experts stacked on disk."""
 
-from nanovllm.checkpoint.families.granite import multipliers, norm_of
+from nanovllm.checkpoint.families.granite import attention_of, multipliers, norm_of
 from nanovllm.checkpoint.hf_config import (
     Config,
-    attention,
     decoder,
     experts,
     num_layers,
-    number,
     whole,
 )
 from nanovllm.checkpoint.spec import DecoderSpec, LayerSpec, Router
@@ -28,14 +26,8 @@ NAMES = WeightNames(
 
 
 def spec(config: Config) -> DecoderSpec:
-    bias = config.get("attention_bias", False)
     layer = LayerSpec(
-        attention=attention(
-            config,
-            scale=number(config, "attention_multiplier", 1.0),
-            qkv_bias=bias,
-            o_bias=bias,
-        ),
+        attention=attention_of(config),
         mlp=experts(
             config,
             num_experts=whole(config, "num_local_experts", 8),

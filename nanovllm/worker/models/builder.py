@@ -50,7 +50,7 @@ class Builder:
         units than there are ranks (KV heads), several hold the same. module: the layer's index."""
         share = partial(self.parallel.share, unit=unit, repeats=True)
         cuts = {part: share(size) for part, size in parts.items()}
-        return self._linear(Cut.all_of(inputs), cuts, axis=0, module=module, bias=bias)
+        return self._made(self._unmade(Cut.all_of(inputs), cuts, axis=0, module=module, bias=bias))
 
     def row(
         self,
@@ -64,7 +64,7 @@ class Builder:
         """Ranks multiply different inputs, in multiples of `unit`, and add up their products."""
         taken = self.parallel.share(inputs, unit=unit)
         cuts = {part: Cut.all_of(size) for part, size in parts.items()}
-        return self._linear(taken, cuts, axis=1, module=module, bias=bias)
+        return self._made(self._unmade(taken, cuts, axis=1, module=module, bias=bias))
 
     def router(self, inputs: int, spec: MoE) -> Linear:
         """Whole on every rank, and never quantized: what it picks decides about all the rest. In
@@ -98,7 +98,7 @@ class Builder:
             made.stacked = self._stack(gate_ups), self._stack(downs)
         else:
             for linear in made.linears():
-                linear.method.create(linear, self.device)
+                self._made(linear)
         return made
 
     def _stack(self, linears: Sequence[Linear]) -> Linear:
@@ -114,7 +114,7 @@ class Builder:
             device=NOWHERE,
         )
         stack.method = first.method
-        stack.method.create(stack, self.device)
+        self._made(stack)
         for index, linear in enumerate(linears):
             rows = slice(index * num_rows, (index + 1) * num_rows)
             linear.weight = stack.weight[rows]
@@ -122,16 +122,8 @@ class Builder:
             linear.bias = None if stack.bias is None else stack.bias[rows]
         return stack
 
-    def _linear(
-        self,
-        inputs: Cut,
-        parts: dict[str, Cut],
-        *,
-        axis: Literal[0, 1],
-        module: tuple[int, ...],
-        bias: bool,
-    ) -> Linear:
-        linear = self._unmade(inputs, parts, axis=axis, module=module, bias=bias)
+    def _made(self, linear: Linear) -> Linear:
+        """With the memory that its method keeps it in."""
         linear.method.create(linear, self.device)
         return linear
 

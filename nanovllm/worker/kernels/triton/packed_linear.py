@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
-from nanovllm.worker.kernels.base import Stream, Weighed
+from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.launch import (
     MAX_ARRIVALS,
@@ -28,6 +28,7 @@ from nanovllm.worker.kernels.triton.launch import (
 )
 from nanovllm.worker.kernels.triton.skinny_linear import (
     MAX_WEIGHED_TOKENS,
+    empty_stream,
     finish,
     finish_split,
     load_squares,
@@ -412,12 +413,9 @@ def _launch(
     tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated)
     num_n = triton.cdiv(num_outputs, tile.block_n)
     squares, eps = norm or (None, 0.0)
-    stream = Stream(out := x.new_empty(num_tokens, num_outputs))
-    if next_norm is not None:
-        parts = x.new_empty(num_tokens, num_n, dtype=torch.float32)
-        stream = Stream(out, Weighed(torch.empty_like(out), parts))
+    stream = empty_stream(x, num_outputs, num_parts=None if next_norm is None else num_n)
     left = stream.weighed or (None, None)
-    tensors = (*_pointers(weight), linear.bias, residual, squares, next_norm, out, *left)
+    tensors = (*_pointers(weight), linear.bias, residual, squares, next_norm, stream.hidden, *left)
     options = {
         "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,

@@ -140,7 +140,7 @@ class PlainProducts(SkinnyProducts):
 
 
 class PackedProducts(Products):
-    """Of packed weights: by our own product, but of very many tokens by cuBLAS, once unpacked."""
+    """Of packed weights: by our own product, but of many tokens by cuBLAS, once unpacked."""
 
     def serves(self, linear: Linear) -> bool:
         return can_multiply(_packed(linear).weight)

@@ -291,6 +291,15 @@ def skinny_add(
     return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
 
 
+def empty_stream(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Stream:
+    """Memory for a product of `x`; weighed in so many parts, if at all."""
+    hidden = x.new_empty(len(x), num_outputs)
+    if num_parts is None:
+        return Stream(hidden)
+    squares = x.new_empty(len(x), num_parts, dtype=torch.float32)
+    return Stream(hidden, Weighed(torch.empty_like(hidden), squares))
+
+
 def _launch(
     x: Tensor,
     linear: Linear,
@@ -311,12 +320,9 @@ def _launch(
     tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
     num_n = triton.cdiv(num_outputs, tile.block_n)
     squares, eps = norm or (None, 0.0)
-    stream = Stream(out := x.new_empty(num_tokens, num_outputs))
-    if next_norm is not None:
-        parts = x.new_empty(num_tokens, num_n, dtype=torch.float32)
-        stream = Stream(out, Weighed(torch.empty_like(out), parts))
+    stream = empty_stream(x, num_outputs, num_parts=None if next_norm is None else num_n)
     left = stream.weighed or (None, None)
-    tensors = (linear.scale, linear.bias, residual, squares, next_norm, out, *left)
+    tensors = (linear.scale, linear.bias, residual, squares, next_norm, stream.hidden, *left)
     options = {
         "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
