@@ -127,6 +127,7 @@ class FakeCore:
 
     def _serve(self) -> None:
         router = zmq.Context.instance().socket(zmq.ROUTER)
+        router.set(zmq.SNDHWM, 0)  # no limit: at one, a ROUTER drops what a slow client has to read
         router.bind(self.address)
         self._bound.set()
         decoder = msgspec.msgpack.Decoder(ToCore)

@@ -49,7 +49,9 @@ def usage(
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.ptx")
         path.write_text(compiled.asm["ptx"])
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", "/dev/null"]
+        # Not to /dev/null: ptxas removes its output if it fails, and root may remove that one too.
+        output = path.with_suffix(".cubin")
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(output)]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", told)
     spills = re.findall(r"(\d+) bytes spill", told)

@@ -112,8 +112,9 @@ def test_what_launches_kernels_is_compiled_too(
     if compiler is None:
         pytest.skip("no C compiler, which Triton needs for this on any machine")
     driver = tmp_path_factory.mktemp("driver")
-    command = [compiler, "-shared", "-o", str(driver / "libcuda.so.1"), "-x", "c", "/dev/null"]
-    subprocess.run(command, check=True)
+    (driver / "empty.c").touch()
+    library, source = str(driver / "libcuda.so.1"), str(driver / "empty.c")
+    subprocess.run([compiler, "-shared", "-o", library, source], check=True)
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(driver))
     precompiler = Precompiler(most_wait_s=TIMEOUT_S)
     precompiler.ask(JOB)
