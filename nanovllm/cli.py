@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from nanovllm.flags import (
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.operator_commands import add_operator_commands
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.terminal import Progress, Terminal
 
 if TYPE_CHECKING:
     from nanovllm.frontend.async_llm import AsyncLLM
@@ -157,8 +157,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 async def _generate(arguments: argparse.Namespace) -> int:
     prompts = [sys.stdin.read() if text == "-" else text for text in arguments.prompts]
-    params = sampling_params(arguments)
-    async with open_llm(arguments) as llm:
+    params, terminal = sampling_params(arguments), Terminal()
+    async with open_llm(arguments, terminal) as llm:
         use_template = arguments.chat
         if use_template is None:
             use_template = llm.tokenizer is not None and llm.tokenizer.has_chat_template
@@ -173,8 +173,8 @@ async def _generate(arguments: argparse.Namespace) -> int:
         try:
             for prompt, stream, first in zip(prompts, streams, first_outputs, strict=True):
                 if len(prompts) > 1:
-                    print(f">>> {prompt}")
-                print(figures(await _show(await first, stream)), file=sys.stderr)
+                    terminal.write(f">>> {prompt}\n")
+                terminal.note(figures(await _show(terminal, await first, stream)))
         finally:
             for first in first_outputs:
                 first.cancel()
@@ -182,12 +182,14 @@ async def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _show(output: "RequestOutput", stream: "AsyncIterator[RequestOutput]") -> "RequestOutput":
-    """Print the text of `output` and of the deltas that follow, as they come; returns the last."""
-    print(output.outputs[0].text, end="", flush=True)
+async def _show(
+    terminal: Terminal, output: "RequestOutput", stream: "AsyncIterator[RequestOutput]"
+) -> "RequestOutput":
+    """Write the text of `output` and of the deltas that follow, as they come; returns the last."""
+    terminal.write(output.outputs[0].text)
     async for output in stream:
-        print(output.outputs[0].text, end="", flush=True)
-    print(flush=True)
+        terminal.write(output.outputs[0].text)
+    terminal.write("\n")
     return output
 
 
@@ -214,14 +216,14 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 async def _chat(arguments: argparse.Namespace) -> int:
-    params = sampling_params(arguments)
+    params, terminal = sampling_params(arguments), Terminal()
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)
     read = _line_reader()
-    async with open_llm(arguments) as llm:
+    async with open_llm(arguments, terminal) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
             raise ValueError("model: it has no chat template: try `nanovllm generate --no-chat`")
-        print(CHAT_HELP, file=sys.stderr)
+        terminal.note(CHAT_HELP)
         while (line := await read()) is not None:
             match line.strip():
                 case "":
@@ -230,14 +232,14 @@ async def _chat(arguments: argparse.Namespace) -> int:
                     break
                 case "/reset":
                     messages = list(opening)
-                    print("(forgotten)", file=sys.stderr)
+                    terminal.note("(forgotten)")
                 case "/help":
-                    print(CHAT_HELP, file=sys.stderr)
+                    terminal.note(CHAT_HELP)
                 case text if text.startswith("/"):
-                    print(f"unknown command {text}. {CHAT_HELP}", file=sys.stderr)
+                    terminal.note(f"unknown command {text}. {CHAT_HELP}")
                 case text:
                     messages.append({"role": "user", "content": text})
-                    answer = await _answer(llm, messages, params)
+                    answer = await _answer(llm, terminal, messages, params)
                     if answer is None:
                         messages.pop()
                     else:
@@ -246,7 +248,7 @@ async def _chat(arguments: argparse.Namespace) -> int:
 
 
 async def _answer(
-    llm: "AsyncLLM", messages: list[dict[str, str]], params: SamplingParams
+    llm: "AsyncLLM", terminal: Terminal, messages: list[dict[str, str]], params: SamplingParams
 ) -> str | None:
     """Stream one answer; Ctrl-C keeps what has come so far. None if there is none."""
     from nanovllm.frontend.errors import RequestFailedError
@@ -256,9 +258,10 @@ async def _answer(
     async def stream() -> None:
         async for output in llm.chat(messages, params):
             said.append(output.outputs[0].text)
-            print(said[-1], end="", flush=True)
+            terminal.write(said[-1])
             if output.finished:
-                print(f"\n{figures(output)}", file=sys.stderr)
+                terminal.write("\n")
+                terminal.note(figures(output))
 
     task = asyncio.ensure_future(stream())
     loop = asyncio.get_running_loop()
@@ -266,9 +269,10 @@ async def _answer(
     try:
         await task
     except asyncio.CancelledError:  # the stream has aborted its request
-        print("\n(stopped)", file=sys.stderr)
+        terminal.write("\n")
+        terminal.note("(stopped)")
     except (ValueError, RequestFailedError) as error:  # the conversation no longer fits, say
-        print(f"{error}. /reset starts afresh.", file=sys.stderr)
+        terminal.note(f"{error}. /reset starts afresh.")
         return None
     finally:
         loop.remove_signal_handler(signal.SIGINT)
@@ -353,8 +357,9 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
 
 
 @asynccontextmanager
-async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
-    """A core of our own, with its progress shown while it loads, or the one at --address."""
+async def open_llm(arguments: argparse.Namespace, terminal: Terminal) -> "AsyncIterator[AsyncLLM]":
+    """A core of our own, with its progress shown while it loads, or the one at --address. What
+    goes wrong with it meanwhile is noted on the terminal."""
     from nanovllm.frontend.async_llm import AsyncLLM
 
     settings = config_values(arguments)
@@ -370,54 +375,10 @@ async def open_llm(arguments: argparse.Namespace) -> "AsyncIterator[AsyncLLM]":
             llm = AsyncLLM(on_progress=progress, **settings)
             await llm.start()
     try:
-        yield llm
+        with terminal.showing_warnings():
+            yield llm
     finally:
         await llm.close()
-
-
-class Progress:
-    """Shows phases of loading on stderr: a bar on a terminal, else one line per phase."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._phase = ""
-        self._started = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bars
-
-            self._bar = Bars(
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self("starting", 0.0)  # seconds pass before the core says anything
-        return self
-
-    def __call__(self, phase: str, progress: float) -> None:
-        if self._bar is None:
-            if phase != self._phase:
-                print(f"{phase} …", file=sys.stderr, flush=True)
-        elif phase != self._phase:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(phase, total=1.0, completed=progress)
-        else:
-            self._bar.update(self._bar.task_ids[-1], completed=progress)
-        self._phase = phase
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if kind is None:
-            print(f"ready after {time.monotonic() - self._started:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

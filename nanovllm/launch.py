@@ -21,6 +21,7 @@ from nanovllm.core.server import CoreServer, MakeListener
 from nanovllm.executor.base import Executor
 from nanovllm.flags import Parser, add_config_flags, add_model_argument, config_values
 from nanovllm.keys import CoreKeys
+from nanovllm.places import state_directory
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.replay.recorder import Recorder
 from nanovllm.watch.observer import Observer
@@ -65,7 +66,13 @@ def core_main(argv: list[str] | None = None) -> int:
         if arguments.record is not None:
             listeners.append(partial(Recorder, config=config, path=arguments.record))
         server = CoreServer(
-            config, arguments.address, keys=keys, make_viewer=Observer, listeners=listeners
+            config,
+            arguments.address,
+            keys=keys,
+            make_viewer=Observer,
+            listeners=listeners,
+            # An owner's stderr may be a terminal on which somebody reads answers.
+            stall_log=None if arguments.owner_fd is None else state_directory() / "stalls.log",
         )
         stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:

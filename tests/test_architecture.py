@@ -23,8 +23,9 @@ MAX_DOCSTRING_LINES = 6
 BUDGETS = {
     # 3,000, the grammars of its requests and the process that tries them first, the order in which
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
-    # request fails, what a client's key allows, masks beside the loop, and forced tokens
-    "core": 4800,
+    # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
+    # slow steps may take before they are a stall
+    "core": 4850,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores
     "frontend": 3950,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
@@ -40,7 +41,7 @@ BUDGETS = {
 INNER_ROOMS = ("frontend.server", "worker.kernels", "worker.attention.triton", "worker.quant")
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "keys", "limits", "protocol", "sampling_params"}
+SHARED = {"checkpoint", "config", "keys", "limits", "places", "protocol", "sampling_params"}
 
 # room → what it may import besides itself and SHARED
 ARROWS = {
@@ -48,7 +49,7 @@ ARROWS = {
     "__main__": {"cli"},
     "bench": {"frontend"},
     "checkpoint": set(),
-    "cli": {"", "bench", "flags", "frontend", "operator_commands", "plan"},
+    "cli": {"", "bench", "flags", "frontend", "operator_commands", "plan", "terminal"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
@@ -60,11 +61,13 @@ ARROWS = {
         *("core", "executor", "flags", "frontend.tokenizer", "replay.recorder", "watch.observer"),
     },
     "limits": set(),
+    "places": set(),
     "operator_commands": {"replay", "watch.top"},
     "plan": set(),
     "protocol": set(),
     "replay": {"core", "executor.base"},
     "sampling_params": set(),
+    "terminal": set(),
     "watch": {"core", "frontend"},
     "worker": {"plan.memory_plan", "plan.precision"},
 }

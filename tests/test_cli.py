@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from nanovllm.bench.load import ClientsLoad
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.terminal import _are_one_file
 
 WAITS_FOREVER = "wait"  # a prompt whose answer begins and never ends
 
@@ -123,6 +125,36 @@ def test_generate_streams_text_to_stdout_and_the_rest_to_stderr(
     (params,) = engine.params
     assert (params.temperature, params.output_kind, params.max_tokens) == (0.0, "delta", 256)
     assert engine.events == ["start", "begin tell me", "close"]
+
+
+def test_what_a_core_is_warned_of_is_no_part_of_an_answer(
+    engine: type[ScriptedLLM],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has a line of its own, where both go to one place; else it is on stderr alone."""
+    stream = engine._stream
+
+    async def disturbed(self: ScriptedLLM, prompt: str) -> AsyncIterator[RequestOutput]:
+        async for output in stream(self, prompt):
+            yield output
+            logging.getLogger("nanovllm.frontend.core_life").warning("the core %s", "goes on")
+
+    monkeypatch.setattr(engine, "_stream", disturbed)
+    assert cli.main(["generate", "a b"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a b \n" and err.count("[the core goes on]\n") == err.count("goes on") == 2
+    monkeypatch.setattr("nanovllm.terminal._are_one_file", lambda *descriptors: True)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert cli.main(["generate", "a b"]) == 0
+    told = capsys.readouterr().out
+    assert "\na \n[the core goes on]\nb \n[the core goes on]\n\n[3 prompt tokens" in told
+
+
+def test_only_what_goes_to_one_place_is_one(tmp_path: Path) -> None:
+    with open(tmp_path / "a", "w") as one, open(tmp_path / "a") as same, open(os.devnull) as other:
+        assert _are_one_file(one.fileno(), same.fileno())
+        assert not _are_one_file(one.fileno(), other.fileno())
 
 
 def test_prompts_run_together_and_are_shown_in_order(
@@ -245,7 +277,7 @@ def test_chat_remembers_until_reset(
         [system, ("user", "three")],
     ]
     out, err = capsys.readouterr()
-    assert out == "one two three "
+    assert out == "one \ntwo \nthree \n"
     assert "unknown command /nonsense" in err and err.count(cli.CHAT_HELP) == 3
     assert engine.events[-1] == "close"
 

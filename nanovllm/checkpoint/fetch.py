@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanovllm.places import cache_directory
+
 TIMEOUT_S = 1800.0
 POLL_S = 0.1
 CHUNK_BYTES = 1 << 20
@@ -46,14 +48,6 @@ ALIASES = {
     )
 }
 Progress = Callable[[str, float], None]
-
-
-def cache_directory() -> Path:
-    """$NANOVLLM_CACHE, else nanovllm/ in the user's cache directory."""
-    if own := os.environ.get("NANOVLLM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "nanovllm"
 
 
 def cached_path(alias: str) -> Path:

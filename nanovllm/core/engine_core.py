@@ -40,6 +40,8 @@ from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
 from nanovllm.protocol.plan import DeviceLostError, StepHandle, StepMasks, WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
+NUM_RECENT_STEPS = 16
+FAR_BEYOND = 4.0  # times a recent long step: what takes longer than that is a stall
 Key = tuple[int, int]
 LOG = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class EngineCore:
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
+        self._recent_steps_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
         self._last_result_at = 0.0
         self._started_at = self._idle_at = time.monotonic()
         self._num_failed_steps = self._num_failed = self._num_timeouts = 0
@@ -519,6 +522,16 @@ class EngineCore:
             return 0.0
         return time.monotonic() - max(self._last_result_at, self._idle_at)
 
+    @property
+    def patience_s(self) -> float:
+        """What a step may take, as the recent ones go, before it counts as stalled.
+
+        Of those the second longest counts, since one long step may itself have been a stall.
+        """
+        if len(self._recent_steps_s) < 2:
+            return 0.0
+        return FAR_BEYOND * sorted(self._recent_steps_s)[-2]
+
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
         scheduler, blocks = self.scheduler, self.blocks
@@ -547,11 +560,13 @@ class EngineCore:
             num_forced_tokens=scheduler.num_forced_tokens,
             uptime_s=time.monotonic() - self._started_at,
             stalled_s=self.stalled_s,
+            patience_s=self.patience_s,
         )
 
     def _count_step(self) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
+        self._recent_steps_s.append(now - max(self._last_result_at, self._idle_at))
         self._last_result_at = now
         self._num_steps += 1
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 OWNER_GRACE_S = 5.0  # what a core may take to end by itself after its owner has gone
 LOG = logging.getLogger(__name__)
@@ -66,9 +67,12 @@ def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
 
 
 @contextmanager
-def watching_for_stalls(stalled_s: Callable[[], float], timeout_s: float) -> Iterator[None]:
+def watching_for_stalls(
+    stalled_s: Callable[[], float], timeout_s: Callable[[], float], *, log: Path | None = None
+) -> Iterator[None]:
     """While inside, write every thread's stack to the log when `stalled_s` passes `timeout_s`.
 
+    log: the file to write to; by default the log of this process and its stderr.
     Clients need no word from here: a loop that is stuck sends no `Pulse`, which they miss within
     two seconds, and one that is not tells them of the stall in its `CoreStatus`.
     """
@@ -76,16 +80,16 @@ def watching_for_stalls(stalled_s: Callable[[], float], timeout_s: float) -> Ite
 
     def watch() -> None:
         reported = False
-        while not ended.wait(min(timeout_s / 2, 1.0)):
+        while not ended.wait(min(timeout_s() / 2, 1.0)):
             seconds = stalled_s()
-            if seconds < timeout_s:
+            if seconds < timeout_s():
                 if reported:
-                    LOG.warning("the core goes on")
+                    _report("the core goes on", log)
                 reported = False
             elif not reported:
                 reported = True
-                LOG.error("no step has finished for %.1f s; what all threads do:", seconds)
-                faulthandler.dump_traceback(sys.__stderr__ or 2)
+                what = f"no step has finished for {seconds:.1f} s; what all threads do:"
+                _report(what, log, with_stacks=True)
 
     thread = threading.Thread(target=watch, name="stall-watch", daemon=True)
     thread.start()
@@ -94,3 +98,23 @@ def watching_for_stalls(stalled_s: Callable[[], float], timeout_s: float) -> Ite
     finally:
         ended.set()
         thread.join()
+
+
+def _report(what: str, log: Path | None, *, with_stacks: bool = False) -> None:
+    if log is None:
+        LOG.log(logging.ERROR if with_stacks else logging.WARNING, what)
+        if with_stacks:
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+        return
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(log, "a", opener=_private) as file:
+            print(f"{time.strftime('%F %T')} core {os.getpid()}: {what}", file=file, flush=True)
+            if with_stacks:
+                faulthandler.dump_traceback(file)
+    except OSError as error:
+        LOG.warning("%s; %s cannot be written: %s", what, log, error.strerror)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)

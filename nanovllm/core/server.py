@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -65,6 +66,7 @@ from nanovllm.protocol.plan import WorkerInfo
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
 IDLE_BEFORE_REHEARSING_S = 0.25
+REHEARSAL_S = 60.0  # what practising one kind of step may take: kernels may have to be compiled
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
 NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
@@ -83,16 +85,19 @@ class CoreServer:
         keys: CoreKeys | None = None,
         make_viewer: MakeViewer | None = None,
         listeners: Collection[MakeListener] = (),
+        stall_log: Path | None = None,
     ) -> None:
         """Bind, so that clients can attach while the model loads. `ValueError`: a bad address.
 
         keys: those of a core that other machines may reach. make_viewer: of who shows the core to
-        clients. listeners: of who is told what happens in the core.
+        clients. listeners: of who is told what happens in the core. stall_log: the file that gets
+        the stacks of a stall; by default they go to stderr.
         """
         service = config.service
         self._config = config
         self._make_viewer = make_viewer
         self._listeners = listeners
+        self._stall_log = stall_log
         self._epoch = secrets.token_hex(8)
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._clients = ClientTable(max_clients=service.max_clients, lease_s=service.client_lease_s)
@@ -177,7 +182,11 @@ class CoreServer:
             for client in self._clients:
                 self._answer(client, self._welcome(client))
             self._flush()
-            with watching_for_stalls(lambda: core.stalled_s, self._config.service.stall_timeout):
+            with watching_for_stalls(
+                lambda: core.stalled_s,
+                lambda: max(self._config.service.stall_timeout, core.patience_s),
+                log=self._stall_log,
+            ):
                 while not self._stopping:
                     self._turn(core)
             if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
@@ -200,7 +209,7 @@ class CoreServer:
         self._clock.resume()
         now = time.monotonic()
         late_s = now - self._awake_at
-        if now >= self._pulse_due:
+        if now >= min(self._pulse_due, self._rehearse_from):
             self._pulse_due = now + PULSE_INTERVAL_S
             self._send_pulse(core, now)
         if not core.busy and not self._intake:
@@ -262,7 +271,10 @@ class CoreServer:
         return time.monotonic() - now - timeout_s
 
     def _send_pulse(self, core: EngineCore, now: float) -> None:
-        pulse: Pulse | CoreStatus = Pulse()
+        patience_s = core.patience_s
+        if now >= self._rehearse_from:
+            patience_s = max(patience_s, REHEARSAL_S)
+        pulse: Pulse | CoreStatus = Pulse(patience_s)
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S
             pulse = msgspec.structs.replace(
@@ -272,6 +284,7 @@ class CoreServer:
                 loop_cpu_s=time.thread_time(),
                 messaging_cpu_s=self._clock.seconds,
                 explained_epochs=list(self._explained),
+                patience_s=patience_s,
             )
         for client in self._clients:
             if self._delivery.post(client.identity, pulse) == "gone":

@@ -35,6 +35,7 @@ from nanovllm.protocol.messages import (
     Operation,
     Outputs,
     Overloaded,
+    Pulse,
     RequestFailed,
     ToCore,
     TrialOffered,
@@ -96,6 +97,7 @@ class CoreLife:
         self.is_stalled = False  # it is silent for longer than a core that is well, or says so
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
+        self._patience_s = 0.0  # for which the core, by its own word, may be silent just now
         self._status_or_death = asyncio.Event()
 
     @property
@@ -183,8 +185,11 @@ class CoreLife:
     def on_message(self, message: FromCore) -> None:
         """`Link`: anything but outputs."""
         match message:
+            case Pulse(patience_s):
+                self._patience_s = patience_s
             case CoreStatus():
                 self._status = message
+                self._patience_s = message.patience_s
                 self._status_or_death.set()
             case RequestFailed() | Overloaded():
                 self._requests.on_request_failed(message)
@@ -259,9 +264,11 @@ class CoreLife:
 
     def _watch_stall(self, silent_s: float) -> None:
         """Nothing is done about a stall but to tell of it: a core may be stuck, or stopped, or in
-        a very long step, and it loses nothing by being waited for."""
-        is_stuck = self._status is not None and self._status.stalled_s > NO_PROGRESS_S
-        if self.is_stalled != (is_stuck or silent_s > STALL_S):
+        a very long step, and it loses nothing by being waited for. One whose steps have all been
+        long of late is slow, and not stalled."""
+        stuck_s = 0.0 if self._status is None else self._status.stalled_s
+        is_stuck = stuck_s > max(NO_PROGRESS_S, self._patience_s)
+        if self.is_stalled != (is_stuck or silent_s > max(STALL_S, self._patience_s)):
             self.is_stalled = not self.is_stalled
             state = "goes on"
             if self.is_stalled:

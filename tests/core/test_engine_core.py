@@ -2,13 +2,15 @@
 
 import re
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.engine_core import EngineCore
+from nanovllm.core import engine_core
+from nanovllm.core.engine_core import FAR_BEYOND, NUM_RECENT_STEPS, EngineCore
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -259,6 +261,23 @@ def test_the_last_token_is_text_unless_it_is_the_eos() -> None:
         assert one.finish_reason == "stop"
         assert one.last_is_text == (one.token_ids[-1] != EOS_ID)
     assert {one.last_is_text for one in ended.values()} == {False, True}
+
+
+def test_a_core_whose_steps_take_long_asks_for_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many times its second longest of the recent ones: one alone may have been a stall."""
+    now = 100.0
+    monkeypatch.setattr(engine_core, "time", SimpleNamespace(monotonic=lambda: now))
+    core = make_core()
+    core.add(0, AddRequest(0, [1, 2], SamplingParams(max_tokens=60, ignore_eos=True)))
+    asked: list[float] = []
+    taken_s = [0.5, 9.0, 2.0, 1.0, *[0.25] * NUM_RECENT_STEPS]
+    for num_steps, seconds in enumerate(taken_s, 1):
+        now += seconds
+        while core.status(epoch="", num_clients=1).step < num_steps:
+            core.step()
+        asked.append(core.status(epoch="", num_clients=1).patience_s)
+    assert asked[:4] == [0.0, FAR_BEYOND * 0.5, FAR_BEYOND * 2.0, FAR_BEYOND * 2.0]
+    assert asked[-1] == FAR_BEYOND * 0.25
 
 
 def test_a_pause_is_no_stall() -> None:
