@@ -183,16 +183,32 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Meta(description="steps under way at once; default: CUDA 2, CPU 1"),
     ] = None
 
+    allow_debug: Annotated[
+        bool,
+        Meta(
+            description="let operators hold the engine, take it step by step and slow it down; "
+            "one step is over before the next is planned"
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.allow_debug and (self.max_inflight_steps or 1) > 1:
+            raise ValueError(
+                "max_inflight_steps: is 1 with allow_debug, where a step is over before the next "
+                "is planned: leave one of them out"
+            )
+
     def limits(self, device: str) -> "StepLimits":
         """With the defaults of that device ("cuda…", or any other)."""
         on_gpu = device.startswith("cuda")
+        overlaps = on_gpu and not self.allow_debug
         return StepLimits(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
             mixed_prefill_tokens=self.mixed_prefill_tokens or (2048 if on_gpu else 512),
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
-            max_inflight_steps=self.max_inflight_steps or (2 if on_gpu else 1),
+            max_inflight_steps=self.max_inflight_steps or (2 if overlaps else 1),
         )
 
 

@@ -24,13 +24,13 @@ BUDGETS = {
     # 3,000, the grammars of its requests and the process that tries them first, the order in which
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
     # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
-    # slow steps may take before they are a stall
-    "core": 4850,
+    # slow steps may take before they are a stall; the pace of a core that is looked at step by step
+    "core": 4950,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores
     "frontend": 3950,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
-    # frontends that is started again, prompts whose encoding can be ended
-    "frontend.server": 5800,
+    # frontends that is started again, prompts whose encoding can be ended; what is set for a lesson
+    "frontend.server": 5900,
     # 5,000, and shares of ranks, pieces of tensors, mixtures of experts, a step's second half, and
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready

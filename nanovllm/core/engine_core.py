@@ -31,6 +31,7 @@ from nanovllm.core.events import (
 )
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import GrammarCompiler, Masks, Matcher
+from nanovllm.core.pace import Pace
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
 from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
@@ -83,6 +84,7 @@ class EngineCore:
         self.grammars: Grammars = Compilations(
             compiler, timeout_s=config.grammar.grammar_timeout_s, wake=wake
         )
+        self.pace = Pace(is_allowed=config.scheduler.allow_debug)
         self.seeds = random.Random(config.model.seed)
         self.sequences: dict[Key, Sequence] = {}
         self.paused_clients: set[int] = set()
@@ -111,11 +113,16 @@ class EngineCore:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
         return bool(self.inflight or self.scheduler.has_work or self.grammars.has_news)
 
+    def may_step(self, now: float) -> bool:
+        """Whether `step` has anything to do now, and nobody holds it."""
+        return self.busy and self.pace.next_step_at <= now
+
     @property
     def lets_device_wait(self) -> bool:
         """Whether a whole step is queued and none under way: it should go before more comes in."""
         most = self.scheduler.limits.max_num_batched_tokens
-        return not self.inflight and self.scheduler.num_queued_tokens >= most
+        is_due = not self.inflight and self.scheduler.num_queued_tokens >= most
+        return is_due and self.may_step(time.monotonic())
 
     @property
     def num_unfinished(self) -> int:
@@ -520,7 +527,12 @@ class EngineCore:
         """Seconds for which there has been work and no step has finished."""
         if not self.busy:
             return 0.0
-        return time.monotonic() - max(self._last_result_at, self._idle_at)
+        now = time.monotonic()
+        return now - self._could_step_since(now)
+
+    def _could_step_since(self, now: float) -> float:
+        """Since when there has been work, no step has finished and nobody has held the next."""
+        return max(self._last_result_at, self._idle_at, min(now, self.pace.next_step_at))
 
     @property
     def patience_s(self) -> float:
@@ -561,14 +573,16 @@ class EngineCore:
             uptime_s=time.monotonic() - self._started_at,
             stalled_s=self.stalled_s,
             patience_s=self.patience_s,
+            is_held=self.pace.is_held(time.monotonic()),
         )
 
     def _count_step(self) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
-        self._recent_steps_s.append(now - max(self._last_result_at, self._idle_at))
+        self._recent_steps_s.append(now - self._could_step_since(now))
         self._last_result_at = now
         self._num_steps += 1
+        self.pace.note_step(now)
 
 
 def _joined(first: StepOutputs | None, second: StepOutputs | None) -> StepOutputs | None:

@@ -3,11 +3,20 @@
 Who is no operator sees what is in the blocks of his own sequences, and changes nothing for others.
 """
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.protocol.messages import Answer, Call, CallResult, Operation, ResetPrefixCache
+from nanovllm.core.pace import PaceRefusedError
+from nanovllm.protocol.messages import (
+    Answer,
+    Call,
+    CallResult,
+    Operation,
+    ResetPrefixCache,
+    SetPace,
+)
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 
 
@@ -51,6 +60,9 @@ class Operations:
             raise NotAllowedError(operation)
         if isinstance(operation, ResetPrefixCache):
             return self._core.reset_prefix_cache()
+        if isinstance(operation, SetPace):
+            self._core.pace.set(client_id, operation, time.monotonic())
+            return True
         if self._viewer is None:
             raise ValueError("this core shows nothing of itself")
         match operation:
@@ -70,7 +82,7 @@ def answer_call(
     try:
         answer = operations.perform(client_id, call.operation, is_operator=is_operator)
         return CallResult(call.call_id, answer)
-    except NotAllowedError as error:
+    except (NotAllowedError, PaceRefusedError) as error:
         return CallResult(call.call_id, error=str(error), is_refused=True)
     except Exception as error:  # it costs its sender an error, and nobody else anything
         return CallResult(call.call_id, error=str(error) or type(error).__name__)

@@ -212,7 +212,7 @@ class CoreServer:
         if now >= min(self._pulse_due, self._rehearse_from):
             self._pulse_due = now + PULSE_INTERVAL_S
             self._send_pulse(core, now)
-        if not core.busy and not self._intake:
+        if not core.may_step(now) and not self._intake:
             late_s += self._wait(core, now)
         self._awake_at = time.monotonic()
         if late_s > LATE_S:
@@ -225,7 +225,7 @@ class CoreServer:
             )
         if core.next_deadline <= self._awake_at:
             self._finish(core.expire(self._awake_at))
-        if core.busy and not self._stopping:
+        if core.may_step(self._awake_at) and not self._stopping:
             self._clock.pause()
             outputs = core.step()
             self._clock.resume()
@@ -239,6 +239,7 @@ class CoreServer:
         self._flush()
         self._clock.pause()
         if self._draining:
+            core.pace.release(self._awake_at)
             self._end_drain(core)
 
     def _go_on_with_trials(self, core: EngineCore, now: float) -> None:
@@ -257,13 +258,16 @@ class CoreServer:
 
         Returns how much longer it took than meant.
         """
-        due = min(core.next_deadline, self._pulse_due, max(now, self._rehearse_from))
+        due = min(self._pulse_due, core.pace.next_step_at if core.busy else math.inf)
+        if not core.busy:  # else it is held: what has to be looked at then can wait for the pulse
+            due = min(due, core.next_deadline, max(now, self._rehearse_from))
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
         if self._draining:
             due = min(due, self._drain_until)
         timeout_s = max(0.0, due - now)
-        if not self._poller.poll(int(timeout_s * 1e3) + 1) and now >= self._rehearse_from:
+        may_rehearse = not core.busy and now >= self._rehearse_from
+        if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_rehearse:
             self._clock.pause()
             if not core.rehearse():
                 self._rehearse_from = math.inf
@@ -429,6 +433,7 @@ class CoreServer:
         self._clients.remove(client)
         self._quarantine.withdraw_client(client.client_id)
         if self._core is not None:
+            self._core.pace.forget(client.client_id, self._awake_at)
             self._core.abort_client(client.client_id)
 
     # ---- what clients get

@@ -38,7 +38,7 @@ from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.keys import ClientKeys
-from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache, Welcome
+from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache, SetPace, Welcome
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
@@ -282,6 +282,13 @@ class AsyncLLM:
         answer = await self._line.call(ShowBlock(block_id))
         assert isinstance(answer, BlockContents)
         return answer
+
+    async def set_pace(
+        self, *, num_steps: int | None = None, interval_ms: float = 0.0, for_s: float = 30.0
+    ) -> None:
+        """Hold the core, let it take `num_steps` steps, or slow it down, for `for_s` seconds
+        (`SetPace`). Raises `NotAllowedError`: not without `allow_debug`, or not with this key."""
+        await self._line.call(SetPace(num_steps, interval_ms, for_s))
 
     def request_id_of(self, client_id: int, number: int) -> str | None:
         """The id of a request of this frontend, live or just ended, by the core's names for it."""

@@ -20,7 +20,14 @@ from nanovllm.frontend.request import Request
 from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.keys import ClientKeys
-from nanovllm.protocol.messages import Answer, CoreStatus, Operation, ResetPrefixCache, Welcome
+from nanovllm.protocol.messages import (
+    Answer,
+    CoreStatus,
+    Operation,
+    ResetPrefixCache,
+    SetPace,
+    Welcome,
+)
 
 CHUNK = 64  # tokens of a prompt that are looked up as one
 MOST_CHUNKS = 256  # of a prompt: what lies behind is not looked at
@@ -128,7 +135,7 @@ class Lines:
 
     async def call(self, operation: Operation) -> Answer | None:
         """Of the first core that is up; what changes cores is said to each."""
-        if isinstance(operation, ResetPrefixCache):
+        if isinstance(operation, ResetPrefixCache | SetPace):
             up = [line for line in self.lines if line.link is not None]
             answers = await asyncio.gather(*(line.call(operation) for line in up))
             return all(answers)

@@ -17,6 +17,7 @@ PROTOCOL_VERSION = 5
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25
+MAX_PACE_S = 60.0  # for which one `SetPace` may hold a core
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 FailureCause = Literal["engine", "request", "grammar"]
 
@@ -90,7 +91,21 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     """Forget all cached blocks. Result: True, or False if blocks in use made it partial."""
 
 
-Operation = ResetPrefixCache | Observe | ShowBlock
+class SetPace(msgspec.Struct, frozen=True, tag=True):
+    """Hold the engine, let it take some steps, or slow it down, to look at it. Result: True.
+
+    `num_steps` more steps may begin (0: none for now; None: as many as there are), each
+    `interval_ms` after the one before. That holds for `for_s` seconds, and ends earlier with the
+    client that asked or when the core drains; asking again renews it. Only of a core with
+    `allow_debug`.
+    """
+
+    num_steps: int | None = None
+    interval_ms: float = 0.0
+    for_s: float = 30.0
+
+
+Operation = ResetPrefixCache | Observe | ShowBlock | SetPace
 Answer = bool | Observation | BlockContents
 
 
@@ -249,6 +264,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     the part of it outside of steps: receiving, decoding, sorting, encoding, sending.
     `num_forced_tokens`: of the generation tokens, those that a grammar left no choice about.
     `explained_epochs`: lives before this one that clients say were ended by a request of theirs.
+    `is_held`: no step begins until somebody says so (`SetPace`); that is no stall.
     """
 
     epoch: str
@@ -281,6 +297,7 @@ class CoreStatus(msgspec.Struct, frozen=True, tag=True):
     explained_epochs: list[str] = []
     num_forced_tokens: int = 0
     patience_s: float = 0.0
+    is_held: bool = False
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):

@@ -65,6 +65,15 @@ class Counters(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_steps: int
 
 
+class Pace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Whether the core may be held to be looked at, whether it is (no step begins until somebody
+    says so), and how long a step waits after the one before."""
+
+    is_allowed: bool
+    is_held: bool
+    interval_ms: float
+
+
 class SequenceView(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An unfinished sequence. `num_tokens` are known, `num_computed` have KV (or soon will).
 
@@ -157,6 +166,7 @@ class Observation(msgspec.Struct, frozen=True, tag=True):
     batches: dict[int, list[int]]
     num_lost_steps: int
     ended: list[EndView]
+    pace: Pace
 
 
 class BlockContents(msgspec.Struct, frozen=True, tag=True):

@@ -127,6 +127,15 @@ class EndEvent(msgspec.Struct):
     inter_token_ms: float | None
 
 
+class PaceEvent(msgspec.Struct, frozen=True):
+    """Whether the engine may be held (`POST /v1/engine/pace`), whether it is, and how long a step
+    waits after the one before."""
+
+    is_allowed: bool = False
+    is_held: bool = False
+    interval_ms: float = 0.0
+
+
 class EngineEvent(msgspec.Struct):
     """`kind` "snapshot" is the whole state, and comes first, after a restart of the core, and to
     viewers that read too slowly; "update" is what has changed since.
@@ -151,6 +160,7 @@ class EngineEvent(msgspec.Struct):
     batches: dict[int, list[int]]
     num_lost_steps: int
     ended: list[EndEvent]
+    pace: PaceEvent = PaceEvent()
     layout: Layout | UnsetType = UNSET
 
 

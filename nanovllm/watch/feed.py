@@ -21,6 +21,7 @@ from nanovllm.watch.events import (
     EngineEvent,
     EngineView,
     Layout,
+    PaceEvent,
     Progress,
     SequenceEvent,
     StepEvent,
@@ -173,6 +174,7 @@ class Mirror:
             batches=seen.batches,
             num_lost_steps=seen.num_lost_steps,
             ended=[self._end(end) for end in seen.ended],
+            pace=PaceEvent(*msgspec.structs.astuple(seen.pace)),
         )
         return self._last
 

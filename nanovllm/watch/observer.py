@@ -17,6 +17,7 @@ from nanovllm.protocol.watch import (
     CacheLayout,
     Counters,
     Observation,
+    Pace,
     SequenceState,
     SequenceView,
     StepView,
@@ -87,7 +88,7 @@ class Observer:
         steps, batches, num_lost = _new_steps(log, watcher)
         ended = log.ends(watcher.num_ends)
         watcher.num_ends = log.num_ends
-        layout, blocks = self._layout, self._core.blocks
+        layout, blocks, pace = self._layout, self._core.blocks, self._core.pace
         ref_counts = blocks.ref_counts(layout.num_dense, layout.stride)
         return Observation(
             fresh=is_new,
@@ -102,6 +103,7 @@ class Observer:
             batches=batches,
             num_lost_steps=num_lost,
             ended=ended,
+            pace=Pace(pace.is_allowed, pace.is_held(now), pace.interval_ms(now)),
             interval_s=self._interval(time.perf_counter() - began),
         )
 

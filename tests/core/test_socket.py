@@ -25,6 +25,7 @@ from nanovllm.protocol.messages import (
     Operation,
     Outputs,
     ResetPrefixCache,
+    SetPace,
     Welcome,
 )
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
@@ -218,7 +219,7 @@ def test_who_is_no_operator_sees_his_own_blocks_and_changes_nothing(shown: str, 
     block = ask(bob, ShowBlock(first)).result
     assert block == BlockContents(first, 0, "", "", None, [], [])
     for client in (alice, bob):
-        for operation in (Observe(), ResetPrefixCache()):
+        for operation in (Observe(), ResetPrefixCache(), SetPace(num_steps=0)):
             refused = ask(client, operation)
             assert refused.is_refused and "operator" in str(refused.error)
             assert refused.result is None

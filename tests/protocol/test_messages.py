@@ -25,6 +25,7 @@ from nanovllm.protocol.messages import (
     Pulse,
     RequestFailed,
     ResetPrefixCache,
+    SetPace,
     Started,
     ToCore,
     TrialAccepted,
@@ -51,6 +52,7 @@ from nanovllm.protocol.watch import (
     EndView,
     Observation,
     Observe,
+    Pace,
     SequenceView,
     ShowBlock,
     StepView,
@@ -82,12 +84,14 @@ TO_CORE = [
     Call(9, ResetPrefixCache()),
     Call(9, Observe(fresh=True)),
     Call(9, ShowBlock(7)),
+    Call(9, SetPace(num_steps=1, interval_ms=2.5, for_s=9)),
 ]
 OBSERVATION = Observation(
     fresh=True,
     now=1.5,
     interval_s=0.125,
     layout=CacheLayout(*range(7)),
+    pace=Pace(True, False, 2.5),
     counters=Counters(*range(11)),
     ref_counts=b"\0\xff",
     has_key=b"\0\1",
@@ -182,6 +186,8 @@ def test_messages_to_and_from_workers(message: msgspec.Struct) -> None:
 def test_no_message_is_left_out() -> None:
     tested = {type(message) for message in (*TO_CORE, *FROM_CORE, *WORKER)}
     nested = {
+        SetPace,
+        Pace,
         ResetPrefixCache,
         Observe,
         ShowBlock,

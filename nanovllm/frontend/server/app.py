@@ -21,12 +21,14 @@ from nanovllm.frontend.server.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    PaceBody,
     TokenizeBody,
 )
 from nanovllm.frontend.server.middleware import Gate
 from nanovllm.frontend.server.openapi import Answers, Endpoint, document
 from nanovllm.frontend.server.page_files import docs_files, page_files
 from nanovllm.frontend.server.replies import (
+    ApiRoot,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -39,7 +41,7 @@ from nanovllm.frontend.server.replies import (
 )
 from nanovllm.frontend.server.serving import Opener, Serving
 from nanovllm.frontend.server.settings import ServerSettings
-from nanovllm.watch.events import BlockDetails, EngineEvent
+from nanovllm.watch.events import BlockDetails, EngineEvent, PaceEvent
 
 GENERATING = (400, 403, 404, 413, 415, 429, 500, 503, 504)
 READING = (400, 403, 404, 413, 415, 503)
@@ -77,6 +79,15 @@ ENDPOINTS = [
         answer=BlockDetails,
         errors=(*VIEWING, 404, 504),
     ),
+    Endpoint(
+        "POST",
+        "/v1/engine/pace",
+        engine.set_pace,
+        body=PaceBody,
+        answer=PaceEvent,
+        errors=(400, 403, 413, 415, 503, 504),
+    ),
+    Endpoint("GET", "/v1", info.describe_api, answer=ApiRoot, is_open=True),
     Endpoint("GET", "/version", info.show_version, answer=Version),
     Endpoint("GET", "/health", info.health, answer=Health, also=503, is_open=True),
     Endpoint("GET", "/ready", info.ready, answer=Health, also=503, is_open=True),

@@ -281,6 +281,14 @@ class TokenizeBody(Body):
         check_json("chat_template_kwargs", self.chat_template_kwargs)
 
 
+class PaceBody(Body):
+    """How the engine goes on: see `protocol.messages.SetPace`."""
+
+    num_steps: Annotated[int, Meta(ge=0, le=1000)] | None = None
+    interval_ms: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
+    for_s: Annotated[float, Meta(gt=0, le=60)] = 30.0
+
+
 class DetokenizeBody(Body):
     tokens: Annotated[list[int], Meta(max_length=MAX_DETOKENIZED)]
     model: Name | None = None

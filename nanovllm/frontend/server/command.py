@@ -11,7 +11,9 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
+import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from nanovllm.frontend.server.run import (
     serve,
 )
 from nanovllm.frontend.server.serving import Serving, require_tracing
-from nanovllm.frontend.server.settings import OLDER_NAMES, ServerSettings
+from nanovllm.frontend.server.settings import OLDER_NAMES, PRESETS, ServerSettings
 
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -47,9 +49,7 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
     """Serve until told to stop. Returns the exit code; `ValueError` for what a user must mend."""
     log_to_stderr()
     settings = _settings(arguments)
-    if settings.connect is not None and (idle := engine_fields.keys() - CONNECT_FIELDS):
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))
-        raise ValueError(f"{flags}: the core at --connect has settings of its own: omit it")
+    engine_fields = _with_preset(settings, engine_fields)
     if settings.otlp_traces_endpoint is not None:
         require_tracing()  # before anybody waits for it, and before there are several frontends
     started = time.monotonic()
@@ -64,7 +64,13 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
 
     def on_ready(model: str) -> None:
         seconds = time.monotonic() - started
-        print(f"{model} is ready after {seconds:.1f} s: {_url(settings)}/v1", file=sys.stderr)
+        url = _url(settings)
+        print(
+            f"{model} is ready after {seconds:.1f} s: {url}/v1 for clients, {url}/ for people",
+            file=sys.stderr,
+        )
+        if settings.open:  # in a thread: a browser of the terminal takes it until it is closed
+            threading.Thread(target=_open_page, args=(f"{url}/",), daemon=True).start()
 
     print(f"listening on {_url(settings)} (Ctrl-C ends it)", file=sys.stderr)
     if num_frontends > 1:
@@ -150,6 +156,23 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
             "without keys; use counts"
         )
     return settings
+
+
+def _with_preset(settings: ServerSettings, engine_fields: dict[str, Any]) -> dict[str, Any]:
+    """What was given, and else what the preset says. `ValueError`: what a core at --connect has."""
+    if settings.connect is None:
+        preset = {} if settings.preset is None else PRESETS[settings.preset]
+        return {**preset, **engine_fields}
+    idle = engine_fields.keys() - CONNECT_FIELDS | ({"preset"} if settings.preset else set())
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))
+        raise ValueError(f"{flags}: the core at --connect has settings of its own: omit it")
+    return engine_fields
+
+
+def _open_page(url: str) -> None:
+    if not webbrowser.open(url):
+        print(f"--open: no browser was found: open {url} yourself", file=sys.stderr)
 
 
 def _url(settings: ServerSettings) -> str:

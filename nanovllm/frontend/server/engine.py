@@ -1,7 +1,7 @@
 """GET /v1/engine/events and /v1/engine/blocks/{block_id}: the engine, for looking at.
 
-Read-only, and behind the API key like the rest. `--page` says how much may be seen: the
-contents of blocks are users' prompts.
+Behind the API key like the rest. `--page` says how much may be seen: the contents of blocks are
+users' prompts. POST /v1/engine/pace holds the engine and goes step by step (`--allow-debug`).
 """
 
 import asyncio
@@ -11,11 +11,13 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.frontend.errors import NotAllowedError
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.endpoint import serving_of
+from nanovllm.frontend.server.bodies import PaceBody
+from nanovllm.frontend.server.endpoint import read, serving_of
 from nanovllm.frontend.server.responses import EventStream, JsonAnswer, event
 from nanovllm.frontend.server.serving import Serving
-from nanovllm.watch.events import BlockDetails
+from nanovllm.watch.events import BlockDetails, PaceEvent
 
 LOADING_INTERVAL_S = 0.25
 STILL_HERE = b": nothing new\n\n"  # a comment, by which proxies and we notice who has left
@@ -53,6 +55,21 @@ async def show_block(request: Request) -> Response:
             texts,
         )
     )
+
+
+async def set_pace(request: Request) -> Response:
+    """Hold the engine, let it take some steps, or slow it down; what is asked ends after `for_s`
+    seconds, unless it is asked for again."""
+    serving = serving_of(request)
+    _check_visible(serving)
+    body = await read(request, PaceBody)
+    try:
+        await serving.llm.set_pace(
+            num_steps=body.num_steps, interval_ms=body.interval_ms, for_s=body.for_s
+        )
+    except NotAllowedError as error:
+        raise ApiError(403, str(error), code="debug_refused") from None
+    return JsonAnswer(PaceEvent(True, body.num_steps == 0, body.interval_ms))
 
 
 async def _events(serving: Serving) -> AsyncGenerator[bytes, None]:

@@ -10,12 +10,26 @@ from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody
 from nanovllm.frontend.server.endpoint import blaming, read, serving_of
 from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, plain_prompt
-from nanovllm.frontend.server.replies import ModelCard, ModelList, Text, Tokens, Version
+from nanovllm.frontend.server.replies import ApiRoot, ModelCard, ModelList, Text, Tokens, Version
 from nanovllm.frontend.server.responses import JsonAnswer
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.tokenizer import Tokenizer
 
 ALIVE = ("ready", "draining")
+
+
+async def describe_api(request: Request) -> Response:
+    """What this is: the base URL of clients, and where people look."""
+    return JsonAnswer(
+        ApiRoot(
+            "nanovllm: OpenAI's API is served below this URL; people look at `page`",
+            page="../",
+            docs="../docs",
+            openapi="../openapi.json",
+            models="v1/models",
+            chat="v1/chat/completions",
+        )
+    )
 
 
 async def list_models(request: Request) -> Response:

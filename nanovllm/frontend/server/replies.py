@@ -221,6 +221,17 @@ class Text(msgspec.Struct):
     prompt: str
 
 
+class ApiRoot(msgspec.Struct):
+    """What `/v1` is, for who opens it; links are relative to it."""
+
+    about: str
+    page: str
+    docs: str
+    openapi: str
+    models: str
+    chat: str
+
+
 class Version(msgspec.Struct):
     version: str
 

@@ -22,6 +22,18 @@ OLDER_NAMES: dict[EngineViewSetting, PageSetting | None] = {
     "counts": "counts",
     "off": "off",
 }
+Preset = Literal["classroom"]
+# Fields of `EngineConfig`: so small that a few requests wait, share, are cut and are preempted.
+PRESETS: dict[Preset, dict[str, int | bool]] = {
+    "classroom": {
+        "num_gpu_blocks_override": 64,
+        "max_model_len": 768,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "mixed_prefill_tokens": 32,
+        "allow_debug": True,
+    }
+}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -108,6 +120,14 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     otlp_traces_endpoint: Annotated[
         str | None, Meta(description="send OpenTelemetry spans of requests to this collector")
     ] = None
+    preset: Annotated[
+        Preset | None,
+        Meta(
+            description="classroom: a small cache, few seats, a small budget of tokens and "
+            "--allow-debug, so that the page shows what an engine does; flags given count more"
+        ),
+    ] = None
+    open: Annotated[bool, Meta(description="open the page in a browser when ready")] = False
     page: Annotated[
         PageSetting | None,
         Meta(

@@ -30,7 +30,7 @@ TIMEOUT_S = 10.0
 
 @asynccontextmanager
 async def opening(
-    address: str, may_open: asyncio.Event, **settings: Any
+    address: str, may_open: asyncio.Event, *, allow_debug: bool = False, **settings: Any
 ) -> AsyncIterator[tuple[str, "asyncio.Future[Serving]"]]:
     """A server on a port, with a core that really runs (on a fake device) once it `may_open`."""
     ready: asyncio.Future[Serving] = asyncio.get_running_loop().create_future()
@@ -42,7 +42,7 @@ async def opening(
         await may_open.wait()
         return await AsyncLLM.connect(address, tokenizer=byte_tokenizer(), on_core_death="fail")
 
-    with core_serving(address, block_size=4):
+    with core_serving(address, block_size=4, allow_debug=allow_debug):
         listener = bind(made, shared=False)
         port = listener.getsockname()[1]
         task = asyncio.create_task(
@@ -274,3 +274,26 @@ def test_the_page_knows_every_cause_of_waiting() -> None:
     table = text[text.index("export const CAUSES") : text.index("};")]
     for cause in json.loads(f"[{causes[1]}]"):
         assert re.search(rf'^  (""|{cause}): "', table, re.M), cause
+
+
+async def test_the_engine_is_held_and_goes_on(address: str) -> None:
+    async with engine(address, allow_debug=True) as (url, _), httpx.AsyncClient() as client:
+        hold = await client.post(f"{url}/v1/engine/pace", json={"num_steps": 0})
+        assert hold.json() == {"is_allowed": True, "is_held": True, "interval_ms": 0.0}
+        answer = asyncio.create_task(complete(client, url))
+        async with client.stream("GET", f"{url}/v1/engine/events") as response:
+            async for seen in events_of(response):
+                if seen.counters.num_waiting:
+                    break
+        assert seen.pace.is_held and seen.counters.num_steps == 0
+        await client.post(f"{url}/v1/engine/pace", json={})
+        assert (await answer)["choices"][0]["finish_reason"] == "length"
+
+
+async def test_the_engine_is_not_held_unless_it_was_allowed(address: str) -> None:
+    async with engine(address) as (url, _), httpx.AsyncClient() as client:
+        refused = await client.post(f"{url}/v1/engine/pace", json={"num_steps": 0})
+        assert refused.status_code == 403 and error_of(refused)["code"] == "debug_refused"
+        assert "--allow-debug" in error_of(refused)["message"]
+        wrong = await client.post(f"{url}/v1/engine/pace", json={"for_s": 61})
+        assert wrong.status_code == 400 and "for_s" in error_of(wrong)["message"]
