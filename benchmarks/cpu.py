@@ -7,12 +7,17 @@ minute. Printed are medians, and how many times a peer's speed nanovllm's is.
     python benchmarks/cpu.py --threads 2 --rounds 5 [--gguf FILE] [--peer llama.cpp=PYTHON] …
 
 A peer is an interpreter that has it installed: `llama.cpp` (llama-cpp-python), `transformers` or
-`vllm` (a CPU build).
+`vllm` (a CPU build). `llama.cpp@FILE=PYTHON` gives it another file of the same model: one that it
+is faster with, or a directory of bf16 weights for those who cannot read GGUF files.
+
+Decoding of 1, 8 and 32 sequences is without their prompts and first tokens; `mixed` is all of 32
+requests of 64 to 512 tokens that get 16 to 256 new ones, a third of which begin with the same 256.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -20,49 +25,70 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PROMPT, NEW, PREFILL = 128, 32, 512
-CASES = ("1", "8", "32", "prefill")
+PROMPT, NEW, PREFILL = 128, 64, 512
+CASES = ("1", "8", "32", "prefill", "mixed")
 ENGINES = ("nanovllm", "llama.cpp", "transformers", "vllm")
+STATIC_BATCH = 8  # of transformers, with mixed requests
+
+Run = Callable[[list[list[int]], list[int]], Any]
+"""Prompts, and how many tokens each shall get."""
 
 
-def prompts(count: int, length: int) -> list[list[int]]:
-    """Different ids in each, so that nobody's prefix cache helps."""
-    return [[1000 + (7 * i + 131 * j) % 40000 for j in range(length)] for i in range(count)]
+def prompts(count: int, length: int, *named: object) -> list[list[int]]:
+    """Other ids for each name, so that nobody's prefix cache helps."""
+    drawn = random.Random(repr(named))
+    return [[drawn.randrange(1000, 40000) for _ in range(length)] for _ in range(count)]
+
+
+def mixed(turn: int) -> tuple[list[list[int]], list[int]]:
+    """32 prompts, every third of which begins with the same 256 ids, and how much each gets."""
+    drawn = random.Random(turn)
+    shared = [drawn.randrange(1000, 40000) for _ in range(256)]
+    some, lengths = [], []
+    for i in range(32):
+        length = drawn.randint(64, 512)
+        own = [drawn.randrange(1000, 40000) for _ in range(length)]
+        some.append(shared + own[: max(1, length - 256)] if i % 3 == 0 else own)
+        lengths.append(drawn.randint(16, 256))
+    return some, lengths
 
 
 class Measured:
-    """Tokens per second of `case`: of new tokens but the first, or of a prompt."""
+    """Tokens per second of `case`: of new tokens but the first, of a prompt, or of new tokens."""
 
-    def __init__(self, run: Callable[[list[list[int]], int], Any]) -> None:
-        """run: prompts and how many tokens each shall get."""
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     def __call__(self, case: str, turn: int) -> float:
         if case == "prefill":
-            return PREFILL / self._seconds(prompts(1 + turn, PREFILL)[-1:], 1)
-        some = prompts(int(case) * (1 + turn), PROMPT)[-int(case) :]
-        first = self._seconds(some, 1)
-        some = prompts(int(case) * (2 + turn), PROMPT + 1)[-int(case) :]
-        return int(case) * NEW / max(self._seconds(some, 1 + NEW) - first, 1e-9)
+            return PREFILL / self._seconds(prompts(1, PREFILL, case, turn), [1])
+        if case == "mixed":
+            some, lengths = mixed(turn)
+            return sum(lengths) / self._seconds(some, lengths)
+        count = int(case)
+        first = self._seconds(prompts(count, PROMPT, case, turn, "first"), [1] * count)
+        some = prompts(count, PROMPT, case, turn)
+        return count * NEW / max(self._seconds(some, [1 + NEW] * count) - first, 1e-9)
 
-    def _seconds(self, some: list[list[int]], num_new: int) -> float:
+    def _seconds(self, some: list[list[int]], lengths: list[int]) -> float:
         started = time.perf_counter()
-        self._run(some, num_new)
+        self._run(some, lengths)
         return time.perf_counter() - started
 
 
-def nanovllm(model: str, threads: int) -> Callable[[list[list[int]], int], Any]:
+def nanovllm(model: str, threads: int) -> Run:
     from nanovllm import LLM, SamplingParams
 
-    llm = LLM(model, device="cpu", threads=threads, enable_prefix_caching=False, max_model_len=2048)
+    llm = LLM(model, device="cpu", threads=threads, max_model_len=2048)
 
-    def run(some: list[list[int]], num_new: int) -> None:
-        llm.generate(some, SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True))
+    def run(some: list[list[int]], lengths: list[int]) -> None:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+        llm.generate(some, params)
 
     return run
 
 
-def llama_cpp(model: str, threads: int) -> Callable[[list[list[int]], int], Any]:
+def llama_cpp(model: str, threads: int) -> Run:
     import llama_cpp as lib
     import numpy as np
 
@@ -92,48 +118,61 @@ def llama_cpp(model: str, threads: int) -> Callable[[list[list[int]], int], Any]
         lib.llama_batch_free(batch)
         return found
 
-    def run(some: list[list[int]], num_new: int) -> None:
+    def run(some: list[list[int]], lengths: list[int]) -> None:
         lib.llama_memory_clear(memory, True)
-        ids = []
+        ids: dict[int, int] = {}
         for sequence, prompt in enumerate(some):
             ends = len(prompt) - 1
-            ids += step([(token, i, sequence, i == ends) for i, token in enumerate(prompt)])
-        for position in range(len(some[0]), len(some[0]) + num_new - 1):
-            ids = step([(token, position, i, True) for i, token in enumerate(ids)])
+            told = step([(token, i, sequence, i == ends) for i, token in enumerate(prompt)])
+            ids[sequence] = told[0]
+        made = 1
+        while ids := {i: token for i, token in ids.items() if made < lengths[i]}:
+            at = [(token, len(some[i]) + made - 1, i, True) for i, token in ids.items()]
+            ids = dict(zip(ids, step(at), strict=True))
+            made += 1
 
     return run
 
 
-def transformers(model: str, threads: int) -> Callable[[list[list[int]], int], Any]:
+def transformers(model: str, threads: int) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     folder, file = os.path.split(model)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    if os.path.isdir(model):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
 
-    def run(some: list[list[int]], num_new: int) -> None:
-        ids = torch.tensor(some)
-        loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=num_new,
-            max_new_tokens=num_new,
-            do_sample=False,
-            pad_token_id=0,
-        )
+    def run(some: list[list[int]], lengths: list[int]) -> None:
+        """Batches that wait for their longest, of prompts that are padded on the left."""
+        size = len(some) if len(set(lengths)) == 1 else STATIC_BATCH
+        for start in range(0, len(some), size):
+            batch, most = some[start : start + size], max(lengths[start : start + size])
+            width = max(map(len, batch))
+            pads = [width - len(ids) for ids in batch]
+            loaded.generate(
+                torch.tensor([[0] * pad + ids for pad, ids in zip(pads, batch, strict=True)]),
+                attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads]),
+                min_new_tokens=most,
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=0,
+            )
 
     return run
 
 
-def vllm(model: str, threads: int) -> Callable[[list[list[int]], int], Any]:
+def vllm(model: str, threads: int) -> Run:
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB: room for all cases, beside the other engines
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype="bfloat16", enable_prefix_caching=False, max_model_len=2048)
+    llm = LLM(model, dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.3)
 
-    def run(some: list[list[int]], num_new: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+    def run(some: list[list[int]], lengths: list[int]) -> None:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
         llm.generate([{"prompt_token_ids": ids} for ids in some], params, use_tqdm=False)
 
     return run
@@ -204,7 +243,8 @@ def main() -> None:
     parser.add_argument("--gguf", help="default: the file of smollm2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", action="append", default=[], metavar="ENGINE=PYTHON")
+    parser.add_argument("--peer", action="append", default=[], metavar="ENGINE[@MODEL]=PYTHON")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -214,26 +254,28 @@ def main() -> None:
         from nanovllm.checkpoint.locate import locate
 
         args.gguf = str(locate("smollm2").path)
-    rest = ["--gguf", args.gguf, "--threads", str(args.threads)]
-    peers = {"nanovllm": Peer("nanovllm", sys.executable, rest)}
-    for named in args.peer:
-        engine, _, python = named.partition("=")
-        peers[engine] = Peer(engine, python, rest)
+    threads = ["--threads", str(args.threads)]
+    peers = {"nanovllm": Peer("nanovllm", sys.executable, ["--gguf", args.gguf, *threads])}
+    for asked in args.peer:
+        named, _, python = asked.partition("=")
+        engine, _, model = named.partition("@")
+        label = f"{engine} {os.path.basename(model)}".strip()
+        peers[label] = Peer(engine, python, ["--gguf", model or args.gguf, *threads])
     found: dict[tuple[str, str], list[float]] = {}
     speeds = []
     for turn in range(args.rounds):
-        for case in CASES:
+        for case in args.cases:
             speeds.append(bandwidth())
             for engine, peer in peers.items():
                 found.setdefault((engine, case), []).append(peer.measure(case, turn))
     print(f"{os.path.basename(args.gguf)}, {args.threads} threads, medians of {args.rounds} rounds")
     print(f"one thread reads {min(speeds):.0f} to {max(speeds):.0f} GB/s")
-    own = {case: statistics.median(found["nanovllm", case]) for case in CASES}
-    print(f"{'':14}" + "".join(f"{case:>18}" for case in CASES))
+    own = {case: statistics.median(found["nanovllm", case]) for case in args.cases}
+    print(f"{'':34}" + "".join(f"{case:>18}" for case in args.cases))
     for engine, peer in peers.items():
-        medians = {case: statistics.median(found[engine, case]) for case in CASES}
-        cells = (f"{medians[case]:10.0f} ({own[case] / medians[case]:4.2f})" for case in CASES)
-        print(f"{engine:14}" + "".join(f"{cell:>18}" for cell in cells))
+        medians = {case: statistics.median(found[engine, case]) for case in args.cases}
+        cells = (f"{medians[case]:10.0f} ({own[case] / medians[case]:4.2f})" for case in args.cases)
+        print(f"{engine:34}" + "".join(f"{cell:>18}" for cell in cells))
         peer.end()
 
 
