@@ -3,6 +3,7 @@
 // Everything here runs in the calling thread and the pool's; callers take turns (a lock sees to it).
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <algorithm>
 #include <memory>
@@ -106,19 +107,60 @@ struct TokensRoom {
     }
 };
 
+// ---- how many threads take part
+
+double seconds_of(clockid_t clock) {
+    timespec now;
+    clock_gettime(clock, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+// Fewer threads while other programs take processors away: all wait for the one that has none, and
+// that costs more than it brings. The share of the time in which the calling thread did not run tells
+// of it. After a while one more takes part again; the more attempts fail, the later.
+class Turnout {
+  public:
+    template <typename Step> void during(Pool& pool, const Step& step) {
+        double began = seconds_of(CLOCK_MONOTONIC), ran = seconds_of(CLOCK_THREAD_CPUTIME_ID);
+        step();
+        double seconds = seconds_of(CLOCK_MONOTONIC) - began;
+        seconds_ += seconds;
+        lost_ += seconds - (seconds_of(CLOCK_THREAD_CPUTIME_ID) - ran);
+        int active = pool.num_active(), all = pool.num_threads();
+        if (seconds_ < (active < all ? pause_ : WINDOW)) return;
+        bool crowded = lost_ > MOST_LOST * seconds_;
+        seconds_ = lost_ = 0;
+        if (active > 1 && crowded) {
+            pause_ = std::min(2 * pause_, LONGEST_PAUSE);
+            pool.use(active - 1);
+        } else if (active < all) {
+            pool.use(active + 1);
+        } else {
+            pause_ = WINDOW;
+        }
+    }
+
+  private:
+    static constexpr double MOST_LOST = 0.3;  // one of two threads is often 0.7 as fast as both
+    static constexpr double WINDOW = 0.05, LONGEST_PAUSE = 0.4;  // seconds of steps
+    double seconds_ = 0, lost_ = 0, pause_ = WINDOW;
+};
+
 // ---- the engine: one for the process, as cores are
 
 struct Engine {
     std::mutex turn;
     std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+    Turnout turnout;
     const Kernels* kernels = runnable().back();
     std::vector<Room<uint8_t>> scratch = std::vector<Room<uint8_t>>(1);
 
     int num_threads() const { return pool->num_threads(); }
 
-    // Cuts `count` things, at least `least` a piece, into a few pieces for each thread.
+    // Cuts `count` things, at least `least` a piece, into some pieces for each thread.
     template <typename Function> void share(int count, int least, const Function& function) {
-        int pieces = std::min((count + least - 1) / least, num_threads() == 1 ? 1 : 4 * num_threads());
+        int threads = pool->num_active();
+        int pieces = std::min((count + least - 1) / least, threads == 1 ? 1 : 16 * threads);
         if (pieces == 0) return;
         int each = (count + pieces - 1) / pieces;
         each = (each + least - 1) / least * least;
@@ -157,15 +199,18 @@ struct Engine {
     }
 
     void multiply(const Linear& linear, const Tokens& x, int num_tokens, float* out, bool add) {
+        constexpr int64_t BYTES_EACH = 32 * 1024;  // of weights: some microseconds a piece
         int num_blocks = 0;
-        int64_t bytes = 0;
+        int64_t bytes = 0, weight_bytes = 0;
         for (int i = 0; i < linear.num_parts; i++) {
             const Matrix& w = linear.parts[i];
             num_blocks += (w.rows + BLOCK - 1) / BLOCK;
+            weight_bytes += nv_packed_bytes(w.type, w.rows, w.columns);
             bytes = std::max(bytes, kernels->scratch_bytes(w.type, w.columns, num_tokens));
         }
         for (auto& room : scratch) room.of(bytes);
-        share(num_blocks, 2, [&](int begin, int end, int thread) {
+        int least = std::max(2, (int)(BYTES_EACH * num_blocks / weight_bytes));
+        share(num_blocks, least, [&](int begin, int end, int thread) {
             int row = 0, first = 0;  // of the part
             for (int i = 0; i < linear.num_parts; i++) {
                 const Matrix& w = linear.parts[i];
@@ -487,8 +532,12 @@ int64_t nv_decoder_forward(void* decoder, const int64_t* input_ids, const Batch*
                            const Cache* cache, int64_t layer_bytes, const int64_t* wanted,
                            int64_t num_wanted, float* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
-    return ((Decoder*)decoder)
-        ->forward(input_ids, *batch, *cache, layer_bytes, wanted, num_wanted, out);
+    int64_t written = 0;
+    engine().turnout.during(*engine().pool, [&] {
+        written = ((Decoder*)decoder)
+                      ->forward(input_ids, *batch, *cache, layer_bytes, wanted, num_wanted, out);
+    });
+    return written;
 }
 
 void nv_decoder_logits(void* decoder, const float* states, int num_tokens, float* out) {

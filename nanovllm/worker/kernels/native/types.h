@@ -126,6 +126,9 @@ struct Kernels {
 constexpr int BLOCK = 16, TILE = 32, MAX_GROUP = 16, SEGMENT = 128;
 constexpr int64_t ATTENTION_SCRATCH = 256 * 1024;
 
+// Of pack.cpp: a packed matrix's size; -1 if there is no such type.
+extern "C" int64_t nv_packed_bytes(int type, int rows, int columns);
+
 // Of sampling.cpp: one row's token. scratch: `sampling_floats` of them.
 int64_t sampling_floats(int64_t vocab_size);
 int64_t sample(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,

@@ -100,6 +100,17 @@ def test_products_of_merged_bfloat16_weights(num_tokens: int) -> None:
     torch.testing.assert_close(multiplied(linear, x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3, 4])
+def test_products_are_the_same_by_any_number_of_threads(isa: str, num_threads: int) -> None:
+    """More threads than processors: some wait asleep while others hold the last piece."""
+    packed = pack_bfloat16(torch.randn(1200, 320).bfloat16())
+    linear, x = native.Linear((packed.matrix,), 1, 1200, None), torch.randn(3, 320)
+    expected = multiplied(linear, x)
+    native.use(isa, num_threads=num_threads)
+    for _ in range(200):
+        assert torch.equal(multiplied(linear, x), expected)
+
+
 def test_products_of_no_tokens() -> None:
     packed = pack_bfloat16(torch.randn(16, 32).bfloat16())
     linear = native.Linear((packed.matrix,), 1, 16, None)
