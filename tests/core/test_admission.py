@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm.config import EngineConfig, ServiceConfig
+from nanovllm.core import accounts
 from nanovllm.core.accounts import finished_message
 from nanovllm.core.admission import Admission, OverloadedError
 from nanovllm.core.engine_core import EngineCore
@@ -267,6 +268,16 @@ def test_preemption_and_times_are_told() -> None:
     assert 0 < why.queued_ms <= why.ttft_ms and why.inter_token_ms > 0
     status = core.status(epoch="", num_clients=0)
     assert status.num_recomputed_tokens >= why.num_recomputed_tokens
+
+
+def test_of_a_request_that_is_resumed_only_what_is_made_here_counts() -> None:
+    core = make_core()
+    for number, num_outputs in enumerate((4, 5)):
+        core.add(0, request(number, 3, num_outputs, output_token_ids=[7, 8, 9]))
+    one, two = sorted(run(core), key=lambda sequence: sequence.number)
+    assert len(one.token_ids) == 7 and why_of(one).inter_token_ms is None, "there is one token"
+    why = accounts.why_of(two, two.first_token_at + 1.0)
+    assert why.inter_token_ms == pytest.approx(1000), "there are two"
 
 
 def test_it_is_told_to_the_client(address: str) -> None:

@@ -18,11 +18,12 @@ WAIT_S = 10.0
 
 
 class GatedCompiler(GrammarCompiler):
-    """Compiles a regex that begins with "slow" only when its gate opens."""
+    """Compiles a regex that begins with "slow" only when its gate, or that of all, opens."""
 
     def __init__(self) -> None:
         self._inner = make_compiler()
         self.gate = threading.Event()
+        self.gates: dict[str, threading.Event] = {}
         self.asked: list[str] = []
 
     def load(self) -> None:
@@ -32,7 +33,7 @@ class GatedCompiler(GrammarCompiler):
         assert wanted.regex is not None
         self.asked.append(wanted.regex)
         if wanted.regex.startswith("slow"):
-            assert self.gate.wait(WAIT_S)
+            assert self.gates.get(wanted.regex, self.gate).wait(WAIT_S)
         if wanted.regex == "panic":
             raise BaseException("a panic")
         return self._inner.compile(wanted)
@@ -135,6 +136,18 @@ def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert bench.begin("c", sequence()) is not None
 
 
+def test_those_asked_for_last_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations_module, "MAX_REMEMBERED", 2)
+    for regex in ("a", "b"):
+        bench.begin(regex, sequence())
+        bench.collect()
+    assert bench.begin("a", sequence()) is not None
+    bench.begin("c", sequence())
+    bench.collect()
+    assert bench.begin("a", sequence()) is not None, "it was asked for after b"
+    assert bench.begin("b", sequence()) is None
+
+
 def test_a_sequence_that_is_withdrawn_does_not_come(bench: Bench) -> None:
     gone, stays, alone = sequence(1), sequence(2), sequence(3)
     bench.begin("slow 1", gone, stays)
@@ -187,6 +200,30 @@ def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPa
     assert bench.compiler.asked == ["slow"]
     bench.compiler.gate.set()
     until(lambda: bench.begin("b", sequence(3)) is not None, bench)
+
+
+def test_a_thread_that_comes_back_late_ends_while_another_has_taken_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
+    bench = Bench()
+    gates = bench.compiler.gates
+    for regex in ("slow 1", "slow 2", "slow 3"):
+        gates[regex] = threading.Event()
+    monkeypatch.setattr(bench.compilations, "_timeout_s", 0.0)
+    bench.begin("slow 1", sequence(1))
+    until(lambda: bench.compiler.asked == ["slow 1"], bench)
+    bench.collect(1)
+    monkeypatch.setattr(bench.compilations, "_timeout_s", WAIT_S)
+    bench.begin("slow 2", sequence(2))
+    bench.begin("slow 3", sequence(3))
+    until(lambda: bench.compiler.asked == ["slow 1", "slow 2"], bench)
+    gates["slow 1"].set()
+    until(lambda: bench.compilations._num_threads == 1, bench)
+    assert bench.compiler.asked == ["slow 1", "slow 2"], "there is one thread, which is busy"
+    gates["slow 2"].set()
+    gates["slow 3"].set()
+    assert [waiting.sequences[0].number for waiting, _ in bench.collect(2)] == [2, 3]
 
 
 def test_without_a_compiler_it_is_refused() -> None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
+
 from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep, StepOutputs
+from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
 from nanovllm.protocol.plan import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -220,6 +222,31 @@ def test_prefix_hits_need_no_result_and_are_counted_once() -> None:
     step = schedule(scheduler)
     assert step.plan.num_computed == [0, 8] and step.plan.num_scheduled == [10, 2]
     assert [s.num_cached_tokens for s in answer(scheduler, step, 5, 5).started] == [0, 8]
+
+
+def test_a_prefix_of_a_plan_that_was_given_up_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler()
+    first = add(scheduler, list(range(1, 11)))
+    add(scheduler, [20, 21], number=1)
+    advance = scheduler._advance
+
+    def fail_at_the_second(step: ScheduledStep, sequence: Sequence, num_new: int) -> None:
+        if sequence is not first:
+            raise RuntimeError("no")
+        advance(step, sequence, num_new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_advance", fail_at_the_second)
+        with pytest.raises(SchedulingFailedError):
+            scheduler.schedule()
+    scheduler.check_invariants()
+    assert first.num_pending == 0 and first.status is Status.WAITING
+    scheduler.finish(first, "abort")
+    add(scheduler, list(range(1, 11)), number=2)
+    step = schedule(scheduler)
+    assert sorted(step.plan.num_scheduled) == [2, 10] and step.plan.num_computed == [0, 0]
 
 
 def test_prompt_logprobs_compute_every_position() -> None:

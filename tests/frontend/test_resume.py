@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
+import msgspec
 import pytest
 
 from nanovllm.frontend import supervisor
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.request import Request
+from nanovllm.frontend.resume import resumption
 from nanovllm.frontend.supervisor import RestartBudget
 from nanovllm.protocol.messages import (
     Abort,
@@ -19,6 +22,7 @@ from nanovllm.protocol.messages import (
     CallResult,
     Finished,
     FromCore,
+    Hello,
     Outputs,
     PromptLogprobs,
     Started,
@@ -237,6 +241,32 @@ async def test_nobody_comes_back(address: str) -> None:
         await llm.stats()
     assert not llm.is_running
     await llm.close()
+
+
+async def test_a_model_of_the_same_shape_and_another_name_continues_nothing(address: str) -> None:
+    def another(message: ToCore) -> Iterable[FromCore]:
+        if isinstance(message, Hello):
+            yield msgspec.structs.replace(WELCOME, model="another")
+
+    with FakeCore(address) as core:
+        llm = await attach(address)
+        reading = asyncio.create_task(last_of(llm.generate("abc")))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+    with FakeCore(address, another) as second:
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineDeadError, match=f"another model: another .*{WELCOME.model}"):
+                await reading
+        assert not second.all_of(AddRequest)
+    await llm.close()
+
+
+def test_seeds_of_outputs_that_are_resumed_wrap_where_the_cores_do() -> None:
+    params = SamplingParams(n=3, seed=2**63 - 2)
+    request = Request("r", None, AddRequest(7, [1, 2], params), None)
+    for completion in request.completions:
+        completion.arrived.append(5)
+    seeds = [message.params.seed for message in resumption(request, 0.0)]
+    assert seeds == [2**63 - 2, 2**63 - 1, 0]
 
 
 async def test_closing_while_it_is_away(address: str) -> None:

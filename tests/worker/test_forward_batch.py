@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from nanovllm.protocol.plan import StepPlan
+from nanovllm.worker.attention.shared_prefix import SharingRows
 from nanovllm.worker.forward_batch import ROOM_FOR_WRITES, ForwardBatch, PlanStaging, build_batch
 from nanovllm.worker.request_rows import RequestRows
 from tests.worker.planning import BLOCK_SIZE, blocks_of, make_plan, make_rows, new_row
@@ -63,6 +64,25 @@ def test_padding_entries_point_at_block_zero() -> None:
     batch = run(rows, make_staging(rows), plan)
     assert batch.input_ids.tolist() == [0] and batch.slot_mapping.tolist() == [0]
     assert batch.seq_lens.tolist() == [1] and batch.block_tables.tolist() == [[0]]
+
+
+def test_nothing_is_left_of_a_larger_step_behind_the_entries_of_a_smaller_one() -> None:
+    rows = make_rows()
+    staging = PlanStaging(max_num_rows=rows.num_rows, num_buffers=1, device=torch.device("cpu"))
+    empty = np.empty((2, 0), np.int32)
+    every = SharingRows(num_keys=8, leader=0, members=np.ones(6, np.bool_))
+    many = make_plan(0, [(row, 5 + row, 1 + row) for row in range(6)])
+    staging.stage(many, empty, sharing=every)
+    some = SharingRows(num_keys=8, leader=1, members=np.array([False, True]))
+    staging.stage(make_plan(1, [(6, 9, 3), (7, 2, 1)], sampling=[1]), empty, sharing=some)
+    view = staging.view(8, 5, max_seq_len=16, shares_prefix=True)
+    assert view.rows.tolist() == [6, 7] + [rows.num_rows] * 4
+    assert view.num_computed.tolist() == [9, 2, 0, 0, 0, 0]
+    assert view.query_start_loc.tolist() == [0, 3, 4, 4, 4, 4, 4]
+    assert view.sampling.tolist() == [1, 2, 2, 2, 2], "2 is the first entry of padding"
+    assert view.prefix is not None
+    assert view.prefix.num_keys.tolist() == [0, 8, 0, 0, 0], "one shares, the rest do not"
+    assert view.prefix.leader.tolist() == [1]
 
 
 def test_staging_carries_more_writes_than_it_has_room_for() -> None:

@@ -45,6 +45,24 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
     assert not rows.token_ids[untouched].any() and not rows.block_tables[untouched].any()
 
 
+@pytest.mark.parametrize("max_model_len", [63, 64])
+def test_seeds_are_whole_whatever_the_width_of_a_row(max_model_len: int) -> None:
+    rows = RequestRows(
+        num_rows=4,
+        max_model_len=max_model_len,
+        block_size=8,
+        vocab_size=50,
+        eos_token_ids=[0],
+        device=torch.device("cpu"),
+    )
+    seeds = [2**62 + 1, 3, 2**63 - 1, 2**32]
+    last = [[7] * (max_model_len - 1) + [row] for row in range(4)]
+    new_rows = [new_row(row, last[row], block_ids=[1], seed=seeds[row]) for row in range(4)]
+    rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=new_rows))))
+    assert rows.seeds.tolist() == [*seeds, 0]
+    assert rows.token_ids[:4].tolist() == last
+
+
 def test_known_tokens_are_written_where_they_belong() -> None:
     rows = make_rows()
     rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=[new_row(2, [5, 6, 7])]))))
