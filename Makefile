@@ -10,13 +10,20 @@ PY := .venv/bin/python
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-clients lint types bench mutants clean setup
+.PHONY: demo test test-fast test-clients lint types bench mutants clean setup
 
 demo: setup
 	.venv/bin/nanovllm generate --model $(MODEL) "$(PROMPT)"
 
+# A test process per core; JOBS=0 runs all in one, as a debugger wants it.
+JOBS ?= auto
+
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
+
+# What is quick: no processes to start, no kernels in an interpreter, no real models.
+test-fast: setup
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 # Agent frameworks bring hundreds of megabytes that nothing else here needs, and wishes of their own
 # about versions: they get an environment that sees the packages of the other one.

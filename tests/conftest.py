@@ -1,11 +1,18 @@
-"""Models that tests share: small random ones of every architecture, and SmolLM2 where it is."""
+"""Models that tests share: small random ones of every architecture, and SmolLM2 where it is.
 
+Also how test processes share the machine (`pytest -n 2`, or `-n auto` for one per core).
+"""
+
+import fcntl
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -77,6 +84,75 @@ TINY: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process per core that this one may use; each takes up to 2 GiB."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes >> 31))
+
+
+# Rooms and files whose tests start processes, run kernels in an interpreter, or search for faults.
+SLOW = (
+    "e2e/",
+    "bench/",
+    "executor/",
+    "replay/",
+    "watch/",
+    "worker/kernels/",
+    "worker/quant/",
+    "worker/warmup/",
+    "worker/attention/test_triton",
+    "worker/attention/test_flash",
+    "worker/sampling/test_device",
+    "worker/models/test_parallel",
+    "worker/models/test_gguf_families",
+    "worker/models/test_native",
+    "checkpoint/test_against_llama_cpp",
+    "core/test_property",
+    "core/test_grammar_sandbox",
+    "frontend/server/test_serve",
+    "frontend/server/test_page",
+    "frontend/server/test_foreign_page",
+    "frontend/server/test_openapi",
+    "frontend/server/test_fuzz",
+    "frontend/server/test_dashboard",
+    "test_docs",
+    "test_wheel",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What reads a real model is slow, too."""
+    tests = Path(__file__).parent
+    for item in items:
+        place = str(item.path.relative_to(tests))
+        if place.startswith(SLOW) or item.get_closest_marker("model"):
+            item.add_marker("slow")
+
+
+# Locked, not read: files that all test processes of this tree have in common.
+ROOM, GATE = (
+    os.open(path, os.O_RDONLY) for path in (__file__, Path(__file__).with_name("__init__.py"))
+)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked `alone` runs while no test of another process does, set-up included: it sees
+    how long something takes. All others share the room; whoever comes next waits at the gate, so
+    that a lone one gets its turn."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    is_alone = item.get_closest_marker("alone") is not None
+    fcntl.flock(GATE, fcntl.LOCK_EX)
+    fcntl.flock(ROOM, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+    fcntl.flock(GATE, fcntl.LOCK_UN)
+    try:
+        return (yield)
+    finally:
+        fcntl.flock(ROOM, fcntl.LOCK_UN)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Architecture (a key of `TINY`) → directory of a small random model, saved in fp32."""
@@ -102,6 +178,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return build
 
 
+@contextmanager
+def plain_maps() -> Iterator[None]:
+    """In here the `gguf` package, by which transformers reads, slices arrays instead of
+    `np.memmap`, whose slices take ten times as long; a vocabulary takes a million of them."""
+    mapped = np.memmap
+
+    def plain(path: Path, **how: Any) -> np.ndarray:
+        return mapped(path, **how).view(np.ndarray)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", plain)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     return locate("smollm2").path
@@ -111,7 +201,7 @@ def smollm2_path() -> Path:
 def hf_smollm2(smollm2_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """transformers' own reading of the same GGUF file, in fp32; takes about 20 s."""
     files: dict[str, Any] = {"gguf_file": smollm2_path.name}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain_maps():
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, **files)
         model = AutoModelForCausalLM.from_pretrained(

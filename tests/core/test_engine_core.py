@@ -289,5 +289,6 @@ def test_a_pause_is_no_stall() -> None:
         core.step()
     time.sleep(0.3)
     assert core.stalled_s == 0.0
+    before = time.monotonic()
     core.resume(0)
-    assert core.busy and core.stalled_s < 0.2
+    assert core.busy and core.stalled_s <= time.monotonic() - before

@@ -17,6 +17,7 @@ from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE, allowed_ids
 from tests.core.vocabulary import decode, make_compiler, tokenizer_json
+from tests.waiting import WAIT_S
 
 EOS_ID = 0
 COMPILER = make_compiler()
@@ -236,7 +237,7 @@ def run_all(threads: list[threading.Thread]) -> None:
     for thread in threads:
         start(thread)
     for thread in threads:
-        thread.join(10)
+        thread.join(WAIT_S)
         assert not thread.is_alive()
 
 

@@ -19,6 +19,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import make_compiler, tokenizer_json
 from tests.e2e.processes import alive, wait_until
+from tests.waiting import WAIT_S
 
 ROOT = Path(__file__).parent.parent.parent
 EASY = StructuredOutputsParams(regex="[a-z]+")
@@ -53,7 +54,7 @@ def test_a_poison_is_refused_in_time_with_its_cause(sandbox: GrammarSandbox, nam
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"structured_outputs\.\w+ (cannot be used|holds|nests)"):
         sandbox.try_out(StructuredOutputsParams(**POISONS[name]))
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < WAIT_S
     sandbox.try_out(EASY)
 
 
@@ -121,7 +122,7 @@ def test_trials_do_not_wait_for_a_long_one(sandbox: GrammarSandbox) -> None:
         sandbox.try_out(StructuredOutputsParams(regex=f"b{number}"))
     assert not refused, "the easy ones were first"
     for thread in threads:
-        thread.join(20)
+        thread.join(WAIT_S)
     assert len(refused) == 3 and all(TIME in cause or MEMORY in cause for cause in refused)
 
 
@@ -178,12 +179,12 @@ def test_it_dies_with_its_owner_even_amid_a_trial() -> None:
     assert owner.stdout is not None
     with owner.stdout:
         pid = int(owner.stdout.readline())
-    wait_until(lambda: children_of(pid), timeout_s=10, what="a worker")
+    wait_until(lambda: children_of(pid), timeout_s=WAIT_S, what="a worker")
     workers = children_of(pid)
     owner.kill()
     owner.wait()
     for one in [pid, *workers]:
-        wait_until(lambda one=one: not alive(one), timeout_s=10, what=f"the end of {one}")
+        wait_until(lambda one=one: not alive(one), timeout_s=WAIT_S, what=f"the end of {one}")
 
 
 def test_random_grammars_are_all_answered(compiler: GrammarCompiler) -> None:

@@ -24,6 +24,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import StepPlan
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
+from tests.waiting import WAIT_S
 
 NO_STOP: frozenset[int] = frozenset()
 ALL = reference(PROMPT, 1, 4, NO_STOP)
@@ -80,11 +81,11 @@ def test_suspects_begin_when_their_client_knows_and_nothing_beside_them(
     second.send(suspect())
     second.send(add(1))
     first.send(add(2))
-    second.receive(CoreStatus, timeout_s=2)
+    second.receive(CoreStatus)
     assert executor.begun == [], "nobody has accepted"
     first.send(TrialAccepted(0))
     assert collect(first, 0)[0][0] == ALL
-    second.receive(CoreStatus, timeout_s=2)
+    second.receive(CoreStatus)
     assert executor.begun == [1], "its client has not said yet that it saw a token"
     first.send(TrialOver(0))
     assert first.receive(TrialOffered).number == 1
@@ -148,7 +149,7 @@ def test_deadlines_count_while_they_wait(clients: list[RawClient]) -> None:
     started = time.monotonic()
     assert [(one.number, one.reason) for one in ends(first)] == [(1, "timeout")]
     assert [(one.number, one.reason) for one in ends(second)] == [(0, "timeout")]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < WAIT_S, "long before the one of 60 s"
     first.send(TrialAccepted(0))
     first.send(TrialOver(0))
     assert collect(second, 1)[0][1] == ALL
@@ -170,4 +171,4 @@ def test_what_deaths_came_of_is_told_to_everybody(clients: list[RawClient]) -> N
     first.send(DeathsExplained(["a", "b"]))
     first.send(DeathsExplained(["b", "c"]))
     while (status := second.receive(CoreStatus)).explained_epochs != ["a", "b", "c"]:
-        assert status.uptime_s < 5
+        assert status.uptime_s < WAIT_S

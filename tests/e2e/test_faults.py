@@ -25,6 +25,7 @@ from benchmarks.faults import (
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.frontend.errors import EngineDeadError
 from tests.e2e.processes import core_children
+from tests.waiting import WAIT_S
 
 SMALL = Load(num_clients=2, num_streams=8, num_tokens=160)
 LONG = SamplingParams(max_tokens=150, seed=3, ignore_eos=True, output_kind="delta")
@@ -43,6 +44,7 @@ async def test_streams_of_several_clients_survive_killed_cores_clients_and_a_sto
         assert lonely.num_free_blocks_missing == 0, "those of the dead are free"
 
 
+@pytest.mark.alone
 async def test_a_stopped_core_is_reported_and_loses_nothing() -> None:
     load = Load(num_clients=1, num_streams=4, num_tokens=150)
     async with owner(load) as llm:
@@ -52,16 +54,17 @@ async def test_a_stopped_core_is_reported_and_loses_nothing() -> None:
         assert same_ids(undisturbed, stopped) == 4
         assert stopped.longest_pause_s > 3
         (client,) = stopped.clients
-        assert client is not None and client["stalled_at"] - stopped_at[0] < 2.0
+        assert client is not None and client["stalled_at"] - stopped_at[0] < 3.5, "while it was"
         assert not llm.is_stalled
 
 
+@pytest.mark.alone
 async def test_a_loop_stuck_in_a_step_is_reported_and_loses_nothing() -> None:
     load = Load(num_clients=1, num_streams=4, num_tokens=2, step_ms=2500.0)
     async with owner(load) as llm:
         stuck = await run(llm, load)
     (client,) = stuck.clients
-    assert client is not None and 1.0 < client["stalled_at"] - client["started_at"] < 2.0
+    assert client is not None and 1.0 < client["stalled_at"] - client["started_at"] < 2.5
     assert [len(ids) for stream in client["ids"] for ids in stream] == [2] * 5
 
 
@@ -109,21 +112,24 @@ async def test_a_real_model_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_synchronous_engine_resumes_too() -> None:
+    longer = SamplingParams(max_tokens=400, seed=3, ignore_eos=True, output_kind="delta")
     with LLM("synthetic", **SYNTHETIC) as llm:
-        expected = llm.generate([[5, 6], [7]], LONG, use_tqdm=False)
+        expected = llm.generate([[5, 6], [7]], longer, use_tqdm=False)
         (core,) = core_children(os.getpid())
-        asyncio.run_coroutine_threadsafe(kill_soon(core), llm._loop)
-        outputs = llm.generate([[5, 6], [7]], LONG, use_tqdm=False)
+        asyncio.run_coroutine_threadsafe(kill_running(llm._llm, core, 2), llm._loop)
+        outputs = llm.generate([[5, 6], [7]], longer, use_tqdm=False)
         assert [o.outputs[0].token_ids for o in outputs] == [
             o.outputs[0].token_ids for o in expected
         ]
         assert [o.metrics.num_resumes for o in outputs] == [1, 1]
-        assert [o.metrics.num_generation_tokens for o in outputs] == [150, 150]
+        assert [o.metrics.num_generation_tokens for o in outputs] == [400, 400]
 
 
-async def kill_soon(pid: int) -> None:
-    await asyncio.sleep(0.2)
-    os.kill(pid, signal.SIGKILL)
+async def kill_running(llm: AsyncLLM, core: int, num_running: int) -> None:
+    """Kill the core once it runs so many requests."""
+    while (await llm.stats()).num_running < num_running:
+        await asyncio.sleep(0)
+    os.kill(core, signal.SIGKILL)
 
 
 # ---- a core that somebody else starts
@@ -153,7 +159,7 @@ def standalone(address: str) -> Iterator[list["subprocess.Popen[bytes]"]]:
 
 @pytest.fixture
 async def attached(address: str, standalone: Any) -> AsyncIterator[AsyncLLM]:
-    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, core_return_timeout_s=20.0)
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, core_return_timeout_s=60.0)
     yield llm
     await llm.close()
 
@@ -166,8 +172,10 @@ async def test_a_client_waits_for_a_core_to_come_back_to_its_address(
     await asyncio.sleep(0.2)
     standalone[-1].kill()
     epoch = attached.info.epoch
-    await asyncio.sleep(0.5)
-    assert attached.is_running and attached.is_stalled
+    async with asyncio.timeout(WAIT_S):
+        while not attached.is_stalled:
+            await asyncio.sleep(0.02)
+    assert attached.is_running
     # What is asked for in the meantime is done when there is somebody to do it.
     late = asyncio.create_task(stream(attached, [5, 6], LONG))
     stats = asyncio.create_task(attached.stats())
@@ -182,11 +190,12 @@ async def test_a_client_waits_for_a_core_to_come_back_to_its_address(
 async def test_another_model_at_the_address_continues_nothing(
     attached: AsyncLLM, standalone: Any, address: str
 ) -> None:
-    streaming = asyncio.create_task(stream(attached, [5, 6], LONG))
-    await asyncio.sleep(0.2)
+    streaming = attached.generate({"prompt_token_ids": [5, 6]}, LONG)
+    await anext(streaming)
     standalone[-1].kill()
     standalone[-1].wait()
     standalone.append(start_standalone(address, vocab_size=77))
     with pytest.raises(EngineDeadError, match=r"another model.*vocab_size 77.*32000"):
-        await streaming
+        async for _ in streaming:
+            pass
     assert not attached.is_running

@@ -4,7 +4,7 @@ Small random-weight models go through every variation; the real model through th
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,32 +46,33 @@ def mixed_prompts(vocab_size: int, count: int = 32, longest: int = 90) -> list[l
     ]
 
 
-def reference_ids(
-    model: PreTrainedModel, prompts: list[list[int]], num_tokens: int
-) -> list[list[int]]:
-    """transformers.generate, one prompt at a time, so that no padding is involved."""
-    outputs = []
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = None  # never ends early, and no logit is masked for it
-    for prompt in prompts:
-        ids = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            pad_token_id=0,
-        )
-        outputs.append(ids[0, len(prompt) :].tolist())
-    return outputs
+@torch.inference_mode()
+def assert_greedy(
+    model: PreTrainedModel, prompts: list[list[int]], outputs: list[list[int]]
+) -> None:
+    """Each output is what transformers picks: every id has its highest logit after those before.
+
+    That makes an output the only one `transformers.generate` could give, in one pass a prompt
+    instead of one a token; one prompt at a time, so that no padding is involved.
+    """
+    for prompt, ids in zip(prompts, outputs, strict=True):
+        logits = model(torch.tensor([prompt + ids[:-1]]), use_cache=False).logits[0]
+        assert ids == logits[len(prompt) - 1 :].argmax(-1).tolist(), f"after {prompt}"
 
 
 Expected = tuple[Path, list[list[int]], list[list[int]]]  # a model, prompts, and their outputs
 
 
-def expected_of(path: Path) -> Expected:
+def expected_of(path: Path, **settings: Any) -> Expected:
+    """The outputs are those of an engine with these settings, found to be transformers'."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = mixed_prompts(model.config.get_text_config().vocab_size)
-    return path, prompts, reference_ids(model, prompts, NUM_TINY_TOKENS)
+    engine = Engine(model=str(path), max_model_len=256, **settings)
+    outputs = engine.generate(prompts, TINY_GREEDY)
+    assert_greedy(model, prompts, outputs)
+    assert engine.generate(prompts, TINY_GREEDY) == outputs, "with a warm prefix cache"
+    engine.close()
+    return path, prompts, outputs
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -84,12 +85,11 @@ def test_every_family_equals_transformers(
     name: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     """In batches, in chunks, from a warm prefix cache, and preempted."""
-    path, prompts, expected = expected_of(tiny_checkpoint(name))
-    for variation in ("chunks_of_7", "chunks_of_64"):
-        engine = Engine(model=str(path), max_model_len=256, **VARIATIONS[variation])
-        assert engine.generate(prompts, TINY_GREEDY) == expected
-        assert engine.generate(prompts, TINY_GREEDY) == expected, "with a warm prefix cache"
-        engine.close()
+    path, prompts, expected = expected_of(tiny_checkpoint(name), **VARIATIONS["chunks_of_64"])
+    engine = Engine(model=str(path), max_model_len=256, **VARIATIONS["chunks_of_7"])
+    assert engine.generate(prompts, TINY_GREEDY) == expected
+    assert engine.generate(prompts, TINY_GREEDY) == expected, "with a warm prefix cache"
+    engine.close()
     engine = Engine(model=str(path), max_model_len=160, num_gpu_blocks_override=20)
     assert engine.generate(prompts, TINY_GREEDY) == expected
     assert engine.status().num_preemptions > 0
@@ -113,25 +113,25 @@ def test_preemption_changes_nothing(tiny: Any) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize(
-    "variation", [{"num_gpu_blocks_override": 20}, {"max_num_seqs": 1}], ids=str
-)
-def test_seeded_draws_from_the_whole_vocabulary_survive_what_recomputes_logits(
-    tiny: Any, variation: dict[str, Any]
-) -> None:
+def test_seeded_draws_from_the_whole_vocabulary_survive_what_recomputes_logits(tiny: Any) -> None:
     """Preemption and other batches: logits differ in their last bits, over a flat distribution."""
     path, prompts, _ = tiny
     params = [
         SamplingParams(temperature=1.5, seed=seed, max_tokens=NUM_TINY_TOKENS, ignore_eos=True)
         for seed in range(len(prompts))
     ]
-    plain = Engine(model=str(path), max_model_len=160)
-    expected = plain.generate(prompts, params)
-    plain.close()
-    engine = Engine(model=str(path), max_model_len=160, **variation)
-    assert engine.generate(prompts, params) == expected
-    assert engine.status().num_preemptions > 0 or "max_num_seqs" in variation
-    engine.close()
+
+    def drawn(**variation: Any) -> tuple[list[list[int]], int]:
+        engine = Engine(model=str(path), max_model_len=160, **variation)
+        outputs = engine.generate(prompts, params)
+        engine.close()
+        return outputs, engine.status().num_preemptions
+
+    expected, _ = drawn()
+    preempted, num_preemptions = drawn(num_gpu_blocks_override=20)
+    assert preempted == expected and num_preemptions > 0
+    alone, _ = drawn(max_num_seqs=1)
+    assert alone == expected
 
 
 def test_aborted_neighbours_change_nothing(tiny: Any) -> None:
@@ -171,10 +171,14 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path, hf_smollm2: Any) -> Iterator[tuple[Path, Any, Any]]:
+def smollm2(smollm2_path: Path, hf_smollm2: Any) -> Expected:
     model, tokenizer = hf_smollm2
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    yield smollm2_path, prompts, reference_ids(model, prompts, NUM_TOKENS)
+    engine = Engine(model=str(smollm2_path), max_model_len=512)
+    outputs = engine.generate(prompts, GREEDY)
+    engine.close()
+    assert_greedy(model, prompts, outputs)
+    return smollm2_path, prompts, outputs
 
 
 @pytest.mark.model

@@ -11,9 +11,10 @@ from benchmarks.fuzz_grammars import POISONS
 from nanovllm import AsyncLLM, RequestFailedError, SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import tokenizer_json
+from tests.waiting import WAIT_S
 
 LOAD = Load(num_clients=8, num_streams=64, num_tokens=500)
-ANSWERED_S = 15.0
+ANSWERED_S = 2 * WAIT_S
 
 
 @pytest.fixture

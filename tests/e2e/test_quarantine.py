@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from tests.e2e import poisoned_core
 from tests.e2e.poisoned_core import POISON, SLOW_LENGTH, SLOW_POISON
+from tests.waiting import WAIT_S
 
 PROGRAM = [poisoned_core.__file__]
 SYNTHETIC: dict[str, Any] = {"load_format": "synthetic", "step_ms": 2.0}
@@ -64,17 +64,14 @@ async def test_a_poison_beside_64_streams_of_8_clients(monkeypatch: pytest.Monke
         undisturbed = await run(llm, load)
         deaths = Deaths(llm, monkeypatch)
         causes: list[str] = []
-        times: list[float] = []
 
         async def poison(llm: AsyncLLM, clients: object) -> None:
-            started = time.monotonic()
-            causes.append(await poisoning(llm))
-            times.append(time.monotonic() - started)
+            causes.append(await asyncio.wait_for(poisoning(llm), WAIT_S))
 
         disturbed: Run = await run(llm, load, poison)
         assert same_ids(undisturbed, disturbed) == 64
         assert "signal 11" in causes[0]
-        assert times[0] < 15 and deaths.count <= 2
+        assert deaths.count <= 2
         assert disturbed.num_free_blocks_missing == 0
 
 

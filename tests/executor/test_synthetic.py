@@ -85,13 +85,13 @@ def test_log_probabilities_come_only_where_they_were_asked_for() -> None:
 
 
 def test_steps_take_their_time_one_after_the_other() -> None:
-    executor = make_executor(step_ms=30.0)
+    executor = make_executor(step_ms=300.0)
     started = time.monotonic()
     empty = StepPlan(0, [], [], [], [], [], [])
     handles = [run_step(executor, empty) for _ in range(3)]
-    assert time.monotonic() - started < 0.03, "submitting does not wait"
+    assert time.monotonic() - started < 0.6, "submitting does not wait"
     results: list[StepResult] = [handle.result() for handle in handles]
-    assert 0.09 <= time.monotonic() - started < 0.5
+    assert time.monotonic() - started >= 0.9
     assert results[0].token_ids == []
 
 

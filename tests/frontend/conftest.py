@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.frontend import async_llm
+from nanovllm.frontend import async_llm, chat_template
 from tests.frontend.attached import Handle, idle_process
 from tests.frontend.vocabulary import byte_tokenizer
 
@@ -13,6 +13,12 @@ from tests.frontend.vocabulary import byte_tokenizer
 @pytest.fixture
 def address(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/core.sock"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time to start what renders a template."""
+    monkeypatch.setattr(chat_template, "TIMEOUT_S", 60.0)
 
 
 @pytest.fixture

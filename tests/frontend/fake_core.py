@@ -26,10 +26,11 @@ from nanovllm.protocol.messages import (
     Welcome,
 )
 from nanovllm.protocol.plan import WorkerInfo
+from tests.waiting import WAIT_S
 
 M = TypeVar("M", bound=msgspec.Struct)
 Script = Callable[[ToCore], Iterable[FromCore]]
-TIMEOUT_S = 5.0
+TIMEOUT_S = WAIT_S
 VOCAB_SIZE, MAX_MODEL_LEN = 300, 64
 INFO = WorkerInfo(
     device="none",

@@ -32,6 +32,7 @@ from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import STATUS, WELCOME, FakeCore, echo, silent
 from tests.frontend.vocabulary import EOS
+from tests.waiting import WAIT_S
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -180,7 +181,7 @@ async def test_a_client_let_go_says_hello_and_sends_all_again(address: str) -> N
         again = await asyncio.to_thread(core.wait_for, AddRequest, 2)
         assert again.output_token_ids == [66]
         core.push(Outputs(finished=[Finished(again.number, "length", None, 0)]))
-        assert (await asyncio.wait_for(stream, 10)).outputs[0].token_ids == [66]
+        assert (await asyncio.wait_for(stream, WAIT_S)).outputs[0].token_ids == [66]
 
 
 async def test_a_client_let_go_learns_it(address: str) -> None:
@@ -335,7 +336,7 @@ async def test_an_owned_core_that_is_killed(address: str, handle: Handle) -> Non
             pending = asyncio.create_task(last_of(llm.generate("ok")))
             await asyncio.sleep(0.05)
             handle.process.kill()
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(WAIT_S):
                 with pytest.raises(EngineDeadError, match="signal 9"):
                     await pending
 

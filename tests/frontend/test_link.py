@@ -7,6 +7,7 @@ import zmq
 
 from nanovllm.frontend.link import BURST, HIGH_WATER_MARK, Link
 from nanovllm.protocol.messages import Abort, FromCore, Heartbeat, Outputs, Pulse, ToCore
+from tests.waiting import WAIT_S
 
 MANY = 3 * HIGH_WATER_MARK
 
@@ -49,7 +50,7 @@ def bind(address: str) -> zmq.Socket[bytes]:
 
 async def until(condition: object) -> None:
     assert callable(condition)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -107,6 +108,6 @@ async def test_a_listener_that_raises_and_a_peer_that_goes(address: str) -> None
     await until(lambda: recorder.failures)
     assert str(recorder.failures[0]) == "bad frame"
     router.close(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         await recorder.disconnected.wait()
     link.close()

@@ -33,6 +33,7 @@ from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, last_of
 from tests.frontend.fake_core import WELCOME, FakeCore, echo, silent
 from tests.frontend.vocabulary import EOS, byte_tokenizer
+from tests.waiting import WAIT_S
 
 TEXT = b"Hello, world"
 
@@ -90,7 +91,7 @@ async def through_a_death(
         await llm.reset_prefix_cache()
         await asyncio.sleep(0)
     with FakeCore(address, saying(TEXT, until=len(TEXT))) as second:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             await reading
         await llm.close()
     return outputs, second
@@ -194,7 +195,7 @@ async def test_an_end_that_was_not_heard_is_not_run_past(
         core.push(Outputs([0] * len(first), list(first)), CallResult(0))
         await llm.reset_prefix_cache()
     with FakeCore(address, echo) as second:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             (one,) = (await reading).outputs
         assert second.all_of(AddRequest) == []
         await llm.close()
@@ -215,14 +216,14 @@ async def test_aborts_while_it_is_away_and_before(address: str) -> None:
     while not llm.is_stalled:
         await asyncio.sleep(0.01)
     await llm.abort("during")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(WAIT_S):
         assert (await during).outputs[0].finish_reason == "abort", "nobody has to be asked"
     left = asyncio.create_task(last_of(llm.generate("abc", None, "left")))
     await asyncio.sleep(0)
     left.cancel()
     late = asyncio.create_task(last_of(llm.generate("abc", None, "late")))
     with FakeCore(address, echo) as second:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             assert (await before).outputs[0].finish_reason == "abort"
             assert (await late).outputs[0].text == "abc"
         assert len(second.all_of(AddRequest)) == 1, "only what is still wanted"
@@ -234,7 +235,7 @@ async def test_nobody_comes_back(address: str) -> None:
         llm = await attach(address, core_return_timeout_s=0.3)
         reading = asyncio.create_task(last_of(llm.generate("abc")))
         await asyncio.to_thread(core.wait_for, AddRequest)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(WAIT_S):
         with pytest.raises(EngineDeadError, match=r"closed the connection.*within 0\.3 s"):
             await reading
     with pytest.raises(EngineDeadError):
@@ -300,7 +301,7 @@ async def test_an_owned_core_is_started_again(address: str, handle: Handle) -> N
         handle.process.kill()
         core.die()
         with FakeCore(address, saying(TEXT, until=len(TEXT))):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_S):
                 assert (await reading).outputs[0].text == TEXT.decode()
             assert handle.restarts == 1 and llm.info == WELCOME
     assert handle.closed == 1

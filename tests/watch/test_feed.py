@@ -17,8 +17,9 @@ from nanovllm.watch import observer as observer_module
 from nanovllm.watch.events import EngineEvent, Layout
 from nanovllm.watch.feed import EngineFeed
 from tests.core.serving import serving
+from tests.waiting import WAIT_S
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = WAIT_S
 
 
 @dataclass

@@ -25,8 +25,9 @@ from nanovllm.watch.top.screen import Screen
 from nanovllm.watch.top.state import State
 from tests.core.serving import RawClient, add, serving
 from tests.frontend.server.test_engine import complete, engine
+from tests.waiting import WAIT_S
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = WAIT_S
 
 
 def layout(**changes: Any) -> Layout:

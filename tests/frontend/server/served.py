@@ -22,6 +22,7 @@ from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import FromCore, Hello, ToCore
 from tests.frontend.fake_core import INFO, WELCOME, FakeCore, M, Script, echo
 from tests.frontend.vocabulary import SPECIAL_TOKENS, byte_tokenizer, fast_tokenizer
+from tests.waiting import WAIT_S
 
 ROOMY = msgspec.structs.replace(
     WELCOME, worker=msgspec.structs.replace(INFO, max_model_len=4096, vocab_size=300)
@@ -30,7 +31,7 @@ TOOL_TEMPLATE = (
     "{% for t in tools or [] %}<tool_call>{{ t | tojson }}{% endfor %}"
     "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}|"
 )
-TIMEOUT_S = 10.0
+TIMEOUT_S = WAIT_S
 JSON_HEAD = "host: localhost\r\ncontent-type: application/json\r\n"
 
 

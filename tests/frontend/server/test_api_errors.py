@@ -17,6 +17,7 @@ from nanovllm.protocol.messages import AddRequest, Outputs, RequestFailed, ToCor
 from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, message_of, served
+from tests.waiting import WAIT_S
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ async def test_while_loading_and_when_loading_fails(address: str) -> None:
         assert health.status_code == 503 and health.json()["phase"] == "weights"
         assert (await client.get("/metrics")).status_code == 200
         fail.set()
-        await asyncio.wait_for(serving.ended.wait(), 5)
+        await asyncio.wait_for(serving.ended.wait(), WAIT_S)
         response = await client.get("/v1/models")
         assert response.status_code == 503 and "no such thing" in response.text
         assert (await client.get("/health")).json()["status"] == "dead"
@@ -201,10 +202,10 @@ async def test_a_dead_core(address: str) -> None:
         await message_of(server.core, AddRequest)
         await asyncio.sleep(0.05)
         server.core.die()
-        response = await asyncio.wait_for(running, 5)  # its stream ends with an error event
+        response = await asyncio.wait_for(running, WAIT_S)  # its stream ends with an error event
         last = [line for line in response.text.split("\n\n") if line][-2]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
-        await asyncio.wait_for(server.serving.ended.wait(), 5)
+        await asyncio.wait_for(server.serving.ended.wait(), WAIT_S)
         assert isinstance(server.serving.failure, EngineDeadError)
         response = await server.complete()
         assert response.status_code == 503 and error_of(response)["code"] == "engine_dead"
@@ -228,7 +229,7 @@ async def test_a_request_that_fails_later_ends_its_stream_with_the_error(address
         number = (await message_of(server.core, AddRequest)).number
         await asyncio.sleep(0.05)
         server.core.push(Outputs([number], [66]), RequestFailed(number, "out of luck"))
-        lines = (await asyncio.wait_for(running, 5)).text.split("\n\n")
+        lines = (await asyncio.wait_for(running, WAIT_S)).text.split("\n\n")
     assert "out of luck" in lines[-3] and lines[-2] == "data: [DONE]"
 
 

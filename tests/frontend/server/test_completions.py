@@ -19,6 +19,7 @@ from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, events, message_of, roomy, served
 from tests.frontend.vocabulary import sentencepiece_tokenizer
+from tests.waiting import WAIT_S
 
 
 def texts_of(response: Any, num_choices: int) -> list[str]:
@@ -310,7 +311,7 @@ async def test_when_one_of_a_batch_fails_the_core_ends_the_others(
         assert stream or response.status_code == 500
         begun = server.core.all_of(AddRequest)
         others = {one.number for one in begun if one.prompt_token_ids != [98]}
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while not others <= {n for one in server.core.all_of(Abort) for n in one.numbers}:
                 await asyncio.sleep(0.01)
 

@@ -24,8 +24,9 @@ from nanovllm.watch.events import EngineEvent
 from tests.core.serving import serving as core_serving
 from tests.frontend.server.served import error_of, served
 from tests.frontend.vocabulary import byte_tokenizer
+from tests.waiting import WAIT_S
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = WAIT_S
 
 
 @asynccontextmanager
@@ -165,7 +166,7 @@ async def test_viewers_do_not_hold_up_a_drain(address: str) -> None:
     async with engine(address) as (url, state), httpx.AsyncClient(timeout=TIMEOUT_S) as client:
         async with client.stream("GET", f"{url}/v1/engine/events") as response:
             lines: list[str] = []
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(WAIT_S):
                 async for line in response.aiter_lines():
                     if not lines:
                         assert state.feed.num_viewers == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
 from tests.frontend.fake_core import echo
 from tests.frontend.server.served import error_of, roomy, served
+from tests.waiting import WAIT_S
 
 NUM_BATCHES, BATCH = 12, 20
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -56,7 +57,7 @@ def test_no_body_is_a_fault_of_the_server(
         async with served(f"ipc://{directory}/core.sock", roomy(echo)) as server:
             for body in some:
                 content = msgspec.json.encode(body)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(WAIT_S):
                     response = await server.client.post(path, content=content)
                 assert response.status_code in (200, 400, 404, 413), (body, response.text)
                 if response.status_code != 200:

@@ -13,6 +13,7 @@ from nanovllm.protocol.messages import AddRequest, Hello, ToCore
 from tests.frontend.attached import says
 from tests.frontend.fake_core import INFO, STATUS, WELCOME
 from tests.frontend.server.served import Served, error_of, listening, served
+from tests.waiting import WAIT_S
 
 BUSY = msgspec.structs.replace(
     STATUS,
@@ -134,7 +135,7 @@ async def test_what_cannot_be_tokenized(
 async def test_core_metrics_are_the_cores(address: str) -> None:
     async with served(address) as server:
         server.core.push(BUSY)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while (await metrics_of(server)).get("nanovllm:engine_steps_total") != 7:
                 await asyncio.sleep(0.02)
         found = await metrics_of(server)
@@ -184,16 +185,16 @@ async def test_paths_nobody_serves_are_counted_as_one(address: str) -> None:
 
 
 async def test_health_wants_fresh_progress(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.2)
     async with served(address) as server:
         server.core.push(STATUS)
         assert (await server.client.get("/health")).status_code == 200
         assert (await server.client.get("/ready")).status_code == 200
-        await asyncio.sleep(0.6)  # not a word from the core
+        monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.0)  # any silence is too long
         response = await server.client.get("/health")
         assert response.status_code == 503 and response.json()["status"] == "stalled"
         assert (await server.client.get("/ready")).status_code == 503
-        async with asyncio.timeout(5):
+        monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.5)
+        async with asyncio.timeout(WAIT_S):
             while (await server.client.get("/health")).status_code != 200:
                 server.core.push(msgspec.structs.replace(STATUS))
                 await asyncio.sleep(0.05)

@@ -34,6 +34,8 @@ async def schemathesis(url: str, *options: str) -> tuple[int, str]:
             "--no-color",
             "--phases",
             "coverage,fuzzing",
+            "--suppress-health-check",
+            "too_slow",  # as data is on a busy machine
             *options,
         ),
         stdout=asyncio.subprocess.PIPE,

@@ -118,6 +118,7 @@ def test_half_precision_stays_near(
     assert our_error < 1.5 * their_error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels run on the CPU if interpreted only")
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", *FUSED_DENSE, *TINY_MOE])
 def test_fused_kernels(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from nanovllm.worker.warmup import driver
+from tests.waiting import WAIT_S
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = WAIT_S
 
 
 class Library:
