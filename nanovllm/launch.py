@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -50,6 +51,14 @@ def load_tokenizer_json(config: EngineConfig) -> str:
     return Tokenizer.load(config.model.tokenizer_source).to_json()
 
 
+def life_file(address: str) -> Path:
+    """Of the cores at that address: beside a socket, else in the user's state directory."""
+    transport, _, place = address.partition("://")
+    if transport == "ipc":
+        return Path(place + ".life")
+    return state_directory() / f"{quote(place, safe='')}.life"
+
+
 def core_main(argv: list[str] | None = None) -> int:
     """Run a core in this process until it is told to stop. Returns the exit code (`ExitCode`)."""
     arguments = make_parser().parse_args(argv)
@@ -73,6 +82,7 @@ def core_main(argv: list[str] | None = None) -> int:
             listeners=listeners,
             # An owner's stderr may be a terminal on which somebody reads answers.
             stall_log=None if arguments.owner_fd is None else state_directory() / "stalls.log",
+            life_file=life_file(arguments.address),
         )
         stop_on_signals(server.drain, server.stop)
         if arguments.owner_fd is not None:

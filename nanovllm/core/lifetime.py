@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import TextIO
 
 OWNER_GRACE_S = 5.0  # what a core may take to end by itself after its owner has gone
 LOG = logging.getLogger(__name__)
@@ -64,6 +65,51 @@ def watch_owner(owner_fd: int, stop: Callable[[], None]) -> None:
         os._exit(ExitCode.OWNER_GONE)
 
     threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+class LifeFile:
+    """A file that outlives a core and tells the next one at its address how it ended.
+
+    While a core lives the file holds its epoch. What makes it fail by itself adds to that: a fault
+    (SIGSEGV, SIGABRT …) the stacks of all threads, an exception its traceback. An orderly end
+    removes the file, and a kill from outside leaves it as it is.
+    """
+
+    def __init__(self, path: Path | None, epoch: str) -> None:
+        """path: None for no such file."""
+        self.after_crash_of = ""  # the epoch of the life before, if that failed by itself
+        self._path = path
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            before = path.read_text("utf-8", "replace") if path.exists() else ""
+            self._file = open(path, "w", opener=_private)  # noqa: SIM115
+        except OSError as error:
+            LOG.warning("%s: %s; clients will not know how this core ended", path, error.strerror)
+            return
+        last, _, stacks = before.partition("\n")
+        if stacks:
+            self.after_crash_of = last
+            LOG.info("the core before this one crashed:\n%s", stacks)
+        print(epoch, file=self._file, flush=True)
+        faulthandler.enable(self._file)
+
+    def note_failure(self, traceback: str) -> None:
+        """This core is about to end by an exception."""
+        if self._file is not None:
+            print(traceback, file=self._file, flush=True)
+            self._path = None  # it stays
+
+    def close(self) -> None:
+        """The end. May be called twice."""
+        if self._file is not None:
+            faulthandler.disable()
+            self._file.close()
+            self._file = None
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -49,13 +49,18 @@ class Held:
 
 
 class Quarantine:
-    """Suspects, the one on trial, and the others that have come meanwhile; each in order."""
+    """Suspects, the one on trial, and the others that have come meanwhile; each in order.
+
+    The others begin after the last suspect, or after `TRIAL_LIMIT_S`: one of them may be a poison
+    as well, and would have the one on trial convicted.
+    """
 
     def __init__(self) -> None:
         self._suspects: list[Held] = []
         self._others: list[Held] = []
         self._trial: Held | None = None
         self._trial_since = 0.0
+        self._others_since = 0.0  # when they last had a turn, or the first suspect came
 
     @property
     def is_active(self) -> bool:
@@ -66,14 +71,18 @@ class Quarantine:
         """Take a request in, if it must wait; `take_others` or `accept` gives it back then."""
         if not request.is_suspect and not self.is_active:
             return False
+        if not self.is_active:
+            self._others_since = now
         queue = self._suspects if request.is_suspect else self._others
         queue.append(Held(client_id, request, now))
         return True
 
-    def take_others(self) -> list[Held]:
-        """Those that may begin now: nobody is on trial, and the next suspect comes after them."""
-        if self._trial is not None:
+    def take_others(self, now: float) -> list[Held]:
+        """Those that may begin now: nobody is on trial, nor will be, or they have waited long."""
+        is_their_turn = not self._suspects or now - self._others_since > TRIAL_LIMIT_S
+        if self._trial is not None or not is_their_turn:
             return []
+        self._others_since = now
         others, self._others = self._others, []
         return others
 

@@ -28,7 +28,7 @@ from nanovllm.core.events import CoreListener
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import MakeCompiler
 from nanovllm.core.intake import Intake
-from nanovllm.core.lifetime import ExitCode, watching_for_stalls
+from nanovllm.core.lifetime import ExitCode, LifeFile, watching_for_stalls
 from nanovllm.core.operations import MakeViewer, Operations, answer_call
 from nanovllm.core.quarantine import Held, Quarantine
 from nanovllm.core.sequence import Sequence
@@ -86,12 +86,14 @@ class CoreServer:
         make_viewer: MakeViewer | None = None,
         listeners: Collection[MakeListener] = (),
         stall_log: Path | None = None,
+        life_file: Path | None = None,
     ) -> None:
         """Bind, so that clients can attach while the model loads. `ValueError`: a bad address.
 
         keys: those of a core that other machines may reach. make_viewer: of who shows the core to
         clients. listeners: of who is told what happens in the core. stall_log: the file that gets
-        the stacks of a stall; by default they go to stderr.
+        the stacks of a stall; by default they go to stderr. life_file: where the next core at the
+        address will read whether this one crashed.
         """
         service = config.service
         self._config = config
@@ -117,6 +119,7 @@ class CoreServer:
         self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
         self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
         self._delivery = Delivery(self._endpoint)
+        self._life = LifeFile(life_file, self._epoch)
         # A byte on this pair interrupts a blocking poll, from a signal handler or a thread.
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -140,6 +143,7 @@ class CoreServer:
     def close(self) -> None:
         """Release the address. Nothing can be served afterwards."""
         self._stopping = True
+        self._life.close()
         self._endpoint.close()
         self._wakeup.close()
         self._waker.close()
@@ -246,7 +250,7 @@ class CoreServer:
         if not self._quarantine.is_active:
             return
         self._end_held(self._quarantine.expire(now), "timeout")
-        for held in self._quarantine.take_others():
+        for held in self._quarantine.take_others(now):
             self._release(held, now)
         if core.all_have_begun and (suspect := self._quarantine.offer(now)) is not None:
             client = self._clients.with_id(suspect.client_id)
@@ -405,6 +409,7 @@ class CoreServer:
             max_num_seqs=config.scheduler.max_num_seqs,
             worker=self._info,
             other_served_names=model.served_names[1:],
+            after_crash_of=self._life.after_crash_of,
         )
 
     def _add(self, client: Client, request: AddRequest) -> None:
@@ -483,6 +488,7 @@ class CoreServer:
     def _tell_failure(self, error: Exception) -> None:
         usage = isinstance(error, ValueError) and self._core is None
         failure = CoreFailed(str(error) or type(error).__name__, traceback.format_exc(), usage)
+        self._life.note_failure(failure.details)
         self._last_loading = Loading("failed", 0.0)
         self._core = self._operations = None
         self._receive_all()  # whoever has just said Hello is to be told as well

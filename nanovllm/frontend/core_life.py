@@ -50,6 +50,16 @@ NO_PROGRESS_S = 0.75  # of a loop that turns and yet finishes no step; it says s
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.1
+# What a process gets for what it has done itself; the other signals come from outside.
+FAULTS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -205,7 +215,7 @@ class CoreLife:
                 self._die(DetachedError(f"the core has let this client go: {reason}"))
             case CoreFailed(text, details):
                 self._failure = message
-                self._die(EngineDeadError(text, details))
+                self._die(EngineDeadError(text, details, is_crash=True))
 
     def on_disconnected(self) -> None:
         """`Link`: the core is gone."""
@@ -284,8 +294,11 @@ class CoreLife:
             await asyncio.sleep(0.02)
             if self._process is not None and self._process.poll() is not None:
                 deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
-        ending = None if self._process is None else _ending(self._process.poll())
-        self._die(EngineDeadError(ending or what))
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            self._die(EngineDeadError(what))
+        else:
+            self._die(EngineDeadError(_ending(code), is_crash=code == 1 or -code in FAULTS))
 
     def _die(self, error: EngineDeadError) -> None:
         """Fail everything pending with `error`; the first cause stands."""
@@ -304,10 +317,8 @@ class CoreLife:
             raise self._error.again()
 
 
-def _ending(exit_code: int | None) -> str | None:
+def _ending(exit_code: int) -> str:
     """How a process ended, in words."""
-    if exit_code is None:
-        return None
     if exit_code < 0:
         return f"the core was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
     return f"the core exited with code {exit_code}"

@@ -10,16 +10,18 @@ class EngineDeadError(RuntimeError):
     """The core process is gone, or cannot be reached; nothing pending can finish.
 
     The text is the root cause: what the core said it died of, or how its process ended.
-    `details` is the core's own traceback, where it could still send one.
+    `details` is the core's own traceback, where it could still send one. `is_crash`: whether the
+    core failed by itself, as opposed to being ended from outside; None if that is not known.
     """
 
-    def __init__(self, message: str, details: str = "") -> None:
+    def __init__(self, message: str, details: str = "", *, is_crash: bool | None = None) -> None:
         super().__init__(message)
         self.details = details
+        self.is_crash = is_crash
 
     def again(self) -> "EngineDeadError":
         """The same cause for one more who waits: one instance must not be raised twice."""
-        return EngineDeadError(str(self), self.details)
+        return EngineDeadError(str(self), self.details, is_crash=self.is_crash)
 
 
 class DetachedError(EngineDeadError):

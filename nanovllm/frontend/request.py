@@ -22,6 +22,10 @@ from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, Outputs
 from nanovllm.protocol.plan import TokenLogprobs
 
+# More than a core may have computed and not yet delivered: the steps under way, and a few on their
+# way through sockets.
+TRIAL_TOKENS = 8
+
 
 class Completion:
     """One output sequence. `arrived` are tokens the core has sent that are not yet text."""
@@ -36,6 +40,7 @@ class Completion:
         "has_news",
         "index",
         "logprobs",
+        "num_failed_trials",
         "num_given",
         "num_received_before",
         "request",
@@ -66,7 +71,8 @@ class Completion:
         self.stop_reason: int | str | None = None
         self.has_news = False
         self.num_received_before = 0  # tokens, when it was last sent to a core
-        self.deaths: list[str] = []  # epochs of cores that died before they brought it anywhere
+        self.deaths: list[str] = []  # epochs of cores that may have died of it
+        self.num_failed_trials = 0  # of those, in how many it was alone on trial
 
     @property
     def number(self) -> int:
@@ -82,6 +88,16 @@ class Completion:
     def is_stuck(self) -> bool:
         """Whether it has got nowhere since it was last sent to a core."""
         return self.finish_reason is None and self.num_received == self.num_received_before
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it is beyond where it was when a core died, and what that may have swallowed."""
+        gained = self.num_received - self.num_received_before
+        return self.finish_reason is not None or gained >= TRIAL_TOKENS
+
+    def acquit(self) -> None:
+        """No core has died of it."""
+        self.deaths, self.num_failed_trials = [], 0
 
     @property
     def last_token_id(self) -> int:
@@ -221,6 +237,11 @@ class Request:
     def is_suspect(self) -> bool:
         """Whether a core may have died of it."""
         return any(one.deaths for one in self.completions)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether one of its outputs has got nowhere since it was last sent to a core."""
+        return any(one.is_stuck for one in self.completions)
 
     def note_sent(self, epoch: str) -> None:
         """All that is unfinished goes to this life of the core."""

@@ -47,6 +47,7 @@ class Session:
         self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
         self._suspects = Suspects()
+        self._unexplained: tuple[str, EngineDeadError] | None = None  # a death, by its epoch
         self._hand_over = hand_over
         self._last_ids: deque[tuple[range, str]] = deque(maxlen=NUM_LAST_IDS)  # of discarded ones
 
@@ -130,22 +131,25 @@ class Session:
 
     def on_core_lost(self, error: EngineDeadError) -> Collection[str]:
         """The core has died; a request that is known to have ended it is not sent again."""
-        guilty = self._suspects.charge(self._requests, self.line.epoch)
-        if guilty is not None:
-            why = (
-                f"the core has died each time it began with this request, at last of this: {error}"
-            )
-            guilty.fail(QuarantinedError(why))
-            self.discard(guilty)
+        if error.is_crash is None:
+            self._unexplained = self.line.epoch, error  # the next core may know
+        else:
+            self._charge(self.line.epoch, error, is_crash=error.is_crash)
         if self._hand_over is not None:
             for request in self._requests:
-                if not (request.is_suspect or request.is_aborted) and self._hand_over(request):
+                may_have_killed = request.is_suspect or request.is_stuck
+                if not (may_have_killed or request.is_aborted) and self._hand_over(request):
                     self._requests.remove(request)
         return self._suspects.explained
 
     def on_core_back(self) -> None:
         """Send everything again, from where it was cut off, in the order it was submitted; but
         suspects, which the core tries one at a time, last."""
+        if self._unexplained is not None:
+            assert self.line.welcome is not None
+            epoch, error = self._unexplained
+            self._charge(epoch, error, is_crash=self.line.welcome.after_crash_of == epoch)
+            self._unexplained = None
         self._suspects.forget_trial()
         if self._suspects.explained:
             self._send(DeathsExplained(list(self._suspects.explained)))
@@ -160,6 +164,13 @@ class Session:
         for request in self._requests:
             self._requests.remove(request)
             request.fail(error.again())
+
+    def _charge(self, epoch: str, error: EngineDeadError, *, is_crash: bool) -> None:
+        guilty = self._suspects.charge(self._requests, epoch, is_crash=is_crash)
+        if guilty is not None:
+            why = f"the core has died while it tried this request alone, at last of this: {error}"
+            guilty.fail(QuarantinedError(why))
+            self.discard(guilty)
 
     def _resume(self, request: Request) -> None:
         assert self.line.welcome is not None

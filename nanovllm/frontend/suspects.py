@@ -1,8 +1,9 @@
-"""Which requests may have killed the core: those that had got nowhere since they were sent to it.
+"""Which requests may have killed the core, and which one has.
 
-`Session` says when the core is gone, and sends suspects as such from then on: the core tries them
-one at a time (`core/quarantine.py`) and says when. One that is on trial when the core dies has been
-there at two deaths, the second time alone: it is guilty of both, and is not sent again.
+A core that failed by itself may have died of any request it had. One that was ended from outside,
+or nobody knows how, may have died of those that had got nowhere. `Session` sends these as suspects
+from then on: the core tries them one at a time (`core/quarantine.py`) and says when. Who is on
+trial when the core fails by itself again, or for the second time in any way, is guilty.
 """
 
 from collections import deque
@@ -30,12 +31,12 @@ class Suspects:
         self.trial = completion.number, [completion] if were_apart else request.completions
 
     def take_verdict(self) -> int | None:
-        """The number of the trial, once all that is on trial has got somewhere or ended."""
-        if self.trial is None or any(one.is_stuck for one in self.trial[1]):
+        """The number of the trial, once all that is on trial has got far enough or ended."""
+        if self.trial is None or not all(one.has_passed for one in self.trial[1]):
             return None
         number, completions = self.trial
         for one in completions:
-            one.deaths = []
+            one.acquit()
         self.trial = None
         return number
 
@@ -47,22 +48,28 @@ class Suspects:
         self.trial = None
         return number
 
-    def charge(self, requests: Iterable[Request], epoch: str) -> Request | None:
-        """That life of the core has ended with a death. Returns the request that it died of, if
-        that is known; if not, all that had got nowhere are suspects."""
+    def charge(self, requests: Iterable[Request], epoch: str, *, is_crash: bool) -> Request | None:
+        """That life of the core has ended. Returns the request that it died of, if that is known.
+
+        is_crash: the core failed by itself.
+        """
         on_trial = [] if self.trial is None else self.trial[1]
-        guilty = next((one for one in on_trial if one.is_stuck), None)
+        accused = next((one for one in on_trial if not one.has_passed), None)
         self.trial = None
-        for request in requests:
-            for one in request.completions:
-                if not one.is_stuck:
-                    one.deaths = []
-                elif request.epoch == epoch and (guilty is None or one is guilty):
-                    one.deaths.append(epoch)
-        if guilty is None:
-            return None
-        self.explained += guilty.deaths
-        return guilty.request
+        if accused is not None:
+            accused.num_failed_trials += 1
+            accused.deaths.append(epoch)
+            if is_crash or accused.num_failed_trials > 1:
+                self.explained += accused.deaths
+                return accused.request
+        for one in (one for request in requests for one in request.completions):
+            if one is accused or one.finish_reason is not None:
+                continue
+            if not (is_crash or one.is_stuck):
+                one.acquit()
+            elif one.request.epoch == epoch:
+                one.deaths.append(epoch)
+        return None
 
     def forget_trial(self) -> None:
         """The core knows nothing of this client any more."""

@@ -143,6 +143,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     """The core is ready and knows the client. `epoch` names this life of the core.
 
     `served_model_name` is what answers say; requests may use one of the others as well.
+    `after_crash_of`: the epoch of the life before at this address, if that failed by itself.
     """
 
     client_id: int
@@ -153,6 +154,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int
     worker: WorkerInfo
     other_served_names: list[str] = []
+    after_crash_of: str = ""
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):

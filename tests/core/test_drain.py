@@ -50,7 +50,11 @@ class CoreProgram:
     def __init__(self, address: str, *, drain_timeout: float) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", SERVE, address, str(drain_timeout)])
         self.client = RawClient(address)
-        self.client.greet()
+        try:
+            self.client.greet()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.client.close()
@@ -197,3 +201,29 @@ def test_a_core_can_be_stopped_while_it_loads(address: str) -> None:
     with pytest.raises(SystemExit):
         server.on_progress("weights", 0.5)
     server.close()
+
+
+FAULTY = """
+import os, signal, sys
+from pathlib import Path
+from nanovllm.core.lifetime import LifeFile
+life = LifeFile(Path(sys.argv[1]), sys.argv[2])
+print(life.after_crash_of, flush=True)
+if sys.argv[3] == "exception":
+    life.note_failure("Traceback: it failed")
+elif sys.argv[3] != "end":
+    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+life.close()
+"""
+
+
+def test_a_core_knows_whether_the_one_before_it_crashed(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "core.life"
+    told: list[str] = []
+    endings = ["SIGSEGV", "SIGKILL", "exception", "SIGTERM", "SIGABRT", "end", "end"]
+    for number, ending in enumerate(endings):
+        command = [sys.executable, "-c", FAULTY, str(file), f"life {number}", ending]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        told.append(done.stdout.strip())
+    assert told == ["", "life 0", "", "life 2", "", "life 4", ""]
+    assert not file.exists() and file.parent.stat().st_mode & 0o777 == 0o700

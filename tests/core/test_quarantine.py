@@ -89,13 +89,15 @@ def test_suspects_begin_when_their_client_knows_and_nothing_beside_them(
     assert executor.begun == [1], "its client has not said yet that it saw a token"
     first.send(TrialOver(0))
     assert first.receive(TrialOffered).number == 1
-    assert sum(executor.begun) == 3, "the others had their turn before the next suspect"
+    assert executor.begun == [1], "suspects come first: who has come since may be a poison as well"
     first.send(TrialAccepted(1))
     first.send(TrialOver(1))
     assert second.receive(TrialOffered).number == 0
     second.send(TrialAccepted(0))
     assert collect(second, 0)[0][0] == ALL
+    assert sum(executor.begun) == 3
     second.send(TrialOver(0))
+    assert collect(second, 1)[0][1] == collect(first, 2)[0][2] == ALL
     second.send(add(3))
     collect(second, 3)
 

@@ -26,7 +26,7 @@ PROGRAM = [poisoned_core.__file__]
 SYNTHETIC: dict[str, Any] = {"load_format": "synthetic", "step_ms": 2.0}
 LONG = SamplingParams(max_tokens=150, seed=3, ignore_eos=True, output_kind="delta")
 SHORT = SamplingParams(max_tokens=3, seed=4, ignore_eos=True)
-BOUND_S = 30.0
+BOUND_S = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -106,22 +106,24 @@ async def test_no_number_of_poisons_spends_the_budget(monkeypatch: pytest.Monkey
         assert await stream(llm, [5], LONG) and llm.is_running
 
 
+async def poisoning_midway(llm: AsyncLLM) -> None:
+    """It has brought tokens before its core dies of it, and fails with all that are safe."""
+    got: list[int] = []
+    with pytest.raises(QuarantinedError, match=r"signal 11|closed the connection"):
+        async for output in llm.generate({"prompt_token_ids": [5, SLOW_POISON]}, LONG):
+            got += output.outputs[0].token_ids
+    assert SLOW_LENGTH - 5 < len(got) < SLOW_LENGTH
+
+
 async def test_a_poison_that_comes_midway(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has brought tokens before: it is found when it has brought none since."""
     async with AsyncLLM("synthetic", **SYNTHETIC) as llm, AsyncTimeout():
         expected = [await stream(llm, [5, index], LONG) for index in range(8)]
         healthy = [asyncio.create_task(stream(llm, [5, index], LONG)) for index in range(8)]
         deaths = Deaths(llm, monkeypatch)
-        got: list[int] = []
-        with pytest.raises(QuarantinedError, match="signal 11"):
-            async for output in llm.generate({"prompt_token_ids": [5, SLOW_POISON]}, LONG):
-                got += output.outputs[0].token_ids
-        assert SLOW_LENGTH - 5 < len(got) < SLOW_LENGTH
+        await poisoning_midway(llm)
         done = await asyncio.gather(*healthy)
         assert [one[0] for one in done] == [one[0] for one in expected]
-        # When it came, perhaps again with tokens that the first death had swallowed, when all had
-        # been sent again, and when it was alone.
-        assert 3 <= deaths.count <= 4
+        assert deaths.count == 2, "when it came, and when it was alone"
 
 
 async def test_aborts_and_deadlines_of_suspects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +196,31 @@ async def test_innocents_of_other_clients_survive(kept: str) -> None:
                     *(stream(first, prompt, SHORT) for prompt in prompts),
                 )
                 assert [one[0] for one in done[1:]] == expected * 2
+    finally:
+        await first.close()
+        await second.close()
+
+
+async def test_a_poison_that_comes_midway_in_a_core_of_others(kept: str) -> None:
+    """Nobody here sees how the core ends: the next one tells."""
+    attach = [AsyncLLM.connect(kept, skip_tokenizer_init=True) for _ in range(2)]
+    first, second = await asyncio.gather(*attach)
+    try:
+        async with asyncio.timeout(BOUND_S):
+            expected = [(await stream(second, [5, index], LONG))[0] for index in range(4)]
+            epochs = [first.info.epoch]
+            back = first._running.on_core_back  # type: ignore[union-attr]
+
+            def note_life() -> None:
+                epochs.append(first.info.epoch)
+                back()
+
+            first._running.on_core_back = note_life  # type: ignore[union-attr, method-assign]
+            healthy = [asyncio.create_task(stream(second, [5, index], LONG)) for index in range(4)]
+            await poisoning_midway(first)
+            done = await asyncio.gather(*healthy)
+            assert [one[0] for one in done] == expected
+            assert len(epochs) == len(set(epochs)) == 3, "two deaths"
     finally:
         await first.close()
         await second.close()
