@@ -24,10 +24,12 @@ BUDGETS = {
     # 3,000, the grammars of its requests and the process that tries them first, the order in which
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
     # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
-    # slow steps may take before they are a stall; the pace of a core that is looked at step by step
-    "core": 4950,
-    # 3,000, chat templates in processes of their own, suspects, misuse, several cores
-    "frontend": 3950,
+    # slow steps may take before they are a stall; the pace of a core that is looked at step by step;
+    # what a core leaves about its end
+    "core": 5000,
+    # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
+    # core failed by itself, and what follows for its requests
+    "frontend": 3990,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
     # frontends that is started again, prompts whose encoding can be ended; what is set for a lesson
     "frontend.server": 5900,
@@ -41,15 +43,19 @@ BUDGETS = {
 INNER_ROOMS = ("frontend.server", "worker.kernels", "worker.attention.triton", "worker.quant")
 
 # What everyone may import.
-SHARED = {"checkpoint", "config", "keys", "limits", "places", "protocol", "sampling_params"}
+SHARED = {
+    *("checkpoint", "config", "keys", "keywords", "limits", "places", "protocol"),
+    "sampling_params",
+}
 
 # room → what it may import besides itself and SHARED
 ARROWS = {
     "": {"frontend"},  # nanovllm/__init__.py: the public names
     "__main__": {"cli"},
     "bench": {"frontend"},
+    "chat": {"frontend", "terminal"},
     "checkpoint": set(),
-    "cli": {"", "bench", "flags", "frontend", "operator_commands", "plan", "terminal"},
+    "cli": {"", "bench", "chat", "flags", "frontend", "operator_commands", "plan", "terminal"},
     "config": set(),
     "core": {"executor.base"},
     "executor": {"worker"},
@@ -57,6 +63,7 @@ ARROWS = {
     "frontend": set(),
     "frontend.server": {"flags", "frontend", "watch"},
     "keys": set(),
+    "keywords": set(),
     "launch": {
         *("core", "executor", "flags", "frontend.tokenizer", "replay.recorder", "watch.observer"),
     },
@@ -67,7 +74,7 @@ ARROWS = {
     "protocol": set(),
     "replay": {"core", "executor.base"},
     "sampling_params": set(),
-    "terminal": set(),
+    "terminal": {"frontend.outputs"},
     "watch": {"core", "frontend"},
     "worker": {"plan.memory_plan", "plan.precision"},
 }

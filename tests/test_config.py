@@ -1,13 +1,19 @@
 """Configuration: flat keywords, nearest names, bounds, and the JSON that crosses to the core."""
 
 import argparse
-from typing import Any
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
 
 from nanovllm.config import SECTIONS, EngineConfig, ModelConfig, field_names
 from nanovllm.flags import add_config_flags, config_values
+from nanovllm.keywords import EngineKeywords, SupervisionKeywords
 
 
 def test_keywords_find_their_section() -> None:
@@ -101,3 +107,30 @@ def test_the_length_is_the_models_or_less_or_insisted_on() -> None:
         ModelConfig(max_model_len=65).choose_max_model_len(64)
     insisted = ModelConfig(max_model_len=65, allow_long_max_model_len=True)
     assert insisted.choose_max_model_len(64) == 65
+
+
+def test_typed_keywords_are_the_fields() -> None:
+    """`LLM(...)` and `AsyncLLM.connect(...)`, as type checkers know them."""
+    of_sections = {name: get_type_hints(section) for name, section in SECTIONS.items()}
+    every = {name: kind for fields in of_sections.values() for name, kind in fields.items()}
+    del every["model"]
+    assert get_type_hints(EngineKeywords) == every
+    assert get_type_hints(SupervisionKeywords) == of_sections["supervision"]
+
+
+def test_a_type_checker_finds_wrong_keywords(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from nanovllm import LLM, AsyncLLM\n"
+        "LLM('m', block_size=32, kv_cache_dtype='fp8', device='cpu')\n"
+        "LLM('m', blok_size=32)\n"
+        "AsyncLLM(block_size='32')\n"
+        "async def attach() -> None:\n"
+        "    await AsyncLLM.connect('ipc:///x', on_core_death='fail')\n"
+        "    await AsyncLLM.connect('ipc:///x', block_size=32)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "--config-file", os.devnull, str(program)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    found = dict(re.findall(r"program\.py:(\d+): error: .*\[([\w-]+)\]", done.stdout))
+    assert found == {"3": "call-arg", "4": "arg-type", "7": "call-arg"}, done.stdout

@@ -38,6 +38,7 @@ from nanovllm.frontend.session import Session
 from nanovllm.frontend.supervisor import Supervisor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.keys import ClientKeys
+from nanovllm.keywords import EngineKeywords, SupervisionKeywords
 from nanovllm.protocol.messages import AddRequest, CoreStatus, ResetPrefixCache, SetPace, Welcome
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
@@ -57,7 +58,7 @@ class AsyncLLM:
         model: str = "smollm2",
         *,
         on_progress: ProgressCallback | None = None,
-        **config_fields: Any,
+        **config_fields: Unpack[EngineKeywords],
     ) -> None:
         self.config = EngineConfig.from_kwargs(model=model, **config_fields)
         self._on_progress = on_progress
@@ -83,7 +84,7 @@ class AsyncLLM:
         on_progress: ProgressCallback | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         keys: str | Path | None = None,
-        **supervision: Any,
+        **supervision: Unpack[SupervisionKeywords],
     ) -> "AsyncLLM":
         """Attach to a running core; any number of frontends may. `close` leaves it running.
 

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import msgspec
 import uvloop
@@ -24,6 +24,7 @@ from nanovllm.frontend.inputs import Prompt, PromptInput, check_params
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.keywords import EngineKeywords
 from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
 
@@ -44,10 +45,14 @@ class LLM:
         model: str = "smollm2",
         *,
         on_progress: ProgressCallback | None = None,
-        **config_fields: Any,
+        **config_fields: Unpack[EngineKeywords],
     ) -> None:
         # All that is queued is the caller's own list, which may be as long as he likes.
-        fields = {"max_queued_requests": None, "max_queued_tokens": None, **config_fields}
+        fields: EngineKeywords = {
+            "max_queued_requests": None,
+            "max_queued_tokens": None,
+            **config_fields,
+        }
         self._llm = AsyncLLM(model, on_progress=on_progress, **fields)
         self._loop = uvloop.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="nanovllm", daemon=True)
