@@ -31,13 +31,11 @@ from nanovllm.flags import (
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.operator_commands import add_operator_commands
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.terminal import Progress, Terminal
+from nanovllm.terminal import MarkdownTerminal, Progress, Terminal, figures
 
 if TYPE_CHECKING:
     from nanovllm.frontend.async_llm import AsyncLLM
     from nanovllm.frontend.outputs import RequestOutput
-
-CHAT_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer."
 
 
 class SamplingFlags(msgspec.Struct):
@@ -91,9 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="apply the model's chat template (default: if it has one)",
     )
-    chat = add("chat", run_chat, "talk to a model; " + CHAT_HELP)
+    chat = add("chat", run_chat, "talk to a model; /help there lists commands, Ctrl-D ends it")
     add_model_argument(chat)
     chat.add_argument("--system", help="what the model is told first")
+    chat.add_argument(
+        "--markdown",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="lay answers out as Markdown, on a terminal",
+    )
     for command in (generate, chat):
         command.add_argument("--address", help="attach to a running core instead of starting one")
         command.add_argument("--keys", metavar="FILE", help="this client's keys, with --address")
@@ -189,23 +193,8 @@ async def _show(
     terminal.write(output.outputs[0].text)
     async for output in stream:
         terminal.write(output.outputs[0].text)
-    terminal.write("\n")
+    terminal.end_answer()
     return output
-
-
-def figures(output: "RequestOutput") -> str:
-    """One line of what the answer cost."""
-    metrics = output.metrics
-    line = f"{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens or 0} cached"
-    line += f" | {metrics.num_generation_tokens} tokens, {output.outputs[0].finish_reason}"
-    if metrics.first_token_time is None or metrics.finished_time is None:
-        return f"[{line}]"
-    first_s = metrics.first_token_time - metrics.arrival_time
-    later_s = metrics.finished_time - metrics.first_token_time
-    line += f" | first token {first_s * 1e3:.0f} ms"
-    if later_s > 0:
-        line += f" | {(metrics.num_generation_tokens - 1) / later_s:.1f} tokens/s"
-    return f"[{line}]"
 
 
 # ---- chat
@@ -216,90 +205,16 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 async def _chat(arguments: argparse.Namespace) -> int:
-    params, terminal = sampling_params(arguments), Terminal()
-    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    messages = list(opening)
-    read = _line_reader()
+    from nanovllm.chat import Chat, line_reader
+
+    params = sampling_params(arguments)
+    shows_markdown = sys.stdout.isatty() and arguments.markdown
+    terminal = MarkdownTerminal() if shows_markdown else Terminal()
     async with open_llm(arguments, terminal) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
             raise ValueError("model: it has no chat template: try `nanovllm generate --no-chat`")
-        terminal.note(CHAT_HELP)
-        while (line := await read()) is not None:
-            match line.strip():
-                case "":
-                    continue
-                case "/exit" | "/quit":
-                    break
-                case "/reset":
-                    messages = list(opening)
-                    terminal.note("(forgotten)")
-                case "/help":
-                    terminal.note(CHAT_HELP)
-                case text if text.startswith("/"):
-                    terminal.note(f"unknown command {text}. {CHAT_HELP}")
-                case text:
-                    messages.append({"role": "user", "content": text})
-                    answer = await _answer(llm, terminal, messages, params)
-                    if answer is None:
-                        messages.pop()
-                    else:
-                        messages.append({"role": "assistant", "content": answer})
+        await Chat(llm, terminal, params, system=arguments.system).run(line_reader())
     return 0
-
-
-async def _answer(
-    llm: "AsyncLLM", terminal: Terminal, messages: list[dict[str, str]], params: SamplingParams
-) -> str | None:
-    """Stream one answer; Ctrl-C keeps what has come so far. None if there is none."""
-    from nanovllm.frontend.errors import RequestFailedError
-
-    said: list[str] = []
-
-    async def stream() -> None:
-        async for output in llm.chat(messages, params):
-            said.append(output.outputs[0].text)
-            terminal.write(said[-1])
-            if output.finished:
-                terminal.write("\n")
-                terminal.note(figures(output))
-
-    task = asyncio.ensure_future(stream())
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:  # the stream has aborted its request
-        terminal.write("\n")
-        terminal.note("(stopped)")
-    except (ValueError, RequestFailedError) as error:  # the conversation no longer fits, say
-        terminal.note(f"{error}. /reset starts afresh.")
-        return None
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-    return "".join(said) or None
-
-
-def _line_reader() -> Callable[[], Coroutine[Any, Any, str | None]]:
-    """Reads a line of the user's; None at the end. With editing and history on a terminal."""
-    if sys.stdin.isatty():
-        from prompt_toolkit import PromptSession
-
-        session: PromptSession[str] = PromptSession()
-
-        async def read_terminal() -> str | None:
-            try:
-                return await session.prompt_async("> ")
-            except KeyboardInterrupt:
-                return ""
-            except EOFError:
-                return None
-
-        return read_terminal
-
-    async def read_pipe() -> str | None:
-        return await asyncio.to_thread(sys.stdin.readline) or None
-
-    return read_pipe
 
 
 # ---- serve, bench, plan and fetch

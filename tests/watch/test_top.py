@@ -7,6 +7,9 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from nanovllm import cli
@@ -20,9 +23,10 @@ from nanovllm.watch.events import (
     StepEvent,
     Table,
 )
-from nanovllm.watch.top.command import from_core, from_server
+from nanovllm.watch.top.command import from_core, from_server, reading_keys
 from nanovllm.watch.top.screen import Screen
 from nanovllm.watch.top.state import State
+from nanovllm.watch.top.view import View
 from tests.core.serving import RawClient, add, serving
 from tests.frontend.server.test_engine import complete, engine
 from tests.waiting import WAIT_S
@@ -75,9 +79,9 @@ BUSY = event(
 )
 
 
-def shown(state: State, width: int = 120, height: int = 40) -> str:
+def shown(state: State, width: int = 120, height: int = 40, view: View | None = None) -> str:
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
-    console.print(Screen(state))
+    console.print(Screen(state, view), height=height)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -110,7 +114,9 @@ def test_the_screen_shows_it() -> None:
     assert "▼" in text, "a preemption"
 
 
-@pytest.mark.parametrize(("width", "height"), [(60, 16), (80, 24), (200, 60)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(40, 8), (60, 16), (80, 24), (80, 20), (200, 60), (90, 30)]
+)
 def test_it_fits_into_any_terminal(width: int, height: int) -> None:
     state = State()
     many = [sequence(uid) for uid in range(100)]
@@ -118,10 +124,58 @@ def test_it_fits_into_any_terminal(width: int, height: int) -> None:
     state.apply(event(kind="snapshot", layout=large, sequences=many, num_hidden=7))
     lines = shown(state, width, height).splitlines()
     assert all(len(line) <= width for line in lines)
-    assert len(lines) <= max(height, 24)
-    assert "blocks in use (a sample)" in "".join(lines)
+    assert len(lines) <= height
+    assert ("blocks in use (a sample)" in "".join(lines)) == (height >= 24)
+    assert ("Steps" in "".join(lines)) == (height >= 16)
     listed = sum(line.startswith("#") for line in lines)
     assert listed >= 2 and f"and {107 - listed} more" in lines[-1]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(line.split()[0][1:]) for line in text.splitlines() if line.startswith("#")]
+
+
+def test_keys_sort_scroll_and_choose() -> None:
+    state, view = State(), View()
+    some = [sequence(uid, num_prompt_tokens=30 + uid % 7) for uid in range(30)]
+    state.apply(event(kind="snapshot", layout=layout(), sequences=some, num_hidden=2))
+
+    def press(*keys: str) -> list[int]:
+        assert all([view.press(key) for key in keys])
+        return numbers(shown(state, 80, 12, view))
+
+    first = press()
+    page = len(first)
+    assert first == list(range(page)) and 3 < page < 10
+    assert press("down", "j") == list(range(2, 2 + page))
+    text = shown(state, 80, 12, view)
+    assert f"2 before these; and {30 - page} more" in text and "q quit   s sort (arrival)" in text
+    assert press("up", "k", "k") == first, "not beyond the first"
+    assert press("pagedown") == list(range(page, 2 * page))
+    assert press("pageup") == first and press("end")[-1] == 29
+    assert press("up")[-1] == 28 and press("home") == first
+    assert press("r") == list(range(29, 29 - page, -1))
+    assert press("r", "s") == [6, 13, 20, 27, 5, 12, 19, 26, 4, 11][:page]
+    assert "prompt▼" in shown(state, 80, 12, view)
+    assert "Steps" in shown(state, 80, 24, view)
+    view.press("f")
+    assert "Steps" not in (alone := shown(state, 80, 24, view)) and len(numbers(alone)) == 17
+    assert not view.press("q") and not view.press("c-c")
+
+
+async def test_keys_are_read_from_a_terminal() -> None:
+    view, ends = View(), asyncio.Event()
+    seen: list[str] = []
+    with (
+        create_pipe_input() as keyboard,
+        create_app_session(input=keyboard, output=DummyOutput()),
+        reading_keys(view, on_key=lambda: seen.append(view.sort), on_quit=ends.set),
+    ):
+        keyboard.send_text("s\x1b[Bx")
+        keyboard.send_text("q")
+        async with asyncio.timeout(TIMEOUT_S):
+            await ends.wait()
+    assert seen[-1] == view.sort == "prompt"
 
 
 async def first_of(events: Any) -> EngineEvent:

@@ -8,15 +8,17 @@ import argparse
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from http.client import HTTPException
 
 import msgspec
 
 from nanovllm.watch.events import EngineEvent
+from nanovllm.watch.top.view import View
 
 Run = Callable[[argparse.Namespace], int]
 Events = AsyncGenerator[EngineEvent | None, None]
@@ -27,7 +29,7 @@ SILENCE_S = 15.0  # a server says at least once a second that nothing is new
 
 def add_top_command(add: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """add: makes a command of a name, a function and a line of help."""
-    top = add("top", run_top, "watch an engine at work, in a terminal; Ctrl-C ends it")
+    top = add("top", run_top, "watch an engine at work, in a terminal; q ends it")
     source = top.add_mutually_exclusive_group()
     source.add_argument("--url", default=DEFAULT_URL, help="of a server (default: %(default)s)")
     source.add_argument("--address", help="of a core: ipc://PATH or tcp://HOST:PORT")
@@ -60,12 +62,51 @@ async def watch(arguments: argparse.Namespace) -> int:
             state.apply(first)
             console.print(Screen(state))
             return 0
+        view = View() if sys.stdin.isatty() else None
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            async for event in events:
-                if event is not None:
-                    state.apply(event)
-                live.update(Screen(state), refresh=True)
+
+            def show() -> None:
+                live.update(Screen(state, view), refresh=True)
+
+            async def follow() -> None:
+                async for event in events:
+                    if event is not None:
+                        state.apply(event)
+                    show()
+
+            show()  # before the engine has said anything
+            following = asyncio.create_task(follow())
+            try:
+                with (
+                    contextlib.nullcontext()
+                    if view is None
+                    else reading_keys(view, on_key=show, on_quit=following.cancel)
+                ):
+                    await following
+            except asyncio.CancelledError:
+                if not following.cancelled():
+                    raise
     return 0
+
+
+@contextlib.contextmanager
+def reading_keys(
+    view: View, *, on_key: Callable[[], None], on_quit: Callable[[], object]
+) -> Iterator[None]:
+    """While inside, what is pressed on the terminal changes the view."""
+    from prompt_toolkit.application import get_app_session
+    from prompt_toolkit.keys import Keys
+
+    keyboard = get_app_session().input
+
+    def read() -> None:
+        for press in keyboard.read_keys():
+            if not view.press(press.key.value if isinstance(press.key, Keys) else press.key):
+                on_quit()
+        on_key()
+
+    with keyboard.raw_mode(), keyboard.attach(read):
+        yield
 
 
 async def from_core(arguments: argparse.Namespace) -> Events:

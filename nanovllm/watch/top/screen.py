@@ -11,6 +11,7 @@ from rich.text import Text
 
 from nanovllm.watch.events import Layout, SequenceEvent, StepEvent
 from nanovllm.watch.top.state import State
+from nanovllm.watch.top.view import View
 
 COLOURS = (
     "cyan",
@@ -24,8 +25,11 @@ COLOURS = (
 )
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 STEP_ROWS = 4
-NUM_OTHER_LINES = 9  # figures, titles, headings and gaps
-MIN_LISTED = 4
+STEP_LINES = 1 + STEP_ROWS + 1  # with a title and a gap
+FIGURE_LINES = 4
+MIN_LISTED = 5  # the heading, three requests, and how many there are more
+MIN_CACHE_LINES, MAX_CACHE_LINES = 3, 13  # with a title
+NARROW = 70  # columns, below which the rarer figures of requests are left out
 WAITS = {
     "": "next step",
     "seats": "waits for a seat",
@@ -38,10 +42,11 @@ WAITS = {
 
 
 class Screen:
-    """Figures, cache, steps and sequences, cut to the height there is."""
+    """Figures and sequences, and as much of steps and cache as the height allows."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, view: View | None = None) -> None:
         self._state = state
+        self._view = view  # None: nobody can press keys
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         state, width = self._state, options.max_width
@@ -50,15 +55,22 @@ class Screen:
             return
         height = options.height or max(options.size.height, 24)
         yield from _figures(state, state.layout)
-        # Titles, steps and a few sequences have their place; the cache takes what is left.
-        room = height - (NUM_OTHER_LINES + STEP_ROWS + MIN_LISTED)
-        cache = list(_cache(state, state.layout, width, max(2, min(room, 12))))
-        yield from cache
-        yield Text()
-        yield from _steps(state, state.layout, width)
-        yield Text()
-        left = height - (NUM_OTHER_LINES - 1 + len(cache) + STEP_ROWS)
-        yield from _sequences(state, width, max(MIN_LISTED, left))
+        # Requests have their place in any window; then come steps, then the cache.
+        left = height - FIGURE_LINES - (self._view is not None)
+        cache: list[Text] = []
+        has_steps = left >= MIN_LISTED + STEP_LINES and not (self._view and self._view.is_alone)
+        if has_steps:
+            room = left - MIN_LISTED - STEP_LINES - 1
+            if room >= MIN_CACHE_LINES:
+                most = min(room, MAX_CACHE_LINES) - 1
+                cache = [*_cache(state, state.layout, width, most), Text()]
+            yield from cache
+            yield from _steps(state, state.layout, width)
+            yield Text()
+            left -= len(cache) + STEP_LINES
+        yield from _sequences(state, self._view or View(), width, max(2, left))
+        if self._view is not None:
+            yield _line((self._view.keys, "dim"))
 
 
 def colour_of(uid: int) -> str:
@@ -165,36 +177,48 @@ def _levels(step: StepEvent, budget: int) -> tuple[int, int]:
     return height(step.num_decodes), height(whole)
 
 
-def _sequences(state: State, width: int, most: int) -> Iterable[Text | Table]:
-    every = state.copy_of_sequences()
-    shown = every[: most - 1] if len(every) > most or state.num_hidden else every
+def _sequences(state: State, view: View, width: int, height: int) -> Iterable[Text | Table]:
+    """A heading, as many requests from the view's first one on as there is room for, and how many
+    there are before and after them."""
+    every = view.ordered(state.copy_of_sequences())
+    room = height - 1
+    if len(every) > room or state.num_hidden:
+        room = max(1, room - 1)
+    first = view.scroll_within(len(every), room)
+    shown = every[first : first + room]
+    names = ("request", "state", "prompt", "cached", "computed", "tokens", "preempted")
+    if width < NARROW:
+        names = ("request", "state", "prompt", "tokens")
     table = Table(box=None, pad_edge=False, expand=False, header_style="dim")
-    for name in ("request", "state", "prompt", "cached", "computed", "tokens", "preempted"):
+    for name in names:
         side: JustifyMethod = "left" if name in ("request", "state") else "right"
-        table.add_column(name, justify=side, no_wrap=True)
-    bar_width = max(10, min(40, width - 78))
-    table.add_column("")
+        mark = ("▲" if view.is_reversed else "▼") if name == view.sort else ""
+        table.add_column(name + mark, justify=side, no_wrap=True)
+    bar_width = min(40, width - 78)
+    if bar_width >= 10:
+        table.add_column("")
     longest = max((one.num_tokens for one in shown), default=1)
     for one in shown:
-        uid = Text(f"#{one.uid}", Style(color=colour_of(one.uid), bold=True))
         doing = "prefill" if one.num_computed < one.num_prompt_tokens else "decode"
-        table.add_row(
-            uid,
-            doing if one.state == "running" else WAITS[one.cause],
-            f"{one.num_prompt_tokens:,}",
-            f"{one.num_cached_tokens:,}",
-            f"{one.num_computed:,}",
-            f"{one.num_tokens - one.num_prompt_tokens:,}",
-            f"{one.num_preemptions:,}",
-            _bar(one, longest, bar_width),
-        )
+        cells: dict[str, str | Text] = {
+            "request": Text(f"#{one.uid}", Style(color=colour_of(one.uid), bold=True)),
+            "state": doing if one.state == "running" else WAITS[one.cause],
+            "prompt": f"{one.num_prompt_tokens:,}",
+            "cached": f"{one.num_cached_tokens:,}",
+            "computed": f"{one.num_computed:,}",
+            "tokens": f"{one.num_tokens - one.num_prompt_tokens:,}",
+            "preempted": f"{one.num_preemptions:,}",
+        }
+        bar = [_bar(one, longest, bar_width)] if bar_width >= 10 else []
+        table.add_row(*(cells[name] for name in names), *bar)
     if shown:
         yield table
     else:
         yield Text("nothing runs", style="dim")
     hidden = len(every) - len(shown) + state.num_hidden
     if hidden:
-        yield Text(f"and {hidden:,} more", style="dim")
+        before = f"{first:,} before these; " if first else ""
+        yield Text(f"{before}and {hidden - first:,} more", style="dim")
 
 
 def _bar(one: SequenceEvent, longest: int, width: int) -> Text:
