@@ -221,16 +221,18 @@ async def _chat(arguments: argparse.Namespace) -> int:
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
+    if sys.stderr.isatty():  # what follows takes a second
+        print("starting …", file=sys.stderr, flush=True)
     from nanovllm.frontend.server.command import run
 
     return _run(run(arguments, config_values(arguments)))
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    from nanovllm.bench.clients import clients
-    from nanovllm.bench.offline import latency, throughput
+    with Progress(done="start and benchmark took") as progress:
+        from nanovllm.bench.clients import clients
+        from nanovllm.bench.offline import latency, throughput
 
-    with Progress() as progress:
         settings = {"on_progress": progress, **config_values(arguments)}
         if arguments.what == "clients":
             report = clients(struct_values(arguments, ClientsLoad), settings)
@@ -275,10 +277,10 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
 async def open_llm(arguments: argparse.Namespace, terminal: Terminal) -> "AsyncIterator[AsyncLLM]":
     """A core of our own, with its progress shown while it loads, or the one at --address. What
     goes wrong with it meanwhile is noted on the terminal."""
-    from nanovllm.frontend.async_llm import AsyncLLM
-
     settings = config_values(arguments)
     with Progress() as progress:
+        from nanovllm.frontend.async_llm import AsyncLLM  # while the progress is shown
+
         if arguments.address:
             if idle := sorted(settings.keys() - {"seed"}):
                 flags = ", ".join("--" + name.replace("_", "-") for name in idle)

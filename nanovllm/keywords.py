@@ -57,6 +57,7 @@ class EngineKeywords(SupervisionKeywords, total=False):
     long_prefill_token_threshold: int
     scheduling_policy: SchedulingPolicy
     max_inflight_steps: int | None
+    allow_debug: bool
     tensor_parallel_size: int
     data_parallel_size: int
     compare_ranks: bool

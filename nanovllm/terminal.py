@@ -161,7 +161,9 @@ def figures(output: "RequestOutput") -> str:
 class Progress:
     """Shows phases of loading on stderr: a bar on a terminal, else one line per phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: str = "ready after") -> None:
+        """done: what is said of the time that it took, at the end."""
+        self._done = done
         self._bar: Any = None
         self._phase = ""
         self._started = time.monotonic()
@@ -200,4 +202,4 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if kind is None:
-            print(f"ready after {time.monotonic() - self._started:.1f} s", file=sys.stderr)
+            print(f"{self._done} {time.monotonic() - self._started:.1f} s", file=sys.stderr)

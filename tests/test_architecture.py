@@ -24,9 +24,9 @@ BUDGETS = {
     # 3,000, the grammars of its requests and the process that tries them first, the order in which
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
     # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
-    # slow steps may take before they are a stall; the pace of a core that is looked at step by step;
-    # what a core leaves about its end
-    "core": 5000,
+    # slow steps may take before they are a stall; the pace of a core that is looked at step by
+    # step; what a core leaves about its end
+    "core": 5050,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
     # core failed by itself, and what follows for its requests
     "frontend": 3990,

@@ -148,7 +148,7 @@ def test_what_a_core_is_warned_of_is_no_part_of_an_answer(
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert cli.main(["generate", "a b"]) == 0
     told = capsys.readouterr().out
-    assert "\na \n[the core goes on]\nb \n[the core goes on]\n\n[3 prompt tokens" in told
+    assert "\na \n[the core goes on]\nb \n[the core goes on]\n[3 prompt tokens" in told
 
 
 def test_only_what_goes_to_one_place_is_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def throughput(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
     """Requests and tokens per second, all requests given at once."""
     with LLM(**settings) as llm:
         _run(llm, arguments, 1, seed=0)
+        settings["on_progress"]("measuring", 0.0)
         started = time.perf_counter()
         outputs = _run(llm, arguments, arguments.num_prompts, seed=1)
         seconds = time.perf_counter() - started
@@ -40,6 +41,7 @@ def latency(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
     with LLM(**settings) as llm:
         _run(llm, arguments, arguments.batch_size, seed=0)
         for iteration in range(arguments.num_iters):
+            settings["on_progress"]("measuring", iteration / arguments.num_iters)
             started = time.perf_counter()
             outputs += _run(llm, arguments, arguments.batch_size, seed=1 + iteration)
             seconds.append(time.perf_counter() - started)

@@ -21,7 +21,7 @@ class TimedLLM:
 
     def __init__(self, **settings: Any) -> None:
         type(self).calls = []
-        assert settings == {"block_size": 16}
+        assert settings == {"block_size": 16, "on_progress": show}
 
     def __enter__(self) -> "TimedLLM":
         return self
@@ -48,6 +48,18 @@ class TimedLLM:
         ]
 
 
+shown: list[tuple[str, float]] = []
+
+
+def show(phase: str, progress: float) -> None:
+    shown.append((phase, progress))
+
+
+def settings() -> dict[str, Any]:
+    shown.clear()
+    return {"block_size": 16, "on_progress": show}
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(bench, "LLM", TimedLLM)
@@ -60,7 +72,7 @@ def arguments(**changes: int) -> argparse.Namespace:
 
 
 def test_throughput_counts_all_requests_after_a_warm_up(calls: Any) -> None:
-    report = bench.throughput(arguments(), {"block_size": 16})
+    report = bench.throughput(arguments(), settings())
     assert "4 requests of 6 tokens in, 5 out" in report
     assert "time to first token: mean 200.0 ms, p50 200.0 ms, p99 200.0 ms" in report
     assert "time per later token: mean 10.0 ms, p50 10.0 ms, p99 10.0 ms" in report
@@ -69,15 +81,17 @@ def test_throughput_counts_all_requests_after_a_warm_up(calls: Any) -> None:
     assert [len(prompt) for prompt in prompts] == [6] * 4
     assert all(bench.FIRST_ID <= token < 10 for prompt in prompts for token in prompt)
     assert params.ignore_eos and params.greedy and params.max_tokens == 5
+    assert shown == [("measuring", 0.0)]
 
 
 def test_latency_repeats_rounds_of_different_prompts(calls: Any) -> None:
-    report = bench.latency(arguments(output_len=1), {"block_size": 16})
+    report = bench.latency(arguments(output_len=1), settings())
     assert "2 at once, 6 tokens in, 1 out, 3 rounds" in report
     assert "time to first token: mean 200.0 ms" in report
     assert "later token" not in report, "there is none"
     rounds = [prompts for prompts, _ in calls()]
     assert [len(prompts) for prompts in rounds] == [2] * 4
+    assert [phase for phase, _ in shown] == ["measuring"] * 3 and shown[-1][1] == 2 / 3
     assert len({tuple(prompt) for prompts in rounds for prompt in prompts}) == 8
 
 

@@ -125,7 +125,7 @@ def test_it_fits_into_any_terminal(width: int, height: int) -> None:
     lines = shown(state, width, height).splitlines()
     assert all(len(line) <= width for line in lines)
     assert len(lines) <= height
-    assert ("blocks in use (a sample)" in "".join(lines)) == (height >= 24)
+    assert ("blocks in use (a sample)" in "".join(lines)) == (height >= 20)
     assert ("Steps" in "".join(lines)) == (height >= 16)
     listed = sum(line.startswith("#") for line in lines)
     assert listed >= 2 and f"and {107 - listed} more" in lines[-1]

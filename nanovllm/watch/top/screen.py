@@ -186,7 +186,15 @@ def _sequences(state: State, view: View, width: int, height: int) -> Iterable[Te
         room = max(1, room - 1)
     first = view.scroll_within(len(every), room)
     shown = every[first : first + room]
-    names = ("request", "state", "prompt", "cached", "computed", "tokens", "preempted")
+    names: tuple[str, ...] = (
+        "request",
+        "state",
+        "prompt",
+        "cached",
+        "computed",
+        "tokens",
+        "preempted",
+    )
     if width < NARROW:
         names = ("request", "state", "prompt", "tokens")
     table = Table(box=None, pad_edge=False, expand=False, header_style="dim")
