@@ -25,8 +25,9 @@ BUDGETS = {
     # requests are taken in, trials of those that may have killed a core, who is at fault when a
     # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
     # slow steps may take before they are a stall; the pace of a core that is looked at step by
-    # step; what a core leaves about its end
-    "core": 5050,
+    # step; what a core leaves about its end; block tables per group of layers, and what windows
+    # let go of
+    "core": 5170,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
     # core failed by itself, and what follows for its requests
     "frontend": 3990,
@@ -35,8 +36,9 @@ BUDGETS = {
     "frontend.server": 5900,
     # 5,000, and shares of ranks, pieces of tensors, mixtures of experts, a step's second half, and
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
-    # ropes and norms of more families, and what is captured before the core is ready
-    "worker": 6200,
+    # ropes and norms of more families, and what is captured before the core is ready; block tables
+    # per group of layers
+    "worker": 6260,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -8,12 +8,16 @@ outlives its block's release and is dropped when the block is handed out again (
 import secrets
 import sys
 from array import array
+from collections.abc import Iterator
 
 import xxhash
 
+from nanovllm.checkpoint.kv_layout import most_blocks
 from nanovllm.core.sequence import Sequence
 
 SALT_TAG = b"cache_salt:"
+KEY_BYTES = 16
+NO_BLOCK = 0  # in a block table: behind a window, or not needed yet
 
 
 class FreeList:
@@ -74,18 +78,33 @@ class FreeListIterator:
 class BlockManager:
     """Paged allocation (Kwon et al. 2023) with a verified, chained prefix cache.
 
+    windows: one for each group of layers (`checkpoint.kv_layout`), None where all keys are kept. A
+    block table has an entry for each group where a model with one group has one: entry
+    `column * len(windows) + group`. step_tokens: the most that a step computes of a sequence.
+
     A block's key is xxh3-128 over (parent key, token ids as int32, tagged salt), seeded at random
-    per process. The block keeps that message and a hit compares it: a collision costs a miss,
-    never wrong KV.
+    per process, and its group. The block keeps that message and a hit compares it: a collision
+    costs a miss, never wrong KV (behind windows, where parents are gone, 128 bits must do).
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        windows: tuple[int | None, ...] = (None,),
+        step_tokens: int = 0,
     ) -> None:
         assert num_blocks >= 2 and block_size >= 1
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.windows = windows
+        self.num_groups = len(windows)
+        self._step_tokens = step_tokens
+        self._sliding = [(group, size) for group, size in enumerate(windows) if size is not None]
+        self._keeping = [group for group, size in enumerate(windows) if size is None]
         self.num_queries = 0  # prompt tokens looked up, and found, since start
         self.num_hits = 0
         self.hash_seed = secrets.randbits(64)
@@ -96,53 +115,107 @@ class BlockManager:
         self.block_of_key: dict[bytes, int] = {}
 
     @property
+    def slides(self) -> bool:
+        """Whether sequences let go of blocks while they run."""
+        return bool(self._sliding)
+
+    @property
     def num_free_blocks(self) -> int:
         return len(self.free_list)
 
-    def num_blocks_for(self, num_tokens: int) -> int:
+    def num_columns_for(self, num_tokens: int) -> int:
+        """Of a block table: entries of each group."""
         return -(-num_tokens // self.block_size)
+
+    def num_tokens_in(self, table: list[int]) -> int:
+        """That fit into all columns of a block table."""
+        return len(table) // self.num_groups * self.block_size
 
     # ---- allocation
 
     def can_hold(self, sequence: Sequence, shared: list[int], *, reserve: int = 0) -> bool:
-        """Whether all known tokens fit on top of `shared` blocks, leaving `reserve` blocks free."""
-        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
-        num_revived = sum(self.reference_counts[block_id] == 0 for block_id in shared)
-        return num_new + num_revived + reserve <= len(self.free_list)
+        """Whether all known tokens fit on top of `shared` entries, with `reserve` blocks left."""
+        num_needed = most_blocks(
+            self.windows,
+            len(sequence.token_ids),
+            block_size=self.block_size,
+            step_tokens=self._step_tokens,
+        )
+        num_held = sum(block_id and self.reference_counts[block_id] > 0 for block_id in shared)
+        return num_needed - num_held + reserve <= len(self.free_list)
 
-    def hold(self, sequence: Sequence, shared: list[int]) -> None:
-        """Give `sequence` blocks for all its known tokens, the first ones being `shared`."""
+    def hold(self, sequence: Sequence, shared: list[int], *, num_tokens: int) -> None:
+        """Give `sequence` blocks for all its known tokens, the first ones being `shared`; where
+        there is a window, for those of its first step: up to `num_tokens`."""
         assert not sequence.block_ids
         for block_id in shared:
+            if block_id == NO_BLOCK:
+                continue
             if self.reference_counts[block_id] == 0:
                 self.free_list.remove(block_id)
             self.reference_counts[block_id] += 1
-        sequence.block_ids = list(shared)
-        num_new = self.num_blocks_for(len(sequence.token_ids)) - len(shared)
-        sequence.block_ids += [self._take() for _ in range(num_new)]
-        sequence.capacity = len(sequence.block_ids) * self.block_size
+        known, now = self.num_columns_for(len(sequence.token_ids)), self.num_columns_for(num_tokens)
+        first = len(shared) // self.num_groups
+        sequence.block_ids = shared + [
+            self._take() if window is None or column < now else NO_BLOCK
+            for column in range(first, known)
+            for window in self.windows
+        ]
+        sequence.capacity = (now if self._sliding else known) * self.block_size
         if self.enable_prefix_caching:
-            sequence.next_registration = (len(shared) + 1) * self.block_size
+            sequence.next_registration = (first + 1) * self.block_size
 
-    def grow(self, sequence: Sequence) -> int:
-        """Add one block; the caller has made sure that one is free. Returns its id."""
-        block_id = self._take()
-        sequence.block_ids.append(block_id)
-        sequence.capacity += self.block_size
-        return block_id
+    def slide(self, sequence: Sequence) -> None:
+        """Let go of the blocks that its next tokens do not see."""
+        table, size = sequence.block_ids, self.num_groups
+        for group, window in self._sliding:
+            first = max(0, sequence.num_computed - window + 1) // self.block_size
+            index = (first - 1) * size + group
+            while index >= 0 and table[index] != NO_BLOCK:
+                self._drop(table[index])
+                table[index] = NO_BLOCK
+                index -= size
+
+    def num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that it lacks for so many tokens."""
+        start, end = self._entries_beyond(sequence, num_tokens)
+        table = sequence.block_ids
+        return table[start:end].count(NO_BLOCK) + max(0, end - len(table))
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+        """Give it the blocks that it lacks; the caller has made sure that they are free. Returns
+        the new entries of its block table: each one's index, and the block."""
+        start, end = self._entries_beyond(sequence, num_tokens)
+        table, appended = sequence.block_ids, []
+        table += [NO_BLOCK] * (end - len(table))
+        for index in range(start, end):
+            if table[index] == NO_BLOCK:
+                table[index] = self._take()
+                appended.append((index, table[index]))
+        sequence.capacity = end // self.num_groups * self.block_size
+        return appended
+
+    def _entries_beyond(self, sequence: Sequence, num_tokens: int) -> tuple[int, int]:
+        """Of its block table: from its capacity on, up to `num_tokens`."""
+        start = self.num_columns_for(sequence.capacity) * self.num_groups
+        return start, self.num_columns_for(num_tokens) * self.num_groups
 
     def release(self, sequence: Sequence) -> None:
         """Let go of all blocks, tail first, so that leading blocks stay cached the longest."""
         for block_id in reversed(sequence.block_ids):
-            self.reference_counts[block_id] -= 1
-            if self.reference_counts[block_id] == 0:
-                if self.keys[block_id] is None:
-                    self.free_list.prepend(block_id)
-                else:
-                    self.free_list.append(block_id)
+            if block_id != NO_BLOCK:
+                self._drop(block_id)
         sequence.block_ids = []
         sequence.capacity = 0
         sequence.next_registration = sys.maxsize
+
+    def _drop(self, block_id: int) -> None:
+        self.reference_counts[block_id] -= 1
+        if self.reference_counts[block_id] == 0:
+            if self.keys[block_id] is None:
+                self.free_list.prepend(block_id)
+            else:
+                self.free_list.append(block_id)
 
     def _take(self) -> int:
         block_id = self.free_list.pop_first()
@@ -153,33 +226,86 @@ class BlockManager:
     # ---- prefix cache
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
-        """The longest leading run of cached full blocks, short of the last known token.
+        """Entries of a block table for the longest prefix that is cached, in full blocks, short of
+        the last known token. Of layers with a window, what lies in it at the prefix's end.
 
         The last token is always run: without it there would be no logits to sample from.
         """
         if not self.enable_prefix_caching:
             return []
         limit = (len(sequence.token_ids) - 1) // self.block_size
-        found: list[int] = []
-        for index in range(limit):
-            key = self._key(sequence, index)
-            block_id = self.block_of_key.get(key)
-            if block_id is None or self.messages[block_id] != self._message(sequence, index):
+        table: list[int] = []
+        for column in range(limit) if self._keeping else ():
+            found = [self._cached(sequence, column, group) for group in self._keeping]
+            if NO_BLOCK in found:
                 break
-            found.append(block_id)
-        return found
+            if not self._sliding:
+                table += found
+                continue
+            entries = dict(zip(self._keeping, found, strict=True))
+            table += [entries.get(group, NO_BLOCK) for group in range(self.num_groups)]
+        if not self._sliding:
+            return table
+        if not self._keeping:
+            table = [NO_BLOCK] * (limit * self.num_groups)
+        return self._with_windows(sequence, table)
+
+    def _with_windows(self, sequence: Sequence, table: list[int]) -> list[int]:
+        """As much of a table as has cached blocks for all windows at its end, and those in it."""
+        end, size = len(table) // self.num_groups, self.num_groups
+        found: dict[tuple[int, int], int] = {}
+
+        def is_cached(column: int, group: int) -> bool:
+            if (column, group) not in found:
+                found[column, group] = self._cached(sequence, column, group)
+            return found[column, group] != NO_BLOCK
+
+        while end:
+            places = self._places_seen(end)
+            missing = next((column for column, group in places if not is_cached(column, group)), -1)
+            if missing < 0:
+                break
+            end = missing
+        table = table[: end * size]
+        for column, group in self._places_seen(end):
+            table[column * size + group] = found[column, group]
+        return table
+
+    def _places_seen(self, end: int) -> Iterator[tuple[int, int]]:
+        """The columns before column `end` that tokens behind it see through a window, and the
+        group of the window."""
+        for group, window in self._sliding:
+            first = max(0, end * self.block_size - window + 1) // self.block_size
+            yield from ((column, group) for column in range(end - 1, first - 1, -1))
+
+    def prefix_of_leader(self, leader: Sequence, num_tokens: int) -> list[int]:
+        """Entries of a running sequence's table for its first tokens, in full blocks, at most
+        `num_tokens`; nothing if it has let go of some that are needed."""
+        size = self.num_groups
+        end = num_tokens // self.block_size
+        table = leader.block_ids[: end * size]
+        seen = {column * size + group for column, group in self._places_seen(end)}
+        if any(table[index] == NO_BLOCK for index in seen):
+            return []
+        for group, _ in self._sliding:
+            for index in range(group, end * size, size):
+                if index not in seen:
+                    table[index] = NO_BLOCK
+        return table
 
     def register(self, sequence: Sequence) -> None:
         """Enter the blocks that have become full, known and computed into the prefix map."""
         num_ready = min(sequence.num_computed, len(sequence.token_ids)) // self.block_size
-        for index in range(sequence.next_registration // self.block_size - 1, num_ready):
-            block_id = sequence.block_ids[index]
-            key = self._key(sequence, index)
-            # An equal block may be there already: both stay, so block tables are append-only.
-            if key not in self.block_of_key and self.keys[block_id] is None:
-                self.block_of_key[key] = block_id
-                self.keys[block_id] = key
-                self.messages[block_id] = self._message(sequence, index)
+        for column in range(sequence.next_registration // self.block_size - 1, num_ready):
+            for group in range(self.num_groups):
+                block_id = sequence.block_ids[column * self.num_groups + group]
+                key = self._key(sequence, column, group)
+                # An equal block may be there already: both stay, as tables say where KV lies.
+                is_new = key not in self.block_of_key and self.keys[block_id] is None
+                if is_new and block_id != NO_BLOCK:
+                    self.block_of_key[key] = block_id
+                    self.keys[block_id] = key
+                    self.messages[block_id] = self._message(sequence, column)
         sequence.next_registration = (num_ready + 1) * self.block_size
 
     def reset_prefix_cache(self) -> bool:
@@ -188,19 +314,26 @@ class BlockManager:
             self._forget(block_id)
         return len(self.free_list) == self.num_blocks - 1
 
-    def _key(self, sequence: Sequence, index: int) -> bytes:
+    def _cached(self, sequence: Sequence, column: int, group: int) -> int:
+        """The block of a group that holds these tokens behind the same prefix, or `NO_BLOCK`."""
+        block_id = self.block_of_key.get(self._key(sequence, column, group), NO_BLOCK)
+        if block_id and self.messages[block_id] != self._message(sequence, column):
+            return NO_BLOCK
+        return block_id
+
+    def _key(self, sequence: Sequence, column: int, group: int) -> bytes:
         keys = sequence.block_keys
-        while len(keys) <= index:
+        while len(keys) <= column:
             message = self._message(sequence, len(keys))
             keys.append(xxhash.xxh3_128_digest(message, seed=self.hash_seed))
-        return keys[index]
+        return keys[column] + bytes([group]) if group else keys[column]
 
-    def _message(self, sequence: Sequence, index: int) -> bytes:
+    def _message(self, sequence: Sequence, column: int) -> bytes:
         """What is hashed and compared; the chain carries the first block's salt to the rest."""
-        start = index * self.block_size
+        start = column * self.block_size
         tokens = array("i", sequence.token_ids[start : start + self.block_size]).tobytes()
-        if index:
-            return sequence.block_keys[index - 1] + tokens
+        if column:
+            return sequence.block_keys[column - 1] + tokens
         if sequence.cache_salt is None:
             return tokens
         return tokens + SALT_TAG + sequence.cache_salt.encode()
@@ -231,10 +364,10 @@ class BlockManager:
             return None
         num_bytes = self.block_size * array("i").itemsize
         # See `_message`: a first block begins with its tokens, any other with its parent's key.
-        is_first = len(message) != len(key) + num_bytes or message.startswith(SALT_TAG, num_bytes)
-        parent = b"" if is_first else message[: len(key)]
+        is_first = len(message) != KEY_BYTES + num_bytes or message.startswith(SALT_TAG, num_bytes)
+        parent = b"" if is_first else message[:KEY_BYTES]
         start = len(parent)
-        return key, parent, array("i", message[start : start + num_bytes]).tolist()
+        return key[:KEY_BYTES], parent, array("i", message[start : start + num_bytes]).tolist()
 
     # ---- for tests
 
@@ -242,8 +375,15 @@ class BlockManager:
         """Assert that reference counts, free list and prefix map agree with `holders`."""
         counts = [0] * self.num_blocks
         for sequence in holders:
-            assert len(sequence.block_ids) * self.block_size == sequence.capacity
-            for block_id in sequence.block_ids:
+            table, size = sequence.block_ids, self.num_groups
+            assert len(table) % size == 0 and sequence.capacity <= self.num_tokens_in(table)
+            assert self._sliding or sequence.capacity == self.num_tokens_in(table)
+            for column in range(sequence.capacity // self.block_size):
+                for group, window in enumerate(self.windows):
+                    seen = 0 if window is None else sequence.num_computed - window + 1
+                    is_seen = (column + 1) * self.block_size > seen
+                    assert table[column * size + group] or not is_seen, "a block is missing"
+            for block_id in filter(None, table):
                 counts[block_id] += 1
         assert counts == self.reference_counts, "reference counts differ from what sequences hold"
         free = list(self.free_list)

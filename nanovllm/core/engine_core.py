@@ -72,6 +72,8 @@ class EngineCore:
             num_blocks=info.num_blocks,
             block_size=config.cache.block_size,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            windows=info.kv_windows,
+            step_tokens=limits.max_num_batched_tokens,
         )
         self.scheduler = Scheduler(
             limits,

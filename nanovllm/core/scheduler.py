@@ -331,8 +331,8 @@ class Scheduler:
             num_new = num_tokens - sequence.num_computed
             if num_new > 1:
                 num_new = min(num_new, cap, budget)
-            num_lacking = sequence.num_computed + num_new - sequence.capacity
-            if num_lacking > 0 and not self._grow(step, sequence, num_lacking):
+            end = sequence.num_computed + num_new
+            if end > sequence.capacity and not self._grow(step, sequence, end):
                 break
             if sequence.num_unsent:
                 self._tell_known(step, sequence)
@@ -361,14 +361,12 @@ class Scheduler:
             self._release_forks(sequence)
 
     def _grow(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> bool:
-        """Give it room for so many tokens more; False if it was itself preempted for it."""
-        num_blocks = -(-num_tokens // self._blocks.block_size)
-        if not self._free_blocks(num_blocks, sequence):
+        """Give it room for so many tokens in all; False if it was itself preempted for it."""
+        self._blocks.slide(sequence)
+        if not self._free_blocks(self._blocks.num_lacking(sequence, num_tokens), sequence):
             return False
-        for _ in range(num_blocks):
-            block_id = self._blocks.grow(sequence)
-            append = BlockAppend(sequence.row, len(sequence.block_ids) - 1, block_id)
-            step.plan.block_appends.append(append)
+        for index, block_id in self._blocks.grow(sequence, num_tokens):
+            step.plan.block_appends.append(BlockAppend(sequence.row, index, block_id))
         return True
 
     @staticmethod
@@ -450,15 +448,16 @@ class Scheduler:
                     continue
                 return KV if self.free_rows else SEATS
             self.waiting.remove(sequence)
-            self._admit(step, sequence, shared)
-            num_new = min(len(sequence.token_ids) - sequence.num_computed, cap, budget)
+            num_cached = self._blocks.num_tokens_in(shared)
+            num_new = min(len(sequence.token_ids) - num_cached, cap, budget)
+            self._blocks.hold(sequence, shared, num_tokens=num_cached + num_new)
+            self._admit(step, sequence, num_cached)
             self._advance(step, sequence, num_new)
             budget -= num_new
         return None
 
-    def _admit(self, step: ScheduledStep, sequence: Sequence, shared: list[int]) -> None:
-        self._blocks.hold(sequence, shared)
-        sequence.num_computed = len(shared) * self._blocks.block_size
+    def _admit(self, step: ScheduledStep, sequence: Sequence, num_cached: int) -> None:
+        sequence.num_computed = num_cached
         sequence.row = self.free_rows.pop()
         sequence.num_unsent = 0  # a new row is told all
         insort(self.running, sequence, key=BY_ORDER)
@@ -476,10 +475,13 @@ class Scheduler:
         step.plan.new_rows.append(new_row(sequence))
 
     def _reusable_blocks(self, sequence: Sequence) -> list[int]:
-        """Leading blocks whose KV is there already: the leader's prompt, or the prefix cache's."""
+        """Leading entries of a block table whose KV is there already: those of the leader's
+        prompt, or the prefix cache's."""
         leader = sequence.leader
         if leader is not None and leader.row >= 0 and leader.has_computed_prompt:
-            return leader.block_ids[: (sequence.num_prompt_tokens - 1) // self._blocks.block_size]
+            shared = self._blocks.prefix_of_leader(leader, sequence.num_prompt_tokens - 1)
+            if shared:
+                return shared
         if sequence.params.prompt_logprobs is not None:
             return []  # every prompt position must be run to have its log-probabilities
         return self._blocks.cached_prefix(sequence)

@@ -6,13 +6,15 @@ by `fit_blocks`. KV gets what the rest leaves. Everything is in bytes.
 
 import math
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import AT_LOAD
 from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup
@@ -51,6 +53,7 @@ class MemoryPlan:
     """One configuration of one model on one device; every figure follows from the fields.
 
     num_ranks: devices that share weights and KV heads between them; figures are those of one.
+    layout: of the KV cache, if it is not the model's own.
     """
 
     size: ModelSize
@@ -60,6 +63,7 @@ class MemoryPlan:
     limits: StepLimits
     max_model_len: int
     num_ranks: int = 1
+    layout: KVLayout | None = None
 
     @property
     def spec(self) -> DecoderSpec:
@@ -83,7 +87,8 @@ class MemoryPlan:
     @property
     def row_bytes(self) -> int:
         """Tokens, block tables and parameters of every sequence, and the rotary table."""
-        words = self.max_model_len + self._blocks_for(self.max_model_len) + RECORD_WORDS
+        columns = math.ceil(self.max_model_len / self.cache.block_size)
+        words = self.max_model_len + columns * len(self._layout.groups) + RECORD_WORDS
         tables = {(attention.rope, attention.head_dim) for attention in self.spec.attentions}
         rotary = self.max_model_len * sum(head_dim for _, head_dim in tables) * 4
         return (self.limits.max_num_seqs + 1) * words * 4 + rotary
@@ -118,16 +123,23 @@ class MemoryPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of KV, in all layers."""
-        values = 0
-        for layer in self.spec.layers:
-            heads = max(1, layer.attention.num_kv_heads // self.num_ranks)
-            values += 2 * heads * layer.attention.head_dim
-        return math.ceil(values * self.precision.kv_bytes)
+        """Of KV, in all layers, while a token is within all windows."""
+        return self._kv_bytes(self.spec.num_layers)
 
     @property
     def bytes_per_block(self) -> int:
-        return self.bytes_per_token * self.cache.block_size
+        """Of KV of `block_size` tokens in the layers of one group."""
+        return self._kv_bytes(self._layout.layers_per_block) * self.cache.block_size
+
+    def _kv_bytes(self, num_layers: int) -> int:
+        """Of a token in so many layers: all are alike in the shape of their keys."""
+        attention = self.spec.layers[0].attention
+        heads = max(1, attention.num_kv_heads // self.num_ranks)
+        return math.ceil(num_layers * 2 * heads * attention.head_dim * self.precision.kv_bytes)
+
+    @property
+    def _layout(self) -> KVLayout:
+        return self.layout or kv_layout(self.spec)
 
     @property
     def budget_bytes(self) -> int:
@@ -146,7 +158,7 @@ class MemoryPlan:
             self.cache,
             bytes_per_block=self.bytes_per_block,
             memory_bytes=left,
-            max_model_len=self.max_model_len,
+            blocks_per_sequence=self.blocks_for(self.max_model_len),
             max_num_seqs=self.limits.max_num_seqs,
         )
 
@@ -156,11 +168,24 @@ class MemoryPlan:
 
     @property
     def num_kv_tokens(self) -> int:
-        return max(0, self.num_blocks - NUM_RESERVED) * self.cache.block_size
+        """That fit, were none behind a window."""
+        return self.num_tokens_in(self.num_blocks)
+
+    def num_tokens_in(self, num_blocks: int) -> int:
+        """That fit into so many blocks, the reserved one included, were none behind a window."""
+        usable = max(0, num_blocks - NUM_RESERVED)
+        return usable // len(self._layout.groups) * self.cache.block_size
 
     def num_sequences(self, length: int) -> int:
         """How many sequences of `length` tokens have room at once, whatever max_num_seqs says."""
-        return max(0, self.num_blocks - NUM_RESERVED) // self._blocks_for(length)
+        return self.num_sequences_in(self.num_blocks, length)
+
+    def num_sequences_in(self, num_blocks: int, length: int) -> int:
+        """The same for so many blocks, the reserved one included. A step's tokens lie within all
+        windows, but whosever they are there are no more than `max_num_batched_tokens`."""
+        settled = self._most_blocks(length, step_tokens=1)
+        usable = max(0, num_blocks - NUM_RESERVED) - (self.blocks_for(length) - settled)
+        return max(0, usable) // settled
 
     # ---- whether it fits, and what would
 
@@ -175,7 +200,7 @@ class MemoryPlan:
     def is_hopeless(self) -> bool:
         """Whether it cannot fit even if steps took nothing: no estimate is in this."""
         brought = sum(self.weight_bytes.values()) + self.row_bytes
-        one = (self._blocks_for(self.max_model_len) + NUM_RESERVED) * self.bytes_per_block
+        one = (self.blocks_for(self.max_model_len) + NUM_RESERVED) * self.bytes_per_block
         room = self.machine.memory_bytes - self.machine.taken_bytes
         if self.kv_bytes_asked:
             return brought + self.kv_bytes_asked > room
@@ -184,7 +209,7 @@ class MemoryPlan:
     @property
     def needed_bytes(self) -> int:
         """The least memory of a device that this would fit, at the same share."""
-        blocks = self._blocks_for(self.max_model_len) + NUM_RESERVED
+        blocks = self.blocks_for(self.max_model_len) + NUM_RESERVED
         kv = max(blocks * self.bytes_per_block, self.kv_bytes_asked)
         share = self.cache.gpu_memory_utilization if self.machine.is_gpu else 1.0
         if not self.machine.is_gpu:
@@ -239,8 +264,13 @@ class MemoryPlan:
             for width in (attention.head_dim + 2,)
         )
 
-    def _blocks_for(self, length: int) -> int:
-        return math.ceil(length / self.cache.block_size)
+    def blocks_for(self, length: int) -> int:
+        """How many blocks a sequence of `length` tokens holds at most."""
+        return self._most_blocks(length, step_tokens=self.limits.max_num_batched_tokens)
+
+    def _most_blocks(self, length: int, *, step_tokens: int) -> int:
+        size = self.cache.block_size
+        return most_blocks(self._layout.windows, length, block_size=size, step_tokens=step_tokens)
 
 
 def remedies(plan: MemoryPlan) -> list[str]:
@@ -299,7 +329,7 @@ def _with(struct: _S, **changes: Any) -> _S:
 def explain(plan: MemoryPlan) -> str:
     """Why `plan` does not fit and what would make it, in a sentence each."""
     assert not plan.fits
-    machine, kv = plan.machine, plan._blocks_for(plan.max_model_len) * plan.bytes_per_block
+    machine, kv = plan.machine, plan.blocks_for(plan.max_model_len) * plan.bytes_per_block
     return (
         f"{plan.spec.architecture} with {plan.size.num_parameters / 1e9:.2f} billion parameters "
         f"does not fit {machine.name}: of {machine.memory_bytes / GIB:.1f} GiB the engine may take "
@@ -317,19 +347,19 @@ def count_blocks(
     *,
     bytes_per_block: int,
     memory_bytes: int,
-    max_model_len: int,
+    blocks_per_sequence: int,
     max_num_seqs: int,
 ) -> int:
     """How many blocks `cache` asks for or memory holds, block 0 included.
 
     memory_bytes: what may be used if `cache` does not say it; never more is taken than
-    `max_num_seqs` sequences of `max_model_len` tokens could fill.
+    `max_num_seqs` sequences of full length could fill, each `blocks_per_sequence`.
     """
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes // bytes_per_block
-    most = NUM_RESERVED + max_num_seqs * math.ceil(max_model_len / cache.block_size)
+    most = NUM_RESERVED + max_num_seqs * blocks_per_sequence
     return min(max(0, memory_bytes) // bytes_per_block, most)
 
 
@@ -339,25 +369,28 @@ def fit_blocks(
     bytes_per_block: int,
     memory_bytes: int,
     max_model_len: int,
+    blocks_for: Callable[[int], int],
     max_num_seqs: int,
 ) -> int:
-    """`count_blocks`; `ValueError` if not one sequence of `max_model_len` fits."""
-    blocks_per_sequence = math.ceil(max_model_len / cache.block_size)
+    """`count_blocks`; `ValueError` if not one sequence of `max_model_len` fits. blocks_for: as
+    `MemoryPlan.blocks_for`."""
+    blocks_per_sequence = blocks_for(max_model_len)
     num_blocks = count_blocks(
         cache,
         bytes_per_block=bytes_per_block,
         memory_bytes=memory_bytes,
-        max_model_len=max_model_len,
+        blocks_per_sequence=blocks_per_sequence,
         max_num_seqs=max_num_seqs,
     )
-    usable = num_blocks - NUM_RESERVED
+    usable = max(0, num_blocks - NUM_RESERVED)
     if usable < blocks_per_sequence:
         num_bytes = bytes_per_block * (blocks_per_sequence + NUM_RESERVED)
-        fits = max(0, usable) * cache.block_size
+        lengths = range(0, max_model_len, cache.block_size)
+        fits = lengths[bisect_right(lengths, usable, key=blocks_for) - 1]
         shorter = f"set max_model_len to at most {fits}, or " if fits >= 2 else ""
         raise ValueError(
             f"max_model_len: a sequence of {max_model_len} tokens needs {blocks_per_sequence} KV "
-            f"blocks (with the reserved one {num_bytes:,} bytes), and {max(0, usable)} fit: "
+            f"blocks (with the reserved one {num_bytes:,} bytes), and {usable} fit: "
             f"{shorter}raise kv_cache_memory_bytes, gpu_memory_utilization or "
             "num_gpu_blocks_override"
         )

@@ -28,7 +28,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
     """A sequence that takes (or, preempted before, takes again) a device row.
 
-    `token_ids` are all known tokens: the prompt, then outputs so far. `block_ids` cover them all.
+    `token_ids` are all known tokens: the prompt, then outputs so far. `block_ids` is its block
+    table: `len(WorkerInfo.kv_windows)` entries for each block of tokens, 0 where there is none.
     """
 
     row: int
@@ -105,7 +106,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts found at start, by whoever owns the device.
 
-    `num_blocks` includes block 0, which is reserved for padding and never handed out.
+    `num_blocks` includes block 0, which is reserved for padding and never handed out. `kv_windows`
+    tell, of each group of layers that has block tables of its own, how many tokens it sees.
     `sampling_defaults`: fields of `SamplingParams` as the checkpoint wants them by default.
     `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
     `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
@@ -121,6 +123,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     num_parameters: int = 0
     kv_cache_bytes: int = 0
+    kv_windows: tuple[int | None, ...] = (None,)
     sampling_defaults: dict[str, int | float] = {}
     notes: list[str] = []
     phase_seconds: dict[str, float] = {}

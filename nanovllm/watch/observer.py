@@ -38,13 +38,14 @@ NO_IDS: list[int] = []
 
 @dataclass(slots=True)
 class Watcher:
-    """What one client has been shown. shown: uid → (preemptions, blocks) of sequences listed."""
+    """What one client has been shown. shown: uid → of sequences listed, what changes when blocks
+    shown are no longer theirs, and how many have been shown."""
 
     seen_at: float
     num_steps: int
     num_ends: int
     last_batch: int = -1
-    shown: dict[int, tuple[int, int]] = field(default_factory=dict)
+    shown: dict[int, tuple[tuple[int, int], int]] = field(default_factory=dict)
 
 
 class Observer:
@@ -163,14 +164,18 @@ class Observer:
         views: list[SequenceView] = []
         for sequence in running:
             uid, table = sequence.order[1], sequence.block_ids
-            num_preemptions, num_shown = shown.get(uid, (0, 0))
-            if num_preemptions != sequence.num_preemptions:
+            life = sequence.num_preemptions, 0
+            if self._core.blocks.slides:  # some are let go of, and only when others are taken
+                table = list(filter(None, table))
+                life = sequence.num_preemptions, sequence.capacity
+            known_life, num_shown = shown.get(uid, ((0, 0), 0))
+            if known_life != life:
                 num_shown = 0
             new_ids = NO_IDS
             if len(table) != num_shown:
                 new_ids = table[num_shown : num_shown + room]
                 room -= len(new_ids)
-            watcher.shown[uid] = (sequence.num_preemptions, num_shown + len(new_ids))
+            watcher.shown[uid] = (life, num_shown + len(new_ids))
             is_paused = sequence.status is Status.PAUSED
             state: SequenceState = "paused" if is_paused else "running"
             views.append(_view(sequence, state, "client" if is_paused else "", num_shown, new_ids))
@@ -196,7 +201,9 @@ class Observer:
         if of_client is not None:
             holders = [one for one in holders if one.client_id == of_client]
             key, parent, token_ids = b"", b"", []
-        index = holders[0].block_ids.index(block_id) if holders else None
+        index = None
+        if holders:
+            index = holders[0].block_ids.index(block_id) // blocks.num_groups
         if holders and index is not None and not key:
             known = holders[0].token_ids[: holders[0].num_computed]
             token_ids = known[index * size : (index + 1) * size]

@@ -5,7 +5,7 @@
 tensors are on the device; host integers bound what kernels loop over.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class ForwardBatch:
 
     Slot `s` of the KV cache is offset `s % block_size` of block `s // block_size`. Padding tokens
     and rows point at block 0, which no sequence owns, or at no slot (`NOT_CACHED`). The counts of a
-    padded batch are upper bounds.
+    padded batch are upper bounds. Slots and block tables are those of one group of layers; of the
+    group 0, `others` are the batches of the rest.
     """
 
     input_ids: Tensor  # [num_tokens] int64
@@ -50,6 +51,12 @@ class ForwardBatch:
     max_query_len: int
     max_seq_len: int
     prefix: SharedPrefix | None = None
+    group: int = 0
+    others: tuple["ForwardBatch", ...] = ()
+
+    def of_group(self, group: int) -> "ForwardBatch":
+        """The same step as layers of that group see it, whose keys lie in other blocks."""
+        return self if group == 0 else self.others[group - 1]
 
 
 @dataclass(slots=True)
@@ -275,13 +282,16 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         token_rows = row_ids[entries]
         first_positions = staged.num_computed - staged.query_start_loc[:-1]
         positions = torch.arange(num_tokens, device=row_ids.device) + first_positions[entries]
-    return ForwardBatch(
+    slots = [slots_of(table, token_rows, positions, block_size) for table in rows.block_tables]
+    width = -(-max_seq_len // block_size)
+    tables = [table[:, :width][row_ids] for table in rows.block_tables]
+    batch = ForwardBatch(
         input_ids=rows.token_ids[token_rows, positions].long(),
         positions=positions,
-        slot_mapping=slots_of(rows.block_tables, token_rows, positions, block_size),
+        slot_mapping=slots[0],
         query_start_loc=staged.query_start_loc,
         seq_lens=staged.num_computed + query_lens,
-        block_tables=rows.block_tables[:, : -(-max_seq_len // block_size)][row_ids],
+        block_tables=tables[0],
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=int((counts == 1).sum()),
@@ -289,25 +299,30 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
+    batch.others = tuple(
+        replace(batch, slot_mapping=slots[group], block_tables=tables[group], group=group)
+        for group in range(1, len(tables))
+    )
+    return batch
 
 
 def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
     """The batch that a view of `PlanStaging` stands for: counts, bounds, and memory to fill in."""
     num_rows, num_tokens = len(staged.host_rows), int(staged.host_query_start_loc[-1])
     max_seq_len, decodes = int(staged.host_seq_lens[0]), num_tokens == num_rows
-    device = staged.rows.device
-    input_ids, positions, slot_mapping = torch.empty(
-        3, num_tokens, dtype=torch.int64, device=device
+    device, num_groups = staged.rows.device, len(rows.block_tables)
+    input_ids, positions, *slots = torch.empty(
+        2 + num_groups, num_tokens, dtype=torch.int64, device=device
     )
-    return ForwardBatch(
+    width = -(-max_seq_len // block_size)
+    tables = torch.empty(num_groups, num_rows, width, dtype=torch.int32, device=device)
+    batch = ForwardBatch(
         input_ids=input_ids,
         positions=positions,
-        slot_mapping=slot_mapping,
+        slot_mapping=slots[0],
         query_start_loc=staged.query_start_loc[: num_rows + 1],
         seq_lens=torch.empty(num_rows, dtype=torch.int32, device=device),
-        block_tables=torch.empty(
-            num_rows, -(-max_seq_len // block_size), dtype=torch.int32, device=device
-        ),
+        block_tables=tables[0],
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_decode_rows=num_rows,
@@ -315,6 +330,11 @@ def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> 
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
+    batch.others = tuple(
+        replace(batch, slot_mapping=slots[group], block_tables=tables[group], group=group)
+        for group in range(1, num_groups)
+    )
+    return batch
 
 
 def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
@@ -335,10 +355,9 @@ def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
     batch.positions.copy_(torch.where(real, offsets, 0))
     token_rows = row_ids[entries]
     batch.input_ids.copy_(rows.token_ids[token_rows, batch.positions])
-    slots = slots_of(rows.block_tables, token_rows, batch.positions, block_size)
-    batch.slot_mapping.copy_(torch.where(real, slots, NOT_CACHED))
+    for one, table in zip((batch, *batch.others), rows.block_tables, strict=True):
+        slots = slots_of(table, token_rows, batch.positions, block_size)
+        one.slot_mapping.copy_(torch.where(real, slots, NOT_CACHED))
+        one.block_tables.copy_(table[:, : one.block_tables.shape[1]][row_ids[:num_rows]])
     batch.seq_lens.copy_(staged.num_computed[:num_rows] + starts[: num_rows + 1].diff())
-    batch.block_tables.copy_(
-        rows.block_tables[:, : batch.block_tables.shape[1]][row_ids[:num_rows]]
-    )
     return batch

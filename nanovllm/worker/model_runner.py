@@ -104,7 +104,8 @@ class PendingStep:
 
 
 class ModelRunner:
-    """Runs plans on `model`; `kv_cache` is [2, layers, blocks, block_size, kv_heads, head_dim]."""
+    """Runs plans on `model`; `kv_cache` is [2, layers of a block, blocks, block_size, kv_heads,
+    head_dim]."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ own figures for how much memory there is.
 
 import torch
 
+from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import Scheme, bytes_per_linear_weight
 from nanovllm.checkpoint.spec import DecoderSpec
@@ -23,11 +24,12 @@ def plan_memory(
     precision: Precision,
     max_model_len: int,
     num_ranks: int = 1,
+    layout: KVLayout | None = None,
 ) -> MemoryPlan:
     """The plan of `config` on this very device.
 
-    Raises `ValueError` with the remedies if weights and KV of one sequence cannot fit, however
-    little a step takes.
+    layout: as `MemoryPlan.layout`. Raises `ValueError` with the remedies if weights and KV of one
+    sequence cannot fit, however little a step takes.
     """
     plan = MemoryPlan(
         size=size,
@@ -37,6 +39,7 @@ def plan_memory(
         limits=config.scheduler.limits(device.type),
         max_model_len=max_model_len,
         num_ranks=num_ranks,
+        layout=layout or kv_layout(size.spec),
     )
     if plan.is_hopeless:
         raise ValueError(explain(plan))
@@ -82,10 +85,10 @@ def report(plan: MemoryPlan, measured: dict[str, int], *, num_blocks: int) -> li
         for name in foreseen
         if name in measured
     ]
-    block_size = plan.cache.block_size
-    per_sequence = -(-plan.max_model_len // block_size)
+    num_sequences = plan.num_sequences_in(num_blocks, plan.max_model_len)
+    # Where windows free blocks, more tokens fit the longer sequences are.
+    num_tokens = max(num_sequences * plan.max_model_len, plan.num_tokens_in(num_blocks))
     lines.append(
-        f"room for {(num_blocks - 1) * block_size:,} tokens: "
-        f"{(num_blocks - 1) // per_sequence:,} sequences of {plan.max_model_len:,}"
+        f"room for {num_tokens:,} tokens: {num_sequences:,} sequences of {plan.max_model_len:,}"
     )
     return lines

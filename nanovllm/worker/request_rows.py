@@ -34,9 +34,10 @@ class RequestRows:
     """`ModelRunner` writes plans in, in order; batches and the sampler read by row.
 
     token_ids: [num_rows + 1, max_model_len] int32; block_tables: [num_rows + 1, max_num_blocks]
-    int32; seeds: [num_rows + 1] int64; columns: name → [num_rows + 1], of `COLUMNS` and `COUNTS`.
-    All are views of one tensor. `host` mirrors the record's fixed part, but for `num_counted`,
-    `host_block_tables` the block tables. `edits` are those of rows that have some.
+    int32, one for each group of layers that has its own (`checkpoint.kv_layout`); seeds: [num_rows
+    + 1] int64; columns: name → [num_rows + 1], of `COLUMNS` and `COUNTS`. All are views of one
+    tensor. `host` mirrors the record's fixed part, but for `num_counted`, `host_block_tables` the
+    block tables, side by side. `edits` are those of rows that have some.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class RequestRows:
         vocab_size: int,
         eos_token_ids: list[int],
         device: torch.device,
+        num_groups: int = 1,
     ) -> None:
-        max_num_blocks = -(-max_model_len // block_size)
-        self._tokens_at = NUM_WORDS + max_num_blocks
+        self._num_groups = num_groups
+        self._max_num_blocks = -(-max_model_len // block_size)
+        self._tokens_at = NUM_WORDS + num_groups * self._max_num_blocks
         width = self._tokens_at + max_model_len
         self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
         if (num_rows + 1) * self._width >= 2**31:
@@ -60,7 +63,10 @@ class RequestRows:
             )
         state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
         self._words = state.view(-1)
-        self.block_tables = state[:, NUM_WORDS : self._tokens_at]
+        self.block_tables = [
+            state[:, start : start + self._max_num_blocks]
+            for start in range(NUM_WORDS, self._tokens_at, self._max_num_blocks)
+        ]
         self.token_ids = state[:, self._tokens_at : width]
         self.seeds = state[:, :2].view(torch.int64)[:, 0]
         self.columns: dict[str, Tensor] = {
@@ -71,7 +77,9 @@ class RequestRows:
         self.num_rows = num_rows
         self.host = np.repeat(NEUTRAL, num_rows + 1)
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
-        self.host_block_tables = np.zeros((num_rows + 1, max_num_blocks), np.int32)
+        self.host_block_tables = np.zeros(
+            (num_rows + 1, num_groups * self._max_num_blocks), np.int32
+        )
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self._uncounted: set[int] = set()  # admitted since their tokens were last counted
@@ -92,11 +100,13 @@ class RequestRows:
             self.edits.pop(new.row, None)
             if edits is not None:
                 self.edits[new.row] = edits
-            self.host_block_tables[new.row, : len(new.block_ids)] = new.block_ids
+            entries = self._place_in_tables(np.arange(len(new.block_ids), dtype=np.int32))
+            self.host_block_tables[new.row, entries] = new.block_ids
             start = new.row * self._width
+            places.append(start + NUM_WORDS + entries)
+            values.append(np.array(new.block_ids, np.int32))
             for offset, words in (
                 (0, record.view(np.int32)),
-                (NUM_WORDS, np.array(new.block_ids, np.int32)),
                 (self._tokens_at, np.array(new.token_ids, np.int32)),
             ):
                 at = start + offset
@@ -104,8 +114,9 @@ class RequestRows:
                 values.append(words)
         if plan.block_appends:
             appends = np.array([(a.row, a.index, a.block_id) for a in plan.block_appends], np.int32)
-            self.host_block_tables[appends[:, 0], appends[:, 1]] = appends[:, 2]
-            places.append(appends[:, 0] * self._width + appends[:, 1] + NUM_WORDS)
+            entries = self._place_in_tables(appends[:, 1])
+            self.host_block_tables[appends[:, 0], entries] = appends[:, 2]
+            places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
         for known in plan.known_tokens:
             at = known.row * self._width + self._tokens_at + known.position
@@ -114,6 +125,11 @@ class RequestRows:
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))
+
+    def _place_in_tables(self, indices: Int32Array) -> Int32Array:
+        """Where entries of a plan's block table lie: there the groups take turns, here each has a
+        table of its own."""
+        return indices % self._num_groups * self._max_num_blocks + indices // self._num_groups
 
     def _prepare(self, new: NewRow) -> tuple[npt.NDArray[Any], RowEdits | None]:
         """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""

@@ -19,13 +19,14 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from nanovllm.checkpoint.generation_config import sampling_defaults
+from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, undivided
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import Scheme, scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig, StepLimits
-from nanovllm.plan.memory_plan import cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.plan.memory_plan import MemoryPlan, cpu_memory_budget, fit_blocks, free_memory
 from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs, select_attention
@@ -84,13 +85,13 @@ class Loaded:
         )
 
     def _kv_cache(self, num_blocks: int) -> Tensor:
-        num_layers, spec = self.model.spec.num_layers, self.attention.spec
+        num_layers, spec = self.model.layout.layers_per_block, self.attention.spec
         shape = self.attention.kv_shape(num_layers=num_layers, num_blocks=num_blocks)
         return allocate(shape, dtype=spec.cache_dtype, device=spec.device)
 
     @property
     def bytes_per_block(self) -> int:
-        return self.model.spec.num_layers * self.attention.spec.bytes_per_block
+        return self.model.layout.layers_per_block * self.attention.spec.bytes_per_block
 
     @property
     def max_model_len(self) -> int:
@@ -101,7 +102,8 @@ class Loaded:
 class Choice:
     """What will be loaded, and by what it will run.
 
-    spec: with the positions that are wanted. is_native: whether whole steps are native calls.
+    spec: with the positions that are wanted. layout: of the KV cache. is_native: whether whole
+    steps are native calls.
     """
 
     checkpoint: Checkpoint
@@ -111,6 +113,7 @@ class Choice:
     scheme: Scheme | None
     attention: ModelAttention
     kernels: DeviceKernels
+    layout: KVLayout
     is_native: bool
     notes: list[str]  # why it was chosen so
 
@@ -151,6 +154,7 @@ class Startup:
             precision=precision_of(choice.spec, choice.scheme, choice.attention.spec),
             max_model_len=choice.spec.max_position_embeddings,
             num_ranks=self._parallel.size,
+            layout=choice.layout,
         )
         with self.phase("build"):
             loaded = self._build(choice)
@@ -158,7 +162,7 @@ class Startup:
             loaded = self._load(loaded, choice)
         self._await_kernels(choice.kernels)
         with self.phase("kv cache"):
-            num_blocks = self._count_blocks(loaded)
+            num_blocks = self._count_blocks(loaded, plan)
         self._memory_bytes["KV cache"] = num_blocks * loaded.bytes_per_block
         found = report(plan, self._memory_bytes, num_blocks=num_blocks)
         logger.info("memory of %s: %s", describe(self.device), "; ".join(found))
@@ -200,7 +204,19 @@ class Startup:
         is_native, why_kernels = self._choose_native(spec, scheme, attention)
         notes = [why_dtype, why_attention]
         notes += [why_kernels] if is_native else [f"{kernels.why}{why_kernels}"]
-        return Choice(checkpoint, ends, size, spec, scheme, attention, kernels, is_native, notes)
+        return Choice(
+            checkpoint=checkpoint,
+            eos_token_ids=ends,
+            size=size,
+            spec=spec,
+            scheme=scheme,
+            attention=attention,
+            kernels=kernels,
+            # Native steps know one block table.
+            layout=undivided(spec) if is_native else kv_layout(spec),
+            is_native=is_native,
+            notes=notes,
+        )
 
     def _choose_native(
         self, spec: DecoderSpec, scheme: Scheme | None, attention: ModelAttention
@@ -231,6 +247,7 @@ class Startup:
             scheme=choice.scheme,
             parallel=self._parallel,
         )
+        model.lay_out(choice.layout)
         takes_file = self._config.model.load_format in ("auto", "gguf")
         takes_file = takes_file and choice.scheme is None
         if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
@@ -242,6 +259,7 @@ class Startup:
             vocab_size=choice.spec.vocab_size,
             eos_token_ids=choice.eos_token_ids,
             device=self.device,
+            num_groups=len(choice.layout.groups),
         )
         captures = kernels.fused is not None and not self._config.model.enforce_eager
         captures = captures and not model.waits_for_routers
@@ -267,6 +285,7 @@ class Startup:
             eos_token_ids=choice.eos_token_ids,
             num_parameters=loaded.model.num_parameters,
             kv_cache_bytes=self._memory_bytes["KV cache"],
+            kv_windows=choice.layout.windows,
             sampling_defaults=defaults,
             notes=notes,
             phase_seconds=self._phase_seconds,
@@ -283,6 +302,7 @@ class Startup:
         self._precompiler.ask(
             Job(
                 spec=choice.spec.shortened(NUM_LAYERS),
+                num_groups=len(choice.layout.groups),
                 block_size=attention.block_size,
                 dtype=name_of(attention.dtype),
                 kv_dtype=None if attention.kv_dtype is None else name_of(attention.kv_dtype),
@@ -319,7 +339,7 @@ class Startup:
         self._memory_bytes["weights"] = sum(sizes.values())
         return loaded
 
-    def _count_blocks(self, loaded: Loaded) -> int:
+    def _count_blocks(self, loaded: Loaded, plan: MemoryPlan) -> int:
         """How many blocks fit beside the model and the heaviest step, which on CUDA is run here."""
         cache = self._config.cache
         measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
@@ -338,6 +358,7 @@ class Startup:
             bytes_per_block=loaded.bytes_per_block,
             memory_bytes=memory_bytes,
             max_model_len=loaded.max_model_len,
+            blocks_for=plan.blocks_for,
             max_num_seqs=loaded.rows.num_rows,
         )
 

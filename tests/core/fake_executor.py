@@ -101,7 +101,9 @@ class FakeExecutor:
         num_blocks: int,
         max_model_len: int,
         fails: Callable[[StepPlan], str] = lambda plan: "",
+        windows: tuple[int | None, ...] = (None,),
     ) -> None:
+        self._windows = windows
         self._fails = fails
         self._lost_rows: set[int] = set()
         self._failing: set[int] = set()
@@ -129,6 +131,7 @@ class FakeExecutor:
             max_model_len=self._max_model_len,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=[0],
+            kv_windows=self._windows,
         )
 
     def allocate(self, num_blocks: int) -> None:
@@ -169,7 +172,8 @@ class FakeExecutor:
             self._results[plan.step] = self._run(plan)
         return self._results.pop(step)
 
-    def _run(self, plan: StepPlan) -> StepResult | StepFailedError:
+    def _take_in(self, plan: StepPlan) -> None:
+        """What a plan tells of rows."""
         for new in plan.new_rows:
             assert 0 <= new.row < self._max_seqs
             self._rows[new.row] = new
@@ -177,12 +181,17 @@ class FakeExecutor:
             self._tokens[new.row] = list(new.token_ids)
             self._tables[new.row] = list(new.block_ids)
         for append in plan.block_appends:
-            assert append.index == len(self._tables[append.row])
-            self._tables[append.row].append(append.block_id)
+            table = self._tables[append.row]
+            table += [0] * (append.index + 1 - len(table))
+            assert not table[append.index] and append.block_id
+            table[append.index] = append.block_id
         for known in plan.known_tokens:
             del self._tokens[known.row][known.position :]  # what it has sampled, at most
             assert known.position == len(self._tokens[known.row])
             self._tokens[known.row] += known.token_ids
+
+    def _run(self, plan: StepPlan) -> StepResult | StepFailedError:
+        self._take_in(plan)
         if plan.step in self._failing:
             self._lost_rows.update(plan.rows)
         entries = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))
@@ -190,11 +199,14 @@ class FakeExecutor:
         # Two passes, as a layer does it: every row writes its KV before any row attends.
         for row, start, count in entries:
             for position in range(start, start + count):
-                slot = self._slot(row, position)
-                assert slot not in written, "two rows write one slot in one step"
-                written.add(slot)
+                for slot in self._slots_of(row, position):
+                    assert slot not in written, "two rows write one slot in one step"
+                    written.add(slot)
         for row, start, count in entries:
             self._write(row, start, count)
+        for row, start, _ in entries:
+            if row not in self._lost_rows:
+                self._attend(row, start + 1, windows_only=True)
         sampled = []
         assert self._masks.keys() <= set(range(len(plan.sampling)))
         for index, entry in enumerate(plan.sampling):
@@ -207,14 +219,23 @@ class FakeExecutor:
         return StepResult(plan.step, sampled)
 
     def _write(self, row: int, start: int, count: int) -> None:
-        state = self._slots[self._slot(row, start - 1)] if start else b""
+        state = self._state_before(row, start)
         if state == LOST:
             self._lost_rows.add(row)
         for position in range(start, start + count):
             assert state is not None, "the KV before this token was never written"
             lost = row in self._lost_rows
             state = LOST if lost else digest(state, self._tokens[row][position])
-            self._slots[self._slot(row, position)] = state
+            for slot in self._slots_of(row, position):
+                self._slots[slot] = state
+
+    def _state_before(self, row: int, position: int) -> bytes | None:
+        """Of all tokens before `position`, by what their slots hold; lost if any group's is."""
+        if not position:
+            return b""
+        groups = range(len(self._windows))
+        found = {self._slots[self._slot(row, position - 1, group)] for group in groups}
+        return LOST if LOST in found else found.pop()
 
     def _sample(self, row: int, end: int, mask: bytes | None) -> int:
         assert end == len(self._tokens[row]), "sampled before the last known token"
@@ -222,15 +243,23 @@ class FakeExecutor:
             return 1
         return sample(self._attend(row, end), self._rows[row].seed, mask)
 
-    def _attend(self, row: int, end: int) -> bytes:
-        """Check every slot of the context, not only the last, and return the last."""
+    def _attend(self, row: int, end: int, *, windows_only: bool = False) -> bytes:
+        """Check every slot that the last token sees, and return what its own should hold."""
         state = b""
-        for position in range(end):
+        groups = [g for g, window in enumerate(self._windows) if window or not windows_only]
+        for position in range(end) if groups else ():
             state = digest(state, self._tokens[row][position])
-            assert self._slots[self._slot(row, position)] == state, f"wrong KV at {position}"
+            for group in groups:
+                if position > end - 1 - (self._windows[group] or end):
+                    slot = self._slots[self._slot(row, position, group)]
+                    assert slot == state, f"wrong KV at {position} of group {group}"
         return state
 
-    def _slot(self, row: int, position: int) -> int:
-        block_id = self._tables[row][position // self._block_size]
+    def _slots_of(self, row: int, position: int) -> list[int]:
+        return [self._slot(row, position, group) for group in range(len(self._windows))]
+
+    def _slot(self, row: int, position: int, group: int) -> int:
+        column = position // self._block_size
+        block_id = self._tables[row][column * len(self._windows) + group]
         assert 0 < block_id < self._num_blocks, "block 0 is for padding only"
         return block_id * self._block_size + position % self._block_size

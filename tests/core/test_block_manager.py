@@ -22,7 +22,7 @@ def make_blocks(num_blocks: int = 10, *, caching: bool = True) -> BlockManager:
 def run(blocks: BlockManager, sequence: Sequence) -> None:
     """Hold, compute all known tokens, register."""
     shared = blocks.cached_prefix(sequence)
-    blocks.hold(sequence, shared)
+    blocks.hold(sequence, shared, num_tokens=len(sequence.token_ids))
     sequence.num_computed = len(sequence.token_ids)
     blocks.register(sequence)
 
@@ -41,7 +41,7 @@ def test_block_0_is_never_handed_out() -> None:
     blocks = make_blocks(4)
     sequence = make_sequence(list(range(12)))
     assert blocks.can_hold(sequence, [])
-    blocks.hold(sequence, [])
+    blocks.hold(sequence, [], num_tokens=len(sequence.token_ids))
     assert sorted(sequence.block_ids) == [1, 2, 3]
     assert blocks.num_free_blocks == 0
     assert not blocks.can_hold(make_sequence([1]), [])
@@ -120,7 +120,7 @@ def test_equal_blocks_computed_twice_keep_one_key() -> None:
     blocks = make_blocks()
     first, second = make_sequence(list(range(5))), make_sequence(list(range(5)))
     for sequence in (first, second):
-        blocks.hold(sequence, [])
+        blocks.hold(sequence, [], num_tokens=len(sequence.token_ids))
         sequence.num_computed = 5
     blocks.register(first)
     blocks.register(second)
@@ -142,7 +142,7 @@ def test_reset_forgets_everything_and_tells_whether_anything_was_in_use() -> Non
 def test_without_caching_nothing_is_registered() -> None:
     blocks = make_blocks(caching=False)
     sequence = make_sequence(list(range(9)))
-    blocks.hold(sequence, [])
+    blocks.hold(sequence, [], num_tokens=len(sequence.token_ids))
     sequence.num_computed = 9
     assert sequence.next_registration > 9
     assert blocks.cached_prefix(make_sequence(list(range(9)))) == []

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from nanovllm.checkpoint.kv_layout import most_blocks
 from nanovllm.config import EngineConfig
 from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
@@ -40,12 +41,18 @@ NUM_CLIENTS = 3
 class Simulation:
     """One random life of a core: its limits, its arrivals, its aborts."""
 
-    def __init__(self, seed: int, *, share_failing: float = 0.0, constrains: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        share_failing: float = 0.0,
+        constrains: bool = True,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
         self.random = rng = random.Random(seed)
         self.kinds = [None, None, *range(len(GRAMMARS))] if constrains else [None]
         block_size = rng.choice([1, 2, 4, 8])
         max_model_len = rng.choice([16, 40, 64])
-        least = -(-max_model_len // block_size) + 1
         self.config = EngineConfig.from_kwargs(
             block_size=block_size,
             max_num_seqs=rng.randint(1, 6),
@@ -57,6 +64,10 @@ class Simulation:
             max_inflight_steps=1 + seed % 4,
         )
         self.max_model_len = max_model_len
+        step_tokens = self.config.scheduler.limits("fake").max_num_batched_tokens
+        least = 1 + most_blocks(
+            windows, max_model_len, block_size=block_size, step_tokens=step_tokens
+        )
         executor = FakeExecutor(
             self.config,
             num_blocks=least + rng.choice([0, 1, 4, 40]),
@@ -66,6 +77,7 @@ class Simulation:
                 if share_failing and rng.random() < share_failing
                 else ""
             ),
+            windows=windows,
         )
         self.info = executor.start()
         self.core = EngineCore(self.config, executor, self.info, COMPILER)
@@ -77,7 +89,7 @@ class Simulation:
         self.client_of: dict[int, int] = {}
         self.finished: dict[int, str] = {}
         self.next_number = 0
-        self.num_preemptions = self.num_forced = 0
+        self.num_preemptions = self.num_forced = self.most_freed = 0
 
     def run(self, num_requests: int = 12) -> None:
         rng = self.random
@@ -166,7 +178,10 @@ class Simulation:
 
     def step(self) -> None:
         outputs = self.core.step()
-        scheduler_of(self.core).check_invariants()
+        scheduler = scheduler_of(self.core)
+        scheduler.check_invariants()
+        freed = (one.block_ids.count(0) for one in scheduler.running if one.capacity)
+        self.most_freed = max(self.most_freed, *freed, 0)
         if outputs is None:
             return
         for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
@@ -211,6 +226,31 @@ def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
     assert num_forced > 500, "and force tokens: the reference samples each of them"
 
 
+def windows_of(seed: int) -> tuple[int | None, ...]:
+    """Of some groups, of which at least one has a window."""
+    rng = random.Random(seed)
+    windows = [rng.choice([None, 2, 3, 5, 9, 20]) for _ in range(rng.randint(0, 2))]
+    return (*windows, rng.choice([2, 3, 5, 9, 20]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_layers_with_windows_keep_what_they_see(depth: int) -> None:
+    num_preemptions = num_hits = num_outlived = 0
+    for seed in range(depth - 1, NUM_SEEDS, 4):
+        simulation = Simulation(
+            seed, constrains=False, share_failing=0.02 * (seed % 3), windows=windows_of(seed)
+        )
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        num_preemptions += simulation.num_preemptions
+        num_hits += simulation.core.blocks.num_hits
+        num_outlived += simulation.most_freed
+    assert num_preemptions > 50 and num_hits > 500, (num_preemptions, num_hits)
+    assert num_outlived > 200, "sequences must outgrow their windows to mean something"
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_failed_steps_fail_their_sequences_and_nothing_else(depth: int) -> None:
     endings: Counter[str] = Counter()
@@ -252,8 +292,10 @@ def register_uncomputed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 3: only computed blocks are entered in the prefix map."""
     hold = BlockManager.hold
 
-    def broken(self: BlockManager, sequence: Sequence, shared: list[int]) -> None:
-        hold(self, sequence, shared)
+    def broken(
+        self: BlockManager, sequence: Sequence, shared: list[int], *, num_tokens: int
+    ) -> None:
+        hold(self, sequence, shared, num_tokens=num_tokens)
         if self.enable_prefix_caching:
             sequence.num_computed = len(sequence.token_ids)
             self.register(sequence)
@@ -366,6 +408,38 @@ def test_a_broken_invariant_is_noticed(
     with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
         for seed in range(NUM_SEEDS):
             Simulation(seed).run()
+
+
+def free_within_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the next token sees is kept."""
+    slide = BlockManager.slide
+
+    def broken(self: BlockManager, sequence: Sequence) -> None:
+        sequence.num_computed += self.block_size
+        slide(self, sequence)
+        sequence.num_computed -= self.block_size
+
+    monkeypatch.setattr(BlockManager, "slide", broken)
+
+
+def hit_without_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix is hit where what lies in the windows at its end is there."""
+    monkeypatch.setattr(BlockManager, "_places_seen", lambda self, end: iter(()))
+
+
+def free_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits is counted on blocks being freed."""
+    monkeypatch.setattr(BlockManager, "slide", lambda self, sequence: None)
+
+
+@pytest.mark.parametrize("sabotage", [free_within_the_window, hit_without_the_window, free_nothing])
+def test_a_careless_window_is_noticed(
+    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        for seed in range(NUM_SEEDS):
+            Simulation(seed, constrains=False, windows=windows_of(seed)).run()
 
 
 def test_colliding_keys_cost_misses_only(monkeypatch: pytest.MonkeyPatch) -> None:

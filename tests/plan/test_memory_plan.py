@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.kv_layout import kv_layout, undivided
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.config import CacheConfig, SchedulerConfig
 from nanovllm.plan.memory_plan import (
@@ -85,6 +86,33 @@ def test_never_more_kv_than_the_sequences_can_fill() -> None:
     assert plan.num_blocks == 1 + 2 * 16
 
 
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "sliding_window": 1024,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+}
+
+
+def test_layers_with_a_window_pay_for_what_is_in_it() -> None:
+    size = replace(SIZE, spec=spec_from_config(GEMMA))
+    plan = make_plan(size=size, max_model_len=32768)
+    whole = replace(plan, layout=undivided(size.spec))
+    assert kv_layout(size.spec).windows.count(1024) == 6  # 52 layers, 10 in a block as are full
+    assert plan.bytes_per_token == whole.bytes_per_token
+    assert plan.bytes_per_block * 62 == whole.bytes_per_block * 10
+    # 7 groups of 2048 blocks would be as many bytes as 70 layers; of 6 a window's blocks are left.
+    assert plan.blocks_for(32768) == 2048 + 6 * ((1024 + 8192 - 3) // 16 + 2)
+    assert plan.num_sequences(32768) > 4.5 * whole.num_sequences(32768)
+    assert plan.num_sequences(512) <= whole.num_sequences(512)
+
+
 def test_fp8_halves_what_it_applies_to() -> None:
     plan, fp8 = (
         make_plan(precision=Precision(dtype="bfloat16", linear_bytes=size, kv_bytes=size))
@@ -156,6 +184,7 @@ def fit(memory_bytes: int, *, max_model_len: int = 64, max_num_seqs: int = 4, **
         bytes_per_block=1000,
         memory_bytes=memory_bytes,
         max_model_len=max_model_len,
+        blocks_for=lambda length: -(-length // 16),
         max_num_seqs=max_num_seqs,
     )
 

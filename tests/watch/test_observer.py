@@ -18,9 +18,17 @@ from tests.core.serving import RawClient, add, serving
 VIEWER, OTHER = 7, 8
 
 
-def make_core(*, num_blocks: int = 50, max_model_len: int = 256, **settings: Any) -> EngineCore:
+def make_core(
+    *,
+    num_blocks: int = 50,
+    max_model_len: int = 256,
+    windows: tuple[int | None, ...] = (None,),
+    **settings: Any,
+) -> EngineCore:
     config = EngineConfig.from_kwargs(**settings)
-    executor = FakeExecutor(config, num_blocks=num_blocks, max_model_len=max_model_len)
+    executor = FakeExecutor(
+        config, num_blocks=num_blocks, max_model_len=max_model_len, windows=windows
+    )
     return EngineCore(config, executor, executor.start())
 
 
@@ -132,6 +140,21 @@ def test_blocks_are_shown_as_they_are_added_and_shared() -> None:
     seen = look(observer)
     assert not any(seen.ref_counts) and sum(seen.has_key) > 2, "cached, but free"
     assert seen.sequences == []
+
+
+def test_blocks_behind_a_window_are_shown_as_free() -> None:
+    core = make_core(block_size=4, max_num_batched_tokens=16, windows=(None, 6))
+    observer = Observer(core)
+    core.add(0, request(0, 20, 30))
+    table: list[int] = []
+    for _ in range(20):
+        core.step()
+        for view in look(observer).sequences:
+            table[view.num_shown :] = view.block_ids
+        held = [block_id for block_id in core.scheduler.running[0].block_ids if block_id]
+        assert table == held and len(held) < 2 * (len(core.scheduler.running[0].token_ids) // 4)
+    index = core.scheduler.running[0].block_ids.index(held[-1]) // 2
+    assert observer.show_block(held[-1]).index == index
 
 
 def test_a_table_longer_than_an_answer_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,9 @@ class Executor(Protocol):
     def sample(self, step: int, masks: StepMasks | None) -> None: ...
 
 
-def make_rows(*, vocab_size: int = VOCAB_SIZE, device: str = "cpu") -> RequestRows:
+def make_rows(
+    *, vocab_size: int = VOCAB_SIZE, device: str = "cpu", num_groups: int = 1
+) -> RequestRows:
     return RequestRows(
         num_rows=8,
         max_model_len=64,
@@ -37,6 +39,7 @@ def make_rows(*, vocab_size: int = VOCAB_SIZE, device: str = "cpu") -> RequestRo
         vocab_size=vocab_size,
         eos_token_ids=[EOS],
         device=torch.device(device),
+        num_groups=num_groups,
     )
 
 

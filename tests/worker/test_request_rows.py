@@ -32,8 +32,8 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
     ]
     rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=new_rows))))
     assert rows.token_ids[3, :6].tolist() == [5, 6, 7, 8, 9, 0]
-    assert rows.block_tables[3, :3].tolist() == [9, 4, 0]
-    assert rows.token_ids[0, :2].tolist() == [1, 0] and rows.block_tables[0, 0] == 2
+    assert rows.block_tables[0][3, :3].tolist() == [9, 4, 0]
+    assert rows.token_ids[0, :2].tolist() == [1, 0] and rows.block_tables[0][0, 0] == 2
     assert rows.seeds[3] == seed
     assert rows.columns["num_prompt_tokens"][[3, 0]].tolist() == [4, 1]
     for column in COLUMNS:
@@ -42,7 +42,18 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
         assert rows.columns[column.name][0].item() == column.neutral, column.name
         assert rows.host[column.name][3] == pytest.approx(value), column.name
     untouched = [row for row in range(rows.num_rows + 1) if row not in (0, 3)]
-    assert not rows.token_ids[untouched].any() and not rows.block_tables[untouched].any()
+    assert not rows.token_ids[untouched].any() and not rows.block_tables[0][untouched].any()
+
+
+def test_groups_of_layers_have_tables_of_their_own() -> None:
+    rows = make_rows(num_groups=3)
+    plan = make_plan(0, [], new_rows=[new_row(2, [5] * 7, block_ids=[9, 4, 6, 8, 0, 7])])
+    plan.block_appends.extend([BlockAppend(2, 4, 11), BlockAppend(2, 8, 12)])
+    rows.write(torch.from_numpy(rows.record(plan)))
+    tables = [table[2, :3].tolist() for table in rows.block_tables]
+    assert tables == [[9, 8, 0], [4, 11, 0], [6, 7, 12]]
+    assert rows.host_block_tables[2].reshape(3, -1)[:, :3].tolist() == tables
+    assert rows.token_ids[2, :8].tolist() == [5] * 7 + [0]
 
 
 @pytest.mark.parametrize("max_model_len", [63, 64])
@@ -81,8 +92,8 @@ def test_block_appends_and_readmission() -> None:
     plan.block_appends.extend([BlockAppend(1, 1, 12), BlockAppend(2, 0, 13)])
     rows.write(torch.from_numpy(rows.record(plan)))
     assert rows.token_ids[1, :2].tolist() == [6, 7]
-    assert rows.block_tables[1, :2].tolist() == [8, 12]
-    assert rows.block_tables[2, 0] == 13
+    assert rows.block_tables[0][1, :2].tolist() == [8, 12]
+    assert rows.block_tables[0][2, 0] == 13
     assert rows.host["top_k"][1] == EVERYTHING.top_k
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.plan.memory_plan import MemoryPlan
 from nanovllm.protocol.plan import StepFailedError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import preflight, request_rows, startup
@@ -258,10 +259,10 @@ def test_a_kernel_that_fails_at_start_is_done_without(
             monkeypatch.setattr(chosen.layers, "norm_linear", lambda *_: broken.run(), False)
         return chosen
 
-    def measure(self: Startup, loaded: Loaded) -> int:
+    def measure(self: Startup, loaded: Loaded, plan: MemoryPlan) -> int:
         """As on CUDA, where the heaviest step is run to be measured."""
         run_heaviest_step(loaded.runner(num_blocks=1), loaded.limits, max_model_len=64)
-        return count_blocks(self, loaded)
+        return count_blocks(self, loaded, plan)
 
     count_blocks = Startup._count_blocks
     monkeypatch.setattr(startup, "select_kernels", select)

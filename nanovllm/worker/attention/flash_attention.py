@@ -62,7 +62,8 @@ class FlashAttention(TritonAttention):
         self._window = (None, None) if is_4 else (-1, -1)
         if spec.sliding_window is not None:
             self._window = (spec.sliding_window - 1, 0)
-        self._arguments: dict[str, Tensor] | None = None  # None: not a step for the package
+        self._serves = False  # whether the step is one for the package
+        self._arguments: dict[int, dict[str, Tensor]] = {}  # by group of layers
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -87,11 +88,10 @@ class FlashAttention(TritonAttention):
         return TritonAttention.unsupported(spec)
 
     def _prepare_chunks(self, batch: ForwardBatch) -> None:
-        self._arguments = None
-        if batch.num_tokens - batch.num_decode_rows < MIN_TOKENS:
+        self._arguments = {}
+        self._serves = batch.num_tokens - batch.num_decode_rows >= MIN_TOKENS
+        if not self._serves:
             super()._prepare_chunks(batch)
-        else:
-            self._arguments = self._arguments_for(batch)
 
     def _prefill(
         self,
@@ -101,8 +101,10 @@ class FlashAttention(TritonAttention):
         batch: ForwardBatch,
         sinks: Tensor | None,
     ) -> Tensor:
-        if self._arguments is None:
+        if not self._serves:
             return super()._prefill(qkv, rotary, layer_cache, batch, sinks)
+        if batch.group not in self._arguments:
+            self._arguments[batch.group] = self._arguments_for(batch)
         attended = self._attend(
             rotary.apply(qkv, batch, layer_cache),
             *layer_cache,
@@ -112,7 +114,7 @@ class FlashAttention(TritonAttention):
             softmax_scale=self._spec.scale,
             causal=True,
             window_size=self._window,
-            **self._arguments,
+            **self._arguments[batch.group],
         )
         out: Tensor = attended[0] if isinstance(attended, tuple) else attended
         return out

@@ -1,7 +1,8 @@
 """Paged attention in plain torch: the backend of CPUs, and the oracle for all others.
 
-`prepare` turns a batch into index tensors once per step; `forward` uses them in every layer. Rows
-with one new token, of like lengths, go together; rows with more go one by one.
+A batch becomes index tensors once per step and group of layers (whose keys lie in other blocks);
+all layers of the group use them. Rows with one new token, of like lengths, go together; rows with
+more go one by one.
 """
 
 import warnings
@@ -194,8 +195,8 @@ class TorchAttention:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._parts: list[Part] = []
-        self._covers_all = False
+        # By group: its parts, and whether they are one part of all tokens.
+        self._parts: dict[int, tuple[list[Part], bool]] = {}
         self._rows_class: type[GatheredRows | StreamedRows] = GatheredRows
         if spec.device.type == "cpu" and spec.dtype == spec.cache_dtype == torch.float32:
             self._rows_class = StreamedRows
@@ -213,22 +214,26 @@ class TorchAttention:
         return 2, num_layers, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim
 
     def prepare(self, batch: ForwardBatch) -> None:
+        """Nothing yet: which groups its layers are of is seen when they come."""
+        self._parts = {}
+
+    def _parts_of(self, batch: ForwardBatch) -> tuple[list[Part], bool]:
         """Waits for the device: this backend wants lengths on the host."""
         starts = batch.query_start_loc.tolist()
         seq_lens = batch.seq_lens.clamp(min=1).tolist()  # a padding row may have none
         singles: list[int] = []
-        self._parts = []
+        parts: list[Part] = []
         for row, (start, end) in enumerate(pairwise(starts)):
             if end - start == 1:
                 singles.append(row)
             elif end > start:
                 table, tokens = batch.block_tables[row], slice(start, end)
-                self._parts.append(Chunk(self._spec, table, tokens=tokens, seq_len=seq_lens[row]))
+                parts.append(Chunk(self._spec, table, tokens=tokens, seq_len=seq_lens[row]))
         window = self._spec.sliding_window
         lengths = [min(seq_len, window or seq_len) for seq_len in seq_lens]
         for rows in group_by_length(singles, lengths):
-            self._parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
-        self._covers_all = len(self._parts) == 1 and starts[-1] == batch.num_tokens
+            parts.append(self._single_token_rows(batch, rows, max(lengths[r] for r in rows)))
+        return parts, len(parts) == 1 and starts[-1] == batch.num_tokens
 
     def forward(
         self,
@@ -240,10 +245,13 @@ class TorchAttention:
     ) -> Tensor:
         query = rotary.apply(qkv, batch, layer_cache)
         keys, values = layer_cache.flatten(1, 2).unbind(0)  # each [num_slots, kv_heads, head_dim]
-        if self._covers_all:
-            return self._parts[0].attend(query, keys, values, sinks)
+        if batch.group not in self._parts:
+            self._parts[batch.group] = self._parts_of(batch)
+        parts, is_one = self._parts[batch.group]
+        if is_one:
+            return parts[0].attend(query, keys, values, sinks)
         output = torch.zeros_like(query)  # tokens of padding may belong to no part
-        for part in self._parts:
+        for part in parts:
             output[part.tokens] = part.attend(query[part.tokens], keys, values, sinks)
         return output
 

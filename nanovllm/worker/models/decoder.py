@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.gguf import GGUFTensor
+from nanovllm.checkpoint.kv_layout import KVLayout, undivided
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
 from nanovllm.worker.attention.base import ModelAttention
@@ -111,6 +112,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.attention = attention
+        self.lay_out(undivided(spec))
         self._kernels = kernels
         build = Builder(
             spec=spec,
@@ -135,13 +137,19 @@ class Decoder:
         self.lm_head = Linear(head, None, {"lm_head": self.vocabulary.cut}, shard_axis=0)
         self.num_parameters = sum(count_parameters(spec).values())
 
+    def lay_out(self, layout: KVLayout) -> None:
+        """Where in the cache layers keep their keys; all in one group until this is called."""
+        self.layout = layout
+        self._places = layout.places
+
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
     ) -> Stream:
         """One step. `attention.prepare(batch)` must have run.
 
-        kv_cache: [2, num_layers, num_blocks, block_size, num_kv_heads, head_dim]. wanted: [n]
-        int64, the tokens that are asked for; None: all. Returns what the last layer leaves of them.
+        kv_cache: [2, layers of a block, num_blocks, block_size, num_kv_heads, head_dim]. wanted:
+        [n] int64, the tokens that are asked for; None: all. Returns what the last layer leaves of
+        them.
         """
         hidden = self.vocabulary.embed(batch.input_ids, self.embedding)
         if self.spec.embedding_multiplier != 1.0:
@@ -149,11 +157,12 @@ class Decoder:
             hidden *= hidden.new_tensor(self.spec.embedding_multiplier)
         stream = Stream(hidden)
         norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
-        for layer, layer_cache, norm in zip(self.layers, kv_cache.unbind(1), norms, strict=True):
+        caches = kv_cache.unbind(1)
+        for layer, (group, index), norm in zip(self.layers, self._places, norms, strict=True):
             stream = layer.forward(
                 stream,
-                batch=batch,
-                layer_cache=layer_cache,
+                batch=batch.of_group(group),
+                layer_cache=caches[index],
                 next_norm=norm,
                 wanted=wanted if layer is self.layers[-1] else None,
             )

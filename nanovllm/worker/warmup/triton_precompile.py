@@ -155,7 +155,14 @@ def runner_for(job: Job, device: torch.device = NOWHERE, *, captures: bool = Tru
         device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    return runner_without_weights(job.spec, specs, job.limits, scheme=job.scheme, captures=captures)
+    return runner_without_weights(
+        job.spec,
+        specs,
+        job.limits,
+        scheme=job.scheme,
+        captures=captures,
+        num_groups=job.num_groups,
+    )
 
 
 def go_through_first(runner: ModelRunner, job: Job) -> None:
@@ -198,6 +205,7 @@ def runner_without_weights(
     scheme: Scheme | None = None,
     expand: ExpandView = expand_view,
     captures: bool = True,
+    num_groups: int = 1,
 ) -> ModelRunner:
     """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
     attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
@@ -217,6 +225,7 @@ def runner_without_weights(
         vocab_size=spec.vocab_size,
         eos_token_ids=[],
         device=device,
+        num_groups=num_groups,
     )
     shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=8)
     return ModelRunner(

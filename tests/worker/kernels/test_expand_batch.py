@@ -52,6 +52,17 @@ def test_decode_step(num_rows: int) -> None:
     check(*both(view, rows))
 
 
+def test_groups_of_layers_have_tables_of_their_own() -> None:
+    rows = make_rows(device=str(DEVICE), num_groups=2)
+    new_rows = [new_row(6, [3] * 11, block_ids=[9, 4, 8, 0, 7, 5]), new_row(1, [7], block_ids=[2])]
+    staging = staging_of(rows, make_plan(0, [(6, 3, 8), (1, 0, 1)], new_rows=new_rows))
+    got, expected = both(staging.view(16, 3, max_seq_len=24, shares_prefix=False), rows)
+    assert got.of_group(0) is got and got.of_group(1).group == 1
+    for group in range(2):
+        check(got.of_group(group), expected.of_group(group))
+    assert expected.of_group(1).slot_mapping[:6].tolist() == [19, 0, 1, 2, 3, 20]
+
+
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(14, 3), (16, 4), (300, 8), (18, 3)])
 def test_step_with_prompts(num_tokens: int, num_rows: int) -> None:
     rows = make_rows(device=str(DEVICE))
