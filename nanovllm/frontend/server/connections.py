@@ -5,6 +5,7 @@ protocol is uvicorn's, which bounds none of this. Who is too slow is told so and
 """
 
 import asyncio
+import logging
 import resource
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -21,10 +22,16 @@ READER_TIMEOUT_S = 30.0  # without the socket taking anything of an answer
 # What a refused client still sends is read for so long, or it would see no answer.
 LINGER_S, MAX_IGNORED_BYTES = 2.0, 1 << 20
 SWEEP_INTERVAL_S = 1.0
+SWEPT_AT_ONCE = 16
 MAX_PIPELINED = 4  # requests that a connection may have waiting while its end is watched for
 SPARE_DESCRIPTORS = 256
 REASONS = {408: b"Request Timeout", 414: b"URI Too Long", 431: b"Request Header Fields Too Large"}
 REASONS |= {400: b"Bad Request", 503: b"Service Unavailable"}
+
+
+# uvicorn warns of each connection that speaks no HTTP: it is answered, and there may be thousands.
+CLIENT_FAULTS = logging.getLogger(f"{__name__}.faults")
+CLIENT_FAULTS.setLevel(logging.ERROR)
 
 
 class ConnectionLimits(NamedTuple):
@@ -42,6 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = CLIENT_FAULTS
         self._limits = limits
         self._overtaken: list[RequestResponseCycle] = []
         self._refused_at = 0.0
@@ -192,12 +200,15 @@ def _sends_until_close(cycle: RequestResponseCycle) -> Callable[[Any], Awaitable
 
 
 async def sweep(connections: Iterable[Any]) -> None:
-    """For ever. connections: of the server, as they are at each moment."""
+    """For ever. connections: of the server, as they are at each moment. Thousands may have to be
+    closed at once, which takes some milliseconds: others have their turn after every few."""
     while True:
         await asyncio.sleep(SWEEP_INTERVAL_S)
         now = time.monotonic()
-        for connection in list(connections):
+        for index, connection in enumerate(list(connections), 1):
             connection.sweep(now)
+            if index % SWEPT_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
 
 def most_connections(wanted: int) -> int:

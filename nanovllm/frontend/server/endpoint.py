@@ -59,9 +59,7 @@ async def read(request: Request, kind: type[B]) -> B:
             415,
             f"the body must be JSON: send it as `content-type: application/json`, not {given!r}",
         )
-    # Not `request.body()`, which would be kept as long as its stream is answered.
-    content = b"".join([piece async for piece in request.stream()])
-    _check_size(content)
+    content = await _content(request)
     try:
         try:
             return msgspec.json.decode(content, type=kind)
@@ -88,16 +86,36 @@ def _without_nulls(value: Any) -> Any:
     }
 
 
-def _check_size(content: bytes) -> None:
-    """Decoding takes as long as there are values, and holds everybody up. Those within texts are
-    counted, too: such a text is longer than any model reads."""
-    for most, what, marks in (
-        (MAX_JSON_VALUES, "values", (b",",)),
-        (MAX_JSON_LISTS, "lists and objects", (b"[", b"{")),
-    ):
-        if len(content) > most and (count := sum(map(content.count, marks))) > most:
-            message = f"the body holds {count} {what}: at most {most} are allowed"
-            raise ApiError(413, message, code="body_too_large")
+async def _content(request: Request) -> bytes:
+    """The body; not `request.body()`, which would be kept as long as its stream is answered.
+
+    Decoding takes as long as there are values, and holds everybody up. They are counted piece by
+    piece as they come, which for 4 MB at once takes longer than decoding. What has too many is
+    read to its end, or its sender would see no answer, and not kept. Values within texts are
+    counted, too: such a text is longer than any model reads.
+    """
+    pieces: list[bytes] = []
+    num_bytes = num_counted = num_values = num_lists = 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        num_bytes += len(piece)
+        if num_bytes <= min(MAX_JSON_LISTS, MAX_JSON_VALUES):  # each is a byte at least
+            continue
+        for one in pieces[num_counted:]:
+            num_values += one.count(b",")
+            num_lists += one.count(b"[") + one.count(b"{")
+        if num_values > MAX_JSON_VALUES or num_lists > MAX_JSON_LISTS:
+            pieces.clear()
+        num_counted = len(pieces)
+    _check_count(num_values, MAX_JSON_VALUES, "values")
+    _check_count(num_lists, MAX_JSON_LISTS, "lists and objects")
+    return b"".join(pieces)
+
+
+def _check_count(count: int, most: int, what: str) -> None:
+    if count > most:
+        message = f"the body holds {count} {what}: at most {most} are allowed"
+        raise ApiError(413, message, code="body_too_large")
 
 
 @contextlib.contextmanager

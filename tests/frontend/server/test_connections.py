@@ -210,3 +210,33 @@ async def test_half_sent_bodies_have_a_budget(address: str) -> None:
             for _ in range(12):
                 found = await client.post(f"{url}/v1/completions", content=content, headers=kind)
                 assert found.status_code == 200, found.text
+
+
+async def test_many_are_closed_in_turns() -> None:
+    """And others have theirs in between."""
+    swept: list[int] = []
+
+    class Connection:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def sweep(self, now: float) -> None:
+            swept.append(self.number)
+
+    many = [Connection(number) for number in range(10 * connections.SWEPT_AT_ONCE)]
+    sweeping = asyncio.create_task(connections.sweep(many))
+    most, seen = 0, 0
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(swept) < len(many):
+            await asyncio.sleep(0)
+            most, seen = max(most, len(swept) - seen), len(swept)
+    sweeping.cancel()
+    assert most <= connections.SWEPT_AT_ONCE and swept[: len(many)] == list(range(len(many)))
+
+
+async def test_what_is_no_http_is_answered_and_not_logged(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with listening(address, roomy(echo)) as (url, _, _):
+        status, error = await answer_to(url, b"\0\0\0\r\n\r\n")
+    assert status == 400 and "no HTTP" in error["message"] and not caplog.records

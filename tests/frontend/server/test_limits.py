@@ -2,10 +2,12 @@
 
 import json
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.fake_core import echo
 from tests.frontend.server.hostile_bodies import USER, Hostile, bodies
@@ -29,6 +31,29 @@ async def test_what_is_too_much_names_its_field_and_begins_nothing(
     error = error_of(response)
     assert (error["param"] or "").startswith(one.param) and len(response.content) < 4096
     assert not small.core.all_of(AddRequest)
+
+
+@pytest.mark.parametrize("piece_bytes", [1000, 65_536, 1 << 22])
+@pytest.mark.parametrize(
+    ("unit", "count", "status", "told"),
+    [
+        (b"1,", MAX_JSON_VALUES + 1, 413, f"{MAX_JSON_VALUES + 1} values"),
+        (b"1,", MAX_JSON_VALUES - 1, 400, "prompt"),
+        (b"[]", MAX_JSON_LISTS + 1, 413, f"{MAX_JSON_LISTS + 1} lists and objects"),
+    ],
+)
+async def test_values_are_counted_however_a_body_comes(
+    small: Served, piece_bytes: int, unit: bytes, count: int, status: int, told: str
+) -> None:
+    content = b'"prompt": ' + unit * count
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(content), piece_bytes):
+            yield content[at : at + piece_bytes]
+
+    response = await small.client.post("/v1/completions", content=pieces())
+    assert response.status_code == status, response.text
+    assert status == 400 or told in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
