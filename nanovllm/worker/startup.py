@@ -227,6 +227,7 @@ class Startup:
         if self._parallel.size > 1:
             return False, "; no native steps: ranks share the model"
         if native.path() is None:
+            logger.warning(native.HOW_TO_BUILD)
             return False, f"; {native.HOW_TO_BUILD}"
         threads = self._config.model.threads or num_usable_cores()
         native.use(native.choose_isa(), num_threads=threads)
