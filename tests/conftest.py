@@ -165,7 +165,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             torch.manual_seed(0)
             model = model_class(config_class(**SIZES | changes))
             with torch.no_grad():
-                for parameter in model.parameters():
+                for parameter in (*model.parameters(), *model.buffers()):
                     if parameter.dim() == 1:  # norms begin as ones, biases as zeros
                         parameter.add_(torch.randn_like(parameter), alpha=0.2)
             model.save_pretrained(path)

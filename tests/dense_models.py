@@ -57,6 +57,7 @@ def seeing(**text: Any) -> hf.PreTrainedConfig:
 Tiny = tuple[type[hf.PreTrainedModel], Callable[..., Any], dict[str, Any]]
 GEMMA2 = hf.Gemma2ForCausalLM, hf.Gemma2Config
 GEMMA3 = hf.Gemma3ForCausalLM, hf.Gemma3TextConfig
+GEMMA4 = hf.Gemma4ForCausalLM, hf.Gemma4TextConfig
 PHI3 = hf.Phi3ForCausalLM, hf.Phi3Config
 GLM4 = hf.Glm4ForCausalLM, hf.Glm4Config
 SMOLLM3 = hf.SmolLM3ForCausalLM, hf.SmolLM3Config
@@ -64,6 +65,8 @@ GRANITE = hf.GraniteForCausalLM, hf.GraniteConfig
 OLMO3 = hf.Olmo3ForCausalLM, hf.Olmo3Config
 COHERE2 = hf.Cohere2ForCausalLM, hf.Cohere2Config
 MINISTRAL3 = hf.Ministral3ForCausalLM, hf.Ministral3Config
+# Of heads in layers that see all, and of the vectors that layers are given: there are none.
+WIDE = {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0}
 TINY_DENSE: dict[str, Tiny] = {
     "llama_yarn": (hf.LlamaForCausalLM, hf.LlamaConfig, {"rope_parameters": YARN}),
     "qwen2_yarn": (
@@ -96,6 +99,52 @@ TINY_DENSE: dict[str, Tiny] = {
             "final_logit_softcapping": None,
             "attention_bias": True,
             "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4": (
+        *GEMMA4,
+        {
+            **WIDE,
+            **MIXED,
+            "layer_types": [SLIDING, SLIDING, FULL],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma4_moe": (  # beside a dense MLP
+        *GEMMA4,
+        {
+            **WIDE,
+            **MIXED,
+            "layer_types": [SLIDING, FULL, FULL],
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 40,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4_small": (  # as E2B: the last layers have no keys, and all are given a vector
+        *GEMMA4,
+        {
+            **WIDE,
+            "num_hidden_layers": 5,
+            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL],
+            "sliding_window": 9,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 160,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 1000.0,
+                    "partial_rotary_factor": 0.5,
+                    "factor": 2.0,
+                },
+            },
         },
     ),
     "gemma3": (

@@ -35,6 +35,8 @@ MODEL_TYPES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "gemma4_text": "Gemma4ForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
@@ -72,6 +74,7 @@ ROPE_FIELDS = {
         *("factor", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     },
+    "proportional": {"factor"},
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor"},
 }
 # Fields that change what some family computes, and values with which they change nothing. A family
@@ -84,13 +87,16 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
+    "enable_moe_block": (None, False),
     "first_k_dense_replace": (None, 0),
+    "hidden_size_per_layer_input": (None, 0),
     "kv_lora_rank": (None,),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mamba_d_state": (None,),
     "no_rope_layers": (None, []),
     "num_experts": (None, 0),
+    "num_kv_shared_layers": (None, 0),
     "num_local_experts": (None, 0),
     "parallel_attn": (None, False),
     "query_pre_attn_scalar": (None,),
@@ -129,6 +135,12 @@ class Config(Mapping[str, Any]):
         outer = {name: self._fields.get(name) for name in ("dtype", "torch_dtype")}
         told = {name: value for name, value in outer.items() if value is not None}
         return Config({**told, **inner, "architectures": self._fields.get("architectures")})
+
+    def replaced(self, fields: Mapping[str, Any]) -> "Config":
+        """With other values of some fields; whoever reads it has read this one."""
+        other = Config({**self._fields, **fields})
+        other._nulls, other._read = self._nulls - fields.keys(), self._read
+        return other
 
     def is_null(self, name: str) -> bool:
         """Whether the field is there, and says that there is none."""
@@ -386,6 +398,7 @@ def rope(
         _scaling(config, name, values, context=context),
         share=told,
         interleaved=interleaved,
+        proportional=name == "proportional",
     )
 
 
@@ -414,6 +427,8 @@ def _scaling(
     match name:
         case "linear":
             return LinearScaling(number(values, "factor"))
+        case "proportional":
+            return LinearScaling(number(values, "factor")) if "factor" in values else None
         case "llama3":
             low, high = number(values, "low_freq_factor"), number(values, "high_freq_factor")
             return Llama3Scaling(number(values, "factor"), low, high, context)

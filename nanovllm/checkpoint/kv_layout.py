@@ -9,69 +9,123 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.checkpoint.spec import Attention, DecoderSpec
 
 MOSTLY_EQUAL = 1.25  # of numbers of layers of two kinds: one group each, and some of a block unused
 
 
 class KVGroup(Struct, frozen=True):
-    """Layers whose keys and values lie in the same blocks. window: as in `spec.Attention`."""
+    """Layers whose keys and values lie in the same blocks. window: as in `spec.Attention`. blocks:
+    that it takes where the others take one, as its keys are so many times as large."""
 
     window: int | None
     layers: tuple[int, ...]
+    blocks: int = 1
 
 
 class KVLayout(Struct, frozen=True):
-    """All groups of a model. A block has room for `layers_per_block` layers, whoever's it is."""
+    """All groups of a model. A block has room for `layers_per_block` layers, whoever's it is.
+
+    places: of each layer, the group and which of the layers in a block it is; a layer that attends
+    to another's keys has the other's place.
+    """
 
     groups: tuple[KVGroup, ...]
+    places: tuple[tuple[int, int], ...]
 
     @property
     def layers_per_block(self) -> int:
         return max(len(group.layers) for group in self.groups)
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        return tuple(group.window for group in self.groups)
+    def blocks(self) -> tuple[int, ...]:
+        """That each group takes of the same tokens."""
+        return tuple(group.blocks for group in self.groups)
 
     @property
-    def places(self) -> list[tuple[int, int]]:
-        """Of each layer: its group, and which of the layers in a block it is."""
-        found = {
-            layer: (number, index)
-            for number, group in enumerate(self.groups)
-            for index, layer in enumerate(group.layers)
-        }
-        return [found[layer] for layer in range(len(found))]
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each block that a group takes of the same tokens."""
+        return tuple(group.window for group in self.groups for _ in range(group.blocks))
 
 
-def kv_layout(spec: DecoderSpec) -> KVLayout:
-    """What a model's layers need. Models whose layers see equally far have one group."""
-    kinds: dict[int | None, list[int]] = {}
+def kv_layout(spec: DecoderSpec, *, num_ranks: int = 1) -> KVLayout:
+    """What a model's layers need. Models whose layers are alike have one group.
+
+    Raises `ValueError` for keys whose sizes are no multiples of the smallest.
+    """
+    times = _blocks_of_kinds(spec, num_ranks)
+    kinds: dict[tuple[int | None, int], list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        kinds.setdefault(layer.attention.window, []).append(index)
+        if layer.keys_of is None:
+            kinds.setdefault((layer.attention.window, times[layer.attention]), []).append(index)
     counts = [len(layers) for layers in kinds.values()]
     size = max(counts) if max(counts) < MOSTLY_EQUAL * min(counts) else min(counts)
     groups = [
-        KVGroup(window, tuple(layers[start : start + size]))
-        for window, layers in kinds.items()
+        KVGroup(window, tuple(layers[start : start + size]), blocks)
+        for (window, blocks), layers in kinds.items()
         for start in range(0, len(layers), size)
     ]
-    return KVLayout(tuple(groups))
+    return _layout_of(spec, groups)
 
 
 def undivided(spec: DecoderSpec) -> KVLayout:
     """All layers in one group, for steps that know one block table: where layers differ in how far
-    they see, all keys are kept."""
+    they see, all keys are kept. Where keys differ in size there is no such layout."""
+    if len(set(_blocks_of_kinds(spec, 1).values())) > 1:
+        return kv_layout(spec)
     windows = {layer.attention.window for layer in spec.layers}
     window = windows.pop() if len(windows) == 1 else None
-    return KVLayout((KVGroup(window, tuple(range(spec.num_layers))),))
+    own = (index for index, layer in enumerate(spec.layers) if layer.keys_of is None)
+    return _layout_of(spec, [KVGroup(window, tuple(own))])
+
+
+def _layout_of(spec: DecoderSpec, groups: list[KVGroup]) -> KVLayout:
+    own = {
+        layer: (number, index)
+        for number, group in enumerate(groups)
+        for index, layer in enumerate(group.layers)
+    }
+    sources = (
+        index if layer.keys_of is None else layer.keys_of for index, layer in enumerate(spec.layers)
+    )
+    return KVLayout(tuple(groups), tuple(own[source] for source in sources))
+
+
+def token_size(attention: Attention, num_ranks: int) -> int:
+    """Numbers that a rank keeps of a token's keys, and as many of its values."""
+    return max(1, attention.num_kv_heads // num_ranks) * attention.head_dim
+
+
+def _blocks_of_kinds(spec: DecoderSpec, num_ranks: int) -> dict[Attention, int]:
+    """By how many times each kind's keys are larger than the smallest."""
+    sizes = {attention: token_size(attention, num_ranks) for attention in spec.attentions}
+    least = min(sizes.values())
+    if any(size % least for size in sizes.values()):
+        raise ValueError(
+            f"model: layers whose keys have {sorted(set(sizes.values()))} numbers are not "
+            "supported: the larger must be multiples of the smallest"
+        )
+    return {attention: size // least for attention, size in sizes.items()}
+
+
+def block_sizes(spec: DecoderSpec, block_size: int, *, num_ranks: int = 1) -> dict[Attention, int]:
+    """Tokens in a block of each kind of layer. block_size: of those with the smallest keys.
+
+    Raises `ValueError` naming block_size if it cannot be shared so.
+    """
+    times = _blocks_of_kinds(spec, num_ranks)
+    if block_size % max(times.values()):
+        raise ValueError(
+            f"block_size: {block_size} tokens must be a multiple of {max(times.values())}, by "
+            "which the keys of some layers are larger than others'"
+        )
+    return {attention: block_size // count for attention, count in times.items()}
 
 
 def most_blocks(
     windows: Iterable[int | None], num_tokens: int, *, block_size: int, step_tokens: int
 ) -> int:
-    """How many blocks a sequence of `num_tokens` holds at most, in groups of these windows.
+    """How many blocks a sequence of `num_tokens` holds at most, of `KVLayout.windows`.
 
     step_tokens: the most that one step computes; blocks behind a window are freed between steps.
     """

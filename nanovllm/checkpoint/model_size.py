@@ -29,6 +29,8 @@ GROUPS: dict[str, WeightGroup] = {
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
     **dict.fromkeys(("router", "expert_gate", "expert_up", "expert_down"), "mlp"),
     "expert_gate_up": "mlp",
+    **dict.fromkeys(("layer_gate", "layer_out", "layer_projection", "expert_scale"), "mlp"),
+    "layer_embedding": "embedding",
     **dict.fromkeys(("router_correction", "shared_gate", "shared_up", "shared_down"), "mlp"),
     "shared_expert_gate": "mlp",
 }  # of parts; all others are norms

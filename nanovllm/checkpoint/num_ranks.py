@@ -30,4 +30,7 @@ def _can_share(layer: LayerSpec, num_ranks: int) -> bool:
     attention, inner = layer.attention, layer.mlp.intermediate_size
     kv_heads = attention.num_kv_heads
     shares_keys = kv_heads % num_ranks == 0 or num_ranks % kv_heads == 0
-    return attention.num_heads % num_ranks == 0 and shares_keys and inner % num_ranks == 0
+    sizes = [attention.num_heads, inner]
+    if layer.experts is not None:
+        sizes.append(layer.experts.intermediate_size)
+    return shares_keys and all(size % num_ranks == 0 for size in sizes)

@@ -71,13 +71,15 @@ class Rope(Struct, frozen=True):
 
     share: of a head's numbers, the first, that turn at all. interleaved: the two numbers of a pair
     are neighbours in checkpoints, else half the turning numbers apart; in memory they are always
-    half a head apart (`worker.layers.rotary`).
+    half a head apart (`worker.layers.rotary`). proportional: frequencies are those of a head that
+    turns as a whole, of which those that turn are the first (Gemma 4).
     """
 
     theta: float
     scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
     share: float = 1.0
     interleaved: bool = False
+    proportional: bool = False
 
 
 class QueryGrowth(Struct, frozen=True):
@@ -107,8 +109,9 @@ class Attention(Struct, frozen=True, kw_only=True):
     scale: of the products of queries and keys. rope: None leaves positions out. window: tokens a
     query sees, itself included; None sees all. softcap: products become softcap * tanh(product /
     softcap). sinks: one more weight per head, which goes to nothing. qk_norm: queries and keys are
-    normed, each head by itself or all heads of a token at once. query_growth: of queries with their
-    position.
+    normed, each head by itself or all heads of a token at once. v_norm: values are, by norms of
+    heads without weights. values_are_keys: values are what keys are before they are normed.
+    query_growth: of queries with their position.
     """
 
     num_heads: int
@@ -120,6 +123,8 @@ class Attention(Struct, frozen=True, kw_only=True):
     softcap: float | None = None
     sinks: bool = False
     qk_norm: Literal["head", "full"] | None = None
+    v_norm: bool = False
+    values_are_keys: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     query_growth: QueryGrowth | None = None
@@ -141,6 +146,8 @@ class Router(Struct, frozen=True, kw_only=True):
     whether it is taken before or after. bias: of the logits. corrects: experts are chosen by their
     score plus a stored number, and weighed by the score alone (DeepSeek-V3). num_groups: experts
     are chosen from the `top_groups` whose two best add up to the most. scale: of the weights.
+    norms: it takes the layer's input by a norm of its own, over the root of its size, and what an
+    expert is weighed by is multiplied by a stored number (Gemma 4).
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -150,6 +157,7 @@ class Router(Struct, frozen=True, kw_only=True):
     num_groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
+    norms: bool = False
 
 
 class ClampedSwiGLU(Struct, frozen=True):
@@ -186,6 +194,11 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
     pre_norm: what each of the two takes is normed; post_norm: what each gives is, before it is
     added. All norms of a layer are of one kind. parallel: both take what the first norm gives, and
     there is no second.
+
+    experts: a mixture beside a dense MLP, each with norms of its own, whose sum is what the MLP
+    gives. keys_of: an earlier layer whose keys and values it attends to, having none. input_size:
+    of a vector per token and layer that gates what is added last; 0: there is none. scaled: all
+    that leaves the layer is multiplied by a stored number.
     """
 
     attention: Attention
@@ -194,6 +207,10 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
     pre_norm: bool = True
     post_norm: bool = False
     parallel: bool = False
+    experts: MoE | None = None
+    keys_of: int | None = None
+    input_size: int = 0
+    scaled: bool = False
 
 
 class DecoderSpec(Struct, frozen=True, kw_only=True):
@@ -221,6 +238,11 @@ class DecoderSpec(Struct, frozen=True, kw_only=True):
         return len(self.layers)
 
     @property
+    def input_size(self) -> int:
+        """Of the vectors that layers are given for each token; 0: there are none."""
+        return self.layers[0].input_size
+
+    @property
     def attentions(self) -> tuple[Attention, ...]:
         """Each kind of attention that some layer has, once."""
         return tuple(dict.fromkeys(layer.attention for layer in self.layers))
@@ -229,7 +251,12 @@ class DecoderSpec(Struct, frozen=True, kw_only=True):
         """The same with few layers: one of each kind, and at least `num_layers`."""
         kinds = list(dict.fromkeys(self.layers))
         kinds += self.layers[: max(0, num_layers - len(kinds))]
-        return replace(self, layers=tuple(kinds))
+        own = {layer.attention: at for at, layer in enumerate(kinds) if layer.keys_of is None}
+        layers = (
+            layer if layer.keys_of is None else replace(layer, keys_of=own[layer.attention])
+            for layer in kinds
+        )
+        return replace(self, layers=tuple(layers))
 
 
 class LinearPart(NamedTuple):
@@ -252,9 +279,18 @@ def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:
     attention, mlp = layer.attention, layer.mlp
     queries = attention.num_heads * attention.head_dim
     keys = attention.num_kv_heads * attention.head_dim
-    for name, size in (("q", queries), ("k", keys), ("v", keys)):
-        yield LinearPart(name, "attention", size, hidden, attention.qkv_bias)
+    yield LinearPart("q", "attention", queries, hidden, attention.qkv_bias)
+    if layer.keys_of is None:
+        yield LinearPart("k", "attention", keys, hidden, attention.qkv_bias)
+    if layer.keys_of is None and not attention.values_are_keys:
+        yield LinearPart("v", "attention", keys, hidden, attention.qkv_bias)
     yield LinearPart("o", "attention", hidden, queries, attention.o_bias)
+    yield from _mlp_parts(mlp, hidden)
+    if layer.experts is not None:
+        yield from _mlp_parts(layer.experts, hidden)
+
+
+def _mlp_parts(mlp: Dense | MoE, hidden: int) -> Iterator[LinearPart]:
     inner, bias, copies = mlp.intermediate_size, False, 1
     match mlp:
         case Dense():
@@ -287,10 +323,22 @@ def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
         "norms": hidden,
         "head": 0 if spec.tied_embeddings else embedding,
     }
+    per_layers = spec.num_layers * spec.input_size
+    if per_layers:
+        counts["embedding"] += spec.vocab_size * per_layers
+        counts["mlp"] += per_layers * hidden
+        counts["norms"] += spec.input_size
     for layer in spec.layers:
         for part in linear_parts(layer, hidden):
             counts[part.group] += part.num_weights + part.copies * part.outputs * part.bias
         attention = layer.attention
+        if layer.input_size:
+            counts["mlp"] += 2 * layer.input_size * hidden
+            counts["norms"] += hidden
+        if layer.experts is not None:
+            counts["mlp"] += layer.experts.num_experts
+            counts["norms"] += 4 * hidden
+        counts["norms"] += layer.scaled
         counts["attention"] += attention.num_heads * attention.sinks
         if isinstance(layer.mlp, MoE) and layer.mlp.router.corrects:
             counts["mlp"] += layer.mlp.num_experts
@@ -298,7 +346,7 @@ def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
         counts["norms"] += hidden * (num_pre + 2 * layer.post_norm)
         match attention.qk_norm:
             case "head":
-                counts["norms"] += 2 * attention.head_dim
+                counts["norms"] += (1 if layer.keys_of is not None else 2) * attention.head_dim
             case "full":
                 num_heads = attention.num_heads + attention.num_kv_heads
                 counts["norms"] += num_heads * attention.head_dim

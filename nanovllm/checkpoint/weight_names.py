@@ -17,7 +17,8 @@ class WeightNames(Struct, frozen=True):
     neighbours; the loader puts them head_dim / 2 apart again. prefixes: what names of safetensors
     may begin with, and what that means in the map; ignored: prefixes of what is no text decoder. A
     name that ends in "*" is that of parameters and of no module: of the weight, which lies inputs
-    first, it has no "*"; of others it ends in "_bias" and so on.
+    first, it has no "*"; of others it ends in "_bias" and so on. One that ends in "+" is the same, but its
+    weight lies outputs first.
     """
 
     safetensors: dict[str, str]
@@ -45,6 +46,11 @@ def tensor_name(name: str, kind: str) -> str:
 
 def is_parameter(name: str) -> bool:
     """Whether a name in the maps is one of parameters and not of a module."""
+    return name.endswith(("*", "+"))
+
+
+def is_transposed(name: str) -> bool:
+    """Whether its weight lies inputs first."""
     return name.endswith("*")
 
 
@@ -117,6 +123,7 @@ def of_text_part(names: WeightNames) -> WeightNames:
         ignored=(
             *("vision_tower.", "model.vision_tower."),
             *("multi_modal_projector.", "model.multi_modal_projector."),
+            *("model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
         ),
     )
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks
+from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks, token_size
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import AT_LOAD
 from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup
@@ -88,7 +88,7 @@ class MemoryPlan:
     def row_bytes(self) -> int:
         """Tokens, block tables and parameters of every sequence, and the rotary table."""
         columns = math.ceil(self.max_model_len / self.cache.block_size)
-        words = self.max_model_len + columns * len(self._layout.groups) + RECORD_WORDS
+        words = self.max_model_len + columns * len(self._layout.windows) + RECORD_WORDS
         tables = {(attention.rope, attention.head_dim) for attention in self.spec.attentions}
         rotary = self.max_model_len * sum(head_dim for _, head_dim in tables) * 4
         return (self.limits.max_num_seqs + 1) * words * 4 + rotary
@@ -124,22 +124,20 @@ class MemoryPlan:
     @property
     def bytes_per_token(self) -> int:
         """Of KV, in all layers, while a token is within all windows."""
-        return self._kv_bytes(self.spec.num_layers)
+        own = (layer.attention for layer in self.spec.layers if layer.keys_of is None)
+        values = 2 * sum(token_size(attention, self.num_ranks) for attention in own)
+        return math.ceil(values * self.precision.kv_bytes)
 
     @property
     def bytes_per_block(self) -> int:
         """Of KV of `block_size` tokens in the layers of one group."""
-        return self._kv_bytes(self._layout.layers_per_block) * self.cache.block_size
-
-    def _kv_bytes(self, num_layers: int) -> int:
-        """Of a token in so many layers: all are alike in the shape of their keys."""
-        attention = self.spec.layers[0].attention
-        heads = max(1, attention.num_kv_heads // self.num_ranks)
-        return math.ceil(num_layers * 2 * heads * attention.head_dim * self.precision.kv_bytes)
+        least = min(token_size(attention, self.num_ranks) for attention in self.spec.attentions)
+        values = 2 * self._layout.layers_per_block * least
+        return math.ceil(values * self.precision.kv_bytes) * self.cache.block_size
 
     @property
     def _layout(self) -> KVLayout:
-        return self.layout or kv_layout(self.spec)
+        return self.layout or kv_layout(self.spec, num_ranks=self.num_ranks)
 
     @property
     def budget_bytes(self) -> int:
@@ -174,7 +172,7 @@ class MemoryPlan:
     def num_tokens_in(self, num_blocks: int) -> int:
         """That fit into so many blocks, the reserved one included, were none behind a window."""
         usable = max(0, num_blocks - NUM_RESERVED)
-        return usable // len(self._layout.groups) * self.cache.block_size
+        return usable // len(self._layout.windows) * self.cache.block_size
 
     def num_sequences(self, length: int) -> int:
         """How many sequences of `length` tokens have room at once, whatever max_num_seqs says."""
@@ -247,6 +245,8 @@ class MemoryPlan:
             num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads  # queries come twice
             halves.append(hidden + num_heads * attention.head_dim // self.num_ranks)
             inner = mlp.intermediate_size // self.num_ranks
+            if layer.experts is not None:
+                inner += layer.experts.top_k * (hidden + layer.experts.intermediate_size)
             if isinstance(mlp, MoE):  # what each of a token's experts makes of it, and between
                 halves.append(2 * hidden + mlp.top_k * (hidden + inner))
             else:

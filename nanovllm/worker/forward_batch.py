@@ -264,7 +264,7 @@ def slots_of(block_tables: Tensor, rows: Tensor, positions: Tensor, block_size: 
     return block_ids * block_size + positions % block_size
 
 
-def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+def build_batch(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """Expand a staged plan's rows to tokens, on the device.
 
     The plan's own counts are host integers here; `expand_view` is for shapes that are bounds.
@@ -282,9 +282,10 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         token_rows = row_ids[entries]
         first_positions = staged.num_computed - staged.query_start_loc[:-1]
         positions = torch.arange(num_tokens, device=row_ids.device) + first_positions[entries]
-    slots = [slots_of(table, token_rows, positions, block_size) for table in rows.block_tables]
-    width = -(-max_seq_len // block_size)
-    tables = [table[:, :width][row_ids] for table in rows.block_tables]
+    slots, tables = [], []
+    for table, size in zip(rows.block_tables, rows.block_sizes, strict=True):
+        slots.append(slots_of(table, token_rows, positions, size))
+        tables.append(table[:, : -(-max_seq_len // size)][row_ids])
     batch = ForwardBatch(
         input_ids=rows.token_ids[token_rows, positions].long(),
         positions=positions,
@@ -299,6 +300,11 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
+    return _of_all_groups(batch, slots, tables)
+
+
+def _of_all_groups(batch: ForwardBatch, slots: list[Tensor], tables: list[Tensor]) -> ForwardBatch:
+    """batch: of the first group; slots and tables: of each."""
     batch.others = tuple(
         replace(batch, slot_mapping=slots[group], block_tables=tables[group], group=group)
         for group in range(1, len(tables))
@@ -306,16 +312,18 @@ def build_batch(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
     return batch
 
 
-def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+def batch_of_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """The batch that a view of `PlanStaging` stands for: counts, bounds, and memory to fill in."""
     num_rows, num_tokens = len(staged.host_rows), int(staged.host_query_start_loc[-1])
     max_seq_len, decodes = int(staged.host_seq_lens[0]), num_tokens == num_rows
-    device, num_groups = staged.rows.device, len(rows.block_tables)
+    device = staged.rows.device
     input_ids, positions, *slots = torch.empty(
-        2 + num_groups, num_tokens, dtype=torch.int64, device=device
+        2 + len(rows.block_tables), num_tokens, dtype=torch.int64, device=device
     )
-    width = -(-max_seq_len // block_size)
-    tables = torch.empty(num_groups, num_rows, width, dtype=torch.int32, device=device)
+    tables = [
+        torch.empty(num_rows, -(-max_seq_len // size), dtype=torch.int32, device=device)
+        for size in rows.block_sizes
+    ]
     batch = ForwardBatch(
         input_ids=input_ids,
         positions=positions,
@@ -330,20 +338,16 @@ def batch_of_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> 
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
-    batch.others = tuple(
-        replace(batch, slot_mapping=slots[group], block_tables=tables[group], group=group)
-        for group in range(1, num_groups)
-    )
-    return batch
+    return _of_all_groups(batch, slots, tables)
 
 
-def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+def expand_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """`build_batch` for a view of `PlanStaging`: shapes are bounds, so it can be captured.
 
     Padding tokens are the padding row's first. In a decode step each has an entry of its own; else
     they belong to no row of the batch and are not cached.
     """
-    batch = batch_of_view(staged, rows, block_size=block_size)
+    batch = batch_of_view(staged, rows)
     num_rows, starts = batch.num_rows, staged.query_start_loc
     row_ids = staged.rows.long()
     tokens = torch.arange(batch.num_tokens, device=row_ids.device, dtype=torch.int32)
@@ -355,8 +359,9 @@ def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> Fo
     batch.positions.copy_(torch.where(real, offsets, 0))
     token_rows = row_ids[entries]
     batch.input_ids.copy_(rows.token_ids[token_rows, batch.positions])
-    for one, table in zip((batch, *batch.others), rows.block_tables, strict=True):
-        slots = slots_of(table, token_rows, batch.positions, block_size)
+    batches, sizes = (batch, *batch.others), rows.block_sizes
+    for one, table, size in zip(batches, rows.block_tables, sizes, strict=True):
+        slots = slots_of(table, token_rows, batch.positions, size)
         one.slot_mapping.copy_(torch.where(real, slots, NOT_CACHED))
         one.block_tables.copy_(table[:, : one.block_tables.shape[1]][row_ids[:num_rows]])
     batch.seq_lens.copy_(staged.num_computed[:num_rows] + starts[: num_rows + 1].diff())

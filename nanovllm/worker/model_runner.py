@@ -105,7 +105,7 @@ class PendingStep:
 
 class ModelRunner:
     """Runs plans on `model`; `kv_cache` is [2, layers of a block, blocks, block_size, kv_heads,
-    head_dim]."""
+    head_dim], in the shape of any kind of layer."""
 
     def __init__(
         self,
@@ -124,9 +124,8 @@ class ModelRunner:
         self._attention = attention
         self._rows = rows = sampler.rows
         self._kv_cache = kv_cache
-        self._block_size = kv_cache.shape[3]
         self._device = kv_cache.device
-        self._prefixes = PrefixFinder(rows.host_block_tables, block_size=self._block_size)
+        self._prefixes = PrefixFinder(rows.host_block_tables, block_size=rows.block_size)
         num_buffers = limits.max_inflight_steps + 1
         self._fused = fused
         self._sampler = sampler
@@ -232,7 +231,7 @@ class ModelRunner:
             max_seq_len=rows.token_ids.shape[1],
             shares_prefix=variant.shares_prefix,
         )
-        batch = self._fused.expand_view(staged, rows, block_size=self._block_size)
+        batch = self._fused.expand_view(staged, rows)
         self._attention.prepare(batch)
         row_ids, positions, wanted = staged.rows[: shape.num_rows], batch.seq_lens, None
         if shape.num_tokens > shape.num_rows:
@@ -245,7 +244,7 @@ class ModelRunner:
 
     def _run(self, staged: StagedPlan, *, keeps_hidden: bool) -> StepOutput:
         """The forward pass of any step, eagerly."""
-        batch = build_batch(staged, self._rows, block_size=self._block_size)
+        batch = build_batch(staged, self._rows)
         self._attention.prepare(batch)
         entries, wanted = staged.sampling.long(), None
         if 0 < len(entries) < batch.num_tokens:  # where the sampling entries' tokens end

@@ -6,6 +6,8 @@ Tokens are written at admission and by the sampler: the host never needs an id s
 """
 
 import logging
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,11 +51,24 @@ class RequestRows:
         vocab_size: int,
         eos_token_ids: list[int],
         device: torch.device,
-        num_groups: int = 1,
+        blocks: Sequence[int] = (1,),
     ) -> None:
-        self._num_groups = num_groups
-        self._max_num_blocks = -(-max_model_len // block_size)
-        self._tokens_at = NUM_WORDS + num_groups * self._max_num_blocks
+        """blocks: of each group of layers, how many hold `block_size` tokens."""
+        num_columns = -(-max_model_len // block_size)
+        self.block_sizes = [block_size // count for count in blocks]
+        self.block_size = block_size
+        # Of each block that plans have for a column of tokens: where its group's table begins, how
+        # many it has of a column, and which of these it is.
+        starts = np.cumsum([0, *blocks], dtype=np.int32) * num_columns
+        self._entries = np.array(
+            [
+                (start, count, place)
+                for start, count in zip(starts, blocks, strict=False)
+                for place in range(count)
+            ],
+            np.int32,
+        )
+        self._tokens_at = NUM_WORDS + int(starts[-1])
         width = self._tokens_at + max_model_len
         self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
         if (num_rows + 1) * self._width >= 2**31:
@@ -64,8 +79,8 @@ class RequestRows:
         state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
         self._words = state.view(-1)
         self.block_tables = [
-            state[:, start : start + self._max_num_blocks]
-            for start in range(NUM_WORDS, self._tokens_at, self._max_num_blocks)
+            state[:, NUM_WORDS + start : NUM_WORDS + end]
+            for start, end in pairwise(starts.tolist())
         ]
         self.token_ids = state[:, self._tokens_at : width]
         self.seeds = state[:, :2].view(torch.int64)[:, 0]
@@ -77,9 +92,7 @@ class RequestRows:
         self.num_rows = num_rows
         self.host = np.repeat(NEUTRAL, num_rows + 1)
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
-        self.host_block_tables = np.zeros(
-            (num_rows + 1, num_groups * self._max_num_blocks), np.int32
-        )
+        self.host_block_tables = np.zeros((num_rows + 1, int(starts[-1])), np.int32)
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self._uncounted: set[int] = set()  # admitted since their tokens were last counted
@@ -129,7 +142,10 @@ class RequestRows:
     def _place_in_tables(self, indices: Int32Array) -> Int32Array:
         """Where entries of a plan's block table lie: there the groups take turns, here each has a
         table of its own."""
-        return indices % self._num_groups * self._max_num_blocks + indices // self._num_groups
+        column, entry = np.divmod(indices, len(self._entries))
+        start, count, place = self._entries[entry].T
+        found: Int32Array = start + column * count + place
+        return found
 
     def _prepare(self, new: NewRow) -> tuple[npt.NDArray[Any], RowEdits | None]:
         """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""

@@ -213,7 +213,7 @@ class Startup:
             attention=attention,
             kernels=kernels,
             # Native steps know one block table.
-            layout=undivided(spec) if is_native else kv_layout(spec),
+            layout=undivided(spec) if is_native else kv_layout(spec, num_ranks=self._parallel.size),
             is_native=is_native,
             notes=notes,
         )
@@ -260,10 +260,10 @@ class Startup:
             vocab_size=choice.spec.vocab_size,
             eos_token_ids=choice.eos_token_ids,
             device=self.device,
-            num_groups=len(choice.layout.groups),
+            blocks=choice.layout.blocks,
         )
         captures = kernels.fused is not None and not self._config.model.enforce_eager
-        captures = captures and not model.waits_for_routers
+        captures = captures and attention.is_capturable and not model.waits_for_routers
         return Loaded(model, rows, kernels, attention, self._limits, captures)
 
     def _info(
@@ -303,7 +303,6 @@ class Startup:
         self._precompiler.ask(
             Job(
                 spec=choice.spec.shortened(NUM_LAYERS),
-                num_groups=len(choice.layout.groups),
                 block_size=attention.block_size,
                 dtype=name_of(attention.dtype),
                 kv_dtype=None if attention.kv_dtype is None else name_of(attention.kv_dtype),

@@ -22,7 +22,7 @@ from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import SUPPORTED
 from nanovllm.checkpoint.spec import Rope
 from nanovllm.checkpoint.weight_files import INDEX, SINGLE, indexed_files, weight_files
-from nanovllm.checkpoint.weight_names import is_parameter, tensor_name
+from nanovllm.checkpoint.weight_names import is_transposed, tensor_name
 from nanovllm.config import LoadFormat
 from nanovllm.protocol.plan import ProgressCallback
 from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
@@ -281,7 +281,7 @@ def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Pl
             index = [cut.slice for cut in slot.piece]
             if index:
                 index[0] = slice(start + index[0].start, start + index[0].stop)
-            turns = is_parameter(names[slot.part]) and slot.kind == "weight"
+            turns = is_transposed(names[slot.part]) and slot.kind == "weight"
             if turns:
                 index.reverse()
             if is_stack and slot.expert is not None:

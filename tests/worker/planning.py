@@ -30,7 +30,7 @@ class Executor(Protocol):
 
 
 def make_rows(
-    *, vocab_size: int = VOCAB_SIZE, device: str = "cpu", num_groups: int = 1
+    *, vocab_size: int = VOCAB_SIZE, device: str = "cpu", blocks: tuple[int, ...] = (1,)
 ) -> RequestRows:
     return RequestRows(
         num_rows=8,
@@ -39,7 +39,7 @@ def make_rows(
         vocab_size=vocab_size,
         eos_token_ids=[EOS],
         device=torch.device(device),
-        num_groups=num_groups,
+        blocks=blocks,
     )
 
 

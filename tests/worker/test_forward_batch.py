@@ -17,7 +17,7 @@ def make_staging(rows: RequestRows) -> PlanStaging:
 def run(rows: RequestRows, staging: PlanStaging, plan: StepPlan) -> ForwardBatch:
     staged = staging.stage(plan, rows.record(plan))
     rows.write(staged.writes)
-    return build_batch(staged, rows, block_size=BLOCK_SIZE)
+    return build_batch(staged, rows)
 
 
 def slots_of(row: int, positions: range) -> list[int]:

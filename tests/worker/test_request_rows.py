@@ -8,7 +8,7 @@ from nanovllm.protocol.plan import BlockAppend, KnownTokens
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import COLUMNS, NO_LOGPROBS
-from tests.worker.planning import GREEDY, make_plan, make_rows, new_row
+from tests.worker.planning import BLOCK_SIZE, GREEDY, make_plan, make_rows, new_row
 
 EVERYTHING = SamplingParams(
     temperature=0.7,
@@ -46,7 +46,7 @@ def test_admission_writes_tokens_blocks_and_columns() -> None:
 
 
 def test_groups_of_layers_have_tables_of_their_own() -> None:
-    rows = make_rows(num_groups=3)
+    rows = make_rows(blocks=(1, 1, 1))
     plan = make_plan(0, [], new_rows=[new_row(2, [5] * 7, block_ids=[9, 4, 6, 8, 0, 7])])
     plan.block_appends.extend([BlockAppend(2, 4, 11), BlockAppend(2, 8, 12)])
     rows.write(torch.from_numpy(rows.record(plan)))
@@ -72,6 +72,16 @@ def test_seeds_are_whole_whatever_the_width_of_a_row(max_model_len: int) -> None
     rows.write(torch.from_numpy(rows.record(make_plan(0, [], new_rows=new_rows))))
     assert rows.seeds.tolist() == [*seeds, 0]
     assert rows.token_ids[:4].tolist() == last
+
+
+def test_groups_with_larger_keys_have_more_blocks_of_the_same_tokens() -> None:
+    rows = make_rows(blocks=(1, 2))
+    plan = make_plan(0, [], new_rows=[new_row(2, [5] * 7, block_ids=[9, 4, 6, 8, 0, 7])])
+    plan.block_appends.append(BlockAppend(2, 7, 11))
+    rows.write(torch.from_numpy(rows.record(plan)))
+    tables = [table[2, :5].tolist() for table in rows.block_tables]
+    assert tables == [[9, 8, 0, 0, 0], [4, 6, 0, 7, 11]]
+    assert rows.block_sizes == [BLOCK_SIZE, BLOCK_SIZE // 2]
 
 
 def test_known_tokens_are_written_where_they_belong() -> None:

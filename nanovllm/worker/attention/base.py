@@ -41,6 +41,11 @@ class AttentionSpec:
         return self.kv_dtype or self.dtype
 
     @property
+    def block_shape(self) -> tuple[int, int, int]:
+        """Of keys, or of values, in one layer."""
+        return self.block_size, self.num_kv_heads, self.head_dim
+
+    @property
     def bytes_per_block(self) -> int:
         """Of keys and values of `block_size` tokens, in one layer."""
         values = 2 * self.block_size * self.num_kv_heads * self.head_dim
@@ -71,9 +76,11 @@ class AttentionBackend(Protocol):
     """Causal paged attention with grouped queries (Dao et al. 2022; Kwon et al. 2023).
 
     shares_prefix: whether it makes use of a batch's `prefix`, which is else not looked for.
+    is_capturable: whether it asks the host nothing, so that graphs can hold it.
     """
 
     shares_prefix: bool
+    is_capturable: bool
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -111,15 +118,10 @@ class ModelAttention:
         specs: Mapping[Attention, AttentionSpec],
         backends: Mapping[Attention, AttentionBackend],
     ) -> None:
-        """Raises `ValueError` if layers differ in the shape of their keys."""
         self._backends = backends
         self._specs = specs
+        self.is_capturable = all(backend.is_capturable for backend in backends.values())
         self.shares_prefix = all(backend.shares_prefix for backend in backends.values())
-        shapes = {(spec.num_kv_heads, spec.head_dim) for spec in specs.values()}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"model: layers with KV heads of several kinds {sorted(shapes)} are not supported"
-            )
 
     def of(self, attention: Attention) -> AttentionBackend:
         """The backend of layers of that kind."""
@@ -130,9 +132,12 @@ class ModelAttention:
         for backend in self._backends.values():
             backend.prepare(batch)
 
+    def spec_of(self, attention: Attention) -> AttentionSpec:
+        return self._specs[attention]
+
     @property
     def spec(self) -> AttentionSpec:
-        """Of any kind of layer: in the shape of the cache they are all alike."""
+        """Of any kind of layer: in device, precision and bytes of a block they are all alike."""
         return next(iter(self._specs.values()))
 
     def kv_shape(self, *, num_layers: int, num_blocks: int) -> tuple[int, ...]:

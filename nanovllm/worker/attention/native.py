@@ -20,6 +20,7 @@ class NativeAttention:
     """Implements `attention.base.AttentionBackend`."""
 
     shares_prefix = False
+    is_capturable = False
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

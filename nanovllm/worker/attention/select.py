@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from nanovllm.checkpoint.kv_layout import block_sizes
 from nanovllm.checkpoint.spec import Attention, DecoderSpec
 from nanovllm.config import AttentionBackendName, unknown_name
 from nanovllm.worker.attention.base import AttentionBackend, AttentionSpec, ModelAttention
@@ -42,14 +43,16 @@ def attention_specs(
     kv_dtype: torch.dtype | None = None,
     parallel: TensorParallel = SINGLE,
 ) -> dict[Attention, AttentionSpec]:
-    """What each kind of layer asks of a backend on this rank."""
+    """What each kind of layer asks of a backend on this rank. block_size: as `block_sizes` has
+    it, which raises."""
+    sizes = block_sizes(spec, block_size, num_ranks=parallel.size)
     return {
         kind: AttentionSpec(
             num_heads=parallel.share(kind.num_heads).size,
             num_kv_heads=parallel.share(kind.num_kv_heads, repeats=True).size,
             head_dim=kind.head_dim,
             scale=kind.scale,
-            block_size=block_size,
+            block_size=sizes[kind],
             sliding_window=kind.window,
             dtype=dtype,
             device=device,

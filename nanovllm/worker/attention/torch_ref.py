@@ -192,6 +192,7 @@ class TorchAttention:
     """Implements `attention.base.AttentionBackend`, in any precision and on any device."""
 
     shares_prefix = False
+    is_capturable = False
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

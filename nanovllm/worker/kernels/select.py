@@ -69,9 +69,7 @@ class EditLogits(Protocol):
 class ExpandView(Protocol):
     """`forward_batch.expand_view`, or the same in one kernel."""
 
-    def __call__(
-        self, staged: StagedPlan, rows: RequestRows, *, block_size: int
-    ) -> ForwardBatch: ...
+    def __call__(self, staged: StagedPlan, rows: RequestRows) -> ForwardBatch: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,14 @@ class Experts:
 
     stacked: the same weights as two matrices, those of all experts one below the other, where a
     device multiplies by them at once; the layers of `each` are then views. correction: what is
-    added to scores before experts are chosen.
+    added to scores before experts are chosen. factors: what their weights are multiplied by.
     """
 
     spec: MoE
     each: list[tuple[Linear, Linear]]
     stacked: tuple[Linear, Linear] | None = None
     correction: Tensor | None = None  # [num_experts] fp32
+    factors: Tensor | None = None  # [num_experts] fp32
 
     def linears(self) -> Iterator[Linear]:
         for pair in self.each:
@@ -41,14 +42,20 @@ class Experts:
                 yield from linear.slots(layer, Cut(index, 1, len(self.each)))
         if self.correction is not None:
             yield WeightSlot.of_whole("router_correction", "bias", self.correction, layer)
+        if self.factors is not None:
+            yield WeightSlot.of_whole("expert_scale", "", self.factors, layer)
 
 
 def choose(
-    logits: Tensor, router: Router, top_k: int, correction: Tensor | None
+    logits: Tensor,
+    router: Router,
+    top_k: int,
+    correction: Tensor | None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights (fp32) and indices (int64) of each token's experts, both [num_tokens, top_k].
 
-    logits: [num_tokens, num_experts].
+    logits: [num_tokens, num_experts]; correction and factors: as of `Experts`.
     """
     wide = logits.float()
     scores = wide.softmax(-1) if router.scores == "softmax" else wide.sigmoid()
@@ -62,4 +69,6 @@ def choose(
     weights = scores.gather(-1, indices)
     if router.renormalizes:
         weights = weights / weights.sum(-1, keepdim=True).clamp_(min=LEAST_SUM)
+    if factors is not None:
+        weights = weights * factors[indices]
     return weights * router.scale, indices

@@ -27,7 +27,7 @@ def turning_size(rope: Rope, head_dim: int) -> int:
 
 def memory_order(rope: Rope, head_dim: int) -> list[int] | None:
     """Which number of a checkpoint's head lies where in memory; None: all stay where they are."""
-    size = turning_size(rope, head_dim)
+    size = head_dim if rope.proportional else turning_size(rope, head_dim)
     turning, still = list(range(size)), list(range(size, head_dim))
     half = len(still) // 2
     if rope.interleaved:
@@ -44,7 +44,8 @@ def inverse_frequencies(rope: Rope, head_dim: int, *, max_positions: int) -> Ten
     max_positions: that are served, for scalings that depend on it.
     """
     size = turning_size(rope, head_dim)
-    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    whole = head_dim if rope.proportional else size
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / whole
     periods = rope.theta**exponents
     plain = 1.0 / periods
     match rope.scaling:

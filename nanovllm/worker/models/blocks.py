@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,10 +50,26 @@ class Norms:
 class AttentionBlock:
     """residual + o(attention(qkv(residual))), with norms where the layer has them."""
 
-    def __init__(self, build: Builder, layer: LayerSpec, *, module: int, cos_sin: Tensor) -> None:
+    def __init__(
+        self,
+        build: Builder,
+        layer: LayerSpec,
+        *,
+        module: int,
+        cos_sin: Tensor,
+        source: "AttentionBlock | None" = None,
+    ) -> None:
+        """source: of an earlier layer whose keys and values this one takes, having none."""
         spec, hidden = layer.attention, build.spec.hidden_size
         q, kv, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        sizes = {"q": q * head_dim, "k": kv * head_dim, "v": kv * head_dim}
+        sizes = {"q": q * head_dim}
+        if source is None:
+            sizes |= {"k": kv * head_dim, "v": kv * head_dim}
+        self._keeps_keys = False  # for layers whose source it is
+        self._kept: Tensor | None = None  # the step's keys and values as qkv has them
+        self._source = source
+        if source is not None:
+            source._keeps_keys = True
         self.qkv = build.column(hidden, sizes, module=(module,), bias=spec.qkv_bias, unit=head_dim)
         self.o = build.row(
             q * head_dim, {"o": hidden}, module=(module,), bias=spec.o_bias, unit=head_dim
@@ -64,8 +80,12 @@ class AttentionBlock:
             wide = spec.qk_norm == "full"
             shares = self.qkv.parts
             self.q_norm = build.norm(shares["q"].size if wide else head_dim, layer.norm)
-            self.k_norm = build.norm(shares["k"].size if wide else head_dim, layer.norm)
+            if source is not None:
+                self.k_norm = source.k_norm
+            else:
+                self.k_norm = build.norm(shares["k"].size if wide else head_dim, layer.norm)
             if not wide:
+                assert self.k_norm is not None
                 weights = self.q_norm.weight, self.k_norm.weight
                 self.head_norms = HeadNorms(*weights, layer.norm.eps)
         self.sinks = self._shared = None
@@ -74,6 +94,7 @@ class AttentionBlock:
             self.sinks = torch.zeros(self._shared.size, dtype=torch.float32, device=build.device)
         growth = spec.query_growth
         self.growth = None if growth is None else build.query_growth(growth)
+        self._spec = spec
         self._norm_spec = layer.norm
         self._kernels = build.kernels
         self._parallel = build.parallel
@@ -96,6 +117,14 @@ class AttentionBlock:
         if self.growth is not None:  # by the same for all of a head, so it may come before rotation
             queries = qkv[:, : self.qkv.parts["q"].size]
             queries *= self.growth[batch.positions, None].to(qkv.dtype)
+        if self._source is not None:
+            assert self._source._kept is not None
+            # Keys are written to the cache once more, with the same numbers.
+            qkv = torch.cat((qkv, self._source._kept), dim=1)
+        elif self._spec.v_norm:
+            self._norm_values(qkv)
+        if self._keeps_keys:
+            self._kept = qkv[:, self.qkv.parts["q"].size :].clone()
         attended = self.backend.forward(qkv, self.rotary, layer_cache, batch, self.sinks)
         hidden = stream.hidden
         if wanted is not None:
@@ -103,6 +132,14 @@ class AttentionBlock:
         return self._kernels.linear_add(
             attended.flatten(1), self.o, hidden, post_norm=self.norms.post, next_norm=next_norm
         )
+
+    def _norm_values(self, qkv: Tensor) -> None:
+        """Each head by itself, in place, by norms without weights."""
+        size, head_dim = self.qkv.parts["v"].size, self._spec.head_dim
+        values = qkv[:, -size:].view(len(qkv), -1, head_dim)
+        wide = values.float()
+        squares = wide.square().mean(-1, keepdim=True)
+        values.copy_(wide * torch.rsqrt(squares + self._norm_spec.eps))
 
     def _norm_all_heads(self, qkv: Tensor) -> None:
         """All queries of a token, and all its keys, in place."""
@@ -125,12 +162,15 @@ class AttentionBlock:
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         for linear in self.linears():
-            yield from linear.slots(layer)
+            for slot in linear.slots(layer):
+                is_copy = self._spec.values_are_keys and slot.part == "v"
+                yield replace(slot, part="k") if is_copy else slot
         yield from self.norms.slots(layer)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (None, None) if self.head_norms is not None else self._head_cuts()
             yield self.q_norm.slot("q_norm", layer, self._norm_spec, cut=q)
-            yield self.k_norm.slot("k_norm", layer, self._norm_spec, cut=k)
+            if self._source is None:
+                yield self.k_norm.slot("k_norm", layer, self._norm_spec, cut=k)
         if self.sinks is not None and self._shared is not None:
             yield WeightSlot("sinks", "", self.sinks, (self._shared,), layer)
 

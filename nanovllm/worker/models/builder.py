@@ -92,6 +92,8 @@ class Builder:
         made = Experts(spec, each)
         if spec.router.corrects:
             made.correction = torch.zeros(spec.num_experts, device=self.device)
+        if spec.router.norms:
+            made.factors = torch.ones(spec.num_experts, device=self.device)
         kinds = {linear.method.kind for linear in made.linears()}
         if len(kinds) == 1 and kinds <= self.kernels.stacked_kinds:
             gate_ups, downs = zip(*each, strict=True)

@@ -23,16 +23,30 @@ from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock
 from nanovllm.worker.models.builder import Builder
+from nanovllm.worker.models.gemma4_blocks import DenseAndExpertsBlock, LayerInput, LayerInputs
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 
 
 class DecoderLayer:
     """Attention, then an MLP, each added to the residual stream."""
 
-    def __init__(self, build: Builder, spec: LayerSpec, *, module: int, cos_sin: Tensor) -> None:
-        self.attention = AttentionBlock(build, spec, module=module, cos_sin=cos_sin)
-        self.mlp: DenseBlock | ExpertsBlock
+    def __init__(
+        self,
+        build: Builder,
+        spec: LayerSpec,
+        *,
+        module: int,
+        cos_sin: Tensor,
+        source: AttentionBlock | None = None,
+    ) -> None:
+        """source: whose keys and values its attention takes, if it has none."""
+        self.attention = AttentionBlock(build, spec, module=module, cos_sin=cos_sin, source=source)
+        self.input = LayerInput(build, spec) if spec.input_size else None
+        self.scale = torch.ones(1, dtype=build.dtype, device=build.device) if spec.scaled else None
+        self.mlp: DenseBlock | ExpertsBlock | DenseAndExpertsBlock
         match spec.mlp:
+            case Dense() as dense if spec.experts is not None:
+                self.mlp = DenseAndExpertsBlock(build, spec, dense, spec.experts, module=module)
             case Dense() as dense:
                 self.mlp = DenseBlock(build, spec, dense, module=module)
             case MoE() as experts:
@@ -47,9 +61,11 @@ class DecoderLayer:
         layer_cache: Tensor,
         next_norm: RMSNorm | None,
         wanted: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Stream:
         """The stream after this layer, of `wanted` tokens if given: as of the last layer the others
-        only leave keys and values. next_norm: the norm that comes next."""
+        only leave keys and values. next_norm: the norm that comes next. given: this layer's input
+        for each token, [num_tokens, input_size], if it takes one."""
         if self._is_parallel:
             return self._forward_parallel(stream, batch, layer_cache, next_norm, wanted)
         stream = self.attention.forward(
@@ -59,7 +75,15 @@ class DecoderLayer:
             next_norm=self.mlp.norms.pre,
             wanted=wanted,
         )
-        return self.mlp.forward(stream, next_norm=next_norm)
+        if self.input is None and self.scale is None:
+            return self.mlp.forward(stream, next_norm=next_norm)
+        stream = self.mlp.forward(stream, next_norm=None)
+        if self.input is not None:
+            assert given is not None
+            stream = self.input.forward(stream, given if wanted is None else given[wanted])
+        if self.scale is not None:
+            stream.hidden.mul_(self.scale)
+        return stream
 
     def _forward_parallel(
         self,
@@ -91,6 +115,10 @@ class DecoderLayer:
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         yield from self.attention.slots(layer)
         yield from self.mlp.slots(layer)
+        if self.input is not None:
+            yield from self.input.slots(layer)
+        if self.scale is not None:
+            yield WeightSlot.of_whole("layer_scale", "", self.scale, layer)
 
 
 class Decoder:
@@ -128,10 +156,13 @@ class Decoder:
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
         self.embedding_keeper: Callable[[GGUFTensor], None] | None = None
         tables = build.rotary_tables()
-        self.layers = [
-            DecoderLayer(build, layer, module=index, cos_sin=tables[layer.attention])
-            for index, layer in enumerate(spec.layers)
-        ]
+        self.layers: list[DecoderLayer] = []
+        for index, layer in enumerate(spec.layers):
+            source = None if layer.keys_of is None else self.layers[layer.keys_of].attention
+            cos_sin = tables[layer.attention]
+            made = DecoderLayer(build, layer, module=index, cos_sin=cos_sin, source=source)
+            self.layers.append(made)
+        self.layer_inputs = LayerInputs(build) if spec.input_size else None
         self.final_norm = build.norm(spec.hidden_size, spec.norm)
         head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
         self.lm_head = Linear(head, None, {"lm_head": self.vocabulary.cut}, shard_axis=0)
@@ -141,28 +172,36 @@ class Decoder:
         """Where in the cache layers keep their keys; all in one group until this is called."""
         self.layout = layout
         self._places = layout.places
+        kinds = [self.spec.layers[group.layers[0]].attention for group in layout.groups]
+        self._shapes = [self.attention.spec_of(kind).block_shape for kind in kinds]
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
     ) -> Stream:
         """One step. `attention.prepare(batch)` must have run.
 
-        kv_cache: [2, layers of a block, num_blocks, block_size, num_kv_heads, head_dim]. wanted:
-        [n] int64, the tokens that are asked for; None: all. Returns what the last layer leaves of
-        them.
+        kv_cache: [2, layers of a block, num_blocks, block_size, num_kv_heads, head_dim], in the
+        shape of any kind of layer. wanted: [n] int64, the tokens that are asked for; None: all.
+        Returns what the last layer leaves of them.
         """
         hidden = self.vocabulary.embed(batch.input_ids, self.embedding)
         if self.spec.embedding_multiplier != 1.0:
             # Rounded to the precision of what it multiplies, as Gemma's is.
             hidden *= hidden.new_tensor(self.spec.embedding_multiplier)
+        inputs: list[Tensor | None] = [None] * len(self.layers)
+        if self.layer_inputs is not None:
+            inputs = list(self.layer_inputs.of(batch.input_ids, hidden).unbind(1))
         stream = Stream(hidden)
         norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
-        caches = kv_cache.unbind(1)
-        for layer, (group, index), norm in zip(self.layers, self._places, norms, strict=True):
+        shape = kv_cache.shape[:3]
+        caches = [kv_cache.view(*shape, *token_shape).unbind(1) for token_shape in self._shapes]
+        layers = zip(self.layers, self._places, norms, inputs, strict=True)
+        for layer, (group, index), norm, given in layers:
             stream = layer.forward(
                 stream,
                 batch=batch.of_group(group),
-                layer_cache=caches[index],
+                layer_cache=caches[group][index],
+                given=given,
                 next_norm=norm,
                 wanted=wanted if layer is self.layers[-1] else None,
             )
@@ -186,7 +225,7 @@ class Decoder:
     def waits_for_routers(self) -> bool:
         """Whether the host waits for what some router picks."""
         blocks = (layer.mlp for layer in self.layers)
-        return any(isinstance(mlp, ExpertsBlock) and mlp.waits_for_router for mlp in blocks)
+        return any(not isinstance(mlp, DenseBlock) and mlp.waits_for_router for mlp in blocks)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""
@@ -201,6 +240,8 @@ class Decoder:
         yield replace(embedding, keep=self.embedding_keeper)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(index)
+        if self.layer_inputs is not None:
+            yield from self.layer_inputs.slots()
         yield self.final_norm.slot("final_norm", None, self.spec.norm)
         if not self.spec.tied_embeddings:
             yield from self.lm_head.slots(None)

@@ -36,7 +36,6 @@ class Job(msgspec.Struct, frozen=True):
     kv_dtype: str | None
     scheme: Scheme | None
     limits: StepLimits
-    num_groups: int  # of layers, with block tables of their own
     gpu: tuple[tuple[int, int], int]  # a `launch.Gpu`; Triton is not loaded to pass it on
 
 

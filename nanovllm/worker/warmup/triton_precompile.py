@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils, libcuda_dirs
 from triton.runtime.jit import JITFunction
 
+from nanovllm.checkpoint.kv_layout import kv_layout
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import Attention, DecoderSpec
 from nanovllm.config import StepLimits
@@ -155,14 +156,7 @@ def runner_for(job: Job, device: torch.device = NOWHERE, *, captures: bool = Tru
         device=device,
         kv_dtype=None if job.kv_dtype is None else getattr(torch, job.kv_dtype),
     )
-    return runner_without_weights(
-        job.spec,
-        specs,
-        job.limits,
-        scheme=job.scheme,
-        captures=captures,
-        num_groups=job.num_groups,
-    )
+    return runner_without_weights(job.spec, specs, job.limits, scheme=job.scheme, captures=captures)
 
 
 def go_through_first(runner: ModelRunner, job: Job) -> None:
@@ -205,7 +199,6 @@ def runner_without_weights(
     scheme: Scheme | None = None,
     expand: ExpandView = expand_view,
     captures: bool = True,
-    num_groups: int = 1,
 ) -> ModelRunner:
     """Whose steps launch what an engine's would. On the attention's device; its cache is small."""
     attention = ModelAttention(specs, {kind: TritonAttention(one) for kind, one in specs.items()})
@@ -218,16 +211,18 @@ def runner_without_weights(
         device=device,
         scheme=scheme,
     )
+    layout = kv_layout(spec)
+    model.lay_out(layout)
     rows = RequestRows(
         num_rows=limits.max_num_seqs,
         max_model_len=spec.max_position_embeddings,
-        block_size=attention.spec.block_size,
+        block_size=max(one.block_size for one in specs.values()),
         vocab_size=spec.vocab_size,
         eos_token_ids=[],
         device=device,
-        num_groups=num_groups,
+        blocks=layout.blocks,
     )
-    shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=8)
+    shape = attention.kv_shape(num_layers=layout.layers_per_block, num_blocks=8)
     return ModelRunner(
         model,
         attention,

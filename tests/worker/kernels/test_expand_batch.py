@@ -23,8 +23,8 @@ def staging_of(rows: RequestRows, *plans: StepPlan) -> PlanStaging:
 
 def both(staged: StagedPlan, rows: RequestRows) -> tuple[ForwardBatch, ForwardBatch]:
     return (
-        expand_batch.expand_view(staged, rows, block_size=BLOCK_SIZE),
-        forward_batch.expand_view(staged, rows, block_size=BLOCK_SIZE),
+        expand_batch.expand_view(staged, rows),
+        forward_batch.expand_view(staged, rows),
     )
 
 
@@ -53,7 +53,7 @@ def test_decode_step(num_rows: int) -> None:
 
 
 def test_groups_of_layers_have_tables_of_their_own() -> None:
-    rows = make_rows(device=str(DEVICE), num_groups=2)
+    rows = make_rows(device=str(DEVICE), blocks=(1, 1))
     new_rows = [new_row(6, [3] * 11, block_ids=[9, 4, 8, 0, 7, 5]), new_row(1, [7], block_ids=[2])]
     staging = staging_of(rows, make_plan(0, [(6, 3, 8), (1, 0, 1)], new_rows=new_rows))
     got, expected = both(staging.view(16, 3, max_seq_len=24, shares_prefix=False), rows)

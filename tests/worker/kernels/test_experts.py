@@ -30,6 +30,7 @@ ROUTERS = {
     "renormalized": Router(renormalizes=True),
     "scaled": Router(scale=2.5),
     "sigmoid": Router(scores="sigmoid", corrects=True, renormalizes=True, scale=1.5),
+    "factors": Router(renormalizes=True, norms=True),
     "groups": Router(scores="sigmoid", corrects=True, num_groups=3, top_groups=2),
 }
 
@@ -53,7 +54,8 @@ def make_experts(spec: MoE, dtype: torch.dtype = torch.float32, hidden: int = HI
         random_stack(count * hidden, inner, dtype, bias=spec.bias),
     )
     correction = torch.randn(count, device=DEVICE) * 0.2 if spec.router.corrects else None
-    return Experts(spec, views(stacks, count), stacks, correction)
+    factors = torch.rand(count, device=DEVICE) + 0.5 if spec.router.norms else None
+    return Experts(spec, views(stacks, count), stacks, correction, factors)
 
 
 def views(stacks: tuple[Linear, Linear], count: int) -> list[tuple[Linear, Linear]]:
@@ -74,7 +76,7 @@ def widened(experts: Experts) -> Experts:
         for stack in experts.stacked
     )
     each = views((first, second), experts.spec.num_experts)
-    return Experts(experts.spec, each, correction=experts.correction)
+    return Experts(experts.spec, each, correction=experts.correction, factors=experts.factors)
 
 
 def inputs(
@@ -97,8 +99,8 @@ def test_routers(name: str, num_tokens: int) -> None:
     spec = spec_of(ROUTERS[name])
     experts = make_experts(spec)
     _, logits = inputs(spec, num_tokens)
-    found = route(logits, spec, experts.correction)
-    weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction)
+    found = route(logits, spec, experts.correction, experts.factors)
+    weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction, experts.factors)
     assert torch.equal(found.experts.long(), chosen)
     torch.testing.assert_close(found.weights, weights, rtol=1e-5, atol=1e-6)
 

@@ -136,10 +136,10 @@ def compile_instead_of_launching() -> Counter[str]:
     return found
 
 
-def expand_after_all(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+def expand_after_all(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """The kernel compiles; plain torch fills in ids that the embedding can look up."""
-    expand_batch.expand_view(staged, rows, block_size=block_size)
-    return expand_view(staged, rows, block_size=block_size)
+    expand_batch.expand_view(staged, rows)
+    return expand_view(staged, rows)
 
 
 def make_runner(

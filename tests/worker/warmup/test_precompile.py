@@ -50,7 +50,6 @@ JOB = Job(  # of a model that takes few sizes of steps
     kv_dtype=None,
     scheme=None,
     limits=LIMITS,
-    num_groups=1,
     gpu=((9, 0), 132),
 )
 FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", scheme=Scheme.at_load("fp8"))

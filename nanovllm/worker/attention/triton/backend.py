@@ -46,6 +46,8 @@ class TritonAttention:
     tokens; the same step always gives the same bits.
     """
 
+    is_capturable = True
+
     def __init__(self, spec: AttentionSpec, tuning: Tuning | None = None) -> None:
         reason = self.unsupported(spec)
         assert reason is None, reason

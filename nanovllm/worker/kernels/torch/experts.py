@@ -14,7 +14,7 @@ from nanovllm.worker.layers.moe import Experts, choose
 def mix_experts(kernels: Kernels, hidden: Tensor, logits: Tensor, experts: Experts) -> Tensor:
     """As `Kernels.experts`, without a residual."""
     spec = experts.spec
-    weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction)
+    weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction, experts.factors)
     weights = weights.to(hidden.dtype)
     mixed = torch.zeros_like(hidden)
     for expert in torch.unique(chosen).tolist():

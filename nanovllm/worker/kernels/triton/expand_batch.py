@@ -70,19 +70,20 @@ def _expand_kernel(
         tl.store(slot_mapping + tokens, slots.to(tl.int64), inside)
 
 
-def expand_view(staged: StagedPlan, rows: RequestRows, *, block_size: int) -> ForwardBatch:
+def expand_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """`forward_batch.expand_view`, but for words of block tables beyond a row's keys."""
-    batch = batch_of_view(staged, rows, block_size=block_size)
+    batch = batch_of_view(staged, rows)
     num_rows, num_tokens = batch.num_rows, batch.num_tokens
     # Each further group of layers is a launch that writes all but its own tables once more.
-    for one, table in zip((batch, *batch.others), rows.block_tables, strict=True):
+    batches, sizes = (batch, *batch.others), rows.block_sizes
+    for one, table, size in zip(batches, rows.block_tables, sizes, strict=True):
         assert table.stride() == rows.token_ids.stride()
         _expand_kernel[(num_rows + triton.cdiv(num_tokens, BLOCK),)](
             staged.rows, staged.num_computed, staged.query_start_loc,
             rows.token_ids, table, rows.token_ids.stride(0),
             one.input_ids, one.positions, one.slot_mapping, one.seq_lens, one.block_tables,
             num_rows, num_tokens, one.block_tables.shape[1], num_rows.bit_length(),
-            BLOCK_SIZE=block_size, DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
+            BLOCK_SIZE=size, DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return batch

@@ -68,7 +68,7 @@ def _best_groups(keys, lanes, real, num_experts, NUM_GROUPS: tl.constexpr,
 @triton.jit
 def _route_kernel(
     logits,  # [num_tokens, num_experts]
-    correction,  # [num_experts] fp32, or None
+    correction, factors,  # [num_experts] fp32, or None
     weights,  # [num_tokens, TOP_K] fp32
     experts,  # [num_tokens, TOP_K] int32
     num_experts, weight_scale,
@@ -108,6 +108,8 @@ def _route_kernel(
     if RENORMALIZES:
         chosen_scores = chosen_scores / tl.maximum(tl.sum(chosen_scores, 0), LEAST_SUM)
     there = token * TOP_K + places
+    if factors is not None:
+        chosen_scores *= tl.load(factors + chosen, places < TOP_K, other=0.0)
     tl.store(experts + there, chosen, places < TOP_K)
     tl.store(weights + there, chosen_scores * weight_scale, places < TOP_K)
 
@@ -146,8 +148,10 @@ def _sort_kernel(
             seen += tl.sum(own, 0)
 
 
-def route(logits: Tensor, spec: MoE, correction: Tensor | None) -> Routed:
-    """logits: [num_tokens, num_experts]."""
+def route(
+    logits: Tensor, spec: MoE, correction: Tensor | None, factors: Tensor | None = None
+) -> Routed:
+    """logits: [num_tokens, num_experts]; correction and factors: as of `Experts`."""
     num_tokens, router = len(logits), spec.router
     assert logits.is_contiguous() and logits.shape[1] == spec.num_experts
     shape = num_tokens, spec.top_k
@@ -155,7 +159,7 @@ def route(logits: Tensor, spec: MoE, correction: Tensor | None) -> Routed:
         logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
     )
     _route_kernel[(num_tokens,)](
-        logits, correction, *routed, spec.num_experts, router.scale,
+        logits, correction, factors, *routed, spec.num_experts, router.scale,
         TOP_K=spec.top_k, BLOCK=triton.next_power_of_2(spec.num_experts),
         SIGMOID=router.scores == "sigmoid", RENORMALIZES=router.renormalizes,
         NUM_GROUPS=router.num_groups, TOP_GROUPS=router.top_groups,

@@ -309,7 +309,7 @@ def fused_experts(
     gating = _Gating(spec.activation, spec.takes_turns)
     if spec.clamped is not None:
         gating = _Gating("clamped", spec.takes_turns, spec.clamped.alpha, spec.clamped.limit)
-    routed = route(logits, spec, experts.correction)
+    routed = route(logits, spec, experts.correction, experts.factors)
     num_inner = len(gate_up.weight) // (2 * spec.num_experts)
     if len(hidden) == 1:
         return _of_one_token(hidden, routed, gate_up, down, num_inner, gating, residual)

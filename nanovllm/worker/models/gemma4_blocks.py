@@ -1,0 +1,126 @@
+"""What Gemma 4 has besides attention and an MLP: experts beside the MLP, and inputs of layers.
+
+Built by `decoder` where a `LayerSpec` asks for it. Plain operations: only products are fused.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
+from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.models.blocks import Norms
+from nanovllm.worker.models.builder import Builder
+
+
+class DenseAndExpertsBlock:
+    """residual + norm(norm(dense MLP of it) + norm(experts of it))."""
+
+    def __init__(
+        self, build: Builder, layer: LayerSpec, dense: Dense, moe: MoE, *, module: int
+    ) -> None:
+        hidden, inner = build.spec.hidden_size, dense.intermediate_size
+        sizes = {"gate": inner, "up": inner}
+        self.gate_up = build.column(hidden, sizes, module=(module,), bias=dense.bias)
+        self.down = build.row(inner, {"down": hidden}, module=(module,), bias=dense.bias)
+        self.norms = Norms(build, layer, "mlp")
+        self.router = build.router(hidden, moe)
+        self.experts = build.experts(hidden, moe, module=module)
+        names = "router_norm", "dense_post_norm", "experts_norm", "experts_post_norm"
+        self._own = {name: build.norm(hidden, layer.norm) for name in names}
+        self._norm_spec = layer.norm
+        self._router_scale = hidden**-0.5
+        self._activation = dense.activation
+        self._kernels = build.kernels
+        self._parallel = build.parallel
+
+    @property
+    def waits_for_router(self) -> bool:
+        """As of `ExpertsBlock`."""
+        return self.experts.stacked is None
+
+    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
+        kernels, hidden = self._kernels, stream.hidden
+        product = kernels.norm_linear(stream, self.norms.pre, self.gate_up)
+        dense = self.down(kernels.activate(product, self._activation))
+        routed = kernels.rms_norm(hidden, self._own["router_norm"]).mul_(self._router_scale)
+        logits = kernels.norm_linear(Stream(routed.to(self.router.weight.dtype)), None, self.router)
+        taken = kernels.rms_norm(hidden, self._own["experts_norm"])
+        mixed = self._parallel.reduce(kernels.experts(taken, logits, self.experts))
+        both = kernels.rms_norm(dense, self._own["dense_post_norm"])
+        both = both.add_(kernels.rms_norm(mixed, self._own["experts_post_norm"]))
+        return kernels.add(both, hidden, post_norm=self.norms.post)
+
+    def linears(self) -> Iterator[Linear]:
+        yield from (self.gate_up, self.down)
+        yield from self.experts.linears()
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for linear in (self.gate_up, self.down, self.router):
+            yield from linear.slots(layer)
+        yield from self.experts.slots(layer)
+        yield from self.norms.slots(layer)
+        for name, norm in self._own.items():
+            slot = norm.slot(name, layer, self._norm_spec)
+            # Called a scale there, and of no module.
+            yield (
+                slot if name != "router_norm" else WeightSlot.of_whole(name, "", norm.weight, layer)
+            )
+
+
+class LayerInput:
+    """residual + norm(out(activation(gate(residual)) * what the layer is given for the token))."""
+
+    def __init__(self, build: Builder, layer: LayerSpec) -> None:
+        hidden, size = build.spec.hidden_size, layer.input_size
+        assert isinstance(layer.mlp, Dense) and layer.mlp.activation == "gelu_tanh"
+        self.gate = build.whole(hidden, {"layer_gate": size})
+        self.out = build.whole(size, {"layer_out": hidden})
+        self.norm = build.norm(hidden, layer.norm)
+        self._norm_spec = layer.norm
+        self._kernels = build.kernels
+
+    def forward(self, stream: Stream, given: Tensor) -> Stream:
+        """given: [num_tokens, input_size]."""
+        gate = F.gelu(self.gate(stream.hidden), approximate="tanh")
+        product = self.out(gate.mul_(given))
+        return self._kernels.add(product, stream.hidden, post_norm=self.norm)
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        yield from self.gate.slots(layer)
+        yield from self.out.slots(layer)
+        yield self.norm.slot("layer_post_norm", layer, self._norm_spec)
+
+
+class LayerInputs:
+    """What each layer is given for a token: a vector of its id's, and a projection of the
+    embedding. Whole on every rank."""
+
+    def __init__(self, build: Builder) -> None:
+        spec = build.spec
+        width = spec.num_layers * spec.input_size
+        self.embedding = torch.empty(spec.vocab_size, width, dtype=build.dtype, device=build.device)
+        self.projection = build.whole(spec.hidden_size, {"layer_projection": width})
+        self.norm = build.norm(spec.input_size, spec.norm)
+        self._spec = spec
+        self._kernels = build.kernels
+
+    def of(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
+        """hidden: the embedding, [num_tokens, hidden_size]. Returns [num_tokens, num_layers,
+        input_size]."""
+        size = self._spec.input_size
+        own = F.embedding(token_ids, self.embedding)
+        own *= own.new_tensor(size**0.5)
+        projected = self.projection(hidden).mul_(self._spec.hidden_size**-0.5)
+        shape = len(hidden), self._spec.num_layers, size
+        projected = self._kernels.rms_norm(projected.view(-1, size), self.norm)
+        return projected.view(shape).add_(own.view(shape)).mul_(2**-0.5)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot.of_whole("layer_embedding", "weight", self.embedding)
+        yield from self.projection.slots(None)
+        yield self.norm.slot("layer_projection_norm", None, self._spec.norm)
