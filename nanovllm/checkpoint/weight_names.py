@@ -17,8 +17,8 @@ class WeightNames(Struct, frozen=True):
     neighbours; the loader puts them head_dim / 2 apart again. prefixes: what names of safetensors
     may begin with, and what that means in the map; ignored: prefixes of what is no text decoder. A
     name that ends in "*" is that of parameters and of no module: of the weight, which lies inputs
-    first, it has no "*"; of others it ends in "_bias" and so on. One that ends in "+" is the same, but its
-    weight lies outputs first.
+    first, it has no "*"; of others it ends in "_bias" and so on. So does one that ends in "+", but
+    its weight lies outputs first.
     """
 
     safetensors: dict[str, str]
