@@ -230,8 +230,14 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "attention.max_alibi_bias": (0,),
     "attention.scale": (0,),
     "attention.sliding_window_pattern": (0, 1),
+    "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "leading_dense_block_count": (0,),
     "logit_scale": (0, 1),
@@ -239,6 +245,8 @@ MATHS: dict[str, tuple[Any, ...]] = {
     "rope.dimension_sections": (),
     "rope.freq_base_swa": (),
     "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
 
@@ -256,8 +264,6 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: architecture {name!r} is not supported: "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
         )
-    if metadata.get(f"{name}.expert_count"):
-        raise ValueError(f"{file.path}: mixtures of experts are not supported from GGUF")
     architecture = ARCHITECTURES[name]
     facts = _Facts(file, name)
     fact = facts.fact
@@ -278,7 +284,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "rms_norm_eps": eps,
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(file, name, theta=theta, head_dim=head_dim),
+        "rope_scaling": _rope_scaling(file, facts, theta=theta, head_dim=head_dim),
         "max_position_embeddings": fact("context_length"),
         "sliding_window": fact("attention.sliding_window", 0) or None,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -344,7 +350,7 @@ def _check_maths(file: GGUFFile, name: str, *, head_dim: int, read: set[str]) ->
 
 
 def _rope_scaling(
-    file: GGUFFile, name: str, *, theta: float, head_dim: int
+    file: GGUFFile, facts: _Facts, *, theta: float, head_dim: int
 ) -> dict[str, Any] | None:
     """The rope scaling as config.json would give it; None if there is none.
 
@@ -352,12 +358,13 @@ def _rope_scaling(
     not stored: all released models share three of them and the fourth is the largest divisor, so
     they are recovered here, and believed only if they give the stored tensor back.
     """
-    factor = file.metadata.get(f"{name}.rope.scaling.factor")
-    if factor is None:
-        factor = file.metadata.get(f"{name}.rope.scale_linear")  # the older name
+    # The second is the older name.
+    factor = facts.fact("rope.scaling.factor", facts.fact("rope.scale_linear", 0))
     # As in llama.cpp, which scales linearly unless told otherwise, and for which 0 is no factor.
-    kind = file.metadata.get(f"{name}.rope.scaling.type", "linear")
-    is_scaled = kind == "linear" and factor not in (None, 0, 1)
+    kind = facts.fact("rope.scaling.type", "linear")
+    if kind == "yarn" and factor:
+        return _yarn(facts, factor)
+    is_scaled = kind == "linear" and factor not in (0, 1)
     if kind not in ("none", "linear") or (is_scaled and "rope_freqs.weight" in file.tensors):
         raise ValueError(
             f"{file.path}: rope scaling {kind!r} is not supported from GGUF"
@@ -384,3 +391,17 @@ def _rope_scaling(
         "high_freq_factor": LLAMA3_HIGH,
         "original_max_position_embeddings": LLAMA3_CONTEXT,
     }
+
+
+def _yarn(facts: _Facts, factor: float) -> dict[str, Any]:
+    """attn_factor: as config.json has attention_factor, where it has one."""
+    context = facts.fact("rope.scaling.original_context_length")
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
+    for field, key in (
+        ("beta_fast", "yarn_beta_fast"),
+        ("beta_slow", "yarn_beta_slow"),
+        ("attention_factor", "attn_factor"),
+    ):
+        if value := facts.fact(f"rope.scaling.{key}", 0):
+            scaling[field] = value
+    return scaling

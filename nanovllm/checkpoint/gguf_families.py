@@ -111,6 +111,68 @@ def _cohere2(facts: Facts, common: Fields) -> Fields:
     }
 
 
+def _experts(facts: Facts, count: str = "num_experts") -> Fields:
+    """count: what the family calls how many there are."""
+    size = facts.fact("expert_feed_forward_length", facts.fact("feed_forward_length"))
+    return {
+        count: facts.fact("expert_count"),
+        "num_experts_per_tok": facts.fact("expert_used_count"),
+        "moe_intermediate_size": size,
+    }
+
+
+def _llama(facts: Facts, common: Fields) -> Fields:
+    """Mixtral is called so, too."""
+    if not facts.fact("expert_count", 0):
+        return {}
+    own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    return {**own, **_experts(facts, "num_local_experts")}
+
+
+def _qwen3_moe(facts: Facts, common: Fields) -> Fields:
+    """llama.cpp always has weights of experts add up to 1 here."""
+    return {**_experts(facts), "norm_topk_prob": True}
+
+
+def _olmoe(facts: Facts, common: Fields) -> Fields:
+    return _experts(facts)
+
+
+def _olmo2(facts: Facts, common: Fields) -> Fields:
+    """OLMo 3 is called so, too: it has windows, and scales the rope of layers without one."""
+    if not facts.has("attention.sliding_window"):
+        return {}
+    own = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
+    return {**own, **_kinds(facts)}
+
+
+def _mistral3(facts: Facts, common: Fields) -> Fields:
+    scaling = common["rope_scaling"]
+    if scaling is None:
+        return {}
+    growth = facts.fact("attention.temperature_scale", 0)
+    multiplier = facts.fact("rope.scaling.yarn_log_multiplier", 0)
+    more: Fields = {"llama_4_scaling_beta": growth} if growth else {}
+    if multiplier:
+        more |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+    return {"rope_scaling": {**scaling, **more}}
+
+
+def _gpt_oss(facts: Facts, common: Fields) -> Fields:
+    """Its rope was made without rounding the ends of YaRN's ramp, whatever llama.cpp does."""
+    scaling = common["rope_scaling"]
+    if scaling is not None:
+        scaling = {**scaling, "truncate": False}
+    mixture = _experts(facts, "num_local_experts")
+    return {
+        **mixture,
+        "intermediate_size": mixture["moe_intermediate_size"],
+        "experts_are_apart": True,
+        "rope_scaling": scaling,
+        **_kinds(facts),
+    }
+
+
 class GGUFArchitecture(NamedTuple):
     """architecture and model_type: Hugging Face's; fields: what only this one has in its config."""
 
@@ -126,10 +188,14 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "gemma3": GGUFArchitecture("Gemma3ForCausalLM", "gemma3_text", _gemma3),
     "glm4": GGUFArchitecture("Glm4ForCausalLM", "glm4", _partial),
     "granite": GGUFArchitecture("GraniteForCausalLM", "granite", _granite),
-    "llama": GGUFArchitecture("LlamaForCausalLM", "llama"),
-    "olmo2": GGUFArchitecture("Olmo2ForCausalLM", "olmo2"),
+    "gpt-oss": GGUFArchitecture("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+    "llama": GGUFArchitecture("LlamaForCausalLM", "llama", _llama),
+    "mistral3": GGUFArchitecture("Ministral3ForCausalLM", "ministral3", _mistral3),
+    "olmo2": GGUFArchitecture("Olmo2ForCausalLM", "olmo2", _olmo2),
+    "olmoe": GGUFArchitecture("OlmoeForCausalLM", "olmoe", _olmoe),
     "phi3": GGUFArchitecture("Phi3ForCausalLM", "phi3", _phi3),
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", "qwen2"),
     "qwen3": GGUFArchitecture("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": GGUFArchitecture("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe),
     "smollm3": GGUFArchitecture("SmolLM3ForCausalLM", "smollm3"),
 }

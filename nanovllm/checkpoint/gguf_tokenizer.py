@@ -37,7 +37,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "mellum", "a.x-4.0"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "minerva-7b"), _DIGITS_ALONE),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
-    **dict.fromkeys(("falcon3", "pixtral", "midm-2.0", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("falcon3", "pixtral", "midm-2.0", "smaug-bpe", "dbrx"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,)),
     "deepseek-coder": _DEEPSEEK_CODER,
     "tekken": (_TEKKEN,),

@@ -96,6 +96,7 @@ AT_LOAD: dict[Quantization, WeightFormat] = {
 
 
 MXFP4 = WeightFormat("mxfp4", "group", bits=4, group=32, layout="mxfp4")
+MXFP4_OF_GGUF = WeightFormat("mxfp4", "group", bits=4, group=32, unit=32, layout="gguf")
 
 
 class Rule(Struct, frozen=True):
@@ -150,6 +151,8 @@ class Scheme(Struct, frozen=True):
         first, *others = modules
         found = self.format_of(first)
         formats = [self.format_of(module) for module in modules]
+        if MXFP4_OF_GGUF in formats:  # experts: there is nothing between it and what it comes as
+            return MXFP4_OF_GGUF if len(set(formats)) == 1 else None
         if any(one is not None and one.layout == "gguf" for one in formats):
             return _joined(formats)
         for other in others:
@@ -180,10 +183,10 @@ def scheme_for(
     checkpoint: Checkpoint, spec: DecoderSpec, wanted: Quantization | None, *, is_gpu: bool
 ) -> Scheme | None:
     """`choose_scheme`, and on a GPU what a GGUF file holds, which is kept so. (CPUs have kernels of
-    their own for that.)"""
+    their own for that, but for experts.)"""
     scheme = choose_scheme(wanted, checkpoint.config())
-    if scheme is None and is_gpu and checkpoint.format == "gguf":
-        return _gguf(checkpoint, spec)
+    if scheme is None and checkpoint.format == "gguf":
+        return _gguf(checkpoint, spec, experts_only=not is_gpu)
     return scheme
 
 
@@ -439,9 +442,9 @@ UNQUANTIZED_TYPES = ("F32", "F16", "BF16")
 ROUNDED = WeightFormat("packed", "group", bits=8, group=32)
 
 
-def _gguf(checkpoint: Checkpoint, spec: DecoderSpec) -> Scheme | None:
-    """What the matrices of a file's layers are kept as; None if none is quantized. Experts and what
-    lies in one tensor with others come dequantized."""
+def _gguf(checkpoint: Checkpoint, spec: DecoderSpec, *, experts_only: bool) -> Scheme | None:
+    """What the matrices of a file's layers are kept as; None if none is quantized. Experts come
+    dequantized but for MXFP4, and so does what lies in one tensor with others."""
     tensors, names = checkpoint.gguf.tensors, spec.names
     targets: dict[WeightFormat, list[str]] = {}
     for index, layer in enumerate(spec.layers):
@@ -449,7 +452,15 @@ def _gguf(checkpoint: Checkpoint, spec: DecoderSpec) -> Scheme | None:
             name = names.gguf[part.name]
             tensor = tensors.get(f"{name.format(index)}.weight")
             is_shared = list(names.gguf.values()).count(name) > 1
-            if tensor is None or is_shared or part.copies > 1 or part.name == "router":
+            if tensor is None or is_shared or part.name == "router":
+                continue
+            if part.copies > 1:
+                if tensor.type.name == "MXFP4":
+                    module = re.escape(names.safetensors[part.name]).replace(r"\{\}", r"{}", 1)
+                    pattern = module.format(index).replace(r"\{\}", r"\d+")
+                    targets.setdefault(MXFP4_OF_GGUF, []).append(f"re:{pattern}$")
+                continue
+            if experts_only:
                 continue
             if tensor.type.name not in UNQUANTIZED_TYPES:
                 kept = GGUF_FORMATS.get(tensor.type.name, ROUNDED)

@@ -220,11 +220,12 @@ def _stored_piece(tensor: GGUFTensor, place: Place, order: list[int] | None) -> 
     """Some rows, in the order of parameters, and columns, as they are stored: whole blocks."""
     import gguf  # half a second that a start without GGUF need not wait for
 
-    rows, columns = place.index
+    *leading, rows, columns = place.index
     size, num_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
     assert columns.start % size == 0 and columns.stop % size == 0
     first, end = (at // size * num_bytes for at in (columns.start, columns.stop))
-    raw = tensor.raw[rows, first:end]
+    before = sum(index.start for index in leading) * tensor.shape[-2]
+    raw = tensor.raw[before + rows.start : before + rows.stop, first:end]
     if order is not None:
         raw = raw.reshape(-1, len(order), raw.shape[1])[:, order].reshape(raw.shape)
     return replace(tensor, raw=raw, shape=(len(raw), columns.stop - columns.start))
@@ -233,8 +234,8 @@ def _stored_piece(tensor: GGUFTensor, place: Place, order: list[int] | None) -> 
 def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tuple[Tensor, slice]]:
     """Some rows of the slot's piece at a time, a multiple of `unit`, and which ones."""
     *_, num_columns = tensor.shape
-    if len(tensor.shape) == 1:
-        yield _dequantized(tensor)[place.index], slice(None)
+    if len(place.slot.piece) < 2:
+        yield place.as_piece(_dequantized(tensor)[place.index]), slice(None)
         return
     *leading, rows, columns = place.index
     first = rows.start + sum(index.start for index in leading) * tensor.shape[-2]

@@ -21,6 +21,8 @@ NAMES = {
     "expert_down": "model.layers.{}.mlp.experts.down_proj*",
 }
 
+GGUF_NAMES = GGUF | {"mlp_norm": "blk.{}.post_attention_norm"}
+
 
 def spec(config: Config) -> DecoderSpec:
     bias = config.get("attention_bias", True)
@@ -33,7 +35,7 @@ def spec(config: Config) -> DecoderSpec:
         size_field="intermediate_size",
         default_top_k=4,
         bias=True,
-        takes_turns=True,
+        takes_turns=not config.get("experts_are_apart", False),  # as they are in GGUF files
         clamped=ClampedSwiGLU(*clamps),
     )
     window = None if config.is_null("sliding_window") else whole(config, "sliding_window", 128)
@@ -54,4 +56,6 @@ def spec(config: Config) -> DecoderSpec:
         )
         for kind in layer_kinds(config, every=2)
     ]
-    return decoder(config, names=WeightNames(SAFETENSORS | NAMES, GGUF), layers=layers, norm=norm)
+    return decoder(
+        config, names=WeightNames(SAFETENSORS | NAMES, GGUF_NAMES), layers=layers, norm=norm
+    )

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
@@ -48,7 +50,11 @@ class Mxfp4:
         assert linear.scale is not None
         for part, cut, rows in linear.rows():
             weight, scale, inputs = linear.weight[rows], linear.scale[rows], linear.inputs
-            if self.kept.is_stored:
+            if self.kept.layout == "gguf":
+                keep = partial(_keep_blocks, weight, scale)
+                values = torch.empty(weight.shape[0], inputs.size, device="meta")
+                yield WeightSlot(part, "weight", values, (cut, inputs), keep=keep)
+            elif self.kept.is_stored:
                 blocks = Cut(*(size // BLOCK for size in inputs))
                 halves = Cut.all_of(BLOCK // 2)
                 target, piece = weight.view(len(weight), -1, BLOCK // 2), (cut, blocks, halves)
@@ -91,6 +97,17 @@ def round_to_nearest(values: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.bucketize(scaled.abs(), bounds).to(torch.uint8) + (scaled < 0) * 8
     low, high = codes.view(len(values), -1, 2).unbind(-1)
     return (low | high << 4).to(torch.uint8), (exponents.squeeze(-1) + BIAS).to(torch.uint8)
+
+
+def _keep_blocks(weight: Tensor, scale: Tensor, tensor: GGUFTensor) -> None:
+    """GGUF's blocks of 17 bytes: a scale, then bytes whose lower halves are the first 16 inputs and
+    whose upper halves are the rest."""
+    raw = torch.from_numpy(np.array(tensor.raw)).view(len(scale), -1, 1 + BLOCK // 2)
+    halves = raw[..., 1:]
+    codes = torch.cat((halves & 15, halves >> 4), -1)
+    low, high = codes.view(*codes.shape[:2], -1, 2).unbind(-1)
+    weight.copy_((low | high << 4).flatten(1))
+    scale.copy_(raw[..., 0])
 
 
 def _put_rounded(weight: Tensor, scale: Tensor, values: Tensor, rows: slice) -> None:

