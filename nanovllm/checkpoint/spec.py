@@ -313,6 +313,18 @@ def _mlp_parts(mlp: Dense | MoE, hidden: int) -> Iterator[LinearPart]:
     yield LinearPart(f"{prefix}down", "mlp", hidden, inner, bias, copies)
 
 
+def num_idle_weights(spec: DecoderSpec) -> int:
+    """Of experts that a token does not pass through."""
+    idle = 0
+    for layer in spec.layers:
+        mixture = layer.mlp if isinstance(layer.mlp, MoE) else layer.experts
+        if mixture is not None:
+            parts = (part for part in linear_parts(layer, spec.hidden_size) if part.copies > 1)
+            weights = sum(part.num_weights for part in parts)
+            idle += weights * (mixture.num_experts - mixture.top_k) // mixture.num_experts
+    return idle
+
+
 def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:
     """How many numbers each group of weights has; a tied head has none."""
     embedding, hidden = spec.vocab_size * spec.hidden_size, spec.hidden_size

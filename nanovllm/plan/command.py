@@ -105,10 +105,16 @@ def choose_machine(config: EngineConfig, *, gpu: str | None, gpu_memory: float |
 def print_plan(plan: MemoryPlan, console: Console) -> None:
     """Tables of what goes where and of what fits; in words what would do if it does not fit."""
     size, machine = plan.size, plan.machine
+    active = ""
+    if plan.num_active_parameters < size.num_parameters:
+        active = (
+            f", of which {plan.num_active_parameters / 1e9:.3f} for each token, "
+            f"{plan.active_bytes / GIB:.2f} GiB for one alone"
+        )
     where = f"each of {plan.num_ranks} ranks, " if plan.num_ranks > 1 else ""
     console.print(
         f"{plan.spec.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
-        f"(by {size.source}), {plan.precision.dtype}, on {where}{machine.name} "
+        f"(by {size.source}){active}, {plan.precision.dtype}, on {where}{machine.name} "
         f"({machine.memory_bytes / GIB:.1f} GiB{'' if machine.is_gpu else ' free'})",
         highlight=False,
         soft_wrap=True,

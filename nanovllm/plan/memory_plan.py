@@ -17,7 +17,7 @@ import msgspec
 from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks, token_size
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import AT_LOAD
-from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup
+from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup, num_idle_weights
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
 
@@ -83,6 +83,19 @@ class MemoryPlan:
         if not self.machine.is_gpu and self.spec.tied_embeddings:
             sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
         return sizes
+
+    @property
+    def num_active_parameters(self) -> int:
+        """That a token passes through: all but those of experts it is not sent to."""
+        return self.size.num_parameters - num_idle_weights(self.spec)
+
+    @property
+    def active_bytes(self) -> int:
+        """Of weights that one token alone reads on a device: of the embedding a row."""
+        sizes = self.weight_bytes
+        idle = int(num_idle_weights(self.spec) * self.precision.linear_bytes) // self.num_ranks
+        head = sizes["head"] or sizes["embedding"]
+        return sum(sizes[group] for group in ("attention", "mlp", "norms")) - idle + head
 
     @property
     def row_bytes(self) -> int:

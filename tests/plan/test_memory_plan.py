@@ -8,6 +8,7 @@ import pytest
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.kv_layout import kv_layout, undivided
 from nanovllm.checkpoint.model_size import ModelSize
+from nanovllm.checkpoint.spec import count_parameters
 from nanovllm.config import CacheConfig, SchedulerConfig
 from nanovllm.plan.memory_plan import (
     CPU_MAX_BYTES,
@@ -111,6 +112,33 @@ def test_layers_with_a_window_pay_for_what_is_in_it() -> None:
     assert plan.blocks_for(32768) == 2048 + 6 * ((1024 + 8192 - 3) // 16 + 2)
     assert plan.num_sequences(32768) > 4.5 * whole.num_sequences(32768)
     assert plan.num_sequences(512) <= whole.num_sequences(512)
+
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
+
+
+def test_a_token_passes_through_few_experts() -> None:
+    spec = spec_from_config(QWEN3_30B)
+    size = ModelSize(spec=spec, parameters=count_parameters(spec), source="config.json")
+    plan = make_plan(size=size)
+    assert 30.5e9 < size.num_parameters < 30.6e9
+    assert 3.3e9 < plan.num_active_parameters < 3.4e9  # "A3B", with both ends of the model
+    embedding = 151936 * 2048
+    assert plan.active_bytes == 2 * (plan.num_active_parameters - embedding)
+    assert make_plan().num_active_parameters == SIZE.num_parameters
 
 
 def test_fp8_halves_what_it_applies_to() -> None:

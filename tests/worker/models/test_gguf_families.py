@@ -23,6 +23,7 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.checkpoint.weight_names import tensor_name
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.quant.mxfp4 import dequantize
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
@@ -221,6 +222,8 @@ def renamed(spec: DecoderSpec, stored: dict[str, np.ndarray]) -> dict[str, np.nd
     for name in sorted(stored, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
         values = stored[name]
         module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):  # the name is the tensor's own
+            module, kind = name, ""
         layer, *expert = re.findall(r"(?<=\.)\d+(?=\.)", module) or [None]
         part = parts[re.sub(r"(?<=\.)\d+(?=\.)", "{}", module)]
         if spec.names.gguf_interleaved and part in ("q", "k"):
@@ -229,7 +232,7 @@ def renamed(spec: DecoderSpec, stored: dict[str, np.ndarray]) -> dict[str, np.nd
             values = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(values.shape)
         if spec.norm.adds_one and "norm" in part:
             values = values + 1
-        target = f"{spec.names.gguf[part].format(layer)}.{kind}"
+        target = tensor_name(spec.names.gguf[part].format(layer), kind)
         if expert:
             experts.setdefault(target, []).append(values)
         else:
