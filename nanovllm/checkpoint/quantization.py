@@ -21,6 +21,7 @@ SUPPORTED = (
     "with weights of 4 or 8 bits"
 )
 FLOAT8 = {"type": "float", "num_bits": 8, "symmetric": True}
+KV_FLOAT8 = {**FLOAT8, "strategy": "tensor", "dynamic": False}
 INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
 SCALE_BYTES = 2
@@ -113,10 +114,13 @@ class Scheme(Struct, frozen=True):
     """What of a model is quantized. Modules are named as in safetensors checkpoints.
 
     Rules that name a module go before those for any linear layer; `ignored` goes before all.
+    has_kv_scales: it brings a scale for the keys of each layer and one for the values, to keep them
+    in FP8.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    has_kv_scales: bool = False
 
     @classmethod
     def at_load(cls, method: Quantization) -> "Scheme":
@@ -131,7 +135,7 @@ class Scheme(Struct, frozen=True):
     def quantizing(self) -> "Scheme":
         """The same for weights that come unquantized."""
         rules = [Rule(_at_load(rule.format), rule.targets) for rule in self.rules]
-        return replace(self, rules=tuple(rules))
+        return replace(self, rules=tuple(rules), has_kv_scales=False)
 
     def format_of(self, module: str) -> WeightFormat | None:
         """Of one linear layer; None: unquantized."""
@@ -242,8 +246,9 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Scheme:
     if named not in FORMATS:
         known = str(named).removesuffix("-quantized").removesuffix("-pack")
         _refuse(f"compressed-tensors, format {named}", OTHERS.get(known, SUPPORTED))
-    if found.get("kv_cache_scheme") is not None:
-        _refuse("compressed-tensors with a kv_cache_scheme")
+    cached = found.get("kv_cache_scheme")
+    if cached is not None and not KV_FLOAT8.items() <= {"dynamic": False, **cached}.items():
+        _refuse(f"compressed-tensors, kv_cache_scheme {cached}", "one of FP8 with static scales")
     if (found.get("sparsity_config") or {}).get("format", "dense") != "dense":
         _refuse("compressed-tensors with sparse weights")
     groups = list((found.get("config_groups") or {}).values())
@@ -253,7 +258,8 @@ def _compressed_tensors(found: Mapping[str, Any]) -> Scheme:
         Rule(_format_of_group(group, named), tuple(group.get("targets") or [ANY_LINEAR]))
         for group in groups
     )
-    return Scheme(rules, ignored=tuple(found.get("ignore") or ()))
+    ignored = tuple(found.get("ignore") or ())
+    return Scheme(rules, ignored=ignored, has_kv_scales=cached is not None)
 
 
 def _format_of_group(group: Mapping[str, Any], named: str) -> WeightFormat:
@@ -456,8 +462,8 @@ def _gguf(checkpoint: Checkpoint, spec: DecoderSpec, *, experts_only: bool) -> S
                 continue
             if part.copies > 1:
                 if tensor.type.name == "MXFP4":
-                    module = re.escape(names.safetensors[part.name]).replace(r"\{\}", r"{}", 1)
-                    pattern = module.format(index).replace(r"\{\}", r"\d+")
+                    each = names.safetensors[part.name].format(index, "EXPERT")
+                    pattern = re.escape(each).replace("EXPERT", r"\d+")
                     targets.setdefault(MXFP4_OF_GGUF, []).append(f"re:{pattern}$")
                 continue
             if experts_only:

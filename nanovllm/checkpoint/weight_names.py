@@ -63,6 +63,8 @@ SAFETENSORS = {
     "q_norm": "model.layers.{}.self_attn.q_norm",
     "k_norm": "model.layers.{}.self_attn.k_norm",
     "o": "model.layers.{}.self_attn.o_proj",
+    "key_scale": "model.layers.{}.self_attn.k_scale",
+    "value_scale": "model.layers.{}.self_attn.v_scale",
     "sinks": "model.layers.{}.self_attn.sinks",
     "mlp_norm": "model.layers.{}.post_attention_layernorm",
     "gate": "model.layers.{}.mlp.gate_proj",

@@ -70,7 +70,8 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
         precision=Precision.of(
             dtype,
             linear_bytes=bytes_per_linear_weight(spec, scheme, value_bytes=VALUE_BYTES[dtype]),
-            fp8_cache=config.cache.kv_cache_dtype != "auto",
+            fp8_cache=config.cache.kv_cache_dtype != "auto"
+            or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
         ),
         cache=config.cache,
         limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),

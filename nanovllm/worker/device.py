@@ -98,13 +98,17 @@ def describe(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def choose_kv_dtype(kv_cache_dtype: KVCacheDType, device: torch.device) -> torch.dtype | None:
-    """What keys and values are stored as; None: as computed. e4m3 has no scale, as in vLLM.
+def choose_kv_dtype(
+    kv_cache_dtype: KVCacheDType, device: torch.device, *, has_scales: bool = False
+) -> torch.dtype | None:
+    """What keys and values are stored as; None: as computed. e4m3 has a scale of 1, as in vLLM, or
+    those of the checkpoint. has_scales: it has some; then a GPU that can uses them by default.
 
     Raises `ValueError` where a GPU's kernels could not write it.
     """
     if kv_cache_dtype == "auto":
-        return None
+        by_default = has_scales and device.type == "cuda" and has_native_fp8(device)
+        return E4M3 if by_default else None
     if device.type == "cuda" and not has_native_fp8(device):
         raise ValueError(
             f"kv_cache_dtype: {kv_cache_dtype!r} needs a GPU of compute capability 8.9 (Ada) or "

@@ -195,7 +195,11 @@ class Startup:
             block_size=self._config.cache.block_size,
             dtype=dtype,
             device=device,
-            kv_dtype=choose_kv_dtype(self._config.cache.kv_cache_dtype, device),
+            kv_dtype=choose_kv_dtype(
+                self._config.cache.kv_cache_dtype,
+                device,
+                has_scales=scheme is not None and scheme.has_kv_scales,
+            ),
             parallel=self._parallel,
         )
         backend = wanted.attention_backend if self._triton_refused is None else "torch"

@@ -95,6 +95,8 @@ def load_weights(
         num_filled += num_values
         on_progress("weights", num_filled / total)
     assert num_filled == total
+    for layer in model.layers:
+        layer.attention.settle()
     if prepacks and can_prepack(model.dtype, model.device):
         plain = (linear for linear in model.linears() if linear.method is UNQUANTIZED)
         prepack(linear for linear in plain if len(linear.weight))  # a rank may have no ids

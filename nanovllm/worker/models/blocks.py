@@ -3,8 +3,10 @@
 `DecoderLayer` runs them one after the other. New maths is a block here.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +28,37 @@ class HeadNorms:
     q_weight: Tensor  # [head_dim]
     k_weight: Tensor  # [head_dim]
     eps: float
+
+
+class CacheScales:
+    """What a layer's keys and values are divided by to be kept in FP8, and queries and what comes
+    of attention multiplied by, so that kernels need not know.
+
+    Rounded up to powers of two: nothing that they multiply loses a digit, and nothing is clamped
+    that the scales themselves would not clamp.
+    """
+
+    def __init__(self) -> None:
+        self._scales = {"key_scale": 1.0, "value_scale": 1.0}
+
+    @property
+    def key(self) -> float:
+        return self._scales["key_scale"]
+
+    @property
+    def value(self) -> float:
+        return self._scales["value_scale"]
+
+    def slots(self, layer: int) -> Iterator[WeightSlot]:
+        for part in self._scales:
+            put = partial(self._put, part)
+            yield WeightSlot.of_whole(part, "", torch.empty(1), layer, put=put)
+
+    def _put(self, part: str, values: Tensor, rows: slice) -> None:
+        scale = float(values)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"is {scale}, not a number above 0: fetch it again")
+        self._scales[part] = 2.0 ** math.ceil(math.log2(scale))
 
 
 class Norms:
@@ -95,6 +128,11 @@ class AttentionBlock:
         growth = spec.query_growth
         self.growth = None if growth is None else build.query_growth(growth)
         self._spec = spec
+        scheme = build.scheme
+        has_scales = scheme is not None and scheme.has_kv_scales
+        self.scales = CacheScales() if has_scales and source is None else None
+        self._attention_spec = build.attention.spec_of(spec)
+        self._factors: Tensor | None = None  # [outputs of qkv], by the scales of the cache
         self._norm_spec = layer.norm
         self._kernels = build.kernels
         self._parallel = build.parallel
@@ -125,13 +163,31 @@ class AttentionBlock:
             self._norm_values(qkv)
         if self._keeps_keys:
             self._kept = qkv[:, self.qkv.parts["q"].size :].clone()
+        if self._factors is not None:
+            qkv *= self._factors
         attended = self.backend.forward(qkv, self.rotary, layer_cache, batch, self.sinks)
+        if self._factors is not None and self.scales is not None:
+            attended = attended.mul_(self.scales.value)
         hidden = stream.hidden
         if wanted is not None:
             attended, hidden = attended[wanted], hidden[wanted]
         return self._kernels.linear_add(
             attended.flatten(1), self.o, hidden, post_norm=self.norms.post, next_norm=next_norm
         )
+
+    def settle(self) -> None:
+        """Once, when weights are there: let the scales of an FP8 cache multiply what they may."""
+        scales, norms, spec = self.scales, self.head_norms, self._attention_spec
+        if scales is None or spec.cache_dtype != torch.float8_e4m3fn:
+            return
+        each = {"q": scales.key, "k": 1 / scales.key, "v": 1 / scales.value}
+        if norms is not None:  # they come after the factors, which they would undo
+            norms.q_weight.mul_(each["q"])
+            norms.k_weight.mul_(each["k"])
+            each |= {"q": 1.0, "k": 1.0}
+        parts = self.qkv.parts.items()
+        factors = [torch.full((cut.size,), each[part], dtype=spec.dtype) for part, cut in parts]
+        self._factors = torch.cat(factors).to(spec.device)
 
     def _norm_values(self, qkv: Tensor) -> None:
         """Each head by itself, in place, by norms without weights."""
@@ -171,6 +227,8 @@ class AttentionBlock:
             yield self.q_norm.slot("q_norm", layer, self._norm_spec, cut=q)
             if self._source is None:
                 yield self.k_norm.slot("k_norm", layer, self._norm_spec, cut=k)
+        if self.scales is not None:
+            yield from self.scales.slots(layer)
         if self.sinks is not None and self._shared is not None:
             yield WeightSlot("sinks", "", self.sinks, (self._shared,), layer)
 
