@@ -290,7 +290,8 @@ def test_maths_that_nobody_does_is_refused(
     [
         ({"architecture": "mamba"}, "'mamba' is not supported: supported are cohere2, gemma2"),
         ({"facts": {"llama.block_count": None}}, "llama.block_count is missing"),
-        ({"facts": {"llama.expert_count": 8}}, "mixtures of experts"),
+        ({"facts": {"llama.expert_count": 8}}, "expert_used_count is missing"),
+        ({"architecture": "qwen3", "facts": {"qwen3.expert_count": 8}}, "qwen3.expert_count=8"),
         ({"tensors": {}}, "no token_embd.weight"),
     ],
 )

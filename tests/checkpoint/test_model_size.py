@@ -39,9 +39,16 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     assert size.source == "the files' headers"
     assert size.spec == model.spec and size.parameters == count_parameters(model.spec)
     slots = [slot for index, one in enumerate(model.layers) for slot in one.mlp.slots(index)]
+    slots += [
+        slot for i, one in enumerate(model.layers) if one.input for slot in one.input.slots(i)
+    ]
+    embedding = model.embedding.numel()
+    if model.layer_inputs is not None:
+        embedding += model.layer_inputs.embedding.numel()
+        slots += model.layer_inputs.projection.slots(None)
     sizes = [slot.target.numel() for slot in slots if not slot.part.endswith("norm")]
     assert size.parameters["mlp"] == sum(sizes)
-    assert size.parameters["embedding"] == model.embedding.numel()
+    assert size.parameters["embedding"] == embedding
     assert (size.parameters["head"] == 0) == model.spec.tied_embeddings
 
 
