@@ -39,6 +39,7 @@ FEW = 4  # matchers whose masks are not worth waking other threads for
 MAX_FORCED = 64  # tokens that a grammar forces which are looked for at a time
 WORTH_A_THREAD_S = 1e-4  # masks that take longer are computed beside the loop
 SLOW_S = 0.01  # a mask or a token accepted that takes longer is held against its output …
+LOOK_INTERVAL = 16  # batches from one search for slow ones that found none to the next
 MAX_SLOW_S = 1.0  # … which ends when it has come to so much: others wait meanwhile
 
 
@@ -242,6 +243,7 @@ class GrammarCompiler:
         self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
         self._last_s = 0.0  # what they took
         self._looks_for_slow_ones = False  # it was long, and it is not known which
+        self._num_until_look = 0  # batches for which nobody is searched: many take long together
         self._beside = ThreadPoolExecutor(1, "masks")  # has no thread before it is used
 
     def load(self) -> None:
@@ -329,12 +331,17 @@ class GrammarCompiler:
                 words[index] = self._free_words
             else:
                 begun.append(index)
+        slowest_s = 0.0
         if len(begun) < FEW or self._looks_for_slow_ones:
             for index in begun:
                 began = time.perf_counter()
                 one = matchers[index]._matcher
                 one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
-                matchers[index].note_time(time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                matchers[index].note_time(seconds)
+                slowest_s = max(slowest_s, seconds)
+            if self._looks_for_slow_ones and slowest_s < SLOW_S:
+                self._num_until_look = LOOK_INTERVAL
         else:
             # Neighbours go to one thread: let them be of one family, which has one lock.
             begun.sort(key=lambda index: id(matchers[index].family))
@@ -343,7 +350,8 @@ class GrammarCompiler:
         for index in begun:
             matchers[index].note_error()
         self._last_s = time.perf_counter() - start
-        self._looks_for_slow_ones = self._last_s > SLOW_S
+        self._num_until_look = max(0, self._num_until_look - 1)
+        self._looks_for_slow_ones = self._last_s > SLOW_S and self._num_until_look == 0
         return words[:, : -(-self._vocab_size // 32)]
 
     def _all_but_eos(self, num_words: int) -> npt.NDArray[np.int32]:

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,31 @@ def test_masks_are_rows_of_one_array_that_is_used_again() -> None:
     assert np.array_equal(COMPILER.compute_masks(matchers), alone)
     many = COMPILER.compute_masks(matchers * 1 + [one.copy() for one in matchers * 5])
     assert np.array_equal(many, alone * 6)
+
+
+def test_many_masks_that_take_long_together_are_seldom_searched_for_a_slow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search computes them one by one, without llguidance's threads."""
+    now = 0.0
+
+    def clock() -> float:  # each reading is a millisecond later: one mask takes one, a batch many
+        nonlocal now
+        now += 1e-3
+        return now
+
+    monkeypatch.setattr(grammar_module, "time", SimpleNamespace(perf_counter=clock))
+    compiler = make_compiler()
+    compiler.load()
+    matchers = [matcher_of(regex="a+") for _ in range(8)]
+    alone: list[bool] = []
+    monkeypatch.setattr(Matcher, "note_time", lambda _, seconds: alone.__setitem__(-1, True))
+    monkeypatch.setattr(grammar_module, "SLOW_S", 0.0015)
+    for _ in range(3 * grammar_module.LOOK_INTERVAL):
+        alone.append(False)
+        compiler._looks_for_slow_ones |= compiler._num_until_look == 0  # as if it had been long
+        compiler.compute_masks(matchers)
+    assert 2 <= sum(alone) <= 4
 
 
 def test_a_row_that_has_failed_leaves_the_others_theirs() -> None:
