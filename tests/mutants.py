@@ -1,18 +1,21 @@
-"""Small mutations of the code, each against the tests that run the function it is in.
+"""Small mutations of the code, each against the tests that run the line it is in.
 
     python tests/mutants.py --num 300 --results mutants.jsonl        # resumes where it was
 
-First all tests run once and say which functions each of them calls. A mutant is one flipped
-comparison, dropped statement or constant off by one, drawn at random; it is written into this tree,
-so run it in a copy of the repository, and is killed if a test fails or takes far too long.
+First all tests run once and say which lines each of them runs. A mutant is one flipped comparison,
+dropped statement or constant off by one, drawn at random; it is written into this tree, so run it
+in a copy of the repository. It is killed if a test fails or hangs; time is CPU time where possible.
 """
 
 import argparse
 import ast
 import copy
+import importlib
 import json
+import math
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -20,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,16 +31,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 AREAS = ("nanovllm/core", "nanovllm/frontend", "nanovllm/worker/sampling")
 TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay", "tests/watch")
-# Loaded once, before forking; nothing of nanovllm, which each child loads with its mutation.
-HEAVY = ("torch", "transformers", "hypothesis", "httpx", "starlette", "uvicorn", "openai", "zmq")
-MODELS = ("llama", "mistral", "olmo2", "qwen2", "qwen3", "qwen3_moe")  # of tests/conftest.py
-HEAVY += tuple(f"transformers.models.{name}.modeling_{name}" for name in MODELS)
-HEAVY += ("tokenizers", "llguidance", "msgspec", "numpy", "prometheus_client", "rich")
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
-MAX_TESTS, MAX_TESTS_S = 200, 60.0  # per mutant
-TRACE_LIMIT_S = 600.0  # of a file of tests
-LEAST_LIMIT_S, TIMES_LIMIT = 40.0, 6  # a mutant that takes longer hangs
+MAX_TESTS, MAX_TESTS_S = 100, 12.0  # per mutant; seconds of CPU time
+OWN_FILE_FIRST = 4.0  # such tests may take so many times longer than others and yet go first
+UNKNOWN_S = 20.0  # of a file of tests that could not be traced
+TRACE_LIMIT_S = 300.0  # of CPU time, for a file of tests
+# A mutant hangs that takes so many times longer than its tests took, or that waits for so long.
+LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 15.0, 5.0, 30.0
+LOOK_EVERY_S = 0.1
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -68,6 +70,7 @@ class Site(NamedTuple):
     function: str
     node: int
     line: int
+    last_line: int
     kind: str
 
     @property
@@ -169,8 +172,8 @@ def sites() -> list[Site]:
             for number, node, function in walk(ast.parse(path.read_text())):
                 kind = kind_of(node)
                 if kind and function:
-                    line = getattr(node, "lineno", 0)
-                    found.append(Site(name, function, number, line, kind))
+                    first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0)
+                    found.append(Site(name, function, number, first, last, kind))
     return found
 
 
@@ -185,54 +188,75 @@ def mutant_of(source: str, site: Site) -> str:
     return ast.unparse(ast.fix_missing_locations(Change().visit(tree)))
 
 
-# ---- which test calls what
+# ---- which test runs what
 
 
-class Calls:
-    """A pytest plugin: functions of nanovllm that each test calls in this process, and how long it
-    takes. Fixtures of a module count for its first test."""
+class Lines:
+    """A pytest plugin: lines of `AREAS` that each test runs in this process, and its CPU time. What
+    is set up for a whole file counts for its first test."""
 
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
         self.failed: set[str] = set()
-        self._seen: set[Any] = set()
+        self._seen: dict[CodeType, set[int]] = {}
+        self._areas = tuple(f"{ROOT}/{area}/" for area in AREAS)
+        self._began = 0.0
+        self._set_up_s = 0.0
 
-    def _trace(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            self._seen.add(frame.f_code)
+    def _on_call(self, frame: FrameType, event: str, argument: object) -> Any:
+        code = frame.f_code
+        if not code.co_filename.startswith(self._areas):
+            return None
+        seen = self._seen.setdefault(code, set())
+
+        def on_line(frame: FrameType, event: str, argument: object) -> Any:
+            seen.add(frame.f_lineno)
+            return on_line
+
+        return on_line
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        self._seen = set()
-        began = time.perf_counter()
-        threading.setprofile(self._trace)
-        sys.setprofile(self._trace)
+        self._seen = {}
+        self._began = cpu_s()
+        threading.settrace(self._on_call)
+        sys.settrace(self._on_call)
         try:
             return (yield)
         finally:
-            sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type]
-            prefix = f"{ROOT}/nanovllm/"
-            called = {
-                f"{code.co_filename[len(str(ROOT)) + 1 :]}:{code.co_qualname}"
-                for code in list(self._seen)
-                if code.co_filename.startswith(prefix)
-            }
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+            lines: dict[str, set[int]] = {}
+            for code, seen in list(self._seen.items()):
+                lines.setdefault(code.co_filename[len(str(ROOT)) + 1 :], set()).update(seen)
             self.tests[item.nodeid] = {
-                "seconds": time.perf_counter() - began,
-                "calls": sorted(called),
+                "seconds": cpu_s() - self._began,
+                "set_up_s": self._set_up_s,
+                "lines": {path: sorted(numbers) for path, numbers in lines.items()},
             }
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "setup":
+            self._set_up_s = cpu_s() - self._began
         if not report.passed:  # or was skipped
             self.failed.add(report.nodeid)
 
 
-def in_child(work: Callable[[], int], limit_s: float, log: Path) -> int | None:
-    """The exit code of `work` in a process of its own; None: it took too long and was killed."""
+def cpu_s() -> float:
+    """Of this process and those that it has started and waited for."""
+    return sum(os.times()[:4])
+
+
+def in_child(
+    work: Callable[[], int], limit_s: float, log: Path, *, waiting_limit_s: float = math.inf
+) -> int | None:
+    """The exit code of `work` in a process of its own; None: it took too much CPU time or was seen
+    waiting for too long, and was killed."""
     child = os.fork()
     if child == 0:
         os.setsid()
+        limit = math.ceil(limit_s)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -245,17 +269,34 @@ def in_child(work: Callable[[], int], limit_s: float, log: Path) -> int | None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    deadline = time.monotonic() + limit_s
+    waited_s = 0.0
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             _end_group(child)
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == -signal.SIGXCPU else code
+        if waited_s > waiting_limit_s:
             _end_group(child)
             os.waitpid(child, 0)
             return None
-        time.sleep(0.02)
+        time.sleep(LOOK_EVERY_S)
+        waited_s += 0.0 if _wants_to_run(child) else LOOK_EVERY_S
+
+
+def _wants_to_run(process: int) -> bool:
+    """Whether a thread of it, or of what it has started, runs or would if there were a processor
+    for it. A machine that is busy with other things makes nothing wait in this sense."""
+    try:
+        for task in Path(f"/proc/{process}/task").iterdir():
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+            for started in (task / "children").read_text().split():
+                if _wants_to_run(int(started)):
+                    return True
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # it has ended just now
+    return False
 
 
 def _end_group(leader: int) -> None:
@@ -266,60 +307,95 @@ def _end_group(leader: int) -> None:
         return
 
 
-def pytest_in_child(
-    arguments: list[str], limit_s: float, log: Path, *plugins: object
-) -> int | None:
-    return in_child(
-        lambda: int(pytest.main([*QUIET, *arguments], [*plugins])),
-        limit_s,
-        log,
-    )
+def test_files() -> list[Path]:
+    return [path for tests in TESTS for path in sorted((ROOT / tests).rglob("test_*.py"))]
+
+
+def load_libraries(log: Path) -> None:
+    """Load once, before forking, what the tests import; nothing of this repository, which each
+    child loads with its mutation."""
+    answer = log.with_suffix(".libraries")
+
+    def list_them() -> int:
+        for path in test_files():
+            try:
+                importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            except pytest.skip.Exception:
+                continue  # the whole file, for want of a package
+        names = [
+            name
+            for name, module in sys.modules.items()
+            if not (getattr(module, "__file__", None) or "").startswith(f"{ROOT}/")
+        ]
+        answer.write_text("\n".join(names))
+        return 0
+
+    if in_child(list_them, TRACE_LIMIT_S, log) != 0:
+        raise SystemExit(f"the tests cannot be imported: see {log}")
+    for name in answer.read_text().splitlines():
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue  # made, not imported, by the module that it belongs to
+    answer.unlink()
+    assert "nanovllm" not in sys.modules, "its mutations would not be seen"
 
 
 def trace_tests(file: Path, log: Path) -> None:
-    """Run all tests, a file of them at a time, and write down what each calls."""
+    """Run all tests, a file of them at a time, and write down what each runs."""
     done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    paths = [path for tests in TESTS for path in sorted((ROOT / tests).rglob("test_*.py"))]
-    for path in paths:
+    for path in test_files():
         name = str(path.relative_to(ROOT))
         if name in done:
             continue
         answer = file.with_suffix(".part")
         answer.unlink(missing_ok=True)
-        calls = Calls()
+        lines = Lines()
 
-        def run(name: str = name, calls: Calls = calls, answer: Path = answer) -> int:
-            code = int(pytest.main([*QUIET, name], [calls]))
-            good = {i: t for i, t in calls.tests.items() if i not in calls.failed}
+        def run(name: str = name, lines: Lines = lines, answer: Path = answer) -> int:
+            code = int(pytest.main([*QUIET, name], [lines]))
+            good = {i: t for i, t in lines.tests.items() if i not in lines.failed}
             answer.write_text(json.dumps(good))
             return code
 
-        in_child(run, TRACE_LIMIT_S, log)
+        in_child(run, TRACE_LIMIT_S, log, waiting_limit_s=TRACE_LIMIT_S)
         done[name] = json.loads(answer.read_text()) if answer.exists() else {}
         file.write_text(json.dumps(done))
-        print(f"{name}: {len(done[name])} tests", flush=True)
+        seconds = sum(test["seconds"] for test in done[name].values())
+        print(f"{name}: {len(done[name])} tests, {seconds:.1f} s", flush=True)
 
 
 # ---- the run
 
 
 def tests_of(site: Site, traced: dict[str, Any]) -> list[tuple[float, str]]:
-    """Those that call the function, as many as fit: first those of its own file, and the quickest
-    of the others."""
-    wanted, own = f"{site.path}:{site.function}", f"/test_{Path(site.path).stem}.py"
-    found = sorted(
-        (own not in nodeid, test["seconds"], nodeid)
-        for tests in traced.values()
-        for nodeid, test in tests.items()
-        if wanted in test["calls"]
-    )
+    """Those that run the line, the quickest first and those of its own file preferred, as many as
+    fit into the time; with how long each takes."""
+    own = f"test_{Path(site.path).stem}.py"
+    wanted = range(site.line, site.last_line + 1)
+    found: list[tuple[float, str, str, float]] = []
+    for file, tests in traced.items():
+        first = next(iter(tests), None)
+        for nodeid, test in tests.items():
+            if any(line in wanted for line in test["lines"].get(site.path, ())):
+                # That of the file's first test is paid by whichever runs first.
+                seconds = test["seconds"] - (test["set_up_s"] if nodeid == first else 0.0)
+                rank = seconds / OWN_FILE_FIRST if file.endswith(f"/{own}") else seconds
+                found.append((rank, nodeid, file, seconds))
     chosen: list[tuple[float, str]] = []
-    for _, seconds, nodeid in found[:MAX_TESTS]:
-        if chosen and sum(one for one, _ in chosen) + seconds > MAX_TESTS_S:
-            break
-        chosen.append((seconds, nodeid))
-    # A file that took too long to be traced may be where the function is tested.
-    chosen += [(60.0, name) for name, tests in traced.items() if not tests and own in f"{name}::"]
+    set_up = {
+        file: next(iter(tests.values()))["set_up_s"] for file, tests in traced.items() if tests
+    }
+    left_s = MAX_TESTS_S
+    for _, nodeid, file, seconds in sorted(found):
+        cost = seconds + set_up.get(file, 0.0)
+        if len(chosen) < MAX_TESTS and (cost <= left_s or not chosen):
+            chosen.append((cost, nodeid))
+            left_s -= cost
+            set_up[file] = 0.0
+    if not chosen:  # it may run in another process, or in a file that could not be traced
+        chosen = [(UNKNOWN_S, name) for name in traced if name.endswith(f"/{own}")]
     return chosen
 
 
@@ -332,8 +408,12 @@ def judge(site: Site, traced: dict[str, Any], log: Path) -> str:
     source = path.read_text()
     try:
         path.write_text(mutant_of(source, site))
-        limit_s = max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen))
-        code = pytest_in_child(["-x", *(nodeid for _, nodeid in chosen)], limit_s, log)
+        code = in_child(
+            lambda: int(pytest.main([*QUIET, "-x", *(nodeid for _, nodeid in chosen)])),
+            max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen)),
+            log,
+            waiting_limit_s=WAITING_LIMIT_S,
+        )
     finally:
         path.write_text(source)
     return "hangs" if code is None else "survived" if code == 0 else "killed"
@@ -358,6 +438,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=ROOT / "mutants.jsonl")
+    parser.add_argument("--only", default="", help="of PATH:LINE names that contain it")
     parser.add_argument("--report", action="store_true", help="only say what has been found")
     arguments = parser.parse_args()
     results = []
@@ -365,18 +446,17 @@ def main() -> None:
         results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
     if arguments.report:
         return report(results)
-    os.nice(15)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = str(ROOT)
-    for name in HEAVY:
-        __import__(name)
     log = arguments.results.with_suffix(".log")
-    traces = arguments.results.with_suffix(".calls.json")
+    traces = arguments.results.with_suffix(".lines.json")
+    load_libraries(log)
     trace_tests(traces, log)
     traced = json.loads(traces.read_text())
     known = {result["name"] for result in results}
-    chosen = random.Random(arguments.seed).sample(sites(), arguments.num)
+    found = [site for site in sites() if arguments.only in site.name]
+    chosen = random.Random(arguments.seed).sample(found, min(arguments.num, len(found)))
     for number, site in enumerate(chosen, 1):
         if site.name in known:
             continue
