@@ -1,17 +1,20 @@
 // Talking to the model: streaming, parameters, stop, and what each answer cost.
 
 import { events, json } from "./api.js";
-import { byId, el, milliseconds, number, plural } from "./dom.js";
+import { byId, copyButton, el, milliseconds, number, plural } from "./dom.js";
 import { visible } from "./grid.js";
+import { markdown } from "./markdown.js";
 
 const IDEAS = ["Why is the sky blue?", "Write a haiku about memory.", "Count to twenty in words."];
+const KEPT = "nanovllm-chat"; // in this browser: a conversation survives a reload
 const NEAR_END = 60; // pixels: whoever reads further up is not scrolled away
 
 export class Chat {
-  #messages = [];
+  #messages = JSON.parse(localStorage.getItem(KEPT) ?? "[]");
   #controller = null;
   #list = byId("messages");
   #input = byId("composer");
+  #welcome = byId("welcome");
   #onLife;
 
   /** onLife: shows the life of the request with this id; false if it is not known. */
@@ -30,6 +33,9 @@ export class Chat {
     byId("stop").addEventListener("click", () => this.stop());
     byId("new-chat").addEventListener("click", () => this.#restart());
     byId("ideas").append(...IDEAS.map((idea) => el("button", { class: "idea", onclick: () => this.#send(idea) }, idea)));
+    if (this.#messages.length) byId("welcome").remove();
+    for (const message of this.#messages) this.#show(message);
+    this.#scroll(true);
   }
 
   /** Stop the answer that is being written; false if there is none. */
@@ -40,9 +46,56 @@ export class Chat {
 
   #restart() {
     this.stop();
-    this.#messages = [];
-    this.#list.replaceChildren(byId("welcome") ?? this.welcome);
+    this.#cut(0);
     this.#input.focus();
+  }
+
+  /** Forget the conversation from a message on. */
+  #cut(from) {
+    this.#messages.length = from;
+    this.#keep();
+    if (from) [...this.#list.querySelectorAll(".message")].slice(from).forEach((one) => one.remove());
+    else this.#list.replaceChildren(this.#welcome);
+  }
+
+  #keep() {
+    localStorage.setItem(KEPT, JSON.stringify(this.#messages));
+  }
+
+  /** A message that is there already, with what can be done with it. */
+  #show({ role, content }) {
+    if (role === "user") {
+      const article = el("article", { class: "message user", "aria-label": "You" }, el("div", { class: "plain" }, content));
+      const edit = el("button", { type: "button", class: "link", onclick: () => this.#edit(article, content) }, "Edit");
+      article.append(el("p", { class: "actions" }, edit, copyButton(() => content)));
+      this.#list.append(article);
+      return;
+    }
+    const article = el("article", { class: "message assistant", "aria-label": "The model" }, el("div", { class: "text" }, markdown(content)));
+    article.append(this.#actions(content));
+    this.#list.append(article);
+  }
+
+  #actions(text) {
+    const again = el("button", { type: "button", class: "link again", onclick: () => this.#again() }, "Regenerate");
+    return el("p", { class: "actions" }, text ? copyButton(() => text) : null, again);
+  }
+
+  #edit(article, content) {
+    if (this.#controller) return;
+    this.#cut([...this.#list.querySelectorAll(".message")].indexOf(article));
+    this.#input.value = content;
+    this.#fit();
+    this.#input.focus();
+  }
+
+  /** Answer the last message once more. */
+  #again() {
+    if (this.#controller) return;
+    const last = this.#messages.findLastIndex((one) => one.role === "user");
+    const { content } = this.#messages[last];
+    this.#cut(last);
+    this.#send(content);
   }
 
   #fit() {
@@ -52,15 +105,13 @@ export class Chat {
 
   async #send(text) {
     if (!text || this.#controller) return;
-    const welcome = byId("welcome");
-    if (welcome) {
-      this.welcome = welcome;
-      welcome.remove();
-    }
+    this.#welcome.remove();
     this.#input.value = "";
     this.#fit();
-    this.#messages.push({ role: "user", content: text });
-    this.#list.append(el("article", { class: "message user", "aria-label": "You" }, rendered(text)));
+    const message = { role: "user", content: text };
+    this.#messages.push(message);
+    this.#keep();
+    this.#show(message);
     const answer = new Answer(this.#list, this.#onLife);
     this.#scroll(true);
     this.#controller = new AbortController();
@@ -69,26 +120,47 @@ export class Chat {
       await this.#stream(answer);
     } catch (error) {
       if (error.name === "AbortError") answer.finish("stopped");
-      else answer.fail(error.message);
+      else answer.fail(error instanceof TypeError ? "The server is gone. Start it again, then Regenerate." : error.message);
     } finally {
       this.#controller = null;
       this.#toggle(false);
       if (answer.text) this.#messages.push({ role: "assistant", content: answer.text });
-      else this.#messages.pop();
+      this.#keep();
+      answer.element.append(this.#actions(answer.text));
       this.#scroll();
+    }
+  }
+
+  /** The events of an answer; while the model loads, it is asked for again. */
+  async *#events(body, answer) {
+    const { signal } = this.#controller;
+    for (;;) {
+      try {
+        yield* events("v1/chat/completions", { body, signal });
+        return;
+      } catch (error) {
+        if (error.code !== "loading") throw error;
+        answer.wait(error.message);
+        await new Promise((go, stop) => {
+          const timer = setTimeout(go, 1000 * Math.min(2, error.retryAfter));
+          signal.addEventListener("abort", () => (clearTimeout(timer), stop(signal.reason)), { once: true });
+        });
+      }
     }
   }
 
   async #stream(answer) {
     const system = byId("system").value.trim();
-    const messages = [...(system ? [{ role: "system", content: system }] : []), ...this.#messages];
+    // A message that got no answer is followed by the next: models want them in turns.
+    const turns = this.#messages.filter((one, i, all) => one.role !== all[i + 1]?.role);
+    const messages = [...(system ? [{ role: "system", content: system }] : []), ...turns];
     const body = { messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, request_id: answer.name };
     for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
       const value = byId(name).value;
       if (value !== "") body[name] = Number(value);
     }
     answer.asked = { messages };
-    for await (const event of events("v1/chat/completions", { body, signal: this.#controller.signal })) {
+    for await (const event of this.#events(body, answer)) {
       answer.take(event);
       this.#scroll();
     }
@@ -128,6 +200,11 @@ class Answer {
     list.append(this.element);
   }
 
+  /** Nothing of it can come yet. */
+  wait(why) {
+    this.#facts.textContent = `${why}: it will be asked again`;
+  }
+
   take(event) {
     this.#usage = event.usage ?? this.#usage;
     const choice = event.choices[0];
@@ -143,8 +220,8 @@ class Answer {
   }
 
   #draw() {
-    const thought = this.#thought ? el("details", { class: "thought", open: !this.text }, el("summary", {}, "Thinking"), rendered(this.#thought)) : null;
-    this.#body.replaceChildren(...[thought, rendered(this.text)].filter(Boolean));
+    const thought = this.#thought ? el("details", { class: "thought", open: !this.text }, el("summary", {}, "Thinking"), markdown(this.#thought)) : null;
+    this.#body.replaceChildren(...[thought, markdown(this.text)].filter(Boolean));
     this.#facts.textContent = this.#figures().join(" · ");
   }
 
@@ -199,23 +276,4 @@ class Answer {
       target.textContent = error.message;
     }
   }
-}
-
-/** Text with code blocks, inline code and bold; everything else as it is. */
-function rendered(text) {
-  const parts = document.createDocumentFragment();
-  text.split(/```/).forEach((part, i) => {
-    if (i % 2) {
-      parts.append(el("pre", {}, el("code", {}, part.replace(/^[\w+-]*\n/, "").replace(/\n$/, ""))));
-      return;
-    }
-    const words = el("span", { class: "words" });
-    for (const piece of part.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
-      if (/^`.+`$/.test(piece)) words.append(el("code", {}, piece.slice(1, -1)));
-      else if (/^\*\*.+\*\*$/.test(piece)) words.append(el("strong", {}, piece.slice(2, -2)));
-      else words.append(piece);
-    }
-    parts.append(words);
-  });
-  return parts;
 }

@@ -43,9 +43,9 @@ export function readPalette() {
 
 export const colour = (name) => palette[name];
 
-/** A request's own colour: neighbours in time are far apart in hue. */
+/** A request's own colour: neighbours in time are far apart in hue, and none has decode's gold. */
 export function hueOf(uid, alpha = 1) {
-  const hue = (195 + uid * 137.508) % 360;
+  const hue = (130 + ((65 + uid * 110.77) % 290)) % 360;
   return isDark ? `oklch(0.76 0.115 ${hue} / ${alpha})` : `oklch(0.63 0.135 ${hue} / ${alpha})`;
 }
 
@@ -63,6 +63,17 @@ const plain = new Intl.NumberFormat("en");
 export const number = (value) => plain.format(value);
 
 export const plural = (count, one, many = `${one}s`) => `${number(count)} ${count === 1 ? one : many}`;
+
+/** A button that copies what `text` returns. */
+export function copyButton(text, label = "Copy") {
+  const button = el("button", { type: "button", class: "link copy" }, label);
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text());
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = label), 1500);
+  });
+  return button;
+}
 
 /** A legend: [kind of swatch, text] each. */
 export function legend(list, entries) {

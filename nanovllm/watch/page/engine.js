@@ -1,21 +1,13 @@
 // The live engine: figures over the last minute, the cache, the steps, the batch and the queue.
 
 import { json } from "./api.js";
-import { byId, colour, el, milliseconds, number, plural, prepared } from "./dom.js";
+import { byId, colour, el, legend, milliseconds, number, plural, prepared } from "./dom.js";
 import { Grid, tag } from "./grid.js";
+import { CAUSES } from "./plan.js";
 import { Steps } from "./steps.js";
 
 const WINDOW_S = 60;
 const MAX_ROWS = 40;
-export const CAUSES = {
-  "": "for the next step",
-  seats: "for a seat in the batch",
-  budget: "for token budget",
-  kv: "for free blocks",
-  sibling: "for its sibling’s prompt",
-  results: "for its last tokens",
-  client: "for its client to read",
-};
 const TOPIC = "You are one of eight who answer the same question about how a small language model is served: what happens between a request and its first token? Batches, blocks of cache, a budget of tokens and a queue come into it. ";
 const ASKED = ["Explain it to a child.", "Explain it in one sentence.", "Write a short poem about it.", "List three things that can go wrong.", "Describe it as a kitchen.", "Describe it as a railway.", "What would you measure first?", "Tell it as a fairy tale."];
 
@@ -33,11 +25,17 @@ export class Engine {
     const { series } = store;
     this.#tiles = [
       new Tile("Tokens per second", series.tokens, { shown: (v) => number(Math.round(v)), hue: "accent" }),
-      new Tile("Time to first token", series.ttft, { shown: milliseconds, hue: "budget", dots: true, isMedian: true }),
+      new Tile("To first token", series.ttft, { shown: milliseconds, hue: "budget", dots: true, isMedian: true }),
       new Tile("Between tokens", series.interToken, { shown: milliseconds, hue: "decode", isMedian: true, latest: 5 }),
       new Tile("Cache hit rate", series.hitRate, { shown: (v) => `${Math.round(v)} %`, hue: "cached-strong", top: 100 }),
     ];
     byId("tiles").append(...this.#tiles.map((tile) => tile.element));
+    legend(byId("batch-legend"), [
+      ["cached", "of its prompt: from the cache"],
+      ["computed", "computed"],
+      ["todo", "to come"],
+      ["decode", "its answer"],
+    ]);
     byId("load-button").addEventListener("click", () => this.#sendLoad());
   }
 
@@ -103,12 +101,13 @@ class Tile {
   #points;
   #options;
   #value = el("strong", {}, "–");
+  #scale = el("span", { class: "scale", title: "the top of the curve" });
   #canvas = el("canvas", { "aria-hidden": "true" });
 
   constructor(title, points, options) {
     this.#points = points;
     this.#options = options;
-    this.element = el("article", { class: "tile" }, el("h2", {}, title), this.#value, this.#canvas);
+    this.element = el("article", { class: "tile" }, el("h2", {}, title, this.#scale), this.#value, this.#canvas);
   }
 
   draw(now) {
@@ -117,7 +116,7 @@ class Tile {
     const stroke = hue === "cached-strong" ? colour("cached") : colour(hue);
     const recent = points.filter(([time]) => time > now - (dots ? WINDOW_S : latest)).map(([, value]) => value);
     this.#value.textContent = recent.length ? shown(isMedian ? median(recent) : recent.at(-1)) : "–";
-    const { context, width, height } = prepared(this.#canvas, 46);
+    const { context, width, height } = prepared(this.#canvas, 26);
     context.strokeStyle = colour("line");
     context.beginPath();
     context.moveTo(0, height - 0.5);
@@ -137,10 +136,7 @@ class Tile {
     } else {
       line(context, points.map(place), height, points);
     }
-    context.fillStyle = colour("muted");
-    context.font = "10px ui-monospace, 'JetBrains Mono', monospace";
-    context.textAlign = "right";
-    context.fillText(shown(highest), width, 9);
+    this.#scale.textContent = `↑ ${shown(highest)}`;
   }
 }
 

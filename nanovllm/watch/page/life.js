@@ -1,8 +1,8 @@
 // One request's life as a timeline, told in words as well, beside those of the others.
 
 import { byId, colour, el, hueOf, legend, milliseconds, number, plural, prepared } from "./dom.js";
-import { CAUSES } from "./engine.js";
 import { tag } from "./grid.js";
+import { CAUSES } from "./plan.js";
 import { chromeTrace, download } from "./trace.js";
 
 const LANES = ["waits", "prefill", "decode"];

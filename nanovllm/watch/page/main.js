@@ -5,7 +5,10 @@ import { Chat } from "./chat.js";
 import { byId, readPalette } from "./dom.js";
 import { Engine } from "./engine.js";
 import { Life } from "./life.js";
+import { Pace } from "./pace.js";
 import { Store } from "./store.js";
+import { closeTip, watchTerms } from "./terms.js";
+import { Tour } from "./tour.js";
 
 const THEME = "nanovllm-theme";
 const WIDE = window.matchMedia("(min-width: 1080px)");
@@ -18,6 +21,8 @@ const engine = new Engine(store, (uid) => {
   life.choose(uid);
   show("life");
 });
+const pace = new Pace(store);
+const tour = new Tour(store, pace, { onStart: () => show("engine"), onStep: (step) => engine.steps.choose(step) });
 const chat = new Chat((requestId) => {
   const request = life.find(requestId);
   if (!request) return false;
@@ -88,12 +93,15 @@ const SHORTCUTS = {
   e: () => show("engine", true),
   r: () => show("life", true),
   t: toggleTheme,
+  s: () => store.pace.is_allowed && pace.step(),
+  p: () => store.pace.is_allowed && (pace.isHeld ? pace.release() : pace.hold()),
   "?": () => byId("help").showModal(),
 };
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-    if (chat.stop()) event.preventDefault();
+    if (closeTip() || chat.stop()) event.preventDefault();
+    else if (event.target === byId("composer")) byId("composer").blur();
     return;
   }
   const isTyping = event.target.closest("input, textarea, dialog");
@@ -122,7 +130,7 @@ if (apiKey()) byId("key-button").hidden = false;
 
 // ---- the engine
 
-const WORDS = { connecting: "connecting", ready: "ready", loading: "loading", away: "not reachable", refused: "chat only", locked: "locked" };
+const WORDS = { connecting: "connecting", ready: "ready", loading: "loading", away: "the server is gone", refused: "chat only", locked: "locked" };
 
 function onState(state, text) {
   const status = byId("status");
@@ -142,6 +150,7 @@ function draw() {
   isScheduled = true;
   requestAnimationFrame(() => {
     isScheduled = false;
+    pace.draw();
     if (!byId("panel-engine").hidden) engine.draw();
     if (!byId("panel-life").hidden) life.draw();
   });
@@ -149,6 +158,8 @@ function draw() {
 
 store.addEventListener("change", draw);
 new ResizeObserver(draw).observe(document.querySelector("main"));
+watchTerms();
+byId("tour-button").addEventListener("click", () => tour.start());
 applyTheme();
 show("chat");
 if (WIDE.matches) byId("composer").focus();

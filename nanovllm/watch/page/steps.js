@@ -1,8 +1,10 @@
 // The last steps, one bar each: how its token budget was split into decodes and chunks of prompts.
 
-import { byId, colour, hueOf, legend, milliseconds, number, plural, prepared } from "./dom.js";
+import { byId, colour, hueOf, legend, number, plural, prepared } from "./dom.js";
+import { explain } from "./plan.js";
 
-const HEIGHT = 132;
+const HEIGHT = 112;
+const FINE = window.matchMedia("(hover: hover)").matches;
 const BAR = 7;
 const GAP = 2;
 const LEFT = 34;
@@ -14,18 +16,19 @@ export class Steps {
   #canvas = byId("steps");
   #shown = [];
   #chosen = null; // number of a step
+  #told = "";
 
   constructor(store) {
     this.#store = store;
-    this.#canvas.addEventListener("pointermove", (event) => this.#point(event));
-    this.#canvas.addEventListener("pointerleave", () => this.#choose(null));
-    this.#canvas.addEventListener("blur", () => this.#choose(null));
+    for (const kind of ["pointermove", "pointerdown"]) this.#canvas.addEventListener(kind, (event) => this.#point(event));
+    this.#canvas.addEventListener("pointerleave", () => this.choose(null));
+    this.#canvas.addEventListener("blur", () => this.choose(null));
     this.#canvas.addEventListener("keydown", (event) => this.#key(event));
     legend(byId("steps-legend"), [
       ["decode", "decodes, a token each"],
       ["used", "chunks of prompts, in their request’s colour"],
-      ["limit", "their limit, where it is less than the dashed line"],
-      ["bad", "a request was preempted"],
+      ["limit", "what chunks may take beside decodes"],
+      ["bad", "preemption"],
     ]);
   }
 
@@ -96,7 +99,7 @@ export class Steps {
 
   #point(event) {
     const step = this.#shown[Math.floor((event.offsetX - LEFT) / (BAR + GAP))];
-    this.#choose(step ? step.step : null);
+    this.choose(step ? step.step : null);
   }
 
   #key(event) {
@@ -105,27 +108,28 @@ export class Steps {
     event.preventDefault();
     const at = this.#shown.findIndex((step) => step.step === this.#chosen);
     const to = at < 0 ? this.#shown.length - 1 : at + moves[event.key];
-    this.#choose(this.#shown[Math.min(this.#shown.length - 1, Math.max(0, to))].step);
+    this.choose(this.#shown[Math.min(this.#shown.length - 1, Math.max(0, to))].step);
   }
 
-  #choose(number_) {
+  choose(number_) {
     if (number_ === this.#chosen) return;
     this.#chosen = number_;
     this.draw();
   }
 
+  /** The chosen step's plan in words; while the engine is held, the last one's. */
   #caption() {
-    const step = this.#shown.find((one) => one.step === this.#chosen);
-    const lost = this.#store.numLost ? ` ${number(this.#store.numLost)} steps were too many to show.` : "";
-    byId("step-caption").textContent = step ? describe(step) : `Logarithmic scale, newest at the right.${lost}`;
+    const { pace, steps, numLost, counters } = this.#store;
+    const last = steps.at(-1);
+    const step = this.#shown.find((one) => one.step === this.#chosen) ?? (pace.is_held ? last : undefined);
+    const told = step ? `${step.step} ${step === last} ${counters.num_waiting} ${counters.num_running}` : `none ${numLost}`;
+    if (told === this.#told) return;
+    this.#told = told;
+    const lost = numLost ? ` ${number(numLost)} steps were too many to show.` : "";
+    byId("step-caption").hidden = Boolean(step);
+    byId("step-caption").textContent = `Logarithmic scale, newest at the right. ${FINE ? "Point at" : "Tap"} a step to see its plan.${lost}`;
+    byId("plan").hidden = !step;
+    byId("plan").replaceChildren(...(step ? explain(step, this.#store, step === last) : []));
+    byId("plan").dataset.step = step?.step ?? "";
   }
-}
-
-function describe(step) {
-  const parts = [];
-  if (step.num_decodes) parts.push(plural(step.num_decodes, "decode"));
-  for (const [uid, start, tokens] of step.chunks) parts.push(`tokens ${number(start)} to ${number(start + tokens)} of #${uid}`);
-  if (step.chunks.length) parts.push(`of at most ${plural(step.budget, "token")}`);
-  for (const uid of step.preempted) parts.push(`#${uid} preempted`);
-  return `Step ${number(step.step)}, ${milliseconds((step.ended_at - step.started_at) * 1000)}: ${parts.join(", ")}.`;
 }

@@ -83,6 +83,7 @@ export class Store extends EventTarget {
   requests = new Map(); // uid → Request, unfinished ones and the last that ended
   steps = [];
   holders = new Map(); // block → uids
+  pace = { is_allowed: false, is_held: false, interval_ms: 0 };
   numHidden = 0;
   numLost = 0;
   series = { tokens: [], ttft: [], interToken: [], hitRate: [] }; // [time, value]
@@ -128,6 +129,30 @@ export class Store extends EventTarget {
     }
   }
 
+  /** Resolves at the first change after which `isTrue` says so, or at once. */
+  until(isTrue) {
+    return new Promise((go) => {
+      const look = () => {
+        if (!isTrue()) return;
+        this.removeEventListener("change", look);
+        go();
+      };
+      this.addEventListener("change", look);
+      look();
+    });
+  }
+
+  /** What the server has answered; the next event tells the same. */
+  setPace(pace) {
+    this.pace = pace;
+    this.dispatchEvent(new CustomEvent("change"));
+  }
+
+  /** Who ran in a step. */
+  uidsOf(step) {
+    return this.#batches.get(step.batch) ?? [];
+  }
+
   get live() {
     return [...this.#live].map((uid) => this.requests.get(uid));
   }
@@ -144,6 +169,7 @@ export class Store extends EventTarget {
   apply(event) {
     if (event.kind === "snapshot") this.#reset(event);
     this.now = event.now;
+    this.pace = event.pace;
     this.numHidden = event.num_hidden;
     this.numLost += event.num_lost_steps;
     for (const [batch, uids] of Object.entries(event.batches)) this.#batches.set(Number(batch), uids);

@@ -18,7 +18,8 @@ from tests.frontend.server.test_serve import Program
 from tests.frontend.vocabulary import CHAT_TEMPLATE, SPECIAL_TOKENS, save
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TIMEOUT_MS = 15_000
+TIMEOUT_MS = 30_000
+USED = "document.querySelector('#grid').dataset.used"
 
 
 def chromium_path() -> str | None:
@@ -122,3 +123,13 @@ def visit(browser: Any, url: str, *, problems: tuple[str, ...] = (), **context: 
         assert unexpected == []
     finally:
         opened.close()
+
+
+def set_up(page: Visit, *, max_tokens: int, seed: int = 3) -> Visit:
+    """Ready, with answers of a length."""
+    page.ready()
+    page.page.click("#settings summary")
+    page.page.fill("#max_tokens", str(max_tokens))
+    page.page.fill("#seed", str(seed))
+    page.page.click("#settings summary")
+    return page

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.frontend.server.browser import Visit, chromium, server, synthetic_server, visit
+from tests.frontend.server.browser import USED, Visit, server, set_up, synthetic_server, visit
 
+# Of the bar of a row, which the page has while a request runs.
+MOVES = """() => {
+    const bar = document.createElement('p');
+    bar.className = 'progress';
+    bar.append(document.createElement('i'));
+    document.body.append(bar);
+    return getComputedStyle(bar.firstChild).transitionDuration;
+}"""
 LONG = "x" * 300  # 300 tokens: the model speaks bytes
-USED = "document.querySelector('#grid').dataset.used"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def url(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A small engine, so that requests wait, and chunks are cut."""
-    flags = ("--num-gpu-blocks-override", "120", "--max-model-len", "1024", "--max-num-seqs", "4")
-    directory = tmp_path_factory.mktemp("tokenizer")
-    with synthetic_server(directory, *flags, "--max-num-batched-tokens", "128") as found:
-        yield found
-
-
-def set_up(page: Visit, *, max_tokens: int, seed: int = 3) -> Visit:
-    page.ready()
-    page.page.click("#settings summary")
-    page.page.fill("#max_tokens", str(max_tokens))
-    page.page.fill("#seed", str(seed))
-    page.page.click("#settings summary")
-    return page
 
 
 def test_a_chat_streams_and_shows_what_the_cache_saved(browser: Any, url: str) -> None:
@@ -112,7 +94,7 @@ def test_a_block_tells_its_tokens_and_its_hash(browser: Any, url: str) -> None:
         page.until("Number(document.querySelector('#grid').dataset.cached) > 0")
         # Whichever it is: earlier tests have used blocks as well.
         with httpx.Client(base_url=url) as client:
-            texts = {i: block_text(client, i) for i in range(1, 120)}
+            texts = {i: block_text(client, i) for i in range(1, 300)}
         (block_id,) = (i for i, text in texts.items() if text == "1234567890123456")
         page.page.focus("#grid")
         for _ in range(block_id):
@@ -274,11 +256,10 @@ def test_dark_and_light(browser: Any, url: str, scheme: str) -> None:
 
 
 def test_reduced_motion_is_honoured(browser: Any, url: str) -> None:
-    moves = "getComputedStyle(document.querySelector('.usage span')).transitionDuration"
     with visit(browser, url, reduced_motion="reduce") as page:
-        assert page.ready().page.evaluate(moves) == "0s"
+        assert page.ready().page.evaluate(MOVES) == "0s"
     with visit(browser, url) as page:
-        assert page.ready().page.evaluate(moves) != "0s"
+        assert page.ready().page.evaluate(MOVES) != "0s"
 
 
 def test_text_is_never_markup(browser: Any, url: str) -> None:
