@@ -49,7 +49,7 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
     """Serve until told to stop. Returns the exit code; `ValueError` for what a user must mend."""
     log_to_stderr()
     settings = _settings(arguments)
-    engine_fields = _with_preset(settings, engine_fields)
+    engine_fields = with_preset(settings, engine_fields)
     if settings.otlp_traces_endpoint is not None:
         require_tracing()  # before anybody waits for it, and before there are several frontends
     started = time.monotonic()
@@ -70,7 +70,7 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
             file=sys.stderr,
         )
         if settings.open:  # in a thread: a browser of the terminal takes it until it is closed
-            threading.Thread(target=_open_page, args=(f"{url}/",), daemon=True).start()
+            threading.Thread(target=open_page, args=(f"{url}/",), daemon=True).start()
 
     print(f"listening on {_url(settings)} (Ctrl-C ends it)", file=sys.stderr)
     if num_frontends > 1:
@@ -158,7 +158,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
     return settings
 
 
-def _with_preset(settings: ServerSettings, engine_fields: dict[str, Any]) -> dict[str, Any]:
+def with_preset(settings: ServerSettings, engine_fields: dict[str, Any]) -> dict[str, Any]:
     """What was given, and else what the preset says. `ValueError`: what a core at --connect has."""
     if settings.connect is None:
         preset = {} if settings.preset is None else PRESETS[settings.preset]
@@ -170,7 +170,7 @@ def _with_preset(settings: ServerSettings, engine_fields: dict[str, Any]) -> dic
     return engine_fields
 
 
-def _open_page(url: str) -> None:
+def open_page(url: str) -> None:
     if not webbrowser.open(url):
         print(f"--open: no browser was found: open {url} yourself", file=sys.stderr)
 
