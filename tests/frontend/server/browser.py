@@ -28,15 +28,21 @@ def chromium_path() -> str | None:
     return named or next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
 
 
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """A browser; skips the test if there is none."""
+def need_chromium() -> tuple[Any, str]:
+    """Playwright's module and the browser's path; skips the test if one is missing."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="no playwright: pip install 'nanovllm[dev]'"
     )
     path = chromium_path()
     if path is None:
         pytest.skip("no Chromium: apt-get install chromium, or set CHROMIUM to its path")
+    return playwright, path
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; skips the test if there is none."""
+    playwright, path = need_chromium()
     with playwright.sync_playwright() as driver:
         # Root (as in a container) may run it without its own sandbox only.
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []
