@@ -21,12 +21,16 @@ NO_BLOCK = 0  # in a block table: behind a window, or not needed yet
 
 
 class FreeList:
-    """Doubly linked list of block ids over two arrays; all operations O(1). Entry 0 is the head."""
+    """Doubly linked list of block ids over two arrays; all operations O(1). Entry 0 is the head.
 
-    def __init__(self, num_blocks: int) -> None:
+    Blocks from `first_spare` on stay at its end until they are popped once (0: there are none).
+    """
+
+    def __init__(self, num_blocks: int, first_spare: int = 0) -> None:
         self._next: list[int] = [*range(1, num_blocks), 0]
         self._previous: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
         self._count = num_blocks - 1
+        self._spare = first_spare  # the first of those that are left; 0, the head, if none is
 
     def __len__(self) -> int:
         return self._count
@@ -42,9 +46,11 @@ class FreeList:
         self._next[before] = after
         self._previous[after] = before
         self._count -= 1
+        if block_id == self._spare:
+            self._spare = after
 
     def append(self, block_id: int) -> None:
-        self._insert(block_id, self._previous[0], 0)
+        self._insert(block_id, self._previous[self._spare], self._spare)
 
     def prepend(self, block_id: int) -> None:
         self._insert(block_id, 0, self._next[0])
@@ -95,7 +101,10 @@ class BlockManager:
         enable_prefix_caching: bool = True,
         windows: tuple[int | None, ...] = (None,),
         step_tokens: int = 0,
+        num_first_blocks: int | None = None,
     ) -> None:
+        """num_first_blocks: how many are used, by running sequences and for prefixes, before
+        another one is touched, which then only happens for running sequences; None: all."""
         assert num_blocks >= 2 and block_size >= 1
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -108,7 +117,8 @@ class BlockManager:
         self.num_queries = 0  # prompt tokens looked up, and found, since start
         self.num_hits = 0
         self.hash_seed = secrets.randbits(64)
-        self.free_list = FreeList(num_blocks)
+        first_spare = num_blocks if num_first_blocks is None else 1 + num_first_blocks
+        self.free_list = FreeList(num_blocks, first_spare if first_spare < num_blocks else 0)
         self.reference_counts = [0] * num_blocks
         self.keys: list[bytes | None] = [None] * num_blocks
         self.messages: list[bytes] = [b""] * num_blocks

@@ -74,6 +74,7 @@ class EngineCore:
             enable_prefix_caching=config.cache.enable_prefix_caching,
             windows=info.kv_windows,
             step_tokens=limits.max_num_batched_tokens,
+            num_first_blocks=info.num_first_blocks,
         )
         self.scheduler = Scheduler(
             limits,

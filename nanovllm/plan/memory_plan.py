@@ -25,6 +25,7 @@ GIB = 2**30
 NUM_RESERVED = 1  # block 0, which padding reads and writes
 CPU_MAX_BYTES = 4 * GIB
 CPU_SHARE_OF_FREE = 0.25
+CPU_FIRST_BYTES = 128 * 2**20  # of KV, or as much as the weights take: what prefixes may fill
 QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
 # A sampled row at its heaviest. On a GPU: logits as the model has them, edited ones in fp32, and
 # counts. In plain torch: logits, a raw copy, a penalized copy and counts, in fp32.
@@ -416,6 +417,12 @@ def cpu_memory_budget(free_bytes: int) -> int:
     The system takes memory only as blocks are first written, so this is a limit, not a cost.
     """
     return min(CPU_MAX_BYTES, int(max(0, free_bytes) * CPU_SHARE_OF_FREE))
+
+
+def cpu_first_blocks(bytes_per_block: int, *, weight_bytes: int) -> int:
+    """How many blocks fill up with cached prefixes before any other is touched: a cache that one
+    may have at once needs memory for good, and on a CPU other programs want it, too."""
+    return max(1, max(CPU_FIRST_BYTES, weight_bytes) // bytes_per_block)
 
 
 def free_memory() -> int:

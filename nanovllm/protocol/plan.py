@@ -108,6 +108,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_blocks` includes block 0, which is reserved for padding and never handed out. `kv_windows`
     tell, of each group of layers that has block tables of its own, how many tokens it sees.
+    `num_first_blocks`: how many are to be used before others are touched, if memory that was never
+    written costs nothing; None: all are alike.
     `sampling_defaults`: fields of `SamplingParams` as the checkpoint wants them by default.
     `notes` say in plain words what was chosen and why; `phase_seconds` how long each phase took;
     `memory_bytes` what weights, heaviest step and KV cache take, as far as it was measured.
@@ -124,6 +126,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int = 0
     kv_cache_bytes: int = 0
     kv_windows: tuple[int | None, ...] = (None,)
+    num_first_blocks: int | None = None
     sampling_defaults: dict[str, int | float] = {}
     notes: list[str] = []
     phase_seconds: dict[str, float] = {}

@@ -5,8 +5,8 @@ out: padding reads and writes it.
 """
 
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +18,9 @@ def allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     """
     if device.type == "cpu":
         # Zero pages that the system provides when they are touched: writing 4 GiB takes seconds.
+        # Small pages: of a few blocks in each layer, huge ones would make 2 MiB a layer.
         num_bytes = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -26,7 +26,13 @@ from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import Scheme, scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import EngineConfig, StepLimits
-from nanovllm.plan.memory_plan import MemoryPlan, cpu_memory_budget, fit_blocks, free_memory
+from nanovllm.plan.memory_plan import (
+    MemoryPlan,
+    cpu_first_blocks,
+    cpu_memory_budget,
+    fit_blocks,
+    free_memory,
+)
 from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs, select_attention
@@ -279,6 +285,11 @@ class Startup:
         if defaults:
             named = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
             notes = [*notes, f"defaults of sampling, by generation_config.json: {named}"]
+        first_blocks = None
+        if self.device.type == "cpu" and self._measures_memory:
+            first_blocks = cpu_first_blocks(
+                loaded.bytes_per_block, weight_bytes=self._memory_bytes["weights"]
+            )
         return WorkerInfo(
             device=describe(self.device),
             dtype=name_of(loaded.model.dtype),
@@ -291,6 +302,7 @@ class Startup:
             num_parameters=loaded.model.num_parameters,
             kv_cache_bytes=self._memory_bytes["KV cache"],
             kv_windows=choice.layout.windows,
+            num_first_blocks=first_blocks,
             sampling_defaults=defaults,
             notes=notes,
             phase_seconds=self._phase_seconds,
@@ -345,8 +357,7 @@ class Startup:
 
     def _count_blocks(self, loaded: Loaded, plan: MemoryPlan) -> int:
         """How many blocks fit beside the model and the heaviest step, which on CUDA is run here."""
-        cache = self._config.cache
-        measured = cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
+        cache, measured = self._config.cache, self._measures_memory
         memory_bytes = 0
         if measured and self.device.type == "cuda":
             runner = loaded.runner(num_blocks=1)
@@ -365,6 +376,12 @@ class Startup:
             blocks_for=plan.blocks_for,
             max_num_seqs=loaded.rows.num_rows,
         )
+
+    @property
+    def _measures_memory(self) -> bool:
+        """Whether nobody has said how large the KV cache shall be."""
+        cache = self._config.cache
+        return cache.num_gpu_blocks_override is None and cache.kv_cache_memory_bytes is None
 
     @property
     def _limits(self) -> StepLimits:

@@ -37,6 +37,40 @@ def test_free_list_keeps_its_order() -> None:
     assert list(free) == [3, 4, 5, 1] and len(free) == 4
 
 
+def test_spare_blocks_stay_last_until_they_are_needed() -> None:
+    free = FreeList(7, 4)
+    assert [free.pop_first(), free.pop_first()] == [1, 2]
+    free.append(2)
+    free.append(1)
+    assert list(free) == [3, 2, 1, 4, 5, 6]
+    assert [free.pop_first() for _ in range(4)] == [3, 2, 1, 4]
+    free.append(4)  # it is like the others now
+    free.append(1)
+    assert list(free) == [4, 1, 5, 6]
+    assert [free.pop_first() for _ in range(4)] == [4, 1, 5, 6]
+    free.append(6)
+    free.append(5)
+    assert list(free) == [6, 5]
+
+
+def test_prefixes_of_ended_sequences_take_no_spare_blocks() -> None:
+    blocks = BlockManager(num_blocks=20, block_size=BLOCK_SIZE, num_first_blocks=4)
+    for first in range(0, 80, 8):  # one after the other, each of 2 blocks
+        sequence = make_sequence(list(range(first, first + 8)))
+        run(blocks, sequence)
+        assert max(sequence.block_ids) <= 4
+        blocks.release(sequence)
+    both = [make_sequence(list(range(first, first + 12))) for first in (100, 200)]
+    for sequence in both:  # running at once, they need more
+        run(blocks, sequence)
+    held = [block_id for one in both for block_id in one.block_ids]
+    assert sorted(held) == [1, 2, 3, 4, 5, 6]
+    assert blocks.num_free_blocks == 13
+    for sequence in both:
+        blocks.release(sequence)
+    blocks.check_invariants([])
+
+
 def test_block_0_is_never_handed_out() -> None:
     blocks = make_blocks(4)
     sequence = make_sequence(list(range(12)))
