@@ -24,8 +24,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.operations import Operations, answer_call
+from nanovllm.core.sequence import ScheduledStep, StepOutputs
 from nanovllm.core.server import CoreServer
-from nanovllm.core.step import ScheduledStep, StepOutputs
 from nanovllm.protocol.messages import AddRequest, Call
 from nanovllm.protocol.plan import StepResult
 from nanovllm.protocol.watch import Observation, Observe

@@ -1,6 +1,6 @@
 """How much one request may hold, by name. One home, for Python's callers, HTTP bodies and the core.
 
-`SamplingParams`, the bodies of the HTTP server and `core/validation` check against these. Each is
+`SamplingParams`, the bodies of the HTTP server and `core/admission` check against these. Each is
 far above what applications send; none lets one request take memory or time that others need.
 """
 

@@ -1,19 +1,22 @@
-"""Attached clients: who they are, since when they are silent, and what waits to be sent to them.
+"""Attached clients: who they are, which requests of theirs wait, and what waits to be sent to them.
 
-`CoreServer` owns the one table. Invariant: what waits for a client that does not read is bounded,
-outputs by pausing its requests, answers by detaching it.
+`CoreServer` owns the one table, the one `Intake` and the one `Delivery`. Invariant: what waits for
+a client that does not read is bounded, outputs by pausing its requests, answers by detaching it.
 """
 
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
 from nanovllm.core.accounts import started_message
-from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import StepOutputs
-from nanovllm.protocol.messages import FromCore, Outputs, PromptLogprobs
+from nanovllm.core.sequence import Sequence, StepOutputs
+from nanovllm.core.socket import Endpoint, Sent
+from nanovllm.protocol.messages import AddRequest, FromCore, Outputs, PromptLogprobs, RequestFailed
 from nanovllm.protocol.plan import TokenLogprobs
 
 MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
+MAX_REQUESTS = 256  # received and not begun; then what else has been sent stays in the socket
 
 
 class Client:
@@ -159,6 +162,109 @@ class ClientTable:
         """It was this process that did not listen for so long, not they that did not speak."""
         for client in self:
             client.last_heard += seconds
+
+
+class Intake:
+    """Requests that have been received and are not yet in the core, in order of arrival.
+
+    What a turn has received is sorted before any of it is begun, so an abort overtakes the request
+    that it is about, and who has left has nothing begun.
+    """
+
+    def __init__(self, clients: ClientTable) -> None:
+        self._clients = clients
+        self._requests: deque[tuple[Client, AddRequest]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._requests) >= MAX_REQUESTS
+
+    def add(self, client: Client, request: AddRequest) -> None:
+        self._requests.append((client, request))
+
+    def next(self) -> tuple[Client, AddRequest] | None:
+        """The next to begin, whose sender is still there; it is the caller's from here on."""
+        while self._requests:
+            client, request = self._requests.popleft()
+            if self._clients.find(client.identity) is client:
+                return client, request
+        return None
+
+    def take(self, client: Client, numbers: set[int]) -> list[AddRequest]:
+        """Those requests of a client that own any of these numbers; they are the caller's."""
+        if not self._requests:
+            return []
+        taken: list[AddRequest] = []
+        kept: deque[tuple[Client, AddRequest]] = deque()
+        for entry in self._requests:
+            sender, request = entry
+            owned = range(request.number, request.number + request.params.n)
+            if sender is client and not numbers.isdisjoint(owned):
+                taken.append(request)
+            else:
+                kept.append(entry)
+        self._requests = kept
+        return taken
+
+
+class Delivery:
+    """Gets messages to clients over the endpoint, each encoded once. Nothing blocks: what a
+    client's queue does not take stays with the `Client`, the oldest part as a finished frame, the
+    rest as outputs still being merged.
+
+    `failures` are (client id, number, cause) of outputs that could not be encoded.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._encoder = msgspec.msgpack.Encoder()
+        self.failures: list[tuple[int, int, str]] = []
+
+    def post(self, identity: bytes, message: FromCore) -> Sent:
+        """Send, or forget about it: for what a client can do without, and for strangers."""
+        return self._endpoint.send(identity, self._encoder.encode(message))
+
+    def deliver(self, client: Client) -> Sent:
+        """Send all that waits for a client: outputs first, then answers, each in order."""
+        if client.unsent is None and client.has_outputs:
+            client.num_unsent = client.num_merged
+            client.unsent = self._encode(client, client.take_outputs())
+        if client.unsent is not None:
+            sent = self._endpoint.send(client.identity, client.unsent)
+            if sent != "sent":
+                return sent
+            client.unsent, client.num_unsent = None, 0
+            if client.has_outputs:
+                return self.deliver(client)
+        while client.answers:
+            sent = self.post(client.identity, client.answers[0])
+            if sent != "sent":
+                return sent
+            client.answers.popleft()
+        return "sent"
+
+    def _encode(self, client: Client, outputs: Outputs) -> bytes:
+        """All of `outputs`, or, if something in them cannot be encoded, all but those requests."""
+        try:
+            return self._encoder.encode(outputs)
+        except Exception:
+            return self._encode_good_ones(client, outputs)
+
+    def _encode_good_ones(self, client: Client, outputs: Outputs) -> bytes:
+        numbers = {one.number for one in outputs.started + outputs.prompt_logprobs}
+        numbers |= {*outputs.numbers, *(one.number for one in outputs.finished)}
+        for number in sorted(numbers):
+            try:
+                self._encoder.encode(select(outputs, {number}))
+            except Exception as error:
+                numbers.remove(number)
+                cause = f"its output cannot be encoded: {type(error).__name__}: {error}"
+                client.answers.append(RequestFailed(number, cause))
+                self.failures.append((client.client_id, number, cause))
+        return self._encoder.encode(select(outputs, numbers))
 
 
 def select(outputs: Outputs, numbers: set[int]) -> Outputs:

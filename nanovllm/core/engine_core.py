@@ -1,6 +1,6 @@
 """The straight line of the engine: requests in, steps through the executor, outputs out.
 
-Owns the sequences by (client, number) and the steps in flight; `process.CoreServer` calls it from
+Owns the sequences by (client, number) and the steps in flight; `server.CoreServer` calls it from
 its busy loop. Synchronous and overlapped execution differ in one integer, `max_inflight_steps`.
 Whatever goes wrong fails the sequences it went wrong for; only `DeviceLostError` gets out.
 """
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.admission import Admission, Deadlines
+from nanovllm.core.admission import Admission, Deadlines, check_request
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.compilations import Compilations, Grammars, Outcome, Waiting
 from nanovllm.core.events import (
@@ -33,9 +33,13 @@ from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import GrammarCompiler, Masks, Matcher
 from nanovllm.core.pace import Pace
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
-from nanovllm.core.validation import check_request
+from nanovllm.core.sequence import (
+    ScheduledStep,
+    SchedulingFailedError,
+    Sequence,
+    Status,
+    StepOutputs,
+)
 from nanovllm.executor.base import Executor
 from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
 from nanovllm.protocol.plan import DeviceLostError, StepHandle, StepMasks, WorkerInfo
@@ -172,7 +176,8 @@ class EngineCore:
                 self._constrain(sequences, outcome)
         for sequence in sequences:
             self.sequences[client_id, sequence.number] = sequence
-            self._deadlines.add(sequence, request)
+            if request.deadline_ms is not None or request.ttft_deadline_ms is not None:
+                self._deadlines.add(sequence, request)
         if wanted is None or outcome is not None:
             self._queue(Waiting(sequences, request.priority, tenant))
 
@@ -341,9 +346,10 @@ class EngineCore:
                 listener.on_submit_failed(step, error)
             return self._give_up(step, error)
         self.unsampled = step
-        if step.awaits_ids:
-            return None
-        self._begin_masks(step)
+        if step.constrained:
+            if step.awaits_ids:
+                return None
+            self._begin_masks(step)
         return self._sample(step)
 
     def _sample(self, step: ScheduledStep) -> StepOutputs | None:
@@ -351,7 +357,11 @@ class EngineCore:
         that is on its way. Returns the sequences that fail with it, and tokens that need no
         sampling."""
         self.unsampled = None
-        masks, forced, failed = self._take_masks(step)
+        masks: StepMasks | None = None
+        forced: dict[int, list[int]] = {}
+        failed: list[Sequence] = []
+        if step.constrained:
+            masks, forced, failed = self._take_masks(step)
         try:
             self._executor.sample(step.plan.step, masks)
         except DeviceLostError:
@@ -417,7 +427,7 @@ class EngineCore:
     ) -> tuple[StepMasks | None, dict[int, list[int]], list[Sequence]]:
         """What `_begin_masks` has begun, which of the step's sampled sequences must go on with
         which tokens, and the sequences that fail of it."""
-        if self._masks is None and step.constrained:
+        if self._masks is None:
             self._begin_masks(step)  # a recording begins between the two
         masks, indices, self._masks = self._masks, self._masked, None
         if masks is None:
@@ -585,7 +595,8 @@ class EngineCore:
         self._recent_steps_s.append(now - self._could_step_since(now))
         self._last_result_at = now
         self._num_steps += 1
-        self.pace.note_step(now)
+        if now < self.pace.until:
+            self.pace.note_step(now)
 
 
 def _joined(first: StepOutputs | None, second: StepOutputs | None) -> StepOutputs | None:

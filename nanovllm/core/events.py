@@ -7,8 +7,7 @@ A listener that raises ends the core, so it must not.
 
 from dataclasses import dataclass
 
-from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import ScheduledStep, StepOutputs
+from nanovllm.core.sequence import ScheduledStep, Sequence, StepOutputs
 from nanovllm.protocol.messages import AddRequest, FinishReason
 from nanovllm.protocol.plan import StepResult
 

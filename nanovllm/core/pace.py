@@ -22,14 +22,15 @@ class PaceRefusedError(ValueError):
 
 
 class Pace:
-    """`next_step_at`: when the next step may begin. Times are `time.monotonic`'s."""
+    """`next_step_at`: when the next step may begin; `until`: from then on what was asked counts no
+    more. Times are `time.monotonic`'s."""
 
     def __init__(self, *, is_allowed: bool) -> None:
         self.is_allowed = is_allowed
         self.next_step_at = -math.inf
         self._asked = FULL_SPEED
         self._client_id: int | None = None
-        self._until = -math.inf  # from then on what was asked counts no more
+        self.until = -math.inf
         self._steps_left: int | None = None  # None: as many as there are
 
     def set(self, client_id: int, asked: SetPace, now: float) -> None:
@@ -40,15 +41,15 @@ class Pace:
         _check(asked)
         steps_left = asked.num_steps
         if steps_left is not None:
-            left = (self._steps_left or 0) if now < self._until else 0
+            left = (self._steps_left or 0) if now < self.until else 0
             steps_left = min(left + steps_left, MAX_STEPS)
         self._client_id, self._asked, self._steps_left = client_id, asked, steps_left
-        self._until = now + asked.for_s
-        self.next_step_at = self._until if steps_left == 0 else now
+        self.until = now + asked.for_s
+        self.next_step_at = self.until if steps_left == 0 else now
 
     def release(self, now: float) -> None:
         """Full speed from now on."""
-        self._until = min(self._until, now)
+        self.until = min(self.until, now)
         self.next_step_at = min(self.next_step_at, now)
 
     def forget(self, client_id: int, now: float) -> None:
@@ -57,21 +58,19 @@ class Pace:
             self.release(now)
 
     def note_step(self, now: float) -> None:
-        """A step is over."""
-        if now >= self._until:
-            return
+        """A step is over, before `until`."""
         if self._steps_left is not None:
             self._steps_left -= 1
         wait_s = math.inf if self._steps_left == 0 else self._asked.interval_ms / 1e3
-        self.next_step_at = min(now + wait_s, self._until)
+        self.next_step_at = min(now + wait_s, self.until)
 
     def is_held(self, now: float) -> bool:
         """Whether no step may begin until somebody says so."""
-        return self._steps_left == 0 and now < self._until
+        return self._steps_left == 0 and now < self.until
 
     def interval_ms(self, now: float) -> float:
         """From one step to the next."""
-        return self._asked.interval_ms if now < self._until else 0.0
+        return self._asked.interval_ms if now < self.until else 0.0
 
 
 def _check(asked: SetPace) -> None:

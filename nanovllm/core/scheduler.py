@@ -14,8 +14,14 @@ from operator import attrgetter
 from nanovllm.config import StepLimits
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.failures import Failure
-from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs, new_row
+from nanovllm.core.sequence import (
+    ScheduledStep,
+    SchedulingFailedError,
+    Sequence,
+    Status,
+    StepOutputs,
+    new_row,
+)
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
 from nanovllm.protocol.messages import FinishReason
 from nanovllm.protocol.plan import BlockAppend, KnownTokens, StepPlan, StepResult, TokenLogprobs

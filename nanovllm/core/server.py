@@ -21,13 +21,11 @@ import zmq
 from nanovllm.config import EngineConfig
 from nanovllm.core.accounts import CpuClock, finished_message
 from nanovllm.core.admission import OverloadedError
-from nanovllm.core.clients import Client, ClientTable
-from nanovllm.core.delivery import Delivery
+from nanovllm.core.clients import Client, ClientTable, Delivery, Intake
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import MakeCompiler
-from nanovllm.core.intake import Intake
 from nanovllm.core.lifetime import ExitCode, LifeFile, watching_for_stalls
 from nanovllm.core.operations import MakeViewer, Operations, answer_call
 from nanovllm.core.quarantine import Held, Quarantine
@@ -230,25 +228,27 @@ class CoreServer:
         if core.next_deadline <= self._awake_at:
             self._finish(core.expire(self._awake_at))
         if core.may_step(self._awake_at) and not self._stopping:
-            self._clock.pause()
-            outputs = core.step()
-            self._clock.resume()
-            if self._rehearse_from < math.inf:
-                self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
-            if outputs is not None:
-                self._clients.collect(outputs)
-                self._finish(outputs.finished)
-                self._finish(outputs.failed)
-        self._go_on_with_trials(core, self._awake_at)
+            self._step(core)
+        if self._quarantine.is_active:
+            self._go_on_with_trials(core, self._awake_at)
         self._flush()
         self._clock.pause()
         if self._draining:
             core.pace.release(self._awake_at)
             self._end_drain(core)
 
+    def _step(self, core: EngineCore) -> None:
+        self._clock.pause()
+        outputs = core.step()
+        self._clock.resume()
+        if self._rehearse_from < math.inf:
+            self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
+        if outputs is not None:
+            self._clients.collect(outputs)
+            self._finish(outputs.finished)
+            self._finish(outputs.failed)
+
     def _go_on_with_trials(self, core: EngineCore, now: float) -> None:
-        if not self._quarantine.is_active:
-            return
         self._end_held(self._quarantine.expire(now), "timeout")
         for held in self._quarantine.take_others(now):
             self._release(held, now)

@@ -1,7 +1,7 @@
 """That the token ids of a request are the model's: they index tables on the device.
 
 Frontends check before they send (`frontend/inputs.py`), the core before it queues
-(`core/validation.py`), for those that did not.
+(`core/admission.py`), for those that did not.
 """
 
 from array import array

@@ -16,8 +16,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import events
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener, GrammarEvent
-from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import ScheduledStep, StepOutputs
+from nanovllm.core.sequence import ScheduledStep, Sequence, StepOutputs
 from nanovllm.protocol.messages import AddRequest, FinishReason
 from nanovllm.protocol.plan import StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.snapshot import Snapshot, take_snapshot

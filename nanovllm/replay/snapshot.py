@@ -13,8 +13,7 @@ from nanovllm.core.block_manager import BlockManager, FreeList
 from nanovllm.core.compilations import Waiting
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
-from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep
+from nanovllm.core.sequence import ScheduledStep, Sequence, Status
 from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 

@@ -12,8 +12,7 @@ from typing import NamedTuple, TypeVar
 from nanovllm.core.accounts import why_of
 from nanovllm.core.events import CoreListener
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import NOBODY, Sequence
-from nanovllm.core.step import ScheduledStep, StepOutputs
+from nanovllm.core.sequence import NOBODY, ScheduledStep, Sequence, StepOutputs
 from nanovllm.protocol.plan import StepResult
 from nanovllm.protocol.watch import Chunk, EndView, StepView
 

@@ -9,8 +9,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.clients import ClientTable
-from nanovllm.core.sequence import Sequence
-from nanovllm.core.step import StepOutputs
+from nanovllm.core.sequence import Sequence, StepOutputs
 from nanovllm.protocol.messages import (
     Abort,
     CoreFailed,

@@ -16,8 +16,7 @@ from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep
+from nanovllm.core.sequence import ScheduledStep, Sequence, Status
 from nanovllm.core.waiting import WaitingQueue
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepResult

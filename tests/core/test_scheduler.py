@@ -7,8 +7,13 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.scheduler import Scheduler
-from nanovllm.core.sequence import Sequence, Status
-from nanovllm.core.step import ScheduledStep, SchedulingFailedError, StepOutputs
+from nanovllm.core.sequence import (
+    ScheduledStep,
+    SchedulingFailedError,
+    Sequence,
+    Status,
+    StepOutputs,
+)
 from nanovllm.protocol.plan import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 

@@ -59,9 +59,6 @@ class ApiKeys:
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._digests = {key.name: _digest(key.key) for key in keys}
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
     def __len__(self) -> int:
         return len(self._digests)
 

@@ -193,7 +193,8 @@ class ChatMessage(Replayed):
     annotations: Any = None
 
     def __post_init__(self) -> None:
-        check_json("annotations", self.annotations)
+        if self.annotations is not None:
+            check_json("annotations", self.annotations)
 
 
 class FunctionDefinition(Body):
@@ -260,8 +261,10 @@ class ChatBody(GenerationBody, kw_only=True):
     include_reasoning: bool | None = None
 
     def __post_init__(self) -> None:
-        check_json("chat_template_kwargs", self.chat_template_kwargs)
-        check_json("documents", self.documents)
+        if self.chat_template_kwargs is not None:
+            check_json("chat_template_kwargs", self.chat_template_kwargs)
+        if self.documents is not None:
+            check_json("documents", self.documents)
 
 
 class TokenizeBody(Body):

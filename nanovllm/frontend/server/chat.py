@@ -63,10 +63,12 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
         raise refused("tools", "unknown how this model writes calls: set --tool-call-parser")
     prompt = await chat_prompt(tokenizer, body, most_tokens(serving, body))
     form = serving.reply_format
-    thinks_first = form.thinks_first(prompt.text or "")
+    thinks_first = form.has_reasoning and form.thinks_first(prompt.text or "")
     constraint = constraint_of(body, after=CLOSE if thinks_first else None)
     params = chat_params(body, constraint, serving.sampling_defaults)
-    parsers = [form.make_parser(body, thinks_first=thinks_first) for _ in range(params.n)]
+    parsers: list[ReplyParser | None] = [None] * params.n
+    if body.tools or form.has_reasoning:
+        parsers = [form.make_parser(body, thinks_first=thinks_first) for _ in parsers]
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     options = options_of(body, "chatcmpl", headers, constraint)

@@ -1,4 +1,4 @@
-"""What stands before every endpoint: keys, the limit on bodies, request ids, counting.
+"""What stands before every endpoint: origins, keys, limits on bodies, request ids, counting.
 
 Plain ASGI: it adds nothing to the cost of a streamed token but one call. A client that is gone,
 be it while its body is read or while it is answered, is `ClientDisconnect` within, and ends here.
@@ -6,11 +6,14 @@ be it while its body is read or while it is answered, is `ClientDisconnect` with
 
 import asyncio
 import contextlib
+import ctypes
 import logging
+import platform
 import re
 import secrets
 import time
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -18,14 +21,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.api_keys import ANONYMOUS, CALLER, ApiKeys
-from nanovllm.frontend.server.body_budget import BodyBudget, Share
 from nanovllm.frontend.server.metrics import ServerMetrics
-from nanovllm.frontend.server.origins import Origins
-from nanovllm.frontend.server.settings import ServerSettings
+from nanovllm.frontend.server.settings import LOOPBACK, ServerSettings
 
 CLIENT_LEFT = 499  # as proxies count it; nobody is sent it
 DISCONNECT_TIMEOUT_S = 1.0
 SAFE_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+ANY = "*"  # every origin, or every name of this server
+SMALL_BODY_BYTES = 1 << 16
+BUDGET_BODIES = 8  # of the largest size allowed, at a time
+LARGE_BODY_BYTES = 1 << 20
+TRIM_AFTER_S = 1.0  # several are often sent one after the other
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +49,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._settings = settings
-        self._keys = ApiKeys(settings.keys())
+        self._keys = ApiKeys(settings.keys()) if settings.keys() else None
         self._metrics = metrics
         self._paths = paths
         self._open = open
@@ -101,7 +107,7 @@ class Gate:
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         if (foreign := self._origins.refusal(headers)) is not None:
             return foreign
-        if self._keys and self._route(scope) not in self._open:
+        if self._keys is not None and self._route(scope) not in self._open:
             owner = self._keys.owner(headers.get("authorization", ""))
             if owner is None:
                 return ApiError(
@@ -117,7 +123,7 @@ class Gate:
             return self._too_large()
         return None
 
-    def _limited(self, receive: Receive, share: Share) -> Receive:
+    def _limited(self, receive: Receive, share: "Share") -> Receive:
         """Bodies are counted as they come. Who goes on receiving after the end of the body, to
         learn of the client's leaving, has decoded it."""
         num_bytes, is_whole = 0, False
@@ -159,3 +165,118 @@ async def _disconnected(receive: Receive) -> None:
         async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
             while (await receive())["type"] != "http.disconnect":
                 pass
+
+
+class Origins:
+    """Which pages may call: a browser sends requests for whatever page is open in it.
+
+    On a loopback address nothing else keeps a foreign page out, so the names by which the server
+    may be called are few: a page whose name has been bound to this machine's address (DNS
+    rebinding) calls it by another.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._allowed_origins = {origin.rstrip("/").lower() for origin in settings.allowed_origins}
+        named = {name.lower() for name in settings.allowed_hosts}
+        checked = bool(named) or settings.host in LOOPBACK
+        local = {"localhost", "127.0.0.1", "[::1]", settings.host.lower()}
+        self._hosts = named | local if checked and ANY not in named else None
+        self._trusts_proxies = bool(settings.trusted_proxies)
+
+    def refusal(self, headers: Headers) -> ApiError | None:
+        """Why a request is not taken, if so."""
+        hosts = headers.getlist("host")
+        if len(hosts) > 1:
+            return ApiError(400, "there are several Host headers")
+        host = hosts[0].lower() if hosts else ""
+        if self._trusts_proxies:
+            host = headers.get("x-forwarded-host", host).lower()
+        if hosts and self._hosts is not None and _without_port(host) not in self._hosts:
+            return _refused(
+                f"this server is not called {_without_port(host)!r}: allow that name with "
+                "--allowed-hosts",
+                "host_refused",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._is_allowed(origin, host):
+            return _refused(
+                f"pages of {origin!r} may not call this server: allow them with --allowed-origins",
+                "origin_refused",
+            )
+        if origin is None and _is_embedded(headers):
+            return _refused("this may not be embedded in a page of another site", "origin_refused")
+        return None
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        """The server's own page, or one of those that CORS lets in."""
+        origin = origin.lower()
+        if ANY in self._allowed_origins or origin in self._allowed_origins:
+            return True
+        return bool(host) and urlsplit(origin).netloc == host
+
+
+def _is_embedded(headers: Headers) -> bool:
+    """An image or a script of another page, as browsers say; a link to here is none."""
+    foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    return foreign and headers.get("sec-fetch-mode") == "no-cors"
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def _refused(message: str, code: str) -> ApiError:
+    return ApiError(403, message, code=code)
+
+
+class BodyBudget:
+    """How many bytes of bodies this process holds; `Share` is one request's part of it. What comes
+    beyond the budget is refused for now; small bodies always have room."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._num_free = BUDGET_BODIES * max_body_bytes
+        self._trim: asyncio.TimerHandle | None = None
+
+    def take(self, num_bytes: int) -> None:
+        """Raises `ApiError` 503 if they are not there."""
+        if num_bytes > self._num_free:
+            raise ApiError(503, "too many large bodies are being received", code="overloaded")
+        self._num_free -= num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._num_free += num_bytes
+        if num_bytes >= LARGE_BODY_BYTES and self._trim is None:
+            self._trim = asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim_later)
+
+    def _trim_later(self) -> None:
+        self._trim = None
+        asyncio.get_running_loop().run_in_executor(None, _return_free_memory)
+
+
+class Share:
+    """What one request holds: nothing while its body is small."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_held = 0
+
+    def hold(self, num_bytes: int) -> None:
+        """All of its body so far. Raises `ApiError` 503."""
+        if num_bytes > SMALL_BODY_BYTES:
+            self._budget.take(num_bytes - self._num_held)
+            self._num_held = num_bytes
+
+    def release(self) -> None:
+        """The body has been decoded, or nobody waits for it any more."""
+        if self._num_held:
+            self._budget.give_back(self._num_held)
+            self._num_held = 0
+
+
+def _return_free_memory() -> None:
+    """glibc keeps what was freed between pieces still in use, here hundreds of megabytes; it walks
+    its heap for a tenth of a second, without Python's lock."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

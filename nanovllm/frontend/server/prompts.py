@@ -157,7 +157,8 @@ def template_input(
     offered = not isinstance(body, ChatBody) or body.tool_choice != "none"
     tools = [_template_tool(tool) for tool in body.tools or []] if offered else []
     if "tools" not in source:
-        messages = with_tools(messages, tools)
+        if tools or any(one["role"] == "tool" or "tool_calls" in one for one in messages):
+            messages = with_tools(messages, tools)
     elif tools:
         variables["tools"] = tools
     return messages, {**variables, "add_generation_prompt": generate}

@@ -150,7 +150,8 @@ async def serve(
     if lifeline is not None:
         watches.append(asyncio.create_task(_when(lifeline, ending.begin)))
     try:
-        await server.serve(sockets=[listener])
+        # A task of its own: uvicorn's loop wakes ten times a second, which need not wake this one.
+        await asyncio.create_task(server.serve(sockets=[listener]))
     finally:
         ending.finish()
         for watch in watches:

@@ -119,8 +119,10 @@ def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constrai
         asked["structured_outputs"] = f"structured_outputs.{next(iter(kind))}", kind
     if body.response_format is not None and body.response_format.type != "text":
         asked["response_format"] = _format_constraint(body.response_format)
-    if isinstance(body, ChatBody) and (tools := _tools_constraint(body)) is not None:
-        asked["tool_choice"] = tools
+    if isinstance(body, ChatBody) and body.tool_choice is not None:
+        tools = _tools_constraint(body)
+        if tools is not None:
+            asked["tool_choice"] = tools
     if len(asked) > 1:
         first, second = list(asked)[:2]
         raise refused(second, f"cannot be combined with {first}")

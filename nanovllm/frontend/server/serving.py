@@ -19,7 +19,8 @@ from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
-from nanovllm.frontend.server.callers import Callers
+from nanovllm.frontend.server.api_keys import ANONYMOUS
+from nanovllm.frontend.server.bodies import GenerationBody
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
 from nanovllm.frontend.server.replies import Health
@@ -219,6 +220,28 @@ class Serving:
         if self.tracing is not None:
             span = self.tracing.begin(options.request_id, self.model_name, params, options.headers)
         return Generation(llm, request, times, self._live, span, options.constrained_by)
+
+
+class Callers:
+    """What a key's name means to the engine: whom a request counts for, and whose prefixes it
+    shares. `endpoint.generated` applies it to a body before anything is made of it.
+
+    With one key, or none, all requests are one client's, who says himself who his users are.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._are_several = len(settings.keys()) > 1
+        isolate = settings.isolate_cache
+        self._isolate = self._are_several if isolate is None else isolate
+
+    def apply(self, body: GenerationBody, caller: str) -> None:
+        """caller: the name of the key. Its holder cannot choose another's tenant or salt."""
+        if caller == ANONYMOUS:
+            return
+        if self._are_several:
+            body.user = caller
+        if self._isolate:
+            body.cache_salt = f"{caller}\n{body.cache_salt or ''}"  # names hold no line ends
 
 
 class Generation:
