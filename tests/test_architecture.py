@@ -266,7 +266,7 @@ def test_a_sequence_s_field_is_written_by_its_owner_alone() -> None:
 def test_nothing_is_called_by_a_name_from_the_wire() -> None:
     """Where frames are read, attributes are looked up by names that stand in the source: a message
     is matched by its type, and there is no other way from it to code."""
-    core = ("server", "socket", "clients", "delivery", "engine_core")
+    core = ("server", "socket", "clients", "engine_core")
     frontend = ("link", "core_life", "supervisor", "session", "request")
     paths = [PACKAGE / "core" / f"{name}.py" for name in core]
     paths += [PACKAGE / "frontend" / f"{name}.py" for name in frontend]
