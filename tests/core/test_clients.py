@@ -50,7 +50,7 @@ class LightExecutor(FakeExecutor):
         super().__init__(EngineConfig(), num_blocks=4000, max_model_len=3000)
 
     def _attend(self, row: int, end: int, *, windows_only: bool = False) -> bytes:
-        state = self._slots[self._slot(row, end - 1)]
+        state = self._slots[self._slot(row, end - 1, 0)]
         assert state is not None
         return state
 
