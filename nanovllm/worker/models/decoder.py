@@ -172,7 +172,7 @@ class Decoder:
         """Where in the cache layers keep their keys; all in one group until this is called."""
         self.layout = layout
         self._places = layout.places
-        kinds = [self.spec.layers[group.layers[0]].attention for group in layout.groups]
+        kinds = [layer.attention for layer in self.spec.layers]
         self._shapes = [self.attention.spec_of(kind).block_shape for kind in kinds]
 
     def forward(
@@ -194,13 +194,14 @@ class Decoder:
         stream = Stream(hidden)
         norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
         shape = kv_cache.shape[:3]
-        caches = [kv_cache.view(*shape, *token_shape).unbind(1) for token_shape in self._shapes]
-        layers = zip(self.layers, self._places, norms, inputs, strict=True)
-        for layer, (group, index), norm, given in layers:
+        # As layers of each kind see it; within a group, too, they may differ in how heads lie.
+        caches = {kind: kv_cache.view(*shape, *kind).unbind(1) for kind in set(self._shapes)}
+        layers = zip(self.layers, self._places, self._shapes, norms, inputs, strict=True)
+        for layer, (group, index), kind, norm, given in layers:
             stream = layer.forward(
                 stream,
                 batch=batch.of_group(group),
-                layer_cache=caches[group][index],
+                layer_cache=caches[kind][index],
                 given=given,
                 next_norm=norm,
                 wanted=wanted if layer is self.layers[-1] else None,

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from nanovllm.checkpoint.facts import spec_from_config
+from nanovllm.checkpoint.kv_layout import kv_layout
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.worker.attention.select import attention_specs, select_attention
@@ -58,7 +59,8 @@ class Driver:
     kv_cache: Tensor
     block_size: int
     lengths: dict[str, int] = field(default_factory=dict)
-    tables: dict[str, list[int]] = field(default_factory=dict)
+    # Of each group of layers, which take blocks of one pool.
+    tables: dict[str, list[list[int]]] = field(default_factory=dict)
     num_taken: int = 0
 
     @classmethod
@@ -93,6 +95,8 @@ class Driver:
             scheme=scheme,
             parallel=parallel,
         )
+        layout = kv_layout(spec, num_ranks=parallel.size)
+        model.lay_out(layout)
         load_weights(
             model,
             checkpoint,
@@ -100,7 +104,7 @@ class Driver:
             seed=0,
             on_progress=lambda *_: None,
         )
-        shape = attention.kv_shape(num_layers=spec.num_layers, num_blocks=256)
+        shape = attention.kv_shape(num_layers=layout.layers_per_block, num_blocks=1024)
         kv_cache = allocate(shape, dtype=attention.spec.cache_dtype, device=CPU)
         return cls(model, kv_cache, block_size)
 
@@ -113,15 +117,22 @@ class Driver:
     @torch.inference_mode()
     def run_batch(self, new: dict[str, list[int]], *, wanted: Tensor | None = None) -> Tensor:
         """`run`, with the logits of all tokens, or of those wanted, as they lie in the batch."""
+        sizes = [self.block_size // count for count in self.model.layout.blocks]
         rows = [(ids, self.lengths.get(name, 0)) for name, ids in new.items()]
         for name, (ids, start) in zip(new, rows, strict=True):
             self.lengths[name] = start + len(ids)
-            table = self.tables.setdefault(name, [])
-            while len(table) * self.block_size < self.lengths[name]:
-                self.num_taken += 1  # blocks of the sequences interleave; block 0 is not taken
-                table.append(self.num_taken)
-        tables = [self.tables[name] for name in new]
-        batch = make_batch(rows, tables, block_size=self.block_size)
+            tables = self.tables.setdefault(name, [[] for _ in sizes])
+            for table, size in zip(tables, sizes, strict=True):
+                while len(table) * size < self.lengths[name]:
+                    self.num_taken += 1  # blocks of the sequences interleave; block 0 is not taken
+                    table.append(self.num_taken)
+        batch, *others = (
+            make_batch(rows, [self.tables[name][group] for name in new], block_size=size)
+            for group, size in enumerate(sizes)
+        )
+        batch.others = tuple(others)
+        for group, other in enumerate(others, 1):
+            other.group = group
         self.model.attention.prepare(batch)
         stream = self.model.forward(batch, self.kv_cache, wanted=wanted)
         return self.model.compute_logits(stream)
