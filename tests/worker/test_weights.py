@@ -372,7 +372,7 @@ def as_gguf(
     assert heads.rope is not None
     gguf_names = {
         f"{names[0][part].format(i, 0)}.{kind_}": (part, f"{names[1][part].format(i, 0)}.{kind_}")
-        for part in names[0]
+        for part in names[0].keys() & names[1].keys()
         for i in range(spec.num_layers)
         for kind_ in ("weight", "bias")
     }
