@@ -1,5 +1,6 @@
 """Where the set-up found no C++ compiler, torch does all, and one line says what to install."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def test_one_line_says_what_to_install(
     monkeypatch.setattr(native, "path", lambda: None)
     model = str(tiny_checkpoint("llama"))
     engine = Engine(model=model, max_model_len=64, dtype="bfloat16")
-    assert [one.getMessage() for one in caplog.records] == [native.HOW_TO_BUILD]
+    warnings = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert warnings == [native.HOW_TO_BUILD]
     assert any(native.HOW_TO_BUILD in note for note in engine.info.notes)
     (ids,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert len(ids) == 8

@@ -25,22 +25,22 @@ export class Pace {
 
   hold = () => this.#ask({ num_steps: 0 });
   slow = () => this.#ask({ interval_ms: SLOW_MS });
-  release = () => this.#ask({}, false);
+  release = () => this.#ask({}, null);
 
   /** Takes some steps; resolves when they are over, or when nothing is left to do. */
   async step(count = 1) {
     const store = this.#store;
     const target = store.counters.num_steps + count;
-    await this.#ask({ num_steps: count });
-    this.#asked = { num_steps: 0 };
+    await this.#ask({ num_steps: count }, { num_steps: 0 });
     await store.until(() => store.counters.num_steps >= target || !store.live.length);
     if (store.counters.num_steps >= target) return;
     await this.release(); // what is left of them is not for whoever comes next
     await this.hold();
   }
 
-  async #ask(wanted, isToLast = true) {
-    this.#asked = isToLast ? wanted : null;
+  /** lasting: what is asked for again from now on, until something else is asked for. */
+  async #ask(wanted, lasting = wanted) {
+    this.#asked = lasting;
     try {
       const pace = await json("v1/engine/pace", { body: { ...wanted, for_s: HOLD_S } });
       this.#store.setPace(pace);

@@ -32,6 +32,8 @@ print("<i>")
 
 
 def hold(page: Visit) -> None:
+    """Once nobody who was there before holds the engine any more."""
+    page.page.wait_for_selector("#hold[aria-pressed=false]")
     page.page.click("#hold")
     page.page.wait_for_selector("#hold[aria-pressed=true]")
 
