@@ -245,20 +245,14 @@ class BlockManager:
             return []
         limit = (len(sequence.token_ids) - 1) // self.block_size
         table: list[int] = []
-        for column in range(limit) if self._keeping else ():
-            found = [self._cached(sequence, column, group) for group in self._keeping]
-            if NO_BLOCK in found:
+        for column in range(limit):
+            entries = [NO_BLOCK] * self.num_groups
+            for group in self._keeping:
+                entries[group] = self._cached(sequence, column, group)
+            if any(entries[group] == NO_BLOCK for group in self._keeping):
                 break
-            if not self._sliding:
-                table += found
-                continue
-            entries = dict(zip(self._keeping, found, strict=True))
-            table += [entries.get(group, NO_BLOCK) for group in range(self.num_groups)]
-        if not self._sliding:
-            return table
-        if not self._keeping:
-            table = [NO_BLOCK] * (limit * self.num_groups)
-        return self._with_windows(sequence, table)
+            table += entries
+        return self._with_windows(sequence, table) if self._sliding else table
 
     def _with_windows(self, sequence: Sequence, table: list[int]) -> list[int]:
         """As much of a table as has cached blocks for all windows at its end, and those in it."""

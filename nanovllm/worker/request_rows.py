@@ -57,17 +57,13 @@ class RequestRows:
         num_columns = -(-max_model_len // block_size)
         self.block_sizes = [block_size // count for count in blocks]
         self.block_size = block_size
-        # Of each block that plans have for a column of tokens: where its group's table begins, how
-        # many it has of a column, and which of these it is.
         starts = np.cumsum([0, *blocks], dtype=np.int32) * num_columns
-        self._entries = np.array(
-            [
-                (start, count, place)
-                for start, count in zip(starts, blocks, strict=False)
-                for place in range(count)
-            ],
-            np.int32,
-        )
+        # Where entries of a plan's block table lie: there the groups take turns, here each has a
+        # table of its own.
+        tables = (np.arange(start, end, dtype=np.int32) for start, end in pairwise(starts))
+        self._places: Int32Array = np.hstack(
+            [table.reshape(num_columns, -1) for table in tables]
+        ).reshape(-1)
         self._tokens_at = NUM_WORDS + int(starts[-1])
         width = self._tokens_at + max_model_len
         self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
@@ -113,7 +109,7 @@ class RequestRows:
             self.edits.pop(new.row, None)
             if edits is not None:
                 self.edits[new.row] = edits
-            entries = self._place_in_tables(np.arange(len(new.block_ids), dtype=np.int32))
+            entries = self._places[: len(new.block_ids)]
             self.host_block_tables[new.row, entries] = new.block_ids
             start = new.row * self._width
             places.append(start + NUM_WORDS + entries)
@@ -127,7 +123,7 @@ class RequestRows:
                 values.append(words)
         if plan.block_appends:
             appends = np.array([(a.row, a.index, a.block_id) for a in plan.block_appends], np.int32)
-            entries = self._place_in_tables(appends[:, 1])
+            entries = self._places[appends[:, 1]]
             self.host_block_tables[appends[:, 0], entries] = appends[:, 2]
             places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
@@ -138,14 +134,6 @@ class RequestRows:
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))
-
-    def _place_in_tables(self, indices: Int32Array) -> Int32Array:
-        """Where entries of a plan's block table lie: there the groups take turns, here each has a
-        table of its own."""
-        column, entry = np.divmod(indices, len(self._entries))
-        start, count, place = self._entries[entry].T
-        found: Int32Array = start + column * count + place
-        return found
 
     def _prepare(self, new: NewRow) -> tuple[npt.NDArray[Any], RowEdits | None]:
         """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""

@@ -32,6 +32,11 @@ class Experts:
     correction: Tensor | None = None  # [num_experts] fp32
     factors: Tensor | None = None  # [num_experts] fp32
 
+    @property
+    def waits_for_router(self) -> bool:
+        """Whether the host has to know what the router picks: then no graph can be captured."""
+        return self.stacked is None
+
     def linears(self) -> Iterator[Linear]:
         for pair in self.each:
             yield from pair

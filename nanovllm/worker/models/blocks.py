@@ -249,6 +249,11 @@ class DenseBlock:
         self._activation = spec.activation
         self._kernels = build.kernels
 
+    def product(self, stream: Stream) -> Tensor:
+        """What it makes of the stream, before the norm of what it gives, added to nothing."""
+        product = self._kernels.norm_linear(stream, self.norms.pre, self.gate_up)
+        return self.down(self._kernels.activate(product, self._activation))
+
     def forward_beside(
         self, stream: Stream, residual: Tensor, *, norm: RMSNorm | None, next_norm: RMSNorm | None
     ) -> Stream:
@@ -293,11 +298,6 @@ class ExpertsBlock:
         self.norms = Norms(build, layer, "mlp")
         self._kernels = build.kernels
         self._parallel = build.parallel
-
-    @property
-    def waits_for_router(self) -> bool:
-        """Whether the host has to know what the router picks: then no graph can be captured."""
-        return self.experts.stacked is None
 
     def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
         kernels, hidden = self._kernels, stream.hidden

@@ -171,7 +171,6 @@ class Decoder:
     def lay_out(self, layout: KVLayout) -> None:
         """Where in the cache layers keep their keys; all in one group until this is called."""
         self.layout = layout
-        self._places = layout.places
         kinds = [layer.attention for layer in self.spec.layers]
         self._shapes = [self.attention.spec_of(kind).block_shape for kind in kinds]
 
@@ -196,7 +195,7 @@ class Decoder:
         shape = kv_cache.shape[:3]
         # As layers of each kind see it; within a group, too, they may differ in how heads lie.
         caches = {kind: kv_cache.view(*shape, *kind).unbind(1) for kind in set(self._shapes)}
-        layers = zip(self.layers, self._places, self._shapes, norms, inputs, strict=True)
+        layers = zip(self.layers, self.layout.places, self._shapes, norms, inputs, strict=True)
         for layer, (group, index), kind, norm, given in layers:
             stream = layer.forward(
                 stream,
@@ -225,8 +224,8 @@ class Decoder:
     @property
     def waits_for_routers(self) -> bool:
         """Whether the host waits for what some router picks."""
-        blocks = (layer.mlp for layer in self.layers)
-        return any(not isinstance(mlp, DenseBlock) and mlp.waits_for_router for mlp in blocks)
+        blocks = (layer.mlp for layer in self.layers if not isinstance(layer.mlp, DenseBlock))
+        return any(block.experts.waits_for_router for block in blocks)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, for passes that change how they multiply."""

@@ -13,7 +13,7 @@ from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
-from nanovllm.worker.models.blocks import Norms
+from nanovllm.worker.models.blocks import DenseBlock
 from nanovllm.worker.models.builder import Builder
 
 
@@ -23,30 +23,21 @@ class DenseAndExpertsBlock:
     def __init__(
         self, build: Builder, layer: LayerSpec, dense: Dense, moe: MoE, *, module: int
     ) -> None:
-        hidden, inner = build.spec.hidden_size, dense.intermediate_size
-        sizes = {"gate": inner, "up": inner}
-        self.gate_up = build.column(hidden, sizes, module=(module,), bias=dense.bias)
-        self.down = build.row(inner, {"down": hidden}, module=(module,), bias=dense.bias)
-        self.norms = Norms(build, layer, "mlp")
+        hidden = build.spec.hidden_size
+        self.dense = DenseBlock(build, layer, dense, module=module)
+        self.norms = self.dense.norms
         self.router = build.router(hidden, moe)
         self.experts = build.experts(hidden, moe, module=module)
         names = "router_norm", "dense_post_norm", "experts_norm", "experts_post_norm"
         self._own = {name: build.norm(hidden, layer.norm) for name in names}
         self._norm_spec = layer.norm
         self._router_scale = hidden**-0.5
-        self._activation = dense.activation
         self._kernels = build.kernels
         self._parallel = build.parallel
 
-    @property
-    def waits_for_router(self) -> bool:
-        """As of `ExpertsBlock`."""
-        return self.experts.stacked is None
-
     def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
         kernels, hidden = self._kernels, stream.hidden
-        product = kernels.norm_linear(stream, self.norms.pre, self.gate_up)
-        dense = self.down(kernels.activate(product, self._activation))
+        dense = self.dense.product(stream)
         routed = kernels.rms_norm(hidden, self._own["router_norm"]).mul_(self._router_scale)
         logits = kernels.norm_linear(Stream(routed.to(self.router.weight.dtype)), None, self.router)
         taken = kernels.rms_norm(hidden, self._own["experts_norm"])
@@ -56,14 +47,13 @@ class DenseAndExpertsBlock:
         return kernels.add(both, hidden, post_norm=self.norms.post)
 
     def linears(self) -> Iterator[Linear]:
-        yield from (self.gate_up, self.down)
+        yield from self.dense.linears()
         yield from self.experts.linears()
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
-        for linear in (self.gate_up, self.down, self.router):
-            yield from linear.slots(layer)
+        yield from self.dense.slots(layer)
+        yield from self.router.slots(layer)
         yield from self.experts.slots(layer)
-        yield from self.norms.slots(layer)
         for name, norm in self._own.items():
             slot = norm.slot(name, layer, self._norm_spec)
             # Called a scale there, and of no module.
