@@ -45,14 +45,15 @@ class Bench:
         self.compiler = GatedCompiler()
         self.woken = threading.Event()
         self.compilations = Compilations(self.compiler, timeout_s=timeout_s, wake=self.woken.set)
+        self._over: list[tuple[Waiting, Outcome]] = []  # what ended while `until` waited
 
     def begin(self, regex: str, *sequences: Sequence) -> Outcome | None:
         wanted = StructuredOutputsParams(regex=regex)
         return self.compilations.begin(wanted, Waiting(list(sequences), 0, "t"))
 
     def collect(self, count: int = 1) -> list[tuple[Waiting, Outcome]]:
-        """Collect until so many have come."""
-        over: list[tuple[Waiting, Outcome]] = []
+        """Collect until so many have come, those included that ended while `until` waited."""
+        over, self._over = self._over, []
         deadline = time.monotonic() + WAIT_S
         while len(over) < count:
             assert time.monotonic() < deadline
@@ -61,6 +62,14 @@ class Bench:
             self.woken.clear()
             over += self.compilations.collect()
         return over
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Collect until a condition holds; `collect` returns what ended meanwhile."""
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            self._over += self.compilations.collect()
 
 
 @pytest.fixture
@@ -184,7 +193,7 @@ def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
     ((waiting, outcome),) = bench.collect()
     assert waiting.sequences[0].number == 3 and isinstance(outcome, Grammar)
     bench.compiler.gate.set()  # late, but then it is there
-    until(lambda: isinstance(bench.begin("slow 0", sequence()), Grammar), bench)
+    bench.until(lambda: isinstance(bench.begin("slow 0", sequence()), Grammar))
 
 
 def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +207,7 @@ def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPa
     assert all(isinstance(outcome, ValueError) for _, outcome in over)
     assert bench.compiler.asked == ["slow"]
     bench.compiler.gate.set()
-    until(lambda: bench.begin("b", sequence(3)) is not None, bench)
+    bench.until(lambda: bench.begin("b", sequence(3)) is not None)
 
 
 def test_a_thread_that_comes_back_late_ends_while_another_has_taken_its_place(
@@ -211,14 +220,14 @@ def test_a_thread_that_comes_back_late_ends_while_another_has_taken_its_place(
         gates[regex] = threading.Event()
     monkeypatch.setattr(bench.compilations, "_timeout_s", 0.0)
     bench.begin("slow 1", sequence(1))
-    until(lambda: bench.compiler.asked == ["slow 1"], bench)
+    bench.until(lambda: bench.compiler.asked == ["slow 1"])
     bench.collect(1)
     monkeypatch.setattr(bench.compilations, "_timeout_s", WAIT_S)
     bench.begin("slow 2", sequence(2))
     bench.begin("slow 3", sequence(3))
-    until(lambda: bench.compiler.asked == ["slow 1", "slow 2"], bench)
+    bench.until(lambda: bench.compiler.asked == ["slow 1", "slow 2"])
     gates["slow 1"].set()
-    until(lambda: bench.compilations._num_threads == 1, bench)
+    bench.until(lambda: bench.compilations._num_threads == 1)
     assert bench.compiler.asked == ["slow 1", "slow 2"], "there is one thread, which is busy"
     gates["slow 2"].set()
     gates["slow 3"].set()
@@ -230,14 +239,6 @@ def test_without_a_compiler_it_is_refused() -> None:
     with pytest.raises(ValueError, match="skip_tokenizer_init"):
         compilations.begin(StructuredOutputsParams(regex="a"), Waiting([sequence()], 0, "t"))
     assert not compilations.has_news and compilations.num_waiting == 0
-
-
-def until(condition: Callable[[], bool], bench: Bench) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-        bench.compilations.collect()
 
 
 def test_threads_go_on_with_what_is_queued_while_the_loop_is_busy(
