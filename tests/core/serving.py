@@ -22,17 +22,31 @@ from nanovllm.protocol.messages import (
     Heartbeat,
     Hello,
     Outputs,
+    Pulse,
     ToCore,
     Welcome,
 )
+from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.watch.observer import Observer
-from tests.core.fake_executor import FakeExecutor
+from tests.core.fake_executor import FakeExecutor, FakeHandle
 
 M = TypeVar("M", bound=msgspec.Struct)
 N = TypeVar("N", bound=msgspec.Struct)
 TIMEOUT_S = 60.0
 PROMPT = [5, 6, 7]
+
+
+class PacedExecutor(FakeExecutor):
+    """Takes a moment per step, so that what a test does comes amid a request."""
+
+    def __init__(self, config: EngineConfig, *, step_s: float) -> None:
+        super().__init__(config, num_blocks=200, max_model_len=512)
+        self._step_s = step_s
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        time.sleep(self._step_s)
+        return super().submit(plan)
 
 
 class RawClient:
@@ -120,10 +134,13 @@ def collect(client: RawClient, *numbers: int) -> tuple[dict[int, list[int]], dic
 
 
 def status_where(client: RawClient, **expected: int) -> CoreStatus:
-    """The first status that says so; they come once a second."""
-    for _ in range(6):
+    """The first status that says so; they come once a second. Its lease is renewed meanwhile."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
         client.send(Heartbeat())
-        status = client.receive(CoreStatus)
-        if all(getattr(status, name) == value for name, value in expected.items()):
+        status = client.receive_any(CoreStatus, Pulse)
+        if isinstance(status, CoreStatus) and all(
+            getattr(status, name) == value for name, value in expected.items()
+        ):
             return status
-    raise AssertionError(f"never {expected}: {status}")
+        assert time.monotonic() < deadline, f"never {expected}: {status}"

@@ -358,9 +358,8 @@ def test_an_abort_overtakes_its_request_and_both_are_answered(address: str) -> N
             client.send(add(number, max_tokens=100))
         client.send(Abort(list(range(40))))
         client.send(add(100, max_tokens=2))
-        began = time.monotonic()
-        _, finished = collect(client, *range(40), 100)
-        assert time.monotonic() - began < 10.0  # they would take 20 s
+        token_ids, finished = collect(client, *range(40), 100)
+        assert sum(map(len, token_ids.values())) < 2000  # of 4000
         assert {finished[number].reason for number in range(40)} == {"abort"}
         assert finished[100].reason == "length"
         client.close()

@@ -22,25 +22,26 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     Welcome,
 )
-from nanovllm.protocol.plan import StepPlan, TokenLogprobs
+from nanovllm.protocol.plan import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
-from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
-from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
+from tests.core.fake_executor import FakeExecutor, reference
+from tests.core.serving import (
+    PROMPT,
+    PacedExecutor,
+    RawClient,
+    add,
+    collect,
+    serving,
+    status_where,
+)
 
 NO_STOP: frozenset[int] = frozenset()
+LEASE_S = 2.0
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/core.sock"
-
-
-class PacedExecutor(FakeExecutor):
-    """Takes a moment per step, so that requests last."""
-
-    def submit(self, plan: StepPlan) -> FakeHandle:
-        time.sleep(0.002)
-        return super().submit(plan)
 
 
 class LightExecutor(FakeExecutor):
@@ -55,13 +56,9 @@ class LightExecutor(FakeExecutor):
         return state
 
 
-def paced() -> PacedExecutor:
-    return PacedExecutor(EngineConfig(), num_blocks=200, max_model_len=512)
-
-
 @pytest.fixture
 def stayer(address: str) -> Iterator[RawClient]:
-    with serving(address, paced(), client_lease_s=1.4):
+    with serving(address, PacedExecutor(EngineConfig(), step_s=0.002), client_lease_s=LEASE_S):
         client = RawClient(address)
         client.greet()
         yield client
@@ -87,8 +84,8 @@ def test_heartbeats_renew_the_lease(stayer: RawClient, address: str) -> None:
     quiet = RawClient(address)
     quiet.greet()
     quiet.send(add(max_tokens=400))
-    for _ in range(8):
-        time.sleep(0.25)
+    for _ in range(8):  # twice as long as the lease
+        time.sleep(LEASE_S / 4)
         quiet.send(Heartbeat())
         stayer.send(Heartbeat())
     token_ids, finished = collect(quiet, 0)

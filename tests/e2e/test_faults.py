@@ -49,22 +49,22 @@ async def test_a_stopped_core_is_reported_and_loses_nothing() -> None:
     load = Load(num_clients=1, num_streams=4, num_tokens=150)
     async with owner(load) as llm:
         undisturbed = await run(llm, load)
-        fault, stopped_at = stop_core(3.5)
+        fault, stopped_at = stop_core(5.0)
         stopped = await run(llm, load, fault)
         assert same_ids(undisturbed, stopped) == 4
-        assert stopped.longest_pause_s > 3
+        assert stopped.longest_pause_s > 4
         (client,) = stopped.clients
-        assert client is not None and client["stalled_at"] - stopped_at[0] < 3.5, "while it was"
+        assert client is not None and client["stalled_at"] - stopped_at[0] < 5.0, "while it was"
         assert not llm.is_stalled
 
 
 @pytest.mark.alone
 async def test_a_loop_stuck_in_a_step_is_reported_and_loses_nothing() -> None:
-    load = Load(num_clients=1, num_streams=4, num_tokens=2, step_ms=2500.0)
+    load = Load(num_clients=1, num_streams=4, num_tokens=2, step_ms=4000.0)
     async with owner(load) as llm:
         stuck = await run(llm, load)
     (client,) = stuck.clients
-    assert client is not None and 1.0 < client["stalled_at"] - client["started_at"] < 2.5
+    assert client is not None and 1.0 < client["stalled_at"] - client["started_at"] < 4.0
     assert [len(ids) for stream in client["ids"] for ids in stream] == [2] * 5
 
 

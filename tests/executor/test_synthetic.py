@@ -1,9 +1,12 @@
 """The synthetic model: ids depend on every token before and on nothing else; steps take time."""
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from nanovllm.config import EngineConfig
+from nanovllm.executor import synthetic
 from nanovllm.executor.synthetic import SyntheticExecutor
 from nanovllm.protocol.plan import KnownTokens, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
@@ -84,14 +87,21 @@ def test_log_probabilities_come_only_where_they_were_asked_for() -> None:
     assert run_step(executor, again).result().logprobs == {}
 
 
-def test_steps_take_their_time_one_after_the_other() -> None:
+def test_steps_take_their_time_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(synthetic, "time", clock)
     executor = make_executor(step_ms=300.0)
-    started = time.monotonic()
     empty = StepPlan(0, [], [], [], [], [], [])
     handles = [run_step(executor, empty) for _ in range(3)]
-    assert time.monotonic() - started < 0.6, "submitting does not wait"
+    assert now == 100.0, "submitting does not wait"
     results: list[StepResult] = [handle.result() for handle in handles]
-    assert time.monotonic() - started >= 0.9
+    assert now == pytest.approx(100.9)
     assert results[0].token_ids == []
 
 

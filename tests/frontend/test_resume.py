@@ -254,7 +254,7 @@ async def test_a_model_of_the_same_shape_and_another_name_continues_nothing(addr
         reading = asyncio.create_task(last_of(llm.generate("abc")))
         await asyncio.to_thread(core.wait_for, AddRequest)
     with FakeCore(address, another) as second:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             with pytest.raises(EngineDeadError, match=f"another model: another .*{WELCOME.model}"):
                 await reading
         assert not second.all_of(AddRequest)

@@ -20,6 +20,7 @@ from tests.core import test_property
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
 from tests.core.vocabulary import make_compiler
+from tests.waiting import WAIT_S
 
 
 def simulate(
@@ -140,7 +141,7 @@ def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
     compile_ = GrammarCompiler.compile
 
     def late(self: GrammarCompiler, wanted: StructuredOutputsParams) -> Grammar:
-        assert gate.wait(10)
+        assert gate.wait(WAIT_S)
         return compile_(self, wanted)
 
     monkeypatch.setattr(GrammarCompiler, "compile", late)

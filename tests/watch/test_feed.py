@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Picture:
 async def following(
     events: AsyncGenerator[EngineEvent | None, None], picture: Picture, until: Any
 ) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_S), aclosing(events):
         async for event in events:
             if event is not None:
                 picture.apply(event)
@@ -116,10 +116,11 @@ async def test_two_viewers_see_the_same_and_all_of_it(address: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 async def test_a_late_viewer_begins_with_the_state_of_now(address: str) -> None:
-    async with engine(address) as (llm, _):
+    async with engine(address, allow_debug=True) as (llm, _):
         feed = EngineFeed(llm, view="counts")
         early, late = Picture(), Picture()
         first = asyncio.create_task(following(feed.events(), early, lambda p: p.ended))
+        await llm.set_pace(num_steps=30)  # the request is still there when the late one comes
         running = asyncio.create_task(run(llm, 400))
         while not early.uids:
             await asyncio.sleep(0.01)
@@ -128,6 +129,7 @@ async def test_a_late_viewer_begins_with_the_state_of_now(address: str) -> None:
         (table,) = late.tables.values()
         assert {block - 1 for block in table} == late.held.keys()
         assert set(late.held.values()) == {1}
+        await llm.set_pace()
         await running
         await first
 
@@ -150,7 +152,7 @@ async def test_nothing_is_asked_of_the_core_without_viewers(
         await asyncio.sleep(0.05)
         assert asked == 0
         await following(feed.events(), Picture(), lambda p: True)
-        await asyncio.sleep(0)
+        assert feed.num_viewers == 0
         before = asked
         await asyncio.sleep(0.1)
         assert asked == before > 0
@@ -165,11 +167,14 @@ async def test_a_viewer_that_reads_too_slowly_gets_a_snapshot(
 ) -> None:
     monkeypatch.setattr(feed, "MAX_BEHIND", 2)
     async with engine(address) as (llm, _):
-        events = EngineFeed(llm).events()
+        watched = EngineFeed(llm)
+        events = watched.events()
         first = await anext(events)
         assert first is not None and first.kind == "snapshot"
+        (viewer,) = watched._viewers
         await run(llm, 40)
-        await asyncio.sleep(0.1)
+        while not viewer.is_behind:
+            await asyncio.sleep(0.01)
         kinds = []
         picture = Picture()
         async for event in events:
@@ -185,8 +190,9 @@ async def test_a_viewer_that_reads_too_slowly_gets_a_snapshot(
 
 @pytest.mark.usefixtures("quick")
 async def test_requests_of_this_frontend_are_named(address: str) -> None:
-    async with engine(address) as (llm, _):
+    async with engine(address, allow_debug=True) as (llm, _):
         other = await AsyncLLM.connect(address, skip_tokenizer_init=True)
+        await llm.set_pace(num_steps=1)  # none of them ends before it was seen
         names: dict[int, str | None] = {}
         tasks = [
             asyncio.create_task(run(llm, 300, "chatcmpl-1")),

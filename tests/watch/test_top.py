@@ -198,7 +198,7 @@ async def test_events_of_a_server(tmp_path: Any) -> None:
     address = f"ipc://{tmp_path}/core.sock"
     async with engine(address, api_key=["k"]) as (url, _):
         headers = {"authorization": "Bearer k"}
-        async with httpx.AsyncClient(headers=headers) as client:
+        async with httpx.AsyncClient(headers=headers, timeout=WAIT_S) as client:
             events = from_server(url, "k")
             assert (await anext(events)).kind == "snapshot"  # type: ignore[union-attr]
             await complete(client, url)

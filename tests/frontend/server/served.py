@@ -121,6 +121,7 @@ async def served(
                 transport=transport,
                 base_url="http://localhost",
                 headers={"content-type": "application/json"},
+                timeout=TIMEOUT_S,
             ) as client:
                 yield Served(app, core, client)
 

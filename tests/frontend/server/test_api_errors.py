@@ -178,7 +178,7 @@ async def test_while_loading_and_when_loading_fails(address: str) -> None:
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://localhost"
+            transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=WAIT_S
         ) as client,
     ):
         await asyncio.sleep(0)

@@ -1,8 +1,10 @@
 """Plain completions against a scripted core: prompts, batches, echo, log-probabilities."""
 
 import asyncio
+import json
 from typing import Any
 
+import httpx
 import pytest
 
 from nanovllm.protocol.messages import (
@@ -17,7 +19,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
-from tests.frontend.server.served import error_of, events, message_of, roomy, served
+from tests.frontend.server.served import error_of, events, listening, roomy, served
 from tests.frontend.vocabulary import sentencepiece_tokenizer
 from tests.waiting import WAIT_S
 
@@ -317,16 +319,22 @@ async def test_when_one_of_a_batch_fails_the_core_ends_the_others(
 
 
 async def test_only_the_first_event_of_a_choice_holds_the_prompts_ids(address: str) -> None:
-    async with served(address, begin) as server:
-        asked = asyncio.create_task(server.complete("hi", stream=True, return_token_ids=True))
-        number = (await message_of(server.core, AddRequest)).number
-        for _ in range(3):
-            server.core.push(Outputs([number], [66]))
-            await asyncio.sleep(0.1)  # or they might come as one
-        server.core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
-        chunks = events(await asked)
+    body = {"prompt": "hi", "stream": True, "return_token_ids": True}
+    async with (
+        listening(address, begin) as (url, core, _),
+        httpx.AsyncClient(timeout=WAIT_S) as client,
+        client.stream("POST", f"{url}/v1/completions", json=body) as response,
+    ):
+        lines = (line async for line in response.aiter_lines() if line.startswith("data: {"))
+        chunks = [json.loads((await anext(lines))[6:])]
+        number = core.wait_for(AddRequest).number
+        for _ in range(3):  # each when the one before has come, or they might come as one
+            core.push(Outputs([number], [66]))
+            chunks.append(json.loads((await anext(lines))[6:]))
+        core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
+        chunks += [json.loads(line[6:]) async for line in lines]
     found = [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks]
-    assert len(found) > 2 and found == [list(b"hi"), *[None] * (len(found) - 1)]
+    assert len(found) > 4 and found == [list(b"hi"), *[None] * (len(found) - 1)]
 
 
 async def test_limits_are_the_last_that_is_allowed(address: str) -> None:

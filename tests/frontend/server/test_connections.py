@@ -25,13 +25,18 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appli
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same limits in less time."""
+    """The same limits in less time, for what is to be ended by them."""
+    limit_to(0.5, monkeypatch)
+    monkeypatch.setattr(connections, "SWEEP_INTERVAL_S", 0.1)
+
+
+def limit_to(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More for what is to end before them, also on a busy machine."""
 
     def limits(max_connections: int) -> ConnectionLimits:
-        return ConnectionLimits(max_connections, 0.5, 0.5, 1.0)
+        return ConnectionLimits(max_connections, seconds, seconds, 2 * seconds)
 
     monkeypatch.setattr(run, "ConnectionLimits", limits)
-    monkeypatch.setattr(connections, "SWEEP_INTERVAL_S", 0.1)
 
 
 Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -77,7 +82,10 @@ async def test_a_body_that_does_not_come(address: str) -> None:
         assert not core.all_of(AddRequest)
 
 
-async def test_a_body_that_comes_in_pieces_but_in_time_is_taken(address: str) -> None:
+async def test_a_body_that_comes_in_pieces_but_in_time_is_taken(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_to(1.5, monkeypatch)
     async with listening(address, roomy(echo)) as (url, _, _):
         body = b" " * 300_000 + json.dumps({"prompt": "hi"}).encode()
         head = HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -86,7 +94,7 @@ async def test_a_body_that_comes_in_pieces_but_in_time_is_taken(address: str) ->
         for at in range(0, len(body), 30_000):
             writer.write(body[at : at + 30_000])
             await writer.drain()
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(0.2)  # it takes longer than the limit
         assert b" 200 " in (await asyncio.wait_for(reader.read(), TIMEOUT_S))[:20]
         writer.close()
 
@@ -118,13 +126,14 @@ async def test_headers_without_end(address: str, start: bytes, endless: bytes, s
         assert (await answer_to(url, start + endless * 2))[0] == status
 
 
-async def test_more_connections_than_allowed(address: str) -> None:
+async def test_more_connections_than_allowed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(WAIT_S, monkeypatch)
     async with listening(address, max_connections=5) as (url, _, _):
         opened = [await connect(url) for _ in range(5)]
         assert (await answer_to(url))[0] == 503
         for _, writer in opened:
             writer.close()
-        async with httpx.AsyncClient() as client, asyncio.timeout(TIMEOUT_S):
+        async with httpx.AsyncClient(timeout=WAIT_S) as client, asyncio.timeout(TIMEOUT_S):
             while (await client.get(f"{url}/version")).status_code != 200:
                 await asyncio.sleep(0.02)  # until the server has seen that they are gone
 
@@ -168,7 +177,7 @@ async def test_hundreds_of_idle_and_slow_ones_beside_a_stream(address: str) -> N
             reader, writer = await connect(url)
             writer.write(lines[number % len(lines)])
             opened.append((reader, writer))
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=WAIT_S) as client:
             response = await client.post(f"{url}/v1/completions", json={"prompt": "hi"})
             assert response.status_code == 200
         for reader, writer in opened:
@@ -187,8 +196,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_half_sent_bodies_have_a_budget(address: str) -> None:
+async def test_half_sent_bodies_have_a_budget(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who comes beyond it is refused for now, but for small bodies; it is given back."""
+    limit_to(3.0, monkeypatch)
     async with listening(address, roomy(echo), max_body_bytes=100_000) as (url, _, _):
         opened = []
         for _ in range(12):
@@ -203,7 +215,7 @@ async def test_half_sent_bodies_have_a_budget(address: str) -> None:
             refused += head[:12] == b"HTTP/1.1 503"
             writer.close()
         assert refused == 4
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=WAIT_S) as client:
             padded = {"prompt": "hi", "user": "x", "stop": None, "suffix": ""}
             content = json.dumps(padded).encode() + b" " * 90_000
             kind = {"content-type": "application/json"}

@@ -104,7 +104,7 @@ async def test_a_request_is_seen_from_its_prompt_to_its_end(address: str) -> Non
 
 
 async def test_what_is_in_a_block_can_be_asked(address: str) -> None:
-    async with engine(address) as (url, _), httpx.AsyncClient() as client:
+    async with engine(address) as (url, _), httpx.AsyncClient(timeout=WAIT_S) as client:
         await complete(client, url)
         block = (await client.get(f"{url}/v1/engine/blocks/2")).json()
         assert block["token_ids"] == list(b"efgh") and block["texts"] == list("efgh")
@@ -146,7 +146,10 @@ async def test_what_a_server_does_not_show_is_refused(address: str) -> None:
 
 
 async def test_counts_alone_leave_prompts_out(address: str) -> None:
-    async with engine(address, engine_view="counts") as (url, _), httpx.AsyncClient() as client:
+    async with (
+        engine(address, engine_view="counts") as (url, _),
+        httpx.AsyncClient(timeout=WAIT_S) as client,
+    ):
         answer = await client.get(f"{url}/v1/engine/blocks/1")
         assert answer.status_code == 403 and "contents of blocks" in error_of(answer)["message"]
         async with client.stream("GET", f"{url}/v1/engine/events") as response:
@@ -178,7 +181,7 @@ async def test_viewers_do_not_hold_up_a_drain(address: str) -> None:
 
 async def test_who_comes_while_the_model_loads_is_told_so_and_then_sees_it(address: str) -> None:
     may_open = asyncio.Event()
-    async with opening(address, may_open) as (url, _), httpx.AsyncClient() as client:
+    async with opening(address, may_open) as (url, _), httpx.AsyncClient(timeout=WAIT_S) as client:
         await until_listening(client, url)
         async with client.stream("GET", f"{url}/v1/engine/events") as response:
             assert response.status_code == 200
@@ -207,7 +210,7 @@ async def gone(state: Serving) -> None:
 
 
 async def test_a_viewer_that_leaves_is_forgotten(address: str) -> None:
-    async with engine(address) as (url, state), httpx.AsyncClient() as client:
+    async with engine(address) as (url, state), httpx.AsyncClient(timeout=WAIT_S) as client:
         async with client.stream("GET", f"{url}/v1/engine/events") as response:
             await anext(events_of(response))
         await gone(state)
@@ -282,7 +285,10 @@ def test_the_page_knows_every_cause_of_waiting() -> None:
 
 
 async def test_the_engine_is_held_and_goes_on(address: str) -> None:
-    async with engine(address, allow_debug=True) as (url, _), httpx.AsyncClient() as client:
+    async with (
+        engine(address, allow_debug=True) as (url, _),
+        httpx.AsyncClient(timeout=WAIT_S) as client,
+    ):
         hold = await client.post(f"{url}/v1/engine/pace", json={"num_steps": 0})
         assert hold.json() == {"is_allowed": True, "is_held": True, "interval_ms": 0.0}
         answer = asyncio.create_task(complete(client, url))
@@ -296,7 +302,7 @@ async def test_the_engine_is_held_and_goes_on(address: str) -> None:
 
 
 async def test_the_engine_is_not_held_unless_it_was_allowed(address: str) -> None:
-    async with engine(address) as (url, _), httpx.AsyncClient() as client:
+    async with engine(address) as (url, _), httpx.AsyncClient(timeout=WAIT_S) as client:
         refused = await client.post(f"{url}/v1/engine/pace", json={"num_steps": 0})
         assert refused.status_code == 403 and error_of(refused)["code"] == "debug_refused"
         assert "--allow-debug" in error_of(refused)["message"]

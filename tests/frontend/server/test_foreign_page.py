@@ -5,7 +5,6 @@ The page lies on a second port of this machine, which browsers hold to be of the
 
 import functools
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +13,9 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.processes import wait_until
 from tests.frontend.server.browser import chromium, chromium_path, synthetic_server, visit
+from tests.waiting import WAIT_S
 
 BODY = '{"prompt": [1, 2, 3], "max_tokens": 4}'
 # What a page can try without leave (simple requests), with it, and by a form.
@@ -57,7 +58,7 @@ def other_site(directory: Path) -> Iterator[int]:
 
 def num_prompt_tokens(url: str) -> float:
     """That the core has ever been given."""
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=WAIT_S).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if "prompt_tokens_total{" in line)
 
 
@@ -82,11 +83,11 @@ def test_a_page_of_another_origin_gets_nothing(tmp_path: Path) -> None:
                         [url, BODY],
                     )
                     assert outcome is None, name
-        time.sleep(1.2)  # the core tells its counters once a second
-        assert num_prompt_tokens(url) == before
-        own = httpx.post(f"{url}/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4})
+        body = {"prompt": [1, 2, 3], "max_tokens": 4}
+        own = httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S)
         assert own.status_code == 200
-        time.sleep(1.2)
+        # The core tells its counters once a second; this request comes after all attempts.
+        wait_until(lambda: num_prompt_tokens(url) > before, timeout_s=WAIT_S, what="the request")
         assert num_prompt_tokens(url) == before + 3
 
 

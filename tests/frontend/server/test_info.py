@@ -202,7 +202,7 @@ async def test_health_wants_fresh_progress(address: str, monkeypatch: pytest.Mon
 
 async def test_probes_may_ask_for_the_headers_alone(address: str) -> None:
     paths = ("/health", "/ready", "/v1/models", "/v1/models/fake", "/version", "/metrics")
-    async with listening(address) as (url, _, _s), httpx.AsyncClient() as client:
+    async with listening(address) as (url, _, _s), httpx.AsyncClient(timeout=WAIT_S) as client:
         for path in paths:
             whole, head = await client.get(url + path), await client.head(url + path)
             assert (head.status_code, head.content) == (200, b""), path

@@ -11,6 +11,7 @@ from nanovllm.protocol.messages import Call, CallResult, FromCore, ToCore
 from nanovllm.protocol.watch import BlockContents
 from tests.frontend.fake_core import STATUS, echo
 from tests.frontend.server.served import listening
+from tests.waiting import WAIT_S
 
 NUM_EXAMPLES = 10
 CHECKS = (
@@ -47,7 +48,7 @@ async def schemathesis(url: str, *options: str) -> tuple[int, str]:
 
 
 async def test_the_document_describes_every_endpoint(address: str) -> None:
-    async with listening(address) as (url, _, _s), httpx.AsyncClient() as client:
+    async with listening(address) as (url, _, _s), httpx.AsyncClient(timeout=WAIT_S) as client:
         document = (await client.get(f"{url}/openapi.json")).json()
     assert set(document["paths"]) == {endpoint.path for endpoint in ENDPOINTS}
     chat = document["paths"]["/v1/chat/completions"]["post"]

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.frontend.server.served import error_of, listening, served
+from tests.waiting import WAIT_S
 
 OWN = {"host": "localhost:8000", "origin": "http://localhost:8000"}
 
@@ -95,7 +96,7 @@ async def test_a_path_cannot_forge_lines_of_the_log(
     with caplog.at_level(logging.INFO):
         async with (
             listening(address, access_log=True) as (url, _, _),
-            httpx.AsyncClient() as client,
+            httpx.AsyncClient(timeout=WAIT_S) as client,
         ):
             await client.get(url + "/x%0d%0aGET%20/forged%1b%5b2J")
             await client.post(url + "/v1/completions", json={"prompt": "a secret prompt"})

@@ -12,6 +12,7 @@ from nanovllm.frontend.server.serving import Serving
 from nanovllm.protocol.messages import Abort, AddRequest, Finished, Outputs
 from tests.frontend.fake_core import begin, echo, silent
 from tests.frontend.server.served import JSON_HEAD, TIMEOUT_S, listening, message_of
+from tests.waiting import WAIT_S
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -30,7 +31,7 @@ async def test_a_client_that_leaves_aborts_its_request(
 ) -> None:
     prompt = CHAT if "chat" in path else {"prompt": ["a", "b"]}
     async with listening(address, script) as (url, core, serving):  # type: ignore[arg-type]
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client:
             task = asyncio.create_task(client.post(path, json={**prompt, "stream": stream}))
             number = (await message_of(core, AddRequest)).number
             await asyncio.sleep(0.05)
@@ -98,7 +99,7 @@ async def test_a_crowd_that_vanishes_leaves_nothing_behind(address: str) -> None
 async def test_a_drain_lets_requests_finish(address: str) -> None:
     async with (
         listening(address, begin) as (url, core, serving),
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client,
     ):
         task = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
         number = (await message_of(core, AddRequest)).number
@@ -112,7 +113,7 @@ async def test_a_drain_lets_requests_finish(address: str) -> None:
 
 
 async def test_a_drain_does_not_wait_for_ever(address: str) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
         async with listening(address, begin, shutdown_timeout=0.1) as (url, core, _):
             chat = url + "/v1/chat/completions"
             task = asyncio.create_task(client.post(chat, json={**CHAT, "stream": True}))
@@ -130,7 +131,10 @@ async def test_a_drain_does_not_wait_for_ever(address: str) -> None:
 
 
 async def test_request_ids_come_back(address: str) -> None:
-    async with listening(address) as (url, _, _serving), httpx.AsyncClient(base_url=url) as client:
+    async with (
+        listening(address) as (url, _, _serving),
+        httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client,
+    ):
         response = await client.get("/version", headers={"x-request-id": "abc-1"})
         assert response.headers["x-request-id"] == "abc-1"
         odd = await client.get("/version", headers={"x-request-id": 'a"b'})

@@ -32,7 +32,7 @@ def complete(url: str, index: int) -> str:
 
 def generated(url: str) -> dict[str, float]:
     """Tokens by engine, as `/metrics` has them."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=TIMEOUT_S).text
     found = re.findall(r'nanovllm:generation_tokens_total\{engine="(\d)".*\} ([\d.e+]+)', text)
     return {engine: float(value) for engine, value in found}
 
