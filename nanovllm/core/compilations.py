@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -220,7 +221,7 @@ class Compilations:
             matcher.replay(sequence.token_ids[sequence.num_prompt_tokens :])
             sequence.matcher = matcher
         if outcome.wants_lexer():
-            self._start_thread(outcome.add_lexer)
+            self._start_thread(partial(_add_lexers, outcome))
 
     def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]:
         """Of each, which ids may come next; see `GrammarCompiler.begin_masks`."""
@@ -283,3 +284,10 @@ class Compilations:
             return error
         except BaseException as error:  # also a panic of Rust code: it must cost this one only
             return ValueError(f"structured_outputs: {type(error).__name__}: {error}")
+
+
+def _add_lexers(grammar: Grammar) -> None:
+    """The one that is wanted, and those that outputs begun meanwhile want."""
+    grammar.add_lexer()
+    while grammar.wants_lexer():
+        grammar.add_lexer()

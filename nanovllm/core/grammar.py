@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -238,13 +238,15 @@ class GrammarCompiler:
         self._eos_token_ids = info.eos_token_ids
         self._sandbox = sandbox
         self._tokenizer: LLTokenizer | None = None
-        self._executor: LLExecutor | None = None
+        self._executors: list[LLExecutor] = []  # of one thread each
         self._lock = threading.Lock()
         self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
         self._last_s = 0.0  # what they took
         self._looks_for_slow_ones = False  # it was long, and it is not known which
         self._num_until_look = 0  # batches for which nobody is searched: many take long together
-        self._beside = ThreadPoolExecutor(1, "masks")  # has no thread before it is used
+        # They have no threads before they are used: one for a batch, and those that share it out.
+        self._beside = ThreadPoolExecutor(1, "masks")
+        self._sharing = ThreadPoolExecutor(MAX_LEXERS, "masks of a lexer")
 
     def load(self) -> None:
         """Make the vocabulary's trie, here and in the sandbox, once: about half a second.
@@ -263,7 +265,7 @@ class GrammarCompiler:
             tokenizer = make_tokenizer(text, vocab_size=size, eos_token_ids=eos)
             if self._sandbox is not None:
                 self._sandbox.warm_up()
-            self._executor = LLExecutor()
+            self._executors = [LLExecutor(num_threads=1) for _ in range(MAX_LEXERS)]
             self._tokenizer = tokenizer
 
     def compile(self, wanted: StructuredOutputsParams) -> Grammar:
@@ -314,10 +316,10 @@ class GrammarCompiler:
     def compute_masks(self, matchers: Sequence[Matcher]) -> Words:
         """For each, the ids that may come next. The next call writes over it.
 
-        Many are computed by llguidance's threads, while this one waits without Python's lock. A
-        matcher that exceeds its limits, or its time, has its `error` set: its row is of no use.
+        Many are computed by several threads, without Python's lock. A matcher that exceeds its
+        limits, or its time, has its `error` set: its row is of no use.
         """
-        assert self._tokenizer is not None and self._executor is not None
+        assert self._tokenizer is not None
         start = time.perf_counter()
         if len(self._words) < len(matchers):
             num_words = -(-self._tokenizer.vocab_size // 32)
@@ -343,10 +345,24 @@ class GrammarCompiler:
             if self._looks_for_slow_ones and slowest_s < SLOW_S:
                 self._num_until_look = LOOK_INTERVAL
         else:
-            # Neighbours go to one thread: let them be of one family, which has one lock.
-            begun.sort(key=lambda index: id(matchers[index].family))
-            entries = [(matchers[index]._matcher, index) for index in begun]
-            self._executor.unsafe_compute_mask_ptr(entries, address, row_bytes, len(matchers))
+            parts = share_out(begun, matchers, len(self._executors))
+            first, *others = [
+                partial(
+                    executor.unsafe_compute_mask_ptr,
+                    [(matchers[index]._matcher, index) for index in part],
+                    address,
+                    row_bytes,
+                    len(matchers),
+                )
+                for executor, part in zip(self._executors, parts, strict=False)
+            ]
+            under_way = [self._sharing.submit(other) for other in others]
+            try:
+                first()
+            finally:
+                wait(under_way)
+            for one in under_way:
+                one.result()
         for index in begun:
             matchers[index].note_error()
         self._last_s = time.perf_counter() - start
@@ -360,6 +376,18 @@ class GrammarCompiler:
         bits[: self._vocab_size] = 1
         bits[list(self._eos_token_ids)] = 0
         return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def share_out(indices: list[int], matchers: Sequence[Matcher], most: int) -> list[list[int]]:
+    """The indices in up to `most` parts of like size. A family is in one part, as it has one lock:
+    threads that wait for each other's locks would take longer than one alone."""
+    families: dict[int, list[int]] = {}
+    for index in indices:
+        families.setdefault(id(matchers[index].family), []).append(index)
+    parts: list[list[int]] = [[] for _ in range(min(most, len(families)))]
+    for family in sorted(families.values(), key=len, reverse=True):
+        min(parts, key=len).extend(family)
+    return parts
 
 
 MakeCompiler = Callable[[WorkerInfo], GrammarCompiler]

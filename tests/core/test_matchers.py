@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import grammar as grammar_module
 from nanovllm.core.compilations import Compilations
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler, Matcher
+from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler, Matcher, share_out
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -160,6 +160,37 @@ def test_old_lexers_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert grammar.wants_lexer(), "the other is old as well"
     grammar.add_lexer()
     assert not grammar.wants_lexer()
+
+
+def test_masks_of_several_lexers_are_what_one_thread_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_LEXERS", 3)
+    compiler = make_compiler()
+    grammars = [
+        compiler.compile(StructuredOutputsParams(regex=regex)) for regex in ("[a-c]{9}", "[ab]+")
+    ]
+    grammars[0].add_lexer()
+    grammars += [compiler.compile(StructuredOutputsParams(regex=f"c{{{n}}}a")) for n in (1, 2, 3)]
+    matchers = [grammars[index % 5].matcher() for index in range(20)]
+    assert len({one.family for one in matchers}) == 6, "more than there are threads"
+    for step in range(3):
+        together = compiler.compute_masks(matchers).copy()
+        alone = [compiler.compute_masks([one]).copy()[0] for one in matchers]
+        assert np.array_equal(together, np.stack(alone))
+        for index, one in enumerate(matchers):
+            allowed = np.flatnonzero(
+                np.unpackbits(together[index].view(np.uint8), bitorder="little")
+            )
+            one.accept(int(allowed[(step + index) % len(allowed)]))
+
+
+def test_a_family_is_in_one_part() -> None:
+    grammars = [grammar_of(regex=regex) for regex in ("a", "b", "c")]
+    matchers = [grammars[index].matcher() for index in (0, 1, 2, 0, 1, 0)]
+    assert sorted(map(sorted, share_out([0, 1, 2, 3, 4, 5], matchers, 2))) == [[0, 3, 5], [1, 2, 4]]
+    assert share_out([1, 4], matchers, 2) == [[1, 4]]
+    assert share_out([0, 3, 2], matchers, 1) == [[0, 3, 2]]
 
 
 def test_outputs_are_spread_by_those_that_live(monkeypatch: pytest.MonkeyPatch) -> None:
