@@ -361,8 +361,8 @@ class GrammarCompiler:
                 first()
             finally:
                 wait(under_way)
-            for one in under_way:
-                one.result()
+            for other_part in under_way:
+                other_part.result()
         for index in begun:
             matchers[index].note_error()
         self._last_s = time.perf_counter() - start
