@@ -204,53 +204,43 @@ ALIGNMENT = 4  # words: 16 bytes
 
 
 class SampleStaging:
-    """Carries to the device what the second half of a step needs, by a stream of its own.
+    """Carries to the device what the second half of a step needs, behind the forward pass.
 
-    The forward pass is under way meanwhile, and need not be done. num_buffers: as `PlanStaging`'s.
+    A stream of its own would spare the device some microseconds of copying, and cost the host, of
+    which there is less to spare, a hundred. num_buffers: as `PlanStaging`'s.
     """
 
     def __init__(self, *, num_buffers: int, device: torch.device) -> None:
         self._device = device
         self._turn = 0
         self._pinned: list[Tensor] = []
-        self._resident: list[Tensor] = []
         if device.type == "cuda":
-            self._stream = torch.Stream(device)
-            nothing = torch.empty(0, dtype=torch.int32)
+            self._resident = nothing = torch.empty(0, dtype=torch.int32)
             self._pinned = [nothing] * num_buffers
-            self._resident = [nothing] * num_buffers
             self._copied = [torch.Event(device) for _ in range(num_buffers)]
-            self._read = [torch.Event(device) for _ in range(num_buffers)]
 
     def send(self, arrays: list[Int32Array]) -> list[Tensor]:
-        """The arrays as tensors, good until the call that is `num_buffers` calls later."""
+        """The arrays as tensors, which the next call writes over, in stream order."""
         if not self._pinned:
             return [torch.from_numpy(array.copy()).to(self._device) for array in arrays]
-        steps = torch.accelerator.current_stream(self._device)
-        self._read[self._turn].record(steps)  # what reads the last call's has been queued
         self._turn = (self._turn + 1) % len(self._pinned)
         # Aligned, or Triton would compile kernels anew for other numbers of entries.
         num_words = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
+        capacity = 1 << (num_words - 1).bit_length()
+        if len(self._resident) < num_words:
+            self._resident = torch.empty(capacity, dtype=torch.int32, device=self._device)
         self._copied[self._turn].synchronize()
         if len(self._pinned[self._turn]) < num_words:
-            capacity = 1 << (num_words - 1).bit_length()
             self._pinned[self._turn] = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
-            self._resident[self._turn] = torch.empty(
-                capacity, dtype=torch.int32, device=self._device
-            )
-            self._stream.wait_stream(steps)  # whose memory this was
-        buffer, words = self._resident[self._turn], self._pinned[self._turn].numpy()
-        sent, start = [], 0
+        pinned = self._pinned[self._turn]
+        words, sent, start = pinned.numpy(), [], 0
         for array in arrays:
             end = start + array.size
             words[start:end] = array.reshape(-1)
-            sent.append(buffer[start:end].view(array.shape))
+            sent.append(self._resident[start:end].view(array.shape))
             start += -(-array.size // ALIGNMENT) * ALIGNMENT
-        self._stream.wait_event(self._read[self._turn])
-        with self._stream:
-            buffer[:num_words].copy_(self._pinned[self._turn][:num_words], non_blocking=True)
-            self._copied[self._turn].record(self._stream)
-        steps.wait_event(self._copied[self._turn])
+        self._resident[:num_words].copy_(pinned[:num_words], non_blocking=True)
+        self._copied[self._turn].record()
         return sent
 
 
