@@ -4,6 +4,7 @@ Also how test processes share the machine (`pytest -n 2`, or `-n auto` for one p
 """
 
 import fcntl
+import gc
 import json
 import os
 import warnings
@@ -128,6 +129,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = str(item.path.relative_to(tests))
         if place.startswith(SLOW) or item.get_closest_marker("model"):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection has to look through its million objects again,
+    and there are many, at the end of every engine above all."""
+    gc.collect()
+    gc.freeze()
 
 
 # Locked, not read: files that all test processes of this tree have in common.

@@ -18,7 +18,7 @@ from tests.e2e.engine import Engine
 from tests.moe_models import TINY_MOE
 
 ARCHITECTURES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
-NUM_TOKENS, NUM_TINY_TOKENS = 64, 16
+NUM_TOKENS, NUM_TINY_TOKENS = 40, 16
 
 
 def greedy(num_tokens: int) -> SamplingParams:

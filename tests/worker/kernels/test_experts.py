@@ -114,7 +114,7 @@ def test_equal_logits_choose_different_experts() -> None:
     assert route(torch.zeros(1, 12, device=DEVICE), spec, None).experts.unique().numel() == 3
 
 
-@pytest.mark.parametrize(("num_tokens", "block_m"), [(2, 16), (7, 16), (64, 16), (900, 32)])
+@pytest.mark.parametrize(("num_tokens", "block_m"), [(2, 16), (7, 16), (64, 16), (700, 32)])
 @pytest.mark.parametrize("spread", ["random", "one"])
 def test_sorting(num_tokens: int, block_m: int, spread: str) -> None:
     """Every pair is in one block, with others of its expert only; blocks are as few as can be."""

