@@ -39,7 +39,7 @@ def test_an_open_loop_with_its_figures_and_picture(tmp_path: Path) -> None:
         spread = found["overall"][name]
         assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"] <= spread["max"]
     assert found["overall"]["inter_token_ms"]["p50"] > 1.5, "a step takes 2 ms"
-    assert found["core"]["num_steps"] > 50 and found["core"]["prefix_hit_share"] > 0.1
+    assert found["core"]["num_steps"] >= load.output_len and found["core"]["prefix_hit_share"] > 0.1
     assert 10 < found["core"]["peak_memory_mib"] < 1000 and found["core"]["cpu_share"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -159,7 +159,8 @@ def standalone(address: str) -> Iterator[list["subprocess.Popen[bytes]"]]:
 
 @pytest.fixture
 async def attached(address: str, standalone: Any) -> AsyncIterator[AsyncLLM]:
-    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, core_return_timeout_s=60.0)
+    bounds = {"connect_timeout_s": WAIT_S, "core_return_timeout_s": 2 * WAIT_S}
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, **bounds)
     yield llm
     await llm.close()
 

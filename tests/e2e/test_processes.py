@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,11 @@ def start_standalone(model: str, address: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+async def connect(address: str, **settings: Any) -> AsyncLLM:
+    """To a core that may only just have been started."""
+    return await AsyncLLM.connect(address, connect_timeout_s=WAIT_S, **settings)
+
+
 async def collect(llm: AsyncLLM) -> list[int]:
     return [i async for out in llm.generate(PROMPT, LONG) for i in out.outputs[0].token_ids]
 
@@ -139,12 +145,12 @@ async def test_many_clients_share_a_standalone_core(
     standalone: "tuple[subprocess.Popen[str], str]", model: str
 ) -> None:
     core, address = standalone
-    clients = await asyncio.gather(*(AsyncLLM.connect(address) for _ in range(3)))
+    clients = await asyncio.gather(*(connect(address) for _ in range(3)))
     outputs = await asyncio.gather(*(collect(llm) for llm in clients))
     assert len(outputs[0]) == 200 and outputs[0] == outputs[1] == outputs[2]
     leaving = clients.pop()
     await leaving.close()
-    late = await AsyncLLM.connect(address)
+    late = await connect(address)
     assert await collect(late) == outputs[0]
     for llm in (*clients, late):
         await llm.close()
@@ -156,7 +162,7 @@ async def test_clients_of_a_standalone_core_hear_of_its_death(
     standalone: "tuple[subprocess.Popen[str], str]",
 ) -> None:
     core, address = standalone
-    llm = await AsyncLLM.connect(address, on_core_death="fail")
+    llm = await connect(address, on_core_death="fail")
     stream = llm.generate(PROMPT, LONG)
     await anext(stream)
     core.kill()
@@ -172,7 +178,7 @@ async def test_an_address_in_use_is_refused_and_its_holder_lives(
     standalone: "tuple[subprocess.Popen[str], str]", model: str
 ) -> None:
     _, address = standalone
-    llm = await AsyncLLM.connect(address)
+    llm = await connect(address)
     second = start_standalone(model, address)
     _, err = second.communicate(timeout=WAIT_S)
     assert second.returncode == 2 and "in use" in err

@@ -181,10 +181,15 @@ def kept(tmp_path: Path) -> Iterator[str]:
     process.wait()
 
 
+async def two_clients(address: str) -> list[AsyncLLM]:
+    """Of a core that may only just have been started."""
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "connect_timeout_s": WAIT_S}
+    return await asyncio.gather(*(AsyncLLM.connect(address, **settings) for _ in range(2)))
+
+
 async def test_innocents_of_other_clients_survive(kept: str) -> None:
     """Both clients have suspects; the core tries them one at a time whosever they are."""
-    attach = [AsyncLLM.connect(kept, skip_tokenizer_init=True) for _ in range(2)]
-    first, second = await asyncio.gather(*attach)
+    first, second = await two_clients(kept)
     try:
         async with asyncio.timeout(BOUND_S):
             prompts = [[9, index] for index in range(16)]
@@ -203,8 +208,7 @@ async def test_innocents_of_other_clients_survive(kept: str) -> None:
 
 async def test_a_poison_that_comes_midway_in_a_core_of_others(kept: str) -> None:
     """Nobody here sees how the core ends: the next one tells."""
-    attach = [AsyncLLM.connect(kept, skip_tokenizer_init=True) for _ in range(2)]
-    first, second = await asyncio.gather(*attach)
+    first, second = await two_clients(kept)
     try:
         async with asyncio.timeout(BOUND_S):
             expected = [(await stream(second, [5, index], LONG))[0] for index in range(4)]

@@ -18,7 +18,7 @@ from tests.frontend.server.test_serve import Program
 from tests.frontend.vocabulary import CHAT_TEMPLATE, SPECIAL_TOKENS, save
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 60_000
 USED = "document.querySelector('#grid').dataset.used"
 
 

@@ -15,7 +15,10 @@ from tests.frontend.server.served import error_of, roomy, served
 from tests.waiting import WAIT_S
 
 NUM_BATCHES, BATCH = 12, 20
-SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# The same bodies at every run: what a test finds, it finds for whoever brought it in.
+SETTINGS = settings(
+    deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
+)
 ODD: tuple[Any, ...] = (None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, -0.0, "", "\x00", "é😀")
 VALUES = st.recursive(
     st.sampled_from(ODD) | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -44,12 +47,7 @@ def test_no_body_is_a_fault_of_the_server(
     path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     @given(st.lists(bodies(path), min_size=BATCH, max_size=BATCH))
-    @settings(
-        max_examples=NUM_BATCHES,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
+    @settings(SETTINGS, max_examples=NUM_BATCHES)
     def run(some: list[Any]) -> None:
         asyncio.run(send(tmp_path_factory.mktemp("core"), some))
 
