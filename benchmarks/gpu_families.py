@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_parity import generate
+from gpu_parity import NUM_TOKENS, generate
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm.config import EngineConfig
@@ -69,6 +69,8 @@ def run_way(
     core = EngineCore(config, executor, info)
     outputs = generate(core, prompts, 0) + generate(core, prompts, 1000)
     executor.shutdown()
+    if any(len(ids) != NUM_TOKENS for ids in outputs):
+        raise RuntimeError("requests failed: the log above says why")
     return outputs, "; ".join(note for note in info.notes if "ttention" in note)
 
 

@@ -348,3 +348,9 @@ class SharedExpert:
         for linear in (self.gate_up, self.down, self.gate):
             if linear is not None:
                 yield from linear.slots(layer)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """As Gemma rounds what it multiplies by: to the precision of what is multiplied. It is a number
+    of the host's: a graph being captured cannot take a tensor to the device."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()

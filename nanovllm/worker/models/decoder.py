@@ -21,7 +21,7 @@ from nanovllm.worker.kernels.base import Kernels, Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.vocabulary import Vocabulary
-from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock
+from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock, rounded
 from nanovllm.worker.models.builder import Builder
 from nanovllm.worker.models.gemma4_blocks import DenseAndExpertsBlock, LayerInput, LayerInputs
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
@@ -185,8 +185,7 @@ class Decoder:
         """
         hidden = self.vocabulary.embed(batch.input_ids, self.embedding)
         if self.spec.embedding_multiplier != 1.0:
-            # Rounded to the precision of what it multiplies, as Gemma's is.
-            hidden *= hidden.new_tensor(self.spec.embedding_multiplier)
+            hidden *= rounded(self.spec.embedding_multiplier, hidden.dtype)
         inputs: list[Tensor | None] = [None] * len(self.layers)
         if self.layer_inputs is not None:
             inputs = list(self.layer_inputs.of(batch.input_ids, hidden).unbind(1))

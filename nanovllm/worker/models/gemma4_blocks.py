@@ -13,7 +13,7 @@ from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
-from nanovllm.worker.models.blocks import DenseBlock
+from nanovllm.worker.models.blocks import DenseBlock, rounded
 from nanovllm.worker.models.builder import Builder
 
 
@@ -104,7 +104,7 @@ class LayerInputs:
         input_size]."""
         size = self._spec.input_size
         own = F.embedding(token_ids, self.embedding)
-        own *= own.new_tensor(size**0.5)
+        own *= rounded(size**0.5, own.dtype)
         projected = self.projection(hidden).mul_(self._spec.hidden_size**-0.5)
         shape = len(hidden), self._spec.num_layers, size
         projected = self._kernels.rms_norm(projected.view(-1, size), self.norm)

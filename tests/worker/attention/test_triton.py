@@ -71,6 +71,11 @@ def test_chosen_tuning() -> None:
         check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
 
 
+def test_chosen_tuning_of_the_widest_heads() -> None:
+    spec = replace(SPEC, head_dim=512, num_heads=2, num_kv_heads=1)
+    check(spec, [1, 9], [40, 21], tuning_for(spec))
+
+
 def test_more_rows_than_programs() -> None:
     """Nor does one program plan them all."""
     check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])
@@ -311,7 +316,7 @@ def test_padding_rows_do_no_harm() -> None:
 
 
 def test_says_why_it_cannot() -> None:
-    assert "head_dim 512" in str(TritonAttention.unsupported(replace(SPEC, head_dim=512)))
+    assert "head_dim 520" in str(TritonAttention.unsupported(replace(SPEC, head_dim=520)))
     assert "int8" in str(TritonAttention.unsupported(replace(SPEC, dtype=torch.int8)))
     assert "cache in torch.int8" in str(
         TritonAttention.unsupported(replace(SPEC, kv_dtype=torch.int8))

@@ -85,6 +85,10 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         and head_bytes >= 16
         and spec.num_kv_heads * head_bytes % 16 == 0
     )
+    if spec.head_dim > 256:  # by what fits in shared memory and registers, not measured
+        prefill = Tiling(keys=16, stages=2, warps=8, tma=False)
+        decode = Tiling(keys=16, stages=2, warps=4, tma=False)
+        return Tuning(decode, prefill, queries=64)
     if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
         decode = Tiling(keys=32, stages=3, warps=4, tma=False)

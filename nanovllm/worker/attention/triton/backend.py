@@ -34,7 +34,7 @@ from nanovllm.worker.kernels.triton.launch import (
 )
 
 LOG2E = 1.4426950408889634
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 class TritonAttention:
