@@ -20,6 +20,7 @@ from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.launch import (
+    INTERPRETED,
     MAX_ARRIVALS,
     arrival_counters,
     converts_fp8,
@@ -39,6 +40,12 @@ from nanovllm.worker.quant.packed import HALF, MIDDLE, UNIT, Packed, PackedWeigh
 
 MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
 SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
+# By how much codes are too large that are put into the mantissa of a power of two.
+_BASES = {
+    (torch.uint8, torch.bfloat16): 128,
+    (torch.uint8, torch.float16): 1024,
+    (torch.int8, torch.float16): 1024 + 128,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +64,15 @@ class PackedTile:
 
 
 @triton.jit
-def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
-               GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Codes [outputs, bytes], and scale, zero and shift of their groups, [outputs, groups].
+def _load_scales(weight, rows, real, k, K: tl.constexpr, GROUP: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """Scale, zero and shift of the groups of a tile, [outputs, groups] fp32.
 
-    weight: the tensors of a `PackedWeight`; after the first two perhaps None.
+    rows: [outputs, 1], like real. weight: the tensors of a `PackedWeight`; after the first two
+    perhaps None.
     """
     codes, scale, zero, shift, super_scale, super_shift = weight
-    PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
-    WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
     GROUPS: tl.constexpr = tl.cdiv(K, GROUP)  # noqa: N806
-    real = (outputs < num_rows)[:, None]
-    rows = outputs.to(tl.int64)[:, None]
-    columns = (k // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE))[None, :]
-    loaded = tl.load(codes + rows * WIDTH + columns, real & (columns < WIDTH), other=0.0)
     groups = (k // GROUP + tl.arange(0, max(1, BLOCK_K // GROUP)))[None, :]
     places, inside = rows * GROUPS + groups, real & (groups < GROUPS)
     scales = tl.load(scale + places, inside, other=0.0).to(tl.float32)
@@ -86,7 +88,53 @@ def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr
         shifts = tl.load(shift + places, inside, other=0.0).to(tl.float32)
         if super_shift is not None:
             shifts *= tl.load(super_shift + wholes, inside, other=0.0).to(tl.float32)
+    return scales, zeros, shifts
+
+
+@triton.jit
+def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
+               GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Codes [outputs, bytes], and scale, zero and shift of their groups."""
+    codes, scale, zero, shift, super_scale, super_shift = weight
+    PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
+    WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
+    real = (outputs < num_rows)[:, None]
+    rows = outputs.to(tl.int64)[:, None]
+    columns = (k // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE))[None, :]
+    loaded = tl.load(codes + rows * WIDTH + columns, real & (columns < WIDTH), other=0.0)
+    scales, zeros, shifts = _load_scales(weight, rows, real, k, K, GROUP, BLOCK_K)
     return loaded, scales, zeros, shifts
+
+
+@triton.jit
+def _load_row(weight, output, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
+              GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Codes of one output, [groups, bytes of a group], and scale, zero and shift of each group."""
+    codes, scale, zero, shift, super_scale, super_shift = weight
+    PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
+    WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
+    LANES: tl.constexpr = min(GROUP, BLOCK_K) // PER_BYTE  # noqa: N806
+    row = output.to(tl.int64)
+    columns = (
+        k // PER_BYTE
+        + tl.arange(0, BLOCK_K // PER_BYTE // LANES)[:, None] * LANES
+        + tl.arange(0, LANES)[None, :]
+    )
+    inside = (output < num_rows) & (columns < WIDTH)
+    loaded = tl.load(codes + row * WIDTH + columns, inside, other=0.0)
+    rows = row + tl.zeros([1, 1], tl.int64)
+    scales, zeros, shifts = _load_scales(weight, rows, rows < num_rows, k, K, GROUP, BLOCK_K)
+    return loaded, scales, zeros, shifts
+
+
+@triton.jit
+def _load_rows(weight, first, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
+               GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A tuple of `_load_row`s, so that each meets the same registers of inputs."""
+    rows = ()
+    for i in tl.static_range(BLOCK_N):
+        rows = rows + (_load_row(weight, first + i, k, num_rows, K, BITS, GROUP, BLOCK_K),)  # noqa: RUF005
+    return rows
 
 
 @triton.jit
@@ -126,35 +174,90 @@ def _columns(k, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _sum_in_groups(products, GROUPS: tl.constexpr):
-    """[outputs, width] → [outputs, groups]."""
-    WIDTH: tl.constexpr = products.shape[1]  # noqa: N806
-    parts = tl.reshape(products, [products.shape[0], GROUPS, WIDTH // GROUPS])
-    return tl.sum(parts, 2)
+def _wide_nibbles(codes):
+    """128 + the lower halves, and 128 + the upper halves, fp32: put into the mantissa of 128."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a; "
+        "shl.b32 a, $8, 16; lop3.b32 $0, a, 0x000f0000, 0x43000000, 0xEA; "
+        "shl.b32 a, $8, 8; lop3.b32 $1, a, 0x000f0000, 0x43000000, 0xEA; "
+        "lop3.b32 $2, $8, 0x000f0000, 0x43000000, 0xEA; "
+        "shr.b32 a, $8, 8; lop3.b32 $3, a, 0x000f0000, 0x43000000, 0xEA; "
+        "shl.b32 a, $8, 12; lop3.b32 $4, a, 0x000f0000, 0x43000000, 0xEA; "
+        "shl.b32 a, $8, 4; lop3.b32 $5, a, 0x000f0000, 0x43000000, 0xEA; "
+        "shr.b32 a, $8, 4; lop3.b32 $6, a, 0x000f0000, 0x43000000, 0xEA; "
+        "shr.b32 a, $8, 12; lop3.b32 $7, a, 0x000f0000, 0x43000000, 0xEA; }",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes],
+        dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @triton.jit
-def _dot_one(tile, x, columns, K: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr):  # fmt: skip
-    """Products of a tile with one token, summed in groups: [outputs, groups] fp32."""
-    codes, scales, zeros, shifts = tile
-    GROUPS: tl.constexpr = scales.shape[1]  # noqa: N806
-    inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)[None, :]
+def _wide_bytes(codes):
+    """384 + signed codes, fp32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a, w; xor.b32 w, $4, 0x80808080; "
+        "shl.b32 a, w, 15; lop3.b32 $0, a, 0x007f8000, 0x43800000, 0xEA; "
+        "shl.b32 a, w, 7; lop3.b32 $1, a, 0x007f8000, 0x43800000, 0xEA; "
+        "shr.b32 a, w, 1; lop3.b32 $2, a, 0x007f8000, 0x43800000, 0xEA; "
+        "shr.b32 a, w, 9; lop3.b32 $3, a, 0x007f8000, 0x43800000, 0xEA; }",
+        "=&r,=&r,=&r,=&r,r", [codes], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_inputs(x, k, K: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
+                 NUM_GROUPS: tl.constexpr):  # fmt: skip
+    """One token's inputs in fp32 as codes lie, [groups, lanes]: of 4 bits those of the lower
+    halves, and those of the upper ones, which follow 16 behind; and their sums, [1, groups]."""
+    lanes = tl.arange(0, LANES)
     if BITS == 4:
-        others = tl.load(x + columns + 16, columns + 16 < K, other=0.0).to(tl.float32)[None, :]
-        products = (codes & 15).to(tl.float32) * inputs + (codes >> 4).to(tl.float32) * others
-        inputs = inputs + others
+        lanes = lanes // 16 * 32 + lanes % 16
+    columns = k + (tl.arange(0, NUM_GROUPS) * (LANES * (8 // BITS)))[:, None] + lanes[None, :]
+    inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)
+    others, both = inputs, inputs
+    if BITS == 4:
+        others = tl.load(x + columns + 16, columns + 16 < K, other=0.0).to(tl.float32)
+        both = inputs + others
+    return inputs, others, tl.sum(both, 1)[None, :]
+
+
+@triton.jit
+def _dot_rows(acc, tiles, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+              HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """acc [outputs] + products of rows with one token."""
+    for i in tl.static_range(BLOCK_N):
+        row = _dot_row(tiles[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST)
+        acc += tl.where(tl.arange(0, BLOCK_N) == i, row, 0.0)
+    return acc
+
+
+@triton.jit
+def _dot_row(tile, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """The product of a row with one token, summed up in groups first."""
+    codes, scales, zeros, shifts = tile
+    low_x, high_x, input_sums = inputs
+    BASE: tl.constexpr = 0 if not FAST else (128 if BITS == 4 else 384)  # noqa: N806
+    if BITS == 4:
+        if FAST:
+            low, high = _wide_nibbles(codes)
+        else:
+            low, high = (codes & 15).to(tl.float32), (codes >> 4).to(tl.float32)
+        products = low * low_x + high * high_x
+    elif FAST:
+        products = _wide_bytes(codes) * low_x
     else:
-        products = widened(codes, tl.float32) * inputs
-    sums = _sum_in_groups(products, GROUPS)
+        products = widened(codes, tl.float32) * low_x
+    sums = tl.sum(products, 1)[None, :]
     if HAS_ZERO:
-        sums = sums - zeros * _sum_in_groups(inputs, GROUPS)
-    elif MIDDLE > 0:
-        sums = sums - MIDDLE * _sum_in_groups(inputs, GROUPS)
+        sums = sums - (zeros + BASE) * input_sums
+    elif MIDDLE + BASE > 0:
+        sums = sums - (MIDDLE + BASE) * input_sums
     sums = sums * scales
     if HAS_SHIFT:
-        sums = sums + shifts * _sum_in_groups(inputs, GROUPS)
-    return sums
+        sums = sums + shifts * input_sums
+    return tl.sum(tl.sum(sums, 1), 0)
 
 
 @triton.jit
@@ -168,8 +271,8 @@ def _packed_vector_kernel(
     bias, residual, squares, next_weight, out, weighed, next_squares,  # as in `skinny_linear`
     num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    MIDDLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr,
+    MIDDLE: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: products and sums in fp32, without tensor cores."""
     if PDL:
@@ -177,30 +280,35 @@ def _packed_vector_kernel(
     weight = (codes, scale, zero, shift, super_scale, super_shift)
     HAS_ZERO: tl.constexpr = zero is not None  # noqa: N806
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    LANES: tl.constexpr = min(GROUP, BLOCK_K) * BITS // 8  # noqa: N806
+    NUM_GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP)  # noqa: N806
+    first = tl.program_id(0) * BLOCK_N
+    outputs = first + tl.arange(0, BLOCK_N)
     # Rows past the gates are ups, and past those nothing is stored.
-    tile = _load_tile(weight, outputs, 0, num_outputs, K, BITS, GROUP, BLOCK_K)
+    tiles = _load_rows(weight, first, 0, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
     if GATED:
-        ups = outputs + num_outputs
-        up_tile = _load_tile(weight, ups, 0, 2 * num_outputs, K, BITS, GROUP, BLOCK_K)
+        ups = _load_rows(weight, first + num_outputs, 0, 2 * num_outputs, K, BITS, GROUP,
+                         BLOCK_N, BLOCK_K)  # fmt: skip
     if PDL:
         gdc_wait()
     tokens = tl.arange(0, 1)
     if squares is not None:
         parts = load_squares(squares, tokens, 1, PARTS)
-    columns = _columns(0, BITS, BLOCK_K)
-    acc = _dot_one(tile, x, columns, K, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+    inputs = _load_inputs(x, 0, K, BITS, LANES, NUM_GROUPS)
+    acc = tl.zeros([BLOCK_N], tl.float32)
     up = acc
+    acc = _dot_rows(acc, tiles, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
     if GATED:
-        up = _dot_one(up_tile, x, columns, K, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+        up = _dot_rows(up, ups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        columns = _columns(k, BITS, BLOCK_K)
-        tile = _load_tile(weight, outputs, k, num_outputs, K, BITS, GROUP, BLOCK_K)
-        acc += _dot_one(tile, x, columns, K, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+        more = _load_rows(weight, first, k, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
+        inputs = _load_inputs(x, k, K, BITS, LANES, NUM_GROUPS)
+        acc = _dot_rows(acc, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
         if GATED:
-            tile = _load_tile(weight, ups, k, 2 * num_outputs, K, BITS, GROUP, BLOCK_K)
-            up += _dot_one(tile, x, columns, K, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
-    acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
+            more = _load_rows(weight, first + num_outputs, k, 2 * num_outputs, K, BITS, GROUP,
+                              BLOCK_N, BLOCK_K)  # fmt: skip
+            up = _dot_rows(up, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
+    acc, up = acc[None, :], up[None, :]
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
@@ -270,6 +378,201 @@ def _packed_matrix_kernel(
         if GATED:
             tile = _load_tile(weight, ups, k, 2 * num_outputs, K, BITS, GROUP, BLOCK_K)
             up = _add_dot(up, tile, low_x, high_x, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+    acc = tl.trans(acc)
+    up = tl.trans(up) if GATED else acc
+    if squares is not None:
+        acc, up = scaled_by_norm(acc, up, parts, K, eps)
+    finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
+                 partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
+                 BLOCK_N, GATED)  # fmt: skip
+
+
+@triton.jit
+def _two_at_a_time(codes, less, BODY: tl.constexpr):
+    """Inline PTX on 4 codes a time: `a` and `b` get two of them each, zero-extended to 16 bits;
+    BODY makes $0 of a and $3, and $1 of b and $4. less: added in the end, of the result's type."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x4140; prmt.b32 b, $2, 0, 0x4342; "
+        + BODY + " }",
+        "=r,=r,r,r,r", [codes, less], dtype=less.dtype, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _numbers(codes, less, HIGH: tl.constexpr, BITS: tl.constexpr):
+    """Codes [outputs, width] as numbers of the type of `less` [outputs, 1 or width], plus that.
+
+    Integers become floats by being put into the mantissa of a power of two, which `base_of` tells.
+    """
+    less = tl.broadcast_to(less, codes.shape)
+    WIDE: tl.constexpr = less.dtype == tl.bfloat16  # noqa: N806
+    if codes.dtype == tl.float8e4nv:
+        codes = codes.to(tl.uint8, bitcast=True)
+        SHIFT: tl.constexpr = "4" if WIDE else "1"  # noqa: N806
+        MASK: tl.constexpr = "0x07f007f0" if WIDE else "0x3f803f80"  # noqa: N806
+        POWER: tl.constexpr = "0x7b807b80" if WIDE else "0x5c005c00"  # noqa: N806
+        FMA: tl.constexpr = "fma.rn.bf16x2" if WIDE else "fma.rn.f16x2"  # noqa: N806
+        numbers = _two_at_a_time(
+            codes, less,
+            "shl.b32 a, a, 8; shl.b32 b, b, 8; "
+            "shr.b32 c, a, " + SHIFT + "; shr.b32 d, b, " + SHIFT + "; "
+            "and.b32 c, c, " + MASK + "; and.b32 d, d, " + MASK + "; "
+            "lop3.b32 a, a, 0x80008000, c, 0xEA; lop3.b32 b, b, 0x80008000, d, 0xEA; "
+            "mov.b32 c, " + POWER + "; "
+            + FMA + " $0, a, c, $3; " + FMA + " $1, b, c, $4;",
+        )  # fmt: skip
+    elif BITS == 4:
+        DOWN: tl.constexpr = "shr.b32 a, a, 4; shr.b32 b, b, 4; " if HIGH else ""  # noqa: N806
+        MAGIC: tl.constexpr = "0x43004300" if WIDE else "0x64006400"  # noqa: N806
+        ONE: tl.constexpr = "0x3f803f80" if WIDE else "0x3c003c00"  # noqa: N806
+        FMA: tl.constexpr = "fma.rn.bf16x2" if WIDE else "fma.rn.f16x2"  # noqa: N806
+        numbers = _two_at_a_time(
+            codes, less,
+            DOWN + "lop3.b32 a, a, 0x000f000f, " + MAGIC + ", 0xEA; "
+            "lop3.b32 b, b, 0x000f000f, " + MAGIC + ", 0xEA; "
+            "mov.b32 c, " + ONE + "; "
+            + FMA + " $0, a, c, $3; " + FMA + " $1, b, c, $4;",
+        )  # fmt: skip
+    elif WIDE:
+        numbers = _two_at_a_time(
+            codes, less,
+            "lop3.b32 c, a, 0x00800080, 0xc300c300, 0xEA; "
+            "lop3.b32 d, b, 0x00800080, 0xc300c300, 0xEA; "
+            "lop3.b32 a, a, 0x007f007f, 0x43004300, 0xEA; "
+            "lop3.b32 b, b, 0x007f007f, 0x43004300, 0xEA; "
+            "{ .reg .b32 e; mov.b32 e, 0x3f803f80; "
+            "fma.rn.bf16x2 a, a, e, c; fma.rn.bf16x2 b, b, e, d; "
+            "fma.rn.bf16x2 $0, a, e, $3; fma.rn.bf16x2 $1, b, e, $4; }",
+        )  # fmt: skip
+    else:
+        numbers = _two_at_a_time(
+            codes, less,
+            "lop3.b32 a, a, 0x00800080, 0x64006400, 0xBE; "
+            "lop3.b32 b, b, 0x00800080, 0x64006400, 0xBE; "
+            "mov.b32 c, 0x3c003c00; "
+            "fma.rn.f16x2 $0, a, c, $3; fma.rn.f16x2 $1, b, c, $4;",
+        )  # fmt: skip
+    return numbers
+
+
+@triton.jit
+def _plain_numbers(codes, less, HIGH: tl.constexpr, BITS: tl.constexpr):
+    """As `_numbers`, by what any type and the interpreter can do."""
+    if BITS == 4:
+        codes = codes >> 4 if HIGH else codes & 15
+    return (widened(codes, tl.float32) + less.to(tl.float32)).to(less.dtype)
+
+
+@triton.jit
+def _load_group(scale, zero, rows, real, k, K: tl.constexpr, GROUP: tl.constexpr,
+                MIDDLE: tl.constexpr):  # fmt: skip
+    """Of the group of input k: scales, and how far zeros are from the middle, [outputs] fp32."""
+    GROUPS: tl.constexpr = tl.cdiv(K, GROUP)  # noqa: N806
+    places = rows * GROUPS + k // GROUP
+    inside = real & (k < K)
+    scales = tl.load(scale + places, inside, other=0.0).to(tl.float32)
+    zeros = scales
+    if zero is not None:
+        zeros = tl.load(zero + places, inside, other=0).to(tl.float32) - MIDDLE
+    return scales, zeros
+
+
+@triton.jit
+def _add_group(acc, codes, group, sums, low_x, high_x, BITS: tl.constexpr, LESS: tl.constexpr,
+               FAST: tl.constexpr, HAS_ZERO: tl.constexpr):  # fmt: skip
+    """acc + w · xᵀ, [outputs, tokens], of inputs that share their scales, which sums get."""
+    scales, zeros = group
+    less = tl.full([1, 1], LESS, tl.float32).to(low_x.dtype)
+    if FAST:
+        part = tl.dot(_numbers(codes, less, False, BITS), tl.trans(low_x))
+        if BITS == 4:
+            part = tl.dot(_numbers(codes, less, True, BITS), tl.trans(high_x), part)
+    else:
+        low = _plain_numbers(codes, less, False, BITS)
+        part = tl.dot(low, tl.trans(low_x), input_precision="ieee")
+        if BITS == 4:
+            high = _plain_numbers(codes, less, True, BITS)
+            part = tl.dot(high, tl.trans(high_x), part, input_precision="ieee")
+    if HAS_ZERO:
+        part -= zeros[:, None] * sums
+    return acc + part * scales[:, None]
+
+
+@triton.jit
+def _sums_of(low_x, high_x, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """Of tokens' inputs, the same for each output, [outputs, tokens]: by tensor cores, which have
+    them where they are needed."""
+    ones = tl.full([BLOCK_N, low_x.shape[1]], 1.0, low_x.dtype)
+    sums = tl.dot(ones, tl.trans(low_x), input_precision="ieee")
+    if BITS == 4:
+        sums = tl.dot(ones, tl.trans(high_x), sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _load_codes(codes, rows, real, k, K: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[outputs, bytes of BLOCK_K inputs]."""
+    PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
+    WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
+    columns = (k // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE))[None, :]
+    inside = real[:, None] & (columns < WIDTH)
+    return tl.load(codes + rows[:, None] * WIDTH + columns, inside, other=0.0)
+
+
+@triton.jit
+def _packed_group_kernel(
+    x,  # [num_tokens, K]
+    codes, scale, zero, shift, super_scale, super_shift,  # as in _packed_vector_kernel
+    bias, residual, squares, next_weight, out, weighed, next_squares,  # as in `skinny_linear`
+    partial, arrivals,
+    num_tokens, num_outputs, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BASE: tl.constexpr, FAST: tl.constexpr, NUM_TILES: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_packed_matrix_kernel`, of tiles that lie within a group, and without shifts."""
+    if PDL:
+        gdc_launch_dependents()
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
+    real = outputs < num_outputs
+    rows = outputs.to(tl.int64)
+    ups = rows + num_outputs
+    HAS_ZERO: tl.constexpr = zero is not None  # noqa: N806
+    MIDDLE: tl.constexpr = 8 if BITS == 4 else 0  # noqa: N806
+    LESS: tl.constexpr = -(BASE + MIDDLE)  # noqa: N806
+    group = _load_group(scale, zero, rows, real, first, K, GROUP, MIDDLE)
+    up_group = group
+    if GATED:
+        up_group = _load_group(scale, zero, ups, real, first, K, GROUP, MIDDLE)
+    if PDL:
+        gdc_wait()
+    if squares is not None:  # on their way while the products are made
+        parts = load_squares(squares, tokens, num_tokens, PARTS)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = acc
+    for step in tl.range(0, NUM_TILES, num_stages=STAGES):
+        k = first + step * BLOCK_K
+        columns = _columns(k, BITS, BLOCK_K)
+        low_x = _load_tokens(x, tokens, columns, num_tokens, K)
+        high_x = low_x
+        if BITS == 4:
+            high_x = _load_tokens(x, tokens, columns + 16, num_tokens, K)
+        tile = _load_codes(codes, rows, real, k, K, BITS, BLOCK_K)
+        # Loads of a few bytes are not pipelined: the next group is on its way a step before.
+        next_group = _load_group(scale, zero, rows, real, k + BLOCK_K, K, GROUP, MIDDLE)
+        sums = acc
+        if HAS_ZERO:
+            sums = _sums_of(low_x, high_x, BLOCK_N, BITS)
+        acc = _add_group(acc, tile, group, sums, low_x, high_x, BITS, LESS, FAST, HAS_ZERO)
+        group = next_group
+        if GATED:
+            tile = _load_codes(codes, ups, real, k, K, BITS, BLOCK_K)
+            next_group = _load_group(scale, zero, ups, real, k + BLOCK_K, K, GROUP, MIDDLE)
+            up = _add_group(up, tile, up_group, sums, low_x, high_x, BITS, LESS, FAST, HAS_ZERO)
+            up_group = next_group
     acc = tl.trans(acc)
     up = tl.trans(up) if GATED else acc
     if squares is not None:
@@ -394,6 +697,13 @@ def _format(weight: PackedWeight) -> dict[str, Any]:
     return {"BITS": weight.bits, "GROUP": group, "MIDDLE": MIDDLE if plain else 0}
 
 
+def _arithmetic(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
+    """How codes become numbers: quickly, if they are multiplied in half precision."""
+    fast = not INTERPRETED and dtype in (torch.bfloat16, torch.float16)
+    base = _BASES.get((weight.codes.dtype, dtype), 0) if fast else 0
+    return {"FAST": fast, "BASE": base}
+
+
 def _launch(
     x: Tensor,
     linear: Linear,
@@ -421,15 +731,22 @@ def _launch(
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "num_warps": tile.warps, **_format(weight), **launch_options(x.device),
     }  # fmt: skip
-    if num_tokens == 1:
-        _packed_vector_kernel[(num_n,)](x, *tensors, num_outputs, eps, **options)
+    if num_tokens == 1 and tile.block_m == 1:
+        fast = not INTERPRETED and weight.codes.dtype != torch.float8_e4m3fn
+        fast = fast and x.dtype != torch.float32
+        _packed_vector_kernel[(num_n,)](x, *tensors, num_outputs, eps, FAST=fast, **options)
         return stream
     num_tiles = triton.cdiv(triton.cdiv(num_inputs, tile.block_k), tile.splits)
     splits = triton.cdiv(num_inputs, tile.block_k * num_tiles)
     num_m = triton.cdiv(num_tokens, tile.block_m)
     assert splits == 1 or num_n * num_m <= MAX_ARRIVALS
     size = num_n * num_m * splits * (1 + gated) * tile.block_n * tile.block_m if splits > 1 else 0
-    _packed_matrix_kernel[(num_n, splits, num_m)](
+    kernel = _packed_matrix_kernel
+    if weight.shift is None and weight.super_scale is None and options["GROUP"] % tile.block_k == 0:
+        kernel = _packed_group_kernel
+        options |= _arithmetic(weight, x.dtype)
+        del options["MIDDLE"]
+    kernel[(num_n, splits, num_m)](
         x, *tensors, x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
         num_tokens, num_outputs, eps,
         NUM_TILES=num_tiles, SPLITS=splits, BLOCK_M=tile.block_m, **options,
