@@ -150,8 +150,8 @@ def candidates(outputs: int, inputs: int, rows: int, *, gated: bool) -> Iterator
         for block_k in (1024, 2048, 4096):
             if block_k < 2 * inputs:
                 for block_n in (1, 2, 4, 8):
-                    for warps in (2, 4, 8):
-                        if 2**9 <= block_k * block_n * (1 + gated) // warps <= 2**13:
+                    for warps in (4, 8):
+                        if 2**9 <= block_k * block_n * (1 + gated) // warps <= 2**12:
                             yield PackedTile(block_n, block_k, warps)
     block_m = min(max(8, 1 << (rows - 1).bit_length()), 128)
     block_k = 128
@@ -163,7 +163,7 @@ def candidates(outputs: int, inputs: int, rows: int, *, gated: bool) -> Iterator
             for splits in (1, 2, 4, 8):
                 if not 60 <= num_programs * splits <= 800 or inputs // splits < 4 * block_k:
                     continue
-                for stages in (4, 6):
+                for stages in (6,) if block_m <= 32 else (4,):
                     if stages * (block_n * 64 * (1 + gated) + block_m * 256) < 220000:
                         yield PackedTile(block_n, block_k, warps, splits, stages, block_m)
 
