@@ -41,6 +41,7 @@ VECTOR_TILES = [PackedTile(8, 64, warps=4), PackedTile(4, 256, warps=4)]
 MATRIX_TILES = [
     PackedTile(32, 64, warps=4, block_m=16),
     PackedTile(16, 128, warps=4, splits=2, block_m=16),
+    PackedTile(64, 32, warps=4, splits=2, block_m=8),  # several tiles of a group
 ]
 CASES = [(1, tile) for tile in VECTOR_TILES] + [(m, tile) for m in (2, 19) for tile in MATRIX_TILES]
 # Triton's interpreter cuts off what bfloat16 has no room for, and multiplies no matrices of it.

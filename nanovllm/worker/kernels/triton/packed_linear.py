@@ -1,6 +1,6 @@
 """Products with packed weights of 4 and 8 bits (`quant.packed`), which are unpacked in registers.
 
-`products` calls `packed_linear` and `packed_add`, and of very many tokens multiplies by what
+`products` calls `packed_linear` and `packed_add`, and of many tokens multiplies by what
 `unpacked` writes. As in `skinny_linear`, gate, residual and norms ride along, and weights are on
 their way before the kernel before has ended.
 """
@@ -39,6 +39,8 @@ from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.packed import HALF, MIDDLE, UNIT, Packed, PackedWeight
 
 MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
+MIN_WHOLE_GROUP = 64
+MAX_STAGED_BYTES = 96 * 2**10  # of shared memory; an Ada has 99 KiB of it for a program
 SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
 # By how much codes are too large that are put into the mantissa of a power of two.
 _BASES = {
@@ -71,7 +73,8 @@ def _load_scales(weight, rows, real, k, K: tl.constexpr, GROUP: tl.constexpr,
     rows: [outputs, 1], like real. weight: the tensors of a `PackedWeight`; after the first two
     perhaps None.
     """
-    codes, scale, zero, shift, super_scale, super_shift = weight
+    scale, zero, shift = weight[1], weight[2], weight[3]
+    super_scale, super_shift = weight[4], weight[5]
     GROUPS: tl.constexpr = tl.cdiv(K, GROUP)  # noqa: N806
     groups = (k // GROUP + tl.arange(0, max(1, BLOCK_K // GROUP)))[None, :]
     places, inside = rows * GROUPS + groups, real & (groups < GROUPS)
@@ -95,7 +98,7 @@ def _load_scales(weight, rows, real, k, K: tl.constexpr, GROUP: tl.constexpr,
 def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
                GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Codes [outputs, bytes], and scale, zero and shift of their groups."""
-    codes, scale, zero, shift, super_scale, super_shift = weight
+    codes = weight[0]
     PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
     WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
     real = (outputs < num_rows)[:, None]
@@ -110,7 +113,7 @@ def _load_tile(weight, outputs, k, num_rows, K: tl.constexpr, BITS: tl.constexpr
 def _load_row(weight, output, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
               GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Codes of one output, [groups, bytes of a group], and scale, zero and shift of each group."""
-    codes, scale, zero, shift, super_scale, super_shift = weight
+    codes = weight[0]
     PER_BYTE: tl.constexpr = 8 // BITS  # noqa: N806
     WIDTH: tl.constexpr = tl.cdiv(K, 32) * 16 if BITS == 4 else K  # noqa: N806  # bytes of a row
     LANES: tl.constexpr = min(GROUP, BLOCK_K) // PER_BYTE  # noqa: N806
@@ -626,13 +629,45 @@ def can_multiply(weight: PackedWeight) -> bool:
     )
 
 
-def tile_for(num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: bool) -> PackedTile:
-    """Cut so that a program has some KiB of weights on the way, and all programs fill a GPU."""
-    inputs, bits = weight.inputs, weight.bits
+def tile_for(
+    num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: bool, itemsize: int = 2
+) -> PackedTile:
+    """Measured on an H200 with the layers of Qwen3-8B and 0.6B (packed_products.py --sweep).
+
+    itemsize: bytes of a token's input.
+    """
     if num_tokens == 1:
-        block_k = min(max(32, triton.next_power_of_2(inputs)), 8192 // bits * 2)
-        block_n = max(1, 65536 // bits // block_k) // (2 if gated else 1)
-        return PackedTile(max(1, block_n), block_k, warps=4)
+        return _vector_tile(weight, gated=gated)
+    if not _has_whole_groups(weight):
+        return _tile_of_parts(num_tokens, num_outputs, weight, gated=gated)
+    block_k = min(128, _group_of(weight))
+    block_m = min(max(8, triton.next_power_of_2(num_tokens)), 64)
+    is_wide = block_m == 64 and not gated
+    block_n, warps = (128, 8) if is_wide else (64, 4)
+    stage_bytes = block_k * (block_n * (1 + gated) * weight.bits // 8 + block_m * itemsize)
+    stages = max(2, min(6, MAX_STAGED_BYTES // stage_bytes))
+    num_programs = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_tokens, block_m)
+    # Many programs hide how each waits for its loads and products.
+    room = (2 if is_wide else 4) * num_multiprocessors(weight.codes.device) // num_programs
+    splits = min(room, weight.inputs // (4 * block_k), 8)
+    return PackedTile(block_n, block_k, warps, _power_of_2_within(splits), stages, block_m)
+
+
+def _vector_tile(weight: PackedWeight, *, gated: bool) -> PackedTile:
+    """Of one token: some KiB of weights are on the way to each program at once."""
+    inputs = max(32, triton.next_power_of_2(weight.inputs))
+    if gated or inputs <= 1024:
+        return PackedTile(2, min(inputs, 16384 // weight.bits), warps=4)
+    if weight.bits == 4 and inputs <= 4096:
+        return PackedTile(4, inputs, warps=4)
+    return PackedTile(8 if weight.bits == 4 else 4, min(inputs, 2048), warps=4)
+
+
+def _tile_of_parts(
+    num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: bool
+) -> PackedTile:
+    """Of several tokens, where each weight gets its scale before it is multiplied."""
+    inputs = weight.inputs
     block_k = 128 if inputs > 64 else 64
     block_m = min(max(16, triton.next_power_of_2(num_tokens)), 128)
     is_wide = block_m > 64 and not gated
@@ -643,6 +678,11 @@ def tile_for(num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: 
     room = at_once // max(1, num_programs)
     splits = max(1, min(room, triton.cdiv(inputs, 4 * block_k), 8))
     return PackedTile(block_n, block_k, warps, splits, 3, block_m)
+
+
+def _power_of_2_within(count: int) -> int:
+    """The largest power of two of at most count, and 1."""
+    return 1 << max(1, count).bit_length() - 1
 
 
 def packed_linear(
@@ -692,9 +732,23 @@ def _pointers(weight: PackedWeight) -> tuple[Tensor | None, ...]:
 def _format(weight: PackedWeight) -> dict[str, Any]:
     """What kernels are compiled by."""
     plain = weight.bits == 4 and weight.zero is None and weight.shift is None
-    is_single = weight.scale.shape[1] == 1  # a group of any size, made one that tiles divide
-    group = max(8192, triton.next_power_of_2(weight.inputs)) if is_single else weight.group
-    return {"BITS": weight.bits, "GROUP": group, "MIDDLE": MIDDLE if plain else 0}
+    return {
+        "BITS": weight.bits,
+        "GROUP": _group_of(weight),
+        "MIDDLE": MIDDLE if plain else 0,
+    }
+
+
+def _group_of(weight: PackedWeight) -> int:
+    """Inputs that share a scale; a single group of any size becomes one that tiles divide."""
+    is_single = weight.scale.shape[1] == 1
+    return max(8192, triton.next_power_of_2(weight.inputs)) if is_single else weight.group
+
+
+def _has_whole_groups(weight: PackedWeight) -> bool:
+    """Whether sums of a tile may get the scales of its group, instead of each weight."""
+    is_scaled_alone = weight.shift is None and weight.super_scale is None
+    return is_scaled_alone and _group_of(weight) >= MIN_WHOLE_GROUP
 
 
 def _arithmetic(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
@@ -720,7 +774,7 @@ def _launch(
     num_outputs = len(weight.codes) // 2 if gated else len(weight.codes)
     assert x.is_contiguous() and weight.codes.is_contiguous() and weight.scale.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated)
+    tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated, itemsize=x.itemsize)
     num_n = triton.cdiv(num_outputs, tile.block_n)
     squares, eps = norm or (None, 0.0)
     stream = empty_stream(x, num_outputs, num_parts=None if next_norm is None else num_n)
@@ -742,10 +796,10 @@ def _launch(
     assert splits == 1 or num_n * num_m <= MAX_ARRIVALS
     size = num_n * num_m * splits * (1 + gated) * tile.block_n * tile.block_m if splits > 1 else 0
     kernel = _packed_matrix_kernel
-    if weight.shift is None and weight.super_scale is None and options["GROUP"] % tile.block_k == 0:
+    if _has_whole_groups(weight) and options["GROUP"] % tile.block_k == 0:
         kernel = _packed_group_kernel
         options |= _arithmetic(weight, x.dtype)
-        del options["MIDDLE"]
+        del options["MIDDLE"]  # it knows
     kernel[(num_n, splits, num_m)](
         x, *tensors, x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
         num_tokens, num_outputs, eps,

@@ -26,17 +26,13 @@ from nanovllm.worker.kernels.triton.rows import (
     silu_and_mul,
     silu_and_mul_fp8,
 )
-from nanovllm.worker.kernels.triton.skinny_linear import (
-    MAX_WEIGHED_TOKENS,
-    skinny_add,
-    skinny_linear,
-)
+from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
 from nanovllm.worker.quant.packed import Packed
 
-MIN_UNPACKED_TOKENS = 64  # cuBLAS is then so much faster that writing all weights out pays
+MIN_UNPACKED_TOKENS = 65  # cuBLAS is then so much faster that writing all weights out pays
 
 
 class FusedProduct(Protocol):
@@ -171,7 +167,7 @@ class PackedProducts(Products):
 
     def _is_fused(self, x: Tensor, linear: Linear) -> bool:
         """Whether norm and gate are part of the product, for which inputs must lie as they are."""
-        return len(x) <= MAX_WEIGHED_TOKENS and _packed(linear).order is None
+        return len(x) < MIN_UNPACKED_TOKENS and _packed(linear).order is None
 
 
 class Fp8Products(SkinnyProducts):
