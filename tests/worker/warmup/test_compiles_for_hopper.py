@@ -11,6 +11,7 @@ LAUNCHED = {
     "_gated_kernel",
     "_packed_vector_kernel",
     "_packed_matrix_kernel",
+    "_packed_group_kernel",
     "_unpack_kernel",
     "_rows_kernel",
     "_silu_and_mul_kernel",

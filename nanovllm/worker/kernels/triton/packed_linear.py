@@ -136,7 +136,7 @@ def _load_rows(weight, first, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
     """A tuple of `_load_row`s, so that each meets the same registers of inputs."""
     rows = ()
     for i in tl.static_range(BLOCK_N):
-        rows = rows + (_load_row(weight, first + i, k, num_rows, K, BITS, GROUP, BLOCK_K),)  # noqa: RUF005
+        rows = rows + (_load_row(weight, first + i, k, num_rows, K, BITS, GROUP, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 
@@ -405,16 +405,17 @@ def _two_at_a_time(codes, less, BODY: tl.constexpr):
 def _numbers(codes, less, HIGH: tl.constexpr, BITS: tl.constexpr):
     """Codes [outputs, width] as numbers of the type of `less` [outputs, 1 or width], plus that.
 
-    Integers become floats by being put into the mantissa of a power of two, which `base_of` tells.
+    Integers become floats by being put into the mantissa of a power of two; `_BASES` says by how
+    much they are then too large.
     """
     less = tl.broadcast_to(less, codes.shape)
     WIDE: tl.constexpr = less.dtype == tl.bfloat16  # noqa: N806
+    FMA: tl.constexpr = "fma.rn.bf16x2" if WIDE else "fma.rn.f16x2"  # noqa: N806
     if codes.dtype == tl.float8e4nv:
         codes = codes.to(tl.uint8, bitcast=True)
         SHIFT: tl.constexpr = "4" if WIDE else "1"  # noqa: N806
         MASK: tl.constexpr = "0x07f007f0" if WIDE else "0x3f803f80"  # noqa: N806
         POWER: tl.constexpr = "0x7b807b80" if WIDE else "0x5c005c00"  # noqa: N806
-        FMA: tl.constexpr = "fma.rn.bf16x2" if WIDE else "fma.rn.f16x2"  # noqa: N806
         numbers = _two_at_a_time(
             codes, less,
             "shl.b32 a, a, 8; shl.b32 b, b, 8; "
@@ -428,7 +429,6 @@ def _numbers(codes, less, HIGH: tl.constexpr, BITS: tl.constexpr):
         DOWN: tl.constexpr = "shr.b32 a, a, 4; shr.b32 b, b, 4; " if HIGH else ""  # noqa: N806
         MAGIC: tl.constexpr = "0x43004300" if WIDE else "0x64006400"  # noqa: N806
         ONE: tl.constexpr = "0x3f803f80" if WIDE else "0x3c003c00"  # noqa: N806
-        FMA: tl.constexpr = "fma.rn.bf16x2" if WIDE else "fma.rn.f16x2"  # noqa: N806
         numbers = _two_at_a_time(
             codes, less,
             DOWN + "lop3.b32 a, a, 0x000f000f, " + MAGIC + ", 0xEA; "
