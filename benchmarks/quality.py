@@ -9,13 +9,16 @@ per token in nats, how often both think the same token likeliest, and the varian
 weights of each variant are rounded from the reference's: Q4_K and Q8_0 as llama.cpp lays them out,
 each group from its least to its greatest number. float32 shows how far bf16 itself is from exact
 arithmetic, and "tokens as they are" what the kernel for one token does on a GPU: FP8 weights times
-activations that are not quantized.
+activations that are not quantized. On a CPU the variants "native" are steps of the C++ kernels: of
+the weights as a GGUF file stores them, widened to bfloat16, or rounded at load (`--dtype float32`
+compares them with exact arithmetic).
 """
 
 import argparse
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pydoc_data.topics import topics
 
 import torch
@@ -36,12 +39,15 @@ from nanovllm.checkpoint.quantization import (
 from nanovllm.config import KVCacheDType
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.attention.select import attention_specs, select_attention
-from nanovllm.worker.device import DTYPES, choose_device, choose_kv_dtype
+from nanovllm.worker.device import DTYPES, choose_device, choose_kv_dtype, num_usable_cores
 from nanovllm.worker.forward_batch import ForwardBatch
+from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.layers.linear import Linear, WeightSlot
+from nanovllm.worker.model_runner import Model
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.models.native import NativeDecoder, take_as_stored
 from nanovllm.worker.parallel import Cut
 from nanovllm.worker.quant.fp8 import Fp8
 from nanovllm.worker.quant.packed import Packed
@@ -59,6 +65,8 @@ class Variant:
     kept: WeightFormat | None = None
     kv_cache_dtype: KVCacheDType = "auto"
     quantizes_tokens: bool = True
+    is_native: bool = False
+    as_stored: bool = False  # of a GGUF file, by native steps
 
 
 class Widened(Fp8):
@@ -134,13 +142,24 @@ class Scorer:
         for linear in self._model.linears():
             if isinstance(linear.method, Packed) and linear.method.kept.is_nested:
                 linear.method.layout = NestedRounded()
+        if variant.as_stored:
+            take_as_stored(self._model)
         load_weights(
             self._model,
             checkpoint,
             load_format="auto",
             seed=0,
             on_progress=lambda phase, progress: None,
+            prepacks=not variant.is_native,
         )
+        self._step: Model = self._model
+        self.bytes_per_weight = dtype.itemsize
+        if variant.kept is not None:
+            self.bytes_per_weight = variant.kept.bytes_per_weight
+        if variant.is_native:
+            native.use(native.choose_isa(), num_threads=num_usable_cores())
+            self._step = step = NativeDecoder(self._model)
+            self.bytes_per_weight = step.weight_bytes / self._model.num_parameters
         if not variant.quantizes_tokens:
             for linear in self._model.linears():
                 linear.method = linear.method if linear.scale is None else Widened()
@@ -155,8 +174,8 @@ class Scorer:
         for start in range(0, len(token_ids), tokens_per_step):
             batch = self._batch(token_ids[start : start + tokens_per_step], start)
             self._model.attention.prepare(batch)
-            stream = self._model.forward(batch, self._cache)
-            results.append(self._model.raw_logits(stream).cpu())
+            stream = self._step.forward(batch, self._cache)
+            results.append(self._step.raw_logits(stream).cpu())
         return torch.cat(results)
 
     def _batch(self, token_ids: list[int], start: int) -> ForwardBatch:
@@ -187,7 +206,11 @@ def real_texts(model: str, *, num_texts: int, num_tokens: int) -> list[list[int]
 
 
 def report(
-    variant: Variant, found: list[Tensor], reference: list[Tensor], texts: list[list[int]]
+    name: str,
+    bytes_per_weight: float,
+    found: list[Tensor],
+    reference: list[Tensor],
+    texts: list[list[int]],
 ) -> None:
     """One line: `found` and `reference` are the logits of each text."""
     divergences, agreements, losses = [], [], []
@@ -197,13 +220,10 @@ def report(
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
         agreements.append(log_p.argmax(-1) == log_q.argmax(-1))
         losses.append(-log_q[:-1].gather(1, torch.tensor(token_ids)[1:, None])[:, 0])
-    num_bytes = DTYPES[variant.dtype].itemsize
-    if variant.kept is not None:
-        num_bytes = variant.kept.bytes_per_weight
     kl, agrees = torch.cat(divergences), torch.cat(agreements).double().mean()
     perplexity = torch.cat(losses).mean().exp()
     print(
-        f"{variant.name:24} {num_bytes:6.3f} {kl.mean():9.5f} {kl.median():9.5f} "
+        f"{name:24} {bytes_per_weight:6.3f} {kl.mean():9.5f} {kl.median():9.5f} "
         f"{kl.quantile(0.99):9.5f} {kl.max():9.5f} {agrees:9.2%} {perplexity:11.3f}",
         flush=True,
     )
@@ -235,6 +255,16 @@ def main() -> None:
         Variant("fp8 KV", dtype, kv_cache_dtype="fp8"),
         Variant("fp8 and fp8 KV", dtype, fp8, kv_cache_dtype="fp8"),
     ]
+    if native.path() is not None and choose_device("auto").type == "cpu":
+        half = partial(Variant, dtype="bfloat16", is_native=True)
+        if locate(arguments.model).format == "gguf":
+            variants.append(half("native, as stored", as_stored=True))
+        variants += [
+            half("native, bfloat16"),
+            half("native, q8_0", kept=WeightFormat("packed", "group", bits=8, group=32)),
+            half("native, int8", kept=AT_LOAD["int8"]),
+            half("native, int4", kept=AT_LOAD["int4"]),
+        ]
     if arguments.variants:
         variants = [one for one in variants if one.name in (dtype, *arguments.variants)]
     print(
@@ -250,7 +280,7 @@ def main() -> None:
         scorer = Scorer(arguments.model, variant, num_tokens=arguments.tokens)
         logits = [scorer.logits(token_ids, step) for token_ids in texts]
         reference = reference or logits
-        report(variant, logits, reference, texts)
+        report(variant.name, scorer.bytes_per_weight, logits, reference, texts)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ BUDGETS = {
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready; block tables
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache
-    "worker": 6580,
+    "worker": 6616,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

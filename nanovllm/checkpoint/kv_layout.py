@@ -69,7 +69,7 @@ def kv_layout(spec: DecoderSpec, *, num_ranks: int = 1) -> KVLayout:
 
 
 def undivided(spec: DecoderSpec) -> KVLayout:
-    """All layers in one group, for steps that know one block table: where layers differ in how far
+    """All layers in one group, for batches of one block table: where layers differ in how far
     they see, all keys are kept. Where keys differ in size there is no such layout."""
     if len(set(_blocks_of_kinds(spec, 1).values())) > 1:
         return kv_layout(spec)

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from nanovllm.checkpoint.generation_config import sampling_defaults
-from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, undivided
+from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout
 from nanovllm.checkpoint.locate import Checkpoint, locate, locate_tokenizer
 from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
@@ -222,8 +222,7 @@ class Startup:
             scheme=scheme,
             attention=attention,
             kernels=kernels,
-            # Native steps know one block table.
-            layout=undivided(spec) if is_native else kv_layout(spec, num_ranks=self._parallel.size),
+            layout=kv_layout(spec, num_ranks=self._parallel.size),
             is_native=is_native,
             notes=notes,
         )

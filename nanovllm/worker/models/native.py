@@ -19,6 +19,7 @@ from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, pack_bfloat16
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
+from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.decoder import Decoder, DecoderLayer
 from nanovllm.worker.quant.gguf import (
     PackedLinear,
@@ -37,8 +38,10 @@ def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
         return f"{attention.spec.dtype} is computed as torch does"
     if not all(isinstance(attention.of(kind), NativeAttention) for kind in spec.attentions):
         return "attention is not native"
-    if (spec.embedding_multiplier, spec.logit_scale, spec.final_softcap) != (1.0, 1.0, None):
-        return "embeddings or logits are scaled"
+    if len({(kind.num_kv_heads, kind.head_dim) for kind in spec.attentions}) > 1:
+        return "keys of layers differ in size"
+    if any(layer.norm.eps != spec.norm.eps for layer in spec.layers):
+        return "norms differ in what they add"
     if spec.hidden_size % native.TILE:
         return f"hidden_size {spec.hidden_size} is no multiple of {native.TILE}"
     odd = (_odd(layer) for layer in spec.layers)
@@ -46,16 +49,14 @@ def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
 
 
 def _odd(layer: LayerSpec) -> str | None:
-    if not isinstance(layer.mlp, Dense) or layer.mlp.activation != "silu":
-        return "an MLP is not a plain gated one"
-    norm = layer.norm
-    if not layer.pre_norm or layer.post_norm or layer.parallel or norm.adds_one or norm.centers:
-        return "norms lie elsewhere than before attention and MLP"
-    if layer.attention.query_growth is not None:
-        return "queries grow with their position"
-    if layer.attention.qk_norm == "full":
-        return "queries and keys are normed as a whole"
-    heads = layer.attention.num_heads * layer.attention.head_dim
+    attention = layer.attention
+    if not isinstance(layer.mlp, Dense) or layer.experts is not None:
+        return "a layer has experts"
+    if layer.parallel or layer.norm.centers:
+        return "attention and MLP are side by side, or norms take off means"
+    if attention.v_norm or layer.keys_of is not None or layer.input_size or layer.scaled:
+        return "layers have values that are normed, keys of others, inputs or scales of their own"
+    heads = attention.num_heads * attention.head_dim
     if layer.mlp.intermediate_size % native.TILE or heads % native.TILE:
         return f"a width is no multiple of {native.TILE}"
     return None
@@ -86,13 +87,26 @@ class NativeDecoder:
             elif isinstance(linear.method, PackedMethod):
                 lay_out_packed(linear, linear.method.weight)
         self._kept: list[Tensor | PackedLinear] = []  # what addresses point into
-        layers = (native.Layer * len(model.layers))(*map(self._layer, model.layers))
+        self._num_groups = len(model.layout.groups)
+        eps = model.spec.norm.eps
+        layers = (native.Layer * len(model.layers))(
+            *(
+                self._layer(layer, spec, place, eps)
+                for layer, spec, place in zip(
+                    model.layers, model.spec.layers, model.layout.places, strict=True
+                )
+            )
+        )
+        # Rounded as the embedding is whose rows it multiplies.
+        multiplier = torch.tensor(model.spec.embedding_multiplier, dtype=model.dtype)
         parts = native.DecoderParts(
             layers,
             len(layers),
             self._hidden_size,
-            model.spec.norm.eps,
-            0.0,
+            eps,
+            float(multiplier),
+            model.spec.logit_scale,
+            model.spec.final_softcap or 0.0,
             self._address(model.final_norm.weight),
             embedding.matrix,
             self._linear(model.lm_head),
@@ -106,10 +120,12 @@ class NativeDecoder:
         """As `Decoder.forward`."""
         num_wanted = batch.num_tokens if wanted is None else len(wanted)
         hidden = torch.empty(num_wanted, self._hidden_size)
+        seen = (describe_batch(batch.of_group(group)) for group in range(self._num_groups))
+        batches = (native.Batch * self._num_groups)(*seen)
         native.library().nv_decoder_forward(
             self._decoder,
             batch.input_ids.data_ptr(),
-            ctypes.byref(describe_batch(batch)),
+            batches,
             ctypes.byref(describe_cache(kv_cache[:, 0])),
             kv_cache.stride(1) * kv_cache.element_size(),
             None if wanted is None else wanted.data_ptr(),
@@ -148,27 +164,42 @@ class NativeDecoder:
         parts = [part for linear in linears for part in linear.parts.values()]
         return list({id(part): part for part in (self._embedding, *parts)}.values())
 
-    def _layer(self, layer: DecoderLayer) -> native.Layer:
+    def _layer(
+        self, layer: DecoderLayer, spec: LayerSpec, place: tuple[int, int], eps: float
+    ) -> native.Layer:
+        """place: the group and place of its keys (`KVLayout.places`)."""
         attention, mlp = layer.attention, layer.mlp
-        assert isinstance(attention.backend, NativeAttention)
-        assert attention.norms.pre is not None and mlp.norms.pre is not None
-        norms = attention.head_norms
+        assert isinstance(attention.backend, NativeAttention) and isinstance(spec.mlp, Dense)
         if attention.sinks is not None:
             self._kept.append(attention.sinks)
+        rope = native.Rope(
+            self._address(attention.rotary.cos_sin),
+            self._weight(attention.q_norm),
+            self._weight(attention.k_norm),
+            None if attention.growth is None else self._address(attention.growth),
+            eps,
+            spec.attention.qk_norm == "full",
+        )
         return native.Layer(
             *map(self._linear, layer.linears()),
-            self._address(attention.norms.pre.weight),
-            self._address(mlp.norms.pre.weight),
-            None if norms is None else self._address(norms.q_weight),
-            None if norms is None else self._address(norms.k_weight),
-            self._address(attention.rotary.cos_sin),
+            self._weight(attention.norms.pre),
+            self._weight(attention.norms.post),
+            self._weight(mlp.norms.pre),
+            self._weight(mlp.norms.post),
+            rope,
             attention.backend.heads(attention.sinks),
+            native.ACTIVATIONS.index(spec.mlp.activation),
+            *place,
+            0,
         )
 
     def _linear(self, linear: Linear) -> native.Linear:
         assert isinstance(linear.method, PackedLinear)
         self._kept.append(linear.method)
         return linear.method.describe(linear)
+
+    def _weight(self, norm: RMSNorm | None) -> int | None:
+        return None if norm is None else self._address(norm.weight)
 
     def _address(self, values: Tensor) -> int:
         """Of the values in float32."""

@@ -15,6 +15,7 @@ from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
+from nanovllm.worker.model_runner import Model
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.weights import load_weights
@@ -56,6 +57,7 @@ class Driver:
     """A loaded model with a cache; `run` advances named sequences by some tokens each."""
 
     model: Decoder
+    step: Model  # of its weights: itself, or native steps
     kv_cache: Tensor
     block_size: int
     lengths: dict[str, int] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class Driver:
         )
         shape = attention.kv_shape(num_layers=layout.layers_per_block, num_blocks=1024)
         kv_cache = allocate(shape, dtype=attention.spec.cache_dtype, device=CPU)
-        return cls(model, kv_cache, block_size)
+        return cls(model, model, kv_cache, block_size)
 
     @torch.inference_mode()
     def run(self, new: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -134,5 +136,5 @@ class Driver:
         for group, other in enumerate(others, 1):
             other.group = group
         self.model.attention.prepare(batch)
-        stream = self.model.forward(batch, self.kv_cache, wanted=wanted)
-        return self.model.compute_logits(stream)
+        stream = self.step.forward(batch, self.kv_cache, wanted=wanted)
+        return self.step.compute_logits(stream)

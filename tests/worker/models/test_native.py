@@ -8,6 +8,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from nanovllm.checkpoint.kv_layout import kv_layout
 from nanovllm.checkpoint.locate import Checkpoint, locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
@@ -21,6 +22,8 @@ from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.native import NativeDecoder, take_as_stored, unsupported
 from nanovllm.worker.quant.gguf import reads_packed
 from nanovllm.worker.weights import load_weights
+from tests.conftest import SIZES, TINY
+from tests.worker.attention.decoding import Driver
 from tests.worker.quant.layouts import FORMATS, write
 from tests.worker.test_weights import wider
 
@@ -84,8 +87,10 @@ class Loaded:
             device=CPU,
             scheme=scheme,
         )
-        if is_native and checkpoint.format == "gguf" and scheme is None:
+        model.lay_out(kv_layout(spec))
+        if is_native:
             assert unsupported(spec, self.attention) is None
+        if is_native and checkpoint.format == "gguf" and scheme is None:
             take_as_stored(model)
         load_weights(
             model,
@@ -96,8 +101,10 @@ class Loaded:
             prepacks=not is_native,
         )
         self.model: Model = NativeDecoder(model) if is_native else model
-        shape = self.attention.kv_shape(num_layers=spec.num_layers, num_blocks=200)
+        num_layers = model.layout.layers_per_block
+        shape = self.attention.kv_shape(num_layers=num_layers, num_blocks=200)
         self.cache = torch.zeros(shape, dtype=dtype)
+        self.driver = Driver(model, self.model, self.cache, BLOCK_SIZE)
 
     def logits(self, batch: ForwardBatch, wanted: Tensor | None = None) -> Tensor:
         self.attention.prepare(batch)
@@ -155,6 +162,71 @@ def test_weights_are_kept_in_the_size_of_the_file(
     assert isinstance(model, NativeDecoder)
     assert model.weight_bytes < 1.01 * smollm2[0].path.stat().st_size
     assert "210 Q4_1, 1 Q8_0" in model.describe()
+
+
+# What each has that plain ones have not: norms of heads or of all heads, biases, windows in groups
+# of blocks of their own, norms behind blocks, caps, multipliers, growing queries, tokens without
+# positions.
+FAMILIES = ["llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen2_windows", "qwen3"]
+FAMILIES += ["gemma2", "gemma3", "gemma3_seeing", "olmo2", "olmo3", "phi3", "glm4", "smollm3"]
+FAMILIES += ["granite_tied", "ministral3"]
+
+
+def of_family(name: str, path: Path) -> Checkpoint:
+    """A small random model in bfloat16, of widths that native products take."""
+    model_class, config_class, changes = TINY[name]
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96} | changes
+    if name == "gemma3_seeing":
+        sizes |= {"final_logit_softcapping": 2.0}
+    model = model_class(config_class(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms begin as ones, biases as zeros
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.bfloat16().save_pretrained(path)
+    return Checkpoint(path, "safetensors")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_of_families(isa: str, name: str, tmp_path: Path) -> None:
+    """Nearer to float32 than plain torch in bfloat16 is, as what lies between products is not
+    rounded: of a prompt, then of chunks and single tokens beside each other."""
+    checkpoint = of_family(name, tmp_path)
+    spec = replace(read_model_size(checkpoint).spec, max_position_embeddings=64)
+    exact, quick = (
+        Loaded(checkpoint, spec, dtype=dtype).driver for dtype in (torch.float32, torch.bfloat16)
+    )
+    plain = Driver.load(checkpoint, dtype=torch.bfloat16, block_size=BLOCK_SIZE)
+    ids = [token % 160 for token in PROMPT]
+    steps: list[tuple[dict[str, list[int]], Tensor | None]] = [
+        ({"a": ids[:40], "b": ids[5:10]}, None),
+        ({"a": ids[40:41], "b": ids[40:44]}, None),
+        ({"a": ids[41:42], "b": ids[44:45], "c": ids[:9]}, torch.tensor([0, 1, 7])),
+    ]
+    of_native = of_torch = 0.0
+    for new, wanted in steps:
+        expected, found, rounded = (
+            driver.run_batch(new, wanted=wanted) for driver in (exact, quick, plain)
+        )
+        of_native += float(divergence(expected, found).mean())
+        of_torch += float(divergence(expected, rounded).mean())
+    assert of_native < of_torch < MAX_DIVERGENCE
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("qwen3_moe", "a layer has experts"),
+        ("cohere2", "side by side"),
+        ("gemma4", "keys of layers differ in size"),
+        ("gemma3_old", "attention is not native"),
+    ],
+)
+def test_what_has_no_native_steps(name: str, reason: str, tmp_path: Path) -> None:
+    spec = read_model_size(of_family(name, tmp_path)).spec
+    specs = attention_specs(spec, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU)
+    assert reason in str(unsupported(spec, select_attention("auto", specs)[0]))
 
 
 PACKED = ["awq 32", "gptq 4 32", "compressed 4 32 symmetric", "compressed 4 32 zeros"]

@@ -214,17 +214,24 @@ static void linear(const Matrix& w, const Tokens& x, int num_tokens, int first_b
 
 // ---- between products
 
-static void rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
+static void rms_norm(const float* x, const float* weight, float eps, int width, float* out,
+                     bool add) {
     F squares = zero();
     for (int i = 0; i < width; i += BLOCK) squares = fma(load(x + i), load(x + i), squares);
     F scale = set1(1.0f / sqrtf(sum(squares) / (float)width + eps));
-    for (int i = 0; i < width; i += BLOCK) store(out + i, load(x + i) * scale * load(weight + i));
+    for (int i = 0; i < width; i += BLOCK) {
+        F normed = load(x + i) * scale * load(weight + i);
+        store(out + i, add ? load(out + i) + normed : normed);
+    }
 }
 
-static void silu_and_mul(const float* gate, const float* up, int width, float* out) {
+// Both activations are x * sigmoid(y). GELU with a tanh: 1 + tanh(u) is 2 * sigmoid(2u).
+static void activate(const float* gate, const float* up, int width, int activation, float* out) {
     for (int i = 0; i < width; i += BLOCK) {
-        F x = load(gate + i);
-        store(out + i, x / (set1(1.0f) + exp(zero() - x)) * load(up + i));
+        F x = load(gate + i), y = x;
+        if (activation == GELU_TANH)
+            y = set1(1.5957691216f) * fma(set1(0.044715f) * x * x, x, x);  // 2 * sqrt(2 / pi)
+        store(out + i, x / (set1(1.0f) + exp(zero() - y)) * load(up + i));
     }
 }
 
@@ -253,14 +260,22 @@ static void cache_heads(const float* heads, const Heads& shape, int64_t slot, Va
 static void rope(float* qkv, const Rope& rope, const Heads& heads, int64_t position, int64_t slot,
                  const Cache& cache) {
     int head_dim = heads.head_dim, rotating = heads.num_heads + heads.num_kv_heads;
+    float* keys = qkv + heads.num_heads * head_dim;
+    if (rope.norms_all) {
+        int query_width = heads.num_heads * head_dim, key_width = heads.num_kv_heads * head_dim;
+        rms_norm(qkv, rope.q_norm, rope.eps, query_width, qkv, false);
+        rms_norm(keys, rope.k_norm, rope.eps, key_width, keys, false);
+    }
     for (int h = 0; h < rotating; h++) {
         float* head = qkv + h * head_dim;
         const float* norm = h < heads.num_heads ? rope.q_norm : rope.k_norm;
-        if (norm) rms_norm(head, norm, rope.eps, head_dim, head);
+        if (norm && !rope.norms_all) rms_norm(head, norm, rope.eps, head_dim, head, false);
+        if (rope.growth && h < heads.num_heads)
+            for (int i = 0; i < head_dim; i += BLOCK)
+                store(head + i, load(head + i) * set1(rope.growth[position]));
         if (rope.cos_sin) rotate(head, rope.cos_sin + position * head_dim, head_dim);
     }
     if (slot < 0) return;
-    const float* keys = qkv + heads.num_heads * head_dim;
     const float* values = keys + heads.num_kv_heads * head_dim;
     if (cache.is_bf16) {
         cache_heads(keys, heads, slot, (uint16_t*)cache.keys);
@@ -269,6 +284,20 @@ static void rope(float* qkv, const Rope& rope, const Heads& heads, int64_t posit
         cache_heads(keys, heads, slot, (float*)cache.keys);
         cache_heads(values, heads, slot, (float*)cache.keys + cache.plane);
     }
+}
+
+// Of logits: x * scale, brought within +-softcap if there is one.
+static void cap(float* x, int64_t size, float scale, float softcap) {
+    auto capped = [&](F values) {
+        values = values * set1(scale);
+        return softcap > 0 ? tanh(values * set1(1 / softcap)) * set1(softcap) : values;
+    };
+    int64_t i = 0;
+    for (; i + BLOCK <= size; i += BLOCK) store(x + i, capped(load(x + i)));
+    float rest[BLOCK] = {0};
+    memcpy(rest, x + i, (size_t)(size - i) * 4);
+    store(rest, capped(load(rest)));
+    memcpy(x + i, rest, (size_t)(size - i) * 4);
 }
 
 static int64_t argmax(const float* x, int64_t size) {
@@ -308,8 +337,8 @@ static void narrow(const float* x, int64_t size, uint16_t* bf16) {
 
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
-    NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm, silu_and_mul,
-    rope,    attend, merge,   argmax, weigh,         widen, narrow,
+    NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm, activate,
+    rope,    attend, merge,   cap,    argmax,        weigh, widen,    narrow,
 };
 
 }  // namespace NV_NAMESPACE

@@ -15,6 +15,7 @@ ISA_VARIABLE = "NANOVLLM_CPU_ISA"  # an instruction set instead of the best that
 MODULE = "nanovllm.worker.kernels.native._native"
 BLOCK = 16  # rows that are laid out together; every width is a multiple
 TILE = 32  # columns that share a scale; those of weights are a multiple
+ACTIVATIONS = "silu", "gelu_tanh"  # by their numbers there
 BF16 = 30  # the type of weights that are not quantized; the others are GGUF's
 
 
@@ -65,8 +66,9 @@ class Rope(Structure):
         ("cos_sin", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("growth", c_void_p),
         ("eps", c_float),
-        ("padding", c_int32),
+        ("norms_all", c_int32),
     )
 
 
@@ -88,12 +90,16 @@ class Layer(Structure):
         ("o", Linear),
         ("gate_up", Linear),
         ("down", Linear),
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("cos_sin", c_void_p),
+        ("attention_norm", c_void_p),
+        ("attention_post_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("mlp_post_norm", c_void_p),
+        ("rope", Rope),
         ("heads", Heads),
+        ("activation", c_int32),
+        ("group", c_int32),
+        ("place", c_int32),
+        ("padding", c_int32),
     )
 
 
@@ -103,7 +109,9 @@ class DecoderParts(Structure):
         ("num_layers", c_int32),
         ("hidden_size", c_int32),
         ("eps", c_float),
-        ("padding", c_float),
+        ("embedding_multiplier", c_float),
+        ("logit_scale", c_float),
+        ("logit_softcap", c_float),
         ("final_norm", c_void_p),
         ("embedding", Matrix),
         ("head", Linear),
@@ -133,8 +141,9 @@ SIGNATURES = {
     "nv_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
     "nv_pack": (c_int64, (c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p)),
     "nv_rows": (None, (POINTER(Matrix), c_void_p, c_int32, c_void_p)),
-    "nv_rms_norm": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p)),
-    "nv_silu_and_mul": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "nv_rms_norm": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p, c_int32)),
+    "nv_activate": (None, (c_void_p, c_int32, c_int32, c_int32, c_void_p)),
+    "nv_cap": (None, (c_void_p, c_int64, c_float, c_float)),
     "nv_linear": (None, (POINTER(Linear), c_void_p, c_int32, c_void_p)),
     "nv_rope_and_cache": (
         None,

@@ -225,11 +225,22 @@ struct Engine {
         });
     }
 
-    void norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out) {
+    void norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out,
+              bool add = false) {
         share(num_tokens, 16, [&](int begin, int end, int) {
             for (int t = begin; t < end; t++)
                 kernels->rms_norm(x + (int64_t)t * width, weight, eps, width,
-                                  out + (int64_t)t * width);
+                                  out + (int64_t)t * width, add);
+        });
+    }
+
+    // gate_up: [num_tokens, 2 * size]; out: [num_tokens, size].
+    void activate(const float* gate_up, int size, int num_tokens, int activation, float* out) {
+        share(num_tokens, 1, [&](int begin, int end, int) {
+            for (int64_t t = begin; t < end; t++) {
+                const float* gate = gate_up + t * 2 * size;
+                kernels->activate(gate, gate + size, size, activation, out + t * size);
+            }
         });
     }
 
@@ -337,13 +348,14 @@ struct Decoder {
     explicit Decoder(const DecoderParts& given)
         : parts(given), layers(given.layers, given.layers + given.num_layers) {}
 
-    // cache: of the first layer; the next one's is `layer_bytes` further on.
+    // batches: the step as each group of layers sees it, of which all but slots and block tables is
+    // the same. cache: of the first layer in a block; the next one's is `layer_bytes` further on.
     // wanted: tokens of the batch, ascending, or null. Returns how many lines of `out` are written.
-    int64_t forward(const int64_t* input_ids, const Batch& batch, Cache cache, int64_t layer_bytes,
+    int64_t forward(const int64_t* input_ids, const Batch* batches, Cache cache, int64_t layer_bytes,
                     const int64_t* wanted, int64_t num_wanted, float* out) {
         int64_t written = 0, next = 0;
-        for (int first = 0; first < batch.num_tokens; first += SLAB) {
-            int count = std::min(SLAB, batch.num_tokens - first);
+        for (int first = 0; first < batches->num_tokens; first += SLAB) {
+            int count = std::min(SLAB, batches->num_tokens - first);
             std::vector<int> kept;  // tokens of the slab
             if (wanted) {
                 for (; next < num_wanted && wanted[next] < first + count; next++)
@@ -351,7 +363,7 @@ struct Decoder {
             } else {
                 for (int t = 0; t < count; t++) kept.push_back(t);
             }
-            slab(input_ids, batch, cache, layer_bytes, first, count, kept);
+            slab(input_ids, batches, cache, layer_bytes, first, count, kept);
             int width = parts.hidden_size;
             memcpy(out + written * width, hidden.of(0), kept.size() * width * sizeof(float));
             written += (int64_t)kept.size();
@@ -359,7 +371,7 @@ struct Decoder {
         return written;
     }
 
-    void slab(const int64_t* input_ids, const Batch& batch, Cache cache, int64_t layer_bytes,
+    void slab(const int64_t* input_ids, const Batch* batches, Cache cache, int64_t layer_bytes,
               int first, int count, const std::vector<int>& kept) {
         Engine& e = engine();
         int width = parts.hidden_size;
@@ -367,13 +379,16 @@ struct Decoder {
         e.share(count, 8, [&](int begin, int end, int) {
             for (int t = begin; t < end; t++)
                 e.kernels->row(parts.embedding, input_ids[first + t], h + (int64_t)t * width);
+            if (parts.embedding_multiplier != 1)
+                for (int64_t i = (int64_t)begin * width; i < (int64_t)end * width; i++)
+                    h[i] *= parts.embedding_multiplier;
         });
         for (size_t i = 0; i < layers.size(); i++) {
             const Layer& layer = layers[i];
             bool last = i + 1 == layers.size();
             Cache here = cache;
-            here.keys = (uint8_t*)cache.keys + (int64_t)i * layer_bytes;
-            attention(layer, batch, here, first, count);
+            here.keys = (uint8_t*)cache.keys + layer.place * layer_bytes;
+            attention(layer, batches[layer.group], here, first, count);
             if (last && (int)kept.size() < count) {  // the others have left their keys and values
                 int64_t heads = (int64_t)layer.heads.num_heads * layer.heads.head_dim;
                 float* a = attended.of(0);
@@ -384,22 +399,36 @@ struct Decoder {
                 count = (int)kept.size();
             }
             if (count == 0) return;
-            Tokens x = e.prepare(e.tokens, layer.o, attended.of(0), count);
-            e.multiply(layer.o, x, count, h, true);
+            add_product(layer.o, attended.of(0), layer.attention_post_norm, count);
             mlp(layer, count);
         }
+    }
+
+    // What a block takes: the stream, normed if there is a norm.
+    const float* taken(const float* norm, int count) {
+        if (!norm) return hidden.of(0);
+        float* x = normed.of((int64_t)count * parts.hidden_size);
+        engine().norm(hidden.of(0), norm, parts.eps, parts.hidden_size, count, x);
+        return x;
+    }
+
+    // Adds to the stream what a block gives, normed if there is a norm.
+    void add_product(const Linear& linear, const float* x, const float* norm, int count) {
+        Engine& e = engine();
+        Tokens tokens = e.prepare(e.tokens, linear, x, count);
+        if (!norm) return e.multiply(linear, tokens, count, hidden.of(0), true);
+        float* product = normed.of((int64_t)count * parts.hidden_size);
+        e.multiply(linear, tokens, count, product, false);
+        e.norm(product, norm, parts.eps, parts.hidden_size, count, hidden.of(0), true);
     }
 
     void attention(const Layer& layer, const Batch& batch, const Cache& cache, int first, int count) {
         Engine& e = engine();
         const Heads& heads = layer.heads;
-        int width = parts.hidden_size;
-        float* x = normed.of((int64_t)count * width);
-        e.norm(hidden.of(0), layer.input_norm, parts.eps, width, count, x);
+        const float* x = taken(layer.attention_norm, count);
         float* projected = qkv.of((int64_t)count * layer.qkv.rows);
         e.multiply(layer.qkv, e.prepare(e.tokens, layer.qkv, x, count), count, projected, false);
-        Rope rope{layer.cos_sin, layer.q_norm, layer.k_norm, parts.eps, 0};
-        e.rope(projected, layer.qkv.rows, rope, heads, cache, batch.positions + first,
+        e.rope(projected, layer.qkv.rows, layer.rope, heads, cache, batch.positions + first,
                batch.slots + first, count);
         float* out = attended.of((int64_t)count * heads.num_heads * heads.head_dim);
         e.attend(projected, layer.qkv.rows, heads, cache, batch, first, count, out);
@@ -407,19 +436,13 @@ struct Decoder {
 
     void mlp(const Layer& layer, int count) {
         Engine& e = engine();
-        int width = parts.hidden_size, size = layer.down.parts[0].columns;
-        float* x = normed.of((int64_t)count * width);
-        e.norm(hidden.of(0), layer.post_norm, parts.eps, width, count, x);
+        int size = layer.down.parts[0].columns;
+        const float* x = taken(layer.mlp_norm, count);
         float* both = gate_up.of((int64_t)count * 2 * size);
         e.multiply(layer.gate_up, e.prepare(e.tokens, layer.gate_up, x, count), count, both, false);
         float* to = inner.of((int64_t)count * size);
-        e.share(count, 1, [&](int begin, int end, int) {
-            for (int t = begin; t < end; t++) {
-                const float* gate = both + (int64_t)t * 2 * size;
-                e.kernels->silu_and_mul(gate, gate + size, size, to + (int64_t)t * size);
-            }
-        });
-        e.multiply(layer.down, e.prepare(e.tokens, layer.down, to, count), count, hidden.of(0), true);
+        e.activate(both, size, count, layer.activation, to);
+        add_product(layer.down, to, layer.mlp_post_norm, count);
     }
 
     void logits(const float* states, int num_tokens, float* out) {
@@ -427,6 +450,13 @@ struct Decoder {
         float* x = normed.of((int64_t)num_tokens * parts.hidden_size);
         e.norm(states, parts.final_norm, parts.eps, parts.hidden_size, num_tokens, x);
         e.multiply(parts.head, e.prepare(e.tokens, parts.head, x, num_tokens), num_tokens, out, false);
+        if (parts.logit_scale == 1 && parts.logit_softcap == 0) return;
+        int width = parts.head.rows;
+        for (int t = 0; t < num_tokens; t++)
+            e.share(width, 4096, [&](int begin, int end, int) {
+                e.kernels->cap(out + (int64_t)t * width + begin, end - begin, parts.logit_scale,
+                               parts.logit_softcap);
+            });
     }
 };
 
@@ -458,18 +488,19 @@ int nv_use(const char* isa, int num_threads) {
     return 0;
 }
 
-void nv_rms_norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out) {
+void nv_rms_norm(const float* x, const float* weight, float eps, int width, int num_tokens, float* out,
+                 int add) {
     std::lock_guard<std::mutex> hold(engine().turn);
-    engine().norm(x, weight, eps, width, num_tokens, out);
+    engine().norm(x, weight, eps, width, num_tokens, out, add);
 }
 
-void nv_silu_and_mul(const float* gate_up, int size, int num_tokens, float* out) {
+void nv_activate(const float* gate_up, int size, int num_tokens, int activation, float* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
-    engine().share(num_tokens, 1, [&](int begin, int end, int) {
-        for (int64_t t = begin; t < end; t++)
-            engine().kernels->silu_and_mul(gate_up + t * 2 * size, gate_up + t * 2 * size + size, size,
-                                           out + t * size);
-    });
+    engine().activate(gate_up, size, num_tokens, activation, out);
+}
+
+void nv_cap(float* x, int64_t size, float scale, float softcap) {
+    engine().kernels->cap(x, size, scale, softcap);
 }
 
 // x: [num_tokens, columns]; out: [num_tokens, rows].
@@ -528,14 +559,14 @@ void* nv_decoder(const DecoderParts* parts) { return new Decoder(*parts); }
 
 void nv_decoder_free(void* decoder) { delete (Decoder*)decoder; }
 
-int64_t nv_decoder_forward(void* decoder, const int64_t* input_ids, const Batch* batch,
+int64_t nv_decoder_forward(void* decoder, const int64_t* input_ids, const Batch* batches,
                            const Cache* cache, int64_t layer_bytes, const int64_t* wanted,
                            int64_t num_wanted, float* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
     int64_t written = 0;
     engine().turnout.during(*engine().pool, [&] {
         written = ((Decoder*)decoder)
-                      ->forward(input_ids, *batch, *cache, layer_bytes, wanted, num_wanted, out);
+                      ->forward(input_ids, batches, *cache, layer_bytes, wanted, num_wanted, out);
     });
     return written;
 }

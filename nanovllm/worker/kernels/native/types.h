@@ -34,10 +34,12 @@ struct Heads {
     const float* sinks;                                 // [num_heads], or null
 };
 
+// norms: of each head, [head_dim], or of all heads of a token at once, [heads * head_dim]; or null.
+// growth: what queries are multiplied by, [positions], or null.
 struct Rope {
-    const float *cos_sin, *q_norm, *k_norm;  // [positions, head_dim]; norms: [head_dim], or null
+    const float *cos_sin, *q_norm, *k_norm, *growth;  // cos_sin: [positions, head_dim]
     float eps;
-    int32_t padding;
+    int32_t norms_all;
 };
 
 // Rows of a step, as in ForwardBatch. All on the host.
@@ -48,16 +50,23 @@ struct Batch {
     int64_t block_table_stride;
 };
 
+enum Activation { SILU = 0, GELU_TANH = 1 };
+
+// Norms of what a block takes and of what it gives, [hidden_size] each, or null. group, place: which
+// of a step's batches has the blocks of its keys, and which of the layers in a block it is.
 struct Layer {
     Linear qkv, o, gate_up, down;
-    const float *input_norm, *post_norm, *q_norm, *k_norm, *cos_sin;
+    const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;
+    Rope rope;
     Heads heads;
+    int32_t activation, group, place, padding;
 };
 
+// softcap 0: none.
 struct DecoderParts {
     const Layer* layers;
     int32_t num_layers, hidden_size;
-    float eps, padding;
+    float eps, embedding_multiplier, logit_scale, logit_softcap;
     const float* final_norm;
     Matrix embedding;
     Linear head;
@@ -111,12 +120,13 @@ struct Kernels {
                    float* out, int64_t stride, const float* bias, bool add, uint8_t* scratch);
     int64_t (*scratch_bytes)(int type, int columns, int num_tokens);
     void (*row)(const Matrix& w, int64_t row, float* out);
-    void (*rms_norm)(const float* x, const float* weight, float eps, int width, float* out);
-    void (*silu_and_mul)(const float* gate, const float* up, int width, float* out);
+    void (*rms_norm)(const float* x, const float* weight, float eps, int width, float* out, bool add);
+    void (*activate)(const float* gate, const float* up, int width, int activation, float* out);
     void (*rope)(float* qkv, const Rope& rope, const Heads& heads, int64_t position, int64_t slot,
                  const Cache& cache);
     void (*attend)(const Span& span, const Heads& heads, const Cache& cache, uint8_t* scratch);
     void (*merge)(const float* partials, int num_partials, int64_t stride, int head_dim, float* out);
+    void (*cap)(float* x, int64_t size, float scale, float softcap);
     int64_t (*argmax)(const float* x, int64_t size);
     void (*weigh)(const float* x, int64_t size, float temperature, float* weights, float* masses);
     void (*widen)(const uint16_t* bf16, int64_t size, float* out);

@@ -124,22 +124,43 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
         pack_gguf(raw, int(GGMLType.Q4_1), columns=64, name="w")
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 40])
-def test_rms_norm(num_tokens: int) -> None:
+def test_rms_norm(num_tokens: int, adds: bool) -> None:
     x, weight = torch.randn(num_tokens, 576), torch.randn(576)
-    found = torch.empty_like(x)
-    library().nv_rms_norm(x.data_ptr(), weight.data_ptr(), 1e-5, 576, num_tokens, found.data_ptr())
-    expected = torch.nn.functional.rms_norm(x, (576,), weight, 1e-5)
+    found = torch.randn_like(x)
+    expected = torch.nn.functional.rms_norm(x, (576,), weight, 1e-5) + adds * found
+    library().nv_rms_norm(
+        x.data_ptr(), weight.data_ptr(), 1e-5, 576, num_tokens, found.data_ptr(), adds
+    )
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
-def test_silu_and_mul(num_tokens: int) -> None:
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activate(activation: str, num_tokens: int) -> None:
     both = torch.randn(num_tokens, 2 * 80) * 20
     found = torch.empty(num_tokens, 80)
-    library().nv_silu_and_mul(both.data_ptr(), 80, num_tokens, found.data_ptr())
+    number = native.ACTIVATIONS.index(activation)
+    library().nv_activate(both.data_ptr(), 80, num_tokens, number, found.data_ptr())
     gate, up = both.chunk(2, -1)
-    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up)
+    if activation == "silu":
+        activated = torch.nn.functional.silu(gate)
+    else:
+        activated = torch.nn.functional.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(found, activated * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("size", [0, 5, 16, 161])
+def test_logits_are_scaled_and_capped(size: int, softcap: float) -> None:
+    room = torch.randn(size + 1) * 90
+    expected = room * 0.7
+    if softcap:
+        expected = softcap * torch.tanh(expected / softcap)
+    expected[size] = room[size]  # what lies behind them is left alone
+    library().nv_cap(room.data_ptr(), size, 0.7, softcap)
+    torch.testing.assert_close(room, expected, rtol=1e-5, atol=1e-5)
 
 
 class Paged:
@@ -267,21 +288,27 @@ def test_attention(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("normed", ["nothing", "each head", "all heads"])
 @pytest.mark.parametrize("dim", [16, 64, 80])
-def test_rope_and_cache(dtype: torch.dtype, has_norms: bool, dim: int) -> None:
+def test_rope_and_cache(dtype: torch.dtype, normed: str, dim: int) -> None:
     paged = Paged([(3, 2), (0, 0), (40, 9)], shape=(6, 2, dim), dtype=dtype)
     before = paged.cache.clone()
     num_tokens = len(paged.positions)
     qkv = torch.randn(num_tokens, 10 * dim)
     angles = torch.outer(torch.arange(64.0), torch.rand(dim // 2))
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
-    norms = [torch.rand(dim) + 0.5 for _ in range(2)]
+    has_norms, norms_all = normed != "nothing", normed == "all heads"
+    counts = (6, 2) if norms_all else (1, 1)  # of heads that are normed as one
+    norms = [torch.rand(count * dim) + 0.5 for count in counts]
+    growth = torch.rand(64) + 0.5
     heads = qkv.clone().view(num_tokens, 10, dim)
     queries, keys, values = heads[:, :6], heads[:, 6:8], heads[:, 8:]
     if has_norms:
-        queries = torch.nn.functional.rms_norm(queries, (dim,), norms[0], 1e-6)
-        keys = torch.nn.functional.rms_norm(keys, (dim,), norms[1], 1e-6)
+        queries, keys = (
+            torch.nn.functional.rms_norm(x.view(-1, len(norm)), norm.shape, norm, 1e-6).view_as(x)
+            for x, norm in zip((queries.clone(), keys.clone()), norms, strict=True)
+        )
+    queries = queries * growth[paged.positions][:, None, None]
     cos, sin = cos_sin[paged.positions][:, None].chunk(2, -1)
 
     def rotated(x: Tensor) -> Tensor:
@@ -290,7 +317,11 @@ def test_rope_and_cache(dtype: torch.dtype, has_norms: bool, dim: int) -> None:
 
     paged.slots[-1] = -1  # a token whose keys are not kept
     rope = native.Rope(
-        cos_sin.data_ptr(), *(norm.data_ptr() if has_norms else None for norm in norms), 1e-6, 0
+        cos_sin.data_ptr(),
+        *(norm.data_ptr() if has_norms else None for norm in norms),
+        growth.data_ptr(),
+        1e-6,
+        norms_all,
     )
     shape = native.Heads(6, 2, dim, 0, 1.0, 0.0, None)
     library().nv_rope_and_cache(
