@@ -10,7 +10,8 @@ taken lies behind the best that one rank would have taken after the same tokens,
 of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes, with random weights: decoding 1, 8
 and 64 sequences, and a prompt; ratios are to one rank. `faults`: a rank is killed amid 64 streams:
 how many end with the ids of an undisturbed run, and how long they paused. `reduce`: all-reduce by
-NCCL in a CUDA graph, and one-shot over symmetric memory; over gloo on a CPU. `plan`: a plan's way
+NCCL in a CUDA graph, torch's one-shot over symmetric memory and the engine's own, also with what
+follows a sum; over gloo on a CPU. `plan`: a plan's way
 to 2, 4 and 8 ranks that compute nothing, and its result's way back.
 Each engine has processes of its own. No part begins after --seconds; what was left out is told.
 """
@@ -35,6 +36,7 @@ from typing import Any
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.executor.group import GroupExecutor
+from nanovllm.executor.rank_process import DEFAULT_ENVIRONMENT
 from nanovllm.protocol.plan import StepPlan
 
 MODELS = Path(__file__).resolve().parent / "models"
@@ -217,8 +219,12 @@ def _largest_gap(llm: LLM, asked: list[list[int]], ids: list[list[int]]) -> floa
 def measure(bench: Bench, model: str, sizes: list[int]) -> None:
     """Tokens per second of new tokens, or of a prompt's, on one rank and on several."""
     alone: dict[str, float] = {}
-    for size in [1, *sizes]:
+    ways = [(1, False), *((size, False) for size in sizes)]
+    if not bench.is_cpu:
+        ways += [(size, True) for size in sizes]
+    for size, by_nccl in ways:
         more = {"load_format": "dummy", "skip_tokenizer_init": True, "compare_ranks": False}
+        more["disable_custom_all_reduce"] = by_nccl
         with bench.engine(model, size, enable_prefix_caching=False, **more) as llm:
             for case in ("1", "8", "64", "prefill"):
                 if bench.is_cpu and case == "64":
@@ -229,6 +235,7 @@ def measure(bench: Bench, model: str, sizes: list[int]) -> None:
                     "speed",
                     model=Path(model).name,
                     ranks=size,
+                    sums="nccl" if by_nccl else "chosen",
                     case=case,
                     tokens_per_s=round(speed, 1),
                     ratio=round(speed / alone[case], 3),
@@ -349,7 +356,7 @@ def measure_reduce(bench: Bench, size: int) -> None:
                 [*command, "--reduce-rank", str(rank), "--store", store],
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 text=True,
-                env={"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", **os.environ},
+                env={**DEFAULT_ENVIRONMENT, **os.environ},
             )
             for rank in range(size)
         ]
@@ -382,15 +389,68 @@ def reduce_rank(rank: int, size: int, device: str, store: str) -> None:
         world_size=size,
         device_id=place if on_gpu else None,
     )
+    direct = _open_exchange(rank, size, place) if on_gpu else None
+    if on_gpu:
+        _check_exchange(direct, rank, size, place)
     for kib in REDUCED_KIB:
         values = torch.ones(kib * 512, dtype=torch.bfloat16, device=place)
         kinds = {"nccl" if on_gpu else "gloo": partial(distributed.all_reduce, values)}
         if on_gpu and kib <= 512:
             kinds["one_shot"] = _one_shot(values)
+            kinds |= _direct(direct, values)
         took = {kind: _time_reduce(run, on_gpu=on_gpu) for kind, run in kinds.items()}
         if rank == 0:
             print(json.dumps({"kib": kib, "us": took}), flush=True)
     distributed.barrier()
+
+
+def _open_exchange(rank: int, size: int, device: Any) -> Any:
+    from nanovllm.worker.kernels.triton.exchange import Exchange
+
+    return Exchange.open(rank, size, device)
+
+
+def _check_exchange(direct: Any, rank: int, size: int, device: Any) -> None:
+    """Sums of random rows many times over, of sizes in turns, against those made at one place."""
+    import torch
+
+    random = torch.Generator().manual_seed(7)
+    for turn in range(200):
+        shape = (1 + 7 * turn % 64, (512, 4096, 1000)[turn % 3])
+        parts = torch.randn(size + 2, *shape, generator=random).to(device, torch.bfloat16)
+        expected = parts[:size].float().sum(0).bfloat16()
+        if turn % 2:
+            found = direct.reduce(parts[rank])
+        else:
+            expected += parts[size]
+            weight = parts[size + 1, 0].contiguous()
+            found, (weighed, squares) = direct.reduce_add(parts[rank], parts[size], weight)
+            assert torch.equal(weighed, found * weight), turn
+            torch.testing.assert_close(squares.sum(1), found.float().square().sum(1))
+        assert torch.equal(found, expected), turn
+
+
+def _direct(direct: Any, values: Any) -> dict[str, Callable[[], Any]]:
+    """By `kernels.triton.exchange`: the sum alone, and with residual and norm, for which NCCL needs
+    two more kernels."""
+    import torch
+    from torch import distributed
+
+    from nanovllm.worker.kernels.triton.rows import rms_norm
+    from nanovllm.worker.layers.norm import RMSNorm
+
+    rows = values.view(-1, min(4096, len(values)))
+    residual, weight = torch.zeros_like(rows), torch.ones_like(rows[0])
+
+    def by_nccl() -> None:
+        distributed.all_reduce(rows)
+        rms_norm(residual.add_(rows), RMSNorm(weight, 1e-6))
+
+    return {
+        "direct": lambda: direct.reduce(values),
+        "nccl, add, norm": by_nccl,
+        "direct, add, norm": lambda: direct.reduce_add(rows, residual, weight),
+    }
 
 
 def _one_shot(like: Any) -> Callable[[], Any]:

@@ -232,6 +232,9 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
     ] = 1
+    disable_custom_all_reduce: Annotated[
+        bool, Meta(description="sums over ranks by NCCL alone, never by GPUs writing to each other")
+    ] = False
     compare_ranks: Annotated[
         bool, Meta(description="for debugging: end the engine if two ranks pick different ids")
     ] = False

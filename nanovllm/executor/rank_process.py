@@ -20,7 +20,11 @@ PROGRAM = ("-m", "nanovllm.executor.rank")
 LAST_WORDS_S = 1.0  # between the end of a channel and that of its process
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 # What ranks of one host need to find each other. Multicast over NVLink hangs on some hosts.
-DEFAULT_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_NVLS_ENABLE": "0"}
+DEFAULT_ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Carried by linear layers, the vocabulary, and whoever sizes attention. Every ran
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, distributed
 
@@ -32,6 +32,20 @@ class Cut(NamedTuple):
         return self.size == self.whole
 
 
+class Exchange(Protocol):
+    """A faster way for small sums than the group's (`kernels.triton.exchange`). Both methods
+    return None for what is too large; all ranks decide alike."""
+
+    def reduce(self, partial: Tensor) -> Tensor | None:
+        """The sum of what all ranks hold."""
+
+    def reduce_add(
+        self, partial: Tensor, residual: Tensor, next_weight: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+        """residual + the sum, written over residual; and if the norm is known that comes next, the
+        parts of a `kernels.base.Weighed`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """This rank among `size`. group: of `torch.distributed`; None: its default one."""
@@ -39,6 +53,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
+    exchange: Exchange | None = None
 
     def share(self, whole: int, *, unit: int = 1, repeats: bool = False) -> Cut:
         """This rank's part of an axis, in multiples of `unit` (a head, a group of weights).
@@ -70,6 +85,9 @@ class TensorParallel:
     def reduce(self, partial: Tensor) -> Tensor:
         """The sum of what all ranks hold, perhaps written over `partial`."""
         if self.size > 1:
+            found = None if self.exchange is None else self.exchange.reduce(partial)
+            if found is not None:
+                return found
             distributed.all_reduce(partial, group=self.group)
         return partial
 

@@ -5,9 +5,13 @@ between CPUs. Nothing times out here: who waits for a dead rank is ended by the 
 """
 
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
+import msgspec
 import torch
 from torch import distributed
 from torch._C._distributed_c10d import TCPStore
@@ -15,10 +19,12 @@ from torch._C._distributed_c10d import TCPStore
 from nanovllm.config import EngineConfig
 from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
 from nanovllm.worker.device import choose_device, num_usable_cores
-from nanovllm.worker.parallel import TensorParallel
+from nanovllm.worker.parallel import Exchange, TensorParallel
 from nanovllm.worker.worker import Worker
 
 HOST = "127.0.0.1"
+MEASURED_KIB = (8, 64, 512)  # of a message
+NUM_MEASURED = 20
 FOREVER = timedelta(days=30)
 
 
@@ -42,11 +48,17 @@ class RankWorker(Worker):
         device = take_device(self._config, self._parallel)
         self._on_progress("ranks", 0.0)
         join(self._parallel, device, self._meet)
-        return super().start()
+        note = None
+        if device.type == "cuda" and not self._config.parallel.disable_custom_all_reduce:
+            exchange, note = fastest_exchange(self._parallel, device)
+            self._parallel = replace(self._parallel, exchange=exchange)
+        info = super().start()
+        return info if note is None else msgspec.structs.replace(info, notes=[*info.notes, note])
 
     def shutdown(self) -> None:
         """Graphs hold on to the group's communicator: they go first."""
         super().shutdown()
+        self._parallel = replace(self._parallel, exchange=None)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -88,3 +100,60 @@ def join(parallel: TensorParallel, device: torch.device, meet: Callable[[int | N
         device_id=device if device.type == "cuda" else None,
     )
     distributed.barrier()
+
+
+def fastest_exchange(
+    parallel: TensorParallel, device: torch.device
+) -> tuple[Exchange | None, str | None]:
+    """GPUs that write into each other's memory, up to the size of message where that is as fast as
+    NCCL; else None. All ranks find the same. Also returns what to tell about it."""
+    from nanovllm.worker.kernels.triton.exchange import Exchange as Direct
+    from nanovllm.worker.kernels.triton.launch import unusable
+
+    others = [rank for rank in range(parallel.size) if rank != parallel.rank]
+    is_possible = unusable(device) is None
+    is_possible &= all(torch.cuda.can_device_access_peer(device, rank) for rank in others)
+    if not _least(is_possible, device):
+        return None, "sums over ranks by NCCL: GPUs do not reach each other's memory"
+    direct = Direct.open(parallel.rank, parallel.size, device)
+    most_bytes, times = 0, []
+    for kib in MEASURED_KIB:
+        values = torch.zeros(kib * 512, dtype=torch.bfloat16, device=device)
+        by_nccl = seconds_of(lambda: distributed.all_reduce(values))  # noqa: B023  # called here
+        by_writing = seconds_of(lambda: direct.reduce(values))  # noqa: B023
+        times.append(f"{kib} KiB {by_writing * 1e6:.1f} instead of {by_nccl * 1e6:.1f} µs")
+        if not _least(by_writing <= by_nccl, device):
+            break
+        most_bytes = values.nbytes
+    told = f"({'; '.join(times)})"
+    if not most_bytes:
+        return None, f"sums over ranks by NCCL, which is faster {told}"
+    note = f"sums of up to {most_bytes >> 10} KiB by GPUs writing to each other {told}"
+    return replace(direct, most_bytes=most_bytes), note
+
+
+def _least(claim: bool, device: torch.device) -> bool:
+    """Whether it holds on all ranks."""
+    claims = torch.tensor(int(claim), device=device)
+    distributed.all_reduce(claims, distributed.ReduceOp.MIN)
+    return bool(claims)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """What one takes within a CUDA graph, as steps run it; all ranks ask at once."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(NUM_MEASURED):
+            run()
+    took = []
+    for _ in range(5):
+        distributed.barrier()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+    return min(took) / NUM_MEASURED

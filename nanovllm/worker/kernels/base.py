@@ -11,6 +11,7 @@ from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import TensorParallel
 
 
 class Weighed(NamedTuple):
@@ -76,6 +77,17 @@ class Kernels(Protocol):
 
     def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
         """residual + post_norm(product), perhaps written over either."""
+
+    def reduce_add(
+        self,
+        partial: Tensor,
+        residual: Tensor,
+        parallel: TensorParallel,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> Stream:
+        """residual + post_norm(the sum of what all ranks hold), perhaps written over either."""
 
     @property
     def stacked_kinds(self) -> frozenset[str]:

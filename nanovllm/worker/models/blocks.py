@@ -310,8 +310,8 @@ class ExpertsBlock:
         mixed = kernels.experts(hidden, logits, self.experts)
         if self.shared is not None:
             mixed = mixed.add_(self.shared.partial(hidden))
-        mixed = self._parallel.reduce(mixed)
-        return kernels.add(mixed, stream.hidden, post_norm=self.norms.post)
+        norms = {"post_norm": self.norms.post, "next_norm": next_norm}
+        return kernels.reduce_add(mixed, stream.hidden, self._parallel, **norms)
 
     def linears(self) -> Iterator[Linear]:
         yield from self.experts.linears()

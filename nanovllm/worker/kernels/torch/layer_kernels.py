@@ -16,6 +16,7 @@ from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import TensorParallel
 
 
 class TorchKernels:
@@ -65,6 +66,17 @@ class TorchKernels:
         if post_norm is not None:
             product = self.rms_norm(product, post_norm)
         return Stream(product.add_(residual))
+
+    def reduce_add(
+        self,
+        partial: Tensor,
+        residual: Tensor,
+        parallel: TensorParallel,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> Stream:
+        return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
 
     def experts(
         self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None

@@ -8,13 +8,14 @@ plain torch in the model's dtype would have to store, so both backends mean the 
 
 from typing import ClassVar
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.base import QKNorm, Stream, Weighed
 from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.kernels.torch.layer_kernels import gated
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
@@ -22,9 +23,11 @@ from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.kernels.triton.products import products_of
 from nanovllm.worker.kernels.triton.rows import rms_norm, silu_and_mul
+from nanovllm.worker.kernels.triton.skinny_linear import MAX_WEIGHED_TOKENS
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import TensorParallel
 
 ROPE_HEADS = 8  # heads per program
 
@@ -149,9 +152,12 @@ class TritonKernels:
         next_norm: RMSNorm | None = None,
     ) -> Stream:
         products = products_of(linear)
-        if linear.is_partial or post_norm is not None:
-            product = linear.reduce(products.multiply(hidden, linear))
-            return self.add(product, residual, post_norm=post_norm)
+        norms = {"post_norm": post_norm, "next_norm": next_norm}
+        if linear.is_partial:
+            product = products.multiply(hidden, linear)
+            return self.reduce_add(product, residual, linear.parallel, **norms)
+        if post_norm is not None:
+            return self.add(products.multiply(hidden, linear), residual, post_norm=post_norm)
         return products.linear_add(hidden, linear, residual, next_norm)
 
     def mlp(
@@ -181,6 +187,26 @@ class TritonKernels:
         if post_norm is not None:
             product = rms_norm(product, post_norm)
         return Stream(residual.add_(product))
+
+    def reduce_add(
+        self,
+        partial: Tensor,
+        residual: Tensor,
+        parallel: TensorParallel,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
+    ) -> Stream:
+        if post_norm is None and parallel.exchange is not None:
+            weighs = next_norm is not None and not next_norm.centers
+            weighs = weighs and len(partial) <= MAX_WEIGHED_TOKENS
+            weighs = weighs and partial.dtype != torch.float16
+            weight = next_norm.weight if weighs and next_norm is not None else None
+            found = parallel.exchange.reduce_add(partial, residual, weight)
+            if found is not None:
+                hidden, weighed = found
+                return Stream(hidden, None if weighed is None else Weighed(*weighed))
+        return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
 
     def experts(
         self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None

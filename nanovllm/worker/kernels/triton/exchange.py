@@ -1,0 +1,188 @@
+"""Sums over GPUs of one host in one kernel: every rank writes its share into the others' memory.
+
+`worker.rank` opens one where it measures better than NCCL, for small messages. A program sends a
+piece of a row, raises a flag, waits for the flags of its peers, and adds up in the order of ranks,
+so that all get the same bits. It may add the residual, too, and leave what the next norm needs.
+All ranks launch the same kernels in the same order.
+"""
+# ruff: noqa: C901, N803, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, distributed
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm.worker.kernels.triton.launch import launch_options
+
+# All programs of a launch wait for those of other ranks, and so must run at once on any GPU.
+MAX_PROGRAMS = 64
+SLOT_BYTES = 16384  # what a program sends at most
+MIN_BLOCK = 1024
+
+
+@triton.jit
+def _at(address, DTYPE: tl.constexpr):
+    """A pointer to a slot, all of which lie so that 16 bytes can be moved at once."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial,  # [num_rows, num_columns]
+    residual,  # the same, or None: nothing is added
+    next_weight,  # [num_columns], of the norm that comes next, or None
+    out,  # like partial
+    weighed,  # like partial: out times next_weight
+    squares,  # [num_rows, programs per row] fp32
+    addresses,  # [SIZE] int64: where each rank's memory lies, as this rank sees it
+    epochs,  # [MAX_PROGRAMS] int32: how often each program has been launched
+    num_columns,
+    RANK: tl.constexpr, SIZE: tl.constexpr, NUM_SLOTS: tl.constexpr, SLOT: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program per BLOCK columns of a row.
+
+    A rank's memory: flags, [NUM_SLOTS, SIZE] int32, by who sent; then [2, SIZE, NUM_SLOTS] slots.
+    A program uses the two halves in turns. A peer may be a launch ahead, and then writes into the
+    other half; two it cannot be, as it waits for a flag that this program's next launch raises.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    dtype = partial.dtype.element_ty
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    lanes = tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + lanes
+    inside = columns < num_columns
+    places = tl.program_id(0) * num_columns + columns
+    mine = tl.load(partial + places, inside, other=0.0)
+    epoch = tl.load(epochs + program) + 1
+    half = NUM_SLOTS * SIZE * 4 + (epoch & 1).to(tl.int64) * SIZE * NUM_SLOTS * SLOT
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            slot = tl.load(addresses + peer) + half + (RANK * NUM_SLOTS + program) * SLOT
+            tl.store(_at(slot, dtype) + lanes, mine, inside)
+    tl.debug_barrier()  # the flag is raised by one thread, behind what all have written
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            flag = tl.load(addresses + peer) + (program * SIZE + RANK) * 4
+            tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+    own = tl.load(addresses + RANK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for peer in tl.static_range(SIZE):
+        if peer == RANK:
+            total += mine.to(tl.float32)
+        else:
+            flag = (own + (program * SIZE + peer) * 4).to(tl.pointer_type(tl.int32))
+            # A difference, since epochs run over.
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+            tl.debug_barrier()
+            slot = own + half + (peer * NUM_SLOTS + program) * SLOT
+            theirs = tl.load(_at(slot, dtype) + lanes, inside, other=0.0, volatile=True)
+            total += theirs.to(tl.float32)
+    tl.store(epochs + program, epoch)
+    total = total.to(dtype)
+    if residual is not None:
+        base = tl.load(residual + places, inside, other=0.0).to(tl.float32)
+        total = (total.to(tl.float32) + base).to(dtype)
+    tl.store(out + places, total, inside)
+    if next_weight is not None:
+        wide = total.to(tl.float32)  # zero where there are no columns
+        factors = tl.load(next_weight + columns, inside, other=0.0).to(tl.float32)
+        tl.store(weighed + places, (wide * factors).to(dtype), inside)
+        tl.store(squares + program, tl.sum(wide * wide, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A `worker.parallel.Exchange` between GPUs.
+
+    memory: whatever keeps the ranks' memory mapped. most_bytes: of a message that may go this way.
+    """
+
+    rank: int
+    addresses: Tensor  # [size] int64
+    epochs: Tensor  # [MAX_PROGRAMS] int32, on the device
+    memory: Any
+    most_bytes: int = MAX_PROGRAMS * SLOT_BYTES
+
+    @classmethod
+    def open(cls, rank: int, size: int, device: torch.device) -> Self:
+        """Of the default group, all of whose ranks call it. Raises `RuntimeError` where GPUs cannot
+        reach each other's memory."""
+        import torch.distributed._symmetric_memory as symmetric  # reads half of torch
+
+        memory = symmetric.empty(num_bytes(size), dtype=torch.uint8, device=device)
+        group = distributed.group.WORLD
+        assert group is not None
+        mapped = symmetric.rendezvous(memory, group)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        distributed.barrier()  # nobody sends before all flags are down
+        addresses = torch.tensor(mapped.buffer_ptrs, dtype=torch.int64, device=device)
+        epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        return cls(rank, addresses, epochs, (memory, mapped))
+
+    def reduce(self, partial: Tensor) -> Tensor | None:
+        """The sum of what all ranks hold, in new memory; None: it is too large for this way."""
+        block = self._block_of(partial, 1, partial.numel())
+        return None if block is None else self._launch(partial.view(1, -1), block).view_as(partial)
+
+    def reduce_add(
+        self, partial: Tensor, residual: Tensor, next_weight: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+        """residual + the sum, written over residual; weighed by next_weight, if there is one, and
+        the sums of squares by parts of a row (as `kernels.base.Weighed`).
+
+        partial, residual: [num_tokens, hidden_size]. None: too large for this way.
+        """
+        block = self._block_of(partial, *partial.shape)
+        if block is None:
+            return None
+        if next_weight is None:
+            return self._launch(partial, block, residual), None
+        num_parts = triton.cdiv(partial.shape[1], block)
+        squares = partial.new_empty(len(partial), num_parts, dtype=torch.float32)
+        weighed = torch.empty_like(partial)
+        self._launch(partial, block, residual, next_weight, weighed, squares)
+        return residual, (weighed, squares)
+
+    def _block_of(self, partial: Tensor, num_rows: int, num_columns: int) -> int | None:
+        """As few columns a program as leave no more programs than may wait together."""
+        if partial.nbytes > self.most_bytes or not partial.is_contiguous() or not num_rows:
+            return None
+        block, most = MIN_BLOCK, SLOT_BYTES // partial.itemsize
+        while block < most and num_rows * triton.cdiv(num_columns, block) > MAX_PROGRAMS:
+            block *= 2
+        return block if num_rows * triton.cdiv(num_columns, block) <= MAX_PROGRAMS else None
+
+    def _launch(
+        self,
+        partial: Tensor,
+        block: int,
+        residual: Tensor | None = None,
+        next_weight: Tensor | None = None,
+        weighed: Tensor | None = None,
+        squares: Tensor | None = None,
+    ) -> Tensor:
+        num_rows, num_columns = partial.shape
+        assert residual is None or residual.is_contiguous()
+        out = torch.empty_like(partial) if residual is None else residual
+        _reduce_kernel[(num_rows, triton.cdiv(num_columns, block))](
+            partial, residual, next_weight, out, weighed, squares, self.addresses, self.epochs,
+            num_columns,
+            RANK=self.rank, SIZE=len(self.addresses), NUM_SLOTS=MAX_PROGRAMS, SLOT=SLOT_BYTES,
+            BLOCK=block, num_warps=min(max(block // 256, 1), 16), **launch_options(partial.device),
+        )  # fmt: skip
+        return out
+
+
+def num_bytes(size: int) -> int:
+    """Of each rank's memory: its flags, and slots for what all send, twice."""
+    return MAX_PROGRAMS * size * 4 + 2 * size * MAX_PROGRAMS * SLOT_BYTES

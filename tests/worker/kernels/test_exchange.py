@@ -1,0 +1,133 @@
+"""Sums over ranks that write into each other's memory; in the interpreter, processes share it."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.triton.exchange import MAX_PROGRAMS, Exchange, num_bytes
+from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.skinny_linear import MAX_WEIGHED_TOKENS
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import TensorParallel
+
+WAIT_S = 120
+# In turns, so that programs meet regions that others have written to: rows, columns.
+SHAPES = ((1, 64), (3, 1500), (1, 2100), (2, 64), (70, 16), (1, 5))
+
+
+def shares(turn: int, size: int) -> Tensor:
+    """What each rank has, and a residual, [size + 1, rows, columns]."""
+    shape = SHAPES[turn % len(SHAPES)]
+    return torch.randn(size + 1, *shape, generator=torch.Generator().manual_seed(turn))
+
+
+def opened(rank: int, memories: list[Tensor], epoch: int = 0) -> Exchange:
+    addresses = torch.tensor([memory.data_ptr() for memory in memories])
+    epochs = torch.full((MAX_PROGRAMS,), epoch, dtype=torch.int32)
+    return Exchange(rank, addresses, epochs, memories)
+
+
+def run_rank(rank: int, memories: list[Tensor], epoch: int, answer: Any) -> None:
+    """The program of one rank: sums in turns, plain and with a residual and a norm."""
+    import tests.worker.kernels.triton_device  # noqa: F401  # mends the interpreter
+
+    size = len(memories)
+    parallel = TensorParallel(rank, size, exchange=opened(rank, memories, epoch))
+    found: list[Tensor] = []
+    for turn in range(2 * len(SHAPES)):
+        parts = shares(turn, size)
+        if turn % 3 == 0:
+            found.append(parallel.reduce(parts[rank].clone()))
+            continue
+        norm = RMSNorm(parts[size, 0] + 1, 1e-6) if turn % 3 == 1 else None
+        stream = TritonKernels().reduce_add(
+            parts[rank].clone(), parts[size].clone(), parallel, next_norm=norm
+        )
+        found += flat(stream)
+    answer.send([tensor.numpy() for tensor in found])
+    answer.close()
+
+
+def flat(stream: Stream) -> list[Tensor]:
+    if stream.weighed is None:
+        return [stream.hidden]
+    return [stream.hidden, stream.weighed.values, stream.weighed.squares.sum(1)]
+
+
+def expected(size: int) -> list[Tensor]:
+    found = []
+    for turn in range(2 * len(SHAPES)):
+        parts = shares(turn, size)
+        total = parts[0].clone()
+        for rank in range(1, size):
+            total += parts[rank]
+        if turn % 3 == 0:
+            found.append(total)
+            continue
+        total += parts[size]
+        found.append(total)
+        if turn % 3 == 1 and len(total) <= MAX_WEIGHED_TOKENS:
+            found += [total * (parts[size, 0] + 1), total.square().sum(1)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share memory by its descriptors")
+@pytest.mark.parametrize(("size", "epoch"), [(2, 0), (3, 2**31 - 4)])
+def test_ranks_that_write_to_each_other_get_the_same_sums(
+    size: int, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs run over, too: flags then stand where the last launch has left them."""
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    memories = [
+        torch.zeros(num_bytes(size), dtype=torch.uint8).share_memory_() for _ in range(size)
+    ]
+    for memory in memories:
+        memory[: MAX_PROGRAMS * size * 4].view(torch.int32).fill_(epoch)
+    context = get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    ranks = [
+        context.Process(target=run_rank, args=(rank, memories, epoch, answer), daemon=True)
+        for rank, (_, answer) in enumerate(pipes)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        for _, answer in pipes:
+            answer.close()
+        answers = []
+        for mine, _ in pipes:
+            assert mine.poll(WAIT_S)
+            answers.append([torch.from_numpy(array) for array in mine.recv()])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    wanted = expected(size)
+    assert len(answers[0]) == len(wanted)
+    for found in answers:
+        for mine, first, right in zip(found, answers[0], wanted, strict=True):
+            assert torch.equal(mine, first)
+            torch.testing.assert_close(mine, right)
+
+
+def refuse_to_launch(*_: object, **__: object) -> Tensor:
+    raise AssertionError("this message is too large")
+
+
+@pytest.mark.parametrize("ask", [Exchange.reduce, lambda *a: Exchange.reduce_add(*a, a[1], None)])
+def test_what_is_too_large_goes_another_way(
+    ask: Callable[[Exchange, Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Exchange, "_launch", refuse_to_launch)
+    exchange = opened(0, [torch.zeros(8), torch.zeros(8)])
+    assert ask(exchange, torch.zeros(MAX_PROGRAMS + 1, 8192)) is None
+    assert ask(replace(exchange, most_bytes=64), torch.zeros(1, 17)) is None
