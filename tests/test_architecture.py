@@ -38,8 +38,9 @@ BUDGETS = {
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready; block tables
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
-    # way sums over ranks take, as measured
-    "worker": 6696,
+    # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
+    # way sums over ranks take, as measured, and sampling by ranks that keep their logits
+    "worker": 6846,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -31,13 +31,14 @@ class Variant(NamedTuple):
 
     shares_prefix: bool  # attention reads keys that rows share apart
     keeps_hidden: bool = False  # of all tokens, for log-probabilities of prompts
+    gathers: bool = False  # logits of all ranks, for rows that truncate
 
 
 class StepOutput(NamedTuple):
     """What a forward pass leaves behind."""
 
     token_ids: Tensor  # [num_rows] int64: chosen by each entry that samples, if it asks for no more
-    logits: Tensor  # [num_rows, vocab_size], as the model made them
+    logits: Tensor  # [num_rows, vocab_size or this rank's ids], as the model made them
     hidden: Tensor | None  # [num_tokens, hidden_size], if it was to be kept
 
 

@@ -5,6 +5,7 @@ copies are queued on one stream, and `PendingStep.result` waits for that step's 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from nanovllm.worker.forward_batch import (
 )
 from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
-from nanovllm.worker.sampling.columns import NO_LOGPROBS, Int32Array
+from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
@@ -46,6 +47,9 @@ class Model(Protocol):
 
     def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision, as a fused sampler takes them."""
+
+    def own_logits(self, stream: Stream) -> Tensor:
+        """`raw_logits` of this rank's ids alone: all of them, if it is the only one."""
 
 
 class PromptEntry(NamedTuple):
@@ -69,7 +73,7 @@ class PendingStep:
     step: int
     rows: Int32Array  # [num_samples]
     positions: Int32Array  # [num_samples]
-    logits: Tensor | None = None  # [num_samples, vocab_size], for the second half
+    logits: Tensor | None = None  # [num_samples, vocab_size or this rank's], for the second half
     token_ids: Tensor | None = None  # [num_samples] int64
     logprobs: PackedLogprobs | None = None
     logprob_indices: list[int] = field(default_factory=list)
@@ -121,6 +125,7 @@ class ModelRunner:
         """sampler: of the rows that plans speak of. fused: what the device has for the ends of a
         step; then `sampler` has nothing to do. captures: run by graphs, which needs `fused`."""
         self._model = model
+        self._vocabulary = sampler.vocabulary
         self._attention = attention
         self._rows = rows = sampler.rows
         self._kv_cache = kv_cache
@@ -131,7 +136,9 @@ class ModelRunner:
         self._sampler = sampler
         self._device_sampler: DeviceSampler | None = None
         if fused is not None:
-            self._device_sampler = DeviceSampler(rows, fused, num_buffers=num_buffers)
+            self._device_sampler = DeviceSampler(
+                rows, fused, num_buffers=num_buffers, vocabulary=self._vocabulary
+            )
         self._graphs: StepGraphs | None = None
         if captures:
             self._graphs = StepGraphs(
@@ -159,12 +166,16 @@ class ModelRunner:
         writes = self._rows.record(plan)
         sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
         prompts = self._find_prompts(plan)
-        variant = Variant(shares_prefix=sharing is not None, keeps_hidden=bool(prompts))
+        variant = Variant(
+            shares_prefix=sharing is not None,
+            keeps_hidden=bool(prompts),
+            gathers=self._gathers(plan),
+        )
         staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
         shape = self._shape_for(plan)
         if shape is None or self._graphs is None:
-            output = self._run(staged, keeps_hidden=variant.keeps_hidden)
+            output = self._run(staged, variant)
         else:
             output = self._graphs.run(shape, variant)
         pending = PendingStep(
@@ -240,9 +251,16 @@ class ModelRunner:
             wanted = (ends - 1).long()
             positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
             row_ids = staged.rows[entries]
-        return self._finish(batch, row_ids, positions, wanted, keeps_hidden=variant.keeps_hidden)
+        return self._finish(batch, row_ids, positions, wanted, variant)
 
-    def _run(self, staged: StagedPlan, *, keeps_hidden: bool) -> StepOutput:
+    def _gathers(self, plan: StepPlan) -> bool:
+        """Whether the choice of plain rows needs logits that other ranks have."""
+        if self._vocabulary is None or self._fused is None:
+            return False
+        host = self._rows.host[np.asarray(plan.rows, np.int32)[plan.sampling]]
+        return any(bool((host[name] != NEUTRAL[name]).any()) for name in TRUNCATIONS)
+
+    def _run(self, staged: StagedPlan, variant: Variant) -> StepOutput:
         """The forward pass of any step, eagerly."""
         batch = build_batch(staged, self._rows)
         self._attention.prepare(batch)
@@ -254,7 +272,7 @@ class ModelRunner:
             staged.rows[entries],
             batch.seq_lens[entries],
             wanted,
-            keeps_hidden=keeps_hidden,
+            variant,
         )
 
     def _finish(
@@ -263,8 +281,7 @@ class ModelRunner:
         row_ids: Tensor,
         positions: Tensor,
         wanted: Tensor | None,
-        *,
-        keeps_hidden: bool,
+        variant: Variant,
     ) -> StepOutput:
         """Model, head, and, where it is fused with them, the choice of plain rows.
 
@@ -272,24 +289,34 @@ class ModelRunner:
         after, or None: all.
         """
         hidden = None
-        if keeps_hidden:
+        if variant.keeps_hidden:
             stream = self._model.forward(batch, self._kv_cache)
             hidden = stream.hidden
             stream = stream if wanted is None else Stream(hidden[wanted])
         else:
             stream = self._model.forward(batch, self._kv_cache, wanted=wanted)
-        if self._fused is None or not len(row_ids):
-            nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
-            logits = self._model.compute_logits(stream) if len(row_ids) else nothing
+        nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
+        if not len(row_ids):
+            return StepOutput(nothing, nothing, hidden)
+        if self._fused is None:
+            if self._vocabulary is None:
+                logits = self._model.compute_logits(stream)
+            else:
+                logits = self._model.own_logits(stream).float()
             return StepOutput(nothing, logits, hidden)
-        logits = self._model.raw_logits(stream)
-        token_ids = self._fused.sample_tokens(
+        rows, choose = self._rows, self._fused.sample_tokens
+        if self._vocabulary is None or variant.gathers:
+            logits = self._model.raw_logits(stream)
+        else:
+            logits = self._model.own_logits(stream)
+            choose = partial(self._fused.sample_slices, vocabulary=self._vocabulary)
+        token_ids = choose(
             logits,
             rows=row_ids,
             positions=positions,
-            columns=self._rows.columns,
-            seeds=self._rows.seeds,
-            known=self._rows.token_ids,
+            columns=rows.columns,
+            seeds=rows.seeds,
+            known=rows.token_ids,
         )
         return StepOutput(token_ids, logits, hidden)
 

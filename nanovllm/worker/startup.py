@@ -80,10 +80,12 @@ class Loaded:
 
     def runner(self, *, num_blocks: int) -> ModelRunner:
         """One with a new KV cache of so many blocks."""
+        own = self.model.vocabulary
+        vocabulary = None if own.is_whole else own
         return ModelRunner(
             self.native or self.model,
             self.attention,
-            sampler=Sampler(self.rows, self.kernels.choose_tokens),
+            sampler=Sampler(self.rows, self.kernels.choose_tokens, vocabulary=vocabulary),
             kv_cache=self._kv_cache(num_blocks),
             limits=self.limits,
             fused=self.kernels.fused,

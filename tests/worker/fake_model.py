@@ -93,3 +93,6 @@ class FakeModel:
 
     def raw_logits(self, stream: Stream) -> Tensor:
         return self.compute_logits(stream)
+
+    def own_logits(self, stream: Stream) -> Tensor:
+        return self.compute_logits(stream)

@@ -14,6 +14,7 @@ from nanovllm.worker.kernels.base import Stream
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
+from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.sampling.sampler import Sampler
@@ -31,7 +32,7 @@ PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
 
 # Kernels of the ends of a step, in the interpreter.
-FUSED = FusedStep(expand_view, sample_tokens, edit_logits, pack_logprobs)
+FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_logprobs)
 
 
 class UncapturedGraphs(StepGraphs):

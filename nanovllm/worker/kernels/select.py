@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan
 from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.native import library as native
+from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.edit_tables import Entries
 from nanovllm.worker.sampling.logprobs import PackLogprobs
@@ -33,6 +34,23 @@ class SampleTokens(Protocol):
         seeds: Tensor,
         known: Tensor | None = None,
         out: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
+
+
+class SampleSlices(Protocol):
+    """The same of rows that truncate nothing, by ranks that have different ids each: logits are
+    [n, ids of this rank] (`slice_sampler.sample_slices`)."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        vocabulary: Vocabulary,
+        rows: Tensor,
+        positions: Tensor,
+        columns: Mapping[str, Tensor],
+        seeds: Tensor,
+        known: Tensor,
     ) -> Tensor: ...
 
 
@@ -74,11 +92,12 @@ class ExpandView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FusedStep:
-    """What lies before and behind the model in a step: the first two as a CUDA graph wants it, the
-    others for the entries that ask for more."""
+    """What lies before and behind the model in a step: the first three as a CUDA graph wants it,
+    the others for the entries that ask for more."""
 
     expand_view: ExpandView
     sample_tokens: SampleTokens
+    sample_slices: SampleSlices
     edit_logits: EditLogits
     pack_logprobs: PackLogprobs
 
@@ -111,6 +130,7 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 fused=FusedStep(
                     expand_view=_load("triton.expand_batch:expand_view"),
                     sample_tokens=_load("triton.fused_sampler:sample_tokens"),
+                    sample_slices=_load("triton.slice_sampler:sample_slices"),
                     edit_logits=_load("triton.edit_logits:edit_logits"),
                     pack_logprobs=_load("triton.token_logprobs:pack_logprobs"),
                 ),

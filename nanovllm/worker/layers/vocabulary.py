@@ -35,10 +35,16 @@ class Vocabulary:
         vectors = F.embedding(places.masked_fill_(is_elsewhere, 0), embedding)
         return self.parallel.reduce(vectors.masked_fill_(is_elsewhere[:, None], 0))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank has all ids."""
+        return self.cut.is_whole
+
     def gather(self, logits: Tensor) -> Tensor:
         """logits: [n, ids of this rank]. Returns those of all ids, on every rank."""
-        if self.cut.is_whole:
+        if self.is_whole:
             return logits
+        assert logits.shape[1] == self.cut.size
         width = self.parallel.vocabulary_width(self.cut.whole)
         parts = self.parallel.gather(F.pad(logits, (0, width - self.cut.size)))
         return torch.cat(parts.unbind(0), dim=1)[:, : self.cut.whole].contiguous()

@@ -212,8 +212,11 @@ class Decoder:
 
     def raw_logits(self, stream: Stream) -> Tensor:
         """`compute_logits` in the model's own precision."""
+        return self.vocabulary.gather(self.own_logits(stream))
+
+    def own_logits(self, stream: Stream) -> Tensor:
+        """`raw_logits` of this rank's ids alone."""
         logits = self._kernels.norm_linear(stream, self.final_norm, self.lm_head)
-        logits = self.vocabulary.gather(logits)
         if self.spec.logit_scale != 1.0:
             logits.mul_(self.spec.logit_scale)
         if self.spec.final_softcap is not None:

@@ -147,6 +147,10 @@ class NativeDecoder:
         """As `compute_logits`: they are float32."""
         return self.compute_logits(stream)
 
+    def own_logits(self, stream: Stream) -> Tensor:
+        """As `raw_logits`: there is no other rank."""
+        return self.compute_logits(stream)
+
     @property
     def weight_bytes(self) -> int:
         """Of all packed weights."""

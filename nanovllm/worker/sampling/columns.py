@@ -33,6 +33,7 @@ class Column:
     draws: bool = False
 
 
+TRUNCATIONS = ("top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 COLUMNS = (
     Column("temperature", "f4", 0.0, draws=True),  # neutral: greedy

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.protocol.plan import StepMasks
 from nanovllm.worker.forward_batch import SampleStaging
 from nanovllm.worker.kernels.select import FusedStep
+from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import mask_words
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
@@ -28,8 +29,17 @@ class DeviceSampler:
     num_buffers: one more than the steps in flight.
     """
 
-    def __init__(self, rows: RequestRows, fused: FusedStep, *, num_buffers: int) -> None:
+    def __init__(
+        self,
+        rows: RequestRows,
+        fused: FusedStep,
+        *,
+        num_buffers: int,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """vocabulary: this rank's, if others have other ids."""
         self._rows = rows
+        self._vocabulary = vocabulary
         self._fused = fused
         self._device = rows.seeds.device
         self._tables = EditTables(rows.edits, self._device, rows.note_failure)
@@ -47,8 +57,8 @@ class DeviceSampler:
     ) -> Sampled:
         """Choose anew where more is asked than `token_ids` ([n] int64, changed) has respected.
 
-        logits: [n, vocab_size] of any float type, kept. rows, positions: [n], of the new tokens.
-        masks: their indices are lines of logits.
+        logits: [n, vocab_size, or this rank's ids] of any float type, kept. rows, positions: [n],
+        of the new tokens. masks: their indices are lines of logits.
         """
         host = self._rows.host[rows]
         penalized = np.logical_or.reduce([host[name] != NEUTRAL[name] for name in PENALTIES])
@@ -57,6 +67,8 @@ class DeviceSampler:
         lines = np.flatnonzero(wants_logprobs).astype(np.int32)
         if not entries.size and not lines.size:
             return Sampled(token_ids, None, [], [])
+        if self._vocabulary is not None and logits.shape[1] < self._rows.vocab_size:
+            logits = self._vocabulary.gather(logits)
         arrays = [entries, *entries[:3], lines]
         if masks is not None:
             arrays.append(mask_words(masks))

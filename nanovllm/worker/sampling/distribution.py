@@ -68,12 +68,25 @@ def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     then the tokens of the winner, which is the same distribution for a hundredth of the noise:
     numbers 0 … SEGMENT - 1 are the places' in a segment, the others the segments'.
     """
-    segments = probs.view(probs.shape[0], -1, SEGMENT)
-    masses = segments.sum(-1)  # [n, num_segments]
-    times = uniforms(seeds, positions, SEGMENT + masses.shape[1]).log_().neg_().float()
-    segment = (masses / times[:, SEGMENT:]).argmax(-1)
+    return draw_with_speed(probs, seeds, positions, first_segment=0)[0]
+
+
+def draw_with_speed(
+    masses: Tensor, seeds: Tensor, positions: Tensor, *, first_segment: int
+) -> tuple[Tensor, Tensor]:
+    """`draw` from a slice of the vocabulary that begins with a segment.
+
+    masses: [n, num_segments * SEGMENT], of any total. Also returns what the winner's segment has
+    won by, to be compared with those of other slices: its mass over its time, [n].
+    """
+    segments = masses.view(masses.shape[0], -1, SEGMENT)
+    of_segments = segments.sum(-1)  # [n, num_segments]
+    first = SEGMENT + first_segment
+    count = first + of_segments.shape[1]
+    times = uniforms(seeds, positions, count).log_().neg_().float()
+    speed, segment = (of_segments / times[:, first:]).max(-1)
     tokens = segments.gather(1, segment[:, None, None].expand(-1, -1, SEGMENT))[:, 0]
-    return segment * SEGMENT + (tokens / times[:, :SEGMENT]).argmax(-1)
+    return segment * SEGMENT + (tokens / times[:, :SEGMENT]).argmax(-1), speed
 
 
 def _blocks(probs: Tensor) -> Tensor:

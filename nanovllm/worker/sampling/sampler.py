@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.protocol.plan import StepMasks
 from nanovllm.worker.kernels.select import ChooseTokens
+from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
@@ -28,6 +29,7 @@ from nanovllm.worker.sampling.distribution import (
 from nanovllm.worker.sampling.logits_processors import apply_edits
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.penalties import penalize
+from nanovllm.worker.sampling.slices import candidates, join
 
 IndexArray = npt.NDArray[np.intp]
 
@@ -67,19 +69,33 @@ class Sampled:
 class Sampler:
     """Reads `rows`; keeps nothing from step to step."""
 
-    def __init__(self, rows: RequestRows, choose_tokens: ChooseTokens | None = None) -> None:
-        """choose_tokens: what chooses from edited logits; plain torch does if there is none."""
+    def __init__(
+        self,
+        rows: RequestRows,
+        choose_tokens: ChooseTokens | None = None,
+        *,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """choose_tokens: what chooses from edited logits; plain torch does if there is none.
+        vocabulary: this rank's, if others have other ids."""
         self.rows = rows
+        self.vocabulary = vocabulary
         self._choose_tokens = choose_tokens
 
     def sample(
         self, logits: Tensor, targets: SamplingTargets, packed_masks: StepMasks | None = None
     ) -> Sampled:
-        """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32)."""
+        """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32; where ranks
+        have different ids, those of this rank)."""
+        active = self.rows.active_columns(targets.host_rows)
+        if self.vocabulary is not None:
+            if packed_masks is None and self._asks_for_temperature_alone(targets, active):
+                token_ids = self._choose_among_ranks(logits, targets, self.vocabulary)
+                return Sampled(token_ids, None, [], [])
+            logits = self.vocabulary.gather(logits)
         masks = None
         if packed_masks is not None:
             masks = unpack_masks(packed_masks, vocab_size=logits.shape[1], device=logits.device)
-        active = self.rows.active_columns(targets.host_rows)
         raw = None
         if "logprobs" in active:
             num_top = self.rows.host["logprobs"][targets.host_rows]
@@ -99,6 +115,20 @@ class Sampler:
         most = -1 if -1 in num_top else int(num_top.max())
         logprobs = PackedLogprobs(pack_logprobs(raw, token_ids[indices], num_top=most))
         return Sampled(token_ids, logprobs, wanted.tolist(), num_top[wanted].tolist())
+
+    def _asks_for_temperature_alone(self, targets: SamplingTargets, active: set[str]) -> bool:
+        """Then no rank has to know the logits of others."""
+        edits = self.rows.edits
+        has_edits = bool(edits) and any(row in edits for row in targets.host_rows.tolist())
+        return active <= {"temperature", "prompt_logprobs"} and not has_edits
+
+    def _choose_among_ranks(
+        self, logits: Tensor, targets: SamplingTargets, vocabulary: Vocabulary
+    ) -> Tensor:
+        temperature = self.rows.columns["temperature"][targets.rows]
+        seeds = self.rows.seeds[targets.rows]
+        own = candidates(logits, temperature, seeds, targets.positions, start=vocabulary.cut.start)
+        return join(vocabulary.parallel.gather(own), temperature)
 
     def _copy_edited(
         self, logits: Tensor, targets: SamplingTargets, masks: TokenMasks

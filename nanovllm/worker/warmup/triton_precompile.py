@@ -38,6 +38,7 @@ from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.expand_batch import expand_view
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
@@ -229,7 +230,7 @@ def runner_without_weights(
         sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
-        fused=FusedStep(expand, sample_tokens, edit_logits, pack_logprobs),
+        fused=FusedStep(expand, sample_tokens, sample_slices, edit_logits, pack_logprobs),
         captures=captures,
     )
 

@@ -16,6 +16,7 @@ from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
+from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling import edit_tables, logprobs
@@ -26,7 +27,7 @@ from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.planning import EOS, VOCAB_SIZE, make_masks, make_plan, make_rows, new_row
 from tests.worker.warmup.compiling import run_compiling
 
-FUSED = FusedStep(expand_view, sample_tokens, edit_logits, pack_logprobs)
+FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_logprobs)
 CPU = torch.device("cpu")
 EDITS: list[dict[str, object]] = [
     {"allowed_token_ids": [3, 5, 8, 90, 91, 92, 199]},

@@ -21,6 +21,7 @@ from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
+from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
@@ -80,7 +81,7 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
         sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
         limits=limits,
-        fused=FusedStep(expand_view, sample_first, edit_logits, pack_logprobs),
+        fused=FusedStep(expand_view, sample_first, sample_slices, edit_logits, pack_logprobs),
     )
     return runner, rows
 
