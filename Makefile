@@ -76,7 +76,7 @@ sanitize: setup
 		$(abspath $(PY)) -c 'from setuptools import setup; setup()' build_ext --inplace
 	cd build/sanitized && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(abspath $(PY)) -m pytest tests/worker/kernels/native tests/worker/models/test_native.py
+		$(abspath $(PY)) -m pytest -m "not model" tests/worker/kernels/native tests/worker/models/test_native.py
 
 setup: .venv/installed
 
