@@ -62,7 +62,7 @@ class PositionExecutor:
     def allocate(self, num_blocks: int) -> None:
         pass
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         return False
 
     def submit(self, plan: StepPlan) -> "PositionHandle":

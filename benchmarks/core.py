@@ -67,7 +67,7 @@ class InstantExecutor:
     def allocate(self, num_blocks: int) -> None:
         pass
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         return False
 
     def submit(self, plan: StepPlan) -> "InstantHandle":

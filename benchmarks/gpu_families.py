@@ -101,7 +101,11 @@ def main() -> None:
         for name in names:
             path = Path(folder, name)
             save(name, path)
-            reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda")
+            reference = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation="eager",  # others leave caps out in some versions
+            ).to("cuda")
             for way, settings in WAYS.items():
                 try:
                     outputs, attention = run_way(path, settings, prompts)

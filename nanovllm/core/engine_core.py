@@ -328,10 +328,10 @@ class EngineCore:
             assert sequence.failure is not None
             self._fail([sequence], sequence.failure)
 
-    def rehearse(self) -> bool:
-        """While not `busy`: let the executor practise for a moment. Returns whether there is more
+    def warm_up(self) -> bool:
+        """While not `busy`: let the executor warm up for a moment. Returns whether there is more
         to be gained so."""
-        return self._executor.rehearse()
+        return self._executor.warm_up()
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""

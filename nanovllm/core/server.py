@@ -63,8 +63,8 @@ from nanovllm.protocol.plan import WorkerInfo
 
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
-IDLE_BEFORE_REHEARSING_S = 0.25
-REHEARSAL_S = 60.0  # what practising one kind of step may take: kernels may have to be compiled
+IDLE_BEFORE_WARM_UP_S = 0.25
+WARM_UP_S = 60.0  # what warming up one kind of step may take: kernels may have to be compiled
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
 NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
@@ -113,7 +113,7 @@ class CoreServer:
         self._last_loading = Loading("starting", 0.0)
         self._loading_due = self._pulse_due = self._status_due = 0.0
         self._awake_at = time.monotonic()
-        self._rehearse_from = 0.0  # when there will have been nothing to do for a while
+        self._warm_up_from = 0.0  # when there will have been nothing to do for a while
         self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
         self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
         self._delivery = Delivery(self._endpoint)
@@ -180,7 +180,7 @@ class CoreServer:
             self._core, self._operations = core, Operations(core, viewer)
             self._clients.extend_leases(time.monotonic() - self._awake_at)
             self._awake_at = time.monotonic()
-            self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
+            self._warm_up_from = self._awake_at + IDLE_BEFORE_WARM_UP_S
             for client in self._clients:
                 self._answer(client, self._welcome(client))
             self._flush()
@@ -211,7 +211,7 @@ class CoreServer:
         self._clock.resume()
         now = time.monotonic()
         late_s = now - self._awake_at
-        if now >= min(self._pulse_due, self._rehearse_from):
+        if now >= min(self._pulse_due, self._warm_up_from):
             self._pulse_due = now + PULSE_INTERVAL_S
             self._send_pulse(core, now)
         if not core.may_step(now) and not self._intake:
@@ -241,8 +241,8 @@ class CoreServer:
         self._clock.pause()
         outputs = core.step()
         self._clock.resume()
-        if self._rehearse_from < math.inf:
-            self._rehearse_from = self._awake_at + IDLE_BEFORE_REHEARSING_S
+        if self._warm_up_from < math.inf:
+            self._warm_up_from = self._awake_at + IDLE_BEFORE_WARM_UP_S
         if outputs is not None:
             self._clients.collect(outputs)
             self._finish(outputs.finished)
@@ -258,30 +258,30 @@ class CoreServer:
             self._answer(client, TrialOffered(suspect.request.number))
 
     def _wait(self, core: EngineCore, now: float) -> float:
-        """Until something arrives or is due; if nothing has been wanted for a while, practise.
+        """Until something arrives or is due; if nothing has been wanted for a while, warm up.
 
         Returns how much longer it took than meant.
         """
         due = min(self._pulse_due, core.pace.next_step_at if core.busy else math.inf)
         if not core.busy:  # else it is held: what has to be looked at then can wait for the pulse
-            due = min(due, core.next_deadline, max(now, self._rehearse_from))
+            due = min(due, core.next_deadline, max(now, self._warm_up_from))
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
         if self._draining:
             due = min(due, self._drain_until)
         timeout_s = max(0.0, due - now)
-        may_rehearse = not core.busy and now >= self._rehearse_from
-        if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_rehearse:
+        may_warm_up = not core.busy and now >= self._warm_up_from
+        if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_warm_up:
             self._clock.pause()
-            if not core.rehearse():
-                self._rehearse_from = math.inf
+            if not core.warm_up():
+                self._warm_up_from = math.inf
             self._clock.resume()
         return time.monotonic() - now - timeout_s
 
     def _send_pulse(self, core: EngineCore, now: float) -> None:
         patience_s = core.patience_s
-        if now >= self._rehearse_from:
-            patience_s = max(patience_s, REHEARSAL_S)
+        if now >= self._warm_up_from:
+            patience_s = max(patience_s, WARM_UP_S)
         pulse: Pulse | CoreStatus = Pulse(patience_s)
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S

@@ -38,7 +38,7 @@ class Executor(Protocol):
         Raises as `submit` does.
         """
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         """Use a moment in which no step is under way: compile or capture what steps to come will
         want. Returns whether there is more to do so; raises `DeviceLostError`."""
 

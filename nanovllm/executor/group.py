@@ -31,13 +31,13 @@ from nanovllm.protocol.group import (
     Listening,
     Progress,
     RankFailed,
-    Rehearse,
-    Rehearsed,
     Sample,
     Sampled,
     Started,
     Submit,
     ToRank,
+    WarmedUp,
+    WarmUp,
 )
 from nanovllm.protocol.plan import (
     DeviceLostError,
@@ -108,13 +108,13 @@ class GroupExecutor:
         """Send the second half; masks are copied into the message."""
         self._send(Sample(step, masks))
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         """Have all ranks run a step of a kind that has not occurred yet."""
-        self._send(Rehearse())
+        self._send(WarmUp())
         answers: list[bool] = []
         while len(answers) < len(self._ranks):
             for _, message in self._receive(WATCH_S):
-                if isinstance(message, Rehearsed):
+                if isinstance(message, WarmedUp):
                     answers.append(message.has_more)
         return all(answers)
 

@@ -38,9 +38,9 @@ class InlineExecutor:
         """Queue what picks the ids of the step submitted last. See `Worker.sample`."""
         self._worker.sample(step, masks)
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         """Run a step of a kind that has not occurred yet."""
-        return self._worker.rehearse()
+        return self._worker.warm_up()
 
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""

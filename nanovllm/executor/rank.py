@@ -35,13 +35,13 @@ from nanovllm.protocol.group import (
     Listening,
     Progress,
     RankFailed,
-    Rehearse,
-    Rehearsed,
     Sample,
     Sampled,
     Started,
     Submit,
     ToRank,
+    WarmedUp,
+    WarmUp,
 )
 from nanovllm.protocol.plan import StepHandle
 
@@ -100,8 +100,8 @@ class Rank:
                 executor.sample(step, masks)
                 self._steps.append(self._unsampled)
                 self._unsampled = None
-            case Rehearse():
-                self._tell(Rehearsed(executor.rehearse()))
+            case WarmUp():
+                self._tell(WarmedUp(executor.warm_up()))
 
     def _answer(self) -> None:
         """Take in the steps that are over. All ranks do: each sees what goes wrong on its device.

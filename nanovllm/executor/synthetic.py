@@ -101,7 +101,7 @@ class SyntheticExecutor:
             self._prompt_logprobs(plan),
         )
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         """Nothing gets faster by practice."""
         return False
 

@@ -34,7 +34,7 @@ class Sample(msgspec.Struct, frozen=True, tag=True):
     masks: StepMasks | None
 
 
-class Rehearse(msgspec.Struct, frozen=True, tag=True):
+class WarmUp(msgspec.Struct, frozen=True, tag=True):
     """Run one step of a kind that has not occurred yet."""
 
 
@@ -42,7 +42,7 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     """Free the device, and end."""
 
 
-ToRank = Connect | Allocate | Submit | Sample | Rehearse | Leave
+ToRank = Connect | Allocate | Submit | Sample | WarmUp | Leave
 
 
 class Listening(msgspec.Struct, frozen=True, tag=True):
@@ -81,8 +81,8 @@ class Digest(msgspec.Struct, frozen=True, tag=True):
     digest: int
 
 
-class Rehearsed(msgspec.Struct, frozen=True, tag=True):
-    """Whether there is more to rehearse."""
+class WarmedUp(msgspec.Struct, frozen=True, tag=True):
+    """Whether there is more to warm up."""
 
     has_more: bool
 
@@ -95,4 +95,4 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
     usage: bool = False
 
 
-FromRank = Listening | Progress | Started | Allocated | Sampled | Digest | Rehearsed | RankFailed
+FromRank = Listening | Progress | Started | Allocated | Sampled | Digest | WarmedUp | RankFailed

@@ -158,7 +158,7 @@ class Replay:
         if isinstance(self._tape.next, SubmitFailed):
             raise RuntimeError(self._tape.expect(SubmitFailed).error)
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         return False
 
     def result(self) -> StepResult:

@@ -29,7 +29,7 @@ from nanovllm.worker.failures import (
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.startup import Loaded, Startup, explaining_want_of_memory
-from nanovllm.worker.warmup.dummy_steps import num_usual, rehearsals
+from nanovllm.worker.warmup.dummy_steps import num_usual, warm_up_steps
 from nanovllm.worker.warmup.precompile import Precompiler
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Worker:
         self._loaded: Loaded | None = None
         self._runner: ModelRunner | None = None
         self._unsampled: PendingStep | None = None  # the last step, between its halves
-        self._rehearsals: Iterator[None] = iter(())
+        self._warm_up_steps: Iterator[None] = iter(())
 
     def start(self) -> WorkerInfo:
         """Load everything but the KV cache; tells how many blocks of it fit.
@@ -98,16 +98,16 @@ class Worker:
         assert loaded is not None, "start() first"
         with explaining_want_of_memory("kv cache", self._device):
             self._runner = loaded.runner(num_blocks=num_blocks)
-        self._rehearsals = rehearsals(
+        self._warm_up_steps = warm_up_steps(
             self._runner, loaded.limits, max_model_len=loaded.max_model_len
         )
-        # Ranks would not stop at the same step by their clocks: their group has them practise.
+        # Ranks would not stop at the same step by their clocks: their group has them warm up.
         # And kernels that must still be compiled would take longer than the whole start.
-        practises = self._parallel.size == 1 and self._precompiler.has_found_all
-        num_steps = num_usual(self._runner) if practises else 0
+        warms_up = self._parallel.size == 1 and self._precompiler.has_found_all
+        num_steps = num_usual(self._runner) if warms_up else 0
         until = time.monotonic() + PRACTICE_S
         for _ in range(num_steps):
-            if not self.rehearse() or time.monotonic() > until:
+            if not self.warm_up() or time.monotonic() > until:
                 break
 
     def submit(self, plan: StepPlan) -> StepHandle:
@@ -134,20 +134,20 @@ class Worker:
         except Exception as error:
             raise self._recover(error) from error
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         """Run one kind of step that requests may want later; False if there are no more.
 
-        Raises `DeviceLostError`. After any other failure there are no more rehearsals.
+        Raises `DeviceLostError`. After any other failure there is no more warm-up.
         """
         try:
-            return next(self._rehearsals, False) is None
+            return next(self._warm_up_steps, False) is None
         except Exception as error:
-            self._rehearsals = iter(())
+            self._warm_up_steps = iter(())
             found = self._recover(error)
             # Other ranks have run the step, or wait in it.
             if isinstance(found, DeviceLostError) or self._parallel.size > 1:
                 raise found from error
-            logger.warning("a rehearsal failed, and is the last one", exc_info=error)
+            logger.warning("a warm-up step failed, and is the last one", exc_info=error)
             return False
 
     def _recover(self, error: Exception) -> Exception:
@@ -163,7 +163,7 @@ class Worker:
     def shutdown(self) -> None:
         """Free the device's memory. Safe to call twice, and after a failed start."""
         self._runner = self._loaded = self._unsampled = None
-        self._rehearsals = iter(())
+        self._warm_up_steps = iter(())
         self._precompiler.end()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used

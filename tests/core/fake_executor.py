@@ -137,7 +137,7 @@ class FakeExecutor:
     def allocate(self, num_blocks: int) -> None:
         assert num_blocks == self._num_blocks
 
-    def rehearse(self) -> bool:
+    def warm_up(self) -> bool:
         return False
 
     def submit(self, plan: StepPlan) -> FakeHandle:

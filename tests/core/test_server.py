@@ -339,7 +339,7 @@ def test_a_grammar_is_compiled_while_the_core_sleeps_and_a_bad_one_is_told(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else runs, and nothing is ever due: the thread that compiles has to wake the loop."""
-    for interval in ("PULSE_INTERVAL_S", "IDLE_BEFORE_REHEARSING_S"):
+    for interval in ("PULSE_INTERVAL_S", "IDLE_BEFORE_WARM_UP_S"):
         monkeypatch.setattr(server_module, interval, 3600.0)
     with serving(address, make_compiler=lambda info: make_compiler()):
         client = RawClient(address)
@@ -362,38 +362,38 @@ def test_without_a_tokenizer_structured_outputs_are_refused(client: RawClient) -
     assert failure.number == 3 and "skip_tokenizer_init" in failure.message
 
 
-class Rehearsing(FakeExecutor):
-    """Has three rehearsals to do, and notes what was done when."""
+class WarmingUp(FakeExecutor):
+    """Has three warm-up steps to do, and notes what was done when."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, num_blocks=200, max_model_len=512)
         self.done: list[str] = []
 
-    def rehearse(self) -> bool:
-        self.done.append("rehearsal")
-        return self.done.count("rehearsal") < 3
+    def warm_up(self) -> bool:
+        self.done.append("warm-up")
+        return self.done.count("warm-up") < 3
 
     def submit(self, plan: StepPlan) -> FakeHandle:
         self.done.append("step")
         return super().submit(plan)
 
 
-def test_an_idle_core_rehearses_until_there_is_no_more(address: str) -> None:
-    executor = Rehearsing(EngineConfig())
+def test_an_idle_core_warms_up_until_there_is_no_more(address: str) -> None:
+    executor = WarmingUp(EngineConfig())
     with serving(address, executor):
         client = RawClient(address)
         client.greet()
         client.send(add(0))
         collect(client, 0)
         deadline = time.monotonic() + WAIT_S
-        while executor.done.count("rehearsal") < 3:
+        while executor.done.count("warm-up") < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         client.send(add(1))
         collect(client, 1)
         client.close()
-    assert executor.done.count("rehearsal") == 3
-    assert executor.done[-1] == "step", "the second request's, after all rehearsals"
+    assert executor.done.count("warm-up") == 3
+    assert executor.done[-1] == "step", "the second request's, after all warm-up steps"
 
 
 def test_the_core_itself_refuses_what_its_model_cannot_hold(client: RawClient) -> None:

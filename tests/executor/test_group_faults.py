@@ -49,7 +49,7 @@ def test_a_step_of_a_group(group: GroupExecutor) -> None:
     alone = SyntheticExecutor(config_of("synthetic", load_format="synthetic"), lambda *_: None)
     expected = run_step(alone, PLAN).result()
     assert run_step(group, PLAN).result() == StepResult(0, expected.token_ids)
-    assert not group.rehearse()
+    assert not group.warm_up()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

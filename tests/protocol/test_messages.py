@@ -142,7 +142,7 @@ TO_RANK = [
     group.Submit(STEP_PLAN),
     group.Sample(1, MASKS),
     group.Sample(1, None),
-    group.Rehearse(),
+    group.WarmUp(),
     group.Leave(),
 ]
 FROM_RANK = [
@@ -152,7 +152,7 @@ FROM_RANK = [
     group.Allocated(),
     group.Sampled(RESULT),
     group.Digest(1, 7),
-    group.Rehearsed(True),
+    group.WarmedUp(True),
     group.RankFailed("why", "traceback", usage=True),
 ]
 

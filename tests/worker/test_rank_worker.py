@@ -14,24 +14,24 @@ from tests.worker.models.test_parallel import Meeting, Thread
 
 
 @pytest.mark.parametrize("parallel", [TensorParallel(), Thread(0, 2, meeting=Meeting(1))])
-def test_only_a_single_rank_practises_by_the_clock(
+def test_only_a_single_rank_warms_up_by_the_clock(
     parallel: TensorParallel,
     tiny_checkpoint: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    practised: list[Worker] = []
+    warmed_up: list[Worker] = []
 
-    def rehearse(worker: Worker) -> bool:
-        practised.append(worker)
+    def warm_up(worker: Worker) -> bool:
+        warmed_up.append(worker)
         return False
 
     monkeypatch.setattr(worker_module, "num_usual", lambda runner: 3)
-    monkeypatch.setattr(Precompiler, "has_found_all", True)  # else nobody practises
-    monkeypatch.setattr(Worker, "rehearse", rehearse)
+    monkeypatch.setattr(Precompiler, "has_found_all", True)  # else nobody warms up
+    monkeypatch.setattr(Worker, "warm_up", warm_up)
     config = EngineConfig.from_kwargs(
         model=str(tiny_checkpoint("llama")), device="cpu", dtype="float32", max_model_len=64
     )
     worker = Worker(config, lambda phase, progress: None, parallel=parallel)
     worker.allocate(worker.start().num_blocks)
-    assert len(practised) == (parallel.size == 1)
+    assert len(warmed_up) == (parallel.size == 1)
     worker.shutdown()

@@ -59,7 +59,7 @@ def heaviest_steps(
     yield PLAIN, [1]
 
 
-def rehearsals(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:
+def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:
     """Steps of every shape that runs by graph, one with each `next`; what is wanted soonest first:
     `num_usual` of them."""
     shapes = runner.graph_shapes
@@ -74,7 +74,7 @@ def rehearsals(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -
 
 
 def num_usual(runner: ModelRunner) -> int:
-    """Of the rehearsals, those that should come before any request, where that takes little."""
+    """Of the warm-up steps, those that should come before any request, where that takes little."""
     shapes = runner.graph_shapes
     return 2 * sum(map(_is_usual, shapes)) + len(KINDS) if shapes else 0
 

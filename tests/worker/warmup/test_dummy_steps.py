@@ -171,7 +171,7 @@ def test_the_largest_step_stays_within_rows_and_budget(
     assert found == expected
 
 
-def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
+def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
@@ -187,11 +187,11 @@ def test_rehearsals_go_through_every_shape_and_touch_only_the_padding_row(
         return PendingStep(plan.step, *NONE)
 
     monkeypatch.setattr(ModelRunner, "execute", execute)
-    num_rehearsals = sum(
-        1 for _ in dummy_steps.rehearsals(runner, limits, max_model_len=MAX_MODEL_LEN)
+    num_warm_up_steps = sum(
+        1 for _ in dummy_steps.warm_up_steps(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
     kinds = dummy_steps.KINDS
-    assert num_rehearsals == len(plans) == 2 * 3 + len(kinds)  # times, shapes that can be
+    assert num_warm_up_steps == len(plans) == 2 * 3 + len(kinds)  # times, shapes that can be
     # First the usual shape, then what else rows may ask for.
     assert dummy_steps.num_usual(runner) == 2 + len(kinds)
     assert [plan.rows for plan in plans[: 2 + len(kinds)]] == [[rows.num_rows]] * (2 + len(kinds))
