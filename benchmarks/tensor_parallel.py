@@ -465,29 +465,18 @@ def _one_shot(like: Any) -> Callable[[], Any]:
 
 
 def _time_reduce(run: Callable[[], Any], *, on_gpu: bool) -> float:
-    """Microseconds of one, within a graph of 20 where there are graphs."""
-    import torch
+    """Microseconds of one; on GPUs as ranks measure it when they start, within a graph."""
+    from nanovllm.worker.rank import seconds_of  # which loads torch
 
-    num, repeats = 20, 5
+    if on_gpu:
+        return round(seconds_of(run) * 1e6, 1)
+    num = 20
     for _ in range(3):
         run()
-    if not on_gpu:
-        started = time.perf_counter()
-        for _ in range(num):
-            run()
-        return round((time.perf_counter() - started) / num * 1e6, 1)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(num):
-            run()
-    graph.replay()
-    torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(repeats):
-        graph.replay()
-    torch.cuda.synchronize()
-    return round((time.perf_counter() - started) / (repeats * num) * 1e6, 1)
+    for _ in range(num):
+        run()
+    return round((time.perf_counter() - started) / num * 1e6, 1)
 
 
 # ---- a plan's way

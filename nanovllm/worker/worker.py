@@ -33,7 +33,7 @@ from nanovllm.worker.warmup.dummy_steps import num_usual, warm_up_steps
 from nanovllm.worker.warmup.precompile import Precompiler
 
 logger = logging.getLogger(__name__)
-PRACTICE_S = 0.3  # spent on what first requests will want, before any can come
+WARM_UP_S = 0.3  # spent on what first requests will want, before any can come
 
 
 class Worker:
@@ -105,7 +105,7 @@ class Worker:
         # And kernels that must still be compiled would take longer than the whole start.
         warms_up = self._parallel.size == 1 and self._precompiler.has_found_all
         num_steps = num_usual(self._runner) if warms_up else 0
-        until = time.monotonic() + PRACTICE_S
+        until = time.monotonic() + WARM_UP_S
         for _ in range(num_steps):
             if not self.warm_up() or time.monotonic() > until:
                 break

@@ -20,6 +20,7 @@ from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, pack_bfloat16
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.models.blocks import rounded
 from nanovllm.worker.models.decoder import Decoder, DecoderLayer
 from nanovllm.worker.quant.gguf import (
     PackedLinear,
@@ -97,14 +98,12 @@ class NativeDecoder:
                 )
             )
         )
-        # Rounded as the embedding is whose rows it multiplies.
-        multiplier = torch.tensor(model.spec.embedding_multiplier, dtype=model.dtype)
         parts = native.DecoderParts(
             layers,
             len(layers),
             self._hidden_size,
             eps,
-            float(multiplier),
+            rounded(model.spec.embedding_multiplier, model.dtype),
             model.spec.logit_scale,
             model.spec.final_softcap or 0.0,
             self._address(model.final_norm.weight),

@@ -8,7 +8,6 @@ plain torch in the model's dtype would have to store, so both backends mean the 
 
 from typing import ClassVar
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,9 +20,9 @@ from nanovllm.worker.kernels.torch.layer_kernels import gated
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
 from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
 from nanovllm.worker.kernels.triton.launch import launch_options
-from nanovllm.worker.kernels.triton.products import products_of
+from nanovllm.worker.kernels.triton.products import products_of, weight_of
 from nanovllm.worker.kernels.triton.rows import rms_norm, silu_and_mul
-from nanovllm.worker.kernels.triton.skinny_linear import MAX_WEIGHED_TOKENS
+from nanovllm.worker.kernels.triton.skinny_linear import can_weigh
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
@@ -198,10 +197,7 @@ class TritonKernels:
         next_norm: RMSNorm | None = None,
     ) -> Stream:
         if post_norm is None and parallel.exchange is not None:
-            weighs = next_norm is not None and not next_norm.centers
-            weighs = weighs and len(partial) <= MAX_WEIGHED_TOKENS
-            weighs = weighs and partial.dtype != torch.float16
-            weight = next_norm.weight if weighs and next_norm is not None else None
+            weight = weight_of(next_norm) if can_weigh(partial) else None
             found = parallel.exchange.reduce_add(partial, residual, weight)
             if found is not None:
                 hidden, weighed = found

@@ -28,7 +28,7 @@ from nanovllm.worker.kernels.triton.launch import (
     num_multiprocessors,
 )
 from nanovllm.worker.kernels.triton.skinny_linear import (
-    MAX_WEIGHED_TOKENS,
+    can_weigh,
     empty_stream,
     finish,
     finish_split,
@@ -632,7 +632,7 @@ def can_multiply(weight: PackedWeight) -> bool:
 def tile_for(
     num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: bool, itemsize: int = 2
 ) -> PackedTile:
-    """Measured on an H200 with the layers of Qwen3-8B and 0.6B (packed_products.py --sweep).
+    """Measured on an H200 with the layers of Qwen3-8B and 0.6B (benchmarks/packed_tiles.py).
 
     itemsize: bytes of a token's input.
     """
@@ -706,7 +706,7 @@ def packed_add(
     tile: PackedTile | None = None,
 ) -> Stream:
     """As `skinny_add`, for any number of tokens."""
-    if len(x) > MAX_WEIGHED_TOKENS or x.dtype == torch.float16:
+    if not can_weigh(x):
         next_norm = None
     return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
 

@@ -35,6 +35,11 @@ from nanovllm.worker.quant.packed import Packed
 MIN_UNPACKED_TOKENS = 65  # cuBLAS is then so much faster that writing all weights out pays
 
 
+def weight_of(next_norm: RMSNorm | None) -> Tensor | None:
+    """What the stream is weighed by for the norm that comes next, if that divides and no more."""
+    return None if next_norm is None or next_norm.centers else next_norm.weight
+
+
 class FusedProduct(Protocol):
     """`skinny_linear`, or the same for weights of another form."""
 
@@ -108,8 +113,7 @@ class SkinnyProducts(Products):
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
     ) -> Stream:
         if self.is_skinny(x, linear):
-            weight = None if next_norm is None or next_norm.centers else next_norm.weight
-            return skinny_add(x, linear, residual, next_norm=weight)
+            return skinny_add(x, linear, residual, next_norm=weight_of(next_norm))
         return self.wide_add(x, linear, residual)
 
     def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Stream:

@@ -282,13 +282,19 @@ def skinny_add(
     next_norm: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Stream:
-    """stream + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next.
-
-    But for many tokens, and in float16, whose range the stream might leave before it is scaled.
-    """
-    if len(x) > MAX_WEIGHED_TOKENS or x.dtype == torch.float16:
+    """stream + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next, where
+    it `can_weigh`."""
+    if not can_weigh(x):
         next_norm = None
     return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
+
+
+def can_weigh(x: Tensor) -> bool:
+    """Whether what is added to the stream for these tokens leaves the next norm what it needs.
+
+    Not for many tokens, nor in float16, whose range the stream might leave before it is scaled.
+    """
+    return len(x) <= MAX_WEIGHED_TOKENS and x.dtype != torch.float16
 
 
 def empty_stream(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Stream:
