@@ -65,19 +65,25 @@ def stayer(address: str) -> Iterator[RawClient]:
         client.close()
 
 
-def test_silence_beyond_the_lease_aborts_and_frees(stayer: RawClient, address: str) -> None:
-    silent = RawClient(address)
-    silent.greet()
-    silent.send(add(max_tokens=None))
-    status = status_where(stayer, num_clients=1, num_running=0, num_expired_clients=1)
-    assert status.num_free_blocks == status.num_blocks
-    assert "lease" in silent.receive(Detached).reason
-    silent.send(Heartbeat())
-    assert "Hello" in silent.receive(Detached).reason
-    silent.greet()
-    silent.send(add(1))
-    assert collect(silent, 1)[1][1].reason == "length"
-    silent.close()
+def test_silence_beyond_the_lease_aborts_and_frees(address: str) -> None:
+    """Steps are slow, so that the request runs still, and so that less is sent before the lease
+    ends than the queue of a client holds: what finds it full is not sent again."""
+    executor = PacedExecutor(EngineConfig(), step_s=0.2)
+    with serving(address, executor, client_lease_s=LEASE_S):
+        stayer, silent = RawClient(address), RawClient(address)
+        stayer.greet()
+        silent.greet()
+        silent.send(add(max_tokens=None))
+        status = status_where(stayer, num_clients=1, num_running=0, num_expired_clients=1)
+        assert status.num_free_blocks == status.num_blocks
+        assert "lease" in silent.receive(Detached).reason
+        silent.send(Heartbeat())
+        assert "Hello" in silent.receive(Detached).reason
+        silent.greet()
+        silent.send(add(1))
+        assert collect(silent, 1)[1][1].reason == "length"
+        stayer.close()
+        silent.close()
 
 
 def test_heartbeats_renew_the_lease(stayer: RawClient, address: str) -> None:
