@@ -255,7 +255,7 @@ def main() -> None:
         Variant("fp8 KV", dtype, kv_cache_dtype="fp8"),
         Variant("fp8 and fp8 KV", dtype, fp8, kv_cache_dtype="fp8"),
     ]
-    if native.path() is not None and choose_device("auto").type == "cpu":
+    if native.unusable() is None and choose_device("auto").type == "cpu":
         half = partial(Variant, dtype="bfloat16", is_native=True)
         if locate(arguments.model).format == "gguf":
             variants.append(half("native, as stored", as_stored=True))

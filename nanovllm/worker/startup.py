@@ -237,9 +237,10 @@ class Startup:
             return False, ""
         if self._parallel.size > 1:
             return False, "; no native steps: ranks share the model"
-        if native.path() is None:
-            logger.warning(native.HOW_TO_BUILD)
-            return False, f"; {native.HOW_TO_BUILD}"
+        unusable = native.unusable()
+        if unusable is not None:
+            logger.warning(unusable)
+            return False, f"; {unusable}"
         threads = self._config.model.threads or num_usable_cores()
         native.use(native.choose_isa(), num_threads=threads)
         reason = unsupported(spec, attention)

@@ -44,8 +44,9 @@ class NativeAttention:
             return "it is for CPUs"
         if spec.dtype == torch.float32:
             return "in float32 torch computes, so that ids are those of transformers"
-        if native.path() is None:
-            return native.HOW_TO_BUILD
+        reason = native.unusable()
+        if reason is not None:
+            return reason
         if spec.cache_dtype not in CACHE_DTYPES:
             return f"it reads no cache of {spec.cache_dtype}"
         if spec.head_dim % native.BLOCK:

@@ -138,7 +138,7 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                 gpu=_load("triton.launch:gpu_of")(device),
                 naming=_load("triton.launch:name_kernels_ahead")(),
             )
-    has_native = device.type == "cpu" and native.path() is not None
+    has_native = device.type == "cpu" and native.unusable() is None
     return DeviceKernels(
         layers=_load("torch.layer_kernels:TorchKernels")(),
         fused=None,

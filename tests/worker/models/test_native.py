@@ -27,8 +27,8 @@ from tests.worker.attention.decoding import Driver
 from tests.worker.quant.layouts import FORMATS, write
 from tests.worker.test_weights import wider
 
-if native.path() is None:
-    pytest.skip("the set-up built no native kernels", allow_module_level=True)
+if (unusable := native.unusable()) is not None:
+    pytest.skip(unusable, allow_module_level=True)
 
 BLOCK_SIZE = 16
 MAX_DIVERGENCE = 0.03  # nats, of the mean over a few tokens; 0.005 is usual with tokens in 8 bits

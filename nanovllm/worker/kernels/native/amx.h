@@ -41,13 +41,22 @@ template <int type> static void unpack(const uint8_t* block, int tiles, uint8_t*
     }
 }
 
-// Two blocks of outputs (or one twice) with 32 tokens; sums: [32, 32].
+// Two blocks of outputs (or one twice) with 32 tokens. out: [32, 32], `stride` bytes a token.
 static inline void multiply_tiles(const uint8_t* left, const uint8_t* right, const uint16_t* tokens,
-                                  int64_t width, bool second_half, float* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                                  int64_t width, bool second_half, float* out, int64_t stride,
+                                  bool add) {
+    float* second = (float*)((uint8_t*)out + 16 * stride);
+    if (add) {
+        _tile_loadd(0, out, stride);
+        _tile_loadd(1, out + 16, stride);
+        _tile_loadd(2, second, stride);
+        _tile_loadd(3, second + 16, stride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t tile = 0; tile < width / TILE; tile++) {
         _tile_loadd(4, tokens + tile * TILE, width * 2);
         _tile_loadd(6, left + tile * 1024, 64);
@@ -60,10 +69,10 @@ static inline void multiply_tiles(const uint8_t* left, const uint8_t* right, con
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 512, 128);
-    _tile_stored(3, sums + 528, 128);
+    _tile_stored(0, out, stride);
+    _tile_stored(1, out + 16, stride);
+    _tile_stored(2, second, stride);
+    _tile_stored(3, second + 16, stride);
 }
 
 static void linear(const Matrix& w, const Tokens& x, int num_tokens, int first_block, int end_block,
@@ -94,7 +103,13 @@ static void linear(const Matrix& w, const Tokens& x, int num_tokens, int first_b
         });
         for (int token = 0; token < num_tokens; token += 32) {
             int count = num_tokens - token < 32 ? num_tokens - token : 32;
-            multiply_tiles(data[0], data[1], x.halves + token * x.width, x.width, count > 16, sums);
+            const uint16_t* tokens = x.halves + token * x.width;
+            if (count == 32 && !bias && block + 1 < end_block && (block + 2) * BLOCK <= w.rows) {
+                multiply_tiles(data[0], data[1], tokens, x.width, true,
+                               out + token * stride + block * BLOCK, stride * 4, add);
+                continue;
+            }
+            multiply_tiles(data[0], data[1], tokens, x.width, count > 16, sums, 128, false);
             for (int t = 0; t < count; t++)
                 for (int i = 0; i < 2 && block + i < end_block; i++) {
                     int column = (block + i) * BLOCK;

@@ -167,7 +167,14 @@ static void attend_tile(const Span& span, const Heads& heads, const Cache& cache
     }
 }
 
+#if defined(NV_ISA_AMX)
+#include "amx_attention.h"
+#endif
+
 static void attend(const Span& span, const Heads& heads, const Cache& cache, uint8_t* scratch) {
+#if defined(NV_ISA_AMX)
+    if (attends_by_tiles(span, heads, cache)) return attend_by_tiles(span, heads, cache, scratch);
+#endif
     int group = heads.num_heads / heads.num_kv_heads;
     int heads_each = group < MAX_GROUP ? group : MAX_GROUP, tokens_each = MAX_GROUP / heads_each;
     for (int token = 0; token < span.num_tokens; token += tokens_each) {

@@ -95,27 +95,59 @@ static void row(const Matrix& w, int64_t index, float* out) {
 
 // ---- tokens
 
-static void prepare(const float* x, Form form, Tokens tokens, int64_t token) {
-    int64_t width = tokens.width;
-    if (form == HALVES) {
-        uint16_t* to = tokens.halves + token * width;
-        for (int64_t i = 0; i < width; i += BLOCK) store_bf16(to + i, load(x + i));
-        return;
+// 32 of a token's values.
+static inline void keep(F first, F second, const Tokens& to, int64_t token, int64_t tile) {
+    int64_t at = token * (to.width / TILE) + tile;
+    if (to.halves) {
+        store_bf16(to.halves + TILE * at, first);
+        store_bf16(to.halves + TILE * at + BLOCK, second);
     }
-    int8_t* bytes = tokens.bytes + token * width;
-    for (int64_t tile = 0; tile < width / TILE; tile++) {
-        F first = load(x + TILE * tile), second = load(x + TILE * tile + BLOCK);
-        float most = peak(max(abs(first), abs(second)));
-        float scale = most / 127.0f;
-        F inverse = set1(most > 0 ? 127.0f / most : 0.0f);
-        first = round(first * inverse), second = round(second * inverse);
-        store_s8(bytes + TILE * tile, first);
-        store_s8(bytes + TILE * tile + BLOCK, second);
-        float sums[2] = {sum(first) * scale, sum(second) * scale};
-        tokens.scales[token * (width / TILE) + tile] = scale;
-        tokens.sums[token * (width / TILE) + tile] = sums[0] + sums[1];
-        memcpy(tokens.half_sums + token * (width / BLOCK) + 2 * tile, sums, sizeof sums);
+    if (!to.bytes) return;
+    float most = peak(max(abs(first), abs(second)));
+    float scale = most / 127.0f;
+    F inverse = set1(most > 0 ? 127.0f / most : 0.0f);
+    first = round(first * inverse), second = round(second * inverse);
+    store_s8(to.bytes + TILE * at, first);
+    store_s8(to.bytes + TILE * at + BLOCK, second);
+    float sums[2] = {sum(first) * scale, sum(second) * scale};
+    to.scales[at] = scale;
+    to.sums[at] = sums[0] + sums[1];
+    memcpy(to.half_sums + 2 * at, sums, sizeof sums);
+}
+
+static inline float rms_scale(const float* x, float eps, int64_t width) {
+    F squares = zero();
+    for (int64_t i = 0; i < width; i += BLOCK) squares = fma(load(x + i), load(x + i), squares);
+    return 1.0f / sqrtf(sum(squares) / (float)width + eps);
+}
+
+// x: [width]; norm: the weight by which it is normed first, or null.
+static void prepare(const float* x, const float* norm, float eps, const Tokens& to, int64_t token) {
+    F scale = set1(norm ? rms_scale(x, eps, to.width) : 1.0f);
+    for (int64_t i = 0; i < to.width; i += TILE) {
+        F first = load(x + i), second = load(x + i + BLOCK);
+        if (norm) {
+            first = first * scale * load(norm + i);
+            second = second * scale * load(norm + i + BLOCK);
+        }
+        keep(first, second, to, token, i / TILE);
     }
+}
+
+// Both activations are x * sigmoid(y). GELU with a tanh: 1 + tanh(u) is 2 * sigmoid(2u).
+static inline F activated(F x, int activation) {
+    F y = x;
+    if (activation == GELU_TANH)
+        y = set1(1.5957691216f) * fma(set1(0.044715f) * x * x, x, x);  // 2 * sqrt(2 / pi)
+    return x / (set1(1.0f) + exp(zero() - y));
+}
+
+// Activated gates times what they let through become 32 of each token's values. gate, up: [n, 32].
+static void gate(const float* gate, const float* up, int num_tokens, int activation, const Tokens& to,
+                 int64_t tile) {
+    for (int64_t t = 0; t < num_tokens; t++, gate += TILE, up += TILE)
+        keep(activated(load(gate), activation) * load(up),
+             activated(load(gate + BLOCK), activation) * load(up + BLOCK), to, t, tile);
 }
 
 // ---- products
@@ -216,22 +248,10 @@ static void linear(const Matrix& w, const Tokens& x, int num_tokens, int first_b
 
 static void rms_norm(const float* x, const float* weight, float eps, int width, float* out,
                      bool add) {
-    F squares = zero();
-    for (int i = 0; i < width; i += BLOCK) squares = fma(load(x + i), load(x + i), squares);
-    F scale = set1(1.0f / sqrtf(sum(squares) / (float)width + eps));
+    F scale = set1(rms_scale(x, eps, width));
     for (int i = 0; i < width; i += BLOCK) {
         F normed = load(x + i) * scale * load(weight + i);
         store(out + i, add ? load(out + i) + normed : normed);
-    }
-}
-
-// Both activations are x * sigmoid(y). GELU with a tanh: 1 + tanh(u) is 2 * sigmoid(2u).
-static void activate(const float* gate, const float* up, int width, int activation, float* out) {
-    for (int i = 0; i < width; i += BLOCK) {
-        F x = load(gate + i), y = x;
-        if (activation == GELU_TANH)
-            y = set1(1.5957691216f) * fma(set1(0.044715f) * x * x, x, x);  // 2 * sqrt(2 / pi)
-        store(out + i, x / (set1(1.0f) + exp(zero() - y)) * load(up + i));
     }
 }
 
@@ -337,7 +357,7 @@ static void narrow(const float* x, int64_t size, uint16_t* bf16) {
 
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
-    NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm, activate,
+    NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm, gate,
     rope,    attend, merge,   cap,    argmax,        weigh, widen,    narrow,
 };
 

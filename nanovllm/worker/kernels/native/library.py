@@ -130,7 +130,12 @@ class Columns(Structure):
     )
 
 
+INTERFACE = 2  # of types.h
 HOW_TO_BUILD = "the set-up built no native kernels: install a C++ compiler and set up again"
+HOW_TO_REBUILD = (
+    "the native kernels were built for another version of nanovllm: set up again (`make setup`, or "
+    "`pip install -e .`); until then plain torch computes"
+)
 
 # function → (result, arguments)
 SIGNATURES = {
@@ -142,9 +147,12 @@ SIGNATURES = {
     "nv_pack": (c_int64, (c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p)),
     "nv_rows": (None, (POINTER(Matrix), c_void_p, c_int32, c_void_p)),
     "nv_rms_norm": (None, (c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p, c_int32)),
-    "nv_activate": (None, (c_void_p, c_int32, c_int32, c_int32, c_void_p)),
     "nv_cap": (None, (c_void_p, c_int64, c_float, c_float)),
     "nv_linear": (None, (POINTER(Linear), c_void_p, c_int32, c_void_p)),
+    "nv_mlp": (
+        None,
+        (POINTER(Linear), POINTER(Linear), c_void_p, c_int32, c_int32, c_void_p),
+    ),
     "nv_rope_and_cache": (
         None,
         (c_void_p, c_int64, POINTER(Rope), POINTER(Heads), POINTER(Cache), POINTER(Batch)),
@@ -182,9 +190,24 @@ def path() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
+def unusable() -> str | None:
+    """Why there is no library for this Python, and what to do; None if there is."""
+    found = path()
+    if found is None:
+        return HOW_TO_BUILD
+    return None if _interface_of(found) == INTERFACE else HOW_TO_REBUILD
+
+
+@cache
+def _interface_of(found: Path) -> int | None:
+    """None: of the time when libraries did not tell."""
+    loaded = ctypes.CDLL(str(found))
+    return int(loaded.nv_interface()) if hasattr(loaded, "nv_interface") else None
+
+
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library. `path` must have found it."""
+    """The loaded library. It must not be `unusable`."""
     found = path()
     assert found is not None
     loaded = ctypes.CDLL(str(found))

@@ -91,13 +91,13 @@ struct TokensRoom {
     Room<float> scales, sums, half_sums;
     Room<uint16_t> halves;
 
-    Tokens of(Form form, int64_t count, int64_t width) {
+    // forms: a set of them.
+    Tokens of(int forms, int64_t count, int64_t width) {
         Tokens tokens{};
         tokens.width = width;
         int64_t size = (count + 31) / 32 * 32 * width;  // tiles read whole ones
-        if (form == HALVES) {
-            tokens.halves = halves.of(size);
-        } else {
+        if (forms & HALVES) tokens.halves = halves.of(size);
+        if (forms & BYTES) {
             tokens.bytes = bytes.of(size);
             tokens.scales = scales.of(size / TILE);
             tokens.sums = sums.of(size / TILE);
@@ -169,32 +169,22 @@ struct Engine {
         });
     }
 
-    Form form_of(const Linear& linear, int num_tokens) const {
-        Form form = BYTES;
+    // In the forms that the product takes them in, of which parts of different types may differ.
+    Tokens room_for(TokensRoom& room, const Linear& linear, int num_tokens) {
+        int forms = 0;
         for (int i = 0; i < linear.num_parts; i++)
-            form = std::max(form, kernels->form(linear.parts[i].type, num_tokens));
-        return form;
+            forms |= kernels->form(linear.parts[i].type, num_tokens);
+        return room.of(forms, num_tokens, linear.parts[0].columns);
     }
 
-    // x: [num_tokens, width] float32.
-    Tokens prepare(TokensRoom& room, const Linear& linear, const float* x, int num_tokens) {
-        int64_t width = linear.parts[0].columns;
-        Tokens tokens{};
-        for (int i = 0; i < linear.num_parts; i++) {  // parts of different types may differ
-            Form form = kernels->form(linear.parts[i].type, num_tokens);
-            Tokens some = room.of(form, num_tokens, width);
-            if (form == HALVES ? tokens.halves != nullptr : tokens.bytes != nullptr) continue;
-            share(num_tokens, 16, [&](int begin, int end, int) {
-                for (int t = begin; t < end; t++) kernels->prepare(x + t * width, form, some, t);
-            });
-            tokens.width = width;
-            if (form == HALVES) {
-                tokens.halves = some.halves;
-            } else {
-                tokens.bytes = some.bytes, tokens.scales = some.scales;
-                tokens.sums = some.sums, tokens.half_sums = some.half_sums;
-            }
-        }
+    // x: [num_tokens, width] float32. norm: the weight by which they are normed first, or null.
+    Tokens prepare(const Linear& linear, const float* x, int num_tokens, const float* norm = nullptr,
+                   float eps = 0) {
+        Tokens tokens = room_for(tokens_, linear, num_tokens);
+        share(num_tokens, 16, [&](int begin, int end, int) {
+            for (int t = begin; t < end; t++)
+                kernels->prepare(x + t * tokens.width, norm, eps, tokens, t);
+        });
         return tokens;
     }
 
@@ -234,14 +224,32 @@ struct Engine {
         });
     }
 
-    // gate_up: [num_tokens, 2 * size]; out: [num_tokens, size].
-    void activate(const float* gate_up, int size, int num_tokens, int activation, float* out) {
-        share(num_tokens, 1, [&](int begin, int end, int) {
-            for (int64_t t = begin; t < end; t++) {
-                const float* gate = gate_up + t * 2 * size;
-                kernels->activate(gate, gate + size, size, activation, out + t * size);
+    // What `down` multiplies: of each token its activated gates times what they let through. Pieces are
+    // activated while they are in the processor's cache: all of them would be several megabytes.
+    Tokens multiply_gated(const Linear& gate_up, const Linear& down, const Tokens& x, int num_tokens,
+                          int activation) {
+        Tokens to = room_for(gated_, down, num_tokens);
+        Matrix gate = half_of(gate_up, 0), up = half_of(gate_up, 1);
+        const float *gate_bias = gate_up.bias, *up_bias = gate_bias ? gate_bias + gate.rows : nullptr;
+        int64_t sums = (int64_t)num_tokens * TILE;
+        int64_t bytes = std::max(kernels->scratch_bytes(gate.type, gate.columns, num_tokens),
+                                 kernels->scratch_bytes(up.type, up.columns, num_tokens));
+        bytes += 2 * sums * sizeof(float);
+        for (auto& room : scratch) room.of(bytes);
+        share(gate.rows / TILE, 1, [&](int begin, int end, int thread) {
+            float *gates = (float*)scratch[thread].of(bytes), *ups = gates + sums;
+            auto product = [&](const Matrix& w, int tile, float* out, const float* bias) {
+                int first = tile * (TILE / BLOCK), column = tile * TILE;
+                kernels->linear(w, x, num_tokens, first, first + TILE / BLOCK, out - column, TILE, bias,
+                                false, (uint8_t*)(ups + sums));
+            };
+            for (int tile = begin; tile < end; tile++) {
+                product(gate, tile, gates, gate_bias);
+                product(up, tile, ups, up_bias);
+                kernels->gate(gates, ups, num_tokens, activation, to, tile);
             }
         });
+        return to;
     }
 
     void rope(float* qkv, int64_t stride, const Rope& rope, const Heads& heads, const Cache& cache,
@@ -287,9 +295,8 @@ struct Engine {
         num_partials_ = 0;
     }
 
-    TokensRoom tokens;
-
   private:
+    TokensRoom tokens_, gated_;
     static constexpr int QUERIES_EACH = 32, KEYS_EACH = 512;
     struct Split {
         float* out;
@@ -299,6 +306,16 @@ struct Engine {
     std::vector<Split> splits_;
     int num_partials_ = 0;
     Room<float> partials_;
+
+    // Gates or what they let through, of a product that has both, in one matrix or in two.
+    static Matrix half_of(const Linear& gate_up, int half) {
+        Matrix found = gate_up.parts[gate_up.num_parts == 2 ? half : 0];
+        if (gate_up.num_parts == 1) {
+            found.rows /= 2;
+            found.data += half * nv_packed_bytes(found.type, found.rows, found.columns);
+        }
+        return found;
+    }
 
     void add_spans(const float* queries, int64_t stride, const Heads& heads, const Batch& batch,
                    int row, int token, int count, int first, float* out, int64_t out_stride) {
@@ -343,7 +360,7 @@ constexpr int SLAB = 512;  // tokens that go through all layers together: bounds
 struct Decoder {
     DecoderParts parts;
     std::vector<Layer> layers;
-    Room<float> hidden, normed, qkv, attended, gate_up, inner;
+    Room<float> hidden, normed, qkv, attended;
 
     explicit Decoder(const DecoderParts& given)
         : parts(given), layers(given.layers, given.layers + given.num_layers) {}
@@ -399,23 +416,15 @@ struct Decoder {
                 count = (int)kept.size();
             }
             if (count == 0) return;
-            add_product(layer.o, attended.of(0), layer.attention_post_norm, count);
+            add_product(layer.o, e.prepare(layer.o, attended.of(0), count), layer.attention_post_norm,
+                        count);
             mlp(layer, count);
         }
     }
 
-    // What a block takes: the stream, normed if there is a norm.
-    const float* taken(const float* norm, int count) {
-        if (!norm) return hidden.of(0);
-        float* x = normed.of((int64_t)count * parts.hidden_size);
-        engine().norm(hidden.of(0), norm, parts.eps, parts.hidden_size, count, x);
-        return x;
-    }
-
     // Adds to the stream what a block gives, normed if there is a norm.
-    void add_product(const Linear& linear, const float* x, const float* norm, int count) {
+    void add_product(const Linear& linear, const Tokens& tokens, const float* norm, int count) {
         Engine& e = engine();
-        Tokens tokens = e.prepare(e.tokens, linear, x, count);
         if (!norm) return e.multiply(linear, tokens, count, hidden.of(0), true);
         float* product = normed.of((int64_t)count * parts.hidden_size);
         e.multiply(linear, tokens, count, product, false);
@@ -425,9 +434,9 @@ struct Decoder {
     void attention(const Layer& layer, const Batch& batch, const Cache& cache, int first, int count) {
         Engine& e = engine();
         const Heads& heads = layer.heads;
-        const float* x = taken(layer.attention_norm, count);
+        Tokens x = e.prepare(layer.qkv, hidden.of(0), count, layer.attention_norm, parts.eps);
         float* projected = qkv.of((int64_t)count * layer.qkv.rows);
-        e.multiply(layer.qkv, e.prepare(e.tokens, layer.qkv, x, count), count, projected, false);
+        e.multiply(layer.qkv, x, count, projected, false);
         e.rope(projected, layer.qkv.rows, layer.rope, heads, cache, batch.positions + first,
                batch.slots + first, count);
         float* out = attended.of((int64_t)count * heads.num_heads * heads.head_dim);
@@ -436,20 +445,15 @@ struct Decoder {
 
     void mlp(const Layer& layer, int count) {
         Engine& e = engine();
-        int size = layer.down.parts[0].columns;
-        const float* x = taken(layer.mlp_norm, count);
-        float* both = gate_up.of((int64_t)count * 2 * size);
-        e.multiply(layer.gate_up, e.prepare(e.tokens, layer.gate_up, x, count), count, both, false);
-        float* to = inner.of((int64_t)count * size);
-        e.activate(both, size, count, layer.activation, to);
-        add_product(layer.down, to, layer.mlp_post_norm, count);
+        Tokens x = e.prepare(layer.gate_up, hidden.of(0), count, layer.mlp_norm, parts.eps);
+        Tokens gated = e.multiply_gated(layer.gate_up, layer.down, x, count, layer.activation);
+        add_product(layer.down, gated, layer.mlp_post_norm, count);
     }
 
     void logits(const float* states, int num_tokens, float* out) {
         Engine& e = engine();
-        float* x = normed.of((int64_t)num_tokens * parts.hidden_size);
-        e.norm(states, parts.final_norm, parts.eps, parts.hidden_size, num_tokens, x);
-        e.multiply(parts.head, e.prepare(e.tokens, parts.head, x, num_tokens), num_tokens, out, false);
+        Tokens x = e.prepare(parts.head, states, num_tokens, parts.final_norm, parts.eps);
+        e.multiply(parts.head, x, num_tokens, out, false);
         if (parts.logit_scale == 1 && parts.logit_softcap == 0) return;
         int width = parts.head.rows;
         for (int t = 0; t < num_tokens; t++)
@@ -463,6 +467,8 @@ struct Decoder {
 }  // namespace
 
 extern "C" {
+
+int nv_interface() { return NV_INTERFACE; }
 
 // Names of what this CPU can run, best last; null behind the last.
 const char* nv_isa(int index) {
@@ -494,9 +500,14 @@ void nv_rms_norm(const float* x, const float* weight, float eps, int width, int 
     engine().norm(x, weight, eps, width, num_tokens, out, add);
 }
 
-void nv_activate(const float* gate_up, int size, int num_tokens, int activation, float* out) {
+// x: [num_tokens, columns of gate_up]; out: [num_tokens, rows of down].
+void nv_mlp(const Linear* gate_up, const Linear* down, const float* x, int num_tokens, int activation,
+            float* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
-    engine().activate(gate_up, size, num_tokens, activation, out);
+    Engine& e = engine();
+    Tokens tokens = e.prepare(*gate_up, x, num_tokens);
+    tokens = e.multiply_gated(*gate_up, *down, tokens, num_tokens, activation);
+    e.multiply(*down, tokens, num_tokens, out, false);
 }
 
 void nv_cap(float* x, int64_t size, float scale, float softcap) {
@@ -507,7 +518,7 @@ void nv_cap(float* x, int64_t size, float scale, float softcap) {
 void nv_linear(const Linear* linear, const float* x, int num_tokens, float* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
     Engine& e = engine();
-    e.multiply(*linear, e.prepare(e.tokens, *linear, x, num_tokens), num_tokens, out, false);
+    e.multiply(*linear, e.prepare(*linear, x, num_tokens), num_tokens, out, false);
 }
 
 void nv_rows(const Matrix* w, const int64_t* rows, int num_rows, float* out) {

@@ -5,6 +5,10 @@
 
 #include <stdint.h>
 
+// Raised with every change of what crosses: library.py, which has the same number, refuses a library
+// of another, since Python's files may be newer than what the set-up has built.
+#define NV_INTERFACE 2
+
 // Weight types by their ids in GGUF files.
 enum Type { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
 
@@ -82,15 +86,15 @@ struct Columns {
 
 #ifdef __cplusplus
 
-// The inputs of a product, in the form it takes them in.
+// The inputs of a product, in the forms that its weights are multiplied with: one, or both.
 enum Form { BYTES = 1, HALVES = 2 };
 struct Tokens {
     int64_t width;
-    int8_t* bytes;      // [n, width], of BYTES: value = byte * scale
+    int8_t* bytes;      // [n, width], of BYTES, or null: value = byte * scale
     float* scales;      // [n, width / 32]
     float* sums;        // [n, width / 32]: of the values that the bytes stand for
     float* half_sums;   // [n, width / 16]
-    uint16_t* halves;   // [n, width] bfloat16, of HALVES
+    uint16_t* halves;   // [n, width] bfloat16, of HALVES, or null
 };
 
 // Queries of one row and one head of keys that are attended to together.
@@ -115,13 +119,14 @@ struct Draw {
 struct Kernels {
     const char* name;
     Form (*form)(int type, int num_tokens);
-    void (*prepare)(const float* x, Form form, Tokens tokens, int64_t token);
+    void (*prepare)(const float* x, const float* norm, float eps, const Tokens& tokens, int64_t token);
     void (*linear)(const Matrix& w, const Tokens& x, int num_tokens, int first_block, int end_block,
                    float* out, int64_t stride, const float* bias, bool add, uint8_t* scratch);
     int64_t (*scratch_bytes)(int type, int columns, int num_tokens);
     void (*row)(const Matrix& w, int64_t row, float* out);
     void (*rms_norm)(const float* x, const float* weight, float eps, int width, float* out, bool add);
-    void (*activate)(const float* gate, const float* up, int width, int activation, float* out);
+    void (*gate)(const float* gate, const float* up, int num_tokens, int activation, const Tokens& to,
+                 int64_t tile);
     void (*rope)(float* qkv, const Rope& rope, const Heads& heads, int64_t position, int64_t slot,
                  const Cache& cache);
     void (*attend)(const Span& span, const Heads& heads, const Cache& cache, uint8_t* scratch);

@@ -14,8 +14,8 @@ from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.library import library
 from nanovllm.worker.kernels.native.packed import pack_bfloat16, pack_gguf
 
-if native.path() is None:
-    pytest.skip("the set-up built no native kernels", allow_module_level=True)
+if (unusable := native.unusable()) is not None:
+    pytest.skip(unusable, allow_module_level=True)
 
 TYPES = [
     GGMLType[name] for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -136,19 +136,62 @@ def test_rms_norm(num_tokens: int, adds: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
-def test_activate(activation: str, num_tokens: int) -> None:
-    both = torch.randn(num_tokens, 2 * 80) * 20
-    found = torch.empty(num_tokens, 80)
-    number = native.ACTIVATIONS.index(activation)
-    library().nv_activate(both.data_ptr(), 80, num_tokens, number, found.data_ptr())
-    gate, up = both.chunk(2, -1)
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     if activation == "silu":
-        activated = torch.nn.functional.silu(gate)
-    else:
-        activated = torch.nn.functional.gelu(gate, approximate="tanh")
-    torch.testing.assert_close(found, activated * up, rtol=1e-5, atol=1e-5)
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def through_mlp(gate_up: native.Linear, down: native.Linear, x: Tensor, activation: str) -> Tensor:
+    found = torch.full((len(x), down.rows), torch.nan)
+    number = native.ACTIVATIONS.index(activation)
+    library().nv_mlp(
+        ctypes.byref(gate_up), ctypes.byref(down), x.data_ptr(), len(x), number, found.data_ptr()
+    )
+    return found
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 40, 64])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activated_gates_are_exact_but_for_one_rounding(
+    activation: str, merged: bool, num_tokens: int
+) -> None:
+    """Gates, what they let through, and outputs are the inputs themselves, by weights of 1."""
+    unit = torch.eye(192).bfloat16()
+    packed = (
+        [pack_bfloat16(unit)] if merged else [pack_bfloat16(unit[:96]), pack_bfloat16(unit[96:])]
+    )
+    last = pack_bfloat16(torch.eye(96).bfloat16())
+    bias = torch.randn(192) * 4
+    gate_up = native.Linear(tuple(p.matrix for p in packed), len(packed), 192, bias.data_ptr())
+    down = native.Linear((last.matrix,), 1, 96, None)
+    x = (torch.randn(num_tokens, 192) * 20).bfloat16().float()
+    expected = gated(activation, *(x + bias).chunk(2, -1))
+    found = through_mlp(gate_up, down, x, activation)
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_gated_products_of_quantized_weights(activation: str, num_tokens: int) -> None:
+    """Gates of another type than what they let through, and down of a third."""
+    up = (torch.randn(64, 96) / 8).bfloat16()
+    raw_gate = stored_rows(GGMLType.Q8_0, 64, 96)
+    raw_down = stored_rows(GGMLType.Q4_1, 48, 64)
+    packed = (
+        pack_gguf(raw_gate, int(GGMLType.Q8_0), columns=96, name="gate"),
+        pack_bfloat16(up),
+        pack_gguf(raw_down, int(GGMLType.Q4_1), columns=64, name="down"),
+    )
+    gate_up = native.Linear((packed[0].matrix, packed[1].matrix), 2, 128, None)
+    down = native.Linear((packed[2].matrix,), 1, 48, None)
+    x = torch.randn(num_tokens, 96)
+    gate = torch.from_numpy(gguf.quants.dequantize(raw_gate, GGMLType.Q8_0))
+    last = torch.from_numpy(gguf.quants.dequantize(raw_down, GGMLType.Q4_1))
+    expected = gated(activation, x @ gate.T, x @ up.float().T) @ last.T
+    found = through_mlp(gate_up, down, x, activation)
+    assert (found - expected).norm() / expected.norm() < 0.02  # tokens are rounded twice
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from nanovllm.worker.kernels.native import library as native
 
-if native.path() is None:
-    pytest.skip(native.HOW_TO_BUILD, allow_module_level=True)
+if (unusable := native.unusable()) is not None:
+    pytest.skip(unusable, allow_module_level=True)
 
 from nanovllm.worker.kernels.native.sampler import sample_tokens
 from tests.worker.kernels.test_fused_sampler import plain
