@@ -129,8 +129,7 @@ class PieceDetokenizer:
         return self._without_first_space(text) if self._num_to_strip and text else text
 
     def flush(self) -> str:
-        text = self._end_run()
-        return self._without_first_space(text) if self._num_to_strip and text else text
+        return self._end_run()  # bytes that were no text yet: no space is among them
 
     def _add_byte(self, byte: int) -> str:
         if self._is_ill_formed:

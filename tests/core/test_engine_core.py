@@ -246,12 +246,14 @@ def test_seeds_of_outputs_wrap_where_numbers_end() -> None:
     assert [core.sequences[0, n].seed for n in range(3)] == [2**63 - 1, 0, 1]
 
 
-def test_the_last_token_is_text_unless_it_is_the_eos() -> None:
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_last_token_is_text_unless_it_is_the_eos(ignore_eos: bool) -> None:
     """A grammar that may go on ends by an EOS, which is no text; one that cannot ends before."""
     core = make_core(max_inflight_steps=1)
     core.add(0, AddRequest(0, [1], constrained("[a-z]{6}")))
     for number in range(1, 9):
-        core.add(0, AddRequest(number, [number], constrained("[a-z]{2}(bbb)?")))
+        params = constrained("[a-z]{2}(bbb)?", ignore_eos=ignore_eos)
+        core.add(0, AddRequest(number, [number], params))
     ended: dict[int, Sequence] = {}
     while core.busy or core.status(epoch="", num_clients=0).num_waiting:
         outputs = core.step()
@@ -280,15 +282,25 @@ def test_a_core_whose_steps_take_long_asks_for_patience(monkeypatch: pytest.Monk
     assert asked[-1] == FAR_BEYOND * 0.25
 
 
-def test_a_pause_is_no_stall() -> None:
+def test_a_pause_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(engine_core, "time", SimpleNamespace(monotonic=lambda: now))
     core = make_core()
     core.add(0, AddRequest(0, [1, 2], SamplingParams(max_tokens=5)))
     core.step()
     core.pause(0)
     while core.busy:  # what was under way
         core.step()
-    time.sleep(0.3)
+    now += 60.0
     assert core.stalled_s == 0.0
-    before = time.monotonic()
     core.resume(0)
-    assert core.busy and core.stalled_s <= time.monotonic() - before
+    assert core.busy and core.stalled_s == 0.0
+    now += 2.0
+    assert core.stalled_s == 2.0
+
+
+def test_the_first_of_several_outputs_reports_the_prompt_for_all() -> None:
+    core = make_core()
+    core.add(0, AddRequest(0, [1, 2, 3], SamplingParams(n=3, prompt_logprobs=1)))
+    asked = [core.sequences[0, number].params.prompt_logprobs for number in range(3)]
+    assert asked == [1, None, None]
