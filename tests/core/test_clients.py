@@ -8,18 +8,20 @@ import psutil
 import pytest
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.clients import ClientTable
+from nanovllm.core.clients import ClientTable, select
 from nanovllm.core.sequence import Sequence, StepOutputs
 from nanovllm.protocol.messages import (
     Abort,
     CoreFailed,
     CoreStatus,
     Detached,
+    Finished,
     Heartbeat,
     Hello,
     Outputs,
     PromptLogprobs,
     RequestFailed,
+    Started,
     Welcome,
 )
 from nanovllm.protocol.plan import TokenLogprobs
@@ -220,3 +222,25 @@ def test_a_message_may_hold_log_probabilities_of_a_prompt_alone() -> None:
     assert client.has_mail and client.backlog == 2
     assert client.take_outputs() == Outputs(prompt_logprobs=[PromptLogprobs(3, [told])])
     assert not client.has_mail and client.backlog == 0
+
+
+def test_of_a_message_everything_about_some_requests_can_be_selected() -> None:
+    told = [TokenLogprobs(token_id, -0.5, 1, [], []) for token_id in range(4)]
+    ends = [Finished(number, "stop", None, 0) for number in (1, 2)]
+    whole = Outputs(
+        numbers=[2, 1, 2, 1],
+        token_ids=[20, 10, 21, 11],
+        logprobs=dict(enumerate(told)),
+        started=[Started(1, 0, 0.0), Started(2, 0, 0.0)],
+        prompt_logprobs=[PromptLogprobs(1, told), PromptLogprobs(2, told)],
+        finished=ends,
+    )
+    assert select(whole, {2}) == Outputs(
+        numbers=[2, 2],
+        token_ids=[20, 21],
+        logprobs={0: told[0], 1: told[2]},
+        started=whole.started[1:],
+        prompt_logprobs=whole.prompt_logprobs[1:],
+        finished=ends[1:],
+    )
+    assert select(whole, {1, 2}) == whole and select(whole, set()) == Outputs()

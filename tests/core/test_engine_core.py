@@ -304,3 +304,16 @@ def test_the_first_of_several_outputs_reports_the_prompt_for_all() -> None:
     core.add(0, AddRequest(0, [1, 2, 3], SamplingParams(n=3, prompt_logprobs=1)))
     asked = [core.sequences[0, number].params.prompt_logprobs for number in range(3)]
     assert asked == [1, None, None]
+
+
+def test_a_core_counts_from_nothing() -> None:
+    status = make_core().status(epoch="", num_clients=2)
+    counts = {
+        name: getattr(status, name)
+        for name in status.__struct_fields__
+        if name.startswith(("num_", "prefix_cache_"))
+    }
+    assert counts.pop("num_blocks") == counts.pop("num_free_blocks") == 49, "0 is nobody's"
+    assert counts.pop("num_clients") == 2
+    assert set(counts.values()) == {0}
+    assert status.step == 0 and status.stalled_s == status.patience_s == 0.0
