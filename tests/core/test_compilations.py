@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm.core import compilations as compilations_module
 from nanovllm.core import grammar as grammar_module
-from nanovllm.core.compilations import Compilations, Outcome, Waiting
+from nanovllm.core.compilations import MAX_EXTRA_S, Compilations, Outcome, Waiting
 from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -24,6 +24,7 @@ class GatedCompiler(GrammarCompiler):
         self.gate = threading.Event()
         self.gates: dict[str, threading.Event] = {}
         self.asked: list[str] = []
+        self.lexer_s: float | None = None  # what grammars say that one more takes; None: the truth
 
     def load(self) -> None:
         self._inner.load()
@@ -35,7 +36,10 @@ class GatedCompiler(GrammarCompiler):
             assert self.gates.get(wanted.regex, self.gate).wait(WAIT_S)
         if wanted.regex == "panic":
             raise BaseException("a panic")
-        return self._inner.compile(wanted)
+        grammar = self._inner.compile(wanted)
+        if self.lexer_s is not None:
+            grammar.lexer_s = self.lexer_s
+        return grammar
 
 
 class Bench:
@@ -123,16 +127,17 @@ def test_as_many_lexers_as_outputs_want_that_begin_at_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "MAX_LEXERS", 3)
-    monkeypatch.setattr(compilations_module, "MAX_EXTRA_S", 1e9)
+    bench.compiler.lexer_s = 0.01 * MAX_EXTRA_S
     bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
     bench.begin("slow b+", *map(sequence, range(COPIES_PER_LEXER)))
     bench.compiler.gate.set()
     over = bench.collect(2)
     assert [outcome.num_lexers for _, outcome in over if isinstance(outcome, Grammar)] == [3, 3]
-    monkeypatch.setattr(compilations_module, "MAX_EXTRA_S", 0.0)
-    bench.begin("c+", *map(sequence, range(2 * COPIES_PER_LEXER)))
-    ((_, outcome),) = bench.collect()
-    assert isinstance(outcome, Grammar) and outcome.num_lexers == 1, "none is waited for so long"
+    for regex, share, num_lexers in (("c+", 0.6, 2), ("d+", 1.5, 1)):
+        bench.compiler.lexer_s = share * MAX_EXTRA_S
+        bench.begin(regex, *map(sequence, range(2 * COPIES_PER_LEXER)))
+        ((_, outcome),) = bench.collect()
+        assert isinstance(outcome, Grammar) and outcome.num_lexers == num_lexers, "no more in time"
 
 
 def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
