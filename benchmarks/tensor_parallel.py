@@ -4,15 +4,15 @@
     python benchmarks/tensor_parallel.py --device cpu          # in small over gloo: checks itself
     python benchmarks/tensor_parallel.py --parts ids,speed --models 8b --ranks 2 --seconds 90
 
-`ids`: greedy and seeded ids of random models (one dense, one of experts; the checkpoint of --real,
-too, where it is named) on several ranks beside those of one. Where they differ, how far the token
-taken lies behind the best that one rank would have taken after the same tokens, in nats (two tokens
-of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes, with random weights: decoding 1, 8
-and 64 sequences, and a prompt; ratios are to one rank. `faults`: a rank is killed amid 64 streams:
-how many end with the ids of an undisturbed run, and how long they paused. `reduce`: all-reduce by
-NCCL in a CUDA graph, torch's one-shot over symmetric memory and the engine's own, also with what
-follows a sum; over gloo on a CPU. `plan`: a plan's way
-to 2, 4 and 8 ranks that compute nothing, and its result's way back.
+`ids`: greedy and seeded ids of random models (one dense, one of experts, which are cut and then
+spread; the checkpoint of --real, too, where it is named) on several ranks beside those of one.
+Where they differ, how far the token taken lies behind the best that one rank would have taken after
+the same tokens, in nats (two tokens of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes,
+with random weights: decoding 1, 8 and 64 sequences, and a prompt; ratios are to one rank. `faults`:
+a rank is killed amid 64 streams: how many end with the ids of an undisturbed run, and how long they
+paused. `reduce`: all-reduce by NCCL in a CUDA graph, torch's one-shot over symmetric memory and the
+engine's own, also with what follows a sum; over gloo on a CPU. `plan`: a plan's way to 2, 4 and 8
+ranks that compute nothing, and its result's way back.
 Each engine has processes of its own. No part begins after --seconds; what was left out is told.
 """
 
@@ -156,8 +156,10 @@ def _rounded(since: float) -> float:
 # ---- ids
 
 
-def check_ids(bench: Bench, model: str, sizes: list[int], *, real: bool = False) -> None:
-    """Of one rank, then of several."""
+def check_ids(
+    bench: Bench, model: str, sizes: list[int], *, real: bool = False, spreads: bool = False
+) -> None:
+    """Of one rank, then of several. spreads: these hold whole experts."""
     more: dict[str, Any] = {"skip_tokenizer_init": True}
     if not real:
         more["load_format"] = "dummy"
@@ -171,7 +173,7 @@ def check_ids(bench: Bench, model: str, sizes: list[int], *, real: bool = False)
     expected: dict[str, list[list[int]]] = {}
     answers: dict[tuple[int, str], list[list[int]]] = {}
     for size in sizes:
-        with bench.engine(model, size, **more) as llm:
+        with bench.engine(model, size, enable_expert_parallel=spreads, **more) as llm:
             for kind, params in kinds.items():
                 answers[size, kind] = _ids(llm, asked, params)
     with bench.engine(model, 1, **more) as llm:
@@ -184,6 +186,7 @@ def check_ids(bench: Bench, model: str, sizes: list[int], *, real: bool = False)
                 "ids",
                 model=Path(model).name,
                 ranks=size,
+                whole_experts=spreads,
                 kind=kind,
                 equal=f"{equal}/{count}",
                 largest_gap_nats=gap,
@@ -512,6 +515,8 @@ def run_parts(bench: Bench, wanted: list[str], sizes: list[int]) -> None:
         for kind in ("dense", "experts"):
             model = bench.random_model(kind)
             bench.attempt(f"ids, {kind}", partial(check_ids, bench, model, sizes))
+        whole = partial(check_ids, bench, bench.random_model("experts"), sizes, spreads=True)
+        bench.attempt("ids, whole experts", whole)
         if arguments.real:
             run = partial(check_ids, bench, arguments.real, sizes, real=True)
             bench.attempt("ids, real", run)

@@ -232,6 +232,9 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
     ] = 1
+    enable_expert_parallel: Annotated[
+        bool, Meta(description="tensor-parallel ranks hold whole experts, not a part of each")
+    ] = False
     disable_custom_all_reduce: Annotated[
         bool, Meta(description="sums over ranks by NCCL alone, never by GPUs writing to each other")
     ] = False

@@ -60,6 +60,7 @@ class EngineKeywords(SupervisionKeywords, total=False):
     allow_debug: bool
     tensor_parallel_size: int
     data_parallel_size: int
+    enable_expert_parallel: bool
     disable_custom_all_reduce: bool
     compare_ranks: bool
     step_ms: float

@@ -38,8 +38,9 @@ BUDGETS = {
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready; block tables
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
-    # way sums over ranks take, as measured, and sampling by ranks that keep their logits
-    "worker": 6846,
+    # way sums over ranks take, as measured, and sampling by ranks that keep their logits; which
+    # experts a rank has whole
+    "worker": 6874,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -212,6 +212,11 @@ class LayerSpec(Struct, frozen=True, kw_only=True):
     input_size: int = 0
     scaled: bool = False
 
+    @property
+    def mixture(self) -> MoE | None:
+        """Its experts, be they the MLP or beside one."""
+        return self.mlp if isinstance(self.mlp, MoE) else self.experts
+
 
 class DecoderSpec(Struct, frozen=True, kw_only=True):
     """A whole decoder: embedding, layers, a norm, and the head.
@@ -315,14 +320,18 @@ def _mlp_parts(mlp: Dense | MoE, hidden: int) -> Iterator[LinearPart]:
 
 def num_idle_weights(spec: DecoderSpec) -> int:
     """Of experts that a token does not pass through."""
-    idle = 0
+    return sum(
+        count * (mixture.num_experts - mixture.top_k) // mixture.num_experts
+        for mixture, count in expert_weights(spec)
+    )
+
+
+def expert_weights(spec: DecoderSpec) -> Iterator[tuple[MoE, int]]:
+    """The mixture of each layer that has one, and how many weights all of its experts have."""
     for layer in spec.layers:
-        mixture = layer.mlp if isinstance(layer.mlp, MoE) else layer.experts
-        if mixture is not None:
-            parts = (part for part in linear_parts(layer, spec.hidden_size) if part.copies > 1)
-            weights = sum(part.num_weights for part in parts)
-            idle += weights * (mixture.num_experts - mixture.top_k) // mixture.num_experts
-    return idle
+        if (mixture := layer.mixture) is not None:
+            parts = linear_parts(layer, spec.hidden_size)
+            yield mixture, sum(part.num_weights for part in parts if part.copies > 1)
 
 
 def count_parameters(spec: DecoderSpec) -> dict[WeightGroup, int]:

@@ -54,7 +54,8 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
     checkpoint = locate(config.model.source, weights=False)
     size = read_model_size(checkpoint)
     spec = size.spec
-    check_num_ranks(spec, num_ranks)
+    spreads_experts = config.parallel.enable_expert_parallel
+    check_num_ranks(spec, num_ranks, spreads_experts=spreads_experts)
     max_model_len = config.model.choose_max_model_len(spec.max_position_embeddings)
     wanted = config.model.quantization
     scheme = scheme_for(checkpoint, spec, wanted, is_gpu=machine.is_gpu)
@@ -77,6 +78,7 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
         limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
         max_model_len=max_model_len,
         num_ranks=num_ranks,
+        spreads_experts=spreads_experts,
     )
 
 
@@ -113,6 +115,10 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
             f"{plan.active_bytes / GIB:.2f} GiB for one alone"
         )
     where = f"each of {plan.num_ranks} ranks, " if plan.num_ranks > 1 else ""
+    mixtures = [found for layer in plan.spec.layers if (found := layer.mixture) is not None]
+    if where and plan.spreads_experts:
+        most = max(map(plan.most_experts, mixtures))
+        where += f"with up to {most} of {mixtures[0].num_experts} experts, "
     console.print(
         f"{plan.spec.architecture}, {size.num_parameters / 1e9:.3f} billion parameters "
         f"(by {size.source}){active}, {plan.precision.dtype}, on {where}{machine.name} "

@@ -17,7 +17,14 @@ import msgspec
 from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks, token_size
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import AT_LOAD
-from nanovllm.checkpoint.spec import DecoderSpec, MoE, WeightGroup, num_idle_weights
+from nanovllm.checkpoint.spec import (
+    DecoderSpec,
+    Dense,
+    MoE,
+    WeightGroup,
+    expert_weights,
+    num_idle_weights,
+)
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
 
@@ -54,6 +61,7 @@ class MemoryPlan:
     """One configuration of one model on one device; every figure follows from the fields.
 
     num_ranks: devices that share weights and KV heads between them; figures are those of one.
+    spreads_experts: as in `worker.parallel`; figures are those of a rank that holds the most.
     layout: of the KV cache, if it is not the model's own.
     """
 
@@ -64,6 +72,7 @@ class MemoryPlan:
     limits: StepLimits
     max_model_len: int
     num_ranks: int = 1
+    spreads_experts: bool = False
     layout: KVLayout | None = None
 
     @property
@@ -81,9 +90,19 @@ class MemoryPlan:
             each = self.precision.linear_bytes if quantizable else self.precision.value_bytes
             shared = 1 if group == "norms" else self.num_ranks
             sizes[group] = int(count * each) // shared
+        if self.spreads_experts:
+            over = sum(
+                count * self.most_experts(mixture) // mixture.num_experts - count // self.num_ranks
+                for mixture, count in expert_weights(self.spec)
+            )
+            sizes["mlp"] += int(over * self.precision.linear_bytes)
         if not self.machine.is_gpu and self.spec.tied_embeddings:
             sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
         return sizes
+
+    def most_experts(self, mixture: MoE) -> int:
+        """That one rank holds of a layer's."""
+        return -(-mixture.num_experts // (self.num_ranks if self.spreads_experts else 1))
 
     @property
     def num_active_parameters(self) -> int:
@@ -92,7 +111,8 @@ class MemoryPlan:
 
     @property
     def active_bytes(self) -> int:
-        """Of weights that one token alone reads on a device: of the embedding a row."""
+        """Of weights that one token alone reads on a device, on the average of devices: of the
+        embedding a row."""
         sizes = self.weight_bytes
         idle = int(num_idle_weights(self.spec) * self.precision.linear_bytes) // self.num_ranks
         head = sizes["head"] or sizes["embedding"]
@@ -258,7 +278,8 @@ class MemoryPlan:
             attention, mlp = layer.attention, layer.mlp
             num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads  # queries come twice
             halves.append(hidden + num_heads * attention.head_dim // self.num_ranks)
-            inner = mlp.intermediate_size // self.num_ranks
+            is_cut = isinstance(mlp, Dense) or not self.spreads_experts
+            inner = mlp.intermediate_size // (self.num_ranks if is_cut else 1)
             if layer.experts is not None:
                 inner += layer.experts.top_k * (hidden + layer.experts.intermediate_size)
             if isinstance(mlp, MoE):  # what each of a token's experts makes of it, and between

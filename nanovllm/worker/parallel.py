@@ -48,10 +48,13 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """This rank among `size`. group: of `torch.distributed`; None: its default one."""
+    """This rank among `size`. group: of `torch.distributed`; None: its default one.
+    spreads_experts: ranks hold whole experts, and not a part of each.
+    """
 
     rank: int = 0
     size: int = 1
+    spreads_experts: bool = False
     group: distributed.ProcessGroup | None = None
     exchange: Exchange | None = None
 
@@ -71,6 +74,14 @@ class TensorParallel:
             )
         size = num_units // num_shares * unit
         return Cut(self.rank * num_shares // self.size * size, size, whole)
+
+    def share_experts(self, whole: int) -> Cut:
+        """Which experts this rank holds: all of them, unless they are spread. Ranks have equally
+        many, or one more or less; whether each has one, `checkpoint.num_ranks` sees to."""
+        if not self.spreads_experts:
+            return Cut.all_of(whole)
+        start = self.rank * whole // self.size
+        return Cut(start, (self.rank + 1) * whole // self.size - start, whole)
 
     def share_vocabulary(self, whole: int) -> Cut:
         """This rank's ids, whole segments of them. The last ranks have fewer, or none."""

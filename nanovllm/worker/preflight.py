@@ -39,6 +39,7 @@ def plan_memory(
         limits=config.scheduler.limits(device.type),
         max_model_len=max_model_len,
         num_ranks=num_ranks,
+        spreads_experts=config.parallel.enable_expert_parallel,
         layout=layout or kv_layout(size.spec, num_ranks=num_ranks),
     )
     if plan.is_hopeless:

@@ -40,7 +40,9 @@ class RankWorker(Worker):
         *,
         meet: Callable[[int | None], int],
     ) -> None:
-        super().__init__(config, on_progress, parallel=TensorParallel(rank, size))
+        spreads = config.parallel.enable_expert_parallel
+        parallel = TensorParallel(rank, size, spreads_experts=spreads)
+        super().__init__(config, on_progress, parallel=parallel)
         self._meet = meet
 
     def start(self) -> WorkerInfo:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -105,13 +106,16 @@ def load_weights(
 def _fill_randomly(model: Decoder, slots: list[WeightSlot], seed: int) -> Iterator[int]:
     """Normally distributed, norms one; drawn on the device. Yields the size of each tensor."""
     generator = torch.Generator(model.device)
-    for index, slot in enumerate(slots):
+    for slot in slots:
         assert slot.dtype is None, "a stored form has no numbers to draw"
         if slot.part.endswith("norm"):
             slot.target.fill_(1.0)
         elif slot.target.numel():
-            # The whole tensor, whatever piece of it is here: ranks agree on what they share.
-            generator.manual_seed(seed + index)
+            # The whole tensor, whatever piece of it is here, and by its name, whatever other
+            # tensors are here: ranks agree on what they share.
+            expert = None if slot.expert is None else slot.expert.start
+            name = f"{slot.part} {slot.kind} {slot.layer} {expert}"
+            generator.manual_seed(seed + crc32(name.encode()))
             values = torch.empty(slot.shape, dtype=model.dtype, device=model.device)
             values.normal_(0.0, DUMMY_STD, generator=generator)
             slot.write(values[tuple(cut.slice for cut in slot.piece)])
@@ -125,7 +129,10 @@ def _fill_from_safetensors(
     files = _files_of_tensors(directory)
     names, known = model.spec.names.safetensors, model.spec.names.known
     places = _places(slots, names)
-    _match(names, places, filter(None, map(known, files)), where=directory)
+    elsewhere = _modules_of_other_ranks(slots, names)
+    known_names = filter(None, map(known, files))
+    found = (name for name in known_names if name.rpartition(".")[0] not in elsewhere)
+    _match(names, places, found, where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
             promised = {
@@ -293,6 +300,21 @@ def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Pl
             places.append(Place(slot, whole, tuple(index), turns))
         start += part[0].shape[0] if part[0].shape else 0
     return places
+
+
+def _modules_of_other_ranks(slots: list[WeightSlot], names: Mapping[str, str]) -> set[str]:
+    """Names of experts that other ranks hold, where each expert has modules of its own."""
+    every, own = set(), set()
+    for slot in slots:
+        if slot.expert is not None and names[slot.part].count("{}") > 1:
+            every.add((slot.part, slot.layer, slot.expert.whole))
+            own.add(names[slot.part].format(slot.layer, slot.expert.start))
+    return {
+        name
+        for part, layer, count in every
+        for expert in range(count)
+        if (name := names[part].format(layer, expert)) not in own
+    }
 
 
 def _match(

@@ -46,16 +46,22 @@ def begin(executor: Executor) -> WorkerInfo:
     return info
 
 
-@pytest.fixture(scope="module", params=[("qwen3_moe", 2), ("olmo2", 4)], ids=lambda p: p[0])
+@pytest.fixture(
+    scope="module",
+    params=[("qwen3_moe", 2, False), ("olmoe_renormalized", 2, True), ("olmo2", 4, False)],
+    ids=lambda p: p[0],
+)
 def engines(
     request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
 ) -> Iterator[tuple[Executor, Executor]]:
-    """One rank and several, of the same model. Of 4 ranks two have the same KV head."""
-    name, size = request.param
+    """One rank and several, of the same model. Of 4 ranks two have the same KV head; of 5 experts
+    that are spread the second rank has three."""
+    name, size, spreads = request.param
     model = str(tiny_checkpoint(name))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     alone = InlineExecutor(config_of(model), lambda *_: None)
-    group = GroupExecutor(config_of(model, size), lambda *_: None)
+    several = config_of(model, size, enable_expert_parallel=spreads)
+    group = GroupExecutor(several, lambda *_: None)
     one, many = begin(alone), begin(group)
     assert many.num_blocks == one.num_blocks
     assert f"{size} ranks" in many.notes[0]

@@ -160,6 +160,24 @@ def test_ranks_share_weights_and_heads() -> None:
     assert make_plan(num_ranks=16).bytes_per_token * 8 == one.bytes_per_token
 
 
+def test_ranks_with_whole_experts_hold_as_much_of_them() -> None:
+    """Of 6 experts one of 4 ranks has 2; what a token takes of one is not shared any more."""
+    spec = spec_from_config(QWEN3_30B | {"num_experts": 6, "num_experts_per_tok": 2})
+    size = ModelSize(spec=spec, parameters=count_parameters(spec), source="")
+    one, cut = (make_plan(size=size, num_ranks=ranks) for ranks in (1, 4))
+    two, four = (make_plan(size=size, num_ranks=n, spreads_experts=True) for n in (2, 4))
+    experts = 2 * 48 * 6 * 3 * 2048 * 768
+    assert two.weight_bytes["mlp"] * 2 == one.weight_bytes["mlp"]
+    assert four.weight_bytes["mlp"] - cut.weight_bytes["mlp"] == experts // 3 - experts // 4
+    few = SchedulerConfig(max_num_seqs=8).limits("cuda")  # so that experts are the heaviest part
+    cut, four = replace(cut, limits=few), replace(four, limits=few)
+    more = 8192 * 2 * 768 * 3 // 4  # of what lies between the products, in each of two experts
+    assert four.activation_bytes - cut.activation_bytes == 2 * more
+    assert four.most_experts(spec.layers[0].mlp) == 2
+    for group in ("attention", "embedding", "norms"):
+        assert four.weight_bytes[group] == cut.weight_bytes[group]
+
+
 def test_a_cpu_multiplies_by_a_copy_of_a_tied_embedding() -> None:
     tied = msgspec.structs.replace(SPEC, tied_embeddings=True)
     size = replace(SIZE, spec=tied, parameters={**SIZE.parameters, "head": 0})

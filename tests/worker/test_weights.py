@@ -1,6 +1,7 @@
 """Every way weights come in, and every way a checkpoint can be wrong."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -28,13 +29,14 @@ from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import WeightSlot
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.parallel import Cut
+from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 from nanovllm.worker.weights import load_weights
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
 
 CPU = torch.device("cpu")
 TensorFile = dict[str, Tensor]
 Build = Callable[[str], Path]
+SPREAD = [TensorParallel(rank, 2, spreads_experts=True) for rank in (0, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +57,19 @@ def load(
     return model
 
 
-def build(spec: DecoderSpec, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    specs = attention_specs(spec, block_size=16, dtype=dtype, device=CPU)
+def build(
+    spec: DecoderSpec, *, dtype: torch.dtype = torch.float32, parallel: TensorParallel = SINGLE
+) -> Decoder:
+    specs = attention_specs(spec, block_size=16, dtype=dtype, device=CPU, parallel=parallel)
     attention, _ = select_attention("auto", specs)
-    return Decoder(spec, kernels=TorchKernels(), attention=attention, dtype=dtype, device=CPU)
+    return Decoder(
+        spec,
+        kernels=TorchKernels(),
+        attention=attention,
+        dtype=dtype,
+        device=CPU,
+        parallel=parallel,
+    )
 
 
 def fill(
@@ -165,6 +176,21 @@ def test_a_stack_of_experts_is_read_one_by_one(tmp_path: Path) -> None:
             start = 4 if place.slot.part == "gate" else 12
             assert place.slot.expert is not None
             assert torch.equal(values, stack[place.slot.expert.start, start : start + 4])
+
+
+def test_a_rank_needs_its_own_experts_alone(tiny_checkpoint: Build, tmp_path: Path) -> None:
+    """Of a checkpoint from which those of the second rank are gone."""
+    source = tiny_checkpoint("qwen3_moe")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    stored = load_file(source / "model.safetensors")
+    kept = {name: stored[name] for name in stored if not re.search(r"\.experts\.[345]\.", name)}
+    assert len(stored) - len(kept) == 2 * 3 * 3
+    save_file(kept, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    spec = spec_from_config(checkpoint.config())
+    fill(build(spec, parallel=SPREAD[0]), checkpoint)
+    with pytest.raises(ValueError, match=r"lacks 18 tensors .*experts\.3\."):
+        fill(build(spec, parallel=SPREAD[1]), checkpoint)
 
 
 def test_sharded(tiny_checkpoint: Build, tmp_path: Path) -> None:
@@ -465,6 +491,22 @@ def test_dummy_is_seeded(tiny_checkpoint: Build) -> None:
     for slot in one.slots():
         if slot.part in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
             assert (slot.target == 1).all()
+
+
+def test_random_weights_are_the_same_whatever_else_a_rank_holds(tiny_checkpoint: Build) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen2_moe"), "safetensors")
+    spec = spec_from_config(checkpoint.config())
+    held = []
+    for parallel in (SINGLE, *SPREAD):
+        model = build(spec, parallel=parallel)
+        fill(model, checkpoint, load_format="dummy")
+        held.append({(s.part, s.kind, s.layer, s.expert): s for s in model.slots()})
+    whole, *ranks = held
+    assert whole.keys() == ranks[0].keys() | ranks[1].keys()
+    for slots in ranks:
+        for key, slot in slots.items():
+            piece = whole[key].target[tuple(cut.slice for cut in slot.piece)]
+            assert torch.equal(slot.target, piece), key
 
 
 def test_format_must_be_the_checkpoints(tiny_checkpoint: Build) -> None:

@@ -97,7 +97,8 @@ class Kernels(Protocol):
     def experts(
         self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
     ) -> Tensor:
-        """What the experts that a router picks make of each token, weighed and added up.
+        """What the experts that a router picks make of each token, weighed and added up: those of
+        them that are here.
 
         hidden: [num_tokens, hidden_size]; logits: of the router, [num_tokens, num_experts].
         residual: is added, and perhaps written over; only where no sum over ranks is to come.

@@ -19,9 +19,9 @@ LEAST_SUM = 1e-20  # of sigmoids that are divided by it
 
 @dataclass(slots=True, eq=False)
 class Experts:
-    """`each` is (gate and up, down) of every expert.
+    """`each` is (gate and up, down) of every expert that is here, those from number `first` on.
 
-    stacked: the same weights as two matrices, those of all experts one below the other, where a
+    stacked: the same weights as two matrices, those of all of them one below the other, where a
     device multiplies by them at once; the layers of `each` are then views. correction: what is
     added to scores before experts are chosen. factors: what their weights are multiplied by.
     """
@@ -31,6 +31,12 @@ class Experts:
     stacked: tuple[Linear, Linear] | None = None
     correction: Tensor | None = None  # [num_experts] fp32
     factors: Tensor | None = None  # [num_experts] fp32
+    first: int = 0
+
+    @property
+    def own(self) -> Cut:
+        """Which of all experts are here; other ranks have the others."""
+        return Cut(self.first, len(self.each), self.spec.num_experts)
 
     @property
     def waits_for_router(self) -> bool:
@@ -42,9 +48,9 @@ class Experts:
             yield from pair
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
-        for index, pair in enumerate(self.each):
+        for expert, pair in enumerate(self.each, self.first):
             for linear in pair:
-                yield from linear.slots(layer, Cut(index, 1, len(self.each)))
+                yield from linear.slots(layer, Cut(expert, 1, self.spec.num_experts))
         if self.correction is not None:
             yield WeightSlot.of_whole("router_correction", "bias", self.correction, layer)
         if self.factors is not None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -19,7 +19,7 @@ from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.rotary import cos_sin_table
-from nanovllm.worker.parallel import Cut, TensorParallel
+from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
 from nanovllm.worker.quant.select import method_for
 
 NOWHERE = torch.device("meta")
@@ -80,16 +80,19 @@ class Builder:
         return Linear.empty(inputs, parts, bias=bias, shard_axis=0, dtype=dtype, device=self.device)
 
     def experts(self, inputs: int, spec: MoE, *, module: int) -> Experts:
-        """Ranks hold a part of every expert. Stacked, if the kernels multiply by that form."""
-        inner, whole = self.parallel.share(spec.intermediate_size), Cut.all_of(inputs)
+        """Ranks hold a part of every expert, or some experts whole, as if each were alone with
+        them. Stacked, if the kernels multiply by that form."""
+        own = self.parallel.share_experts(spec.num_experts)
+        maker = self if own.is_whole else replace(self, parallel=SINGLE)
+        inner, whole = maker.parallel.share(spec.intermediate_size), Cut.all_of(inputs)
         first, second = {"expert_gate": inner, "expert_up": inner}, {"expert_down": whole}
         if spec.takes_turns:
             first = {"expert_gate_up": Cut(*(2 * size for size in inner))}
         each = []
-        for expert in range(spec.num_experts):
-            build = partial(self._unmade, module=(module, expert), bias=spec.bias)
+        for expert in range(own.start, own.start + own.size):
+            build = partial(maker._unmade, module=(module, expert), bias=spec.bias)
             each.append((build(whole, first, axis=0), build(inner, second, axis=1)))
-        made = Experts(spec, each)
+        made = Experts(spec, each, first=own.start)
         if spec.router.corrects:
             made.correction = torch.zeros(spec.num_experts, device=self.device)
         if spec.router.norms:

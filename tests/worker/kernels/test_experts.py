@@ -200,6 +200,65 @@ def test_one_expert_takes_all(num_tokens: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def unset_is_nan() -> Iterator[None]:
+    """New memory holds NaN, so that reading what nobody has written shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("differences", [{}, CLAMPED])
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.usefixtures("unset_is_nan")
+def test_experts_that_are_elsewhere(num_tokens: int, differences: dict[str, Any]) -> None:
+    """What two ranks make of their own, 5 and 7 of 12, adds up to what one makes of all."""
+    spec = spec_of(Router(renormalizes=True, norms=True), **differences)
+    whole = make_experts(spec)
+    hidden, logits = inputs(spec, num_tokens)
+    expected = TorchKernels().experts(hidden, logits, whole)
+    total = torch.zeros_like(expected)
+    for first, end in ((0, 5), (5, 12)):
+        own = some_of(whole, first, end)
+        found = TritonKernels().experts(hidden, logits, own)
+        torch.testing.assert_close(
+            found, TorchKernels().experts(hidden, logits, own), rtol=1e-5, atol=1e-5
+        )
+        total += found
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+@pytest.mark.usefixtures("unset_is_nan")
+def test_all_experts_of_a_token_may_be_elsewhere(num_tokens: int) -> None:
+    """They take no block: nothing is multiplied for them."""
+    spec = spec_of(Router(renormalizes=True))
+    own = some_of(make_experts(spec), 0, 4)
+    hidden, logits = inputs(spec, num_tokens)
+    logits[:, :4] = -50.0
+    assert not TritonKernels().experts(hidden, logits, own).any()
+    routed = route(logits, spec, None, own=own.own)
+    assert (routed.experts == -1).all()
+    assert not sort_by_expert(routed, 4, 16).num_blocks.any()
+
+
+def some_of(whole: Experts, first: int, end: int) -> Experts:
+    """Experts first to end - 1, as a rank has them that holds no others."""
+    assert whole.stacked is not None
+    count = whole.spec.num_experts
+
+    def rows(stack: Linear) -> Linear:
+        size = len(stack.weight) // count
+        own = slice(first * size, end * size)
+        bias = None if stack.bias is None else stack.bias[own].clone()
+        return Linear(stack.weight[own].clone(), bias, {}, 0)
+
+    gate_up, down = map(rows, whole.stacked)
+    each = views((gate_up, down), end - first)
+    return Experts(whole.spec, each, (gate_up, down), whole.correction, whole.factors, first)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("num_tokens", [1, 9, 70])
 def test_half_precision(num_tokens: int, dtype: torch.dtype) -> None:

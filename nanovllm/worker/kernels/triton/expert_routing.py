@@ -18,13 +18,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.checkpoint.spec import MoE
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.layers import moe
+from nanovllm.worker.parallel import Cut
 
 LEAST_SUM = tl.constexpr(moe.LEAST_SUM)
 SORT_BLOCK = 2048  # pairs that a program looks at at a time
 
 
 class Routed(NamedTuple):
-    """A pair is a token and one of its experts: number token * top_k + place."""
+    """A pair is a token and one of its experts: number token * top_k + place.
+
+    experts: numbered among those that are here; -1: it is elsewhere.
+    """
 
     weights: Tensor  # [num_tokens, top_k] fp32
     experts: Tensor  # [num_tokens, top_k] int32
@@ -71,7 +75,7 @@ def _route_kernel(
     correction, factors,  # [num_experts] fp32, or None
     weights,  # [num_tokens, TOP_K] fp32
     experts,  # [num_tokens, TOP_K] int32
-    num_experts, weight_scale,
+    num_experts, first, num_own, weight_scale,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZES: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +114,9 @@ def _route_kernel(
     there = token * TOP_K + places
     if factors is not None:
         chosen_scores *= tl.load(factors + chosen, places < TOP_K, other=0.0)
-    tl.store(experts + there, chosen, places < TOP_K)
+    own = chosen - first
+    own = tl.where((own >= 0) & (own < num_own), own, -1)
+    tl.store(experts + there, own, places < TOP_K)
     tl.store(weights + there, chosen_scores * weight_scale, places < TOP_K)
 
 
@@ -149,9 +155,15 @@ def _sort_kernel(
 
 
 def route(
-    logits: Tensor, spec: MoE, correction: Tensor | None, factors: Tensor | None = None
+    logits: Tensor,
+    spec: MoE,
+    correction: Tensor | None,
+    factors: Tensor | None = None,
+    own: Cut | None = None,
 ) -> Routed:
-    """logits: [num_tokens, num_experts]; correction and factors: as of `Experts`."""
+    """logits: [num_tokens, num_experts]; correction, factors and own: as of `Experts`. None: all
+    experts are here."""
+    own = own or Cut.all_of(spec.num_experts)
     num_tokens, router = len(logits), spec.router
     assert logits.is_contiguous() and logits.shape[1] == spec.num_experts
     shape = num_tokens, spec.top_k
@@ -159,7 +171,7 @@ def route(
         logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
     )
     _route_kernel[(num_tokens,)](
-        logits, correction, factors, *routed, spec.num_experts, router.scale,
+        logits, correction, factors, *routed, spec.num_experts, own.start, own.size, router.scale,
         TOP_K=spec.top_k, BLOCK=triton.next_power_of_2(spec.num_experts),
         SIGMOID=router.scores == "sigmoid", RENORMALIZES=router.renormalizes,
         NUM_GROUPS=router.num_groups, TOP_GROUPS=router.top_groups,
@@ -175,7 +187,7 @@ def most_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 
 
 def sort_by_expert(routed: Routed, num_experts: int, block_m: int) -> Sorted:
-    """Blocks of `block_m` pairs that go to the same expert."""
+    """Blocks of `block_m` pairs that go to the same expert. num_experts: that are here."""
     experts, num_pairs = routed.experts, routed.experts.numel()
     most = most_blocks(num_pairs, num_experts, block_m)
     blocks = Sorted(

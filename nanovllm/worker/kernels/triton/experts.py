@@ -126,22 +126,24 @@ def _vector_gate_up_kernel(
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: BLOCK_N outputs of one of its experts."""
+    """One token: BLOCK_N outputs of one of its experts; zeros, if that is elsewhere."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     place = tl.program_id(1)
-    first = tl.load(experts + place).to(tl.int64) * (2 * N)
+    expert = tl.load(experts + place).to(tl.int64)
+    first = expert * (2 * N)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = outputs < N
+    read = real & (expert >= 0)
     if GATING.turns:
         gate_rows = first + 2 * outputs
         up_rows = gate_rows + 1
     else:
         gate_rows = first + outputs
         up_rows = gate_rows + N
-    gate = _rows_times_token(weight, scale, bias, gate_rows, real, x, K, BLOCK_K)
-    up = _rows_times_token(weight, scale, bias, up_rows, real, x, K, BLOCK_K)
+    gate = _rows_times_token(weight, scale, bias, gate_rows, read, x, K, BLOCK_K)
+    up = _rows_times_token(weight, scale, bias, up_rows, read, x, K, BLOCK_K)
     inner = _activated(gate, up, out.dtype.element_ty, GATING)
     tl.store(out + place * N + outputs, inner.to(out.dtype.element_ty), real)
 
@@ -159,7 +161,7 @@ def _vector_down_kernel(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: BLOCK_N outputs of all of its experts, weighed and added up."""
+    """One token: BLOCK_N outputs of all of its experts that are here, weighed and added up."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -169,9 +171,10 @@ def _vector_down_kernel(
     if residual is not None:
         total += tl.load(residual + outputs, real, other=0.0).to(tl.float32)
     for place in tl.static_range(TOP_K):
-        rows = tl.load(experts + place).to(tl.int64) * N + outputs
+        expert = tl.load(experts + place).to(tl.int64)
+        rows, read = expert * N + outputs, real & (expert >= 0)
         x = inner + place * K
-        product = _rows_times_token(weight, scale, bias, rows, real, x, K, BLOCK_K)
+        product = _rows_times_token(weight, scale, bias, rows, read, x, K, BLOCK_K)
         total += tl.load(weights + place) * product
     tl.store(out + outputs, total.to(out.dtype.element_ty), real)
 
@@ -269,6 +272,7 @@ def _grouped_kernel(
 def _combine_kernel(
     parts,  # [num_tokens, TOP_K, N]
     weights,  # [num_tokens, TOP_K] fp32
+    experts,  # [num_tokens, TOP_K] int32, or None: all are here
     residual,  # [num_tokens, N], or None
     out,  # [num_tokens, N]
     num_blocks,  # of `Sorted`, which nobody reads any more
@@ -286,7 +290,10 @@ def _combine_kernel(
         total += tl.load(residual + token * N + columns, real, other=0.0).to(tl.float32)
     for place in tl.static_range(TOP_K):
         pair = token * TOP_K + place
-        part = tl.load(parts + pair * N + columns, real, other=0.0).to(tl.float32)
+        read = real
+        if experts is not None:  # nobody has written the others' parts
+            read = real & (tl.load(experts + pair) >= 0)
+        part = tl.load(parts + pair * N + columns, read, other=0.0).to(tl.float32)
         total += tl.load(weights + pair) * part
     tl.store(out + token * N + columns, total.to(out.dtype.element_ty), real)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
@@ -304,24 +311,24 @@ def fused_experts(
     """As `Kernels.experts`, of stacked weights. Returns new memory, [num_tokens, hidden_size]."""
     assert experts.stacked is not None and hidden.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    spec = experts.spec
+    spec, own = experts.spec, experts.own
     gate_up, down = experts.stacked
     gating = _Gating(spec.activation, spec.takes_turns)
     if spec.clamped is not None:
         gating = _Gating("clamped", spec.takes_turns, spec.clamped.alpha, spec.clamped.limit)
-    routed = route(logits, spec, experts.correction, experts.factors)
-    num_inner = len(gate_up.weight) // (2 * spec.num_experts)
+    routed = route(logits, spec, experts.correction, experts.factors, own)
+    num_inner = len(gate_up.weight) // (2 * own.size)
     if len(hidden) == 1:
         return _of_one_token(hidden, routed, gate_up, down, num_inner, gating, residual)
     first, second = tiles or tiles_for(
         routed.experts.numel() / spec.num_experts, are_bytes=gate_up.weight.itemsize == 1
     )
-    blocks = sort_by_expert(routed, spec.num_experts, first.block_m)
+    blocks = sort_by_expert(routed, own.size, first.block_m)
     inner = hidden.new_empty(routed.experts.numel(), num_inner)
     _multiply(hidden, gate_up, blocks, inner, spec.top_k, first, gating=gating)
     parts = hidden.new_empty(len(inner), hidden.shape[1])
     _multiply(inner, down, blocks, parts, 1, second, gating=None)
-    return _combine(parts, routed, blocks, residual)
+    return _combine(parts, routed, blocks, residual, is_whole=own.is_whole)
 
 
 def _of_one_token(
@@ -380,13 +387,17 @@ def _multiply(
     )  # fmt: skip
 
 
-def _combine(parts: Tensor, routed: Routed, blocks: Sorted, residual: Tensor | None) -> Tensor:
+def _combine(
+    parts: Tensor, routed: Routed, blocks: Sorted, residual: Tensor | None, *, is_whole: bool
+) -> Tensor:
+    """is_whole: all experts are here."""
     num_tokens, top_k = routed.experts.shape
     size = parts.shape[1]
     out = parts.new_empty(num_tokens, size)
     block = min(COMBINE_BLOCK, triton.next_power_of_2(size))
     _combine_kernel[(num_tokens, triton.cdiv(size, block))](
-        parts, routed.weights, residual, out, blocks.num_blocks,
+        parts, routed.weights, None if is_whole else routed.experts, residual, out,
+        blocks.num_blocks,
         N=size, TOP_K=top_k, BLOCK=block, num_warps=4, **launch_options(parts.device),
     )  # fmt: skip
     return out
