@@ -40,7 +40,8 @@ MAX_METADATA = 16
 MAX_DETOKENIZED = 1 << 18
 MAX_JSON_BYTES = 1 << 17  # of what a template or a grammar is handed as it is
 MAX_JSON_DEPTH = 128
-MAX_JSON_LISTS, MAX_JSON_VALUES = 1 << 17, 1 << 20  # of a whole body
+MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES = 1 << 17, 1 << 17, 1 << 20  # of a whole body
+MAX_JSON_DIGITS = 1 << 22  # of long numbers, which take 25 ns a digit
 
 
 def check_count(name: str, count: int, most: int, what: str) -> None:

@@ -94,13 +94,14 @@ class StructuredOutputsParams(
             raise ValueError("structured_outputs.after must be a non-empty string")
         if self.json_object not in (True, False):
             raise ValueError("structured_outputs.json_object must be True or False")
-        if self.choice is not None and not (
-            isinstance(self.choice, list | tuple)
-            and self.choice
-            and all(isinstance(text, str) and text for text in self.choice)
-        ):
-            raise ValueError("structured_outputs.choice must be a list of non-empty strings")
-        check_count("structured_outputs.choice", len(self.choice or ()), MAX_CHOICE_TEXTS, "texts")
+        if self.choice is not None:
+            is_list = isinstance(self.choice, list | tuple)
+            if is_list:
+                check_count(
+                    "structured_outputs.choice", len(self.choice), MAX_CHOICE_TEXTS, "texts"
+                )
+            if not (is_list and set(map(type, self.choice)) == {str} and all(self.choice)):
+                raise ValueError("structured_outputs.choice must be a list of non-empty strings")
         num_bytes = len(msgspec.json.encode(getattr(self, self.kind)))
         most = MAX_BYTES.get(self.kind, MAX_GRAMMAR_BYTES)
         check_count(f"structured_outputs.{self.kind}", num_bytes, most, "bytes")

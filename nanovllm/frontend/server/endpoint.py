@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,7 +26,7 @@ from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole, until_disconnect
 from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
-from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
+from nanovllm.limits import MAX_JSON_DIGITS, MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
 
 OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
 B = TypeVar("B", bound=Body)
@@ -89,33 +90,67 @@ def _without_nulls(value: Any) -> Any:
 async def _content(request: Request) -> bytes:
     """The body; not `request.body()`, which would be kept as long as its stream is answered.
 
-    Decoding takes as long as there are values, and holds everybody up. They are counted piece by
-    piece as they come, which for 4 MB at once takes longer than decoding. What has too many is
-    read to its end, or its sender would see no answer, and not kept. Values within texts are
-    counted, too: such a text is longer than any model reads.
+    Decoding takes as long as there are values, and holds everybody up: an object of a million
+    names takes a second. They are counted piece by piece as they come. What has too many is read
+    to its end, or its sender would see no answer, and not kept.
     """
     pieces: list[bytes] = []
-    num_bytes = num_counted = num_values = num_lists = 0
+    num_bytes, num_counted, counts = 0, 0, JsonCounts()
+    excess: str | None = None
     async for piece in request.stream():
         pieces.append(piece)
         num_bytes += len(piece)
-        if num_bytes <= min(MAX_JSON_LISTS, MAX_JSON_VALUES):  # each is a byte at least
-            continue
-        for one in pieces[num_counted:]:
-            num_values += one.count(b",")
-            num_lists += one.count(b"[") + one.count(b"{")
-        if num_values > MAX_JSON_VALUES or num_lists > MAX_JSON_LISTS:
+        if num_bytes <= min(MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES):
+            continue  # each is a byte at least
+        for one in filter(None, pieces[num_counted:]):
+            counts.add(one)
+        excess = excess or counts.excess
+        if excess is not None:
             pieces.clear()
         num_counted = len(pieces)
-    _check_count(num_values, MAX_JSON_VALUES, "values")
-    _check_count(num_lists, MAX_JSON_LISTS, "lists and objects")
+    if excess is not None:
+        raise ApiError(413, excess, code="body_too_large")
     return b"".join(pieces)
 
 
-def _check_count(count: int, most: int, what: str) -> None:
-    if count > most:
-        message = f"the body holds {count} {what}: at most {most} are allowed"
-        raise ApiError(413, message, code="body_too_large")
+class JsonCounts:
+    """How much there is to decode in a text of JSON, by its punctuation. Values and lists within
+    texts are counted, too: such a text is longer than any model reads."""
+
+    def __init__(self) -> None:
+        self._values = self._lists = self._quotes = self._digits = 0
+        self._last = 0  # byte
+
+    def add(self, piece: bytes) -> None:
+        """The next bytes, of which there are some."""
+        content = np.frombuffer(piece, np.uint8)
+        is_quote = content == ord('"')
+        is_escaped = is_quote[1:] & (content[:-1] == ord("\\"))
+        self._values += int(np.count_nonzero(content == ord(",")))
+        self._lists += int(np.count_nonzero((content | 0x20) == ord("{")))  # "[" has not that bit
+        self._digits += int(np.count_nonzero(content - np.uint8(ord("0")) < 10))
+        self._quotes += int(np.count_nonzero(is_quote) - np.count_nonzero(is_escaped))
+        self._quotes -= bool(is_quote[0]) and self._last == ord("\\")
+        self._last = piece[-1]
+
+    @property
+    def num_texts(self) -> int:
+        """At least half of those that there are: a quote behind two backslashes ends a text."""
+        return self._quotes // 2
+
+    @property
+    def excess(self) -> str | None:
+        """What there is too much of, if anything."""
+        counts = (
+            (self._values, MAX_JSON_VALUES, "values"),
+            (self._lists, MAX_JSON_LISTS, "lists and objects"),
+            (self.num_texts, MAX_JSON_TEXTS, "names and texts"),
+            (self._digits - 8 * self._values, MAX_JSON_DIGITS, "digits beyond eight of each value"),
+        )
+        for count, most, what in counts:
+            if count > most:
+                return f"the body holds {count} {what}: at most {most} are allowed"
+        return None
 
 
 @contextlib.contextmanager

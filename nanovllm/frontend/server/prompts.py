@@ -169,7 +169,7 @@ def _batch(prompt: str | list[Any]) -> list[Any]:
         return [prompt]
     if not prompt:
         raise refused("prompt", "is empty: send at least one token or text")
-    kinds = {type(item) for item in prompt}
+    kinds = set(map(type, prompt))
     if kinds == {int}:
         return [prompt]
     if int in kinds:

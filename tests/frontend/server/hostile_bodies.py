@@ -26,6 +26,11 @@ def nested(depth: int) -> Any:
     return value
 
 
+def numbered(form: bytes, count: int) -> bytes:
+    """Values or members, each with a number of its own."""
+    return b",".join(form % number for number in range(count))
+
+
 USER = {"role": "user", "content": "hi"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 MANY: list[tuple[str, dict[str, Any], str]] = [
@@ -99,6 +104,9 @@ UNDECODED: list[tuple[str, bytes, int]] = [
     ("values", b'{"prompt": [' + b",".join([b"1"] * 1_100_000) + b"]}", 413),
     ("lists", b'{"prompt": [' + b",".join([b"[]"] * 140_000) + b"]}", 413),
     ("depth", b'{"prompt": "a", "logit_bias": ' + b'{"1":' * 140_000 + b"}" * 140_000 + b"}", 413),
+    ("names", b'{"prompt": "a", "vllm_xargs": {' + numbered(b'"%07d":0', 140_000) + b"}}", 413),
+    ("texts", b'{"prompt": "a", "vllm_xargs": [' + numbered(b'"%07d"', 140_000) + b"]}", 413),
+    ("long numbers", b'{"prompt": "a", "vllm_xargs": [' + numbered(b"1%03999d", 1100) + b"]}", 413),
     ("half of an object", b'{"prompt": "a"', 400),
     ("no UTF-8", b'{"prompt": "\xff\xfe"}', 400),
     ("a lone surrogate", b'{"prompt": "\\ud800"}', 400),

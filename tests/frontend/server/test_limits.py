@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_VALUES
+from nanovllm.frontend.server.endpoint import JsonCounts
+from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.fake_core import echo
 from tests.frontend.server.hostile_bodies import USER, Hostile, bodies
@@ -40,6 +41,8 @@ async def test_what_is_too_much_names_its_field_and_begins_nothing(
         (b"1,", MAX_JSON_VALUES + 1, 413, f"{MAX_JSON_VALUES + 1} values"),
         (b"1,", MAX_JSON_VALUES - 1, 400, "prompt"),
         (b"[]", MAX_JSON_LISTS + 1, 413, f"{MAX_JSON_LISTS + 1} lists and objects"),
+        (b'""', MAX_JSON_TEXTS, 413, f"{MAX_JSON_TEXTS + 1} names and texts"),
+        (b'""', MAX_JSON_TEXTS - 1, 400, "prompt"),
     ],
 )
 async def test_values_are_counted_however_a_body_comes(
@@ -54,6 +57,24 @@ async def test_values_are_counted_however_a_body_comes(
     response = await small.client.post("/v1/completions", content=pieces())
     assert response.status_code == status, response.text
     assert status == 400 or told in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 1000])
+def test_quotes_within_texts_are_no_texts(piece_bytes: int) -> None:
+    content = json.dumps({"a": 'say "so", \n', "b": ['"' * 50, "é", 7]}).encode()
+    counts = JsonCounts()
+    for at in range(0, len(content), piece_bytes):
+        counts.add(content[at : at + piece_bytes])
+    assert counts.num_texts == 5
+
+
+def test_long_numbers_count_by_their_digits() -> None:
+    """And many ordinary ones do not."""
+    ids, long = JsonCounts(), JsonCounts()
+    ids.add(b"1234567, " * (MAX_JSON_VALUES - 1))
+    assert ids.excess is None
+    long.add(b"1" * ((1 << 22) + 1))
+    assert "digits" in str(long.excess)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
