@@ -186,29 +186,26 @@ class BlockManager:
                 table[index] = NO_BLOCK
                 index -= size
 
-    def num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that it lacks for so many tokens."""
-        start, end = self._entries_beyond(sequence, num_tokens)
+    def lacking(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Entries of its block table, from its capacity on, that it lacks for so many tokens."""
+        table, size = sequence.block_ids, self.num_groups
+        start = self.num_columns_for(sequence.capacity) * size
+        end = self.num_columns_for(num_tokens) * size
+        num_entries = len(table)
+        return [
+            index for index in range(start, end) if index >= num_entries or table[index] == NO_BLOCK
+        ]
+
+    def grow(self, sequence: Sequence, lacking: list[int], num_tokens: int) -> None:
+        """Give it a block for each entry that it is `lacking` for so many tokens; the caller has
+        made sure that they are free."""
         table = sequence.block_ids
-        return table[start:end].count(NO_BLOCK) + max(0, end - len(table))
-
-    def grow(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
-        """Give it the blocks that it lacks; the caller has made sure that they are free. Returns
-        the new entries of its block table: each one's index, and the block."""
-        start, end = self._entries_beyond(sequence, num_tokens)
-        table, appended = sequence.block_ids, []
-        table += [NO_BLOCK] * (end - len(table))
-        for index in range(start, end):
-            if table[index] == NO_BLOCK:
+        for index in lacking:
+            if index == len(table):
+                table.append(self._take())
+            else:
                 table[index] = self._take()
-                appended.append((index, table[index]))
-        sequence.capacity = end // self.num_groups * self.block_size
-        return appended
-
-    def _entries_beyond(self, sequence: Sequence, num_tokens: int) -> tuple[int, int]:
-        """Of its block table: from its capacity on, up to `num_tokens`."""
-        start = self.num_columns_for(sequence.capacity) * self.num_groups
-        return start, self.num_columns_for(num_tokens) * self.num_groups
+        sequence.capacity = self.num_columns_for(num_tokens) * self.block_size
 
     def release(self, sequence: Sequence) -> None:
         """Let go of all blocks, tail first, so that leading blocks stay cached the longest."""

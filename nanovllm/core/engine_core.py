@@ -357,11 +357,7 @@ class EngineCore:
         that is on its way. Returns the sequences that fail with it, and tokens that need no
         sampling."""
         self.unsampled = None
-        masks: StepMasks | None = None
-        forced: dict[int, list[int]] = {}
-        failed: list[Sequence] = []
-        if step.constrained:
-            masks, forced, failed = self._take_masks(step)
+        masks, forced, failed = self._take_masks(step) if step.constrained else (None, {}, [])
         try:
             self._executor.sample(step.plan.step, masks)
         except DeviceLostError:
@@ -371,8 +367,11 @@ class EngineCore:
             for listener in self._listeners:
                 listener.on_submit_failed(step, error)
             return StepOutputs(failed=failed + self._give_up(step, error).failed)
-        outputs = self._force_tokens(step, forced) if forced else None
-        return _joined(outputs, StepOutputs(failed=failed) if failed else None)
+        if not forced and not failed:
+            return None
+        return _joined(
+            self._force_tokens(step, forced), StepOutputs(failed=failed) if failed else None
+        )
 
     # ---- structured outputs
 

@@ -210,29 +210,34 @@ class Scheduler:
         outputs = StepOutputs(started=self.take_started())
         for index, logprobs in result.prompt_logprobs.items():
             self._take_prompt_logprobs(outputs, step, index, logprobs)
-        sequences, token_ids = outputs.sequences, outputs.token_ids
+        sequences, token_ids, forced = outputs.sequences, outputs.token_ids, step.forced
+        failures, all_logprobs, finished = result.failures, result.logprobs, Status.FINISHED
         for index, (sequence, token_id) in enumerate(
             zip(step.sampled, result.token_ids, strict=True)
         ):
-            if sequence.status is Status.FINISHED or index in step.forced:
+            if sequence.status is finished or (forced and index in forced):
                 continue
             sequence.num_pending -= 1
-            if result.failures and index in result.failures:
-                self._fail(sequence, Failure(result.failures[index]), outputs)
-                continue
-            if sequence.params.allowed_token_ids is not None and self._is_stuck(sequence):
-                self._fail(sequence, NOTHING_LEFT, outputs)
-                continue
-            sequence.token_ids.append(token_id)
+            if failures or sequence.params.allowed_token_ids is not None:
+                failure = self._why_no_token(sequence, failures.get(index))
+                if failure is not None:
+                    self._fail(sequence, failure, outputs)
+                    continue
+            known = sequence.token_ids
+            known.append(token_id)
             if not sequence.first_token_at:
                 sequence.first_token_at = time.monotonic()
-            if result.logprobs and index in result.logprobs:
-                outputs.logprobs[len(token_ids)] = result.logprobs[index]
+            if all_logprobs and index in all_logprobs:
+                outputs.logprobs[len(token_ids)] = all_logprobs[index]
             sequences.append(sequence)
             token_ids.append(token_id)
-            if self._is_over(sequence, token_id, outputs):
+            num_known = len(known)
+            # Most tokens end nothing: a call for each of them would take 5 % of the step's time.
+            may_end = num_known >= sequence.max_total or token_id in sequence.stop_ids
+            may_end = may_end or sequence.matcher is not None
+            if may_end and self._is_over(sequence, token_id, outputs):
                 continue
-            if len(sequence.token_ids) >= sequence.next_registration <= sequence.num_computed:
+            if num_known >= sequence.next_registration <= sequence.num_computed:
                 self._blocks.register(sequence)
         self.num_generation_tokens += len(token_ids)
         self.waiting.charge_for_outputs(sequences)
@@ -275,14 +280,17 @@ class Scheduler:
         self.num_forced_tokens += len(taken)
         self.waiting.charge_for_outputs(taken)
 
-    def _is_stuck(self, sequence: Sequence) -> bool:
-        """Whether nothing could be sampled for the token that has come."""
-        return sequence.matcher is None and leaves_nothing(
+    def _why_no_token(self, sequence: Sequence, cause: str | None) -> Failure | None:
+        """Why the token that has come for it means nothing, if that is so. cause: the worker's."""
+        if cause is not None:
+            return Failure(cause)
+        is_stuck = sequence.matcher is None and leaves_nothing(
             sequence.params,
             bad_words_token_ids=sequence.bad_words_token_ids,
             eos_token_ids=self._eos_token_ids,
             output_token_ids=sequence.token_ids[sequence.num_prompt_tokens :],
         )
+        return NOTHING_LEFT if is_stuck else None
 
     def _is_over(self, sequence: Sequence, token_id: int, outputs: StepOutputs) -> bool:
         """Finish a sequence if its new token, the last of `token_ids`, ends it."""
@@ -326,11 +334,11 @@ class Scheduler:
 
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
         """Give each running sequence its tokens, oldest first; returns the budget left."""
-        running, index = self.running, 0
         cap = self.limits.long_prefill_token_threshold or budget
-        while index < len(running) and budget > 0:
-            sequence = self._at = running[index]
-            index += 1
+        for sequence in self.running:  # from whose end some may be preempted meanwhile
+            if budget <= 0:
+                break
+            self._at = sequence
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens >= sequence.max_total:
                 continue  # its last token is sampled or pending; nothing is left to run
@@ -348,9 +356,9 @@ class Scheduler:
 
     def _advance(self, step: ScheduledStep, sequence: Sequence, num_new: int) -> None:
         """Enter `num_new` tokens of `sequence` into the plan and count them as computed."""
-        plan, start = step.plan, sequence.num_computed
+        plan, start, num_known = step.plan, sequence.num_computed, len(sequence.token_ids)
         end = start + num_new
-        if end == len(sequence.token_ids) + sequence.num_pending:
+        if end == num_known + sequence.num_pending:
             plan.sampling.append(len(plan.rows))
             if sequence.matcher is not None:
                 step.constrained.append(len(step.sampled))
@@ -361,17 +369,21 @@ class Scheduler:
         plan.num_scheduled.append(num_new)
         step.sequences.append(sequence)
         sequence.num_computed = end
-        if len(sequence.token_ids) >= sequence.next_registration <= end:
+        if num_known >= sequence.next_registration <= end:
             self._blocks.register(sequence)
         if sequence.forks and sequence.has_computed_prompt:
             self._release_forks(sequence)
 
     def _grow(self, step: ScheduledStep, sequence: Sequence, num_tokens: int) -> bool:
         """Give it room for so many tokens in all; False if it was itself preempted for it."""
-        self._blocks.slide(sequence)
-        if not self._free_blocks(self._blocks.num_lacking(sequence, num_tokens), sequence):
+        blocks = self._blocks
+        blocks.slide(sequence)
+        lacking = blocks.lacking(sequence, num_tokens)
+        if not self._free_blocks(len(lacking), sequence):
             return False
-        for index, block_id in self._blocks.grow(sequence, num_tokens):
+        blocks.grow(sequence, lacking, num_tokens)
+        for index in lacking:
+            block_id = sequence.block_ids[index]
             step.plan.block_appends.append(BlockAppend(sequence.row, index, block_id))
         return True
 
@@ -519,11 +531,11 @@ def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_admis
     """
     most = limits.max_num_batched_tokens
     # `has_computed_prompt`, spelled out: as a property it costs a step of 256 sequences 8 µs more.
-    num_prompts = sum(one.num_computed < one.num_prompt_tokens for one in running)
+    num_prompts = sum([one.num_computed < one.num_prompt_tokens for one in running])
     if num_prompts + num_admissible == 0:
         return most  # for nobody
     # The last token of some is sampled, or on its way.
-    num_ended = sum(one.num_computed >= one.max_total - 1 for one in running)
+    num_ended = sum([one.num_computed >= one.max_total - 1 for one in running])
     num_decoding = len(running) - num_prompts - num_ended
     num_others, for_prompts = num_prompts + num_admissible, most
     while num_others < num_decoding and for_prompts > limits.mixed_prefill_tokens:

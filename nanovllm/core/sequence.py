@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
 from enum import Enum
+
+import msgspec
 
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import Matcher
@@ -168,15 +169,14 @@ class Sequence:
         )
 
 
-@dataclass(slots=True)
-class ScheduledStep:
+class ScheduledStep(msgspec.Struct, eq=False):
     """A plan and the sequences behind its integers."""
 
     plan: StepPlan
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
     constrained: list[int]  # indices into `sampled` of those whose masks its second half waits for
-    forced: set[int] = field(default_factory=set)  # likewise, of those whose next tokens were
+    forced: set[int] = set()  # likewise, of those whose next tokens were
     # known before it sampled: what it samples for them is dropped
     budget: int = 0  # of tokens
     submitted_at: float = 0.0  # written down only while somebody watches
@@ -194,18 +194,17 @@ class ScheduledStep:
         return [sequence for sequence, row, start in entries if row in new and start > 0]
 
 
-@dataclass(slots=True)
-class StepOutputs:
+class StepOutputs(msgspec.Struct, eq=False):
     """What a step's result changed. `logprobs` are keyed by index into `token_ids`."""
 
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = field(default_factory=list)
-    started: list[Sequence] = field(default_factory=list)
-    finished: list[Sequence] = field(default_factory=list)
-    failed: list[Sequence] = field(default_factory=list)
-    ended_by_grammar: list[Sequence] = field(default_factory=list)  # they finished, or failed
+    sequences: list[Sequence] = []
+    token_ids: list[int] = []
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = []
+    started: list[Sequence] = []
+    finished: list[Sequence] = []
+    failed: list[Sequence] = []
+    ended_by_grammar: list[Sequence] = []  # they finished, or failed
 
     def extend(self, later: StepOutputs) -> None:
         """Take in what came after."""

@@ -27,24 +27,24 @@ class WaitClock:
 
     def __init__(self) -> None:
         self._seconds = [0.0, 0.0, 0.0]
-        self._cause: int | None = None
+        self.held_by: int | None = None
         self._since = 0.0
 
     def hold(self, cause: int | None, now: float) -> None:
         """From now on `cause` holds up whoever waits; None: nothing does."""
-        if self._cause is not None:
-            self._seconds[self._cause] += now - self._since
-        self._cause = cause
+        if self.held_by is not None:
+            self._seconds[self.held_by] += now - self._since
+        self.held_by = cause
         self._since = now
 
     @property
     def cause(self) -> WaitCause:
         """What holds up whoever waits, in a word."""
-        return "" if self._cause is None else CAUSES[self._cause]
+        return "" if self.held_by is None else CAUSES[self.held_by]
 
     def read(self, now: float) -> tuple[float, float, float]:
         """Seconds held up so far, by cause."""
-        self.hold(self._cause, now)
+        self.hold(self.held_by, now)
         seats, budget, kv = self._seconds
         return seats, budget, kv
 
@@ -172,7 +172,8 @@ class WaitingQueue:
 
     def hold_up(self, cause: int | None) -> None:
         """What keeps the head from running, from now on."""
-        self._clock.hold(cause, time.monotonic())
+        if cause != self._clock.held_by:
+            self._clock.hold(cause, time.monotonic())
 
     # ---- clients that do not read
 

@@ -142,10 +142,10 @@ def test_a_sequence_that_cannot_grow_fails_and_the_others_are_recomputed(
 ) -> None:
     grow = BlockManager.grow
 
-    def broken(self: BlockManager, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+    def broken(self: BlockManager, sequence: Sequence, lacking: list[int], num_tokens: int) -> None:
         if sequence.cache_salt == "bad":
             raise ZeroDivisionError("no block")
-        return grow(self, sequence, num_tokens)
+        grow(self, sequence, lacking, num_tokens)
 
     monkeypatch.setattr(BlockManager, "grow", broken)
     client.send(salted("good", 0, max_tokens=100))
