@@ -60,25 +60,12 @@ class FreeList:
         self._previous[block_id], self._next[block_id] = before, after
         self._count += 1
 
-    def __iter__(self) -> "FreeListIterator":
-        return FreeListIterator(self._next)
-
-
-class FreeListIterator:
-    """Block ids, the one to be reused first at first."""
-
-    def __init__(self, following: list[int]) -> None:
-        self._following = following
-        self._at = 0
-
-    def __iter__(self) -> "FreeListIterator":
-        return self
-
-    def __next__(self) -> int:
-        self._at = self._following[self._at]
-        if self._at == 0:
-            raise StopIteration
-        return self._at
+    def __iter__(self) -> Iterator[int]:
+        """Block ids, the one to be reused first at first."""
+        block_id = self._next[0]
+        while block_id:
+            yield block_id
+            block_id = self._next[block_id]
 
 
 class BlockManager:
