@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.clients import ClientTable, select
+from nanovllm.core.clients import ClientTable, Intake, select
 from nanovllm.core.sequence import Sequence, StepOutputs
 from nanovllm.protocol.messages import (
     Abort,
@@ -244,3 +244,14 @@ def test_of_a_message_everything_about_some_requests_can_be_selected() -> None:
         finished=ends[1:],
     )
     assert select(whole, {1, 2}) == whole and select(whole, set()) == Outputs()
+
+
+def test_requests_that_have_not_begun_are_taken_back_by_their_own_client_alone() -> None:
+    clients = ClientTable(max_clients=2, lease_s=1.0)
+    one, other = clients.attach(b"one", 0.0), clients.attach(b"other", 0.0)
+    intake = Intake(clients)
+    asked = [(one, add(0, n=3)), (other, add(1)), (one, add(3)), (one, add(4))]
+    for client, request in asked:
+        intake.add(client, request)
+    assert intake.take(one, {2, 4, 9}) == [asked[0][1], asked[3][1]]
+    assert [intake.next(), intake.next(), intake.next()] == [asked[1], asked[2], None]

@@ -317,3 +317,27 @@ def test_a_core_counts_from_nothing() -> None:
     assert counts.pop("num_clients") == 2
     assert set(counts.values()) == {0}
     assert status.step == 0 and status.stalled_s == status.patience_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("regex", "num_others", "logprobs", "num_forced"),
+    [
+        ("[01]2345[01]", 0, None, 4),
+        ("[01]2345[01]", 0, 0, 0),
+        ("[01]2345[01]", 11, None, 4),
+        ("[01]2345[01]", 12, None, 0),
+        ("[01]2[01]", 0, None, 0),
+    ],
+)
+def test_tokens_without_a_choice_are_forced_where_that_spares_more_than_it_costs(
+    regex: str, num_others: int, logprobs: int | None, num_forced: int
+) -> None:
+    """A chunk makes the step of all rows longer; and who wants log-probabilities is sampled for."""
+    core = make_core()
+    core.add(0, AddRequest(0, [5], constrained(regex, logprobs=0)))
+    drain(core)  # its grammar is known from here on
+    for number in range(1, 1 + num_others):
+        core.add(0, AddRequest(number, [5], SamplingParams(max_tokens=20, ignore_eos=True)))
+    core.add(0, AddRequest(0, [5], constrained(regex, logprobs=logprobs)))
+    assert re.fullmatch(regex, decode(tuple(drain(core)[0])))
+    assert core.status(epoch="", num_clients=0).num_forced_tokens == num_forced

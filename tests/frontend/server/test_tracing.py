@@ -11,10 +11,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from nanovllm.frontend.outputs import RequestMetrics, RequestOutput
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.server.tracing import Tracing
 from nanovllm.protocol.messages import Abort, AddRequest
+from nanovllm.sampling_params import SamplingParams
 from tests.e2e.processes import wait_until
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
@@ -66,6 +68,23 @@ async def test_a_request_is_a_span_of_its_clients_trace(address: str, stream: bo
     assert found["gen_ai.usage.prompt_tokens"] == len(prompt_ids)
     assert found["gen_ai.usage.completion_tokens"] == 5
     assert all(found[f"gen_ai.latency.{name}"] >= 0 for name in LATENCIES)
+
+
+def test_a_span_tells_how_long_each_part_of_a_request_took() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    times = RequestMetrics(1000.0, 1001.5, 1005.0, queued_ms=250.0, num_generation_tokens=7)
+    last = RequestOutput("id", None, [1, 2, 3], [], True, times)
+    Tracing(provider).begin("id", "m", SamplingParams(), {}).end(last, None)
+    found = attributes_of(the_one(exporter.get_finished_spans()))
+    assert {name: value for name, value in found.items() if ".latency." in name} == {
+        "gen_ai.latency.time_in_queue": 0.25,
+        "gen_ai.latency.time_to_first_token": 1.5,
+        "gen_ai.latency.time_in_model_prefill": 1.25,
+        "gen_ai.latency.time_in_model_decode": 3.5,
+        "gen_ai.latency.time_in_model_inference": 4.75,
+        "gen_ai.latency.e2e": 5.0,
+    }
 
 
 async def test_each_prompt_of_a_batch_has_a_span(address: str) -> None:
