@@ -3,13 +3,15 @@
     python tests/mutants.py --num 300 --results mutants.jsonl        # resumes where it was
 
 First all tests run once and say which lines each of them runs. A mutant is one flipped comparison,
-dropped statement or constant off by one, drawn at random; it is written into this tree, so run it
-in a copy of the repository. It is killed if a test fails or hangs; time is CPU time where possible.
+dropped statement or constant off by one, drawn at random. The tests are collected once; a fork of
+that process puts the mutant's code into its functions and runs them. Programs that they start
+read the mutant from this tree, so run it in a copy of the repository. Time is CPU time.
 """
 
 import argparse
 import ast
 import copy
+import gc
 import importlib
 import json
 import math
@@ -23,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,10 +37,19 @@ TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay"
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
 MAX_TESTS, MAX_TESTS_S = 100, 12.0  # per mutant; seconds of CPU time
 OWN_FILE_FIRST = 4.0  # such tests may take so many times longer than others and yet go first
-UNKNOWN_S = 20.0  # of a file of tests that could not be traced
+UNKNOWN_S = 0.5  # of a test that could not be traced
+# What runs in processes of its own, and whose tests start those.
+ELSEWHERE = {
+    "command.py": "test_serve.py",
+    "encoding_process.py": "test_prompts.py",
+    "frontends.py": "test_serve.py",
+    "grammar_trial.py": "test_grammar_sandbox.py",
+    "run.py": "test_serve.py",
+    "template_process.py": "test_chat_template.py",
+}
 TRACE_LIMIT_S = 300.0  # of CPU time, for a file of tests
 # A mutant hangs that takes so many times longer than its tests took, or that waits for so long.
-LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 15.0, 5.0, 30.0
+LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 15.0, 5.0, 15.0
 LOOK_EVERY_S = 0.1
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -369,7 +380,9 @@ def trace_tests(file: Path, log: Path) -> None:
 # ---- the run
 
 
-def tests_of(site: Site, traced: dict[str, Any]) -> list[tuple[float, str]]:
+def tests_of(
+    site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]
+) -> list[tuple[float, str]]:
     """Those that run the line, the quickest first and those of its own file preferred, as many as
     fit into the time; with how long each takes."""
     own = f"test_{Path(site.path).stem}.py"
@@ -378,7 +391,7 @@ def tests_of(site: Site, traced: dict[str, Any]) -> list[tuple[float, str]]:
     for file, tests in traced.items():
         first = next(iter(tests), None)
         for nodeid, test in tests.items():
-            if any(line in wanted for line in test["lines"].get(site.path, ())):
+            if nodeid in items and any(line in wanted for line in test["lines"].get(site.path, ())):
                 # That of the file's first test is paid by whichever runs first.
                 seconds = test["seconds"] - (test["set_up_s"] if nodeid == first else 0.0)
                 rank = seconds / OWN_FILE_FIRST if file.endswith(f"/{own}") else seconds
@@ -394,29 +407,93 @@ def tests_of(site: Site, traced: dict[str, Any]) -> list[tuple[float, str]]:
             chosen.append((cost, nodeid))
             left_s -= cost
             set_up[file] = 0.0
-    if not chosen:  # it may run in another process, or in a file that could not be traced
-        chosen = [(UNKNOWN_S, name) for name in traced if name.endswith(f"/{own}")]
+    if not chosen:  # it runs in another process, or by a file of tests that could not be traced
+        files = (f"/{own}::", f"/{ELSEWHERE.get(Path(site.path).name, own)}::")
+        chosen = [(UNKNOWN_S, name) for name in items if any(file in name for file in files)]
     return chosen
 
 
-def judge(site: Site, traced: dict[str, Any], log: Path) -> str:
-    """ "killed", "survived", "hangs" (killed) or "untested"."""
-    chosen = tests_of(site, traced)
-    if not chosen:
-        return "untested"
-    path = ROOT / site.path
-    source = path.read_text()
-    try:
-        path.write_text(mutant_of(source, site))
-        code = in_child(
-            lambda: int(pytest.main([*QUIET, "-x", *(nodeid for _, nodeid in chosen)])),
-            max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen)),
-            log,
-            waiting_limit_s=WAITING_LIMIT_S,
-        )
-    finally:
-        path.write_text(source)
-    return "hangs" if code is None else "survived" if code == 0 else "killed"
+def outer_codes(source: str, site: Site) -> list[CodeType]:
+    """What the function around a site compiles to; several are of one name (a property's two)."""
+    wanted, found = site.function.split(".<locals>")[0], list[CodeType]()
+
+    def visit(code: CodeType) -> None:
+        for one in code.co_consts:
+            if isinstance(one, CodeType):
+                found.extend([one] if one.co_qualname == wanted else [])
+                visit(one)
+
+    visit(compile(source, str(ROOT / site.path), "exec"))
+    return sorted(found, key=lambda one: one.co_firstlineno)
+
+
+class Judging:
+    """A pytest plugin: in place of running what was collected, tries each site's mutant on it."""
+
+    def __init__(
+        self, chosen: list[Site], traced: dict[str, Any], log: Path, tell: Callable[..., None]
+    ) -> None:
+        """tell: called with each site, its verdict and the seconds it took."""
+        self._chosen = chosen
+        self._traced = traced
+        self._log = log
+        self._tell = tell
+        self._functions: dict[tuple[str, str], list[FunctionType]] = {}
+        self._failed = False  # in a child
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._failed = self._failed or report.failed
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        gc.unfreeze()  # what is frozen is not found
+        for one in gc.get_objects():
+            if type(one) is FunctionType and one.__code__.co_filename.startswith(f"{ROOT}/"):
+                key = one.__code__.co_filename, one.__code__.co_qualname
+                self._functions.setdefault(key, []).append(one)
+        gc.collect()
+        gc.freeze()
+        items = {item.nodeid: item for item in session.items}
+        for site in self._chosen:
+            began = time.monotonic()
+            self._tell(site, self._judge(site, session, items), time.monotonic() - began)
+        return True
+
+    def _judge(self, site: Site, session: pytest.Session, items: dict[str, pytest.Item]) -> str:
+        """ "killed", "survived", "hangs" (killed) or "untested"."""
+        chosen = tests_of(site, self._traced, items)
+        if not chosen:
+            return "untested"
+        path = ROOT / site.path
+        source = path.read_text()
+        mutant = mutant_of(source, site)
+        # By file, so that what is set up for all of a file is set up once.
+        tests = [
+            items[name] for name in sorted((n for _, n in chosen), key=lambda n: n.split("::")[0])
+        ]
+
+        def work() -> int:
+            self._change(site, source, mutant)
+            for test, following in zip(tests, [*tests[1:], None], strict=True):
+                session.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+                if self._failed:
+                    session._setupstate.teardown_exact(None)
+                    return 1
+            return 0
+
+        try:
+            path.write_text(mutant)
+            limit_s = max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen))
+            code = in_child(work, limit_s, self._log, waiting_limit_s=WAITING_LIMIT_S)
+        finally:
+            path.write_text(source)
+        return "hangs" if code is None else "survived" if code == 0 else "killed"
+
+    def _change(self, site: Site, source: str, mutant: str) -> None:
+        """In this process. What is imported later is read from the tree."""
+        before, after = outer_codes(source, site), outer_codes(mutant, site)
+        lines = [code.co_firstlineno for code in before]
+        for function in self._functions.get((str(ROOT / site.path), before[0].co_qualname), ()):
+            function.__code__ = after[lines.index(function.__code__.co_firstlineno)]
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -457,16 +534,17 @@ def main() -> None:
     known = {result["name"] for result in results}
     found = [site for site in sites() if arguments.only in site.name]
     chosen = random.Random(arguments.seed).sample(found, min(arguments.num, len(found)))
-    for number, site in enumerate(chosen, 1):
-        if site.name in known:
-            continue
-        began = time.monotonic()
-        verdict = judge(site, traced, log)
+
+    def tell(site: Site, verdict: str, seconds: float) -> None:
         result = {"name": site.name, **site._asdict(), "verdict": verdict}
         results.append(result)
         with arguments.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
-        print(f"{number} {verdict} {site.name} {time.monotonic() - began:.1f} s", flush=True)
+        print(f"{len(results)} {verdict} {site.name} {seconds:.1f} s", flush=True)
+
+    left = [site for site in chosen if site.name not in known]
+    judging = Judging(left, traced, log, tell)
+    pytest.main([*QUIET, "-s", "-p", "no:terminalreporter", *TESTS], [judging])
     report(results)
 
 

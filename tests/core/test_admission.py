@@ -414,3 +414,21 @@ def test_a_tenant_that_comes_when_nobody_waits_begins_where_the_last_one_was() -
     queue.remove(old)
     queue.push(new)
     assert new.tenant.served == 100.0
+
+
+def test_a_queue_keeps_order_and_little_of_those_who_have_left() -> None:
+    queue = WaitingQueue(by_tenant=True)
+    waiting = [Sequence(0, number, [1], SamplingParams()) for number in range(200)]
+    for number, one in enumerate(waiting):
+        one.tenant, one.order = queue.tenant("a"), (0, number)
+        queue.push(one)
+    tenant = queue.tenant("a")
+    for one in [*waiting[:30], *waiting[60:170]]:  # not in the order in which they would run
+        queue.discard(one)
+    assert len(tenant.waiting) <= 2 * 60 + 64
+    order = []
+    while (head := queue.head()) is not None:
+        order.append(head)
+        queue.remove(head)
+    assert order == waiting[30:60] + waiting[170:]
+    assert not tenant.waiting and not queue.contenders and len(queue) == tenant.num_waiting == 0

@@ -407,3 +407,20 @@ def test_the_core_itself_refuses_what_its_model_cannot_hold(client: RawClient) -
     client.send(msgspec.structs.replace(add(2), prompt_token_ids=[1] * (limit - 1)))
     token_ids, finished = collect(client, 2)
     assert len(token_ids[2]) == 1 and finished[2].reason == "length"
+
+
+def test_an_idle_core_is_woken_by_what_arrives_and_needs_no_clock(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a frame, by a grammar that has been compiled, and, at the end, by who stops it."""
+    for name in ("PULSE_INTERVAL_S", "IDLE_BEFORE_WARM_UP_S"):
+        monkeypatch.setattr(server_module, name, 1e5)
+    with serving(address, make_compiler=lambda info: make_compiler()):
+        client = RawClient(address)
+        client.greet()
+        client.send(add())
+        assert len(collect(client, 0)[0][0]) == 4
+        wanted = StructuredOutputsParams(regex="[a-z]{6}")
+        client.send(add(1, max_tokens=20, ignore_eos=False, structured_outputs=wanted))
+        assert len(decode(tuple(collect(client, 1)[0][1]))) == 6
+        client.close()

@@ -10,7 +10,14 @@ import pytest
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
-from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.errors import (
+    EngineDeadError,
+    NotAllowedError,
+    OverloadedError,
+    QuarantinedError,
+    RequestFailedError,
+)
+from nanovllm.frontend.server.api_errors import ApiError, from_engine, from_finish
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol.messages import AddRequest, Outputs, RequestFailed, ToCore
@@ -257,3 +264,31 @@ async def test_web_pages_may_call_only_if_allowed(address: str) -> None:
     async with served(address + "2", allowed_origins=["http://page"], api_key=["k"]) as server:
         response = await server.client.options("/v1/completions", headers=preflight)
         assert response.headers["access-control-allow-origin"] == "http://page"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "kind", "retry_after"),
+    [
+        (ApiError(404, "x", code="mine"), 404, "mine", "not_found_error", None),
+        (EngineDeadError("x"), 503, "engine_dead", "service_unavailable_error", "1"),
+        (OverloadedError(2.1), 429, "overloaded", "rate_limit_error", "3"),
+        (OverloadedError(7.0, draining=True), 503, "draining", "service_unavailable_error", "7"),
+        (QuarantinedError("x"), 422, "request_quarantined", "invalid_request_error", None),
+        (NotAllowedError("x"), 403, "not_allowed", "permission_error", None),
+        (RequestFailedError("x", "request"), 400, "invalid_request", "invalid_request_error", None),
+        (RequestFailedError("x", "grammar"), 400, "invalid_request", "invalid_request_error", None),
+        (RequestFailedError("x"), 500, "request_failed", "server_error", None),
+        (TimeoutError(), 504, None, "timeout_error", None),
+        (KeyError("secret"), 500, None, "server_error", None),
+        (from_finish("timeout"), 504, "deadline_exceeded", "timeout_error", None),
+        (from_finish("abort"), 503, "aborted", "service_unavailable_error", "1"),
+        (from_finish("error"), 500, "request_failed", "server_error", None),
+    ],
+)
+def test_each_failure_has_a_status_and_says_when_to_come_back(
+    error: Exception, status: int, code: str | None, kind: str, retry_after: str | None
+) -> None:
+    found = from_engine(error)
+    assert (found.status, found.details.code, found.details.type) == (status, code, kind)
+    assert found.headers.get("retry-after") == retry_after
+    assert found.details.message and "secret" not in found.details.message
