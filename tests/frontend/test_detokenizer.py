@@ -269,3 +269,11 @@ def test_before_min_tokens_a_stop_string_is_plain_text() -> None:
     assert stops.feed("xab", look=False) == ("xab", None)
     assert stops.feed("a", look=False) == ("", None)
     assert stops.feed("by") == ("", "ab"), "it ends in text that counts"
+
+
+def test_a_stop_string_that_does_not_count_yet_is_given_out_at_once() -> None:
+    stops = StopStrings(["ab", "xxxx"], include_in_output=False)
+    assert stops.feed("1ab", look=False) == ("1ab", None)
+    assert stops.feed("2xab", look=False) == ("2xab", None)
+    assert stops.feed("x") == ("", None)
+    assert stops.feed("y3ab") == ("xy3", "ab")

@@ -172,7 +172,7 @@ class ChatAnswer:
                 for one in self._events_of(completion, usage, output)
             ]
             if events:
-                yield events[0] if len(events) == 1 else b"".join(events)
+                yield b"".join(events)
         if with_usage:
             yield event(
                 ChatCompletionChunk(

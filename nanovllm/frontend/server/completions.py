@@ -142,7 +142,7 @@ class CompletionAnswer:
                 ]
                 waiting = []
                 if events:
-                    yield events[0] if len(events) == 1 else b"".join(events)
+                    yield b"".join(events)
         if with_usage:
             yield event(self._completion([], self._usage(latest.values())))
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.endpoint import JsonCounts
+from nanovllm.frontend.server.middleware import BUDGET_BODIES, SMALL_BODY_BYTES, BodyBudget, Share
 from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.fake_core import echo
@@ -95,3 +97,22 @@ async def test_tokenizing_has_limits(small: Served) -> None:
     ):
         response = await small.post(path, **body)
         assert response.status_code == 400 and error_of(response)["param"] == param
+
+
+def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
+    most = SMALL_BODY_BYTES + 10_000
+    budget = BodyBudget(most)
+    shares = [Share(budget) for _ in range(BUDGET_BODIES)]
+    for share in shares:  # all of it, piece by piece
+        for num_bytes in (SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1, most):
+            share.hold(num_bytes)
+    late = Share(budget)
+    late.hold(SMALL_BODY_BYTES)
+    with pytest.raises(ApiError) as refusal:
+        late.hold(SMALL_BODY_BYTES + 1)
+    assert (refusal.value.status, refusal.value.details.code) == (503, "overloaded")
+    for _ in range(2):
+        shares[0].release()  # what is given back is given back once
+    late.hold(most)
+    with pytest.raises(ApiError):
+        Share(budget).hold(SMALL_BODY_BYTES + 1)
