@@ -1,9 +1,9 @@
 """Requests that may have killed a core before: each begins alone, so that a death convicts it.
 
-`CoreServer` asks about every request before it adds it. While a suspect waits, nothing else begins:
-first all that have begun get their first token, then one suspect is offered to its client, begins
-when the client accepts, and is on trial until the client says that the trial is over. So whoever
-survives the core knows whether its own request was the only one that can have killed it.
+`CoreServer` hands in suspects, and what comes while there are any. While a suspect waits, nothing
+else begins: first all that have begun get their first token, then one suspect is offered to its
+client, begins when the client accepts, and is on trial until the client says that the trial is
+over. So whoever survives the core knows whether its own request was all that can have killed it.
 """
 
 from collections.abc import Callable
@@ -67,15 +67,13 @@ class Quarantine:
         """Whether anything waits here or is on trial."""
         return bool(self._suspects or self._others or self._trial)
 
-    def holds(self, client_id: int, request: AddRequest, now: float) -> bool:
-        """Take a request in, if it must wait; `take_others` or `accept` gives it back then."""
-        if not request.is_suspect and not self.is_active:
-            return False
+    def hold(self, client_id: int, request: AddRequest, now: float) -> None:
+        """Take in a suspect, or who comes while others wait; `take_others` or `accept` gives it
+        back."""
         if not self.is_active:
             self._others_since = now
         queue = self._suspects if request.is_suspect else self._others
         queue.append(Held(client_id, request, now))
-        return True
 
     def take_others(self, now: float) -> list[Held]:
         """Those that may begin now: nobody is on trial, nor will be, or they have waited long."""

@@ -317,7 +317,9 @@ class CoreServer:
             self._receive(*received)
         while not (self._core and self._core.lets_device_wait) and (new := self._intake.next()):
             client, request = new
-            if not self._quarantine.holds(client.client_id, request, self._awake_at):
+            if request.is_suspect or self._quarantine.is_active:
+                self._quarantine.hold(client.client_id, request, self._awake_at)
+            else:
                 self._add(client, request)
         with suppress(BlockingIOError):
             while self._wakeup.recv(1024):
