@@ -79,8 +79,8 @@ class GroupExecutor:
             self._poll.register(self._ranks[-1].channel, select.POLLIN)
         infos: dict[int, WorkerInfo] = {}
         phase, share = "starting", 0.0
-        while len(infos) < size:
-            for rank, message in self._receive(WATCH_S):
+        for received in self._received("the start"):
+            for rank, message in received:
                 match message:
                     case Listening(port):
                         self._send(Connect(port), self._ranks[1:])
@@ -89,14 +89,18 @@ class GroupExecutor:
                     case Started(info):
                         infos[rank.rank] = info
             self._on_progress(phase, share)
+            if len(infos) == size:
+                break
         return _joined([infos[number] for number in range(size)])
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache on every rank."""
         self._send(Allocate(num_blocks))
         num_done = 0
-        while num_done < len(self._ranks):
-            num_done += sum(isinstance(found, Allocated) for _, found in self._receive(WATCH_S))
+        for received in self._received("the KV cache"):
+            num_done += sum(isinstance(message, Allocated) for _, message in received)
+            if num_done == len(self._ranks):
+                break
         self._is_running = True
 
     def submit(self, plan: StepPlan) -> "GroupStep":
@@ -112,25 +116,23 @@ class GroupExecutor:
         """Have all ranks run a step of a kind that has not occurred yet."""
         self._send(WarmUp())
         answers: list[bool] = []
-        while len(answers) < len(self._ranks):
-            for _, message in self._receive(WATCH_S):
-                if isinstance(message, WarmedUp):
-                    answers.append(message.has_more)
+        for received in self._received("warm-up"):
+            answers += [found.has_more for _, found in received if isinstance(found, WarmedUp)]
+            if len(answers) == len(self._ranks):
+                break
         return all(answers)
 
     def wait_for(self, step: int) -> StepResult:
         """The result of a step whose halves have been sent. Raises `DeviceLostError`."""
         num_digests = len(self._ranks) - 1 if self._config.parallel.compare_ranks else 0
-        started, told = time.monotonic(), False
+        more = self._received(f"step {step}")
         while step not in self._results or len(self._digests.get(step, ())) < num_digests:
-            for _, message in self._receive(WATCH_S):
+            for _, message in next(more):
                 match message:
                     case Sampled(result):
                         self._results[result.step] = result
                     case Digest():
                         self._digests.setdefault(message.step, []).append(message.digest)
-            if not told and time.monotonic() - started > TELL_STOPPED_AFTER_S:
-                told = self._tell_stopped(step)
         result = self._results.pop(step)
         if any(digest != digest_of(result) for digest in self._digests.pop(step, ())):
             raise self._end(f"ranks have sampled different ids in step {step}")
@@ -168,6 +170,15 @@ class GroupExecutor:
             for _ in self._take(rank, failed):  # its last words may still be there
                 pass
             raise self._explain(failed or {rank.rank: None}) from None
+
+    def _received(self, what: str) -> Iterator[list[tuple[RankProcess, FromRank]]]:
+        """What ranks say, again and again, for as long as the caller waits for more. what: it waits
+        for, to be told if a signal has stopped a rank."""
+        started, told = time.monotonic(), False
+        while True:
+            yield self._receive(WATCH_S)
+            if not told and time.monotonic() - started > TELL_STOPPED_AFTER_S:
+                told = self._tell_stopped(what)
 
     def _receive(self, timeout_s: float) -> list[tuple[RankProcess, FromRank]]:
         """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
@@ -232,10 +243,10 @@ class GroupExecutor:
                 rank.process.wait(max(0.0, until - time.monotonic()))
         return self._lost
 
-    def _tell_stopped(self, step: int) -> bool:
+    def _tell_stopped(self, what: str) -> bool:
         stopped = [str(rank) for rank in self._ranks if rank.is_stopped]
         if stopped:
-            LOG.warning("step %d waits for %s, stopped by a signal", step, ", ".join(stopped))
+            LOG.warning("%s waits for %s, stopped by a signal", what, ", ".join(stopped))
         return bool(stopped)
 
 

@@ -3,16 +3,21 @@
 They load no model (`executor.synthetic`), so that each starts in a moment.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from nanovllm.config import EngineConfig
+from nanovllm.executor import group as group_module
 from nanovllm.executor.group import GroupExecutor
+from nanovllm.executor.rank_process import RankProcess
 from nanovllm.executor.synthetic import SyntheticExecutor
 from nanovllm.protocol.plan import DeviceLostError, StepResult
 from tests.e2e.processes import alive, rank_children, wait_until
@@ -31,10 +36,10 @@ def pids_of(group: GroupExecutor) -> list[int]:
     return [rank.process.pid for rank in group._ranks]
 
 
-@pytest.fixture
-def group() -> Iterator[GroupExecutor]:
-    """Its steps take 0.3 s."""
-    group = synthetic(step_ms=300.0)
+@pytest.fixture(params=[1.0])
+def group(request: pytest.FixtureRequest) -> Iterator[GroupExecutor]:
+    """Its steps take a millisecond, unless a test says otherwise."""
+    group = synthetic(step_ms=request.param)
     begin(group)
     pids = pids_of(group)
     yield group
@@ -42,6 +47,7 @@ def group() -> Iterator[GroupExecutor]:
     assert not any(map(alive, pids)), "an orphan"
 
 
+ENDLESS = pytest.mark.parametrize("group", [1e6], indirect=True)  # no step ends before its group
 PLAN = make_plan(0, [(1, 0, 3)], new_rows=[new_row(1, [5, 6, 7])])
 
 
@@ -52,6 +58,7 @@ def test_a_step_of_a_group(group: GroupExecutor) -> None:
     assert not group.warm_up()
 
 
+@ENDLESS
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_in_a_step_ends_the_group_with_its_cause(
     group: GroupExecutor, victim: int
@@ -68,6 +75,7 @@ def test_a_rank_killed_in_a_step_ends_the_group_with_its_cause(
         group.submit(PLAN)
 
 
+@ENDLESS
 def test_a_rank_killed_between_steps_is_noticed_by_the_next(group: GroupExecutor) -> None:
     os.kill(pids_of(group)[1], signal.SIGKILL)
     with pytest.raises(DeviceLostError, match=r"rank 1 .*SIGKILL"):
@@ -79,27 +87,99 @@ def test_a_rank_that_raises_ends_the_group_with_what_it_raised(group: GroupExecu
         run_step(group, make_plan(0, [(99, 0, 1)], new_rows=[new_row(99, [5])])).result()
 
 
+class Wakes(logging.Handler):
+    """Lets ranks that a signal has stopped go on as soon as the group tells of them."""
+
+    def __init__(self, group: GroupExecutor) -> None:
+        super().__init__()
+        self._group = group
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+        for pid in pids_of(self._group):
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("when", ["start", "warm-up", "step"])
 def test_a_stopped_rank_is_told_of_and_waited_for(
-    group: GroupExecutor, caplog: pytest.LogCaptureFixture
+    when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = pids_of(group)[0]
-    os.kill(stopped, signal.SIGSTOP)
-    step = run_step(group, PLAN)
-    waker = subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {stopped}"])
-    assert len(step.result().token_ids) == 1
-    waker.wait()
-    assert f"rank 0 (pid {stopped}), stopped by a signal" in caplog.text
-
-
-def test_a_rank_killed_at_its_start_ends_the_start() -> None:
+    monkeypatch.setattr(group_module, "TELL_STOPPED_AFTER_S", 0.1)
     group = synthetic()
+    wakes = Wakes(group)
+    group_module.LOG.addHandler(wakes)
+    try:
+        if when == "start":
+            sends_at_birth(monkeypatch, 1, signal.SIGSTOP)
+        begin(group)
+        stopped = pids_of(group)[1 if when != "step" else 0]
+        if when != "start":
+            os.kill(stopped, signal.SIGSTOP)
+        if when == "warm-up":
+            assert not group.warm_up()
+        assert len(run_step(group, PLAN).result().token_ids) == 1
+    finally:
+        group_module.LOG.removeHandler(wakes)
+        group.shutdown()
+    waiting = {"start": "the start", "step": "step 0"}.get(when, when)
+    rank = 1 if when != "step" else 0
+    assert f"{waiting} waits for rank {rank} (pid {stopped}), stopped by a signal" in wakes.told
 
-    def kill(phase: str, progress: float) -> None:
-        os.kill(pids_of(group)[1], signal.SIGKILL)
 
-    group._on_progress = kill
-    with pytest.raises(DeviceLostError, match=r"rank 1 .*SIGKILL"):
-        begin(group)  # its start may just have ended
+def sends_at_birth(monkeypatch: pytest.MonkeyPatch, victim: int, sent: signal.Signals) -> None:
+    """Have one rank get a signal before it can do anything."""
+    spawn = RankProcess.spawn
+
+    def spawn_and_send(config: EngineConfig, rank: int) -> RankProcess:
+        started = spawn(config, rank)
+        if rank == victim:
+            started.process.send_signal(sent)
+        return started
+
+    monkeypatch.setattr(RankProcess, "spawn", spawn_and_send)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_at_its_start_ends_the_start(
+    victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends_at_birth(monkeypatch, victim, signal.SIGKILL)
+    group = synthetic()
+    with pytest.raises(DeviceLostError, match=rf"rank {victim} .*SIGKILL"):
+        group.start()
+    pids = pids_of(group)
+    group.shutdown()
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_in_warm_up(victim: int) -> None:
+    group = synthetic()
+    begin(group)
+    pids = pids_of(group)
+    os.kill(pids[victim], signal.SIGKILL)
+    with pytest.raises(DeviceLostError, match=rf"rank {victim} .*SIGKILL"):
+        group.warm_up()
+    group.shutdown()
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("where", ["start", "warm_up"])
+def test_ranks_that_raise_before_any_step(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks import what Python imports first of all, and find this."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from nanovllm.executor.synthetic import SyntheticExecutor\n"
+        "def fail(executor): raise LookupError('no such device')\n"
+        f"SyntheticExecutor.{where} = fail\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    group = synthetic()
+    with pytest.raises(DeviceLostError, match=r"rank \d .*LookupError: no such device"):
+        begin(group)
+        group.warm_up()
     pids = pids_of(group)
     group.shutdown()
     assert not any(map(alive, pids))
