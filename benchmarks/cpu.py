@@ -268,6 +268,7 @@ def main() -> None:
             speeds.append(bandwidth())
             for engine, peer in peers.items():
                 found.setdefault((engine, case), []).append(peer.measure(case, turn))
+                print(f"  {case}: {engine} {found[engine, case][-1]:.0f}", flush=True)
     print(f"{os.path.basename(args.gguf)}, {args.threads} threads, medians of {args.rounds} rounds")
     print(f"one thread reads {min(speeds):.0f} to {max(speeds):.0f} GB/s")
     own = {case: statistics.median(found["nanovllm", case]) for case in args.cases}
