@@ -5,17 +5,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanovllm.config import EngineConfig, ServiceConfig
-from nanovllm.core import accounts
+from nanovllm.core import accounts, waiting
 from nanovllm.core.accounts import finished_message
 from nanovllm.core.admission import Admission, OverloadedError
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
-from nanovllm.core.waiting import WaitingQueue
+from nanovllm.core.waiting import KV, WaitClock, WaitingQueue
 from nanovllm.limits import MAX_DEADLINE_MS
 from nanovllm.protocol.messages import Abort, AddRequest, CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.sampling_params import SamplingParams
@@ -418,17 +419,30 @@ def test_a_tenant_that_comes_when_nobody_waits_begins_where_the_last_one_was() -
 
 def test_a_queue_keeps_order_and_little_of_those_who_have_left() -> None:
     queue = WaitingQueue(by_tenant=True)
-    waiting = [Sequence(0, number, [1], SamplingParams()) for number in range(200)]
-    for number, one in enumerate(waiting):
+    sequences = [Sequence(0, number, [1], SamplingParams()) for number in range(200)]
+    for number, one in enumerate(sequences):
         one.tenant, one.order = queue.tenant("a"), (0, number)
         queue.push(one)
     tenant = queue.tenant("a")
-    for one in [*waiting[:30], *waiting[60:170]]:  # not in the order in which they would run
+    for one in [*sequences[:30], *sequences[60:170]]:  # not in the order in which they would run
         queue.discard(one)
     assert len(tenant.waiting) <= 2 * 60 + 64
     order = []
     while (head := queue.head()) is not None:
         order.append(head)
         queue.remove(head)
-    assert order == waiting[30:60] + waiting[170:]
+    assert order == sequences[30:60] + sequences[170:]
     assert not tenant.waiting and not queue.contenders and len(queue) == tenant.num_waiting == 0
+
+
+def test_a_sequence_is_told_what_held_it_up_and_nothing_from_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: 110.0))
+    clock = WaitClock()
+    clock.hold(KV, 100.0)
+    late = Sequence(0, 0, [1], SamplingParams())
+    late.waited_s = (1.0, 2.0, 4.0)  # before it was preempted
+    late.wait_mark = clock.read(107.0)
+    assert late.wait_mark == (0.0, 0.0, 7.0)
+    assert clock.waited(late) == (1.0, 2.0, 7.0) and clock.cause == "kv"

@@ -399,3 +399,12 @@ async def test_prompt_logprobs_of_one_token(address: str, kind: str) -> None:
     assert outputs[0].prompt_logprobs == [None] and without.prompt_logprobs is None
     if kind == "delta":
         assert all(one.prompt_logprobs is None for one in outputs[1:])
+
+
+async def test_a_number_of_the_core_is_known_by_its_request_a_while_longer(address: str) -> None:
+    async with attached(address, says("a", "b")) as (llm, _):
+        for request_id in ("one", "two", "three"):
+            await last_of(llm.generate([65], request_id=request_id))
+        ids = [llm.request_id_of(llm.info.client_id, number) for number in range(4)]
+        assert ids == ["one", "two", "three", None]
+        assert llm.request_id_of(llm.info.client_id + 1, 0) is None

@@ -132,6 +132,13 @@ async def test_what_cannot_be_tokenized(
     assert response.status_code == 400 and error_of(response)["param"] == param
 
 
+@pytest.mark.parametrize("tokens", [[0, 10**6], [0, -7, 10**6], [1, 10**6]])
+async def test_the_odd_one_of_some_tokens_is_named(address: str, tokens: list[int]) -> None:
+    async with served(address) as server:
+        response = await server.post("/detokenize", tokens=tokens)
+    assert f"{-7 if -7 in tokens else 10**6} is not in [0, " in error_of(response)["message"]
+
+
 async def test_core_metrics_are_the_cores(address: str) -> None:
     async with served(address) as server:
         server.core.push(BUSY)

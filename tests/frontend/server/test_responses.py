@@ -1,6 +1,7 @@
 """Clients that leave, lag or come in crowds, over real sockets."""
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import re
 import httpx
 import pytest
 
+from nanovllm.frontend.server.responses import until_disconnect
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.protocol.messages import Abort, AddRequest, Finished, Outputs
 from tests.frontend.fake_core import begin, echo, silent
@@ -224,3 +226,28 @@ async def test_whole_answers_over_http_1_0_say_how_long_they_are(address: str) -
             headers, _, content = answer.partition(b"\r\n\r\n")
             (length,) = re.findall(rb"content-length: (\d+)", headers.lower())
             assert len(content) == (0 if method == "HEAD" else int(length))
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_who_leaves_ends_his_answer_and_who_is_cancelled_hears_of_it(leaves: bool) -> None:
+    after: list[str] = []
+
+    async def receive() -> dict[str, str]:
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def answer() -> None:
+        async with until_disconnect(receive):
+            await asyncio.Event().wait()
+        after.append("goes on")
+
+    task = asyncio.create_task(answer())
+    await asyncio.sleep(0)  # it waits for its answer now
+    if leaves:
+        await asyncio.wait_for(task, WAIT_S)
+    else:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    assert (after == ["goes on"]) == leaves and task.cancelled() != leaves

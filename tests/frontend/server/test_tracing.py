@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from nanovllm.frontend.outputs import RequestMetrics, RequestOutput
+from nanovllm.frontend.server import tracing as tracing_module
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.server.tracing import Tracing
@@ -125,11 +126,37 @@ async def test_nothing_is_loaded_unless_asked_for(address: str) -> None:
         assert (await server.complete("a")).status_code == 200
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf", None])
+async def test_spans_go_to_the_collector(
+    protocol: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gRPC unless the environment says otherwise; what waits is sent at the end."""
+    made: list[tuple[str, str, InMemorySpanExporter]] = []
+    for kind in ("GrpcExporter", "HttpExporter"):
+
+        def make(*, endpoint: str, timeout: float, kind: str = kind) -> InMemorySpanExporter:
+            made.append((kind, endpoint, InMemorySpanExporter()))
+            return made[-1][2]
+
+        monkeypatch.setattr(tracing_module, kind, make)
+    if protocol is not None:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
+    tracing = Tracing.to("http://127.0.0.1:9/v1/traces")
+    tracing.begin("id", "m", SamplingParams(), {}).end(None, None)
+    await tracing.close()
+    ((kind, endpoint, exporter),) = made
+    assert kind == ("HttpExporter" if protocol == "http/protobuf" else "GrpcExporter")
+    assert endpoint == "http://127.0.0.1:9/v1/traces"
+    assert the_one(exporter.get_finished_spans()).name == "llm_request"
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
-async def test_spans_go_to_the_collector(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_collector_that_is_not_there_is_not_waited_for(
+    protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", protocol)
     tracing = Tracing.to("http://127.0.0.1:9/v1/traces")
-    await tracing.close()  # nothing waits, so an absent collector is not noticed
+    await tracing.close()  # nothing waits, so it is not noticed
 
 
 def test_without_the_packages_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
