@@ -87,7 +87,7 @@ def sampler() -> dict[str, dict[str, int]]:
     found = {}
     for dtype in ("fp32", "bf16"):
         found[f"segments {dtype}"] = usage(
-            fused_sampler._segments_kernel,
+            fused_sampler.segments_kernel,
             {**types, "logits": "*" + dtype},
             {**segment, "NUM": fused_sampler.SEGMENTS_PER_PROGRAM},
             num_warps=4,

@@ -27,7 +27,7 @@ LAUNCHED = {
     "_vector_down_kernel",
     "_grouped_kernel",
     "_combine_kernel",
-    "_segments_kernel",
+    "segments_kernel",
     "_choose_kernel",
 }
 

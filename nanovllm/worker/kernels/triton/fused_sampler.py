@@ -25,7 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _segments_kernel(
+def segments_kernel(
     logits,  # [n, vocab_size] of any float type
     logits_stride,
     rows,  # [n] of any integer type
@@ -50,27 +50,27 @@ def _segments_kernel(
     x = x.to(tl.float32)
     warmth = tl.load(temperature + tl.load(rows + entry).to(tl.int64) * column_stride)
     largest = tl.max(x, 1)
-    weights = tl.exp2((x - tl.maximum(largest, -1e30)[:, None]) * _sharpness(warmth))
+    weights = tl.exp2((x - tl.maximum(largest, -1e30)[:, None]) * sharpness_of(warmth))
     place = entry * num_segments + segments
     tl.store(maxima + place, largest, segments < num_segments)
     tl.store(masses + place, tl.sum(weights, 1), segments < num_segments)
 
 
 @triton.jit
-def _sharpness(temperature):
+def sharpness_of(temperature):
     """Factor from logits to powers of two. Greedy rows, temperature 0, have no use for it."""
     return LOG2E / tl.where(temperature > 0, temperature, 1.0)
 
 
 @triton.jit
-def _key(x):
+def order_key(x):
     """fp32 to int64 with the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
 @triton.jit
-def _value(key):
+def value_of_key(key):
     bits = key.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -90,13 +90,13 @@ def _quarters(low, high):
     """The three values that cut the keys low … high in four."""
     step = (high - low + 3) // 4
     first, second = tl.minimum(low + step, high), tl.minimum(low + 2 * step, high)
-    return _value(first), _value(second), _value(tl.minimum(low + 3 * step, high))
+    return value_of_key(first), value_of_key(second), value_of_key(tl.minimum(low + 3 * step, high))
 
 
 @triton.jit
 def _largest_maximum(maxima, count, lowest, largest):
     """The count-th largest of the segments' maxima; the lowest if there are fewer."""
-    low, high = _key(lowest), _key(largest)
+    low, high = order_key(lowest), order_key(largest)
     while low < high:
         first, second, third = _quarters(low, high)
         # Three counts of at most 2^20 in one sum.
@@ -108,7 +108,7 @@ def _largest_maximum(maxima, count, lowest, largest):
             ((counts >> 20) & 0xFFFFF) >= count,
             (counts >> 40) >= count,
         )  # fmt: skip
-    return _value(low)
+    return value_of_key(low)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def _floor(x, row_logits, chosen, num_chosen, needed, lowest, largest, sharpness
 
     A search by quarters in the order of floating-point numbers: at most 16 looks.
     """
-    low, high = _key(lowest), _key(largest)
+    low, high = order_key(lowest), order_key(largest)
     while low < high:
         first, second, third = _quarters(low, high)
         first_mass, second_mass, third_mass = _masses_from(
@@ -168,7 +168,7 @@ def _floor(x, row_logits, chosen, num_chosen, needed, lowest, largest, sharpness
         low, high = _narrow(
             low, high, first_mass >= needed, second_mass >= needed, third_mass >= needed
         )
-    return _value(low)
+    return value_of_key(low)
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
     What is kept lies in the segments of the largest maxima: usually few, and only they are read.
     """
     largest = tl.max(maxima, 0)
-    sharpness = _sharpness(temperature)
+    sharpness = sharpness_of(temperature)
     span = tl.log2(tl.maximum(min_p, 1e-37)) / sharpness
     floor = tl.where(min_p > 0, largest + span, float("-inf"))
     # The k-th largest logit is not below the k-th largest maximum; of a nucleus one can but guess.
@@ -248,7 +248,7 @@ def _truncate(row_logits, chosen, chosen_masses, maxima, masses, segments, prese
 
 
 @triton.jit
-def _times(seed, position, index):
+def arrival_times(seed, position, index):
     """Minus the log of numbers `index` of `sampling.philox.uniforms`: exponential, fp32."""
     zeros = tl.zeros_like(index).to(tl.uint32)
     low = zeros + (position & 0xFFFFFFFF).to(tl.uint32)
@@ -261,9 +261,9 @@ def _times(seed, position, index):
 
 
 @triton.jit
-def _winner(mass, seed, position, index):
+def pick_winner(mass, seed, position, index):
     """Where the racer is that comes first; the first place if none has any mass, or all are NaN."""
-    times = _times(seed, position, index)
+    times = arrival_times(seed, position, index)
     return tl.argmax(tl.where(mass > 0, mass / times, 0.0), 0)
 
 
@@ -271,17 +271,17 @@ def _winner(mass, seed, position, index):
 def _draw(row_logits, largest, mass, segments, floor, sharpness, seed, position, vocab_size,
           SEGMENT: tl.constexpr):  # fmt: skip
     """As `sampling.distribution.draw`. mass: of kept logits in each of `segments`, 0 for none."""
-    place = _winner(mass, seed, position, SEGMENT + segments)
+    place = pick_winner(mass, seed, position, SEGMENT + segments)
     segment = tl.max(tl.where(tl.arange(0, segments.shape[0]) == place, segments, 0), 0)
     inside = tl.arange(0, SEGMENT)
     tokens = segment * SEGMENT + inside
     x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
     weights = tl.where(x >= floor, tl.exp2((x - largest) * sharpness), 0.0)
-    return segment * SEGMENT + _winner(weights, seed, position, inside)
+    return segment * SEGMENT + pick_winner(weights, seed, position, inside)
 
 
 @triton.jit
-def _greedy(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT: tl.constexpr):
+def pick_largest(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT: tl.constexpr):
     """The first of the largest logits."""
     largest = tl.max(peaks, 0)
     segment = tl.min(tl.where(peaks == largest, segments, num_segments - 1), 0)
@@ -320,10 +320,10 @@ def _choose_kernel(
     place = entry * num_segments
     peaks = tl.load(maxima + place + segments, present, other=float("-inf"))
     if warmth <= 0:
-        token = _greedy(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT)
+        token = pick_largest(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT)
     else:
         mass = tl.load(masses + place + segments, present, other=0.0)
-        mass *= tl.exp2((peaks - tl.max(peaks, 0)) * _sharpness(warmth))
+        mass *= tl.exp2((peaks - tl.max(peaks, 0)) * sharpness_of(warmth))
         floor = float("-inf")
         listed = segments
         k = tl.load(top_k + row * column_stride)
@@ -338,7 +338,7 @@ def _choose_kernel(
             listed = tl.load(chosen + place + segments, real, other=0)
             mass = tl.load(chosen_masses + place + segments, real, other=0.0)
         seed = tl.load(seeds + row * seed_stride)
-        token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, _sharpness(warmth),
+        token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, sharpness_of(warmth),
                       seed, position, vocab_size, SEGMENT)  # fmt: skip
     line = entry
     if lines is not None:
@@ -377,7 +377,7 @@ def sample_tokens(
     stride = temperature.stride(0)
     assert all(columns[name].stride(0) == stride for name in names)
     options = launch_options(device)
-    _segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
+    segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
         logits, logits.stride(0), rows, temperature, stride, maxima, masses,
         vocab_size, num_segments,
         SEGMENT=SEGMENT, NUM=SEGMENTS_PER_PROGRAM, num_warps=4, **options,

@@ -16,11 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton.fused_sampler import (
     SEGMENTS_PER_PROGRAM,
-    _greedy,
-    _segments_kernel,
-    _sharpness,
-    _times,
-    _winner,
+    arrival_times,
+    pick_largest,
+    pick_winner,
+    segments_kernel,
+    sharpness_of,
 )
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.layers.vocabulary import Vocabulary
@@ -30,7 +30,7 @@ from nanovllm.worker.sampling.slices import NUM_WORDS
 
 @triton.jit
 def _candidates_kernel(
-    logits, logits_stride, rows, positions,  # as in `_segments_kernel`, and [n] integers
+    logits, logits_stride, rows, positions,  # as in `segments_kernel`, and [n] integers
     temperature, column_stride,
     seeds,  # [num_rows] int64, stride seed_stride
     seed_stride, maxima, masses,
@@ -54,12 +54,12 @@ def _candidates_kernel(
     base = tl.maximum(largest, -1e30)  # a slice may hold nothing but -inf
     speed = 0.0
     if warmth <= 0:
-        token = _greedy(row_logits, peaks, segments, num_segments, num_ids, SEGMENT)
+        token = pick_largest(row_logits, peaks, segments, num_segments, num_ids, SEGMENT)
     else:
-        sharpness = _sharpness(warmth)
+        sharpness = sharpness_of(warmth)
         seed = tl.load(seeds + row * seed_stride)
         mass = tl.load(masses + place, present, other=0.0) * tl.exp2((peaks - base) * sharpness)
-        times = _times(seed, position, SEGMENT + first_segment + segments)
+        times = arrival_times(seed, position, SEGMENT + first_segment + segments)
         speeds = tl.where(mass > 0, mass / times, 0.0)
         speed = tl.max(speeds, 0)
         segment = tl.argmax(speeds, 0)
@@ -67,7 +67,7 @@ def _candidates_kernel(
         tokens = segment * SEGMENT + inside
         x = tl.load(row_logits + tokens, tokens < num_ids, other=float("-inf")).to(tl.float32)
         weights = tl.exp2((x - base) * sharpness)
-        token = segment * SEGMENT + _winner(weights, seed, position, inside)
+        token = segment * SEGMENT + pick_winner(weights, seed, position, inside)
     mine = found + entry * WORDS
     tl.store(mine, largest)
     tl.store(mine + 1, speed)
@@ -96,7 +96,7 @@ def _join_kernel(
     peaks = tl.load(theirs, present, other=float("-inf"))
     score = peaks
     if warmth > 0:
-        away = (peaks - tl.max(peaks, 0)) * _sharpness(warmth)
+        away = (peaks - tl.max(peaks, 0)) * sharpness_of(warmth)
         score = tl.load(theirs + 1, present, other=0.0) * tl.exp2(away)
         score = tl.where(present, score, -1.0)
     token = tl.load(theirs + 2, present, other=0.0)
@@ -154,7 +154,7 @@ def _find_candidates(
     num_segments, stride = triton.cdiv(num_ids, SEGMENT), temperature.stride(0)
     maxima, masses = torch.empty(2, n, num_segments, device=logits.device)
     options = launch_options(logits.device)
-    _segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
+    segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
         logits, logits.stride(0), rows, temperature, stride, maxima, masses, num_ids, num_segments,
         SEGMENT=SEGMENT, NUM=SEGMENTS_PER_PROGRAM, num_warps=4, **options,
     )  # fmt: skip

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.worker.kernels.triton.fused_sampler import LOG2E, _key, _value
+from nanovllm.worker.kernels.triton.fused_sampler import LOG2E, order_key, value_of_key
 from nanovllm.worker.sampling.logprobs import NUM_FIXED
 
 PIECE = 2048  # tokens of a program
-LOWEST = tl.constexpr(-(2**63))  # below every key
+BELOW_KEYS = tl.constexpr(-(2**63))  # below every key
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -49,11 +49,11 @@ def _pieces_kernel(
     tl.store(sums + 2 * place + 1, tl.sum(weights, 0))
     tl.store(larger + place, tl.sum((x > chosen).to(tl.int32), 0))
     # Of equal logits the first: the lower half of a key falls as the token rises.
-    keys = tl.where(inside, (_key(x) << 32) | (0x7FFFFFFF - tokens).to(tl.int64), LOWEST)
+    keys = tl.where(inside, (order_key(x) << 32) | (0x7FFFFFFF - tokens).to(tl.int64), BELOW_KEYS)
     for index in range(num_top):
         best = tl.max(keys, 0)
         tl.store(candidates + place * num_top + index, best)
-        keys = tl.where(keys == best, LOWEST, keys)
+        keys = tl.where(keys == best, BELOW_KEYS, keys)
 
 
 @triton.jit(do_not_specialize=["num_top"])
@@ -86,12 +86,12 @@ def _join_kernel(
     taken = tl.zeros([PIECES], tl.int32)  # of each piece's candidates
     for index in range(num_top):
         heads = tl.load(
-            candidates + places * num_top + taken, present & (taken < num_top), other=LOWEST
+            candidates + places * num_top + taken, present & (taken < num_top), other=BELOW_KEYS
         )
         best = tl.max(heads, 0)
         taken += (heads == best).to(tl.int32)
         top_id = 0x7FFFFFFF - (best & 0xFFFFFFFF)
-        logprob = _value(best >> 32) - normalizer
+        logprob = value_of_key(best >> 32) - normalizer
         tl.store(out + NUM_FIXED + index, top_id.to(tl.int32))
         tl.store(out + NUM_FIXED + num_top + index, logprob.to(tl.int32, bitcast=True))
 
