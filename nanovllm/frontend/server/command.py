@@ -52,6 +52,8 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
     engine_fields = with_preset(settings, engine_fields)
     if settings.otlp_traces_endpoint is not None:
         require_tracing()  # before anybody waits for it, and before there are several frontends
+    if settings.connect is None:
+        EngineConfig.from_kwargs(**engine_fields)  # complains before anybody waits for it
     started = time.monotonic()
     # Bound without sharing first: another server on the same port would silently get half of ours.
     listener = bind(settings, shared=False)
@@ -83,9 +85,6 @@ async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> i
         llm = AsyncLLM(on_progress=on_progress, **engine_fields)
         await llm.start()
         return llm
-
-    if settings.connect is None:
-        EngineConfig.from_kwargs(**engine_fields)  # complains before anybody waits for it
 
     def on_open(serving: Serving) -> None:
         freeze()

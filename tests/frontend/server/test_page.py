@@ -315,9 +315,9 @@ def test_with_a_real_model(browser: Any, smollm2_path: Path) -> None:
         page.page.click("#settings summary")
         page.page.fill("#temperature", "0")
         page.page.fill("#max_tokens", "24")
-        page.ask("What is the capital of France?")
+        page.ask("What is the capital of Japan?")
         page.page.wait_for_selector(".assistant .cache")
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        messages = [{"role": "user", "content": "What is the capital of Japan?"}]
         body = {"messages": messages, "temperature": 0, "max_tokens": 24}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
         whole = answer["choices"][0]["message"]["content"]

@@ -283,11 +283,12 @@ def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
     with program("--max-model-len", "1024", "--num-gpu-blocks-override", "256") as server:
         url = server.hear(r"smollm2 is ready after .*: (http://127.0.0.1:\d+/v1)")[1]
         with OpenAI(base_url=url, api_key="none", timeout=TIMEOUT_S) as client:
-            asked = [{"role": "user", "content": "What is the capital of France?"}]
+            # Sure of each token by a nat at the least: none depends on how a CPU rounds.
+            asked = [{"role": "user", "content": "What is the capital of Japan?"}]
             options = {"model": "smollm2", "temperature": 0, "max_tokens": 24}
             answer = client.chat.completions.create(messages=asked, **options)  # type: ignore[call-overload]
             text = answer.choices[0].message.content
-            assert "Paris" in text and answer.choices[0].finish_reason == "stop"
+            assert "Tokyo" in text and answer.choices[0].finish_reason == "stop"
             stream = client.chat.completions.create(  # type: ignore[call-overload]
                 messages=asked, stream=True, stream_options={"include_usage": True}, **options
             )
