@@ -1,12 +1,13 @@
 """What 16 streams notice of hostile bodies and of 2,000 slow connections.
 
-    python -m benchmarks.hostile [--connections 2000] [--step-ms 20]
+    python -m benchmarks.hostile [--connections 2000] [--step-ms 20] [--rounds 8] [--phase-s 5]
 
 A server of its own (`nanovllm serve`, a synthetic core) answers 16 streams and a probe of
-`/health`, which another process reads and times as long as the program runs. First they are alone,
-then all bodies of `tests/frontend/server/hostile_bodies.py` are sent, one after the other, twice,
-then so many connections are opened that send nothing, or a part of something. Intervals between
-events and the probe's times are compared phase by phase; memory and descriptors are the server's.
+`/health`, which another process reads and times as long as the program runs. In rounds, in turns,
+they are alone; the bodies of `tests/frontend/server/hostile_bodies.py` are sent, one after the
+other, to their server; and they are sent "elsewhere", to a second server that has no streams: the
+same work of the same processors, which holds up nobody's loop. Then so many connections are opened
+that send nothing, or a part of something. Memory and descriptors are the first server's.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -29,7 +32,7 @@ from tests.frontend.server.hostile_bodies import Hostile, bodies
 from tests.frontend.vocabulary import save
 
 NUM_STREAMS = 16
-ALONE_S = 15.0
+PHASES = ("alone", "bodies", "elsewhere")
 CLOSED_WITHIN_S = 60.0
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 # Nothing at all, part of a header, part of a body, and a header that drips.
@@ -84,7 +87,7 @@ async def watch(port: int) -> None:
 # ---- what is done to the server
 
 
-async def send_bodies(port: int, made: list[Hostile]) -> list[tuple[str, float]]:
+async def send_bodies(port: int, made: Iterable[Hostile]) -> list[tuple[str, float]]:
     """Each body's time to its answer."""
     times = []
     for one in made:
@@ -142,12 +145,35 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] * 1e3
 
 
-def describe(phase: str, seen: list[float], probes: list[float]) -> None:
-    print(
-        f"{phase}: between events p50 {statistics.median(seen) * 1e3:.1f}, p99 "
-        f"{percentile(seen, 0.99):.1f} ms; /health p50 {statistics.median(probes) * 1e3:.1f}, "
-        f"p99 {percentile(probes, 0.99):.1f} ms ({len(seen)} events, {len(probes)} probes)"
-    )
+class Seen(NamedTuple):
+    """Seconds of a phase: between events, and of probes."""
+
+    intervals: list[float]
+    probes: list[float]
+
+    def __str__(self) -> str:
+        return (
+            f"between events p50 {statistics.median(self.intervals) * 1e3:.1f}, p99 "
+            f"{percentile(self.intervals, 0.99):.1f} ms; /health p50 "
+            f"{statistics.median(self.probes) * 1e3:.1f}, p99 {percentile(self.probes, 0.99):.1f} "
+            f"ms ({len(self.intervals)} events, {len(self.probes)} probes)"
+        )
+
+
+def report_rounds(rounds: list[dict[str, Seen]]) -> None:
+    for phase in PHASES:
+        parts = [seen[phase] for seen in rounds]
+        intervals, probes = (list(chain(*each)) for each in zip(*parts, strict=True))
+        print(f"{phase}: {Seen(intervals, probes)}")
+    p99s = [
+        {name: percentile(one.intervals, 0.99) for name, one in seen.items()} for seen in rounds
+    ]
+    for phase, base in (("bodies", "alone"), ("elsewhere", "alone"), ("bodies", "elsewhere")):
+        ratios = sorted(one[phase] / one[base] for one in p99s)
+        print(
+            f"p99 of {phase} by {base}, round by round: median {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -156,6 +182,7 @@ async def run(arguments: argparse.Namespace) -> None:
     with (
         tempfile.TemporaryDirectory() as directory,
         server(arguments.step_ms, directory) as (port, process),
+        server(arguments.step_ms, directory) as (other_port, _),
     ):
         watcher = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "benchmarks.hostile", "--watch", str(port)),
@@ -167,37 +194,41 @@ async def run(arguments: argparse.Namespace) -> None:
         await watcher.stdout.readline()
         made = bodies()  # before anything is timed: it takes a while, on a core that streams need
         await asyncio.sleep(3.0)
-        marks, memory, descriptors = [time.monotonic()], [], [process.num_fds()]
-        await asyncio.sleep(ALONE_S)
-        marks.append(time.monotonic())
+        marks: list[dict[str, tuple[float, float]]] = []
+        memory, descriptors = [process.memory_info().rss], [process.num_fds()]
         times: list[tuple[str, float]] = []
-        for _ in range(2):
-            print("sending bodies", file=sys.stderr)
+        for number in range(arguments.rounds):
+            marks.append({})
+            for phase in PHASES[number % 3 :] + PHASES[: number % 3]:
+                began = time.monotonic()
+                if phase == "alone":
+                    await asyncio.sleep(arguments.phase_s)
+                while time.monotonic() - began < arguments.phase_s:
+                    sent = await send_bodies(port if phase == "bodies" else other_port, made)
+                    times += sent if phase == "bodies" else []
+                marks[-1][phase] = began, time.monotonic()
             memory.append(process.memory_info().rss)
-            times += await send_bodies(port, made)
-        memory.append(process.memory_info().rss)
-        marks.append(time.monotonic())
         print("opening connections", file=sys.stderr)
+        opened_at = time.monotonic()
         closed_s = await hold_connections(port, arguments.connections)
-        marks.append(time.monotonic())
+        held = opened_at, time.monotonic()
         await asyncio.sleep(2.0)
         descriptors.append(process.num_fds())
         print("reading what was seen", file=sys.stderr)
         output, _ = await watcher.communicate(b"")  # the end of its input
     intervals, probes, num_failed = json.loads(output)
-    for phase, start, end in zip(
-        ("alone", "bodies", "connections"), marks, marks[1:], strict=False
-    ):
-        describe(
-            phase,
-            [seconds for at, seconds in intervals if start <= at < end],
-            [seconds for at, seconds in probes if start <= at < end],
-        )
+
+    def within(start: float, end: float) -> Seen:
+        parts = ([s for at, s in all_of if start <= at < end] for all_of in (intervals, probes))
+        return Seen(*parts)
+
+    report_rounds([{phase: within(*when) for phase, when in one.items()} for one in marks])
     slowest = sorted(times, key=lambda one: -one[1])[:3]
     print(f"{len(times)} bodies; the slowest: " + ", ".join(f"{n} {s:.2f} s" for n, s in slowest))
-    print("memory before, after the first round, after the second (MB): ", end="")
+    print("memory before, and after each round (MB): ", end="")
     print(", ".join(f"{one / 1e6:.0f}" for one in memory))
-    print(f"{arguments.connections} connections: all closed after {closed_s:.1f} s; ", end="")
+    print(f"connections: {within(*held)}")
+    print(f"{arguments.connections} of them: all closed after {closed_s:.1f} s; ", end="")
     print(
         f"descriptors {descriptors[0]} before, {descriptors[1]} after; {num_failed} streams failed"
     )
@@ -207,6 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=2000)
     parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--phase-s", type=float, default=5.0)
     parser.add_argument("--watch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     asyncio.run(run(arguments) if arguments.watch is None else watch(arguments.watch))
