@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,7 @@ async def watch(port: int) -> None:
 # ---- what is done to the server
 
 
-async def send_bodies(port: int, made: Iterable[Hostile]) -> list[tuple[str, float]]:
+async def send_bodies(port: int, made: list[Hostile]) -> list[tuple[str, float]]:
     """Each body's time to its answer."""
     times = []
     for one in made:

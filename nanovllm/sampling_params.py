@@ -210,10 +210,8 @@ def leaves_nothing(
     eos_token_ids: Collection[int],
     output_token_ids: Sequence[int],
 ) -> bool:
-    """Whether min_tokens and bad words forbid all of allowed_token_ids, which are given, after
-    these outputs."""
-    assert params.allowed_token_ids is not None
-    if params.structured_outputs is not None:
+    """Whether min_tokens and bad words forbid all of allowed_token_ids after these outputs."""
+    if params.allowed_token_ids is None or params.structured_outputs is not None:
         return False
     forbidden: set[int] = set()
     if len(output_token_ids) < params.min_tokens:

@@ -284,9 +284,7 @@ class Scheduler:
         """Why the token that has come for it means nothing, if that is so. cause: the worker's."""
         if cause is not None:
             return Failure(cause)
-        if sequence.params.allowed_token_ids is None or sequence.matcher is not None:
-            return None
-        is_stuck = leaves_nothing(
+        is_stuck = sequence.matcher is None and leaves_nothing(
             sequence.params,
             bad_words_token_ids=sequence.bad_words_token_ids,
             eos_token_ids=self._eos_token_ids,

@@ -319,8 +319,7 @@ class AsyncLLM:
             # Drawn here and not by the core, so that any other core can continue the request.
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         bad_words = self.encode_bad_words(tuple(params.bad_words))
-        if params.allowed_token_ids is not None:
-            check_choice(params, bad_words, self.info.worker)
+        check_choice(params, bad_words, self.info.worker)
         message = AddRequest(
             number=self._next_number,
             prompt_token_ids=prompt.token_ids,
