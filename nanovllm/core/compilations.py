@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -63,9 +63,9 @@ class Job:
     key: bytes
     wanted: StructuredOutputsParams
     since: float
-    spent: Grammar | None = None  # what it compiled to before
+    spent: Grammar | None  # what it compiled to before
+    waiting: list[Waiting]
     stage: Stage = Stage.QUEUED
-    waiting: list[Waiting] = field(default_factory=list)
 
 
 class Grammars(Protocol):
@@ -152,12 +152,14 @@ class Compilations:
             self._outcomes.move_to_end(key)
             return known
         job = self._jobs.get(key)
-        if job is None:
-            job = self._jobs[key] = Job(key, wanted, time.monotonic(), spent)
-            with self._lock:
-                self._queue.append(job)
-            self._start_threads()
-        job.waiting.append(request)
+        if job is not None:
+            job.waiting.append(request)
+            return None
+        # Whole before a thread sees it: `_compile` counts the outputs that wait.
+        job = self._jobs[key] = Job(key, wanted, time.monotonic(), spent, [request])
+        with self._lock:
+            self._queue.append(job)
+        self._start_threads()
         return None
 
     def withdraw(self, sequence: Sequence) -> None:

@@ -140,6 +140,16 @@ def test_as_many_lexers_as_outputs_want_that_begin_at_once(
         assert isinstance(outcome, Grammar) and outcome.num_lexers == num_lexers, "no more in time"
 
 
+def test_a_thread_that_is_done_before_begin_returns_has_seen_the_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.compiler.lexer_s = 0.01 * MAX_EXTRA_S
+    monkeypatch.setattr(bench.compilations, "_start_thread", lambda target: target())
+    assert bench.begin("a+", *map(sequence, range(COPIES_PER_LEXER))) is None
+    ((_, outcome),) = bench.collect()
+    assert isinstance(outcome, Grammar) and outcome.num_lexers == 2
+
+
 def test_only_so_many_are_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilations_module, "MAX_REMEMBERED", 2)
     for regex in ("a", "b", "c"):
