@@ -31,7 +31,7 @@ from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton import fused_sampler, products
 from nanovllm.worker.kernels.triton import skinny_linear as linear_kernels
 from nanovllm.worker.kernels.triton.gated_linear import CHOSEN, GatedTile, gated_linear
@@ -498,36 +498,36 @@ def build_layer(num_tokens: int, choice: Choice | None):
     num_heads = num_tokens * 2048  # of the queries' numbers, here those that come first
 
     def cublas(layers: list[dict[str, Linear]]) -> Tensor:
-        stream = start.clone()
+        residual = start.clone()
         for layer in layers:
-            qkv = layer["qkv"](KERNELS.rms_norm(stream, norm))
+            qkv = layer["qkv"](KERNELS.rms_norm(residual, norm))
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
-            stream = stream.addmm_(heads, layer["o"].weight.t())
-            inner = layer["gate_up"](KERNELS.rms_norm(stream, norm))
-            stream = stream.addmm_(silu_and_mul(inner), layer["down"].weight.t())
-        return stream
+            residual = residual.addmm_(heads, layer["o"].weight.t())
+            inner = layer["gate_up"](KERNELS.rms_norm(residual, norm))
+            residual = residual.addmm_(silu_and_mul(inner), layer["down"].weight.t())
+        return residual
 
     def chosen(layers: list[dict[str, Linear]]) -> Tensor:
         choice.take()
-        stream = Stream(start.clone())
+        residual = Residual(start.clone())
         for layer in layers:
-            qkv = KERNELS.norm_linear(stream, norm, layer["qkv"])
+            qkv = KERNELS.norm_linear(residual, norm, layer["qkv"])
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
-            stream = KERNELS.linear_add(heads, layer["o"], stream.hidden, next_norm=norm)
+            residual = KERNELS.linear_add(heads, layer["o"], residual.hidden, next_norm=norm)
             mlp = layer["gate_up"], layer["down"]
-            stream = KERNELS.mlp(stream, norm, *mlp, next_norm=norm)
-        return stream.hidden
+            residual = KERNELS.mlp(residual, norm, *mlp, next_norm=norm)
+        return residual.hidden
 
     def exact(layers: list[dict[str, Linear]]) -> Tensor:
-        stream, wide = start.double(), factors.double()
+        residual, wide = start.double(), factors.double()
         for layer in layers:
             weights = {name: linear.weight.double() for name, linear in layer.items()}
-            qkv = F.rms_norm(stream, (1024,), wide, 1e-6) @ weights["qkv"].T
+            qkv = F.rms_norm(residual, (1024,), wide, 1e-6) @ weights["qkv"].T
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
-            stream = stream + heads @ weights["o"].T
-            gates = F.rms_norm(stream, (1024,), wide, 1e-6) @ weights["gate_up"].T
-            stream = stream + (F.silu(gates[:, :3072]) * gates[:, 3072:]) @ weights["down"].T
-        return stream
+            residual = residual + heads @ weights["o"].T
+            gates = F.rms_norm(residual, (1024,), wide, 1e-6) @ weights["gate_up"].T
+            residual = residual + (F.silu(gates[:, :3072]) * gates[:, 3072:]) @ weights["down"].T
+        return residual
 
     run = cublas if choice is None else chosen
     return (
@@ -585,12 +585,12 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
     def run() -> Tensor:
         products.beats_cublas = POLICIES[policy]
         backend.prepare(batch)
-        stream = Stream(F.embedding(batch.input_ids, model.embedding))
+        residual = Residual(F.embedding(batch.input_ids, model.embedding))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
             layer.attention.backend = backend
             norm = layer.attention.norms.pre  # as good as the next layer's
-            stream = layer.forward(stream, batch=batch, layer_cache=layer_cache, next_norm=norm)
-        return KERNELS.rms_norm(stream.hidden, model.final_norm)
+            residual = layer.forward(residual, batch=batch, layer_cache=layer_cache, next_norm=norm)
+        return KERNELS.rms_norm(residual.hidden, model.final_norm)
 
     return run, 1, None
 

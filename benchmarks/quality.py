@@ -174,8 +174,8 @@ class Scorer:
         for start in range(0, len(token_ids), tokens_per_step):
             batch = self._batch(token_ids[start : start + tokens_per_step], start)
             self._model.attention.prepare(batch)
-            stream = self._step.forward(batch, self._cache)
-            results.append(self._step.raw_logits(stream).cpu())
+            residual = self._step.forward(batch, self._cache)
+            results.append(self._step.raw_logits(residual).cpu())
         return torch.cat(results)
 
     def _batch(self, token_ids: list[int], start: int) -> ForwardBatch:

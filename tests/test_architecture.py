@@ -40,7 +40,7 @@ BUDGETS = {
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
     # way sums over ranks take, as measured, and sampling by ranks that keep their logits; which
     # experts a rank has whole
-    "worker": 6874,
+    "worker": 6876,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -24,7 +24,7 @@ from nanovllm.worker.forward_batch import (
     StagedPlan,
     build_batch,
 )
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
@@ -39,16 +39,16 @@ class Model(Protocol):
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Stream:
+    ) -> Residual:
         """What the last layer leaves of the `wanted` tokens ([n] int64; None: of all)."""
 
-    def compute_logits(self, stream: Stream) -> Tensor:
-        """stream: of n tokens. Returns new memory, [n, vocab_size] float32."""
+    def compute_logits(self, residual: Residual) -> Tensor:
+        """residual: of n tokens. Returns new memory, [n, vocab_size] float32."""
 
-    def raw_logits(self, stream: Stream) -> Tensor:
+    def raw_logits(self, residual: Residual) -> Tensor:
         """`compute_logits` in the model's own precision, as a fused sampler takes them."""
 
-    def own_logits(self, stream: Stream) -> Tensor:
+    def own_logits(self, residual: Residual) -> Tensor:
         """`raw_logits` of this rank's ids alone: all of them, if it is the only one."""
 
 
@@ -290,25 +290,25 @@ class ModelRunner:
         """
         hidden = None
         if variant.keeps_hidden:
-            stream = self._model.forward(batch, self._kv_cache)
-            hidden = stream.hidden
-            stream = stream if wanted is None else Stream(hidden[wanted])
+            residual = self._model.forward(batch, self._kv_cache)
+            hidden = residual.hidden
+            residual = residual if wanted is None else Residual(hidden[wanted])
         else:
-            stream = self._model.forward(batch, self._kv_cache, wanted=wanted)
+            residual = self._model.forward(batch, self._kv_cache, wanted=wanted)
         nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
         if not len(row_ids):
             return StepOutput(nothing, nothing, hidden)
         if self._fused is None:
             if self._vocabulary is None:
-                logits = self._model.compute_logits(stream)
+                logits = self._model.compute_logits(residual)
             else:
-                logits = self._model.own_logits(stream).float()
+                logits = self._model.own_logits(residual).float()
             return StepOutput(nothing, logits, hidden)
         rows, choose = self._rows, self._fused.sample_tokens
         if self._vocabulary is None or variant.gathers:
-            logits = self._model.raw_logits(stream)
+            logits = self._model.raw_logits(residual)
         else:
-            logits = self._model.own_logits(stream)
+            logits = self._model.own_logits(residual)
             choose = partial(self._fused.sample_slices, vocabulary=self._vocabulary)
         token_ids = choose(
             logits,
@@ -358,7 +358,7 @@ class ModelRunner:
             if self._fused is not None and num_top >= 0:
                 pack = self._fused.pack_logprobs
             parts = [
-                PackedLogprobs(pack(self._model.raw_logits(Stream(some)), ids, num_top=num_top))
+                PackedLogprobs(pack(self._model.raw_logits(Residual(some)), ids, num_top=num_top))
                 for some, ids in zip(
                     torch.split(states, MAX_LOGIT_ROWS),
                     torch.split(wanted, MAX_LOGIT_ROWS),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
 WIDTH = 64
@@ -73,7 +73,7 @@ class FakeModel:
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Stream:
+    ) -> Residual:
         slots = kv_cache[0, 0].view(-1, WIDTH)
         slots[batch.slot_mapping] = key_of(batch.input_ids, batch.positions)
         hidden = kv_cache.new_empty(batch.num_tokens, WIDTH)
@@ -85,14 +85,14 @@ class FakeModel:
             context = slots[block_ids * BLOCK_SIZE + places % BLOCK_SIZE].cumsum(0)  # [end, WIDTH]
             num_new = starts[row + 1] - starts[row]
             hidden[starts[row] : starts[row + 1]] = context[end - num_new :]
-        return Stream(hidden if wanted is None else hidden[wanted])
+        return Residual(hidden if wanted is None else hidden[wanted])
 
-    def compute_logits(self, stream: Stream) -> Tensor:
-        self.max_logit_rows = max(self.max_logit_rows, len(stream.hidden))
-        return stream.hidden @ READOUT.to(stream.hidden.device)
+    def compute_logits(self, residual: Residual) -> Tensor:
+        self.max_logit_rows = max(self.max_logit_rows, len(residual.hidden))
+        return residual.hidden @ READOUT.to(residual.hidden.device)
 
-    def raw_logits(self, stream: Stream) -> Tensor:
-        return self.compute_logits(stream)
+    def raw_logits(self, residual: Residual) -> Tensor:
+        return self.compute_logits(residual)
 
-    def own_logits(self, stream: Stream) -> Tensor:
-        return self.compute_logits(stream)
+    def own_logits(self, residual: Residual) -> Tensor:
+        return self.compute_logits(residual)

@@ -10,7 +10,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, expand_view
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.edit_logits import edit_logits
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
@@ -221,12 +221,12 @@ class FaultyModel(FakeModel):
 
     def forward(
         self, batch: ForwardBatch, kv_cache: torch.Tensor, *, wanted: torch.Tensor | None = None
-    ) -> Stream:
+    ) -> Residual:
         self._num_forwards += 1
-        stream = super().forward(batch, kv_cache, wanted=wanted)
+        residual = super().forward(batch, kv_cache, wanted=wanted)
         if self._num_forwards in self._failing:
             raise torch.OutOfMemoryError("no memory for the logits")
-        return stream
+        return residual
 
 
 @pytest.mark.parametrize("failing", [(1,), (2,), (2, 3), (1, 2, 3)])

@@ -24,7 +24,7 @@ from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.config import LoadFormat
 from nanovllm.worker import weights
 from nanovllm.worker.attention.select import attention_specs, select_attention
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import WeightSlot
 from nanovllm.worker.layers.prepacked import Prepacked, can_prepack, prepack
@@ -526,12 +526,12 @@ def test_prepacking_changes_no_result(
     embedding = model.embedding.clone()
     inputs = {n: torch.randn(n, 48).to(dtype) for n in (1, 8, 33)}
     qkv = model.layers[0].attention.qkv
-    before = {n: (qkv(x), model.compute_logits(Stream(x))) for n, x in inputs.items()}
+    before = {n: (qkv(x), model.compute_logits(Residual(x))) for n, x in inputs.items()}
     prepack(model.linears())
     assert isinstance(model.lm_head.method, Prepacked)
     assert torch.equal(model.embedding, embedding), "the embedding lives on"
     for n, x in inputs.items():
-        after = qkv(x), model.compute_logits(Stream(x))
+        after = qkv(x), model.compute_logits(Residual(x))
         for ours, plain in zip(after, before[n], strict=True):
             torch.testing.assert_close(
                 ours, plain, rtol=1e-4, atol=2e-2 if dtype != torch.float32 else 1e-5

@@ -17,12 +17,12 @@ from nanovllm.worker.parallel import TensorParallel
 class Weighed(NamedTuple):
     """An RMS norm but for its scale, which belongs to the token and may follow the next product."""
 
-    values: Tensor  # [num_tokens, hidden_size]: the stream times the norm's weight
-    squares: Tensor  # [num_tokens, num_parts] fp32, whose sums are those of the stream's squares
+    values: Tensor  # [num_tokens, hidden_size]: the residual times the norm's weight
+    squares: Tensor  # [num_tokens, num_parts] fp32, whose sums are those of the residual's squares
 
 
-class Stream(NamedTuple):
-    """The residual stream of the decoder."""
+class Residual(NamedTuple):
+    """What the decoder's blocks read and add to."""
 
     hidden: Tensor  # [num_tokens, hidden_size]
     weighed: Weighed | None = None  # for the norm that comes next, if who added to it did so
@@ -41,8 +41,8 @@ class Kernels(Protocol):
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """hidden: [num_tokens, size], kept. Returns new memory. A layer norm if norm.centers."""
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        """linear(norm(stream)), new memory; stream is kept."""
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        """linear(norm(residual)), new memory; residual is kept."""
 
     def linear_add(
         self,
@@ -52,12 +52,12 @@ class Kernels(Protocol):
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         """residual + post_norm(linear(hidden)), perhaps written over residual."""
 
     def mlp(
         self,
-        stream: Stream,
+        residual: Residual,
         norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
@@ -65,17 +65,19 @@ class Kernels(Protocol):
         activation: Activation = "silu",
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
-        """stream + post_norm(down(activation(gate) * up)), as `linear_add`.
+    ) -> Residual:
+        """residual + post_norm(down(activation(gate) * up)), as `linear_add`.
 
-        gate and up: the halves of gate_up(norm(stream)).
+        gate and up: the halves of gate_up(norm(residual)).
         """
 
     def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up. gate_up: [num_tokens, 2 * size], gates first; perhaps
         overwritten."""
 
-    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+    def add(
+        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+    ) -> Residual:
         """residual + post_norm(product), perhaps written over either."""
 
     def reduce_add(
@@ -86,7 +88,7 @@ class Kernels(Protocol):
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         """residual + post_norm(the sum of what all ranks hold), perhaps written over either."""
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
 from nanovllm.worker.attention.base import Rotary
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.builder import Builder
@@ -141,15 +141,15 @@ class AttentionBlock:
 
     def forward(
         self,
-        stream: Stream,
+        residual: Residual,
         *,
         batch: ForwardBatch,
         layer_cache: Tensor,
         next_norm: RMSNorm | None,
         wanted: Tensor | None = None,
-    ) -> Stream:
+    ) -> Residual:
         """wanted: the tokens that are asked for; the others only leave keys and values."""
-        qkv = self._kernels.norm_linear(stream, self.norms.pre, self.qkv)
+        qkv = self._kernels.norm_linear(residual, self.norms.pre, self.qkv)
         if self.head_norms is None and self.q_norm is not None:
             self._norm_all_heads(qkv)
         if self.growth is not None:  # by the same for all of a head, so it may come before rotation
@@ -168,7 +168,7 @@ class AttentionBlock:
         attended = self.backend.forward(qkv, self.rotary, layer_cache, batch, self.sinks)
         if self._factors is not None and self.scales is not None:
             attended = attended.mul_(self.scales.value)
-        hidden = stream.hidden
+        hidden = residual.hidden
         if wanted is not None:
             attended, hidden = attended[wanted], hidden[wanted]
         return self._kernels.linear_add(
@@ -249,27 +249,27 @@ class DenseBlock:
         self._activation = spec.activation
         self._kernels = build.kernels
 
-    def product(self, stream: Stream) -> Tensor:
-        """What it makes of the stream, before the norm of what it gives, added to nothing."""
-        product = self._kernels.norm_linear(stream, self.norms.pre, self.gate_up)
+    def product(self, residual: Residual) -> Tensor:
+        """What it makes of the residual, before the norm of what it gives, added to nothing."""
+        product = self._kernels.norm_linear(residual, self.norms.pre, self.gate_up)
         return self.down(self._kernels.activate(product, self._activation))
 
     def forward_beside(
-        self, stream: Stream, residual: Tensor, *, norm: RMSNorm | None, next_norm: RMSNorm | None
-    ) -> Stream:
-        """As `forward`, but residual is what is added to. norm: of the block beside this one."""
-        product = self._kernels.norm_linear(stream, norm, self.gate_up)
+        self, residual: Residual, onto: Tensor, *, norm: RMSNorm | None, next_norm: RMSNorm | None
+    ) -> Residual:
+        """As `forward`, but added to `onto`. norm: of the block beside this one."""
+        product = self._kernels.norm_linear(residual, norm, self.gate_up)
         return self._kernels.linear_add(
             self._kernels.activate(product, self._activation),
             self.down,
-            residual,
+            onto,
             post_norm=self.norms.post,
             next_norm=next_norm,
         )
 
-    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
+    def forward(self, residual: Residual, *, next_norm: RMSNorm | None) -> Residual:
         return self._kernels.mlp(
-            stream,
+            residual,
             self.norms.pre,
             self.gate_up,
             self.down,
@@ -299,19 +299,19 @@ class ExpertsBlock:
         self._kernels = build.kernels
         self._parallel = build.parallel
 
-    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
-        kernels, hidden = self._kernels, stream.hidden
+    def forward(self, residual: Residual, *, next_norm: RMSNorm | None) -> Residual:
+        kernels, hidden = self._kernels, residual.hidden
         if self.norms.pre is not None:
             hidden = kernels.rms_norm(hidden, self.norms.pre)
-        routed = Stream(hidden.to(self.router.weight.dtype))
+        routed = Residual(hidden.to(self.router.weight.dtype))
         logits = kernels.norm_linear(routed, None, self.router)
         if self.shared is None and self.norms.post is None and self._parallel.size == 1:
-            return Stream(kernels.experts(hidden, logits, self.experts, residual=stream.hidden))
+            return Residual(kernels.experts(hidden, logits, self.experts, residual=residual.hidden))
         mixed = kernels.experts(hidden, logits, self.experts)
         if self.shared is not None:
             mixed = mixed.add_(self.shared.partial(hidden))
         norms = {"post_norm": self.norms.post, "next_norm": next_norm}
-        return kernels.reduce_add(mixed, stream.hidden, self._parallel, **norms)
+        return kernels.reduce_add(mixed, residual.hidden, self._parallel, **norms)
 
     def linears(self) -> Iterator[Linear]:
         yield from self.experts.linears()
@@ -340,7 +340,7 @@ class SharedExpert:
 
     def partial(self, hidden: Tensor) -> Tensor:
         """This rank's share. hidden: normed, [num_tokens, hidden_size]. Returns new memory."""
-        product = self._kernels.norm_linear(Stream(hidden), None, self.gate_up)
+        product = self._kernels.norm_linear(Residual(hidden), None, self.gate_up)
         product = self.down.partial(self._kernels.activate(product, self._activation))
         return product if self.gate is None else product.mul_(self.gate(hidden).sigmoid())
 

@@ -17,7 +17,7 @@ from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Kernels, Stream
+from nanovllm.worker.kernels.base import Kernels, Residual
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.layers.vocabulary import Vocabulary
@@ -55,58 +55,58 @@ class DecoderLayer:
 
     def forward(
         self,
-        stream: Stream,
+        residual: Residual,
         *,
         batch: ForwardBatch,
         layer_cache: Tensor,
         next_norm: RMSNorm | None,
         wanted: Tensor | None = None,
         given: Tensor | None = None,
-    ) -> Stream:
-        """The stream after this layer, of `wanted` tokens if given: as of the last layer the others
-        only leave keys and values. next_norm: the norm that comes next. given: this layer's input
-        for each token, [num_tokens, input_size], if it takes one."""
+    ) -> Residual:
+        """The residual after this layer, of `wanted` tokens if given: as of the last layer the
+        others only leave keys and values. next_norm: the norm that comes next. given: this layer's
+        input for each token, [num_tokens, input_size], if it takes one."""
         if self._is_parallel:
-            return self._forward_parallel(stream, batch, layer_cache, next_norm, wanted)
-        stream = self.attention.forward(
-            stream,
+            return self._forward_parallel(residual, batch, layer_cache, next_norm, wanted)
+        residual = self.attention.forward(
+            residual,
             batch=batch,
             layer_cache=layer_cache,
             next_norm=self.mlp.norms.pre,
             wanted=wanted,
         )
         if self.input is None and self.scale is None:
-            return self.mlp.forward(stream, next_norm=next_norm)
-        stream = self.mlp.forward(stream, next_norm=None)
+            return self.mlp.forward(residual, next_norm=next_norm)
+        residual = self.mlp.forward(residual, next_norm=None)
         if self.input is not None:
             assert given is not None
-            stream = self.input.forward(stream, given if wanted is None else given[wanted])
+            residual = self.input.forward(residual, given if wanted is None else given[wanted])
         if self.scale is not None:
-            stream.hidden.mul_(self.scale)
-        return stream
+            residual.hidden.mul_(self.scale)
+        return residual
 
     def _forward_parallel(
         self,
-        stream: Stream,
+        residual: Residual,
         batch: ForwardBatch,
         layer_cache: Tensor,
         next_norm: RMSNorm | None,
         wanted: Tensor | None,
-    ) -> Stream:
-        """Attention and MLP of the same stream, both added to it."""
+    ) -> Residual:
+        """Attention and MLP of the same residual, both added to it."""
         assert isinstance(self.mlp, DenseBlock)
         # Attention may write over its residual, and the MLP has yet to read it.
         attended = self.attention.forward(
-            Stream(stream.hidden.clone(), stream.weighed),
+            Residual(residual.hidden.clone(), residual.weighed),
             batch=batch,
             layer_cache=layer_cache,
             next_norm=None,
             wanted=wanted,
         )
         if wanted is not None:
-            stream = Stream(stream.hidden[wanted])
+            residual = Residual(residual.hidden[wanted])
         norm = self.attention.norms.pre
-        return self.mlp.forward_beside(stream, attended.hidden, norm=norm, next_norm=next_norm)
+        return self.mlp.forward_beside(residual, attended.hidden, norm=norm, next_norm=next_norm)
 
     def linears(self) -> Iterator[Linear]:
         yield from self.attention.linears()
@@ -176,7 +176,7 @@ class Decoder:
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Stream:
+    ) -> Residual:
         """One step. `attention.prepare(batch)` must have run.
 
         kv_cache: [2, layers of a block, num_blocks, block_size, num_kv_heads, head_dim], in the
@@ -189,34 +189,34 @@ class Decoder:
         inputs: list[Tensor | None] = [None] * len(self.layers)
         if self.layer_inputs is not None:
             inputs = list(self.layer_inputs.of(batch.input_ids, hidden).unbind(1))
-        stream = Stream(hidden)
+        residual = Residual(hidden)
         norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
         shape = kv_cache.shape[:3]
         # As layers of each kind see it; within a group, too, they may differ in how heads lie.
         caches = {kind: kv_cache.view(*shape, *kind).unbind(1) for kind in set(self._shapes)}
         layers = zip(self.layers, self.layout.places, self._shapes, norms, inputs, strict=True)
         for layer, (group, index), kind, norm, given in layers:
-            stream = layer.forward(
-                stream,
+            residual = layer.forward(
+                residual,
                 batch=batch.of_group(group),
                 layer_cache=caches[kind][index],
                 given=given,
                 next_norm=norm,
                 wanted=wanted if layer is self.layers[-1] else None,
             )
-        return stream
+        return residual
 
-    def compute_logits(self, stream: Stream) -> Tensor:
-        """stream: of n tokens, from `forward`. Returns new memory, [n, vocab_size] float32."""
-        return self.raw_logits(stream).float()
+    def compute_logits(self, residual: Residual) -> Tensor:
+        """residual: of n tokens, from `forward`. Returns new memory, [n, vocab_size] float32."""
+        return self.raw_logits(residual).float()
 
-    def raw_logits(self, stream: Stream) -> Tensor:
+    def raw_logits(self, residual: Residual) -> Tensor:
         """`compute_logits` in the model's own precision."""
-        return self.vocabulary.gather(self.own_logits(stream))
+        return self.vocabulary.gather(self.own_logits(residual))
 
-    def own_logits(self, stream: Stream) -> Tensor:
+    def own_logits(self, residual: Residual) -> Tensor:
         """`raw_logits` of this rank's ids alone."""
-        logits = self._kernels.norm_linear(stream, self.final_norm, self.lm_head)
+        logits = self._kernels.norm_linear(residual, self.final_norm, self.lm_head)
         if self.spec.logit_scale != 1.0:
             logits.mul_(self.spec.logit_scale)
         if self.spec.final_softcap is not None:

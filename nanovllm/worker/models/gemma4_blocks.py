@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.blocks import DenseBlock, rounded
@@ -35,11 +35,12 @@ class DenseAndExpertsBlock:
         self._kernels = build.kernels
         self._parallel = build.parallel
 
-    def forward(self, stream: Stream, *, next_norm: RMSNorm | None) -> Stream:
-        kernels, hidden = self._kernels, stream.hidden
-        dense = self.dense.product(stream)
-        routed = kernels.rms_norm(hidden, self._own["router_norm"]).mul_(self._router_scale)
-        logits = kernels.norm_linear(Stream(routed.to(self.router.weight.dtype)), None, self.router)
+    def forward(self, residual: Residual, *, next_norm: RMSNorm | None) -> Residual:
+        kernels, hidden = self._kernels, residual.hidden
+        dense = self.dense.product(residual)
+        scaled = kernels.rms_norm(hidden, self._own["router_norm"]).mul_(self._router_scale)
+        routed = Residual(scaled.to(self.router.weight.dtype))
+        logits = kernels.norm_linear(routed, None, self.router)
         taken = kernels.rms_norm(hidden, self._own["experts_norm"])
         mixed = self._parallel.reduce(kernels.experts(taken, logits, self.experts))
         both = kernels.rms_norm(dense, self._own["dense_post_norm"])
@@ -74,11 +75,11 @@ class LayerInput:
         self._norm_spec = layer.norm
         self._kernels = build.kernels
 
-    def forward(self, stream: Stream, given: Tensor) -> Stream:
+    def forward(self, residual: Residual, given: Tensor) -> Residual:
         """given: [num_tokens, input_size]."""
-        gate = F.gelu(self.gate(stream.hidden), approximate="tanh")
+        gate = F.gelu(self.gate(residual.hidden), approximate="tanh")
         product = self.out(gate.mul_(given))
-        return self._kernels.add(product, stream.hidden, post_norm=self.norm)
+        return self._kernels.add(product, residual.hidden, post_norm=self.norm)
 
     def slots(self, layer: int) -> Iterator[WeightSlot]:
         yield from self.gate.slots(layer)

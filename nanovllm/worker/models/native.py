@@ -15,7 +15,7 @@ from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.native import NativeAttention, describe_batch, describe_cache
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, pack_bfloat16
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
@@ -115,7 +115,7 @@ class NativeDecoder:
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
-    ) -> Stream:
+    ) -> Residual:
         """As `Decoder.forward`."""
         num_wanted = batch.num_tokens if wanted is None else len(wanted)
         hidden = torch.empty(num_wanted, self._hidden_size)
@@ -131,24 +131,24 @@ class NativeDecoder:
             num_wanted,
             hidden.data_ptr(),
         )
-        return Stream(hidden)
+        return Residual(hidden)
 
-    def compute_logits(self, stream: Stream) -> Tensor:
+    def compute_logits(self, residual: Residual) -> Tensor:
         """As `Decoder.compute_logits`."""
-        hidden = stream.hidden.contiguous()
+        hidden = residual.hidden.contiguous()
         logits = torch.empty(len(hidden), self._vocab_size)
         native.library().nv_decoder_logits(
             self._decoder, hidden.data_ptr(), len(hidden), logits.data_ptr()
         )
         return logits
 
-    def raw_logits(self, stream: Stream) -> Tensor:
+    def raw_logits(self, residual: Residual) -> Tensor:
         """As `compute_logits`: they are float32."""
-        return self.compute_logits(stream)
+        return self.compute_logits(residual)
 
-    def own_logits(self, stream: Stream) -> Tensor:
+    def own_logits(self, residual: Residual) -> Tensor:
         """As `raw_logits`: there is no other rank."""
-        return self.compute_logits(stream)
+        return self.compute_logits(residual)
 
     @property
     def weight_bytes(self) -> int:

@@ -136,5 +136,5 @@ class Driver:
         for group, other in enumerate(others, 1):
             other.group = group
         self.model.attention.prepare(batch)
-        stream = self.step.forward(batch, self.kv_cache, wanted=wanted)
-        return self.step.compute_logits(stream)
+        residual = self.step.forward(batch, self.kv_cache, wanted=wanted)
+        return self.step.compute_logits(residual)

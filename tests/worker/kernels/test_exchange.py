@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton.exchange import MAX_PROGRAMS, Exchange, num_bytes
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.skinny_linear import MAX_WEIGHED_TOKENS
@@ -48,18 +48,18 @@ def run_rank(rank: int, memories: list[Tensor], epoch: int, answer: Any) -> None
             found.append(parallel.reduce(parts[rank].clone()))
             continue
         norm = RMSNorm(parts[size, 0] + 1, 1e-6) if turn % 3 == 1 else None
-        stream = TritonKernels().reduce_add(
+        residual = TritonKernels().reduce_add(
             parts[rank].clone(), parts[size].clone(), parallel, next_norm=norm
         )
-        found += flat(stream)
+        found += flat(residual)
     answer.send([tensor.numpy() for tensor in found])
     answer.close()
 
 
-def flat(stream: Stream) -> list[Tensor]:
-    if stream.weighed is None:
-        return [stream.hidden]
-    return [stream.hidden, stream.weighed.values, stream.weighed.squares.sum(1)]
+def flat(residual: Residual) -> list[Tensor]:
+    if residual.weighed is None:
+        return [residual.hidden]
+    return [residual.hidden, residual.weighed.values, residual.weighed.squares.sum(1)]
 
 
 def expected(size: int) -> list[Tensor]:

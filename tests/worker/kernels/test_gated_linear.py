@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.gated_linear import GatedTile, can_gate, gated_linear
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
@@ -33,15 +33,15 @@ def test_gated_linear(num_tokens: int, num_outputs: int, tile: GatedTile) -> Non
 
 def test_an_mlp_of_many_tokens() -> None:
     """In half precision, rounded where plain torch rounds."""
-    stream = torch.randn(1100, 64, device=DEVICE, dtype=torch.float16)
+    residual = torch.randn(1100, 64, device=DEVICE, dtype=torch.float16)
     norm = RMSNorm(torch.rand(64, device=DEVICE, dtype=torch.float16) + 0.5, 1e-6)
     gate_up, down = (
         Linear((torch.randn(n, k, device=DEVICE) * k**-0.5).half(), None, {}, 0)
         for n, k in ((96, 64), (64, 48))
     )
-    assert can_gate(stream, gate_up)
+    assert can_gate(residual, gate_up)
     out, expected = (
-        kernels.mlp(Stream(stream.clone()), norm, gate_up, down, next_norm=norm).hidden
+        kernels.mlp(Residual(residual.clone()), norm, gate_up, down, next_norm=norm).hidden
         for kernels in (TritonKernels(), TorchKernels())
     )
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=4e-3)

@@ -129,16 +129,16 @@ def test_gated(kind: str, num_tokens: int, tile: PackedTile) -> None:
 def test_one_product_weighs_the_stream_for_the_next(
     num_tokens: int, tile: PackedTile, gated: bool
 ) -> None:
-    x, stream = torch.randn(num_tokens, 224, device=DEVICE).split((160, 64), 1)
-    x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(64, device=DEVICE)
+    x, residual = torch.randn(num_tokens, 224, device=DEVICE).split((160, 64), 1)
+    x, residual, factors = x.contiguous(), residual.contiguous(), torch.randn(64, device=DEVICE)
     into, out_of = packed("4 bits", 32, (64, 160)), packed("8 bits", 32, (80, 64))
-    added = packed_add(x, into, stream, next_norm=factors, tile=tile)
+    added = packed_add(x, into, residual, next_norm=factors, tile=tile)
     assert added.weighed is not None
     values, squares = added.weighed
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
     out = packed_linear(values, out_of, norm=(squares, 1e-6), gated=gated, tile=tile)
-    hidden = stream.double() + x.double() @ meaning(into).T
+    hidden = residual.double() + x.double() @ meaning(into).T
     expected = rms_normed(hidden, factors.double(), 1e-6) @ meaning(out_of).T
     if gated:
         gate, up = expected.chunk(2, dim=1)

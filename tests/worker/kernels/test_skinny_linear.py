@@ -57,18 +57,18 @@ def test_gated(num_tokens: int, tile: Tile) -> None:
 def test_one_product_weighs_the_stream_for_the_next(
     num_tokens: int, tile: Tile, gated: bool
 ) -> None:
-    """Into a stream of a size that no tile divides, and out of it through a norm."""
-    x, stream = torch.randn(num_tokens, 200, device=DEVICE).split((160, 40), 1)
-    x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(40, device=DEVICE)
+    """Into a residual of a size that no tile divides, and out of it through a norm."""
+    x, residual = torch.randn(num_tokens, 200, device=DEVICE).split((160, 40), 1)
+    x, residual, factors = x.contiguous(), residual.contiguous(), torch.randn(40, device=DEVICE)
     into, out_of = torch.randn(40, 160, device=DEVICE), torch.randn(80, 40, device=DEVICE)
-    added = skinny_add(x, Linear(into, None, {}, 0), stream, next_norm=factors, tile=tile)
+    added = skinny_add(x, Linear(into, None, {}, 0), residual, next_norm=factors, tile=tile)
     assert added.weighed is not None
     values, squares = added.weighed
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
     linear = Linear(out_of, None, {}, 0)
     out = skinny_linear(values, linear, norm=(squares, 1e-6), gated=gated, tile=tile)
-    hidden = stream.double() + x.double() @ into.double().T
+    hidden = residual.double() + x.double() @ into.double().T
     expected = rms_normed(hidden, factors.double(), 1e-6) @ out_of.double().T
     if gated:
         gate, up = expected.chunk(2, dim=1)
@@ -77,10 +77,10 @@ def test_one_product_weighs_the_stream_for_the_next(
 
 
 def test_float16_is_not_weighed() -> None:
-    """The stream times a weight might leave its range."""
+    """The residual times a weight might leave its range."""
     x, weight = torch.randn(1, 160, device=DEVICE).half(), torch.randn(40, 160, device=DEVICE)
-    linear, stream = Linear(weight.half(), None, {}, 0), x[:, :40].contiguous()
-    assert skinny_add(x, linear, stream, next_norm=torch.ones_like(stream[0])).weighed is None
+    linear, residual = Linear(weight.half(), None, {}, 0), x[:, :40].contiguous()
+    assert skinny_add(x, linear, residual, next_norm=torch.ones_like(residual[0])).weighed is None
 
 
 @pytest.mark.parametrize("num_tokens", [17, 33, 65])
@@ -175,18 +175,18 @@ def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 9])
 def test_fp8_weights_between_streams(num_tokens: int) -> None:
-    """The second product takes the stream as the first has weighed it."""
+    """The second product takes the residual as the first has weighed it."""
     into, out_of = fp8_linear(48, 160), fp8_linear(40, 48)
-    x, stream = torch.randn(num_tokens, 208, device=DEVICE).split((160, 48), 1)
-    x, stream, factors = x.contiguous(), stream.contiguous(), torch.randn(48, device=DEVICE)
-    added = skinny_add(x, into, stream, next_norm=factors)
+    x, residual = torch.randn(num_tokens, 208, device=DEVICE).split((160, 48), 1)
+    x, residual, factors = x.contiguous(), residual.contiguous(), torch.randn(48, device=DEVICE)
+    added = skinny_add(x, into, residual, next_norm=factors)
     assert added.weighed is not None
     values, squares = added.weighed
     out = skinny_linear(values, out_of, norm=(squares, 1e-6))
     first, second = (
         fp8_tile_for(num_tokens, *shape, gated=False) for shape in ((48, 160), (40, 48))
     )
-    hidden = stream.double() + as_multiplied(x, first) @ widened(into).T
+    hidden = residual.double() + as_multiplied(x, first) @ widened(into).T
     assert (added.hidden - hidden).norm() < tolerance_of(num_tokens) * hidden.norm()
     scale = (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     expected = as_multiplied(values, second) @ widened(out_of).T * scale

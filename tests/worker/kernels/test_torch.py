@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from nanovllm.checkpoint.spec import Rope
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels, gated
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
@@ -48,23 +48,23 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_with_what_surrounds_them(dtype: torch.dtype) -> None:
-    stream, factors = random(NUM_TOKENS, 48, dtype=dtype), random(48, dtype=dtype)
+    residual, factors = random(NUM_TOKENS, 48, dtype=dtype), random(48, dtype=dtype)
     norm = RMSNorm(factors, 1e-6)
     linear = Linear.empty(
         48, {"gate": 20, "up": 28}, bias=False, shard_axis=0, dtype=dtype, device=CPU
     )
     linear.weight.copy_(random(48, 48, dtype=dtype))
-    before, normed = stream.clone(), reference_norm(stream, factors, 1e-6)
+    before, normed = residual.clone(), reference_norm(residual, factors, 1e-6)
     product = normed @ linear.weight.T
-    assert torch.equal(KERNELS.norm_linear(Stream(stream), norm, linear), product)
+    assert torch.equal(KERNELS.norm_linear(Residual(residual), norm, linear), product)
     down = Linear.empty(24, {"down": 48}, bias=False, shard_axis=1, dtype=dtype, device=CPU)
     down.weight.copy_(random(48, 24, dtype=dtype))
     inner = torch.nn.functional.silu(product[:, :24]) * product[:, 24:]
     expected = before + inner @ down.weight.T
-    out = KERNELS.mlp(Stream(stream.clone()), norm, linear, down, next_norm=norm)
+    out = KERNELS.mlp(Residual(residual.clone()), norm, linear, down, next_norm=norm)
     assert torch.equal(out.hidden, expected)
-    assert torch.equal(stream, before), "the stream goes on"
-    out = KERNELS.linear_add(normed, linear, stream, next_norm=norm)
+    assert torch.equal(residual, before), "the residual goes on"
+    out = KERNELS.linear_add(normed, linear, residual, next_norm=norm)
     assert torch.equal(out.hidden, before + product)
 
 

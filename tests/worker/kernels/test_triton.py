@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import Kernels, Stream
+from nanovllm.worker.kernels.base import Kernels, Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and_mul_fp8
@@ -56,10 +56,10 @@ def test_rms_norm(size: int) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
-    stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    residual, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
     norm = RMSNorm(weight, EPS)
     linear = Linear.empty(
-        64, {"o": 64}, bias=bias, shard_axis=0, dtype=stream.dtype, device=stream.device
+        64, {"o": 64}, bias=bias, shard_axis=0, dtype=residual.dtype, device=residual.device
     )
     linear.weight.normal_()
     if linear.bias is not None:
@@ -69,20 +69,20 @@ def test_products_with_what_surrounds_them(num_tokens: int, bias: bool) -> None:
         wide = x.double() @ linear.weight.double().T
         return wide if linear.bias is None else wide + linear.bias.double()
 
-    product = exact(normed(stream, weight, EPS))
+    product = exact(normed(residual, weight, EPS))
     gate, up = product.chunk(2, dim=-1)
     down = Linear.empty(
-        32, {"down": 64}, bias=False, shard_axis=1, dtype=stream.dtype, device=stream.device
+        32, {"down": 64}, bias=False, shard_axis=1, dtype=residual.dtype, device=residual.device
     )
     down.weight.normal_()
-    close(KERNELS.norm_linear(Stream(stream), norm, linear), product)
+    close(KERNELS.norm_linear(Residual(residual), norm, linear), product)
     inner = gate * gate.sigmoid() * up
-    total = stream.double() + inner @ down.weight.double().T
-    found = KERNELS.mlp(Stream(stream.clone()), norm, linear, down, next_norm=norm)
+    total = residual.double() + inner @ down.weight.double().T
+    found = KERNELS.mlp(Residual(residual.clone()), norm, linear, down, next_norm=norm)
     close(found.hidden, total)
     close(KERNELS.norm_linear(found, norm, linear), exact(normed(total, weight, EPS)))
-    total = stream.double() + exact(stream)
-    found = KERNELS.linear_add(stream.clone(), linear, stream, next_norm=norm)
+    total = residual.double() + exact(residual)
+    found = KERNELS.linear_add(residual.clone(), linear, residual, next_norm=norm)
     close(found.hidden, total)
     close(KERNELS.norm_linear(found, norm, linear), exact(normed(total, weight, EPS)))
 
@@ -104,20 +104,23 @@ def test_what_comes_between_a_product_and_the_residual(
 ) -> None:
     """The sum over ranks first, then a norm; with several tokens and with one."""
     for num_tokens in (1, 3):
-        stream, factors = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+        residual, factors = (
+            torch.randn(num_tokens, 64, device=DEVICE),
+            torch.randn(64, device=DEVICE),
+        )
         norm = RMSNorm(factors, EPS)
         gate_up, down = (
             Linear(torch.randn(n, k, device=DEVICE) * k**-0.5, None, {}, axis)  # type: ignore[arg-type]
             for n, k, axis in ((96, 64, 0), (64, 48, 1))
         )
         down.parallel = Twins(0, num_ranks)
-        gate, up = (stream.double() @ gate_up.weight.double().T).chunk(2, dim=-1)
+        gate, up = (residual.double() @ gate_up.weight.double().T).chunk(2, dim=-1)
         inner = ACTIVATIONS[activation](gate) * up
         product = inner @ down.weight.double().T * num_ranks
         added = normed(product, factors, EPS) if behind else product
         post_norm = norm if behind else None
         found = kernels.mlp(
-            Stream(stream.clone()),
+            Residual(residual.clone()),
             None,
             gate_up,
             down,
@@ -125,11 +128,11 @@ def test_what_comes_between_a_product_and_the_residual(
             post_norm=post_norm,
             next_norm=norm,
         )
-        close(found.hidden, stream.double() + added)
+        close(found.hidden, residual.double() + added)
         found = kernels.linear_add(
-            inner.float(), down, stream.clone(), post_norm=post_norm, next_norm=norm
+            inner.float(), down, residual.clone(), post_norm=post_norm, next_norm=norm
         )
-        close(found.hidden, stream.double() + added)
+        close(found.hidden, residual.double() + added)
         assert found.weighed is None or (num_ranks == 1 and not behind)
 
 
@@ -183,7 +186,7 @@ def fp8_linear(num_outputs: int, num_inputs: int) -> Linear:
 @pytest.mark.parametrize("num_tokens", [1, 3, 20])
 def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
     """A single token is not quantized."""
-    stream, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    residual, weight = torch.randn(num_tokens, 64, device=DEVICE), torch.randn(64, device=DEVICE)
     norm = RMSNorm(weight, EPS)
     gate_up, down = fp8_linear(96, 64), fp8_linear(64, 48)
 
@@ -199,14 +202,14 @@ def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
         tolerance = 1e-6 if num_tokens == 1 else 5e-3
         assert (out.double() - expected).norm() <= tolerance * expected.norm()
 
-    wide = product(normed(stream, weight, EPS), gate_up)
-    near(KERNELS.norm_linear(Stream(stream), norm, gate_up), wide)
-    hidden = stream[:, :48].contiguous()
-    near(KERNELS.linear_add(hidden, down, stream.clone(), next_norm=norm).hidden,
-         stream.double() + product(hidden, down))  # fmt: skip
+    wide = product(normed(residual, weight, EPS), gate_up)
+    near(KERNELS.norm_linear(Residual(residual), norm, gate_up), wide)
+    hidden = residual[:, :48].contiguous()
+    near(KERNELS.linear_add(hidden, down, residual.clone(), next_norm=norm).hidden,
+         residual.double() + product(hidden, down))  # fmt: skip
     gate, up = wide.chunk(2, dim=-1)
-    total = stream.double() + product(gate * gate.sigmoid() * up, down)
-    found = KERNELS.mlp(Stream(stream.clone()), norm, gate_up, down, next_norm=norm)
+    total = residual.double() + product(gate * gate.sigmoid() * up, down)
+    found = KERNELS.mlp(Residual(residual.clone()), norm, gate_up, down, next_norm=norm)
     near(found.hidden, total)
     near(KERNELS.norm_linear(found, norm, gate_up),
          product(normed(total, weight, EPS), gate_up))  # fmt: skip

@@ -30,7 +30,7 @@ from nanovllm.worker import model_runner
 from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton import expand_batch
 from nanovllm.worker.kernels.triton.gated_linear import MIN_TOKENS
 from nanovllm.worker.kernels.triton.launch import Gpu
@@ -169,8 +169,8 @@ def run_sharing_step(runner: ModelRunner) -> None:
 def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
     """As a layer would that is not the last, where few tokens are wanted."""
     mlp = runner._model.layers[0].mlp
-    stream = Stream(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16))
-    mlp.forward(stream, next_norm=mlp.norms.pre)
+    residual = Residual(torch.zeros(num_tokens, 1024, dtype=torch.bfloat16))
+    mlp.forward(residual, next_norm=mlp.norms.pre)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import MoE
-from nanovllm.worker.kernels.base import Kernels, Stream
+from nanovllm.worker.kernels.base import Kernels, Residual
 from nanovllm.worker.layers.moe import Experts, choose
 
 
@@ -21,7 +21,7 @@ def mix_experts(kernels: Kernels, hidden: Tensor, logits: Tensor, experts: Exper
     for expert in torch.unique(chosen[is_here]).tolist():
         tokens, places = (chosen == expert).nonzero(as_tuple=True)
         gate_up, down = experts.each[expert - own.start]
-        product = kernels.norm_linear(Stream(hidden[tokens]), None, gate_up)
+        product = kernels.norm_linear(Residual(hidden[tokens]), None, gate_up)
         inner = _activated(kernels, product, spec)
         mixed.index_add_(0, tokens, down.partial(inner) * weights[tokens, places, None])
     return mixed

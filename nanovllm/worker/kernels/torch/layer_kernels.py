@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import QKNorm, Stream
+from nanovllm.worker.kernels.base import QKNorm, Residual
 from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
@@ -31,8 +31,8 @@ class TorchKernels:
             return norm.scale(wide, wide.square().mean(-1, keepdim=True)).to(hidden.dtype)
         return norm.scale(hidden, wide.square().mean(-1, keepdim=True))
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        return linear(stream.hidden if norm is None else self.rms_norm(stream.hidden, norm))
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        return linear(residual.hidden if norm is None else self.rms_norm(residual.hidden, norm))
 
     def linear_add(
         self,
@@ -42,12 +42,12 @@ class TorchKernels:
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         return self.add(linear(hidden), residual, post_norm=post_norm)
 
     def mlp(
         self,
-        stream: Stream,
+        residual: Residual,
         norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
@@ -55,17 +55,19 @@ class TorchKernels:
         activation: Activation = "silu",
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
-        inner = self.activate(self.norm_linear(stream, norm, gate_up), activation)
-        return self.linear_add(inner, down, stream.hidden, post_norm=post_norm)
+    ) -> Residual:
+        inner = self.activate(self.norm_linear(residual, norm, gate_up), activation)
+        return self.linear_add(inner, down, residual.hidden, post_norm=post_norm)
 
     def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return gated(gate_up, activation)
 
-    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+    def add(
+        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+    ) -> Residual:
         if post_norm is not None:
             product = self.rms_norm(product, post_norm)
-        return Stream(product.add_(residual))
+        return Residual(product.add_(residual))
 
     def reduce_add(
         self,
@@ -75,7 +77,7 @@ class TorchKernels:
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
 
     def experts(

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import QKNorm, Stream, Weighed
+from nanovllm.worker.kernels.base import QKNorm, Residual, Weighed
 from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.kernels.torch.layer_kernels import gated
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
@@ -138,8 +138,8 @@ class TritonKernels:
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         return rms_norm(hidden, norm)
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        return products_of(linear).norm_linear(stream, norm, linear)
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        return products_of(linear).norm_linear(residual, norm, linear)
 
     def linear_add(
         self,
@@ -149,7 +149,7 @@ class TritonKernels:
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         products = products_of(linear)
         norms = {"post_norm": post_norm, "next_norm": next_norm}
         if linear.is_partial:
@@ -161,7 +161,7 @@ class TritonKernels:
 
     def mlp(
         self,
-        stream: Stream,
+        residual: Residual,
         norm: RMSNorm | None,
         gate_up: Linear,
         down: Linear,
@@ -169,23 +169,25 @@ class TritonKernels:
         activation: Activation = "silu",
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
-        residual, products = stream.hidden, products_of(gate_up)
-        inner = products.gated(stream, norm, gate_up) if activation == "silu" else None
+    ) -> Residual:
+        hidden, products = residual.hidden, products_of(gate_up)
+        inner = products.gated(residual, norm, gate_up) if activation == "silu" else None
         if inner is None:
-            product = products.norm_linear(stream, norm, gate_up)
+            product = products.norm_linear(residual, norm, gate_up)
             if activation == "silu" and not down.is_partial and post_norm is None:
-                return products_of(down).gated_linear_add(product, down, residual, next_norm)
+                return products_of(down).gated_linear_add(product, down, hidden, next_norm)
             inner = self.activate(product, activation)
-        return self.linear_add(inner, down, residual, post_norm=post_norm, next_norm=next_norm)
+        return self.linear_add(inner, down, hidden, post_norm=post_norm, next_norm=next_norm)
 
     def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return silu_and_mul(gate_up) if activation == "silu" else gated(gate_up, activation)
 
-    def add(self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None) -> Stream:
+    def add(
+        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+    ) -> Residual:
         if post_norm is not None:
             product = rms_norm(product, post_norm)
-        return Stream(residual.add_(product))
+        return Residual(residual.add_(product))
 
     def reduce_add(
         self,
@@ -195,13 +197,13 @@ class TritonKernels:
         *,
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
-    ) -> Stream:
+    ) -> Residual:
         if post_norm is None and parallel.exchange is not None:
             weight = weight_of(next_norm) if can_weigh(partial) else None
             found = parallel.exchange.reduce_add(partial, residual, weight)
             if found is not None:
                 hidden, weighed = found
-                return Stream(hidden, None if weighed is None else Weighed(*weighed))
+                return Residual(hidden, None if weighed is None else Weighed(*weighed))
         return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
 
     def experts(

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.launch import (
     INTERPRETED,
@@ -29,7 +29,7 @@ from nanovllm.worker.kernels.triton.launch import (
 )
 from nanovllm.worker.kernels.triton.skinny_linear import (
     can_weigh,
-    empty_stream,
+    empty_residual,
     finish,
     finish_split,
     load_squares,
@@ -700,15 +700,15 @@ def packed_linear(
 def packed_add(
     x: Tensor,
     linear: Linear,
-    stream: Tensor,
+    residual: Tensor,
     *,
     next_norm: Tensor | None = None,
     tile: PackedTile | None = None,
-) -> Stream:
+) -> Residual:
     """As `skinny_add`, for any number of tokens."""
     if not can_weigh(x):
         next_norm = None
-    return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
+    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gated=False, tile=tile)
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -767,7 +767,7 @@ def _launch(
     next_norm: Tensor | None,
     gated: bool,
     tile: PackedTile | None,
-) -> Stream:
+) -> Residual:
     """Either product, in new memory."""
     weight = cast(Packed, linear.method).weight
     num_tokens, num_inputs = x.shape
@@ -777,9 +777,9 @@ def _launch(
     tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated, itemsize=x.itemsize)
     num_n = triton.cdiv(num_outputs, tile.block_n)
     squares, eps = norm or (None, 0.0)
-    stream = empty_stream(x, num_outputs, num_parts=None if next_norm is None else num_n)
-    left = stream.weighed or (None, None)
-    tensors = (*_pointers(weight), linear.bias, residual, squares, next_norm, stream.hidden, *left)
+    out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
+    left = out.weighed or (None, None)
+    tensors = (*_pointers(weight), linear.bias, residual, squares, next_norm, out.hidden, *left)
     options = {
         "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
@@ -789,7 +789,7 @@ def _launch(
         fast = not INTERPRETED and weight.codes.dtype != torch.float8_e4m3fn
         fast = fast and x.dtype != torch.float32
         _packed_vector_kernel[(num_n,)](x, *tensors, num_outputs, eps, FAST=fast, **options)
-        return stream
+        return out
     num_tiles = triton.cdiv(triton.cdiv(num_inputs, tile.block_k), tile.splits)
     splits = triton.cdiv(num_inputs, tile.block_k * num_tiles)
     num_m = triton.cdiv(num_tokens, tile.block_m)
@@ -805,4 +805,4 @@ def _launch(
         num_tokens, num_outputs, eps,
         NUM_TILES=num_tiles, SPLITS=splits, BLOCK_M=tile.block_m, **options,
     )  # fmt: skip
-    return stream
+    return out

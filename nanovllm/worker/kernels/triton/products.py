@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from nanovllm.worker.kernels.base import Stream
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
 from nanovllm.worker.kernels.triton.launch import converts_fp8
 from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
@@ -36,7 +36,7 @@ MIN_UNPACKED_TOKENS = 65  # cuBLAS is then so much faster that writing all weigh
 
 
 def weight_of(next_norm: RMSNorm | None) -> Tensor | None:
-    """What the stream is weighed by for the norm that comes next, if that divides and no more."""
+    """What the residual is weighed by for the norm that comes next, if that divides and no more."""
     return None if next_norm is None or next_norm.centers else next_norm.weight
 
 
@@ -64,23 +64,23 @@ class Products:
         """linear(x), of this rank alone."""
         return linear.method.apply(linear, x)
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         """As `Kernels.norm_linear`."""
-        return self.multiply(_normed(stream, norm), linear)
+        return self.multiply(_normed(residual, norm), linear)
 
-    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
         """silu(gate) * up, whose halves never go to memory; None: not here, or not faster."""
         return None
 
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
-    ) -> Stream:
+    ) -> Residual:
         """residual + linear(x), perhaps written over residual."""
-        return Stream(residual.add_(self.multiply(x, linear)))
+        return Residual(residual.add_(self.multiply(x, linear)))
 
     def gated_linear_add(
         self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
-    ) -> Stream:
+    ) -> Residual:
         """residual + linear(silu(gate) * up)."""
         return self.linear_add(silu_and_mul(gate_up), linear, residual, next_norm)
 
@@ -99,26 +99,26 @@ class SkinnyProducts(Products):
         """linear(norm(x)), of many tokens."""
         return linear.method.apply(linear, x if norm is None else rms_norm(x, norm))
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        if self.is_skinny(stream.hidden, linear):
-            return _skinny(stream, norm, linear, gated=False)
-        return self.wide(stream.hidden, linear, norm)
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if self.is_skinny(residual.hidden, linear):
+            return _skinny(residual, norm, linear, gated=False)
+        return self.wide(residual.hidden, linear, norm)
 
-    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
-        if self.is_skinny(stream.hidden, linear, gated=True):
-            return _skinny(stream, norm, linear, gated=True)
+    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        if self.is_skinny(residual.hidden, linear, gated=True):
+            return _skinny(residual, norm, linear, gated=True)
         return None
 
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
-    ) -> Stream:
+    ) -> Residual:
         if self.is_skinny(x, linear):
             return skinny_add(x, linear, residual, next_norm=weight_of(next_norm))
         return self.wide_add(x, linear, residual)
 
-    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Stream:
+    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Residual:
         """residual + linear(x), of many tokens."""
-        return Stream(residual.add_(self.wide(x, linear)))
+        return Residual(residual.add_(self.wide(x, linear)))
 
 
 class PlainProducts(SkinnyProducts):
@@ -127,15 +127,15 @@ class PlainProducts(SkinnyProducts):
     def is_skinny(self, x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
         return x.dtype == linear.weight.dtype and super().is_skinny(x, linear, gated=gated)
 
-    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
-        few = super().gated(stream, norm, linear)
-        if few is None and can_gate(stream.hidden, linear):
-            return gated_linear(_normed(stream, norm), linear)
+    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        few = super().gated(residual, norm, linear)
+        if few is None and can_gate(residual.hidden, linear):
+            return gated_linear(_normed(residual, norm), linear)
         return few
 
-    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Stream:
+    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Residual:
         if linear.bias is None:
-            return Stream(residual.addmm_(x, linear.weight.t()))
+            return Residual(residual.addmm_(x, linear.weight.t()))
         return super().wide_add(x, linear, residual)
 
 
@@ -151,19 +151,19 @@ class PackedProducts(Products):
             return packed_linear(x, linear)
         return F.linear(x, unpacked(_packed(linear).weight, x.dtype), linear.bias)
 
-    def norm_linear(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        if self._is_fused(stream.hidden, linear):
-            return _skinny(stream, norm, linear, gated=False, product=packed_linear)
-        return super().norm_linear(stream, norm, linear)
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if self._is_fused(residual.hidden, linear):
+            return _skinny(residual, norm, linear, gated=False, product=packed_linear)
+        return super().norm_linear(residual, norm, linear)
 
-    def gated(self, stream: Stream, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
-        if self._is_fused(stream.hidden, linear):
-            return _skinny(stream, norm, linear, gated=True, product=packed_linear)
+    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+        if self._is_fused(residual.hidden, linear):
+            return _skinny(residual, norm, linear, gated=True, product=packed_linear)
         return None
 
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
-    ) -> Stream:
+    ) -> Residual:
         if len(x) >= MIN_UNPACKED_TOKENS:
             return super().linear_add(x, linear, residual, next_norm)
         weight = None if next_norm is None else next_norm.weight
@@ -185,11 +185,11 @@ class Fp8Products(SkinnyProducts):
 
     def gated_linear_add(
         self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
-    ) -> Stream:
+    ) -> Residual:
         if self.is_skinny(residual, linear):
             return super().gated_linear_add(gate_up, linear, residual, next_norm)
         product = _multiply_fp8(linear, silu_and_mul_fp8(gate_up), residual)
-        return Stream(residual.add_(product))
+        return Residual(residual.add_(product))
 
 
 ANY = Products()
@@ -206,22 +206,22 @@ def products_of(linear: Linear) -> Products:
     return found if found.serves(linear) else ANY
 
 
-def _normed(stream: Stream, norm: RMSNorm | None) -> Tensor:
-    return stream.hidden if norm is None else rms_norm(stream.hidden, norm)
+def _normed(residual: Residual, norm: RMSNorm | None) -> Tensor:
+    return residual.hidden if norm is None else rms_norm(residual.hidden, norm)
 
 
 def _skinny(
-    stream: Stream,
+    residual: Residual,
     norm: RMSNorm | None,
     linear: Linear,
     *,
     gated: bool,
     product: FusedProduct = skinny_linear,
 ) -> Tensor:
-    """Norm and product of a few tokens; in one kernel if the stream comes weighed."""
-    if norm is None or stream.weighed is None:
-        return product(_normed(stream, norm), linear, gated=gated)
-    values, squares = stream.weighed
+    """Norm and product of a few tokens; in one kernel if the residual comes weighed."""
+    if norm is None or residual.weighed is None:
+        return product(_normed(residual, norm), linear, gated=gated)
+    values, squares = residual.weighed
     return product(values, linear, norm=(squares, norm.eps), gated=gated)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.worker.kernels.base import Stream, Weighed
+from nanovllm.worker.kernels.base import Residual, Weighed
 from nanovllm.worker.kernels.triton.e4m3 import quantized
 from nanovllm.worker.kernels.triton.launch import MAX_ARRIVALS, arrival_counters, launch_options
 from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
@@ -84,7 +84,7 @@ def _vector_kernel(
     channel_scale,  # fp32, of each row of weight; like all that follow up to `out` perhaps None
     bias,  # [num_outputs], twice as many if GATED
     residual,  # [num_outputs]
-    squares,  # [PARTS] fp32: of the stream, whose product with a norm's weight x is
+    squares,  # [PARTS] fp32: of the residual, whose product with a norm's weight x is
     next_weight,  # [num_outputs], of the norm that comes next
     out,  # [num_outputs]
     weighed,  # [num_outputs]: out * next_weight
@@ -267,7 +267,7 @@ def skinny_linear(
 
     x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; several tokens are quantized
     then, each with a scale for every tile of inputs.
-    norm: squares and eps, if x is the values of a `Weighed` stream: its scale goes to the result.
+    norm: squares and eps, if x is the values of a `Weighed` residual: its scale goes to the result.
     gated: the layer's outputs are gates, then ups, and the result is silu(gate) * up. Sums are
     fp32 in an order fixed by the shapes.
     """
@@ -277,33 +277,33 @@ def skinny_linear(
 def skinny_add(
     x: Tensor,
     linear: Linear,
-    stream: Tensor,
+    residual: Tensor,
     *,
     next_norm: Tensor | None = None,
     tile: Tile | None = None,
-) -> Stream:
-    """stream + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next, where
-    it `can_weigh`."""
+) -> Residual:
+    """residual + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next,
+    where it `can_weigh`."""
     if not can_weigh(x):
         next_norm = None
-    return _launch(x, linear, stream, norm=None, next_norm=next_norm, gated=False, tile=tile)
+    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gated=False, tile=tile)
 
 
 def can_weigh(x: Tensor) -> bool:
-    """Whether what is added to the stream for these tokens leaves the next norm what it needs.
+    """Whether what is added to the residual for these tokens leaves the next norm what it needs.
 
-    Not for many tokens, nor in float16, whose range the stream might leave before it is scaled.
+    Not for many tokens, nor in float16, whose range the residual might leave before it is scaled.
     """
     return len(x) <= MAX_WEIGHED_TOKENS and x.dtype != torch.float16
 
 
-def empty_stream(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Stream:
+def empty_residual(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Residual:
     """Memory for a product of `x`; weighed in so many parts, if at all."""
     hidden = x.new_empty(len(x), num_outputs)
     if num_parts is None:
-        return Stream(hidden)
+        return Residual(hidden)
     squares = x.new_empty(len(x), num_parts, dtype=torch.float32)
-    return Stream(hidden, Weighed(torch.empty_like(hidden), squares))
+    return Residual(hidden, Weighed(torch.empty_like(hidden), squares))
 
 
 def _launch(
@@ -315,7 +315,7 @@ def _launch(
     next_norm: Tensor | None,
     gated: bool,
     tile: Tile | None,
-) -> Stream:
+) -> Residual:
     """Either product, in new memory."""
     weight = linear.weight
     num_tokens, num_inputs = x.shape
@@ -326,9 +326,9 @@ def _launch(
     tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
     num_n = triton.cdiv(num_outputs, tile.block_n)
     squares, eps = norm or (None, 0.0)
-    stream = empty_stream(x, num_outputs, num_parts=None if next_norm is None else num_n)
-    left = stream.weighed or (None, None)
-    tensors = (linear.scale, linear.bias, residual, squares, next_norm, stream.hidden, *left)
+    out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
+    left = out.weighed or (None, None)
+    tensors = (linear.scale, linear.bias, residual, squares, next_norm, out.hidden, *left)
     options = {
         "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
@@ -336,7 +336,7 @@ def _launch(
     }  # fmt: skip
     if num_tokens == 1:
         _vector_kernel[(num_n,)](x, weight, *tensors, num_outputs, eps, **options)
-        return stream
+        return out
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
     block_m = tile.block_m or min(max(16, triton.next_power_of_2(num_tokens)), 64)
     num_m = triton.cdiv(num_tokens, block_m)
@@ -350,4 +350,4 @@ def _launch(
         num_tokens, num_outputs, eps,
         NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,
     )  # fmt: skip
-    return stream
+    return out
