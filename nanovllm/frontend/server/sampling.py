@@ -21,26 +21,10 @@ from nanovllm.frontend.server.tool_schemas import nested
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 # Same name, same meaning. None is "not given": the default of `SamplingParams` holds.
-SAME = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "ignore_eos",
-    "min_tokens",
-    "skip_special_tokens",
-    "allowed_token_ids",
-    "bad_words",
-    "prompt_logprobs",
+SAME = tuple(
+    name
+    for name in GenerationBody.__struct_fields__
+    if name in SamplingParams.__struct_fields__ and name not in ("max_tokens", "structured_outputs")
 )
 # Field → the values that ask for nothing this server does not do anyway; all others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
