@@ -40,6 +40,7 @@ OWN_FILE_FIRST = 4.0  # such tests may take so many times longer than others and
 UNKNOWN_S = 0.5  # of a test that could not be traced
 # What runs in processes of its own, and whose tests start those.
 ELSEWHERE = {
+    "body_trial.py": "test_body_trial.py",
     "command.py": "test_serve.py",
     "encoding_process.py": "test_prompts.py",
     "frontends.py": "test_serve.py",

@@ -33,7 +33,7 @@ BUDGETS = {
     "frontend": 3990,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
     # frontends that is started again, prompts whose encoding can be ended; what is set for a lesson
-    "frontend.server": 5900,
+    "frontend.server": 6140,
     # 5,000, and shares of ranks, pieces of tensors, mixtures of experts, a step's second half, and
     # the native decoder of CPUs; ranks that meet, and the vocabulary and norms that they share;
     # ropes and norms of more families, and what is captured before the core is ready; block tables

@@ -1,34 +1,27 @@
 """What endpoints have in common: reading a body, finding the engine, counting tokens."""
 
-import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
-from nanovllm.frontend.server.api_errors import (
-    ApiError,
-    from_decoding,
-    from_value_error,
-    is_of_unknown_field,
-)
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.api_keys import CALLER
-from nanovllm.frontend.server.bodies import Body, ChatBody, GenerationBody
+from nanovllm.frontend.server.bodies import Body, GenerationBody
+from nanovllm.frontend.server.body_trial import takes_long
+from nanovllm.frontend.server.decoding import blaming, decoded
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole, until_disconnect
 from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
-from nanovllm.limits import MAX_JSON_DIGITS, MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
 
-OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
@@ -61,106 +54,20 @@ async def read(request: Request, kind: type[B]) -> B:
             f"the body must be JSON: send it as `content-type: application/json`, not {given!r}",
         )
     content = await _content(request)
-    try:
-        try:
-            return msgspec.json.decode(content, type=kind)
-        except msgspec.ValidationError as error:
-            if not is_of_unknown_field(error):
-                raise
-            # A field that is null asks for nothing, whatever it is called.
-            pruned = msgspec.json.encode(_without_nulls(msgspec.json.decode(content)))
-            return msgspec.json.decode(pruned, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise from_decoding(error, kind.__struct_fields__) from None
+    if takes_long(content):
+        serving = serving_of(request)
+        refusal = await serving.body_trials.refusal(content, kind, serving.body_facts)
+        if refusal is not None:
+            raise refusal
+    return decoded(content, kind)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Of fields of ours; null within JSON of the client's own is a value."""
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: inner if name in OPAQUE else _without_nulls(inner)
-        for name, inner in value.items()
-        if inner is not None
-    }
-
-
-async def _content(request: Request) -> bytes:
-    """The body; not `request.body()`, which would be kept as long as its stream is answered.
-
-    Decoding takes as long as there are values, and holds everybody up: an object of a million
-    names takes a second. They are counted piece by piece as they come. What has too many is read
-    to its end, or its sender would see no answer, and not kept.
-    """
-    pieces: list[bytes] = []
-    num_bytes, num_counted, counts = 0, 0, JsonCounts()
-    excess: str | None = None
+async def _content(request: Request) -> bytearray:
+    """The body; not `request.body()`, which would be kept as long as its stream is answered."""
+    content = bytearray()
     async for piece in request.stream():
-        pieces.append(piece)
-        num_bytes += len(piece)
-        if num_bytes <= min(MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES):
-            continue  # each is a byte at least
-        for one in filter(None, pieces[num_counted:]):
-            counts.add(one)
-        excess = excess or counts.excess
-        if excess is not None:
-            pieces.clear()
-        num_counted = len(pieces)
-    if excess is not None:
-        raise ApiError(413, excess, code="body_too_large")
-    return b"".join(pieces)
-
-
-class JsonCounts:
-    """How much there is to decode in a text of JSON, by its punctuation. Values and lists within
-    texts are counted, too: such a text is longer than any model reads."""
-
-    def __init__(self) -> None:
-        self._values = self._lists = self._quotes = self._digits = 0
-        self._last = 0  # byte
-
-    def add(self, piece: bytes) -> None:
-        """The next bytes, of which there are some."""
-        content = np.frombuffer(piece, np.uint8)
-        is_quote = content == ord('"')
-        is_escaped = is_quote[1:] & (content[:-1] == ord("\\"))
-        self._values += int(np.count_nonzero(content == ord(",")))
-        self._lists += int(np.count_nonzero((content | 0x20) == ord("{")))  # "[" has not that bit
-        self._digits += int(np.count_nonzero(content - np.uint8(ord("0")) < 10))
-        self._quotes += int(np.count_nonzero(is_quote) - np.count_nonzero(is_escaped))
-        self._quotes -= bool(is_quote[0]) and self._last == ord("\\")
-        self._last = piece[-1]
-
-    @property
-    def num_texts(self) -> int:
-        """At least half of those that there are: a quote behind two backslashes ends a text."""
-        return self._quotes // 2
-
-    @property
-    def excess(self) -> str | None:
-        """What there is too much of, if anything."""
-        counts = (
-            (self._values, MAX_JSON_VALUES, "values"),
-            (self._lists, MAX_JSON_LISTS, "lists and objects"),
-            (self.num_texts, MAX_JSON_TEXTS, "names and texts"),
-            (self._digits - 8 * self._values, MAX_JSON_DIGITS, "digits beyond eight of each value"),
-        )
-        for count, most, what in counts:
-            if count > most:
-                return f"the body holds {count} {what}: at most {most} are allowed"
-        return None
-
-
-@contextlib.contextmanager
-def blaming(body: Body) -> Iterator[None]:
-    """A `ValueError` inside is the client's mistake: 400, with the field to mend."""
-    try:
-        yield
-    except ValueError as error:
-        names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
-        raise from_value_error(error, body.__struct_fields__, names) from None
+        content += piece
+    return content
 
 
 async def generated(

@@ -62,14 +62,23 @@ async def chat_prompt(
         text = tokenizer.apply_chat_template([*others, _marked(last)], **variables)
         return _open_ended(text, last)
 
-    size = sum(len(str(message.get("content", ""))) for message in messages)
-    check_count("messages", size, MAX_PROMPT_CHARS, "characters")
+    check_conversation(body)
     # Always aside: a template may take as long as it is let.
     text = await aside_if_long(render, LONG_TEXT)
     add = bool(body.add_special_tokens)
-    if (refusal := _refusal_of_length(tokenizer, text, most_tokens)) is not None:
+    if (refusal := refusal_of_length(text, tokenizer.most_chars, most_tokens)) is not None:
         raise refusal
     return ServedPrompt(text, await plain_prompt(tokenizer, text, add_special_tokens=add))
+
+
+def check_conversation(body: ChatBody | TokenizeBody) -> None:
+    """That its messages are not too long together. Raises `ValueError`."""
+    size = 0
+    for message in body.messages or ():
+        content = message.content or message.refusal or ""
+        parts = [content] if isinstance(content, str) else content
+        size += sum(len(part if isinstance(part, str) else part.text or "") for part in parts)
+    check_count("messages", size, MAX_PROMPT_CHARS, "characters")
 
 
 async def text_prompts(
@@ -85,20 +94,27 @@ async def text_prompts(
             return refused("prompt", "text needs a tokenizer, and there is none: send token ids")
         if not content:
             return refused("prompt", "is empty: send at least one character")
-        if (refusal := _refusal_of_length(tokenizer, content, most_tokens)) is not None:
+        if (refusal := refusal_of_length(content, tokenizer.most_chars, most_tokens)) is not None:
             return refusal
         # Many short ones would hold up the loop as one long one does.
         size = len(content) if is_short else max(len(content), LONG_TEXT)
         ids = await _encoded(tokenizer, content, size, add_special_tokens=add)
         return ServedPrompt(content, ids)
 
+    contents, size = batch_of(body)
+    is_short = size < LONG_TEXT
+    return [await made(content) for content in contents]
+
+
+def batch_of(body: CompletionBody) -> tuple[list[Any], int]:
+    """The prompts, texts or lists of ids, and the characters of all texts. Raises `ApiError` and
+    `ValueError`."""
     contents = _batch(body.prompt)
     num_outputs = len(contents) * (body.n or 1)
     check_count("prompt", num_outputs, MAX_OUTPUTS, "prompts times n")
     size = sum(len(content) for content in contents if isinstance(content, str))
     check_count("prompt", size, MAX_PROMPT_CHARS, "characters")
-    is_short = size < LONG_TEXT
-    return [await made(content) for content in contents]
+    return contents, size
 
 
 async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -106,11 +122,14 @@ async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: b
     return await _encoded(tokenizer, text, len(text), add_special_tokens=add_special_tokens)
 
 
-def _refusal_of_length(tokenizer: Tokenizer, text: str, most_tokens: int | None) -> ApiError | None:
-    """What is too long for any model like this one is not encoded first."""
-    if most_tokens is None or tokenizer.most_chars is None:
+def refusal_of_length(
+    text: str, most_chars: int | None, most_tokens: int | None
+) -> ApiError | None:
+    """What is too long for any model like this one is not encoded first. most_chars: of a token, if
+    that is known."""
+    if most_tokens is None or most_chars is None:
         return None
-    least = -(-len(text) // tokenizer.most_chars)
+    least = -(-len(text) // most_chars)
     if least <= most_tokens:
         return None
     message = (

@@ -21,6 +21,7 @@ from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
 from nanovllm.frontend.server.api_keys import ANONYMOUS
 from nanovllm.frontend.server.bodies import GenerationBody
+from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
 from nanovllm.frontend.server.prompts import ServedPrompt
 from nanovllm.frontend.server.replies import Health
@@ -59,6 +60,7 @@ class Serving:
         self.settings = settings
         self.metrics = ServerMetrics(self._core_status)
         self.callers = Callers(settings)
+        self.body_trials = BodyTrials()
         endpoint = settings.otlp_traces_endpoint
         self.tracing = None if endpoint is None else require_tracing().to(endpoint)
         self.created = int(time.time())
@@ -85,6 +87,7 @@ class Serving:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self.body_trials.close()
         if self._llm is not None:
             await self._llm.close()
         if self.tracing is not None:
@@ -163,6 +166,13 @@ class Serving:
     def sampling_defaults(self) -> dict[str, int | float]:
         """Of fields that requests leave out, as the model wants them."""
         return self.llm.info.worker.sampling_defaults
+
+    @property
+    def body_facts(self) -> BodyFacts:
+        """What large bodies are checked against."""
+        tokenizer = self.llm.tokenizer
+        most_chars = None if tokenizer is None else tokenizer.most_chars
+        return BodyFacts(self.llm.info.worker, most_chars, tokenizer is not None)
 
     @property
     def engine_view(self) -> EngineView | None:

@@ -5,10 +5,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.endpoint import JsonCounts
+from nanovllm.frontend.server.body_trial import BodyTrials, Refusal, Trial, answer
+from nanovllm.frontend.server.decoding import JsonCounts
 from nanovllm.frontend.server.middleware import BUDGET_BODIES, SMALL_BODY_BYTES, BodyBudget, Share
 from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
 from nanovllm.protocol.messages import AddRequest
@@ -18,7 +20,13 @@ from tests.frontend.server.served import Served, error_of, roomy, served
 
 
 @pytest.fixture
-async def small(address: str) -> Any:
+async def small(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its large bodies are checked in this process: `test_body_trial` has another for that."""
+
+    def try_out(self: BodyTrials, trial: bytes, content: bytes) -> Refusal | None:
+        return answer(content, msgspec.msgpack.decode(trial, type=Trial))
+
+    monkeypatch.setattr(BodyTrials, "_try_out", try_out)
     async with served(address, roomy(echo)) as one:
         yield one
 

@@ -1,0 +1,198 @@
+"""The process in which large bodies are checked first: decoding one holds up everybody's streams.
+
+`endpoint.read` has each that takes long checked here, and decodes what may pass. `BodyTrials`
+starts the process, which ends with it. Its standard input is a socket: each body comes as two
+frames, a `Trial` and the bytes, and is answered. Frames are those of `template_process`.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from nanovllm.frontend.inputs import Prompt, check_request
+from nanovllm.frontend.server.api_errors import ApiError
+from nanovllm.frontend.server.bodies import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    PaceBody,
+    TokenizeBody,
+)
+from nanovllm.frontend.server.decoding import JsonCounts, blaming, decoded
+from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
+from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
+from nanovllm.frontend.template_process import LENGTH, receive, send
+from nanovllm.protocol.plan import WorkerInfo
+
+PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.body_trial")
+KINDS = {
+    kind.__name__: kind
+    for kind in (ChatBody, CompletionBody, DetokenizeBody, PaceBody, TokenizeBody)
+}
+LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
+MANY_LISTS = 1024  # lists and objects, which take as long as a hundred bytes each
+TIMEOUT_S = 30.0  # most bodies take milliseconds, the worst a tenth of a second
+NICENESS = 5  # whoever sends such bodies waits for them, rather than others
+
+
+class BodyFacts(msgspec.Struct, frozen=True):
+    """What bodies are checked against. most_chars: of a token; None if it is not known, or there is
+    no tokenizer."""
+
+    worker: WorkerInfo
+    most_chars: int | None
+    has_tokenizer: bool
+
+
+class Trial(msgspec.Struct, frozen=True, array_like=True):
+    """kind: the struct's name."""
+
+    kind: str
+    facts: BodyFacts
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """An `ApiError`, for the way back."""
+
+    status: int
+    message: str
+    param: str | None
+    code: str | None
+
+
+def takes_long(content: bytes | bytearray) -> bool:
+    """Whether decoding it would hold up streams."""
+    return len(content) > LONG_BODY or content.count(b"[") + content.count(b"{") > MANY_LISTS
+
+
+def check(content: bytes, kind: type[Body], facts: BodyFacts) -> None:
+    """All that is wrong with a body by itself, whatever its prompt is encoded to. `ApiError`."""
+    counts = JsonCounts()
+    counts.add(content)
+    if counts.excess is not None:
+        raise ApiError(413, counts.excess, code="body_too_large")
+    body = decoded(content, kind)
+    defaults = facts.worker.sampling_defaults
+    with blaming(body):
+        if isinstance(body, CompletionBody):
+            params = completion_params(body, constraint_of(body), defaults)
+            contents, _ = batch_of(body)
+            if len(contents) > 1 or body.truncate_prompt_tokens is not None:
+                return  # what is wrong with one of several is told in its choices
+            if isinstance(contents[0], str):
+                most_tokens = facts.worker.max_model_len
+                refusal = refusal_of_length(contents[0], facts.most_chars, most_tokens)
+                if refusal is not None:
+                    raise refusal
+            else:
+                prompt = Prompt(None, contents[0])
+                check_request(prompt, params, facts.worker, has_tokenizer=facts.has_tokenizer)
+        elif isinstance(body, ChatBody | TokenizeBody):
+            check_conversation(body)
+            if isinstance(body, GenerationBody):
+                chat_params(body, constraint_of(body), defaults)
+
+
+class BodyTrials:
+    """One body at a time; those that come meanwhile wait. Nothing is started before the first."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        self._process: _TrialProcess | None = None  # the thread's
+
+    async def refusal(
+        self, content: bytes | bytearray, kind: type[Body], facts: BodyFacts
+    ) -> ApiError | None:
+        """What is wrong with it, if anything. `ApiError` 503: it cannot be told."""
+        trial = msgspec.msgpack.encode(Trial(kind.__name__, facts))
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._try_out, trial, content
+        )
+        if found is None:
+            return None
+        return ApiError(found.status, found.message, param=found.param, code=found.code)
+
+    def close(self) -> None:
+        """End the process, if there is one. Bodies that are being checked are refused."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._process is not None:
+            self._process.end()
+
+    def _try_out(self, trial: bytes, content: bytes | bytearray) -> Refusal | None:
+        if self._process is None or not self._process.is_alive:
+            self._process = _TrialProcess()
+        return self._process.try_out(trial, content)
+
+
+class _TrialProcess:
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(TIMEOUT_S)
+        with theirs:
+            self._process = subprocess.Popen(
+                PROGRAM, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+            )
+        self.end = weakref.finalize(self, _end, self._process, self._channel)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def try_out(self, trial: bytes, content: bytes | bytearray) -> Refusal | None:
+        """`ApiError` 503 if the process dies of it."""
+        try:
+            send(self._channel, trial)
+            self._channel.sendall(LENGTH.pack(len(content)))
+            self._channel.sendall(content)
+            answer = receive(self._channel)
+        except OSError:
+            answer = None
+        if answer is None:
+            self.end()
+            raise ApiError(503, "the body could not be checked: send it again", code="overloaded")
+        return msgspec.msgpack.decode(answer, type=Refusal | None)
+
+
+def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)
+    channel.close()
+
+
+def answer(content: bytes, trial: Trial) -> Refusal | None:
+    try:
+        check(content, KINDS[trial.kind], trial.facts)
+    except ApiError as error:
+        return Refusal(error.status, error.details.message, error.details.param, error.details.code)
+    return None
+
+
+def main() -> None:
+    """Serve until the other side closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(NICENESS)
+    gc.freeze()
+    channel = socket.socket(fileno=0)
+    with contextlib.suppress(ConnectionError):
+        while (frame := receive(channel)) is not None and (content := receive(channel)) is not None:
+            trial = msgspec.msgpack.decode(frame, type=Trial)
+            send(channel, msgspec.msgpack.encode(answer(content, trial)))
+
+
+if __name__ == "__main__":
+    main()
