@@ -286,13 +286,9 @@ struct TiledQueries {
 
     void attend(const Cache& cache) {
         int first_position = span.first_position + token, end_key = first_position + num_tokens;
-        int first_key = span.first_key;
-        if (heads.window && first_position - heads.window + 1 > first_key)
-            first_key = first_position - heads.window + 1;
-        for (int from = first_key; from < end_key; from += PIECE) {
-            int count = end_key - from < PIECE ? end_key - from : PIECE;
-            Keys<uint16_t> at(span, heads, cache, from, count);
-            count = (count + 31) / 32 * 32;  // nobody sees those behind the last
+        for (int from = first_key_for(span, heads, first_position); from < end_key; from += PIECE) {
+            Keys<uint16_t> at(span, heads, cache, from, end_key);
+            int count = (at.count + 31) / 32 * 32;  // nobody sees those behind the last
             lay_out_keys(at.at, count);
             score(count);
             for (int tile = 0; tile < num_tiles; tile++)
@@ -316,17 +312,8 @@ static void attend_by_tiles(const Span& span, const Heads& heads, const Cache& c
                             uint8_t* scratch) {
     TileConfig config;
     _tile_loadconfig(&config);
-    constexpr int MOST = 16 * TILES_OF_QUERIES;
-    int group = heads.num_heads / heads.num_kv_heads;
-    int heads_each = group < MOST ? group : MOST, tokens_each = MOST / heads_each;
-    for (int token = 0; token < span.num_tokens; token += tokens_each) {
-        int num_tokens = span.num_tokens - token < tokens_each ? span.num_tokens - token : tokens_each;
-        for (int h = 0; h < group; h += heads_each) {
-            int num_heads = group - h < heads_each ? group - h : heads_each;
-            TiledQueries queries(span, heads, token, num_tokens, span.kv_head * group + h, num_heads,
-                                 scratch);
-            queries.attend(cache);
-        }
-    }
+    for_tiles(span, heads, 16 * TILES_OF_QUERIES, [&](int token, int num_tokens, int head, int num_heads) {
+        TiledQueries(span, heads, token, num_tokens, head, num_heads, scratch).attend(cache);
+    });
     _tile_release();
 }

@@ -5,20 +5,50 @@
 
 constexpr int PIECE = 64;
 
-template <typename Value> struct Keys {  // the slots of one piece
+// Where the keys of one piece lie: those from `first` on, up to `end`. The last is repeated behind them.
+template <typename Value> struct Keys {
+    int count;
     const Value* at[PIECE];
 
-    Keys(const Span& span, const Heads& heads, const Cache& cache, int first, int count) {
+    Keys(const Span& span, const Heads& heads, const Cache& cache, int first, int end)
+        : count(end - first < PIECE ? end - first : PIECE) {
         int64_t width = (int64_t)heads.num_kv_heads * heads.head_dim;
         const Value* base = (const Value*)cache.keys + (int64_t)span.kv_head * heads.head_dim;
-        for (int i = 0; i < count; i++) {
-            int key = first + i;
-            int64_t block = span.block_table[key / cache.block_size];
-            at[i] = base + (block * cache.block_size + key % cache.block_size) * width;
+        int size = cache.block_size, index = first / size, slot = first % size;
+        for (int i = 0; i < count; index++, slot = 0) {
+            const Value* block = base + (int64_t)span.block_table[index] * size * width;
+            for (; slot < size && i < count; slot++, i++) at[i] = block + slot * width;
         }
-        for (int i = count; i < PIECE; i++) at[i] = at[count - 1];
+        for (int i = count; count > 0 && i < PIECE; i++) at[i] = at[count - 1];
+    }
+
+    // Has those from `begin` up to `end` brought near, `plane` further on: a processor does not see
+    // by itself what comes next, since a head has but its share of each token's keys.
+    void fetch(int begin, int end, int64_t plane, int head_dim) const {
+        for (int i = begin; i < end && i < count; i++)
+            for (int j = 0; j < head_dim; j += 64 / (int)sizeof(Value))
+                __builtin_prefetch(at[i] + plane + j, 0, 2);
     }
 };
+
+// The first key that is looked at for a query at `position`, or for later ones.
+static inline int first_key_for(const Span& span, const Heads& heads, int position) {
+    int first = heads.window ? position - heads.window + 1 : 0;
+    return first > span.first_key ? first : span.first_key;
+}
+
+// Cuts a span into tiles of at most `most` queries: function(token, num_tokens, head, num_heads).
+template <typename Function>
+static inline void for_tiles(const Span& span, const Heads& heads, int most, const Function& function) {
+    int group = heads.num_heads / heads.num_kv_heads;
+    int heads_each = group < most ? group : most, tokens_each = most / heads_each;
+    for (int token = 0; token < span.num_tokens; token += tokens_each) {
+        int num_tokens = span.num_tokens - token < tokens_each ? span.num_tokens - token : tokens_each;
+        for (int h = 0; h < group; h += heads_each)
+            function(token, num_tokens, span.kv_head * group + h,
+                     group - h < heads_each ? group - h : heads_each);
+    }
+}
 
 // scores: [rows, PIECE], of 16 keys from `first` on. wide: room for 16 keys as float32.
 template <typename Value>
@@ -122,15 +152,16 @@ static void attend_tile(const Span& span, const Heads& heads, const Cache& cache
         if (has_sink) carried[r] = {heads.sinks[head], 1.0f};
     }
     int first_position = span.first_position + token;
-    int first = span.first_key, end = first_position + num_tokens;
-    if (heads.window && first_position - heads.window + 1 > first)
-        first = first_position - heads.window + 1;
+    int first = first_key_for(span, heads, first_position), end = first_position + num_tokens;
     if (span.end_key < end) end = span.end_key;
+    Keys<Value> keys(span, heads, cache, first, end);
+    keys.fetch(0, PIECE, 0, head_dim);
     for (int from = first; from < end; from += PIECE) {
-        int count = end - from < PIECE ? end - from : PIECE;
-        Keys<Value> keys(span, heads, cache, from, count);
-        for (int i = 0; i < count; i += 16)
+        int count = keys.count;
+        for (int i = 0; i < count; i += 16) {
+            keys.fetch(i, i + 16, cache.plane, head_dim);  // the values
             score(queries, num_rows, head_dim, keys.at + i, wide, scores + i);
+        }
         for (int r = 0; r < num_rows; r++) {
             int position = first_position + r / num_heads;
             int first_seen = heads.window ? position - heads.window + 1 - from : 0;
@@ -142,6 +173,8 @@ static void attend_tile(const Span& span, const Heads& heads, const Cache& cache
                     store(at, load(at) * set1(shrink));
                 }
         }
+        Keys<Value> next(span, heads, cache, from + PIECE, end);
+        next.fetch(0, PIECE, 0, head_dim);
         for (int i = 0; i < count; i++) keys.at[i] += cache.plane;  // now the values
         int r = 0;
         for (; r + 4 <= num_rows; r += 4)
@@ -150,6 +183,7 @@ static void attend_tile(const Span& span, const Heads& heads, const Cache& cache
         if (num_rows - r == 3) weigh_heads<3>(rest, keys.at, count, head_dim, to);
         if (num_rows - r == 2) weigh_heads<2>(rest, keys.at, count, head_dim, to);
         if (num_rows - r == 1) weigh_heads<1>(rest, keys.at, count, head_dim, to);
+        keys = next;
     }
     for (int r = 0; r < num_rows; r++) {
         int head = first_head + r % num_heads;
@@ -175,19 +209,12 @@ static void attend(const Span& span, const Heads& heads, const Cache& cache, uin
 #if defined(NV_ISA_AMX)
     if (attends_by_tiles(span, heads, cache)) return attend_by_tiles(span, heads, cache, scratch);
 #endif
-    int group = heads.num_heads / heads.num_kv_heads;
-    int heads_each = group < MAX_GROUP ? group : MAX_GROUP, tokens_each = MAX_GROUP / heads_each;
-    for (int token = 0; token < span.num_tokens; token += tokens_each) {
-        int num_tokens = span.num_tokens - token < tokens_each ? span.num_tokens - token : tokens_each;
-        for (int h = 0; h < group; h += heads_each) {
-            int num_heads = group - h < heads_each ? group - h : heads_each;
-            int head = span.kv_head * group + h;
-            if (cache.is_bf16)
-                attend_tile<uint16_t>(span, heads, cache, token, num_tokens, head, num_heads, scratch);
-            else
-                attend_tile<float>(span, heads, cache, token, num_tokens, head, num_heads, scratch);
-        }
-    }
+    for_tiles(span, heads, MAX_GROUP, [&](int token, int num_tokens, int head, int num_heads) {
+        if (cache.is_bf16)
+            attend_tile<uint16_t>(span, heads, cache, token, num_tokens, head, num_heads, scratch);
+        else
+            attend_tile<float>(span, heads, cache, token, num_tokens, head, num_heads, scratch);
+    });
 }
 
 // One query head from what spans with different keys left of it, `stride` apart.
