@@ -16,36 +16,73 @@ from nanovllm.checkpoint import sentencepiece_bpe
 from nanovllm.checkpoint.special_tokens import gguf_token_kinds
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_PUNCTUATION_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _PUNCTUATION_AND_SPACE
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _PUNCTUATION_AND_SPACE
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_LINES_AND_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES_AND_SPACE
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SPACE}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_PUNCTUATION_AND_SPACE}"
+_SEED_CODER = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_LINES_AND_SPACE}"
+_BAILING = (
+    rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED_WORDS = (  # each up to where capitals begin anew
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*",
+)
+_PATHS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINES_AND_SPACE
+_TEKKEN = "|".join((*_CASED_WORDS, r"\p{N}", _PATHS_AND_SPACE))
+_O200K = "|".join(
+    (*(f"{word}{_CONTRACTIONS}?" for word in _CASED_WORDS), r"\p{N}{1,3}", _PATHS_AND_SPACE)
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGITS_ALONE = (r"\p{N}", _GPT2)
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    "\\s?[\\p{Lu}\\p{Ll}\\p{Lt}&&[^\u10d0-\u10ff]]+",  # Georgian had no case when it was made
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-\ud7ff]+",
+    r"\p{N}+",
+)
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES_AND_SPACE}",
+)
 # What llama.cpp does where a file does not say; such files are old, and few were made for it.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+
+_OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0")
+_OF_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4")
+_OF_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_OF_QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan", "grok-2")
 
 # tokenizer.ggml.pre → patterns, each of which cuts what the one before has left. What is not in
 # this table cannot be known.
 SPLITS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
-    **dict.fromkeys(("gpt-2", "mellum", "a.x-4.0"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "minerva-7b"), _DIGITS_ALONE),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
-    **dict.fromkeys(("falcon3", "pixtral", "midm-2.0", "smaug-bpe", "dbrx"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,)),
+    **dict.fromkeys((*_OF_GPT2, "gigachat", "mellum", "a.x-4.0"), (_GPT2,)),
+    **dict.fromkeys(_OF_DIGITS, _DIGITS_ALONE),
+    **dict.fromkeys((*_OF_LLAMA3, "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(_OF_QWEN2, (_QWEN2,)),
+    **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), (_O200K,)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK_V3),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), (_BAILING,)),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (_BLOOM,)),
+    "viking": (_BLOOM, r"\p{N}"),
     "deepseek-coder": _DEEPSEEK_CODER,
+    "deepseek-llm": _DEEPSEEK_LLM,
+    "falcon": _FALCON,
+    "seed-coder": (_SEED_CODER,),
     "tekken": (_TEKKEN,),
 }
 # A word in the vocabulary is one token, even if no merges lead there; and BOS goes in front.
-WHOLE_WORDS_FIRST = frozenset(
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
-)
+WHOLE_WORDS_FIRST = frozenset((*_OF_LLAMA3, "tekken"))
 BOS_BY_DEFAULT = WHOLE_WORDS_FIRST
 COMPOSED = {"qwen2"}  # these vocabularies expect Unicode in normal form C
 

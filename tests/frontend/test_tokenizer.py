@@ -333,6 +333,33 @@ def test_gguf_splits_as_the_file_names_it(tmp_path: Path, split: str, expected: 
     assert texts(tokenizer, "word")[-len(whole) :] == whole, "ignore_merges"
 
 
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("qwen2", "helloWorld|/n| DON|'T| |1|2|3|4| | //|a|\n|é你好|。b|-C"),
+        ("command-r", "helloWorld|/|n| DON|'|T| |1|2|3|4| | //|a|\n|é你好|。|b|-|C"),
+        ("phi-2", "helloWorld|/|n| DON|'|T| 1234| | //|a|\n|é你好|。|b|-|C"),
+        ("glm4", "helloWorld|/n| DON|'T| |123|4| | //|a|\n|é你好|。b|-C"),
+        ("gpt-4o", "hello|World|/n| DON'T| |123|4| | //|a|\n|é你好|。b|-C"),
+        ("tekken", "hello|World|/n| DON|'T| |1|2|3|4| | //|a|\n|é你好|。b|-C"),
+        ("deepseek-v3", "helloWorld|/n| DON|'T| |123|4| | //|a|\n|é|你好|。|b|-C"),
+        ("deepseek-llm", "helloWorld|/|n| DON|'|T| |1234| | //|a|\n|é|你好|。|b|-|C"),
+        ("seed-coder", "helloWorld|/n| DON|'T| |1|2|3|4| | //|a|\n|é你好|。b|-C"),
+        ("bailingmoe", "helloWorld|/n| DON|'T| |1|2|3|4| | //|a|\n|é你好|。b|-C"),
+        ("bloom", "helloWorld/n| DON'T| 1234| | //a|\n|é你好|。|b-C"),
+        ("viking", "helloWorld/n| DON'T| |1|2|3|4| | //a|\n|é你好|。|b-C"),
+        ("falcon", "helloWorld|/|n| DON|'|T| |123|4|  |//|a|\n|é你好|。|b|-|C"),
+    ],
+)
+def test_where_gguf_cuts_a_text_before_merges(tmp_path: Path, split: str, expected: str) -> None:
+    """Of each kind of pattern one; that all are as llama.cpp's is tested with that library."""
+    fast = build(tmp_path, gguf_facts(**{"tokenizer.ggml.pre": split}))
+    text = "helloWorld/n DON'T 1234  //a\né你好。b-C"
+    assert fast.pre_tokenizer is not None
+    pieces = [text[a:b] for _, (a, b) in fast.pre_tokenizer.pre_tokenize_str(text)]
+    assert "|".join(pieces) == expected
+
+
 def test_gguf_says_whether_bos_goes_in_front(tmp_path: Path) -> None:
     for number, wanted in enumerate((True, False)):
         facts = gguf_facts(
