@@ -188,7 +188,7 @@ class Startup:
         with self.phase("locate"):
             checkpoint = locate(wanted.source, on_progress=self._on_progress)
             size = read_model_size(checkpoint)
-            spreads_experts = self._config.parallel.enable_expert_parallel
+            spreads_experts = self._parallel.spreads_experts
             check_num_ranks(size.spec, self._parallel.size, spreads_experts=spreads_experts)
             other = None if wanted.tokenizer is None else wanted.tokenizer_source
             ends = find_ends(checkpoint, other, vocab_size=size.spec.vocab_size)
