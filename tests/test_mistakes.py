@@ -75,6 +75,13 @@ MISTAKES = {
     "serve --connect ipc://x --block-size 8": "--block-size: the core at --connect has settings",
     "plan no/such/dir/": "no/such/dir",
     "plan smollm2 --gpu H9000": "H9000",
+    "serve --block-size 0": "block_size: Expected `int` >= 1",
+    "serve --api-key ''": "--api-key: an empty key would let everybody in",
+    "serve --frontends 0": "--frontends: Expected `int` >= 1",
+    "serve --host 192.0.2.1": "port: cannot listen on 192.0.2.1:8000",
+    # what is found out when the port is bound
+    "serve --port 0 --connect ftp://x": "address 'ftp://x' cannot be connected to",
+    "serve --port 0 --model nowhere/at-all": "nowhere/at-all",
     # files
     "generate hi --config nowhere.yaml": "--config nowhere.yaml: cannot be read",
     "generate hi --config list.yaml": "--config list.yaml: it must hold lines of `flag: value`",
