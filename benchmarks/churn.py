@@ -38,7 +38,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 VOCAB_SIZE = 10_000
 NUM_BLOCKS = 24  # few, so that sequences are preempted
 MAX_GROWTH_BYTES = 16 * 2**20
@@ -190,7 +190,7 @@ def resting_status(address: str) -> CoreStatus:
     """Of a core whose last clients have just left, once it has noticed."""
     client = BriefClient(address, random.Random())
     try:
-        for _ in range(15):
+        for _ in range(TIMEOUT_MS // 1000):  # they come once a second
             client.send(Heartbeat())
             status = client.receive(CoreStatus)
             assert isinstance(status, CoreStatus)

@@ -36,7 +36,7 @@ from nanovllm.protocol.messages import (
 )
 from nanovllm.sampling_params import SamplingParams
 
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 FRAMES_PER_SOCKET = 250
 MAX_GROWTH_BYTES = 16 * 2**20
 

@@ -194,13 +194,13 @@ class Grammar:
         """Take one lexer more, or one in place of a spent one; as long as it takes to compile."""
         try:
             fresh = self._make_first()
-        finally:
+            for index, first in enumerate(self._firsts):
+                if first.family.is_spent:
+                    self._firsts[index] = fresh
+                    return
+            self._firsts.append(fresh)
+        finally:  # only now: who looks before would want the same one again
             self._is_adding = False
-        for index, first in enumerate(self._firsts):
-            if first.family.is_spent:
-                self._firsts[index] = fresh
-                return
-        self._firsts.append(fresh)
 
     def renewed(self) -> Grammar:
         """The same with a fresh lexer. It has been tried before: the sandbox is not asked."""

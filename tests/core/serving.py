@@ -30,22 +30,26 @@ from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.watch.observer import Observer
 from tests.core.fake_executor import FakeExecutor, FakeHandle
+from tests.waiting import WAIT_S
 
 M = TypeVar("M", bound=msgspec.Struct)
 N = TypeVar("N", bound=msgspec.Struct)
-TIMEOUT_S = 60.0
+TIMEOUT_S = WAIT_S
+# What a slow machine does costs nobody his place, or his grammar.
+PATIENT = {"client_lease_s": 10 * WAIT_S, "grammar_timeout_s": WAIT_S}
 PROMPT = [5, 6, 7]
 
 
 class PacedExecutor(FakeExecutor):
-    """Takes a moment per step, so that what a test does comes amid a request."""
+    """Takes a moment per step, so that what a test does comes amid a request, until the test sets
+    `step_s` to 0: then the rest of the request takes none of its time."""
 
     def __init__(self, config: EngineConfig, *, step_s: float) -> None:
         super().__init__(config, num_blocks=200, max_model_len=512)
-        self._step_s = step_s
+        self.step_s = step_s
 
     def submit(self, plan: StepPlan) -> FakeHandle:
-        time.sleep(self._step_s)
+        time.sleep(self.step_s)
         return super().submit(plan)
 
 
@@ -102,7 +106,7 @@ def serving(
     **settings: Any,
 ) -> Iterator[CoreServer]:
     """A server on a fake executor; stopped, and joined, at the end."""
-    config = EngineConfig.from_kwargs(**settings)
+    config = EngineConfig.from_kwargs(**{**PATIENT, **settings})
     server = CoreServer(config, address, keys=keys, make_viewer=Observer, listeners=listeners)
     chosen = executor or FakeExecutor(config, num_blocks=200, max_model_len=512)
     thread = threading.Thread(target=server.run, args=(lambda: chosen, make_compiler))

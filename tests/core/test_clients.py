@@ -1,15 +1,17 @@
 """Clients that vanish, do not read, ask too much, or come back."""
 
+import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from nanovllm.config import EngineConfig
+from nanovllm.core import server as server_module
 from nanovllm.core.clients import ClientTable, Intake, select
 from nanovllm.core.sequence import Sequence, StepOutputs
+from nanovllm.core.server import CoreServer
 from nanovllm.protocol.messages import (
     Abort,
     CoreFailed,
@@ -36,9 +38,10 @@ from tests.core.serving import (
     serving,
     status_where,
 )
+from tests.waiting import WAIT_S
 
 NO_STOP: frozenset[int] = frozenset()
-LEASE_S = 2.0
+LEASE_S = 4 * WAIT_S
 
 
 @pytest.fixture
@@ -58,48 +61,73 @@ class LightExecutor(FakeExecutor):
         return state
 
 
+class Clock:
+    """The core's, which a test puts on by most of a lease: by more than anybody takes to speak."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self.thread_time = time.thread_time
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    def pass_most_of_a_lease(self, server: CoreServer, *speaking: RawClient) -> None:
+        """These say something first, and are heard."""
+        spoken_at = self.monotonic()
+        while sum(one.last_heard > spoken_at for one in server._clients) < len(speaking):
+            assert self.monotonic() < spoken_at + WAIT_S
+            for client in speaking:
+                client.send(Heartbeat())
+            time.sleep(0.05)
+        self.ahead_s += 0.7 * LEASE_S
+
+
 @pytest.fixture
-def stayer(address: str) -> Iterator[RawClient]:
-    with serving(address, PacedExecutor(EngineConfig(), step_s=0.002), client_lease_s=LEASE_S):
-        client = RawClient(address)
-        client.greet()
-        yield client
-        client.close()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(server_module, "time", clock)
+    monkeypatch.setattr(server_module, "LATE_S", math.inf)  # it is the clients that are late
+    return clock
 
 
-def test_silence_beyond_the_lease_aborts_and_frees(address: str) -> None:
+def test_silence_beyond_the_lease_aborts_and_frees(address: str, clock: Clock) -> None:
     """Steps are slow, so that the request runs still, and so that less is sent before the lease
     ends than the queue of a client holds: what finds it full is not sent again."""
-    executor = PacedExecutor(EngineConfig(), step_s=0.2)
-    with serving(address, executor, client_lease_s=LEASE_S):
+    executor = PacedExecutor(EngineConfig(), step_s=0.1)
+    with serving(address, executor, client_lease_s=LEASE_S) as server:
         stayer, silent = RawClient(address), RawClient(address)
         stayer.greet()
         silent.greet()
         silent.send(add(max_tokens=None))
+        silent.receive(Outputs)
+        for _ in range(2):
+            clock.pass_most_of_a_lease(server, stayer)
         status = status_where(stayer, num_clients=1, num_running=0, num_expired_clients=1)
         assert status.num_free_blocks == status.num_blocks
         assert "lease" in silent.receive(Detached).reason
         silent.send(Heartbeat())
         assert "Hello" in silent.receive(Detached).reason
         silent.greet()
+        executor.step_s = 0.0
         silent.send(add(1))
         assert collect(silent, 1)[1][1].reason == "length"
         stayer.close()
         silent.close()
 
 
-def test_heartbeats_renew_the_lease(stayer: RawClient, address: str) -> None:
-    quiet = RawClient(address)
-    quiet.greet()
-    quiet.send(add(max_tokens=400))
-    for _ in range(8):  # twice as long as the lease
-        time.sleep(LEASE_S / 4)
-        quiet.send(Heartbeat())
-        stayer.send(Heartbeat())
-    token_ids, finished = collect(quiet, 0)
-    assert finished[0].reason == "length"
-    assert token_ids[0] == reference(PROMPT, 1, 400, NO_STOP)
-    quiet.close()
+def test_heartbeats_renew_the_lease(address: str, clock: Clock) -> None:
+    executor = PacedExecutor(EngineConfig(), step_s=0.1)
+    with serving(address, executor, client_lease_s=LEASE_S) as server:
+        quiet = RawClient(address)
+        quiet.greet()
+        quiet.send(add(max_tokens=400))
+        for _ in range(3):  # twice as long as the lease
+            clock.pass_most_of_a_lease(server, quiet)
+        executor.step_s = 0.0
+        token_ids, finished = collect(quiet, 0)
+        assert finished[0].reason == "length"
+        assert token_ids[0] == reference(PROMPT, 1, 400, NO_STOP)
+        quiet.close()
 
 
 def test_strangers_get_nothing_done_and_take_no_place(address: str) -> None:
@@ -129,7 +157,7 @@ def test_another_protocol_version_is_told_so(address: str) -> None:
 
 def test_a_client_that_does_not_read_pauses_and_loses_nothing(address: str) -> None:
     """Its requests stop at the cap, others go on, and once it reads it gets every token."""
-    with serving(address, LightExecutor(), client_buffer_tokens=300, client_lease_s=60.0):
+    with serving(address, LightExecutor(), client_buffer_tokens=300):
         deaf, other = RawClient(address, receive_high_water_mark=1), RawClient(address)
         deaf.greet()
         other.greet()

@@ -45,10 +45,10 @@ class GatedCompiler(GrammarCompiler):
 class Bench:
     """Compilations with a wake-up to wait for."""
 
-    def __init__(self, timeout_s: float = WAIT_S) -> None:
+    def __init__(self) -> None:
         self.compiler = GatedCompiler()
         self.woken = threading.Event()
-        self.compilations = Compilations(self.compiler, timeout_s=timeout_s, wake=self.woken.set)
+        self.compilations = Compilations(self.compiler, timeout_s=WAIT_S, wake=self.woken.set)
         self._over: list[tuple[Waiting, Outcome]] = []  # what ended while `until` waited
 
     def begin(self, regex: str, *sequences: Sequence) -> Outcome | None:
@@ -66,6 +66,10 @@ class Bench:
             self.woken.clear()
             over += self.compilations.collect()
         return over
+
+    def allow(self, timeout_s: float) -> None:
+        """From here on a job may take so long, also one that has begun."""
+        self.compilations._timeout_s = timeout_s
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Collect until a condition holds; `collect` returns what ended meanwhile."""
@@ -195,16 +199,17 @@ def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compilations_module, "MAX_THREADS", 2)
-    bench = Bench(timeout_s=0.15)
-    bench.compiler.load()
-    start = time.monotonic()
+    bench = Bench()
     for number in range(2):  # they fill the threads
         bench.begin(f"slow {number}", sequence(number))
+    bench.until(lambda: len(bench.compiler.asked) == 2)
+    bench.allow(0.15)
     over = bench.collect(2)
-    assert time.monotonic() - start < WAIT_S
+    assert len(over) == 2
     assert all("not compiled within 0.15 s" in str(outcome) for _, outcome in over)
     assert bench.compilations.next_deadline == float("inf")
     assert isinstance(bench.begin("slow 0", sequence()), ValueError), "it is known to be slow"
+    bench.allow(WAIT_S)
     bench.begin("a", sequence(3))
     ((waiting, outcome),) = bench.collect()
     assert waiting.sequences[0].number == 3 and isinstance(outcome, Grammar)
@@ -215,15 +220,17 @@ def test_what_takes_too_long_is_refused_in_time_and_others_go_on(
 def test_one_that_never_got_a_thread_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilations_module, "MAX_THREADS", 1)
     monkeypatch.setattr(compilations_module, "MAX_LATE", 0)
-    bench = Bench(timeout_s=0.15)
-    bench.compiler.load()
+    bench = Bench()
     bench.begin("slow", sequence(1))
+    bench.until(lambda: bench.compiler.asked == ["slow"])
     bench.begin("a", sequence(2))
+    bench.allow(0.15)
     over = bench.collect(2)
     assert all(isinstance(outcome, ValueError) for _, outcome in over)
     assert bench.compiler.asked == ["slow"]
+    bench.allow(WAIT_S)
     bench.compiler.gate.set()
-    bench.until(lambda: bench.begin("b", sequence(3)) is not None)
+    bench.until(lambda: isinstance(bench.begin("b", sequence(3)), Grammar))
 
 
 def test_a_thread_that_comes_back_late_ends_while_another_has_taken_its_place(
@@ -234,11 +241,11 @@ def test_a_thread_that_comes_back_late_ends_while_another_has_taken_its_place(
     gates = bench.compiler.gates
     for regex in ("slow 1", "slow 2", "slow 3"):
         gates[regex] = threading.Event()
-    monkeypatch.setattr(bench.compilations, "_timeout_s", 0.0)
+    bench.allow(0.0)
     bench.begin("slow 1", sequence(1))
     bench.until(lambda: bench.compiler.asked == ["slow 1"])
     bench.collect(1)
-    monkeypatch.setattr(bench.compilations, "_timeout_s", WAIT_S)
+    bench.allow(WAIT_S)
     bench.begin("slow 2", sequence(2))
     bench.begin("slow 3", sequence(3))
     bench.until(lambda: bench.compiler.asked == ["slow 1", "slow 2"])

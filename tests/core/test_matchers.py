@@ -21,6 +21,7 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE, FakeExecutor, allowed_ids
 from tests.core.vocabulary import decode, make_compiler, tokenizer_json
+from tests.waiting import WAIT_S
 
 COMPILER = make_compiler()
 EOS_ID = 0
@@ -212,9 +213,9 @@ def test_compilations_add_lexers_in_a_thread(monkeypatch: pytest.MonkeyPatch) ->
     compilations = Compilations(COMPILER, timeout_s=10, wake=lambda: None)
     sequences = [Sequence(0, number, [1], SamplingParams()) for number in range(COPIES_PER_LEXER)]
     compilations.constrain(sequences, grammar)
-    for _ in range(2000):
-        if len(grammar._firsts) == 2:
-            break
+    deadline = time.monotonic() + WAIT_S
+    while len(grammar._firsts) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     compilations.constrain(sequences[:1], grammar)
     assert sequences[0].matcher and sequences[1].matcher

@@ -54,8 +54,8 @@ def client(address: str) -> Iterator[RawClient]:
 
 @pytest.fixture
 def slow_client(address: str) -> Iterator[RawClient]:
-    """Of a core that needs 8 s for 400 tokens."""
-    with serving(address, PacedExecutor(EngineConfig(), step_s=0.02)):
+    """Of a core that needs 40 s for 400 tokens."""
+    with serving(address, PacedExecutor(EngineConfig(), step_s=0.1)):
         client = RawClient(address)
         yield client
         client.close()
@@ -142,7 +142,7 @@ def test_abort_ends_a_request_and_only_it(slow_client: RawClient) -> None:
     client = slow_client
     client.greet()
     client.send(add(0, max_tokens=400))
-    client.send(add(1, max_tokens=8))
+    client.send(add(1, max_tokens=4))
     client.receive(Outputs)
     client.send(Abort([0, 77]))
     _, finished = collect(client, 0, 1)
@@ -201,7 +201,7 @@ def test_calls_are_answered(client: RawClient) -> None:
 
 
 def test_stopping_tells_clients_what_ended(address: str) -> None:
-    with serving(address, PacedExecutor(EngineConfig(), step_s=0.02)) as server:
+    with serving(address, PacedExecutor(EngineConfig(), step_s=0.1)) as server:
         client = RawClient(address)
         client.greet()
         client.send(add(max_tokens=None))

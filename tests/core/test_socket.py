@@ -32,6 +32,13 @@ from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlo
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
+from tests.waiting import WAIT_S
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeroMQ lets go of what the test before has closed when its thread has its turn."""
+    monkeypatch.setattr("nanovllm.core.socket.AUTHENTICATOR_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture
@@ -243,7 +250,10 @@ def test_where_only_one_user_can_connect_he_is_the_operator(tmp_path: Path) -> N
 
 async def test_frontends_say_what_their_key_does_not_allow(guarded: str, keys: Path) -> None:
     async with await AsyncLLM.connect(
-        guarded, skip_tokenizer_init=True, keys=keys / "alice.json"
+        guarded,
+        skip_tokenizer_init=True,
+        keys=keys / "alice.json",
+        connect_timeout_s=WAIT_S,
     ) as llm:
         for ask_for in (llm.observe, llm.reset_prefix_cache):
             with pytest.raises(NotAllowedError, match="operator"):
@@ -254,7 +264,10 @@ async def test_frontends_take_the_file(guarded: str, keys: Path) -> None:
     with pytest.raises(EngineDeadError):
         await AsyncLLM.connect(guarded, skip_tokenizer_init=True, connect_timeout_s=0.5)
     async with await AsyncLLM.connect(
-        guarded, skip_tokenizer_init=True, keys=keys / "alice.json"
+        guarded,
+        skip_tokenizer_init=True,
+        keys=keys / "alice.json",
+        connect_timeout_s=WAIT_S,
     ) as llm:
         params = SamplingParams(max_tokens=3, detokenize=False, ignore_eos=True)
         outputs = [one async for one in llm.generate({"prompt_token_ids": [5]}, params)]
