@@ -41,7 +41,8 @@ MAX_DETOKENIZED = 1 << 18
 MAX_JSON_BYTES = 1 << 17  # of what a template or a grammar is handed as it is
 MAX_JSON_DEPTH = 128
 MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES = 1 << 17, 1 << 17, 1 << 20  # of a whole body
-MAX_JSON_DIGITS = 1 << 22  # of long numbers, which take 25 ns a digit
+# Of long numbers, and of those with exponents, some of which take msgspec 20 µs each.
+MAX_JSON_DIGITS, MAX_JSON_EXPONENTS = 1 << 18, 256
 
 
 def check_count(name: str, count: int, most: int, what: str) -> None:

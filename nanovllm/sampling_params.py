@@ -4,9 +4,10 @@ Owns the only validation of these values: it runs when a `SamplingParams` is mad
 one is decoded from a socket. Raises `ValueError` naming the field and what it takes.
 """
 
+import json
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
@@ -308,7 +309,8 @@ def _schema_text(schema: str | dict[str, Any]) -> str:
         text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
         if len(text) > MAX_GRAMMAR_BYTES:
             return text  # refused by its length
-        decoded = msgspec.json.decode(text)
+        # Not msgspec, which takes 20 µs for each of some numbers with exponents.
+        decoded = json.loads(text, parse_constant=_no_number)
         if not isinstance(decoded, dict):
             raise TypeError("it is no object")
     except (TypeError, ValueError, RecursionError) as error:
@@ -317,6 +319,10 @@ def _schema_text(schema: str | dict[str, Any]) -> str:
         ) from None
     _check_schema_shape(decoded)
     return text
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _check_schema_shape(schema: dict[str, Any]) -> None:

@@ -129,6 +129,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"json_object": False}, "not none"),
         ({"json": "[1]"}, "structured_outputs.json must be a JSON schema"),
         ({"json": "{"}, "structured_outputs.json must be a JSON schema"),
+        ({"json": '{"const": NaN}'}, "structured_outputs.json must be a JSON schema"),
         ({"json": {"a": object()}}, "structured_outputs.json must be a JSON schema"),
         ({"json": 3}, "structured_outputs.json must be a JSON schema"),
         ({"json": "[" * 100_000}, "structured_outputs.json must be a JSON schema"),

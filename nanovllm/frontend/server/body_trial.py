@@ -18,6 +18,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
+import numpy as np
 
 from nanovllm.frontend.inputs import Prompt, check_request
 from nanovllm.frontend.server.api_errors import ApiError
@@ -30,10 +31,11 @@ from nanovllm.frontend.server.bodies import (
     PaceBody,
     TokenizeBody,
 )
-from nanovllm.frontend.server.decoding import JsonCounts, blaming, decoded
+from nanovllm.frontend.server.decoding import blaming, decoded, excess
 from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
 from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
 from nanovllm.frontend.template_process import LENGTH, receive, send
+from nanovllm.limits import MAX_JSON_EXPONENTS
 from nanovllm.protocol.plan import WorkerInfo
 
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.body_trial")
@@ -73,16 +75,24 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 
 
 def takes_long(content: bytes | bytearray) -> bool:
-    """Whether decoding it would hold up streams."""
-    return len(content) > LONG_BODY or content.count(b"[") + content.count(b"{") > MANY_LISTS
+    """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
+    with exponents."""
+    if len(content) > LONG_BODY:
+        return True
+    letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
+    lower = letters | 0x20
+    if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit
+        return True
+    # Numbers that take long have a digit, the letter and three digits.
+    num_exponents = np.count_nonzero(lower == ord("e"))
+    num_digits = np.count_nonzero(letters - np.uint8(ord("0")) < 10)
+    return bool(num_exponents > MAX_JSON_EXPONENTS and num_digits > 4 * MAX_JSON_EXPONENTS)
 
 
 def check(content: bytes, kind: type[Body], facts: BodyFacts) -> None:
     """All that is wrong with a body by itself, whatever its prompt is encoded to. `ApiError`."""
-    counts = JsonCounts()
-    counts.add(content)
-    if counts.excess is not None:
-        raise ApiError(413, counts.excess, code="body_too_large")
+    if (too_much := excess(content)) is not None:
+        raise ApiError(413, too_much, code="body_too_large")
     body = decoded(content, kind)
     defaults = facts.worker.sampling_defaults
     with blaming(body):

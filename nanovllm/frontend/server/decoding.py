@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 
 from nanovllm.frontend.server.api_errors import (
     from_decoding,
@@ -16,7 +15,13 @@ from nanovllm.frontend.server.api_errors import (
     is_of_unknown_field,
 )
 from nanovllm.frontend.server.bodies import Body, ChatBody
-from nanovllm.limits import MAX_JSON_DIGITS, MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
+from nanovllm.limits import (
+    MAX_JSON_DIGITS,
+    MAX_JSON_EXPONENTS,
+    MAX_JSON_LISTS,
+    MAX_JSON_TEXTS,
+    MAX_JSON_VALUES,
+)
 
 OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
 B = TypeVar("B", bound=Body)
@@ -60,41 +65,25 @@ def blaming(body: Body) -> Iterator[None]:
         raise from_value_error(error, body.__struct_fields__, names) from None
 
 
-class JsonCounts:
-    """How much there is to decode in a text of JSON, by its punctuation. Values and lists within
-    texts are counted, too: such a text is longer than any model reads."""
+def excess(content: bytes) -> str | None:
+    """What there is too much of to decode, if anything, by the punctuation between texts. Any bytes
+    may be asked about: of what is no JSON, it says something."""
+    unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    num_texts = unescaped.count(b'"') // 2
+    if num_texts > MAX_JSON_TEXTS:
+        return _told(num_texts, MAX_JSON_TEXTS, "names and texts")
+    bare = b"".join(unescaped.split(b'"')[::2])
+    num_values = bare.count(b",")
+    num_digits = len(bare) - len(bare.translate(None, b"0123456789"))
+    num_exponents = bare.count(b"e") + bare.count(b"E") - bare.count(b"true") - bare.count(b"false")
+    counts = (
+        (num_values, MAX_JSON_VALUES, "values"),
+        (bare.count(b"[") + bare.count(b"{"), MAX_JSON_LISTS, "lists and objects"),
+        (num_digits - 8 * num_values, MAX_JSON_DIGITS, "digits beyond eight of each value"),
+        (num_exponents, MAX_JSON_EXPONENTS, "numbers with exponents"),
+    )
+    return next((_told(*one) for one in counts if one[0] > one[1]), None)
 
-    def __init__(self) -> None:
-        self._values = self._lists = self._quotes = self._digits = 0
-        self._last = 0  # byte
 
-    def add(self, piece: bytes | bytearray) -> None:
-        """The next bytes, of which there are some."""
-        content = np.frombuffer(piece, np.uint8)
-        is_quote = content == ord('"')
-        is_escaped = is_quote[1:] & (content[:-1] == ord("\\"))
-        self._values += int(np.count_nonzero(content == ord(",")))
-        self._lists += int(np.count_nonzero((content | 0x20) == ord("{")))  # "[" has not that bit
-        self._digits += int(np.count_nonzero(content - np.uint8(ord("0")) < 10))
-        self._quotes += int(np.count_nonzero(is_quote) - np.count_nonzero(is_escaped))
-        self._quotes -= bool(is_quote[0]) and self._last == ord("\\")
-        self._last = piece[-1]
-
-    @property
-    def num_texts(self) -> int:
-        """At least half of those that there are: a quote behind two backslashes ends a text."""
-        return self._quotes // 2
-
-    @property
-    def excess(self) -> str | None:
-        """What there is too much of, if anything."""
-        counts = (
-            (self._values, MAX_JSON_VALUES, "values"),
-            (self._lists, MAX_JSON_LISTS, "lists and objects"),
-            (self.num_texts, MAX_JSON_TEXTS, "names and texts"),
-            (self._digits - 8 * self._values, MAX_JSON_DIGITS, "digits beyond eight of each value"),
-        )
-        for count, most, what in counts:
-            if count > most:
-                return f"the body holds {count} {what}: at most {most} are allowed"
-        return None
+def _told(count: int, most: int, what: str) -> str:
+    return f"the body holds {count} {what}: at most {most} are allowed"

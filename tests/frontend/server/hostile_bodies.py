@@ -107,6 +107,7 @@ UNDECODED: list[tuple[str, bytes, int]] = [
     ("names", b'{"prompt": "a", "vllm_xargs": {' + numbered(b'"%07d":0', 140_000) + b"}}", 413),
     ("texts", b'{"prompt": "a", "vllm_xargs": [' + numbered(b'"%07d"', 140_000) + b"]}", 413),
     ("long numbers", b'{"prompt": "a", "vllm_xargs": [' + numbered(b"1%03999d", 1100) + b"]}", 413),
+    ("exponents", b'{"prompt": "a", "vllm_xargs": [' + b",".join([b"9e304"] * 10_000) + b"]}", 413),
     ("half of an object", b'{"prompt": "a"', 400),
     ("no UTF-8", b'{"prompt": "\xff\xfe"}', 400),
     ("a lone surrogate", b'{"prompt": "\\ud800"}', 400),

@@ -92,10 +92,13 @@ async def test_a_process_that_dies_of_a_body_costs_its_sender_alone(
         assert response.status_code == 200, response.text
 
 
-def test_few_lists_are_decoded_at_once() -> None:
+def test_few_lists_and_few_numbers_with_exponents_are_decoded_at_once() -> None:
     text = b'{"prompt": "%s"}'
     assert not takes_long(text % (b"[" * (MANY_LISTS - 1))) and not takes_long(b"x" * LONG_BODY)
     assert takes_long(text % (b"[" * MANY_LISTS)) and takes_long(b"x" * (LONG_BODY + 1))
+    assert takes_long(b",".join([b"1e308"] * 257)) and takes_long(b",".join([b"1E-99"] * 400))
+    assert not takes_long(b",".join([b"1e308"] * 256))
+    assert not takes_long(b",".join([b"12345"] * 9000)) and not takes_long(b"the eel " * 8000)
 
 
 @pytest.mark.parametrize(

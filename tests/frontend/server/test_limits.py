@@ -10,9 +10,15 @@ import pytest
 
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.body_trial import BodyTrials, Refusal, Trial, answer
-from nanovllm.frontend.server.decoding import JsonCounts
+from nanovllm.frontend.server.decoding import excess
 from nanovllm.frontend.server.middleware import BUDGET_BODIES, SMALL_BODY_BYTES, BodyBudget, Share
-from nanovllm.limits import MAX_JSON_LISTS, MAX_JSON_TEXTS, MAX_JSON_VALUES
+from nanovllm.limits import (
+    MAX_JSON_DIGITS,
+    MAX_JSON_EXPONENTS,
+    MAX_JSON_LISTS,
+    MAX_JSON_TEXTS,
+    MAX_JSON_VALUES,
+)
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.fake_core import echo
 from tests.frontend.server.hostile_bodies import USER, Hostile, bodies
@@ -69,22 +75,28 @@ async def test_values_are_counted_however_a_body_comes(
     assert status == 400 or told in error_of(response)["message"]
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 1000])
-def test_quotes_within_texts_are_no_texts(piece_bytes: int) -> None:
-    content = json.dumps({"a": 'say "so", \n', "b": ['"' * 50, "é", 7]}).encode()
-    counts = JsonCounts()
-    for at in range(0, len(content), piece_bytes):
-        counts.add(content[at : at + piece_bytes])
-    assert counts.num_texts == 5
+TEXT = '["{}"]'
 
 
-def test_long_numbers_count_by_their_digits() -> None:
-    """And many ordinary ones do not."""
-    ids, long = JsonCounts(), JsonCounts()
-    ids.add(b"1234567, " * (MAX_JSON_VALUES - 1))
-    assert ids.excess is None
-    long.add(b"1" * ((1 << 22) + 1))
-    assert "digits" in str(long.excess)
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (TEXT.format(r"[{1e5,\"" * 200_000 + r"\\"), None),
+        (TEXT.format('","'.join([r"\\\""] * MAX_JSON_TEXTS)), None),
+        (TEXT.format('","'.join([r"\\\\"] * (MAX_JSON_TEXTS + 1))), "131073 names and texts"),
+        (",".join(["1e9", "-2.5E+300"] * (MAX_JSON_EXPONENTS // 2)), None),
+        (",".join(["true", "false"] * 1000), None),
+        (",".join(["1e9"] * (MAX_JSON_EXPONENTS + 1)), "257 numbers with exponents"),
+        (",".join(["12345678"] * MAX_JSON_VALUES), None),
+        ("1" * (MAX_JSON_DIGITS + 1), "digits"),
+        ("[" * MAX_JSON_LISTS, None),
+        ("[" * MAX_JSON_LISTS + "{", "131073 lists and objects"),
+    ],
+    ids=lambda one: str(one)[:16],
+)
+def test_what_there_is_to_decode_is_counted_outside_of_texts(text: str, told: str | None) -> None:
+    found = excess(text.encode())
+    assert (told or "None") in str(found)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
