@@ -30,7 +30,6 @@ MAX_NAME_CHARS = 256  # of users, tools, functions, salts, models
 
 # Of a body over HTTP.
 MAX_CHOICES = 128
-MAX_PROMPTS = 2048
 MAX_OUTPUTS = 2048  # prompts times n
 MAX_PROMPT_CHARS = 1 << 22
 MAX_MESSAGES = 4096

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "template_process.py": "test_chat_template.py",
 }
 TRACE_LIMIT_S = 300.0  # of CPU time, for a file of tests
+TRACED_CALLS = 100  # of a function in each test: following every line of loops takes too long
 # A mutant hangs that takes so many times longer than its tests took, or that waits for so long.
 LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 15.0, 5.0, 15.0
 LOOK_EVERY_S = 0.1
@@ -211,6 +212,7 @@ class Lines:
         self.tests: dict[str, dict[str, Any]] = {}
         self.failed: set[str] = set()
         self._seen: dict[CodeType, set[int]] = {}
+        self._num_calls: dict[CodeType, int] = {}
         self._areas = tuple(f"{ROOT}/{area}/" for area in AREAS)
         self._began = 0.0
         self._set_up_s = 0.0
@@ -218,6 +220,9 @@ class Lines:
     def _on_call(self, frame: FrameType, event: str, argument: object) -> Any:
         code = frame.f_code
         if not code.co_filename.startswith(self._areas):
+            return None
+        self._num_calls[code] = num_calls = self._num_calls.get(code, 0) + 1
+        if num_calls > TRACED_CALLS:
             return None
         seen = self._seen.setdefault(code, set())
 
@@ -229,7 +234,7 @@ class Lines:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        self._seen = {}
+        self._seen, self._num_calls = {}, {}
         self._began = cpu_s()
         threading.settrace(self._on_call)
         sys.settrace(self._on_call)

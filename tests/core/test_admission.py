@@ -411,6 +411,17 @@ def test_a_tenant_that_comes_when_nobody_waits_begins_where_the_last_one_was() -
     assert new.tenant.served == 100.0
 
 
+def test_outputs_count_as_soon_as_there_are_two_tenants() -> None:
+    queue = WaitingQueue(by_tenant=True)
+    one = Sequence(0, 0, [1], SamplingParams())
+    one.tenant = queue.tenant("a")
+    queue.charge_for_outputs([one])
+    assert one.tenant.served == 0.0, "there is nobody to be compared with"
+    queue.tenant("b")
+    queue.charge_for_outputs([one, one])
+    assert one.tenant.served == 2 * waiting.OUTPUT_WEIGHT
+
+
 def test_a_queue_keeps_order_and_little_of_those_who_have_left() -> None:
     queue = WaitingQueue(by_tenant=True)
     sequences = [Sequence(0, number, [1], SamplingParams()) for number in range(200)]

@@ -180,3 +180,57 @@ def test_without_caching_nothing_is_registered() -> None:
     sequence.num_computed = 9
     assert sequence.next_registration > 9
     assert blocks.cached_prefix(make_sequence(list(range(9)))) == []
+
+
+def test_what_is_registered_is_not_looked_at_again() -> None:
+    blocks = make_blocks()
+    sequence = make_sequence(list(range(10)))
+    run(blocks, sequence)
+    assert sequence.next_registration == 12, "when the third block will be full"
+    blocks.release(sequence)
+    assert sequence.capacity == 0 and not sequence.block_ids
+
+
+def test_cached_blocks_that_nobody_holds_are_counted_as_free_ones_that_are_needed() -> None:
+    blocks = make_blocks(4)
+    first, other = make_sequence(list(range(8))), make_sequence([90])
+    run(blocks, first)
+    again = make_sequence(list(range(9)))  # two cached blocks, and one for its last token
+    assert blocks.can_hold(again, blocks.cached_prefix(again)), "the first one's are held anyhow"
+    blocks.release(first)
+    assert blocks.can_hold(again, blocks.cached_prefix(again))
+    assert not blocks.can_hold(again, blocks.cached_prefix(again), reserve=1)
+    run(blocks, other)
+    assert not blocks.can_hold(again, blocks.cached_prefix(again))
+
+
+def test_a_window_lets_go_of_blocks_and_its_prefix_is_what_the_window_sees() -> None:
+    """Two groups: one sees 6 tokens, so 2 or 3 blocks of 4; the other sees all."""
+    blocks = BlockManager(num_blocks=40, block_size=BLOCK_SIZE, windows=(6, None), step_tokens=4)
+    sequence = make_sequence(list(range(20)))
+    blocks.hold(sequence, [], num_tokens=8)
+    assert sequence.block_ids == [1, 2, 3, 4, 0, 5, 0, 6, 0, 7] and sequence.capacity == 8
+    assert blocks.num_tokens_in(sequence.block_ids) == 20
+    tables = []
+    for num_tokens in (8, 12, 16, 20):
+        blocks.grow(sequence, blocks.lacking(sequence, num_tokens), num_tokens)
+        sequence.num_computed = num_tokens
+        blocks.register(sequence)
+        blocks.slide(sequence)
+        tables.append(sequence.block_ids[::2])
+        assert sequence.capacity == num_tokens
+        blocks.check_invariants([sequence])
+    assert tables == [[1, 3, 0, 0, 0], [0, 3, 8, 0, 0], [0, 0, 8, 9, 0], [0, 0, 0, 9, 10]]
+    assert sequence.block_ids[1::2] == [2, 4, 5, 6, 7]
+    found = {n: blocks.cached_prefix(make_sequence(list(range(n)))) for n in (18, 21)}
+    assert found == {18: [0, 2, 0, 4, 8, 5, 9, 6], 21: [0, 2, 0, 4, 0, 5, 9, 6, 10, 7]}
+    follower = make_sequence([*range(20), 99])
+    blocks.hold(follower, found[21], num_tokens=21)
+    follower.num_computed = 20
+    assert follower.block_ids[:10] == found[21] and follower.capacity == 24
+    assert blocks.prefix_of_leader(follower, 20) == found[21]
+    assert blocks.prefix_of_leader(follower, 15) == [], "its first blocks are gone"
+    blocks.check_invariants([sequence, follower])
+    blocks.release(sequence)
+    blocks.release(follower)
+    assert blocks.num_free_blocks == 39

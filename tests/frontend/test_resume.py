@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.frontend import supervisor
+from nanovllm.frontend import core_life, supervisor
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.outputs import RequestOutput
@@ -270,6 +270,17 @@ def test_seeds_of_outputs_that_are_resumed_wrap_where_the_cores_do() -> None:
     assert seeds == [2**63 - 2, 2**63 - 1, 0]
 
 
+@pytest.mark.parametrize("index, asked", [(0, [None, None]), (1, [0, None])])
+def test_only_the_first_output_asks_for_the_prompts_log_probabilities_again(
+    index: int, asked: list[int | None]
+) -> None:
+    """And only if nothing of it has come, though the other's tokens have."""
+    params = SamplingParams(n=2, prompt_logprobs=0)
+    request = Request("r", None, AddRequest(7, [1, 2], params), None)
+    request.completions[index].arrived.append(5)
+    assert [message.params.prompt_logprobs for message in resumption(request, 0.0)] == asked
+
+
 async def test_closing_while_it_is_away(address: str) -> None:
     with FakeCore(address) as core:
         llm = await attach(address)
@@ -305,6 +316,23 @@ async def test_an_owned_core_is_started_again(address: str, handle: Handle) -> N
                 assert (await reading).outputs[0].text == TEXT.decode()
             assert handle.restarts == 1 and llm.info == WELCOME
     assert handle.closed == 1
+
+
+async def test_a_core_that_hangs_up_is_ended_before_it_is_started_again(
+    address: str, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Handle.restart` asserts that its process has ended, which nobody else ends here."""
+    monkeypatch.setattr(core_life, "EXIT_S", 0.0)
+    core = FakeCore(address, saying(TEXT, until=3)).__enter__()
+    async with AsyncLLM("m", load_format="dummy") as llm:
+        reading = asyncio.create_task(last_of(llm.generate("abc", SamplingParams(temperature=0))))
+        await asyncio.to_thread(core.wait_for, AddRequest)
+        first = handle.process
+        core.die()
+        with FakeCore(address, saying(TEXT, until=len(TEXT))):
+            async with asyncio.timeout(WAIT_S):
+                assert (await reading).outputs[0].text == TEXT.decode()
+            assert handle.restarts == 1 and handle.process is not first
 
 
 def test_the_budget_of_restarts() -> None:

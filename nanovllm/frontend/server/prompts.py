@@ -23,7 +23,7 @@ from nanovllm.frontend.server.bodies import (
 )
 from nanovllm.frontend.server.tool_prompt import with_tools
 from nanovllm.frontend.tokenizer import Tokenizer
-from nanovllm.limits import MAX_OUTPUTS, MAX_PROMPT_CHARS, MAX_PROMPTS, check_count
+from nanovllm.limits import MAX_OUTPUTS, MAX_PROMPT_CHARS, check_count
 
 MAX_AT_ONCE = 1 << 16  # characters; more take long, and are encoded where that can be ended
 LONG_TEXT = 768  # characters; up to 0.3 ms to encode, where a thread costs 0.05
@@ -193,7 +193,6 @@ def _batch(prompt: str | list[Any]) -> list[Any]:
         return [prompt]
     if int in kinds:
         raise refused("prompt", "mixes token ids with texts or lists")
-    check_count("prompt", len(prompt), MAX_PROMPTS, "prompts")
     return prompt
 
 

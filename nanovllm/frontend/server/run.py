@@ -119,6 +119,9 @@ async def serve(
     lifeline: asyncio.Event | None = None,
 ) -> int:
     """Until a signal, the engine's death, or the end of `lifeline`. Returns the exit code."""
+    # uvicorn listens after it has begun to open the engine, which may be open before: who is told
+    # that it is ready must be able to connect.
+    listener.listen(BACKLOG)
     limits = ConnectionLimits(most_connections(settings.max_connections))
     app = create_app(settings, open_llm)
     serving: Serving = app.state.serving

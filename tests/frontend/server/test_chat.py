@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
@@ -22,12 +23,14 @@ from tests.frontend.server.served import (
     Served,
     error_of,
     events,
+    listening,
     message_of,
     roomy,
     served,
     tokenizer_with,
 )
 from tests.frontend.vocabulary import CHAT_TEMPLATE, EOS
+from tests.waiting import WAIT_S
 
 WEATHER = {
     "type": "function",
@@ -547,6 +550,28 @@ async def test_events_of_a_stream_say_each_thing_once(address: str, fields: dict
     assert with_prompt == (chunks[:1] if "return_token_ids" in fields else [])
     ids = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids") or []]
     assert ids == ([*b"abcd", EOS] if "return_token_ids" in fields else [])
+
+
+async def test_a_stream_has_no_empty_deltas_before_its_first_text_and_at_its_end(
+    address: str,
+) -> None:
+    """Half a character has no text yet, and an end brings none."""
+    first, second = "é".encode()
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    async with (
+        listening(address, says([first], end=None)) as (url, core, _),
+        httpx.AsyncClient(timeout=WAIT_S) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
+        lines = (line async for line in response.aiter_lines() if line.startswith("data: {"))
+        number = core.wait_for(AddRequest).number
+        chunks = [json.loads((await anext(lines))[6:])]
+        core.push(Outputs([number], [second]))  # when the event of the one before has come
+        chunks.append(json.loads((await anext(lines))[6:]))
+        core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
+        chunks += [json.loads(line[6:]) async for line in lines]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "é"}, {}]
 
 
 async def test_what_is_false_beside_another_constraint_asks_for_nothing(address: str) -> None:

@@ -11,8 +11,11 @@ import httpx
 import psutil
 import pytest
 
+from nanovllm.frontend.async_llm import AsyncLLM
+from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server import connections, run
 from nanovllm.frontend.server.connections import ConnectionLimits
+from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol.messages import Abort, AddRequest, Outputs, Started, ToCore
 from tests.frontend.fake_core import echo, silent
 from tests.frontend.server import served
@@ -252,3 +255,17 @@ async def test_what_is_no_http_is_answered_and_not_logged(
     async with listening(address, roomy(echo)) as (url, _, _):
         status, error = await answer_to(url, b"\0\0\0\r\n\r\n")
     assert status == 400 and "no HTTP" in error["message"] and not caplog.records
+
+
+async def test_a_port_takes_connections_before_the_engine_is_open() -> None:
+    """So whoever is told that the server is ready can connect, however soon the engine was."""
+    settings = ServerSettings(port=0)
+    listener = run.bind(settings, shared=False)
+
+    async def open_llm(on_progress: ProgressCallback) -> AsyncLLM:
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.close()
+        raise ValueError("connected")
+
+    async with asyncio.timeout(WAIT_S):
+        assert await run.serve(settings, open_llm, listener, lambda _: None) == run.USAGE_ERROR
