@@ -32,6 +32,7 @@ from nanovllm.protocol.messages import CoreStatus
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH_S = 120.0  # for a client to finish, whatever happens
 MAX_GROWTH_BYTES = 4 * 2**20
+STALLED = "stalled"  # what a client says that sees a stall
 
 
 @dataclass
@@ -101,15 +102,18 @@ async def stream(
 
 
 async def client(address: str, load: Load) -> dict[str, Any]:
-    """Stream everything at once, and note whether a stall was reported, and how soon."""
-    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True)
+    """Stream everything at once when told to, and note whether a stall was reported, and how
+    soon; that is also said at once."""
+    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True, connect_timeout_s=ENOUGH_S)
     print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
     stalled_at: list[float] = []
 
     async def watch() -> None:
         while not llm.is_stalled:
             await asyncio.sleep(0.05)
         stalled_at.append(time.monotonic())
+        print(STALLED, flush=True)
 
     started_at = time.monotonic()
     watching = asyncio.create_task(watch())
@@ -141,6 +145,7 @@ async def run(llm: AsyncLLM, load: Load, fault: Fault | None = None) -> Run:
     clients = [
         await asyncio.create_subprocess_exec(
             *command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             limit=1 << 26,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -151,16 +156,19 @@ async def run(llm: AsyncLLM, load: Load, fault: Fault | None = None) -> Run:
     try:
         async with asyncio.timeout(ENOUGH_S):
             await asyncio.gather(*(line_of(one) for one in clients))
+            for one in clients:  # together, however long each took to start
+                assert one.stdin is not None
+                one.stdin.write(b"\n")
+                one.stdin.close()
             if fault is not None:
                 await fault(llm, clients)
-            lines = await asyncio.gather(*(line_of(one) for one in clients))
+            lines = await asyncio.gather(*(report_of(one) for one in clients))
     finally:
         for one in clients:
             with suppress(ProcessLookupError):
                 one.kill()
         await asyncio.gather(*(one.wait() for one in clients))
-    await asyncio.sleep(1.5)  # the core notices who is gone, and says so once a second
-    status = await llm.stats()
+    status = await status_at_rest(llm)
     return Run(
         [json.loads(line) if line else None for line in lines],
         status.num_blocks - status.num_free_blocks,
@@ -172,6 +180,24 @@ async def run(llm: AsyncLLM, load: Load, fault: Fault | None = None) -> Run:
 async def line_of(process: asyncio.subprocess.Process) -> bytes:
     assert process.stdout is not None
     return await process.stdout.readline()
+
+
+async def report_of(process: asyncio.subprocess.Process) -> bytes:
+    """Its last line; nothing if it was killed."""
+    while (line := await line_of(process)) == f"{STALLED}\n".encode():
+        pass
+    return line
+
+
+async def status_at_rest(llm: AsyncLLM) -> CoreStatus:
+    """Once the core has noticed who is gone, or should have: it says so once a second."""
+    give_up_at = time.monotonic() + ENOUGH_S / 2
+    while True:
+        status = await llm.stats()
+        is_at_rest = status.num_clients == 1 and status.num_free_blocks == status.num_blocks
+        if is_at_rest or time.monotonic() > give_up_at:
+            return status
+        await asyncio.sleep(0.1)
 
 
 def core_pid(llm: AsyncLLM) -> int:

@@ -33,7 +33,7 @@ from nanovllm.frontend.server.run import bind, serve
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.server.settings import ServerSettings
 
-SETTLE_TIMEOUT_S = 30.0
+SETTLE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 240.0
 CLIENTS_PER_PROCESS = 125
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)

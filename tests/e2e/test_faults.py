@@ -1,6 +1,7 @@
 """Processes that die or stand still: all others go on, and no token is lost or repeated."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 
 from benchmarks.faults import (
+    STALLED,
     Load,
+    Run,
     core_pid,
     kill_clients,
     kill_core,
+    line_of,
     owner,
     run,
     same_ids,
-    stop_core,
     stream,
 )
 from nanovllm import LLM, AsyncLLM, SamplingParams
@@ -27,14 +30,21 @@ from nanovllm.frontend.errors import EngineDeadError
 from tests.e2e.processes import core_children
 from tests.waiting import WAIT_S
 
-SMALL = Load(num_clients=2, num_streams=8, num_tokens=160)
+SMALL = Load(num_clients=2, num_streams=8, num_tokens=400)  # 4 s, of which faults need the first
 LONG = SamplingParams(max_tokens=150, seed=3, ignore_eos=True, output_kind="delta")
 SYNTHETIC: dict[str, Any] = {"load_format": "synthetic", "step_ms": 5.0}
 
 
+async def undisturbed_run(load: Load) -> Run:
+    """Of a core whose steps take hardly any time: what is sampled does not depend on it."""
+    fast = dataclasses.replace(load, step_ms=0.1)
+    async with owner(fast) as llm:
+        return await run(llm, fast)
+
+
 async def test_streams_of_several_clients_survive_killed_cores_clients_and_a_stopped_core() -> None:
+    undisturbed = await undisturbed_run(SMALL)
     async with owner(SMALL) as llm:
-        undisturbed = await run(llm, SMALL)
         twice = await run(llm, SMALL, kill_core(2))
         assert same_ids(undisturbed, twice) == 8
         assert twice.longest_pause_s > 0.1
@@ -44,27 +54,37 @@ async def test_streams_of_several_clients_survive_killed_cores_clients_and_a_sto
         assert lonely.num_free_blocks_missing == 0, "those of the dead are free"
 
 
-@pytest.mark.alone
+async def stop_until_reported(llm: AsyncLLM, clients: list[asyncio.subprocess.Process]) -> None:
+    """Stop the core amid the streams of its one client, until that says so."""
+    while (await llm.stats()).num_running < 4:
+        await asyncio.sleep(0.02)
+    pid = core_pid(llm)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            assert await line_of(clients[0]) == f"{STALLED}\n".encode()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def test_a_stopped_core_is_reported_and_loses_nothing() -> None:
-    load = Load(num_clients=1, num_streams=4, num_tokens=150)
+    load = Load(num_clients=1, num_streams=4, num_tokens=400)
+    undisturbed = await undisturbed_run(load)
     async with owner(load) as llm:
-        undisturbed = await run(llm, load)
-        fault, stopped_at = stop_core(5.0)
-        stopped = await run(llm, load, fault)
+        stopped = await run(llm, load, stop_until_reported)
         assert same_ids(undisturbed, stopped) == 4
-        assert stopped.longest_pause_s > 4
-        (client,) = stopped.clients
-        assert client is not None and client["stalled_at"] - stopped_at[0] < 5.0, "while it was"
-        assert not llm.is_stalled
+        assert stopped.longest_pause_s > 1.0
+        async with asyncio.timeout(WAIT_S):
+            while llm.is_stalled:
+                await asyncio.sleep(0.02)
 
 
-@pytest.mark.alone
 async def test_a_loop_stuck_in_a_step_is_reported_and_loses_nothing() -> None:
     load = Load(num_clients=1, num_streams=4, num_tokens=2, step_ms=4000.0)
     async with owner(load) as llm:
         stuck = await run(llm, load)
     (client,) = stuck.clients
-    assert client is not None and 1.0 < client["stalled_at"] - client["started_at"] < 4.0
+    assert client is not None and client["stalled_at"] - client["started_at"] > 1.0
     assert [len(ids) for stream in client["ids"] for ids in stream] == [2] * 5
 
 
@@ -112,9 +132,10 @@ async def test_a_real_model_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_synchronous_engine_resumes_too() -> None:
-    longer = SamplingParams(max_tokens=400, seed=3, ignore_eos=True, output_kind="delta")
-    with LLM("synthetic", **SYNTHETIC) as llm:
+    longer = SamplingParams(max_tokens=800, seed=3, ignore_eos=True, output_kind="delta")
+    with LLM("synthetic", load_format="synthetic", step_ms=0.1) as llm:
         expected = llm.generate([[5, 6], [7]], longer, use_tqdm=False)
+    with LLM("synthetic", **SYNTHETIC) as llm:
         (core,) = core_children(os.getpid())
         asyncio.run_coroutine_threadsafe(kill_running(llm._llm, core, 2), llm._loop)
         outputs = llm.generate([[5, 6], [7]], longer, use_tqdm=False)
@@ -122,7 +143,7 @@ def test_the_synchronous_engine_resumes_too() -> None:
             o.outputs[0].token_ids for o in expected
         ]
         assert [o.metrics.num_resumes for o in outputs] == [1, 1]
-        assert [o.metrics.num_generation_tokens for o in outputs] == [400, 400]
+        assert [o.metrics.num_generation_tokens for o in outputs] == [800, 800]
 
 
 async def kill_running(llm: AsyncLLM, core: int, num_running: int) -> None:
@@ -191,7 +212,8 @@ async def test_a_client_waits_for_a_core_to_come_back_to_its_address(
 async def test_another_model_at_the_address_continues_nothing(
     attached: AsyncLLM, standalone: Any, address: str
 ) -> None:
-    streaming = attached.generate({"prompt_token_ids": [5, 6]}, LONG)
+    endless = SamplingParams(max_tokens=8000, seed=3, ignore_eos=True, output_kind="delta")
+    streaming = attached.generate({"prompt_token_ids": [5, 6]}, endless)
     await anext(streaming)
     standalone[-1].kill()
     standalone[-1].wait()

@@ -19,7 +19,7 @@ SYNTHETIC: dict[str, Any] = {
     "num_gpu_blocks_override": 4000,
     "skip_tokenizer_init": True,
 }
-NUM_STREAMS, NUM_TOKENS = 12, 150
+NUM_STREAMS, NUM_TOKENS = 12, 600
 
 
 def engine(**settings: Any) -> AsyncLLM:
@@ -50,15 +50,27 @@ async def all_ids(llm: AsyncLLM) -> list[list[int]]:
     return await asyncio.gather(*streams)
 
 
+async def undisturbed_ids() -> list[list[int]]:
+    """Of steps that take hardly any time: what is sampled does not depend on it."""
+    async with engine(step_ms=0.1) as llm:
+        return await all_ids(llm)
+
+
+async def all_running(llm: AsyncLLM) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while (await llm.stats()).num_running < NUM_STREAMS:
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_a_rank_dies_amid_streams_which_resume(victim: int) -> None:
+    expected = await undisturbed_ids()
     async with engine(tensor_parallel_size=2) as llm:
-        expected = await all_ids(llm)
         (core,) = core_children(os.getpid())
         ranks = rank_children(core)
         assert len(ranks) == 2
         streams = asyncio.create_task(all_ids(llm))
-        await asyncio.sleep(0.3)
+        await all_running(llm)
         os.kill(ranks[victim], signal.SIGKILL)
         assert await streams == expected
         (core,) = core_children(os.getpid())
@@ -68,11 +80,11 @@ async def test_a_rank_dies_amid_streams_which_resume(victim: int) -> None:
 
 
 async def test_a_replica_dies_and_its_streams_go_on_at_the_other() -> None:
+    expected = await undisturbed_ids()
     async with engine(data_parallel_size=2) as llm:
-        expected = await all_ids(llm)
         assert len(core_children(os.getpid())) == 2
         streams = asyncio.create_task(all_ids(llm))
-        await asyncio.sleep(0.3)
+        await all_running(llm)
         os.kill(core_children(os.getpid())[0], signal.SIGKILL)
         assert await streams == expected
         assert await all_ids(llm) == expected

@@ -41,6 +41,7 @@ def llm() -> Iterator[LLM]:
         max_num_batched_tokens=48,
         num_gpu_blocks_override=22,
         max_inflight_steps=2,
+        grammar_timeout_s=WAIT_S,
     ) as llm:
         yield llm
 
