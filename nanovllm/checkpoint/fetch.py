@@ -141,7 +141,9 @@ def _watch(
     deadline = time.monotonic() + TIMEOUT_S
     largest = 0
     while process.poll() is None and time.monotonic() < deadline:
-        largest = max(largest, *(_size(path) for path in partial.rglob("*")), 0)
+        # By a walk that does not mind if pip removes a folder before it has been looked into.
+        files = (Path(at, name) for at, _, names in os.walk(partial) for name in names)
+        largest = max(largest, *map(_size, files), 0)
         on_progress("download", min(1.0, largest / num_bytes))
         time.sleep(POLL_S)
 

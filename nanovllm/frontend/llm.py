@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -203,11 +204,18 @@ class LLM:
         if not self._shut_down.alive:
             work.close()
             raise RuntimeError("this LLM has been closed: make a new one")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        loop, interrupted = self._loop, Future[None]()
+
+        async def interruptible() -> T:
+            task = asyncio.ensure_future(work)
+            interrupted.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
+            return await task
+
         try:
-            return future.result()
+            # The work may be well under way before this has returned, and so may Ctrl-C.
+            return asyncio.run_coroutine_threadsafe(interruptible(), loop).result()
         except KeyboardInterrupt:
-            future.cancel()
+            interrupted.set_result(None)
             raise
 
 

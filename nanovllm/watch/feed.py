@@ -98,7 +98,8 @@ class EngineFeed:
                 wait_s = began + self._mirror.interval_s - time.monotonic()
                 await asyncio.sleep(max(wait_s, self._mirror.interval_s / 2))
         finally:
-            self._polling = None
+            if self._polling is asyncio.current_task():  # else a viewer has come and begun anew
+                self._polling = None
             for viewer in self._viewers:
                 viewer.news.set()
 

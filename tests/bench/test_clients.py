@@ -13,6 +13,7 @@ import pytest
 from nanovllm.bench import clients as clients_module
 from nanovllm.bench.clients import clients, cpu_seconds, listening_pid, memory_mib
 from nanovllm.bench.load import ClientsLoad
+from tests.waiting import WAIT_S
 
 SYNTHETIC: dict[str, Any] = {"model": "synthetic", "load_format": "synthetic", "step_ms": 2.0}
 
@@ -38,7 +39,7 @@ def test_an_open_loop_with_its_figures_and_picture(tmp_path: Path) -> None:
     for name in ("ttft_ms", "inter_token_ms", "e2e_ms"):
         spread = found["overall"][name]
         assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"] <= spread["max"]
-    assert found["overall"]["inter_token_ms"]["p50"] > 1.5, "a step takes 2 ms"
+    assert found["overall"]["e2e_ms"]["p50"] > 15, "ten steps at the least, of 2 ms each"
     assert found["core"]["num_steps"] >= load.output_len and found["core"]["prefix_hit_share"] > 0.1
     assert 10 < found["core"]["peak_memory_mib"] < 1000 and found["core"]["cpu_share"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -54,7 +55,7 @@ def test_more_than_can_be_done_is_refused_in_plain_words(monkeypatch: pytest.Mon
     monkeypatch.setattr(clients_module, "DRAIN_S", 0.0)
     load = ClientsLoad(clients=1, rate=50.0, duration=0.2, output_len=1000, length_spread=0.0)
     with pytest.raises(ValueError, match="rate: the core was not done"):
-        clients(load, dict(SYNTHETIC))
+        clients(load, SYNTHETIC | {"step_ms": 50.0})
 
 
 def test_a_standalone_core_is_watched_as_well(tmp_path: Path) -> None:
@@ -71,9 +72,9 @@ def test_a_standalone_core_is_watched_as_well(tmp_path: Path) -> None:
         assert core.poll() is None, "it outlives its clients"
     finally:
         core.terminate()
-        assert core.wait(20) == 0
+        assert core.wait(WAIT_S) == 0
     found = json.loads(output.read_text())
-    assert found["overall"]["num_errors"] == 0 and found["fairness"] > 0.5
+    assert found["overall"]["num_errors"] == 0 and 0.5 <= found["fairness"] <= 1
     watched = found["core"]
     assert watched["peak_memory_mib"] > 10
     assert 0 < watched["messaging_share"] < watched["loop_share"] < 1

@@ -25,8 +25,8 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from tests.checkpoint.gguf_writing import VOCAB_SIZE, write_gguf
 from tests.frontend.vocabulary import SPECIAL_TOKENS, fast_tokenizer
+from tests.waiting import WAIT_S
 
-MAX_SECONDS = 10.0
 ODD_INTS = (0, 1, 2, 7, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 ODD_JSON = (None, True, -1, 0, 1, 2**31, 2**63, 1e308, "", "x" * 1000, [], [None], {}, {"a": {}})
 CONFIG = {
@@ -117,14 +117,15 @@ def read_safetensors(path: Path) -> None:
 
 
 def attempt(read: Read, path: Path, outcomes: Outcomes) -> None:
-    """Read a damaged file. It is good after all, or refused; both in time and within memory."""
+    """Read a damaged file. It is good after all, or refused; it takes neither for ever nor all
+    memory."""
     began = time.monotonic()
     try:
         read(path)
         outcomes["good"] += 1
     except ValueError:
         outcomes["refused"] += 1
-    assert time.monotonic() - began < MAX_SECONDS, path
+    assert time.monotonic() - began < WAIT_S, path
 
 
 def run(

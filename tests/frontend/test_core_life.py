@@ -126,7 +126,7 @@ async def test_nobody_at_the_address(address: str) -> None:
 
 async def test_a_core_that_binds_late_is_found(address: str) -> None:
     client = life_of(address)
-    connecting = asyncio.create_task(client.connect())
+    connecting = asyncio.create_task(client.connect(timeout_s=WAIT_S))
     await asyncio.sleep(0.3)
     with FakeCore(address):
         assert await connecting == WELCOME
@@ -245,9 +245,9 @@ async def test_silence_is_a_stall_until_something_is_heard(
             while not client.is_stalled:
                 await asyncio.sleep(0.02)
         assert "has been silent" in caplog.text and client.is_alive and recorder.heard == []
-        core.push(STATUS)
         async with asyncio.timeout(WAIT_S):
             while client.is_stalled:
+                core.push(STATUS)  # one alone may be long ago when the client looks
                 await asyncio.sleep(0.02)
         assert "goes on" in caplog.text
         await client.close()
@@ -267,8 +267,9 @@ async def test_a_pulse_is_a_sign_of_life(address: str) -> None:
 
 
 async def test_a_core_that_says_it_gets_nowhere_is_stalled_however_often_it_speaks(
-    address: str, caplog: pytest.LogCaptureFixture
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(core_life, "STALL_S", WAIT_S)  # its word alone counts here
     with FakeCore(address) as core:
         client, _ = await connected(address)
         for seconds, stalled in [(0.0, False), (1.0, True), (0.1, False)]:
@@ -379,8 +380,13 @@ def process(address: str) -> Iterator["subprocess.Popen[bytes]"]:
     ("number", "words"), [(signal.SIGKILL, "signal 9"), (signal.SIGSEGV, "signal 11")]
 )
 async def test_an_owned_process_that_is_killed(
-    address: str, process: "subprocess.Popen[bytes]", number: int, words: str
+    address: str,
+    process: "subprocess.Popen[bytes]",
+    number: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(core_life, "EXIT_S", WAIT_S)  # its sockets may be closed long before
     client = life_of(address, process=process)
     await client.connect()
     call = asyncio.create_task(client.call(ResetPrefixCache()))

@@ -129,7 +129,7 @@ def test_a_served_core_can_be_replayed_from_the_command_line(
 def test_a_recording_begun_anew_knows_who_waits_for_a_grammar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EngineConfig()
+    config = EngineConfig.from_kwargs(grammar_timeout_s=WAIT_S)
     executor = FakeExecutor(config, num_blocks=50, max_model_len=64)
     core = EngineCore(config, executor, executor.start(), make_compiler())
     recorder = Recorder(core, config, executor.start(), path=tmp_path / "record")

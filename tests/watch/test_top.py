@@ -28,6 +28,7 @@ from nanovllm.watch.top.screen import Screen
 from nanovllm.watch.top.state import State
 from nanovllm.watch.top.view import View
 from tests.core.serving import RawClient, add, serving
+from tests.e2e.processes import wait_until
 from tests.frontend.server.test_engine import complete, engine
 from tests.waiting import WAIT_S
 
@@ -231,6 +232,13 @@ def test_the_command_prints_once(tmp_path: Any, capsys: pytest.CaptureFixture[st
 def test_the_command_goes_on_until_the_core_ends(tmp_path: Any) -> None:
     address = f"ipc://{tmp_path}/core.sock"
     with serving(address) as server:
-        threading.Timer(0.6, server.stop).start()
+
+        def stop_once_watched() -> None:
+            wait_until(lambda: len(server._clients) > 0, timeout_s=WAIT_S, what="a viewer")
+            server.stop()
+
+        stopping = threading.Thread(target=stop_once_watched)
+        stopping.start()
         arguments = ["top", "--address", address]
         assert cli.main(arguments) == 1, "the core's end is told, not waited out"
+        stopping.join()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from starlette.applications import Starlette
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
+from nanovllm.frontend.server import run
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server
@@ -124,6 +126,13 @@ async def served(
                 timeout=TIMEOUT_S,
             ) as client:
                 yield Served(app, core, client)
+
+
+def bind_small(settings: ServerSettings, *, shared: bool) -> socket.socket:
+    """In place of `bind`: connections that hold little of what their readers do not take."""
+    listener = run.bind(settings, shared=shared)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+    return listener
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from nanovllm.frontend.server.api_errors import ApiError, from_engine, from_fini
 from nanovllm.frontend.server.app import create_app
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol.messages import AddRequest, Outputs, RequestFailed, ToCore
-from tests.frontend.attached import says
+from tests.frontend.attached import says, settled
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, message_of, served
 from tests.waiting import WAIT_S
@@ -207,7 +207,7 @@ async def test_a_dead_core(address: str) -> None:
     async with served(address, begin) as server:
         running = asyncio.create_task(server.complete(stream=True))
         await message_of(server.core, AddRequest)
-        await asyncio.sleep(0.05)
+        await settled(server.serving.llm, server.core)  # its stream has begun
         server.core.die()
         response = await asyncio.wait_for(running, WAIT_S)  # its stream ends with an error event
         last = [line for line in response.text.split("\n\n") if line][-2]
@@ -234,7 +234,7 @@ async def test_a_request_that_fails_later_ends_its_stream_with_the_error(address
     async with served(address, begin) as server:
         running = asyncio.create_task(server.chat(stream=True))
         number = (await message_of(server.core, AddRequest)).number
-        await asyncio.sleep(0.05)
+        await settled(server.serving.llm, server.core)  # its stream has begun
         server.core.push(Outputs([number], [66]), RequestFailed(number, "out of luck"))
         lines = (await asyncio.wait_for(running, WAIT_S)).text.split("\n\n")
     assert "out of luck" in lines[-3] and lines[-2] == "data: [DONE]"

@@ -1,7 +1,6 @@
 """Everything a body can hold has a limit, which the answer names; nothing is begun beyond it."""
 
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -41,9 +40,7 @@ async def small(address: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 async def test_what_is_too_much_names_its_field_and_begins_nothing(
     small: Served, one: Hostile
 ) -> None:
-    began = time.process_time()
     response = await small.client.post(one.path, content=one.content)
-    assert time.process_time() - began < 2.0
     assert response.status_code in one.statuses, response.text
     error = error_of(response)
     assert (error["param"] or "").startswith(one.param) and len(response.content) < 4096

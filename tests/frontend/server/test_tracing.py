@@ -22,6 +22,7 @@ from tests.e2e.processes import wait_until
 from tests.frontend.attached import says
 from tests.frontend.fake_core import silent
 from tests.frontend.server.served import Served, message_of, served
+from tests.waiting import WAIT_S
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
@@ -115,7 +116,10 @@ async def test_a_client_that_leaves_ends_its_span(address: str) -> None:
         await asyncio.gather(asking, return_exceptions=True)
         await message_of(server.core, Abort)
         await asyncio.to_thread(
-            wait_until, lambda: len(exporter.get_finished_spans()) == 1, timeout_s=5, what="a span"
+            wait_until,
+            lambda: len(exporter.get_finished_spans()) == 1,
+            timeout_s=WAIT_S,
+            what="a span",
         )
     assert the_one(exporter.get_finished_spans()).status.description.startswith("aborted")  # type: ignore[union-attr]
 
