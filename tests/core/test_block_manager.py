@@ -234,3 +234,13 @@ def test_a_window_lets_go_of_blocks_and_its_prefix_is_what_the_window_sees() -> 
     blocks.release(sequence)
     blocks.release(follower)
     assert blocks.num_free_blocks == 39
+
+
+@pytest.mark.parametrize("salt", [None, "a"])
+def test_a_viewer_is_told_what_a_block_holds_and_what_is_before_it(salt: str | None) -> None:
+    blocks = make_blocks()
+    sequence = make_sequence(list(range(10)), salt=salt)
+    run(blocks, sequence)
+    told = [blocks.prefix_of(block_id) for block_id in sequence.block_ids]
+    first, second = sequence.block_keys[:2]
+    assert told == [(first, b"", [0, 1, 2, 3]), (second, first, [4, 5, 6, 7]), None]

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from nanovllm.frontend.inputs import Prompt, check_request, encode_bad_words, make_prompt
+from nanovllm.frontend.inputs import (
+    Prompt,
+    check_request,
+    checked_messages,
+    encode_bad_words,
+    make_prompt,
+)
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.fake_core import INFO, MAX_MODEL_LEN, VOCAB_SIZE
@@ -99,3 +105,9 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
 def test_params_check_themselves() -> None:
     with pytest.raises(ValueError, match="temperature"):
         SamplingParams(temperature=math.nan)
+
+
+def test_texts_of_a_message_are_lines_of_its_content() -> None:
+    parts = [{"type": "text", "text": "a"}, "b"]
+    messages = checked_messages([{"role": "user", "content": parts}], byte_tokenizer)
+    assert messages == [{"role": "user", "content": "a\nb"}]

@@ -111,3 +111,9 @@ async def test_what_no_such_model_can_take_is_not_encoded(
             assert error_of(response)["code"] == "context_length_exceeded"
         mixed = (await server.complete(["a", text])).json()["choices"]
         assert [choice["finish_reason"] for choice in mixed] == ["length", "error"]
+
+
+def test_a_prompt_that_is_not_cut_keeps_its_text() -> None:
+    prompt = prompts.ServedPrompt("abc", [1, 2, 3])
+    assert all(prompts.truncated(prompt, limit) == prompt for limit in (None, 3, 4))
+    assert prompts.truncated(prompt, 2) == (None, [2, 3])
