@@ -1,7 +1,7 @@
 """What quantized weights cost in quality: next-token distributions over real text, against bf16's.
 
     python benchmarks/quality.py [--model smollm2] [--texts 8] [--tokens 256] [--tokens-per-step N]
-        [--variants int4 q4_k …]
+        [--variants int4 q4_k …] [--files GGUF …]
 
 The text is Python's own language reference, which comes with every Python. Prints, per variant, the
 bytes per weight of a layer, the mean, median, 99th percentile and largest KL(reference ‖ variant)
@@ -11,10 +11,12 @@ each group from its least to its greatest number. float32 shows how far bf16 its
 arithmetic, and "tokens as they are" what the kernel for one token does on a GPU: FP8 weights times
 activations that are not quantized. On a CPU the variants "native" are steps of the C++ kernels: of
 the weights as a GGUF file stores them, widened to bfloat16, or rounded at load (`--dtype float32`
-compares them with exact arithmetic).
+compares them with exact arithmetic). `--files` are GGUF files of the same model,
+each as stored.
 """
 
 import argparse
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, help="default: all at once")
     parser.add_argument("--variants", nargs="+", help="names of some; default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the reference")
+    parser.add_argument("--files", nargs="+", default=[], help="of the same model, natively")
     arguments = parser.parse_args()
     texts = real_texts(arguments.model, num_texts=arguments.texts, num_tokens=arguments.tokens)
     step = arguments.tokens_per_step or arguments.tokens
@@ -276,8 +279,12 @@ def main() -> None:
         "perplexity"
     )
     reference: list[Tensor] = []
-    for variant in variants:
-        scorer = Scorer(arguments.model, variant, num_tokens=arguments.tokens)
+    runs = [(arguments.model, variant) for variant in variants]
+    for file in arguments.files:
+        name = os.path.basename(file)
+        runs.append((file, Variant(name, "bfloat16", is_native=True, as_stored=True)))
+    for model, variant in runs:
+        scorer = Scorer(model, variant, num_tokens=arguments.tokens)
         logits = [scorer.logits(token_ids, step) for token_ids in texts]
         reference = reference or logits
         report(variant.name, scorer.bytes_per_weight, logits, reference, texts)
