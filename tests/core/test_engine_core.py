@@ -16,12 +16,13 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import decode, make_compiler
+from tests.waiting import WAIT_S
 
 EOS_ID = 0
 
 
 def make_core(**settings: Any) -> EngineCore:
-    config = EngineConfig.from_kwargs(**settings)
+    config = EngineConfig.from_kwargs(grammar_timeout_s=WAIT_S, **settings)
     executor = FakeExecutor(config, num_blocks=50, max_model_len=128)
     return EngineCore(config, executor, executor.start(), make_compiler())
 

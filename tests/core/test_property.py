@@ -23,6 +23,7 @@ from nanovllm.protocol.plan import StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.vocabulary import make_compiler
+from tests.waiting import WAIT_S
 
 NUM_SEEDS = 360
 COMPILER, REFEREE = make_compiler(), make_compiler()  # masks of one are good until its next
@@ -61,6 +62,7 @@ class Simulation:
             scheduling_policy=rng.choice(["fair", "fcfs", "priority"]),
             enable_prefix_caching=rng.random() < 0.75,
             max_inflight_steps=1 + seed % 4,
+            grammar_timeout_s=WAIT_S,
         )
         self.max_model_len = max_model_len
         step_tokens = self.config.scheduler.limits("fake").max_num_batched_tokens
