@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.frontend import inputs
 from nanovllm.frontend.inputs import (
     Prompt,
     check_request,
@@ -61,6 +62,13 @@ def test_token_ids_need_no_tokenizer_and_are_copied() -> None:
 def test_what_is_no_prompt(prompt: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make_prompt(prompt, byte_tokenizer)
+
+
+def test_a_prompt_is_as_long_as_allowed_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MAX_PROMPT_CHARS", 3)
+    assert make_prompt("abc", byte_tokenizer).text == "abc"
+    with pytest.raises(ValueError, match=r"prompt holds 4 characters: at most 3"):
+        make_prompt("abcd", byte_tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,8 @@ def check_constrained_answers(client: OpenAI) -> None:
 
 @pytest.mark.model
 def test_the_real_model_answers_the_official_client(smollm2_path: Path) -> None:
-    with program("--max-model-len", "1024", "--num-gpu-blocks-override", "256") as server:
+    limits = ("--max-model-len", "1024", "--num-gpu-blocks-override", "256")
+    with program(*limits, "--grammar-timeout-s", "60") as server:
         url = server.hear(r"smollm2 is ready after .*: (http://127.0.0.1:\d+/v1)")[1]
         with OpenAI(base_url=url, api_key="none", timeout=TIMEOUT_S) as client:
             # Sure of each token by a nat at the least: none depends on how a CPU rounds.
