@@ -5,17 +5,15 @@ so that one that never ends, or wants all memory, costs its caller an error.
 """
 
 import queue
-import socket
-import subprocess
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from nanovllm.frontend.template_process import Rendered, receive, send
+from nanovllm.frontend.child_process import ChildProcess
+from nanovllm.frontend.template_process import Rendered
 
 Message = dict[str, Any]
 # What a template finds under these names is not the caller's to say.
@@ -49,7 +47,6 @@ class ChatTemplate:
         self._idle: queue.LifoQueue[_Renderer | None] = queue.LifoQueue()
         for _ in range(MAX_PROCESSES):
             self._idle.put(None)  # not started
-        self._closed = weakref.finalize(self, _close, self._idle)
 
     def start(self) -> None:
         """Start a process, so that the first prompt need not wait for it."""
@@ -86,48 +83,22 @@ class ChatTemplate:
             yield renderer
         except BaseException:
             if renderer is not None:
-                renderer.close()
+                renderer.end()
             renderer = None
             raise
         finally:
             self._idle.put(renderer)
 
 
-class _Renderer:
+class _Renderer(ChildProcess):
     """One process. `render` raises `ValueError` if it dies or does not answer in time."""
 
     def __init__(self, source: str) -> None:
-        self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(TIMEOUT_S)
-        with theirs:
-            # What it prints, it prints to nobody.
-            self._process = subprocess.Popen(
-                PROGRAM, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
-            )
-        send(self._channel, source.encode("utf-8", "surrogatepass"))
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+        super().__init__(PROGRAM, timeout_s=TIMEOUT_S)
+        self.send(source.encode("utf-8", "surrogatepass"))
 
     def render(self, frame: bytes) -> Rendered:
-        try:
-            send(self._channel, frame)
-            answer = receive(self._channel)
-        except OSError:
-            answer = None
+        answer = self.ask(frame)
         if answer is None:
             raise ValueError(TOO_LONG)
         return msgspec.msgpack.decode(answer, type=Rendered)
-
-    def close(self) -> None:
-        self._channel.close()
-        self._process.kill()
-        self._process.wait()
-
-
-def _close(idle: "queue.LifoQueue[_Renderer | None]") -> None:
-    while not idle.empty():
-        renderer = idle.get_nowait()
-        if renderer is not None:
-            renderer.close()

@@ -1,8 +1,7 @@
 """The process in which long texts are encoded: the tokenizer's native code cannot be interrupted.
 
 `LongTexts` starts it, and kills it if nobody waits for the ids any more. Its standard input is a
-socket: first comes the tokenizer as JSON, then a text at a time; each is answered. Frames are those
-of `template_process`.
+socket: first comes the tokenizer as JSON, then a text at a time; each is answered.
 """
 
 import asyncio
@@ -10,15 +9,13 @@ import contextlib
 import resource
 import signal
 import socket
-import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 
 import msgspec
 from tokenizers import Tokenizer as FastTokenizer
 
-from nanovllm.frontend.template_process import receive, send
+from nanovllm.frontend.child_process import ChildProcess, receive, send
 
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.encoding_process")
 TIMEOUT_S = 120.0  # the longest text that a server takes needs some seconds
@@ -58,40 +55,22 @@ class LongTexts:
     def close(self) -> None:
         """End the process, if there is one; the next text starts another."""
         if self._encoder is not None:
-            self._encoder.kill()
+            self._encoder.end()
         self._encoder = None
 
 
-class _Encoder:
+class _Encoder(ChildProcess):
     """One process."""
 
     def __init__(self, make_json: Callable[[], str]) -> None:
-        self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(TIMEOUT_S)
-        with theirs:
-            self._process = subprocess.Popen(
-                PROGRAM, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
-            )
-        self.kill = weakref.finalize(self, _end, self._process, self._channel)
-        send(self._channel, make_json().encode())
+        super().__init__(PROGRAM, timeout_s=TIMEOUT_S)
+        self.send(make_json().encode())
 
     def encode(self, wanted: LongText) -> list[int]:
-        try:
-            send(self._channel, msgspec.msgpack.encode(wanted))
-            answer = receive(self._channel)
-        except OSError:
-            answer = None
+        answer = self.ask(msgspec.msgpack.encode(wanted))
         if answer is None:
             raise ValueError(f"prompt: encoding it takes more than {TIMEOUT_S:g} s")
         return msgspec.msgpack.decode(answer, type=list[int])
-
-
-def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
-    process.kill()
-    process.wait()
-    with contextlib.suppress(OSError):
-        channel.shutdown(socket.SHUT_RDWR)
-    channel.close()
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """The process in which chat templates run: a template is foreign code, and may loop or eat memory.
 
 `ChatTemplate` starts it and may kill it. Its standard input is a socket: first comes the template's
-source, then a mapping of variables for each prompt; each is answered. Frames are a length of four
-bytes and MessagePack. Jinja's sandbox with what Hugging Face promises to template writers
-(transformers' chat templating docs), within limits on memory and processor time.
+source, then a mapping of variables for each prompt, in MessagePack; each is answered. Jinja's
+sandbox with what Hugging Face promises to template writers (transformers' chat templating docs),
+within limits on memory and processor time.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import json
 import resource
 import signal
 import socket
-import struct
 import time
 from datetime import datetime
 from typing import Any, NoReturn
@@ -23,7 +22,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LENGTH = struct.Struct("<I")
+from nanovllm.frontend.child_process import receive, send
+
 MAX_MEMORY_BYTES = 1 << 30
 MAX_CPU_S = 2  # of one prompt; thousands of messages take tenths
 MAX_RENDERED_CHARS = 1 << 23
@@ -35,28 +35,6 @@ class Rendered(msgspec.Struct, frozen=True, array_like=True):
     text: str = ""
     error: str | None = None
     is_template_fault: bool = False
-
-
-def send(channel: socket.socket, content: bytes) -> None:
-    """One frame. `OSError` if the other side is gone or does not read in time."""
-    channel.sendall(LENGTH.pack(len(content)) + content)
-
-
-def receive(channel: socket.socket) -> bytes | None:
-    """One frame, or None if the other side has closed."""
-    head = _read(channel, LENGTH.size)
-    return None if head is None else _read(channel, LENGTH.unpack(head)[0])
-
-
-def _read(channel: socket.socket, count: int) -> bytes | None:
-    parts = []
-    while count:
-        part = channel.recv(min(count, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
 
 
 class _GenerationTag(Extension):

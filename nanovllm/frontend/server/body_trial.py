@@ -2,7 +2,7 @@
 
 `endpoint.read` has each that takes long checked here, and decodes what may pass. `BodyTrials`
 starts the process, which ends with it. Its standard input is a socket: each body comes as two
-frames, a `Trial` and the bytes, and is answered. Frames are those of `template_process`.
+frames, a `Trial` and the bytes, and is answered.
 """
 
 import asyncio
@@ -12,14 +12,13 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
 
+from nanovllm.frontend.child_process import ChildProcess, receive, send
 from nanovllm.frontend.inputs import Prompt, check_request
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import (
@@ -34,7 +33,6 @@ from nanovllm.frontend.server.bodies import (
 from nanovllm.frontend.server.decoding import blaming, decoded, excess
 from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
 from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
-from nanovllm.frontend.template_process import LENGTH, receive, send
 from nanovllm.limits import MAX_JSON_EXPONENTS
 from nanovllm.protocol.plan import WorkerInfo
 
@@ -77,8 +75,8 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 def takes_long(content: bytes | bytearray) -> bool:
     """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
     with exponents."""
-    if len(content) > LONG_BODY:
-        return True
+    if not MANY_LISTS < len(content) <= LONG_BODY:
+        return len(content) > LONG_BODY  # short ones have no room for many of anything
     letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
     lower = letters | 0x20
     if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit
@@ -120,7 +118,7 @@ class BodyTrials:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bodies")
-        self._process: _TrialProcess | None = None  # the thread's
+        self._process: ChildProcess | None = None  # the thread's
 
     async def refusal(
         self, content: bytes | bytearray, kind: type[Body], facts: BodyFacts
@@ -142,45 +140,12 @@ class BodyTrials:
 
     def _try_out(self, trial: bytes, content: bytes | bytearray) -> Refusal | None:
         if self._process is None or not self._process.is_alive:
-            self._process = _TrialProcess()
-        return self._process.try_out(trial, content)
-
-
-class _TrialProcess:
-    def __init__(self) -> None:
-        self._channel, theirs = socket.socketpair()
-        self._channel.settimeout(TIMEOUT_S)
-        with theirs:
-            self._process = subprocess.Popen(
-                PROGRAM, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
-            )
-        self.end = weakref.finalize(self, _end, self._process, self._channel)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def try_out(self, trial: bytes, content: bytes | bytearray) -> Refusal | None:
-        """`ApiError` 503 if the process dies of it."""
-        try:
-            send(self._channel, trial)
-            self._channel.sendall(LENGTH.pack(len(content)))
-            self._channel.sendall(content)
-            answer = receive(self._channel)
-        except OSError:
-            answer = None
-        if answer is None:
-            self.end()
+            self._process = ChildProcess(PROGRAM, timeout_s=TIMEOUT_S)
+        reply = self._process.ask(trial, content)
+        if reply is None:
+            self._process.end()
             raise ApiError(503, "the body could not be checked: send it again", code="overloaded")
-        return msgspec.msgpack.decode(answer, type=Refusal | None)
-
-
-def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
-    process.kill()
-    process.wait()
-    with contextlib.suppress(OSError):
-        channel.shutdown(socket.SHUT_RDWR)
-    channel.close()
+        return msgspec.msgpack.decode(reply, type=Refusal | None)
 
 
 def answer(content: bytes, trial: Trial) -> Refusal | None:

@@ -1,0 +1,77 @@
+"""A child process that answers frames: code that is foreign, slow or deaf to signals runs in one.
+
+`ChatTemplate`, `LongTexts` and `BodyTrials` keep some. The child's standard input is a socket, from
+which it takes frames with `receive`, and answers with `send`. A frame is a length of four bytes and
+the content.
+"""
+
+import contextlib
+import socket
+import struct
+import subprocess
+import weakref
+from collections.abc import Sequence
+
+LENGTH = struct.Struct("<I")
+
+
+def send(channel: socket.socket, content: bytes | bytearray) -> None:
+    """One frame. `OSError` if the other side is gone or does not read in time."""
+    channel.sendall(LENGTH.pack(len(content)))
+    channel.sendall(content)  # which may be long: to join the two would copy it
+
+
+def receive(channel: socket.socket) -> bytes | None:
+    """One frame, or None if the other side has closed."""
+    head = _read(channel, LENGTH.size)
+    return None if head is None else _read(channel, LENGTH.unpack(head)[0])
+
+
+def _read(channel: socket.socket, count: int) -> bytes | None:
+    parts = []
+    while count:
+        part = channel.recv(min(count, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class ChildProcess:
+    """It ends with this object at the latest; `end` kills it. What it prints goes to nobody."""
+
+    def __init__(self, program: Sequence[str], *, timeout_s: float) -> None:
+        """timeout_s: within which it takes something in, and answers."""
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(timeout_s)
+        with theirs:
+            self._process = subprocess.Popen(
+                program, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+            )
+        self.end = weakref.finalize(self, _end, self._process, self._channel)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, content: bytes) -> None:
+        """What it does not answer. `OSError` if it is gone or does not read in time."""
+        send(self._channel, content)
+
+    def ask(self, *frames: bytes | bytearray) -> bytes | None:
+        """Its answer to them all; None if it is gone, or does not answer in time."""
+        try:
+            for frame in frames:
+                send(self._channel, frame)
+            return receive(self._channel)
+        except OSError:
+            return None
+
+
+def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)  # which ends the waiting of another thread
+    channel.close()
