@@ -92,12 +92,12 @@ def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[
     if spec.is_free:
         module = import_module(f"{params_type.__module__.partition('.')[0]}.sampling_params")
         fields = {"structured_outputs": module.StructuredOutputsParams(**fields)}
-    plain = {"temperature": 0.8, "max_tokens": num_out[0], "detokenize": spec.is_free}
-    params = [
-        params_type(**plain, ignore_eos=not (index < spec.num_asking and spec.is_free), **more)
-        for index in range(len(prompts))
-        for more in (fields if index < spec.num_asking else {},)
-    ]
+    plain = {"temperature": 0.8, "max_tokens": num_out[0]}
+    asking = params_type(
+        **plain, ignore_eos=not spec.is_free, detokenize=spec.is_free, **fields
+    )  # their text is read, if a grammar says what it is to be
+    others = params_type(**plain, ignore_eos=True, detokenize=False)
+    params = [asking if index < spec.num_asking else others for index in range(len(prompts))]
     best = 0.0, 0, 0
     for _ in range(repeats + 1):  # the first one compiles grammars
         llm.reset_prefix_cache()
