@@ -10,7 +10,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -21,7 +20,7 @@ from nanovllm.core.failures import GrammarRefusedError
 from nanovllm.core.grammar import (
     Grammar,
     GrammarCompiler,
-    Masks,
+    MasksUnderWay,
     Matcher,
     cache_key,
     lexers_for,
@@ -91,7 +90,7 @@ class Grammars(Protocol):
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None: ...
 
-    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]: ...
+    def begin_masks(self, matchers: list[Matcher]) -> MasksUnderWay: ...
 
 
 class Compilations:
@@ -225,7 +224,7 @@ class Compilations:
         if outcome.wants_lexer():
             self._start_thread(partial(_add_lexers, outcome))
 
-    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]:
+    def begin_masks(self, matchers: list[Matcher]) -> MasksUnderWay:
         """Of each, which ids may come next; see `GrammarCompiler.begin_masks`."""
         assert self._compiler is not None
         return self._compiler.begin_masks(matchers)

@@ -11,7 +11,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import msgspec
 import numpy as np
@@ -30,7 +29,7 @@ from nanovllm.core.events import (
     TokensForced,
 )
 from nanovllm.core.failures import Failure
-from nanovllm.core.grammar import GrammarCompiler, Masks, Matcher
+from nanovllm.core.grammar import GrammarCompiler, MasksUnderWay, Matcher
 from nanovllm.core.pace import Pace
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import (
@@ -97,7 +96,7 @@ class EngineCore:
         self.paused_clients: set[int] = set()
         self.inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self.unsampled: ScheduledStep | None = None  # the last of them, between its halves
-        self._masks: Future[Masks] | None = None  # of that one, as far as they have been begun
+        self._masks: MasksUnderWay | None = None  # of that one, as far as they have been begun
         self._masked: list[int] = []  # whose they are: indices into its sampled sequences
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakSet
 
 import msgspec
@@ -36,8 +37,10 @@ MAX_COPIES = 64
 MAX_LEXERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # of one grammar: each serves one thread
 COPIES_PER_LEXER = 8  # live ones of a grammar, until it has as many lexers as it may
 FEW = 4  # matchers whose masks are not worth waking other threads for
+LOOK_FIRST = 2 * COPIES_PER_LEXER  # fewer are asked what they force before their masks are made
+NONE_FORCED: Mapping[int, list[int]] = MappingProxyType({})
 MAX_FORCED = 64  # tokens that a grammar forces which are looked for at a time
-WORTH_A_THREAD_S = 1e-4  # masks that take longer are computed beside the loop
+WORTH_A_THREAD_S = 3e-4  # masks that take longer are computed beside the loop: it costs 70 µs
 SLOW_S = 0.01  # a mask or a token accepted that takes longer is held against its output …
 LOOK_INTERVAL = 16  # batches from one search for slow ones that found none to the next
 MAX_SLOW_S = 1.0  # … which ends when it has come to so much: others wait meanwhile
@@ -104,7 +107,8 @@ class Matcher:
 
         They are what sampling under the masks would give, one at a time: the canonical tokens of
         the text that must follow, less those that what comes after may merge with (llguidance's
-        fast-forward tokens). Nothing is taken in: `accept` each, as if it had been sampled.
+        fast-forward tokens). There are some where, and only where, the mask has one bit. Nothing is
+        taken in: `accept` each, as if it had been sampled.
         """
         if self.error is not None or self.free_text is not None or most <= 0:
             return []
@@ -113,6 +117,14 @@ class Matcher:
         self.note_time(time.perf_counter() - start)
         self.note_error()
         return [] if self.error is not None else token_ids[:most]
+
+    @property
+    def has_forced_text(self) -> bool:
+        """Whether the grammar leaves one next byte: `forced_tokens` finds none without. It takes a
+        thirtieth of what they take."""
+        if self.error is not None or self.free_text is not None:
+            return False
+        return bool(self._matcher.compute_ff_bytes())
 
     def note_time(self, seconds: float) -> None:
         """What one call for this output has taken; `error` if slow ones have taken too much."""
@@ -220,6 +232,27 @@ class Masks(NamedTuple):
     forced: dict[int, list[int]]
 
 
+class MasksUnderWay(Protocol):
+    """What a `Future` of masks is asked."""
+
+    def result(self) -> Masks: ...
+
+    def exception(self) -> BaseException | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MasksAtHand:
+    """Those that are there already, which most are: a `Future` takes as long as a tenth of them."""
+
+    masks: Masks
+
+    def result(self) -> Masks:
+        return self.masks
+
+    def exception(self) -> None:
+        return None
+
+
 class GrammarCompiler:
     """Knows the vocabulary. Threads may share it; nothing is loaded before it is needed.
 
@@ -241,7 +274,8 @@ class GrammarCompiler:
         self._executors: list[LLExecutor] = []  # of one thread each
         self._lock = threading.Lock()
         self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
-        self._last_s = 0.0  # what they took
+        self._address = 0  # of them in memory
+        self._last_s = self._lasting_s = 0.0  # what they took; the less of that and of those before
         self._looks_for_slow_ones = False  # it was long, and it is not known which
         self._num_until_look = 0  # batches for which nobody is searched: many take long together
         # They have no threads before they are used: one for a batch, and those that share it out.
@@ -284,18 +318,18 @@ class GrammarCompiler:
         after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
         return Matcher(make_matcher(self._tokenizer, wanted), Family(), after)
 
-    def begin_masks(self, matchers: Sequence[Matcher]) -> Future[Masks]:
+    def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
         """Compute them beside the caller, who must leave the matchers alone until it is done.
 
         What takes too little to be worth a thread is done when this returns.
         """
-        if self._last_s < WORTH_A_THREAD_S:
-            done: Future[Masks] = Future()
+        if self._lasting_s < WORTH_A_THREAD_S:
             try:
-                done.set_result(self._compute(matchers))
+                return MasksAtHand(self._compute(matchers))
             except Exception as error:
-                done.set_exception(error)
-            return done
+                failed: Future[Masks] = Future()
+                failed.set_exception(error)
+                return failed
         has_begun = threading.Lock()
         has_begun.acquire()
         masks = self._beside.submit(self._compute_beside, matchers, has_begun)
@@ -308,14 +342,22 @@ class GrammarCompiler:
         return self._compute(matchers)
 
     def _compute(self, matchers: Sequence[Matcher]) -> Masks:
+        """What they force is looked for first, since a mask of one bit need not be computed then.
+        Of many, masks come first: threads make them without Python's lock, so that fewer are asked
+        with it."""
+        if len(matchers) < LOOK_FIRST:
+            forced = find_forced(enumerate(matchers))
+            return Masks(self.compute_masks(matchers, forced), forced)
         words = self.compute_masks(matchers)
-        single = np.flatnonzero(np.bitwise_count(words).sum(1) == 1).tolist()
-        forced = {index: matchers[index].forced_tokens(MAX_FORCED) for index in single}
-        return Masks(words, {index: token_ids for index, token_ids in forced.items() if token_ids})
+        single = (each for each in enumerate(matchers) if np.count_nonzero(words[each[0]]) == 1)
+        return Masks(words, find_forced(single))
 
-    def compute_masks(self, matchers: Sequence[Matcher]) -> Words:
+    def compute_masks(
+        self, matchers: Sequence[Matcher], forced: Mapping[int, list[int]] = NONE_FORCED
+    ) -> Words:
         """For each, the ids that may come next. The next call writes over it.
 
+        forced: what is known of some already, by their indices.
         Many are computed by several threads, without Python's lock. A matcher that exceeds its
         limits, or its time, has its `error` set: its row is of no use.
         """
@@ -324,51 +366,62 @@ class GrammarCompiler:
         if len(self._words) < len(matchers):
             num_words = -(-self._tokenizer.vocab_size // 32)
             self._words = np.empty((2 * len(matchers), num_words), np.int32)
+            self._address = self._words.ctypes.data
             self._free_words = self._all_but_eos(num_words)
         words = self._words[: len(matchers)]
-        address, row_bytes = words.ctypes.data, words.strides[0]
         begun: list[int] = []
         for index, matcher in enumerate(matchers):
             if matcher.free_text is not None or matcher.error is not None:
                 words[index] = self._free_words
+            elif index in forced:
+                token_id = forced[index][0]
+                words[index] = 0
+                words[index].view(np.uint32)[token_id >> 5] = 1 << (token_id & 31)
             else:
                 begun.append(index)
-        slowest_s = 0.0
         if len(begun) < FEW or self._looks_for_slow_ones:
-            for index in begun:
-                began = time.perf_counter()
-                one = matchers[index]._matcher
-                one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
-                seconds = time.perf_counter() - began
-                matchers[index].note_time(seconds)
-                slowest_s = max(slowest_s, seconds)
-            if self._looks_for_slow_ones and slowest_s < SLOW_S:
-                self._num_until_look = LOOK_INTERVAL
+            self._compute_one_by_one(matchers, begun)
         else:
-            parts = share_out(begun, matchers, len(self._executors))
-            first, *others = [
-                partial(
-                    executor.unsafe_compute_mask_ptr,
-                    [(matchers[index]._matcher, index) for index in part],
-                    address,
-                    row_bytes,
-                    len(matchers),
-                )
-                for executor, part in zip(self._executors, parts, strict=False)
-            ]
-            under_way = [self._sharing.submit(other) for other in others]
-            try:
-                first()
-            finally:
-                wait(under_way)
-            for other_part in under_way:
-                other_part.result()
+            self._share_out(matchers, begun)
         for index in begun:
             matchers[index].note_error()
-        self._last_s = time.perf_counter() - start
+        before_s, self._last_s = self._last_s, time.perf_counter() - start
+        self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
         self._num_until_look = max(0, self._num_until_look - 1)
         self._looks_for_slow_ones = self._last_s > SLOW_S and self._num_until_look == 0
         return words[:, : -(-self._vocab_size // 32)]
+
+    def _compute_one_by_one(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
+        address, row_bytes, slowest_s = self._address, self._words.strides[0], 0.0
+        for index in begun:
+            began = time.perf_counter()
+            one = matchers[index]._matcher
+            one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
+            seconds = time.perf_counter() - began
+            matchers[index].note_time(seconds)
+            slowest_s = max(slowest_s, seconds)
+        if self._looks_for_slow_ones and slowest_s < SLOW_S:
+            self._num_until_look = LOOK_INTERVAL
+
+    def _share_out(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
+        parts = share_out(begun, matchers, len(self._executors))
+        first, *others = [
+            partial(
+                executor.unsafe_compute_mask_ptr,
+                [(matchers[index]._matcher, index) for index in part],
+                self._address,
+                self._words.strides[0],
+                len(matchers),
+            )
+            for executor, part in zip(self._executors, parts, strict=False)
+        ]
+        under_way = [self._sharing.submit(other) for other in others]
+        try:
+            first()
+        finally:
+            wait(under_way)
+        for other_part in under_way:
+            other_part.result()
 
     def _all_but_eos(self, num_words: int) -> npt.NDArray[np.int32]:
         """What may come before a grammar has begun: an output cannot end there."""
@@ -376,6 +429,12 @@ class GrammarCompiler:
         bits[: self._vocab_size] = 1
         bits[list(self._eos_token_ids)] = 0
         return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def find_forced(matchers: Iterable[tuple[int, Matcher]]) -> dict[int, list[int]]:
+    """As `Masks.forced`. matchers: with their indices."""
+    looked = ((i, one.forced_tokens(MAX_FORCED)) for i, one in matchers if one.has_forced_text)
+    return {index: token_ids for index, token_ids in looked if token_ids}
 
 
 def share_out(indices: list[int], matchers: Sequence[Matcher], most: int) -> list[list[int]]:

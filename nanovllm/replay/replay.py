@@ -6,7 +6,6 @@ grammars decided, come from the file. To step through a bug, iterate over `Repla
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ import numpy as np
 from nanovllm.core.admission import OverloadedError
 from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import Grammar, Masks, Matcher
+from nanovllm.core.grammar import Grammar, Masks, MasksUnderWay, Matcher
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.plan import DeviceLostError, StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
@@ -210,7 +209,7 @@ class ReplayedGrammars:
             if sequence in group.sequences:
                 group.sequences.remove(sequence)
 
-    def begin_masks(self, matchers: list[Matcher]) -> Future[Masks]:
+    def begin_masks(self, matchers: list[Matcher]) -> MasksUnderWay:
         return ReplayedMasks(self._tape, matchers)
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
@@ -220,17 +219,17 @@ class ReplayedGrammars:
             sequence.matcher = ReplayedMatcher(sequence, self._tape)
 
 
-class ReplayedMasks(Future[Masks]):
+class ReplayedMasks:
     """They are there, or failed, as they were then, when it is asked."""
 
     def __init__(self, tape: Tape, matchers: list[Matcher]) -> None:
         self._tape = tape
         self._keys = [one.key for one in matchers if isinstance(one, ReplayedMatcher)]
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
+    def exception(self) -> None:
         return None
 
-    def result(self, timeout: float | None = None) -> Masks:
+    def result(self) -> Masks:
         if error := self._tape.expect(Masked).error:
             raise RuntimeError(error)
         words, forced = np.empty((len(self._keys), 0), np.int32), dict[int, list[int]]()

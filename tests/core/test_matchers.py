@@ -15,7 +15,14 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import grammar as grammar_module
 from nanovllm.core.compilations import Compilations
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.core.grammar import COPIES_PER_LEXER, Grammar, GrammarCompiler, Matcher, share_out
+from nanovllm.core.grammar import (
+    COPIES_PER_LEXER,
+    Grammar,
+    GrammarCompiler,
+    MasksAtHand,
+    Matcher,
+    share_out,
+)
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -91,14 +98,17 @@ def test_a_row_that_has_failed_leaves_the_others_theirs() -> None:
 
 
 @pytest.mark.parametrize("worth", [0.0, 1e9])
+@pytest.mark.parametrize("look_first", [0, 99])
 def test_masks_are_begun_beside_the_loop_or_at_once(
-    worth: float, monkeypatch: pytest.MonkeyPatch
+    worth: float, look_first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what they force is looked for before them or behind them."""
     monkeypatch.setattr(grammar_module, "WORTH_A_THREAD_S", worth)
+    monkeypatch.setattr(grammar_module, "LOOK_FIRST", look_first)
     matchers = [matcher_of(regex="the end"), *(matcher_of(regex=f"[a-{x}]+") for x in "cegik")]
     COMPILER.compute_masks(matchers)
     begun = COMPILER.begin_masks(matchers)
-    assert begun.done() or not worth
+    assert isinstance(begun, MasksAtHand) == bool(worth)
     words, forced = begun.result()
     assert forced == {0: matchers[0].forced_tokens(99)} and len(forced[0]) > 1
     expected = [allowed(one) for one in matchers]
@@ -106,10 +116,32 @@ def test_masks_are_begun_beside_the_loop_or_at_once(
     assert [allowed_ids(row.tobytes()) for row in words] == expected
 
 
+@pytest.mark.parametrize("token_id", [0, 31, 32, 63, VOCAB_SIZE - 1])
+def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
+    matchers = [matcher_of(regex="[ab]c"), matcher_of(regex="a")]
+    other = allowed(matchers[0])
+    words = COMPILER.compute_masks(matchers, {1: [token_id, 5]})
+    assert [allowed_ids(row.tobytes()) for row in words] == [other, [token_id]]
+
+
+def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = make_compiler()
+    compiler.load()
+    readings = iter([0.0, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0])  # begin and end of batches
+    clock = SimpleNamespace(perf_counter=lambda: next(readings))
+    monkeypatch.setattr(grammar_module, "time", clock)
+    at_once = []
+    for _ in range(5):
+        begun = compiler.begin_masks([])
+        at_once.append(isinstance(begun, MasksAtHand))
+        begun.result()
+    assert at_once == [True, True, True, True, False]
+
+
 def test_what_goes_wrong_beside_the_loop_is_told_where_masks_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no masks today")
 
     compiler = make_compiler()
@@ -232,6 +264,7 @@ def test_forced_tokens_are_what_masks_would_have_left(name: str) -> None:
     expected: list[int] = []
     for _ in range(150):
         forced = matcher.forced_tokens(100)
+        assert matcher.has_forced_text or not forced
         assert forced[: len(expected)] == expected[: len(forced)]
         ids = allowed(matcher)
         if forced:
