@@ -39,6 +39,7 @@ from workloads import (
     first_requests,
     floor_seconds,
     keeps_cache,
+    longest,
 )
 
 MAX_MODEL_LEN = 4096
@@ -55,11 +56,17 @@ def make_engine(engine: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
         load_format=arguments.load_format,
         skip_tokenizer_init=not needs_tokenizer(arguments),
         dtype=arguments.dtype,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len(arguments),
         gpu_memory_utilization=0.85,
         **own,
     )
     return llm, module.SamplingParams
+
+
+def max_model_len(arguments: argparse.Namespace) -> int:
+    """As much as the wanted workloads need, and no less than a usual setting."""
+    names = [name for name, _ in wanted_workloads(arguments) if name in WORKLOADS]
+    return max([MAX_MODEL_LEN, *(longest(WORKLOADS[name]()) for name in names)])
 
 
 def needs_tokenizer(arguments: argparse.Namespace) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from workloads import WORKLOADS
+from workloads import WORKLOADS, longest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
@@ -69,13 +69,13 @@ class TimingExecutor:
 
 
 def make_core(
-    model: str, prefill: int, settings: dict[str, Any]
+    model: str, prefill: int, max_model_len: int, settings: dict[str, Any]
 ) -> tuple[EngineCore, TimingExecutor]:
     config = EngineConfig.from_kwargs(
         model=model,
         load_format="dummy",
         dtype="bfloat16",
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         max_num_batched_tokens=prefill or 8192,
         **settings,
     )
@@ -239,8 +239,10 @@ def main() -> None:
     parser.add_argument("--config", default="{}", help="further settings, as JSON")
     arguments = parser.parse_args()
     settings = json.loads(arguments.config)
-    core, executor = make_core(arguments.model, arguments.prefill, settings)
-    for name in filter(None, arguments.workload.split(",")):
+    names = [name for name in arguments.workload.split(",") if name]
+    most = max([MAX_MODEL_LEN, *(longest(WORKLOADS[name]()) for name in names)])
+    core, executor = make_core(arguments.model, arguments.prefill, most, settings)
+    for name in names:
         run_workload(core, executor, arguments.model, name)
     for batch_size in map(int, filter(None, arguments.decode.split(","))):
         fill(core, executor, batch_size, arguments.context)

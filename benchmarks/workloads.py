@@ -45,15 +45,36 @@ def shared_prefix(num_requests: int, num_shared: int, num_in: int, num_out: int)
     return prompts, [num_out] * num_requests
 
 
+def skewed(num_requests: int) -> Workload:
+    """As people ask: log-normal prompts (median 400 tokens), exponential outputs (mean 200)."""
+    rng = Random(3)
+    lengths = [
+        (min(max(int(rng.lognormvariate(6, 0.9)), 8), 3000), int(rng.expovariate(1 / 200)))
+        for _ in range(num_requests)
+    ]
+    prompts = [[rng.randint(0, NUM_IDS) for _ in range(num_in)] for num_in, _ in lengths]
+    return prompts, [min(max(num_out, 4), 1000) for _, num_out in lengths]
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "nano256": lambda: mixed(256),
     "nano1024": lambda: mixed(1024),
     "decode_bs1": lambda: fixed(1, 128, 512),
+    "decode_bs3": lambda: fixed(3, 128, 512),
     "decode_bs8": lambda: fixed(8, 128, 512),
     "decode_bs64": lambda: fixed(64, 128, 512),
     "prefill": lambda: fixed(64, 4096 - 8, 1),
     "prefix": lambda: shared_prefix(256, 2048, 64, 64),
+    "pages32": lambda: fixed(32, 900, 300),
+    "short128": lambda: fixed(128, 64, 256),
+    "long8": lambda: fixed(8, 16_000, 64),
+    "skewed600": lambda: skewed(600),
 }
+
+
+def longest(workload: Workload) -> int:
+    """Tokens of its longest request, prompt and output."""
+    return max(len(prompt) + count for prompt, count in zip(*workload, strict=True))
 
 
 # What requests may ask of their sampling, in the fields that both engines have.
