@@ -75,7 +75,7 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
             or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
         ),
         cache=config.cache,
-        limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
+        limits=config.limits("cuda" if machine.is_gpu else "cpu"),
         max_model_len=max_model_len,
         num_ranks=num_ranks,
         spreads_experts=spreads_experts,
