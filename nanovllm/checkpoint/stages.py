@@ -47,7 +47,7 @@ def stages_of(spec: DecoderSpec, num_stages: int) -> tuple[Stage, ...]:
     """All stages of a model. Raises `ValueError` naming how many there can be."""
     cuts = [0, *_possible_cuts(spec), spec.num_layers]
     if num_stages >= len(cuts):
-        reason = "" if len(cuts) > spec.num_layers else ", some of which share keys and values"
+        reason = "" if len(cuts) > spec.num_layers else ", some of which share keys and values,"
         raise ValueError(
             f"pipeline_parallel_size: {spec.architecture} with {spec.num_layers} layers{reason} "
             f"cannot be cut into {num_stages} stages: use at most {len(cuts) - 1}"
