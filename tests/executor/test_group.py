@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from nanovllm.executor.base import Executor
 from nanovllm.executor.group import GroupExecutor
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
-from tests.e2e.processes import rank_children
+from tests.e2e.processes import alive, rank_children
 from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
 
@@ -165,6 +166,33 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
         group.start()
     group.shutdown()
     assert rank_children(os.getpid()) == started_before
+
+
+def test_more_stages_than_layers_are_refused_with_how_many_would_do(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    config = config_of(str(tiny_checkpoint("llama")), pipeline_parallel_size=4)
+    group = GroupExecutor(config, lambda *_: None)
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size: .*3 layers.* use at most 3"):
+        group.start()
+    group.shutdown()
+
+
+def test_a_stage_that_dies_while_the_next_waits_for_it(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    config = config_of(str(tiny_checkpoint("llama")), pipeline_parallel_size=2)
+    group = GroupExecutor(config, lambda *_: None)
+    begin(group)
+    first, second = [rank.process.pid for rank in group._ranks]
+    os.kill(first, signal.SIGSTOP)  # what it is sent it never runs
+    plan = make_plan(0, [(1, 0, 5)], new_rows=[new_row(1, [5, 6, 7, 8, 9], block_ids=[1, 2])])
+    step = run_step(group, plan)
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(DeviceLostError, match=r"rank 0 .*SIGKILL"):
+        step.result()
+    group.shutdown()
+    assert not alive(first) and not alive(second)
 
 
 @pytest.mark.model
