@@ -131,8 +131,8 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
         )
     where = f"each of {plan.num_ranks} ranks, " if plan.num_ranks > 1 else ""
     if (stage := plan.stage) is not None:
-        each = f"each of the {plan.num_ranks} ranks" if where else "that"
-        where = f"{each} of stage {stage.number + 1} of {stage.size}, which has the least room, "
+        whose = f"each of the {plan.num_ranks} ranks" if where else "that"
+        where = f"{whose} of stage {stage.number + 1} of {stage.size}, which has the least room, "
     mixtures = [found for layer in plan.spec.layers if (found := layer.mixture) is not None]
     if plan.num_ranks > 1 and plan.spreads_experts:
         most = max(map(plan.most_experts, mixtures))
