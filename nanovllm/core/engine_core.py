@@ -67,7 +67,7 @@ class EngineCore:
         compiler: GrammarCompiler | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        limits = config.limits(info.device)
+        limits = config.scheduler.limits(info.device)
         self._max_inflight = limits.max_inflight_steps
         self._executor = executor
         self._info = info
@@ -274,30 +274,40 @@ class EngineCore:
     def _step(self) -> StepOutputs | None:
         if self.grammars.has_news and (refused := self._take_compiled()):
             return StepOutputs(failed=refused)
-        early = None  # what came of sampling, before any result
+        early, has_submitted = self._go_on()
+        if early is not None and early.failed:
+            return early
+        may_submit = has_submitted and self.unsampled is None
+        if not self.inflight or (may_submit and len(self.inflight) < self._max_inflight):
+            return early
+        outputs = _joined(early, self._take_result(*self.inflight.popleft()))
+        if self.unsampled is not None and not self.unsampled.awaits_ids:
+            # They are computed while the caller delivers these outputs and takes in requests …
+            self._begin_masks(self.unsampled)
+            is_held = self.pace.next_step_at > self._last_result_at
+            if self._masks is not None and self._masks.done() and not is_held:
+                # … but for few, which are there: the device would wait for the delivery.
+                outputs = _joined(outputs, self._go_on()[0])
+        return outputs
+
+    def _go_on(self) -> tuple[StepOutputs | None, bool]:
+        """Sample for the step that has not been, and submit the next, as far as that is possible
+        now. Returns what came of it before any result, and whether a step was submitted."""
+        early = None
         if self.unsampled is not None and not self.unsampled.awaits_ids:
             early = self._sample(self.unsampled)
             if early is not None and early.failed:
-                return early
-        step = None
-        if self.unsampled is None:
-            try:
-                step = self.scheduler.schedule()
-            except SchedulingFailedError as failure:
-                failed = self._fail([failure.sequence], Failure.of(failure.cause))
-                return _joined(early, StepOutputs(failed=failed))
-            if step is not None:
-                early = _joined(early, self._submit(step))
-                if early is not None and early.failed:
-                    return early
-        may_submit = step is not None and self.unsampled is None
-        if not self.inflight or (may_submit and len(self.inflight) < self._max_inflight):
-            return early
-        outputs = self._take_result(*self.inflight.popleft())
-        if self.unsampled is not None and not self.unsampled.awaits_ids:
-            # They are computed while the caller delivers these outputs and takes in requests.
-            self._begin_masks(self.unsampled)
-        return _joined(early, outputs)
+                return early, False
+        if self.unsampled is not None:
+            return early, False
+        try:
+            step = self.scheduler.schedule()
+        except SchedulingFailedError as failure:
+            failed = self._fail([failure.sequence], Failure.of(failure.cause))
+            return _joined(early, StepOutputs(failed=failed)), False
+        if step is None:
+            return early, False
+        return _joined(early, self._submit(step)), True
 
     def _take_result(self, step: ScheduledStep, handle: StepHandle) -> StepOutputs:
         """Wait for a step, and take in what came of it."""

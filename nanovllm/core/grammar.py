@@ -235,6 +235,8 @@ class Masks(NamedTuple):
 class MasksUnderWay(Protocol):
     """What a `Future` of masks is asked."""
 
+    def done(self) -> bool: ...
+
     def result(self) -> Masks: ...
 
     def exception(self) -> BaseException | None: ...
@@ -245,6 +247,9 @@ class MasksAtHand:
     """Those that are there already, which most are: a `Future` takes as long as a tenth of them."""
 
     masks: Masks
+
+    def done(self) -> bool:
+        return True
 
     def result(self) -> Masks:
         return self.masks

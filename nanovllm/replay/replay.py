@@ -226,6 +226,9 @@ class ReplayedMasks:
         self._tape = tape
         self._keys = [one.key for one in matchers if isinstance(one, ReplayedMatcher)]
 
+    def done(self) -> bool:
+        return isinstance(self._tape.next, Masked)
+
     def exception(self) -> None:
         return None
 

@@ -30,17 +30,12 @@ from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, 
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
-from nanovllm.worker.stage_link import StageLink
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
 
 
 class Model(Protocol):
-    """What the runner asks of a model (`models.decoder.Decoder`). link: to the other stages, of a
-    stage of a pipeline."""
-
-    @property
-    def link(self) -> StageLink | None: ...
+    """What the runner asks of a model (`models.decoder.Decoder`)."""
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
@@ -130,8 +125,6 @@ class ModelRunner:
         """sampler: of the rows that plans speak of. fused: what the device has for the ends of a
         step; then `sampler` has nothing to do. captures: run by graphs, which needs `fused`."""
         self._model = model
-        self._link = model.link
-        self._samples = model.link is None or model.link.is_last
         self._vocabulary = sampler.vocabulary
         self._attention = attention
         self._rows = rows = sampler.rows
@@ -144,7 +137,11 @@ class ModelRunner:
         self._device_sampler: DeviceSampler | None = None
         if fused is not None:
             self._device_sampler = DeviceSampler(
-                rows, fused, num_buffers=num_buffers, vocabulary=self._vocabulary
+                rows,
+                fused,
+                num_buffers=num_buffers,
+                vocabulary=self._vocabulary,
+                captures=captures,
             )
         self._graphs: StepGraphs | None = None
         if captures:
@@ -167,23 +164,19 @@ class ModelRunner:
         return self._rows.vocab_size
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, *, is_practice: bool = False) -> PendingStep:
+    def forward(self, plan: StepPlan) -> PendingStep:
         """Queue the first half of a step. Both halves of the plan before it must have been queued,
-        but need not be done. is_practice: of a pipeline, only this stage runs it."""
+        but need not be done."""
         writes = self._rows.record(plan)
         sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
-        prompts = self._find_prompts(plan) if self._samples else []
+        prompts = self._find_prompts(plan)
         variant = Variant(
             shares_prefix=sharing is not None,
-            keeps_hidden=bool(prompts) or not self._samples,
+            keeps_hidden=bool(prompts),
             gathers=self._gathers(plan),
         )
         staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
-        num_tokens = sum(plan.num_scheduled)
-        link = None if is_practice else self._link
-        if link is not None and link.received is not None:
-            link.receive(num_tokens)
         shape = self._shape_for(plan)
         if shape is None or self._graphs is None:
             output = self._run(staged, variant)
@@ -194,11 +187,6 @@ class ModelRunner:
             rows=staged.host_rows[staged.host_sampling],
             positions=staged.host_seq_lens[staged.host_sampling],
         )
-        if not self._samples:
-            assert output.hidden is not None
-            if link is not None:
-                link.send(output.hidden[:num_tokens])
-            return pending
         if prompts:
             assert output.hidden is not None
             self._collect_prompt_logprobs(pending, staged, prompts, output.hidden)
@@ -234,11 +222,9 @@ class ModelRunner:
         self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
         return sampled
 
-    def execute(
-        self, plan: StepPlan, masks: StepMasks | None = None, *, is_practice: bool = False
-    ) -> PendingStep:
+    def execute(self, plan: StepPlan, masks: StepMasks | None = None) -> PendingStep:
         """Queue both halves of a step whose masks are there already."""
-        pending = self.forward(plan, is_practice=is_practice)
+        pending = self.forward(plan)
         self.sample(pending, masks)
         return pending
 
@@ -307,13 +293,9 @@ class ModelRunner:
         after, or None: all.
         """
         hidden = None
-        if self._link is not None and self._link.received is not None:
-            batch.received = self._link.received[: batch.num_tokens]
         if variant.keeps_hidden:
             residual = self._model.forward(batch, self._kv_cache)
             hidden = residual.hidden
-            if not self._samples:
-                row_ids = row_ids[:0]
             residual = residual if wanted is None else Residual(hidden[wanted])
         else:
             residual = self._model.forward(batch, self._kv_cache, wanted=wanted)

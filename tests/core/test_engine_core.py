@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.core import engine_core
 from nanovllm.core.engine_core import FAR_BEYOND, NUM_RECENT_STEPS, EngineCore
+from nanovllm.core.grammar import Masks, MasksUnderWay
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -140,6 +142,43 @@ def test_constrained_rows_run_every_step_like_free_ones() -> None:
         if outputs is not None:
             counts.append(tuple(sequence.number for sequence in outputs.sequences))
     assert counts == [(0, 1)] * 8
+
+
+@dataclass
+class Begun:
+    """Masks that are there, or of which nothing is known before they are waited for."""
+
+    masks: MasksUnderWay
+    at_hand: bool
+
+    def done(self) -> bool:
+        return self.at_hand
+
+    def result(self) -> Masks:
+        return self.masks.result()
+
+    def exception(self) -> BaseException | None:
+        return self.masks.exception()
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_who_delivers_outputs_keeps_the_device_waiting_only_for_long_masks(at_hand: bool) -> None:
+    core = make_core(max_inflight_steps=2)
+    begin = core.grammars.begin_masks
+    core.grammars.begin_masks = (  # type: ignore[method-assign]
+        lambda matchers: Begun(begin(matchers), at_hand)
+    )
+    core.add(0, AddRequest(0, [5], constrained("[a-z]{30,}", seed=1)))
+    under_way, token_ids = list[tuple[int, bool]](), list[int]()
+    while len(token_ids) < 8:
+        if core.grammars.num_waiting and not core.grammars.has_news:
+            time.sleep(1e-3)
+        if (outputs := core.step()) is not None:
+            token_ids += outputs.token_ids
+            assert core.unsampled is not None
+            under_way.append((len(core.inflight), core.unsampled.awaits_ids))
+    assert set(under_way) == {(2, True) if at_hand else (1, False)}
+    assert decode(tuple(token_ids + drain(core)[0])).isalpha()
 
 
 def test_a_grammar_that_cannot_be_used_fails_its_sequences_alone() -> None:

@@ -18,8 +18,9 @@ from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import mask_words
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
-from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, EditTables, Entries
+from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, NUM_FIELDS, EditTables, Entries
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
+from nanovllm.worker.sampling.masked_sampler import MAX_ENTRIES, MaskedSampler
 from nanovllm.worker.sampling.sampler import Sampled
 
 
@@ -36,14 +37,17 @@ class DeviceSampler:
         *,
         num_buffers: int,
         vocabulary: Vocabulary | None = None,
+        captures: bool = False,
     ) -> None:
-        """vocabulary: this rank's, if others have other ids."""
+        """vocabulary: this rank's, if others have other ids. captures: run by graphs, where what
+        is asked comes in few forms: masks alone."""
         self._rows = rows
         self._vocabulary = vocabulary
         self._fused = fused
         self._device = rows.seeds.device
         self._tables = EditTables(rows.edits, self._device, rows.note_failure)
         self._staging = SampleStaging(num_buffers=num_buffers, device=self._device)
+        self._masked = MaskedSampler(rows, fused, num_buffers=num_buffers, captures=captures)
         self._counts: Tensor | None = None  # [num_rows + 1, vocab_size] int32, once somebody asks
 
     def sample(
@@ -69,6 +73,11 @@ class DeviceSampler:
             return Sampled(token_ids, None, [], [])
         if self._vocabulary is not None and logits.shape[1] < self._rows.vocab_size:
             logits = self._vocabulary.gather(logits)
+        if masks is not None and self._are_masked_alone(entries, penalized):
+            self._masked.sample(logits, token_ids, entries, mask_words(masks))
+            if not lines.size:
+                return Sampled(token_ids, None, [], [])
+            entries, masks = entries[:, :0], None
         arrays = [entries, *entries[:3], lines]
         if masks is not None:
             arrays.append(mask_words(masks))
@@ -96,6 +105,12 @@ class DeviceSampler:
         words = pack(logits, token_ids, num_top=most, lines=on_device[4])
         return Sampled(token_ids, PackedLogprobs(words), lines.tolist(), num_top.tolist())
 
+    def _are_masked_alone(self, entries: Int32Array, penalized: npt.NDArray[np.bool_]) -> bool:
+        """Whether all that these entries ask is respected by a graph."""
+        if entries.shape[1] > MAX_ENTRIES or penalized.any():
+            return False
+        return bool((entries[3] == NO_EDITS).all())
+
     def _find_entries(
         self,
         rows: Int32Array,
@@ -113,7 +128,7 @@ class DeviceSampler:
         if edits:
             asks |= np.fromiter((row in edits for row in rows.tolist()), bool, len(rows))
         lines = np.flatnonzero(asks)
-        entries = np.empty((5, len(lines)), np.int32)
+        entries = np.empty((NUM_FIELDS, len(lines)), np.int32)
         entries[0], entries[1], entries[2] = lines, rows[lines], positions[lines]
         entries[3] = self._tables.places_of(entries[1].tolist()) if edits else NO_EDITS
         entries[4] = mask_lines[lines]

@@ -69,6 +69,7 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
         for params, is_masked in KINDS:
             run_step(runner, limits, params, counts=[1], is_masked=is_masked)
             yield
+        yield from _twice(runner, limits, usual, is_masked=True)
     possible = [one for one in shapes if one.num_tokens <= one.num_rows * (max_model_len - 1)]
     yield from _twice(runner, limits, [shape for shape in possible if not _is_usual(shape)])
 
@@ -83,13 +84,15 @@ def _is_usual(shape: StepShape) -> bool:
     return shape.num_tokens == shape.num_rows and shape.num_rows in USUAL
 
 
-def _twice(runner: ModelRunner, limits: StepLimits, shapes: list[StepShape]) -> Iterator[None]:
+def _twice(
+    runner: ModelRunner, limits: StepLimits, shapes: list[StepShape], *, is_masked: bool = False
+) -> Iterator[None]:
     """Eagerly, which compiles; then it is captured."""
     for num_tokens, num_rows in shapes:
         each, more = divmod(num_tokens, num_rows)
         counts = [each + 1] * more + [each] * (num_rows - more)
         for _ in range(2):
-            run_step(runner, limits, PLAIN, counts=counts)
+            run_step(runner, limits, PLAIN, counts=counts, is_masked=is_masked)
             yield
 
 
@@ -122,4 +125,4 @@ def run_step(
     if is_masked:
         words = np.full(num_entries * -(-runner.vocab_size // 32), -1, np.int32)
         masks = StepMasks(sampling, words.view(np.uint8).data)
-    runner.execute(plan, masks, is_practice=True).result()
+    runner.execute(plan, masks).result()
