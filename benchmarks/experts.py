@@ -95,6 +95,9 @@ class OneByOne(list[tuple[Linear, Linear]]):
         super().__init__()
         self._stacks, self._count = stacks, count
 
+    def __len__(self) -> int:
+        return self._count
+
     def __getitem__(self, index: int) -> tuple[Linear, Linear]:  # type: ignore[override]
         first, second = self._stacks
         sizes = len(first.weight) // self._count, len(second.weight) // self._count

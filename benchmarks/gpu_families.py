@@ -60,7 +60,7 @@ def run_way(
         max_model_len=256,
         max_num_seqs=16,
         skip_tokenizer_init=True,
-        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=2**28,  # whatever else is on the card
         **settings,
     )
     executor = InlineExecutor(config, lambda phase, progress: None)

@@ -67,6 +67,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "prefix": lambda: shared_prefix(256, 2048, 64, 64),
     "pages32": lambda: fixed(32, 900, 300),
     "short128": lambda: fixed(128, 64, 256),
+    "long1": lambda: fixed(1, 16_384, 1),
     "long8": lambda: fixed(8, 16_000, 64),
     "skewed600": lambda: skewed(600),
 }

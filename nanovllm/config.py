@@ -180,7 +180,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = "fair"
     max_inflight_steps: Annotated[
         Annotated[int, Meta(ge=1, le=8)] | None,
-        Meta(description="steps under way at once; default: CUDA 2, CPU 1"),
+        Meta(
+            description="steps under way at once; default: CUDA 2, CPU 1, or as many as stages of "
+            "a pipeline"
+        ),
     ] = None
 
     allow_debug: Annotated[
@@ -198,22 +201,28 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 "is planned: leave one of them out"
             )
 
-    def limits(self, device: str) -> "StepLimits":
-        """With the defaults of that device ("cuda…", or any other)."""
+    def limits(self, device: str, *, num_stages: int = 1) -> "StepLimits":
+        """With the defaults of that device ("cuda…", or any other), for a pipeline of so many
+        stages."""
         on_gpu = device.startswith("cuda")
-        overlaps = on_gpu and not self.allow_debug
+        most_steps = 1 if self.allow_debug else max(num_stages, 2 if on_gpu else 1)
         return StepLimits(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens or (8192 if on_gpu else 2048),
             mixed_prefill_tokens=self.mixed_prefill_tokens or (2048 if on_gpu else 512),
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
-            max_inflight_steps=self.max_inflight_steps or (2 if overlaps else 1),
+            max_inflight_steps=self.max_inflight_steps or most_steps,
+            awaits_ids=num_stages > 1,
         )
 
 
 class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`SchedulerConfig` once the device is known."""
+    """`SchedulerConfig` once the device is known.
+
+    awaits_ids: a sequence is planned again only once its last id is back, and the steps in flight
+    share the sequences out among them. Where one device samples and reads ids, it does not.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -221,6 +230,7 @@ class StepLimits(msgspec.Struct, frozen=True, kw_only=True):
     long_prefill_token_threshold: int
     scheduling_policy: SchedulingPolicy
     max_inflight_steps: int
+    awaits_ids: bool = False
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,6 +238,15 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     tensor_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="ranks that share every layer, each a process")
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="stages that share the layers out among them, each of "
+            "tensor_parallel_size ranks",
+        ),
     ] = 1
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
@@ -241,6 +260,16 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     compare_ranks: Annotated[
         bool, Meta(description="for debugging: end the engine if two ranks pick different ids")
     ] = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Of one replica, stage by stage."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def answering_rank(self) -> int:
+        """The first of the last stage, whose ranks sample."""
+        return self.num_ranks - self.tensor_parallel_size
 
 
 class SyntheticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -313,6 +342,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     supervision: SupervisionConfig = SupervisionConfig()
     grammar: GrammarConfig = GrammarConfig()
     service: ServiceConfig = ServiceConfig()
+
+    def limits(self, device: str) -> StepLimits:
+        """Of steps on such a device, as `SchedulerConfig.limits`."""
+        return self.scheduler.limits(device, num_stages=self.parallel.pipeline_parallel_size)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":

@@ -59,6 +59,7 @@ class EngineKeywords(SupervisionKeywords, total=False):
     max_inflight_steps: int | None
     allow_debug: bool
     tensor_parallel_size: int
+    pipeline_parallel_size: int
     data_parallel_size: int
     enable_expert_parallel: bool
     disable_custom_all_reduce: bool

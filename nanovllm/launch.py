@@ -37,7 +37,7 @@ EXECUTORS = {
 def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
     """The executor this configuration asks for."""
     kind = "synthetic" if config.model.load_format == "synthetic" else "inline"
-    if config.parallel.tensor_parallel_size > 1:
+    if config.parallel.num_ranks > 1:
         kind = "group"
     module, _, name = EXECUTORS[kind].partition(":")
     executor: Executor = getattr(import_module(module), name)(config, on_progress)

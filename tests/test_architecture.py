@@ -26,8 +26,9 @@ BUDGETS = {
     # request fails, what a client's key allows, masks beside the loop, and forced tokens; how long
     # slow steps may take before they are a stall; the pace of a core that is looked at step by
     # step; what a core leaves about its end; block tables per group of layers, and what windows
-    # let go of; forced tokens that are found before their masks
-    "core": 5260,
+    # let go of; forced tokens that are found before their masks; sequences that steps
+    # of a pipeline share
+    "core": 5270,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
     # core failed by itself, and what follows for its requests
     "frontend": 3990,
@@ -39,8 +40,9 @@ BUDGETS = {
     # ropes and norms of more families, and what is captured before the core is ready; block tables
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
     # way sums over ranks take, as measured, and sampling by ranks that keep their logits; which
-    # experts a rank has whole; graphs of what masks ask for
-    "worker": 7050,
+    # experts a rank has whole; stages of a pipeline, their layers and weights, and what passes
+    # between them; graphs of what masks ask for
+    "worker": 7290,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -6,10 +6,12 @@ freed behind a window serves any layer (vLLM's hybrid KV cache). The plan, core 
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from msgspec import Struct
 
 from nanovllm.checkpoint.spec import Attention, DecoderSpec
+from nanovllm.checkpoint.stages import Stage, whole
 
 MOSTLY_EQUAL = 1.25  # of numbers of layers of two kinds: one group each, and some of a block unused
 
@@ -26,6 +28,8 @@ class KVGroup(Struct, frozen=True):
 class KVLayout(Struct, frozen=True):
     """All groups of a model. A block has room for `layers_per_block` layers, whoever's it is.
 
+    Of a stage of a pipeline, which has blocks for its own layers alone: all stages have the same
+    groups, as they have the same block tables, and each the layers of them that it owns.
     places: of each layer, the group and which of the layers in a block it is; a layer that attends
     to another's keys has the other's place.
     """
@@ -48,8 +52,8 @@ class KVLayout(Struct, frozen=True):
         return tuple(group.window for group in self.groups for _ in range(group.blocks))
 
 
-def kv_layout(spec: DecoderSpec, *, num_ranks: int = 1) -> KVLayout:
-    """What a model's layers need. Models whose layers are alike have one group.
+def kv_layout(spec: DecoderSpec, *, num_ranks: int = 1, stage: Stage | None = None) -> KVLayout:
+    """What a model's layers need, or a stage's. Models whose layers are alike have one group.
 
     Raises `ValueError` for keys whose sizes are no multiples of the smallest.
     """
@@ -60,35 +64,39 @@ def kv_layout(spec: DecoderSpec, *, num_ranks: int = 1) -> KVLayout:
             kinds.setdefault((layer.attention.window, times[layer.attention]), []).append(index)
     counts = [len(layers) for layers in kinds.values()]
     size = max(counts) if max(counts) < MOSTLY_EQUAL * min(counts) else min(counts)
-    groups = [
-        KVGroup(window, tuple(layers[start : start + size]), blocks)
-        for (window, blocks), layers in kinds.items()
-        for start in range(0, len(layers), size)
-    ]
-    return _layout_of(spec, groups)
+    stage = stage or whole(spec)
+    groups = []
+    for (window, blocks), layers in kinds.items():
+        number = -(-len(layers) // size)
+        own = [layer for layer in layers if layer in stage.layers]
+        bounds = [len(own) * part // number for part in range(number + 1)]
+        groups += [
+            KVGroup(window, tuple(own[start:end]), blocks) for start, end in pairwise(bounds)
+        ]
+    return _layout_of(spec, groups, stage)
 
 
-def undivided(spec: DecoderSpec) -> KVLayout:
+def undivided(spec: DecoderSpec, *, stage: Stage | None = None) -> KVLayout:
     """All layers in one group, for batches of one block table: where layers differ in how far
     they see, all keys are kept. Where keys differ in size there is no such layout."""
     if len(set(_blocks_of_kinds(spec, 1).values())) > 1:
-        return kv_layout(spec)
+        return kv_layout(spec, stage=stage)
+    stage = stage or whole(spec)
     windows = {layer.attention.window for layer in spec.layers}
     window = windows.pop() if len(windows) == 1 else None
-    own = (index for index, layer in enumerate(spec.layers) if layer.keys_of is None)
-    return _layout_of(spec, [KVGroup(window, tuple(own))])
+    own = (index for index in stage.layers if spec.layers[index].keys_of is None)
+    return _layout_of(spec, [KVGroup(window, tuple(own))], stage)
 
 
-def _layout_of(spec: DecoderSpec, groups: list[KVGroup]) -> KVLayout:
+def _layout_of(spec: DecoderSpec, groups: list[KVGroup], stage: Stage) -> KVLayout:
     own = {
         layer: (number, index)
         for number, group in enumerate(groups)
         for index, layer in enumerate(group.layers)
     }
-    sources = (
-        index if layer.keys_of is None else layer.keys_of for index, layer in enumerate(spec.layers)
-    )
-    return KVLayout(tuple(groups), tuple(own[source] for source in sources))
+    sources = ((index, spec.layers[index].keys_of) for index in stage.layers)
+    places = (own[index if source is None else source] for index, source in sources)
+    return KVLayout(tuple(groups), tuple(places))
 
 
 def token_size(attention: Attention, num_ranks: int) -> int:

@@ -67,7 +67,7 @@ class EngineCore:
         compiler: GrammarCompiler | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        limits = config.scheduler.limits(info.device)
+        limits = config.limits(info.device)
         self._max_inflight = limits.max_inflight_steps
         self._executor = executor
         self._info = info

@@ -335,6 +335,9 @@ class Scheduler:
     def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
         """Give each running sequence its tokens, oldest first; returns the budget left."""
         cap = self.limits.long_prefill_token_threshold or budget
+        awaits_ids = self.limits.awaits_ids
+        # Of the sequences that decode, so that every step in flight has some.
+        num_left = -(-len(self.running) // self.limits.max_inflight_steps)
         for sequence in self.running:  # from whose end some may be preempted meanwhile
             if budget <= 0:
                 break
@@ -343,6 +346,10 @@ class Scheduler:
             if num_tokens >= sequence.max_total:
                 continue  # its last token is sampled or pending; nothing is left to run
             num_new = num_tokens - sequence.num_computed
+            if awaits_ids and num_new == 1:
+                if sequence.num_pending or not num_left:
+                    continue
+                num_left -= 1
             if num_new > 1:
                 num_new = min(num_new, cap, budget)
             end = sequence.num_computed + num_new

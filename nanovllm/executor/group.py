@@ -1,9 +1,9 @@
-"""Many ranks as one executor: plans go to all of them, and the first answers.
+"""Many ranks as one executor: plans go to all of them, and the first that samples answers.
 
-`launch` chooses it for tensor_parallel_size > 1. The core plans for one device and never knows.
-Ranks run the same steps in the same order, and meet in their sums: a rank that dies or raises ends
-the whole group, within `WATCH_S` of its death wherever this waits. A rank that is stopped is not
-dead: it is reported, and waited for.
+`launch` chooses it for several ranks. The core plans for one device and never knows. Ranks run
+the same steps in the same order, and meet in their sums: a rank that dies or raises ends the whole
+group, within `WATCH_S` of its death wherever this waits. A rank that is stopped is not dead: it is
+reported, and waited for.
 """
 
 import logging
@@ -41,6 +41,7 @@ from nanovllm.protocol.group import (
 )
 from nanovllm.protocol.plan import (
     DeviceLostError,
+    KnownTokens,
     ProgressCallback,
     StepMasks,
     StepPlan,
@@ -57,7 +58,7 @@ LOG = logging.getLogger(__name__)
 
 
 class GroupExecutor:
-    """An `executor.base.Executor` over `tensor_parallel_size` processes of this host."""
+    """An `executor.base.Executor` over the processes of this host that share a model."""
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
         self._config = config
@@ -67,13 +68,14 @@ class GroupExecutor:
         self._ranks: list[RankProcess] = []
         self._poll = select.poll()
         self._results: dict[int, StepResult] = {}
+        self._sampled = SampledElsewhere()
         self._digests: dict[int, list[int]] = {}  # step → those of the other ranks
         self._lost: DeviceLostError | None = None
         self._is_running = False  # a failure is a step's, not the configuration's
 
     def start(self) -> WorkerInfo:
         """Start all ranks, and load the model on each. Blocks are those that fit everywhere."""
-        size = self._config.parallel.tensor_parallel_size
+        size = self._config.parallel.num_ranks
         for number in range(size):
             self._ranks.append(RankProcess.spawn(self._config, number))
             self._poll.register(self._ranks[-1].channel, select.POLLIN)
@@ -91,7 +93,26 @@ class GroupExecutor:
             self._on_progress(phase, share)
             if len(infos) == size:
                 break
-        return _joined([infos[number] for number in range(size)])
+        return self._joined([infos[number] for number in range(size)])
+
+    def _joined(self, infos: list[WorkerInfo]) -> WorkerInfo:
+        """What the group says of itself: of the first rank, with blocks that all have room for."""
+        first, size = infos[0], len(infos)
+        num_stages = self._config.parallel.pipeline_parallel_size
+        num_blocks = min(info.num_blocks for info in infos)
+        note = f"{size} ranks share the model; figures of memory are those of each"
+        if num_stages > 1:
+            note = (
+                f"{size} ranks share the model, in {num_stages} stages; figures of memory are "
+                "those of each in the first"
+            )
+        per_block = first.kv_cache_bytes // max(1, first.num_blocks)
+        return replace(
+            first,
+            num_blocks=num_blocks,
+            kv_cache_bytes=per_block * num_blocks,
+            notes=[note, *first.notes],
+        )
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache on every rank."""
@@ -105,6 +126,8 @@ class GroupExecutor:
 
     def submit(self, plan: StepPlan) -> "GroupStep":
         """Send the first half of a step to all ranks."""
+        if self._config.parallel.pipeline_parallel_size > 1:
+            plan = self._sampled.told_in(plan)
         self._send(Submit(plan))
         return GroupStep(self, plan.step)
 
@@ -124,7 +147,8 @@ class GroupExecutor:
 
     def wait_for(self, step: int) -> StepResult:
         """The result of a step whose halves have been sent. Raises `DeviceLostError`."""
-        num_digests = len(self._ranks) - 1 if self._config.parallel.compare_ranks else 0
+        parallel = self._config.parallel
+        num_digests = parallel.tensor_parallel_size - 1 if parallel.compare_ranks else 0
         more = self._received(f"step {step}")
         while step not in self._results or len(self._digests.get(step, ())) < num_digests:
             for _, message in next(more):
@@ -136,6 +160,8 @@ class GroupExecutor:
         result = self._results.pop(step)
         if any(digest != digest_of(result) for digest in self._digests.pop(step, ())):
             raise self._end(f"ranks have sampled different ids in step {step}")
+        if parallel.pipeline_parallel_size > 1:
+            self._sampled.take(result)
         return result
 
     def shutdown(self) -> None:
@@ -263,20 +289,42 @@ class GroupStep:
         return self._group.wait_for(self._step)
 
 
+class SampledElsewhere:
+    """The ids that the last stage of a pipeline has sampled, on their way to the others.
+
+    They go with the next plan, as tokens that are known: a row is planned again only once its id is
+    back (`StepLimits.awaits_ids`), so that no way from stage to stage would bring it sooner.
+    """
+
+    def __init__(self) -> None:
+        # Of each step under way: the rows it samples for, and the positions of their new tokens.
+        self._awaited: dict[int, list[tuple[int, int]]] = {}
+        self._known: dict[int, KnownTokens] = {}  # by row: those that no plan has told of yet
+
+    def take(self, result: StepResult) -> None:
+        """The ids of a step that is over."""
+        awaited = self._awaited.pop(result.step)
+        for (row, position), token_id in zip(awaited, result.token_ids, strict=True):
+            if row >= 0:
+                self._known[row] = KnownTokens(row, position, [token_id])
+
+    def told_in(self, plan: StepPlan) -> StepPlan:
+        """The plan, with what is known by now. What a plan says itself of a row, which is another
+        sequence's or goes on with tokens of a grammar's, stands for all that was sampled before."""
+        told = {new.row for new in plan.new_rows} | {known.row for known in plan.known_tokens}
+        if told:
+            for step, awaited in self._awaited.items():
+                self._awaited[step] = [(-1 if row in told else row, at) for row, at in awaited]
+        known = [one for row, one in self._known.items() if row not in told]
+        self._known = {}
+        ends = (plan.num_computed[entry] + plan.num_scheduled[entry] for entry in plan.sampling)
+        rows = (plan.rows[entry] for entry in plan.sampling)
+        self._awaited[plan.step] = list(zip(rows, ends, strict=True))
+        if not known:
+            return plan
+        return replace(plan, known_tokens=[*known, *plan.known_tokens])
+
+
 def digest_of(result: StepResult) -> int:
     """Of the ids of a step, and of nothing else."""
     return crc32(np.array(result.token_ids, np.int64).tobytes())
-
-
-def _joined(infos: list[WorkerInfo]) -> WorkerInfo:
-    """What the group says of itself: of the first rank, with blocks that all have room for."""
-    first, size = infos[0], len(infos)
-    num_blocks = min(info.num_blocks for info in infos)
-    note = f"{size} ranks share the model; figures of memory are those of each"
-    per_block = first.kv_cache_bytes // max(1, first.num_blocks)
-    return replace(
-        first,
-        num_blocks=num_blocks,
-        kv_cache_bytes=per_block * num_blocks,
-        notes=[note, *first.notes],
-    )

@@ -108,11 +108,13 @@ class Rank:
 
         A step that is under way is looked at again and again: sleeping would make all wait.
         """
+        parallel = self._config.parallel
         while self._steps and self._steps[0].is_over:
             result = self._steps.popleft().result()
-            if self._rank == 0:
+            answering, compares = parallel.answering_rank, parallel.compare_ranks
+            if self._rank == answering:
                 self._tell(Sampled(result))
-            elif self._config.parallel.compare_ranks:
+            elif self._rank > answering and compares:
                 self._tell(Digest(result.step, digest_of(result)))
         if self._steps:
             os.sched_yield()
@@ -124,7 +126,7 @@ class Rank:
             return SyntheticExecutor(self._config, self._on_progress)
         from nanovllm.worker.rank import RankWorker
 
-        size = self._config.parallel.tensor_parallel_size
+        size = self._config.parallel.num_ranks
         return RankWorker(self._config, self._on_progress, self._rank, size, meet=self._meet)
 
     def _meet(self, port: int | None) -> int:

@@ -62,7 +62,7 @@ def start_cores(config: EngineConfig) -> list[CoreHandle]:
     num_replicas = config.parallel.data_parallel_size
     if num_replicas == 1:
         return [start_core(config)]
-    gpus, each = visible_gpus(config), config.parallel.tensor_parallel_size
+    gpus, each = visible_gpus(config), config.parallel.num_ranks
     if gpus and len(gpus) < num_replicas * each:
         raise ValueError(
             f"data_parallel_size: {num_replicas} replicas of {each} ranks need "

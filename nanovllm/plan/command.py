@@ -6,6 +6,7 @@ Called by `cli`. Needs no GPU, loads no torch, reads no weights; the arithmetic 
 import argparse
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import bytes_per_linear_weight, scheme_for
+from nanovllm.checkpoint.stages import stages_of
 from nanovllm.config import EngineConfig, unknown_name
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
 from nanovllm.plan.precision import VALUE_BYTES, Precision, dtype_for
@@ -42,15 +44,27 @@ GPUS = {
 def run(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Print the plan; returns the exit code, 1 if the model does not fit."""
     config = EngineConfig.from_kwargs(**settings)
-    num_ranks = config.parallel.tensor_parallel_size
     machine = choose_machine(config, gpu=arguments.gpu, gpu_memory=arguments.gpu_memory)
-    plan = make_plan(config, machine, num_ranks=num_ranks)
-    print_plan(plan, Console())
-    return 0 if plan.fits else 1
+    console, plan = Console(), make_plan(config, machine)
+    if plan.stage is None:
+        plans = [plan]
+    else:
+        stages = stages_of(plan.spec, plan.stage.size)
+        plans = [replace(plan, stage=stage) for stage in stages]
+        console.print(stage_table(plans))
+    # All stages have as many blocks as the one with the least room.
+    tightest = min(plans, key=lambda one: (one.fits, one.num_blocks))
+    print_plan(tightest, console)
+    return 0 if tightest.fits else 1
 
 
-def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> MemoryPlan:
-    """The plan of `config` on `machine`. Raises `ValueError` naming field and remedy."""
+def make_plan(config: EngineConfig, machine: Machine) -> MemoryPlan:
+    """The plan of `config` on `machine`; of a pipeline, its first stage's. Raises `ValueError`
+    naming field and remedy."""
+    num_ranks, num_stages = (
+        config.parallel.tensor_parallel_size,
+        config.parallel.pipeline_parallel_size,
+    )
     checkpoint = locate(config.model.source, weights=False)
     size = read_model_size(checkpoint)
     spec = size.spec
@@ -75,10 +89,11 @@ def make_plan(config: EngineConfig, machine: Machine, *, num_ranks: int = 1) -> 
             or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
         ),
         cache=config.cache,
-        limits=config.scheduler.limits("cuda" if machine.is_gpu else "cpu"),
+        limits=config.limits("cuda" if machine.is_gpu else "cpu"),
         max_model_len=max_model_len,
         num_ranks=num_ranks,
         spreads_experts=spreads_experts,
+        stage=None if num_stages == 1 else stages_of(spec, num_stages)[0],
     )
 
 
@@ -115,8 +130,11 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
             f"{plan.active_bytes / GIB:.2f} GiB for one alone"
         )
     where = f"each of {plan.num_ranks} ranks, " if plan.num_ranks > 1 else ""
+    if (stage := plan.stage) is not None:
+        whose = f"each of the {plan.num_ranks} ranks" if where else "that"
+        where = f"{whose} of stage {stage.number + 1} of {stage.size}, which has the least room, "
     mixtures = [found for layer in plan.spec.layers if (found := layer.mixture) is not None]
-    if where and plan.spreads_experts:
+    if plan.num_ranks > 1 and plan.spreads_experts:
         most = max(map(plan.most_experts, mixtures))
         where += f"with up to {most} of {mixtures[0].num_experts} experts, "
     console.print(
@@ -138,6 +156,24 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
         )
     else:
         console.print(explain(plan), highlight=False, soft_wrap=True)
+
+
+def stage_table(plans: list[MemoryPlan]) -> Table:
+    """What each rank of each stage of a pipeline holds."""
+    table = Table("stage", "layers", box=None, pad_edge=False)
+    for name in ("weights GiB", "KiB a token", "KV blocks"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        stage = plan.stage
+        assert stage is not None
+        table.add_row(
+            str(stage.number + 1),
+            f"{stage.first}-{stage.end - 1}",
+            f"{sum(plan.weight_bytes.values()) / GIB:.2f}",
+            f"{plan.bytes_per_token / 1024:g}",
+            f"{plan.num_blocks:,}",
+        )
+    return table
 
 
 def memory_table(plan: MemoryPlan) -> Table:

@@ -9,6 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +23,11 @@ from nanovllm.checkpoint.spec import (
     Dense,
     MoE,
     WeightGroup,
+    count_parameters,
     expert_weights,
     num_idle_weights,
 )
+from nanovllm.checkpoint.stages import Stage, part_of
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
 
@@ -62,7 +65,8 @@ class MemoryPlan:
 
     num_ranks: devices that share weights and KV heads between them; figures are those of one.
     spreads_experts: as in `worker.parallel`; figures are those of a rank that holds the most.
-    layout: of the KV cache, if it is not the model's own.
+    stage: of a pipeline, if figures are those of one. layout: of the KV cache, if it is not the
+    model's own, or the stage's.
     """
 
     size: ModelSize
@@ -73,11 +77,33 @@ class MemoryPlan:
     max_model_len: int
     num_ranks: int = 1
     spreads_experts: bool = False
+    stage: Stage | None = None
     layout: KVLayout | None = None
 
     @property
     def spec(self) -> DecoderSpec:
         return self.size.spec
+
+    @cached_property
+    def _own(self) -> DecoderSpec:
+        """With the stage's layers alone."""
+        return self.spec if self.stage is None else part_of(self.spec, self.stage)
+
+    @property
+    def _parameters(self) -> dict[WeightGroup, int]:
+        """Of the stage's weights, all ranks'."""
+        if self.stage is None:
+            return self.size.parameters
+        counts = count_parameters(self._own)
+        if not self.stage.holds_embedding(self.spec):
+            counts["embedding"] = 0
+        if not self.stage.is_last:
+            counts["head"] = 0
+        return counts
+
+    @property
+    def _samples(self) -> bool:
+        return self.stage is None or self.stage.is_last
 
     # ---- what is there before KV
 
@@ -85,7 +111,7 @@ class MemoryPlan:
     def weight_bytes(self) -> dict[WeightGroup, int]:
         """Of each group of weights."""
         sizes: dict[WeightGroup, int] = {}
-        for group, count in self.size.parameters.items():
+        for group, count in self._parameters.items():
             quantizable = group in QUANTIZABLE
             each = self.precision.linear_bytes if quantizable else self.precision.value_bytes
             shared = 1 if group == "norms" else self.num_ranks
@@ -93,10 +119,10 @@ class MemoryPlan:
         if self.spreads_experts:
             over = sum(
                 count * self.most_experts(mixture) // mixture.num_experts - count // self.num_ranks
-                for mixture, count in expert_weights(self.spec)
+                for mixture, count in expert_weights(self._own)
             )
             sizes["mlp"] += int(over * self.precision.linear_bytes)
-        if not self.machine.is_gpu and self.spec.tied_embeddings:
+        if not self.machine.is_gpu and self.spec.tied_embeddings and self._samples:
             sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
         return sizes
 
@@ -114,8 +140,8 @@ class MemoryPlan:
         """Of weights that one token alone reads on a device, on the average of devices: of the
         embedding a row."""
         sizes = self.weight_bytes
-        idle = int(num_idle_weights(self.spec) * self.precision.linear_bytes) // self.num_ranks
-        head = sizes["head"] or sizes["embedding"]
+        idle = int(num_idle_weights(self._own) * self.precision.linear_bytes) // self.num_ranks
+        head = (sizes["head"] or sizes["embedding"]) if self._samples else 0
         return sum(sizes[group] for group in ("attention", "mlp", "norms")) - idle + head
 
     @property
@@ -133,7 +159,7 @@ class MemoryPlan:
         num_samples = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         num_tokens = min(self.limits.max_num_batched_tokens, num_samples * self.max_model_len)
         each = GPU_BYTES_PER_LOGIT if self.machine.is_gpu else SAMPLER_BYTES_PER_LOGIT
-        sampler = num_samples * self.spec.vocab_size * each
+        sampler = num_samples * self.spec.vocab_size * each * self._samples
         layer = num_tokens * self._layer_values * (4 if not self.machine.is_gpu else self._bytes)
         states = 2 * num_tokens * self.spec.hidden_size * self._bytes
         return max(layer, sampler + states) + self._attention_scratch
@@ -145,7 +171,7 @@ class MemoryPlan:
             return 0
         num_rows = self.limits.max_num_seqs
         num_graphs = 15 + num_rows // 32
-        nodes = num_graphs * self.spec.num_layers * KERNELS_PER_LAYER * GRAPH_BYTES_PER_KERNEL
+        nodes = num_graphs * self._own.num_layers * KERNELS_PER_LAYER * GRAPH_BYTES_PER_KERNEL
         return nodes + num_rows * (self.spec.vocab_size + self._layer_values) * self._bytes
 
     @property
@@ -158,7 +184,7 @@ class MemoryPlan:
     @property
     def bytes_per_token(self) -> int:
         """Of KV, in all layers, while a token is within all windows."""
-        own = (layer.attention for layer in self.spec.layers if layer.keys_of is None)
+        own = (layer.attention for layer in self._own.layers if layer.keys_of is None)
         values = 2 * sum(token_size(attention, self.num_ranks) for attention in own)
         return math.ceil(values * self.precision.kv_bytes)
 
@@ -171,7 +197,7 @@ class MemoryPlan:
 
     @property
     def _layout(self) -> KVLayout:
-        return self.layout or kv_layout(self.spec, num_ranks=self.num_ranks)
+        return self.layout or kv_layout(self.spec, num_ranks=self.num_ranks, stage=self.stage)
 
     @property
     def budget_bytes(self) -> int:
@@ -274,7 +300,7 @@ class MemoryPlan:
         """Most values a layer holds per token: those of attention or of its MLP, and the residual,
         which is there twice beside an MLP."""
         hidden, halves = self.spec.hidden_size, list[int]()
-        for layer in self.spec.layers:
+        for layer in self._own.layers:
             attention, mlp = layer.attention, layer.mlp
             num_heads = 2 * attention.num_heads + 2 * attention.num_kv_heads  # queries come twice
             halves.append(hidden + num_heads * attention.head_dim // self.num_ranks)

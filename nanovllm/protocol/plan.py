@@ -50,7 +50,8 @@ class BlockAppend(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KnownTokens(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens of a row from `position` on, which nobody has sampled: its grammar left no choice."""
+    """Tokens of a row from `position` on, which this worker has not sampled: the row's grammar left
+    no choice, or another stage of a pipeline has sampled it."""
 
     row: int
     position: int

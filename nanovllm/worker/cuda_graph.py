@@ -73,6 +73,8 @@ class _Borrowed:
 
 def borrow(tensor: Tensor) -> Tensor:
     """The same memory, which this one does not keep from being used again."""
+    if not tensor.numel():  # a stage that samples nothing has no logits
+        return tensor
     assert tensor.is_contiguous()
     bytes_ = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
     return bytes_.view(tensor.dtype).view(tensor.shape)

@@ -36,7 +36,8 @@ class ForwardBatch:
     Slot `s` of the KV cache is offset `s % block_size` of block `s // block_size`. Padding tokens
     and rows point at block 0, which no sequence owns, or at no slot (`NOT_CACHED`). The counts of a
     padded batch are upper bounds. Slots and block tables are those of one group of layers; of the
-    group 0, `others` are the batches of the rest.
+    group 0, `others` are the batches of the rest. received: what the stage before has made of the
+    tokens, if there is one; it may be written over.
     """
 
     input_ids: Tensor  # [num_tokens] int64
@@ -53,6 +54,7 @@ class ForwardBatch:
     prefix: SharedPrefix | None = None
     group: int = 0
     others: tuple["ForwardBatch", ...] = ()
+    received: Tensor | None = None  # [num_tokens, hidden_size]
 
     def of_group(self, group: int) -> "ForwardBatch":
         """The same step as layers of that group see it, whose keys lie in other blocks."""

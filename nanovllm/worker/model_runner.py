@@ -30,12 +30,17 @@ from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, 
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
+from nanovllm.worker.stage_link import StageLink
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
 
 
 class Model(Protocol):
-    """What the runner asks of a model (`models.decoder.Decoder`)."""
+    """What the runner asks of a model (`models.decoder.Decoder`). link: to the other stages, of a
+    stage of a pipeline."""
+
+    @property
+    def link(self) -> StageLink | None: ...
 
     def forward(
         self, batch: ForwardBatch, kv_cache: Tensor, *, wanted: Tensor | None = None
@@ -125,6 +130,8 @@ class ModelRunner:
         """sampler: of the rows that plans speak of. fused: what the device has for the ends of a
         step; then `sampler` has nothing to do. captures: run by graphs, which needs `fused`."""
         self._model = model
+        self._link = model.link
+        self._samples = model.link is None or model.link.is_last
         self._vocabulary = sampler.vocabulary
         self._attention = attention
         self._rows = rows = sampler.rows
@@ -164,19 +171,23 @@ class ModelRunner:
         return self._rows.vocab_size
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan) -> PendingStep:
+    def forward(self, plan: StepPlan, *, is_practice: bool = False) -> PendingStep:
         """Queue the first half of a step. Both halves of the plan before it must have been queued,
-        but need not be done."""
+        but need not be done. is_practice: of a pipeline, only this stage runs it."""
         writes = self._rows.record(plan)
         sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
-        prompts = self._find_prompts(plan)
+        prompts = self._find_prompts(plan) if self._samples else []
         variant = Variant(
             shares_prefix=sharing is not None,
-            keeps_hidden=bool(prompts),
+            keeps_hidden=bool(prompts) or not self._samples,
             gathers=self._gathers(plan),
         )
         staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
+        num_tokens = sum(plan.num_scheduled)
+        link = None if is_practice else self._link
+        if link is not None and link.received is not None:
+            link.receive(num_tokens)
         shape = self._shape_for(plan)
         if shape is None or self._graphs is None:
             output = self._run(staged, variant)
@@ -187,6 +198,11 @@ class ModelRunner:
             rows=staged.host_rows[staged.host_sampling],
             positions=staged.host_seq_lens[staged.host_sampling],
         )
+        if not self._samples:
+            assert output.hidden is not None
+            if link is not None:
+                link.send(output.hidden[:num_tokens])
+            return pending
         if prompts:
             assert output.hidden is not None
             self._collect_prompt_logprobs(pending, staged, prompts, output.hidden)
@@ -222,9 +238,11 @@ class ModelRunner:
         self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
         return sampled
 
-    def execute(self, plan: StepPlan, masks: StepMasks | None = None) -> PendingStep:
+    def execute(
+        self, plan: StepPlan, masks: StepMasks | None = None, *, is_practice: bool = False
+    ) -> PendingStep:
         """Queue both halves of a step whose masks are there already."""
-        pending = self.forward(plan)
+        pending = self.forward(plan, is_practice=is_practice)
         self.sample(pending, masks)
         return pending
 
@@ -293,9 +311,13 @@ class ModelRunner:
         after, or None: all.
         """
         hidden = None
+        if self._link is not None and self._link.received is not None:
+            batch.received = self._link.received[: batch.num_tokens]
         if variant.keeps_hidden:
             residual = self._model.forward(batch, self._kv_cache)
             hidden = residual.hidden
+            if not self._samples:
+                row_ids = row_ids[:0]
             residual = residual if wanted is None else Residual(hidden[wanted])
         else:
             residual = self._model.forward(batch, self._kv_cache, wanted=wanted)

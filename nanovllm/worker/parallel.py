@@ -1,7 +1,7 @@
-"""Tensor parallelism as layers see it: which share of a size is this rank's, and how sums meet.
+"""Parallelism as layers see it: which share of a size is this rank's, and how sums meet.
 
-Carried by linear layers, the vocabulary, and whoever sizes attention. Every rank calls `reduce` and
-`gather` in the same order, and gets the same bits.
+Carried by linear layers, the vocabulary, and whoever sizes attention. Every rank of a stage calls
+`reduce` and `gather` in the same order, and gets the same bits.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """This rank among `size`. group: of `torch.distributed`; None: its default one.
+    """This rank among the `size` that share every layer of its stage, one of `num_stages` of a
+    pipeline. group: those ranks, in `torch.distributed`; None: its default one.
     spreads_experts: ranks hold whole experts, and not a part of each.
     """
 
@@ -57,6 +58,27 @@ class TensorParallel:
     spreads_experts: bool = False
     group: distributed.ProcessGroup | None = None
     exchange: Exchange | None = None
+    stage: int = 0
+    num_stages: int = 1
+
+    @property
+    def number(self) -> int:
+        """Of this rank among those of all stages."""
+        return self.stage * self.size + self.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all stages."""
+        return self.size * self.num_stages
+
+    @property
+    def is_only_stage(self) -> bool:
+        return self.num_stages == 1
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank has a part of the model."""
+        return self.num_ranks == 1
 
     def share(self, whole: int, *, unit: int = 1, repeats: bool = False) -> Cut:
         """This rank's part of an axis, in multiples of `unit` (a head, a group of weights).

@@ -10,10 +10,12 @@ from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout
 from nanovllm.checkpoint.model_size import ModelSize
 from nanovllm.checkpoint.quantization import Scheme, bytes_per_linear_weight
 from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.checkpoint.stages import stages_of
 from nanovllm.config import EngineConfig
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
 from nanovllm.plan.precision import Precision
 from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 
 
 def plan_memory(
@@ -23,24 +25,27 @@ def plan_memory(
     device: torch.device,
     precision: Precision,
     max_model_len: int,
-    num_ranks: int = 1,
+    parallel: TensorParallel = SINGLE,
     layout: KVLayout | None = None,
 ) -> MemoryPlan:
     """The plan of `config` on this very device.
 
-    layout: as `MemoryPlan.layout`. Raises `ValueError` with the remedies if weights and KV of one
-    sequence cannot fit, however little a step takes.
+    parallel: which rank this is. layout: as `MemoryPlan.layout`. Raises `ValueError` with the
+    remedies if weights and KV of one sequence cannot fit, however little a step takes.
     """
+    stages = stages_of(size.spec, parallel.num_stages)
+    stage = None if parallel.is_only_stage else stages[parallel.stage]
     plan = MemoryPlan(
         size=size,
-        machine=machine_of(device, num_ranks=num_ranks),
+        machine=machine_of(device, num_ranks=parallel.num_ranks),
         precision=precision,
         cache=config.cache,
-        limits=config.scheduler.limits(device.type),
+        limits=config.limits(device.type),
         max_model_len=max_model_len,
-        num_ranks=num_ranks,
+        num_ranks=parallel.size,
         spreads_experts=config.parallel.enable_expert_parallel,
-        layout=layout or kv_layout(size.spec, num_ranks=num_ranks),
+        stage=stage,
+        layout=layout or kv_layout(size.spec, num_ranks=parallel.size, stage=stage),
     )
     if plan.is_hopeless:
         raise ValueError(explain(plan))

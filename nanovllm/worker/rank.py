@@ -40,18 +40,27 @@ class RankWorker(Worker):
         *,
         meet: Callable[[int | None], int],
     ) -> None:
-        spreads = config.parallel.enable_expert_parallel
-        parallel = TensorParallel(rank, size, spreads_experts=spreads)
+        spreads, num_stages = (
+            config.parallel.enable_expert_parallel,
+            config.parallel.pipeline_parallel_size,
+        )
+        stage, place = divmod(rank, size // num_stages)
+        parallel = TensorParallel(
+            place, size // num_stages, spreads, stage=stage, num_stages=num_stages
+        )
         super().__init__(config, on_progress, parallel=parallel)
         self._meet = meet
 
     def start(self) -> WorkerInfo:
         """Meet the others, then load this rank's part of the model."""
-        device = take_device(self._config, self._parallel)
+        device = take_device(self._config, self._parallel.number, self._parallel.num_ranks)
         self._on_progress("ranks", 0.0)
         join(self._parallel, device, self._meet)
-        note = None
-        if device.type == "cuda" and not self._config.parallel.disable_custom_all_reduce:
+        if not self._parallel.is_only_stage:
+            self._parallel = replace(self._parallel, group=group_of_stage(self._parallel))
+            greet_neighbours(self._parallel, device)
+        note, tries = None, not self._config.parallel.disable_custom_all_reduce
+        if device.type == "cuda" and tries and self._parallel.is_only_stage:
             exchange, note = fastest_exchange(self._parallel, device)
             self._parallel = replace(self._parallel, exchange=exchange)
         info = super().start()
@@ -65,29 +74,29 @@ class RankWorker(Worker):
             distributed.destroy_process_group()
 
 
-def take_device(config: EngineConfig, parallel: TensorParallel) -> torch.device:
+def take_device(config: EngineConfig, rank: int, size: int) -> torch.device:
     """The GPU of this rank's number, or its share of the CPU's cores.
 
     Raises `ValueError` if there are fewer GPUs than ranks.
     """
     if config.model.device != "cpu" and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        if num_gpus < parallel.size:
+        if num_gpus < size:
             raise ValueError(
-                f"tensor_parallel_size: {parallel.size} ranks need a GPU each, and {num_gpus} "
+                f"tensor_parallel_size: {size} ranks need a GPU each, and {num_gpus} "
                 f"{'is' if num_gpus == 1 else 'are'} visible: use {num_gpus}, or device 'cpu'"
             )
-        torch.cuda.set_device(parallel.rank)
+        torch.cuda.set_device(rank)
     device = choose_device(config.model.device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = config.model.threads or num_usable_cores()
-        torch.set_num_threads(max(1, cores // parallel.size))
+        torch.set_num_threads(max(1, cores // size))
     return device
 
 
 def join(parallel: TensorParallel, device: torch.device, meet: Callable[[int | None], int]) -> None:
     """Make the default group of torch.distributed; returns when all ranks are in it."""
-    is_first = parallel.rank == 0
+    is_first = parallel.number == 0
     if is_first:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=FOREVER)
         meet(store.port)
@@ -96,12 +105,32 @@ def join(parallel: TensorParallel, device: torch.device, meet: Callable[[int | N
     distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
-        rank=parallel.rank,
-        world_size=parallel.size,
+        rank=parallel.number,
+        world_size=parallel.num_ranks,
         timeout=FOREVER,
         device_id=device if device.type == "cuda" else None,
     )
     distributed.barrier()
+
+
+def group_of_stage(parallel: TensorParallel) -> distributed.ProcessGroup | None:
+    """The ranks that share this one's layers; None where it has no other. All ranks call it."""
+    if parallel.size == 1:
+        return None
+    firsts = range(0, parallel.num_ranks, parallel.size)
+    groups: list[distributed.ProcessGroup] = [
+        distributed.new_group(list(range(at, at + parallel.size))) for at in firsts
+    ]
+    return groups[parallel.stage]
+
+
+def greet_neighbours(parallel: TensorParallel, device: torch.device) -> None:
+    """Open the ways between stages now: what runs a step by itself, as warm-up does, cannot."""
+    word = torch.zeros(1, device=device)
+    if parallel.stage > 0:
+        distributed.recv(word, parallel.number - parallel.size)
+    if parallel.stage < parallel.num_stages - 1:
+        distributed.send(word, parallel.number + parallel.size)
 
 
 def fastest_exchange(

@@ -127,10 +127,18 @@ class RequestRows:
             self.host_block_tables[appends[:, 0], entries] = appends[:, 2]
             places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
-        for known in plan.known_tokens:
-            at = known.row * self._width + self._tokens_at + known.position
-            places.append(np.arange(at, at + len(known.token_ids), dtype=np.int32))
-            values.append(np.array(known.token_ids, np.int32))
+        if plan.known_tokens:
+            starts = (
+                one.row * self._width + self._tokens_at + one.position for one in plan.known_tokens
+            )
+            known = [
+                (start + offset, token_id)
+                for start, one in zip(starts, plan.known_tokens, strict=True)
+                for offset, token_id in enumerate(one.token_ids)
+            ]
+            at, token_ids = np.array(known, np.int32).T
+            places.append(at)
+            values.append(token_ids)
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))

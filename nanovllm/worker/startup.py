@@ -25,6 +25,7 @@ from nanovllm.checkpoint.model_size import ModelSize, read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
 from nanovllm.checkpoint.quantization import Scheme, scheme_for
 from nanovllm.checkpoint.spec import DecoderSpec
+from nanovllm.checkpoint.stages import stages_of
 from nanovllm.config import EngineConfig, StepLimits
 from nanovllm.plan.memory_plan import (
     MemoryPlan,
@@ -56,6 +57,7 @@ from nanovllm.worker.quant.gguf import reads_packed
 from nanovllm.worker.quant.select import describe as describe_weights
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampler
+from nanovllm.worker.stage_link import RankLink
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import NUM_LAYERS, Job, Precompiler, is_likely
 from nanovllm.worker.weights import load_weights
@@ -110,8 +112,8 @@ class Loaded:
 class Choice:
     """What will be loaded, and by what it will run.
 
-    spec: with the positions that are wanted. layout: of the KV cache. is_native: whether whole
-    steps are native calls.
+    spec: with the positions that are wanted. layout: of the KV cache of this rank's stage.
+    is_native: whether whole steps are native calls.
     """
 
     checkpoint: Checkpoint
@@ -161,7 +163,7 @@ class Startup:
             device=self.device,
             precision=precision_of(choice.spec, choice.scheme, choice.attention.spec),
             max_model_len=choice.spec.max_position_embeddings,
-            num_ranks=self._parallel.size,
+            parallel=self._parallel,
             layout=choice.layout,
         )
         with self.phase("build"):
@@ -213,6 +215,7 @@ class Startup:
         )
         backend = wanted.attention_backend if self._triton_refused is None else "torch"
         attention, why_attention = select_attention(backend, specs)
+        stage = stages_of(spec, self._parallel.num_stages)[self._parallel.stage]
         kernels = select_kernels(device, refused=self._triton_refused)
         is_native, why_kernels = self._choose_native(spec, scheme, attention)
         notes = [why_dtype, why_attention]
@@ -225,7 +228,7 @@ class Startup:
             scheme=scheme,
             attention=attention,
             kernels=kernels,
-            layout=kv_layout(spec, num_ranks=self._parallel.size),
+            layout=kv_layout(spec, num_ranks=self._parallel.size, stage=stage),
             is_native=is_native,
             notes=notes,
         )
@@ -236,7 +239,7 @@ class Startup:
         """Whether a CPU runs whole steps by native kernels, and by which; else why not."""
         if self.device.type != "cpu":
             return False, ""
-        if self._parallel.size > 1:
+        if not self._parallel.is_alone:
             return False, "; no native steps: ranks share the model"
         unusable = native.unusable()
         if unusable is not None:
@@ -262,6 +265,8 @@ class Startup:
             parallel=self._parallel,
         )
         model.lay_out(choice.layout)
+        if not self._parallel.is_only_stage:
+            model.link = self._link_of(model)
         takes_file = self._config.model.load_format in ("auto", "gguf")
         takes_file = takes_file and choice.scheme is None
         if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
@@ -278,6 +283,15 @@ class Startup:
         captures = kernels.fused is not None and not self._config.model.enforce_eager
         captures = captures and attention.is_capturable and not model.waits_for_routers
         return Loaded(model, rows, kernels, attention, self._limits, captures)
+
+    def _link_of(self, model: Decoder) -> RankLink:
+        """To the stages before and behind the model's."""
+        received, limits = None, self._limits
+        if not model.stage.is_first:
+            num_tokens = max(limits.max_num_batched_tokens, limits.max_num_seqs)
+            shape = num_tokens, model.spec.hidden_size
+            received = torch.zeros(shape, dtype=model.dtype, device=self.device)
+        return RankLink(received, self._parallel)
 
     def _info(
         self, choice: Choice, loaded: Loaded, num_blocks: int, notes: list[str]
@@ -315,8 +329,8 @@ class Startup:
     def _compile_ahead(self, choice: Choice) -> None:
         """Where Triton compiles, have it begin while the rest of the start takes its time."""
         gpu, attention = choice.kernels.gpu, choice.attention.spec
-        is_shared = self._parallel.size > 1  # its kernels are those of other sizes
-        if gpu is None or is_shared or not is_likely(self._config):
+        # Kernels of ranks are those of other sizes.
+        if gpu is None or not self._parallel.is_alone or not is_likely(self._config):
             self._precompiler.end()
             return
         self._precompiler.ask(
@@ -370,7 +384,7 @@ class Startup:
             self._memory_bytes["heaviest step"] = reserved
             memory_bytes = cuda_memory_budget(self.device, share=cache.gpu_memory_utilization)
         elif measured:
-            memory_bytes = cpu_memory_budget(free_memory()) // self._parallel.size
+            memory_bytes = cpu_memory_budget(free_memory()) // self._parallel.num_ranks
         return fit_blocks(
             cache,
             bytes_per_block=loaded.bytes_per_block,
@@ -388,7 +402,7 @@ class Startup:
 
     @property
     def _limits(self) -> StepLimits:
-        return self._config.scheduler.limits(self.device.type)
+        return self._config.limits(self.device.type)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -132,7 +132,7 @@ def _fill_from_safetensors(
     elsewhere = _modules_of_other_ranks(slots, names)
     known_names = filter(None, map(known, files))
     found = (name for name in known_names if name.rpartition(".")[0] not in elsewhere)
-    _match(names, places, found, where=directory)
+    _match(names, places, _of_this_stage(model, found, names, slots), where=directory)
     for path in sorted(set(files.values())):
         with _opened(path) as file:
             promised = {
@@ -180,8 +180,9 @@ def _fill_from_gguf(
     tensors = checkpoint.gguf.tensors
     names = model.spec.names
     places = _places(slots, names.gguf)
-    _match(names.gguf, places, tensors, where=checkpoint.path)
-    for name, place in ((name, place) for name, found in places.items() for place in found):
+    found = _of_this_stage(model, tensors, names.gguf, slots)
+    _match(names.gguf, places, found, where=checkpoint.path)
+    for name, place in ((name, place) for name, some in places.items() for place in some):
         if tensors[name].shape != place.shape:
             raise _wrong_shape(place, tensors[name].shape, name=name, where=checkpoint.path)
         slot = place.slot
@@ -315,6 +316,26 @@ def _modules_of_other_ranks(slots: list[WeightSlot], names: Mapping[str, str]) -
         for expert in range(count)
         if (name := names[part].format(layer, expert)) not in own
     }
+
+
+def _of_this_stage(
+    model: Decoder, found: Iterable[str], names: Mapping[str, str], slots: list[WeightSlot]
+) -> Iterator[str]:
+    """Those of the names found that are no other stage's: of its layers, or of a part that lies
+    outside of layers and for which there is no slot."""
+    own, num_layers = model.stage.layers, model.spec.num_layers
+    if len(own) == num_layers:
+        yield from found
+        return
+    held, elsewhere = {slot.part for slot in slots}, set[str]()
+    for part, name in names.items():
+        layer, is_layers, _ = name.partition("{}")
+        if is_layers:
+            elsewhere |= {f"{layer}{index}." for index in range(num_layers) if index not in own}
+        elif part not in held:
+            elsewhere.add(f"{name}.")
+    begins = tuple(elsewhere)
+    yield from (name for name in found if not name.startswith(begins))
 
 
 def _match(

@@ -103,7 +103,7 @@ class Worker:
         )
         # Ranks would not stop at the same step by their clocks: their group has them warm up.
         # And kernels that must still be compiled would take longer than the whole start.
-        warms_up = self._parallel.size == 1 and self._precompiler.has_found_all
+        warms_up = self._parallel.is_alone and self._precompiler.has_found_all
         num_steps = num_usual(self._runner) if warms_up else 0
         until = time.monotonic() + WARM_UP_S
         for _ in range(num_steps):
@@ -145,7 +145,7 @@ class Worker:
             self._warm_up_steps = iter(())
             found = self._recover(error)
             # Other ranks have run the step, or wait in it.
-            if isinstance(found, DeviceLostError) or self._parallel.size > 1:
+            if isinstance(found, DeviceLostError) or not self._parallel.is_alone:
                 raise found from error
             logger.warning("a warm-up step failed, and is the last one", exc_info=error)
             return False

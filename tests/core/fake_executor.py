@@ -8,12 +8,14 @@ a device could be.
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler, Matcher
+from nanovllm.executor.group import SampledElsewhere
 from nanovllm.protocol.plan import NewRow, StepMasks, StepPlan, StepResult, WorkerInfo
 
 VOCAB_SIZE = 1000
@@ -263,3 +265,27 @@ class FakeExecutor:
         block_id = self._tables[row][column * len(self._windows) + group]
         assert 0 < block_id < self._num_blocks, "block 0 is for padding only"
         return block_id * self._block_size + position % self._block_size
+
+
+class FakeFirstStage(FakeExecutor):
+    """The first stage of a pipeline, which samples nothing: of ids it knows what plans tell, and a
+    group tells them with the plan that follows the result."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._sampled = SampledElsewhere()
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        return super().submit(self._sampled.told_in(plan))
+
+    def run_until(self, step: int) -> StepResult | StepFailedError:
+        result = super().run_until(step)
+        assert isinstance(result, StepResult)
+        self._sampled.take(result)
+        return result
+
+    def _run(self, plan: StepPlan) -> StepResult | StepFailedError:
+        result = super()._run(plan)
+        for entry in plan.sampling:
+            self._tokens[plan.rows[entry]].pop()
+        return result

@@ -21,7 +21,7 @@ from nanovllm.core.waiting import WaitingQueue
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-from tests.core.fake_executor import FakeExecutor, reference
+from tests.core.fake_executor import FakeExecutor, FakeFirstStage, reference
 from tests.core.vocabulary import make_compiler
 from tests.waiting import WAIT_S
 
@@ -48,6 +48,7 @@ class Simulation:
         share_failing: float = 0.0,
         constrains: bool = True,
         windows: tuple[int | None, ...] = (None,),
+        num_stages: int = 1,
     ) -> None:
         self.random = rng = random.Random(seed)
         self.kinds = [None, None, *range(len(GRAMMARS))] if constrains else [None]
@@ -63,13 +64,14 @@ class Simulation:
             enable_prefix_caching=rng.random() < 0.75,
             max_inflight_steps=1 + seed % 4,
             grammar_timeout_s=WAIT_S,
+            pipeline_parallel_size=num_stages,
         )
         self.max_model_len = max_model_len
         step_tokens = self.config.scheduler.limits("fake").max_num_batched_tokens
         least = 1 + most_blocks(
             windows, max_model_len, block_size=block_size, step_tokens=step_tokens
         )
-        executor = FakeExecutor(
+        executor = (FakeFirstStage if num_stages > 1 else FakeExecutor)(
             self.config,
             num_blocks=least + rng.choice([0, 1, 4, 40]),
             max_model_len=max_model_len,
@@ -225,6 +227,22 @@ def test_outputs_equal_the_reference_and_nothing_leaks(depth: int) -> None:
         num_forced += simulation.num_forced
     assert num_preemptions > 50, "the simulations must preempt to mean something"
     assert num_forced > 500, "and force tokens: the reference samples each of them"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_stages_know_the_ids_of_what_they_run(depth: int) -> None:
+    """In the first stage of a pipeline, to which sampled ids come with later plans."""
+    num_preemptions = num_forced = 0
+    for seed in range(depth - 1, NUM_SEEDS // 2, 4):
+        simulation = Simulation(seed, num_stages=2)
+        try:
+            simulation.run()
+        except (AssertionError, IndexError) as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        num_preemptions += simulation.num_preemptions
+        num_forced += simulation.num_forced
+    assert num_preemptions > 20, "the simulations must preempt to mean something"
+    assert num_forced > 200, "and force tokens"
 
 
 def windows_of(seed: int) -> tuple[int | None, ...]:

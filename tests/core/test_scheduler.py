@@ -28,7 +28,7 @@ def make_scheduler(*, num_blocks: int = 100, max_model_len: int = 64, **limits: 
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     return Scheduler(
-        config.scheduler.limits("cpu"),
+        config.limits("cpu"),
         blocks,
         max_model_len=max_model_len,
         eos_token_ids=frozenset([EOS]),
@@ -305,3 +305,31 @@ def test_who_does_not_read_makes_room_before_who_runs() -> None:
             break
         answer(scheduler, schedule(scheduler), 9)
     assert younger.num_preemptions == 0 and older.num_preemptions == 1
+
+
+def test_the_steps_of_a_pipeline_share_the_sequences() -> None:
+    """Each in one step at a time: whose id is pending waits, and leaves room for no other."""
+    scheduler = make_scheduler(pipeline_parallel_size=2)
+    first, second, third = (add(scheduler, [number] * 5, number=number) for number in (1, 2, 3))
+    step = schedule(scheduler)
+    assert step.sampled == [first, second, third]
+    assert scheduler.schedule() is None
+    answer(scheduler, step, 7, 7, 7)
+    one, other = schedule(scheduler), schedule(scheduler)
+    assert (one.sequences, other.sequences) == ([first, second], [third])
+    assert scheduler.schedule() is None
+    answer(scheduler, one, 8, 8)
+    again = schedule(scheduler)
+    assert again.sequences == [first, second]
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline() -> None:
+    scheduler = make_scheduler(pipeline_parallel_size=2, max_num_batched_tokens=4)
+    sequence = add(scheduler, list(range(1, 11)))
+    steps = [schedule(scheduler) for _ in range(3)]
+    assert [step.plan.num_scheduled for step in steps] == [[4], [4], [2]]
+    assert scheduler.schedule() is None
+    answer(scheduler, steps[0])
+    answer(scheduler, steps[1])
+    answer(scheduler, steps[2], 7)
+    assert schedule(scheduler).plan.num_computed == [10] and sequence.num_pending == 1

@@ -62,10 +62,12 @@ async def all_running(llm: AsyncLLM) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-async def test_a_rank_dies_amid_streams_which_resume(victim: int) -> None:
+@pytest.mark.parametrize(
+    ("victim", "shared"), [(0, "tensor_parallel_size"), (1, "pipeline_parallel_size")]
+)
+async def test_a_rank_dies_amid_streams_which_resume(victim: int, shared: str) -> None:
     expected = await undisturbed_ids()
-    async with engine(tensor_parallel_size=2) as llm:
+    async with engine(**{shared: 2}) as llm:
         (core,) = core_children(os.getpid())
         ranks = rank_children(core)
         assert len(ranks) == 2

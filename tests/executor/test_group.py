@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from nanovllm.executor.base import Executor
 from nanovllm.executor.group import GroupExecutor
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
-from tests.e2e.processes import rank_children
+from tests.e2e.processes import alive, rank_children
 from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
 
@@ -30,6 +31,10 @@ KINDS = [
     {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
     {"temperature": 1.0, "logit_bias": {5: 2.0, 130: 3.0}, "min_tokens": 2},
 ]
+
+
+# One rank, several, and what both say of themselves.
+Engines = tuple[Executor, Executor, WorkerInfo]
 
 
 def config_of(model: str, size: int = 1, **settings: Any) -> EngineConfig:
@@ -48,42 +53,49 @@ def begin(executor: Executor) -> WorkerInfo:
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen3_moe", 2, False), ("olmoe_renormalized", 2, True), ("olmo2", 4, False)],
-    ids=lambda p: p[0],
+    params=[
+        ("qwen3_moe", 2, {}),
+        ("olmoe_renormalized", 2, {"enable_expert_parallel": True}),
+        ("olmo2", 4, {}),
+        ("llama3", 1, {"pipeline_parallel_size": 2, "quantization": "int8"}),
+        ("gemma4_small", 1, {"pipeline_parallel_size": 2, "num_gpu_blocks_override": 50}),
+        ("qwen3_moe", 2, {"pipeline_parallel_size": 2}),
+    ],
+    ids=lambda p: f"{p[0]}-{p[1]}x{p[2].get('pipeline_parallel_size', 1)}",
 )
 def engines(
     request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
-) -> Iterator[tuple[Executor, Executor]]:
+) -> Iterator[Engines]:
     """One rank and several, of the same model. Of 4 ranks two have the same KV head; of 5 experts
-    that are spread the second rank has three."""
-    name, size, spreads = request.param
+    that are spread the second rank has three; of stages the second has a tied head, or layers that
+    share keys and are given vectors."""
+    name, size, settings = request.param
     model = str(tiny_checkpoint(name))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    alone = InlineExecutor(config_of(model), lambda *_: None)
-    several = config_of(model, size, enable_expert_parallel=spreads)
+    alike = {
+        name: settings[name]
+        for name in ("quantization", "num_gpu_blocks_override")
+        if name in settings
+    }
+    alone = InlineExecutor(config_of(model, **alike), lambda *_: None)
+    several = config_of(model, size, **settings)
     group = GroupExecutor(several, lambda *_: None)
     one, many = begin(alone), begin(group)
-    assert many.num_blocks == one.num_blocks
-    assert f"{size} ranks" in many.notes[0]
-    yield alone, group
+    assert (many.num_blocks, many.kv_windows) == (one.num_blocks, one.kv_windows)
+    assert f"{several.parallel.num_ranks} ranks" in many.notes[0]
+    yield alone, group, many
     alone.shutdown()
     group.shutdown()
 
 
-def live(executor: Executor, seed: int, preempted: list[int]) -> dict[int, list[Any]]:
-    """A random life of a core: what each sequence got. preempted: takes up how often."""
+def live(
+    executor: Executor, info: WorkerInfo, seed: int, preempted: list[int]
+) -> dict[int, list[Any]]:
+    """A random life of a core: what each sequence got; apart from it, by -1 less its number, of its
+    prompt, as others' chunks may be larger. preempted: takes up how often."""
     rng = random.Random(seed)
-    info = WorkerInfo(
-        device="cpu",
-        dtype="float32",
-        attention_backend="",
-        architecture="",
-        num_blocks=NUM_BLOCKS,
-        max_model_len=64,
-        vocab_size=160,
-        eos_token_ids=[2],
-    )
-    core = EngineCore(config_of(""), executor, info)
+    config = executor._config if isinstance(executor, GroupExecutor) else config_of("")
+    core = EngineCore(config, executor, info)
     prefixes = [[rng.randrange(3, 160) for _ in range(9)] for _ in range(2)]
     got: dict[int, list[Any]] = {}
     left, number = 8, 0
@@ -97,7 +109,7 @@ def live(executor: Executor, seed: int, preempted: list[int]) -> dict[int, list[
                 seed=number, max_tokens=rng.choice((3, 25)), **rng.choice(KINDS)
             )
             core.add(0, AddRequest(number, prompt, params))
-            got[number] = []
+            got[number], got[-1 - number] = [], []
             number += 1
         outputs = core.step() if core.busy else None
         if outputs is None:
@@ -110,7 +122,7 @@ def live(executor: Executor, seed: int, preempted: list[int]) -> dict[int, list[
             if (found := outputs.logprobs.get(index)) is not None:
                 got[sequence.number] += [found.top_ids, pytest.approx(found.logprob, abs=1e-4)]
         for sequence, prompt_logprobs in outputs.prompt_logprobs:
-            got[sequence.number] += [
+            got[-1 - sequence.number] += [
                 pytest.approx(one.logprob, abs=1e-4) for one in prompt_logprobs
             ]
     preempted.append(core.scheduler.num_preemptions)
@@ -124,20 +136,20 @@ def numbers(got: dict[int, list[Any]]) -> dict[int, list[Any]]:
     }
 
 
-def test_random_lives_get_the_ids_of_one_rank(engines: tuple[Executor, Executor]) -> None:
+def test_random_lives_get_the_ids_of_one_rank(engines: Engines) -> None:
     """Chunks, prefixes, preemption, every kind of sampling; each step's ids are compared across
     ranks, too."""
-    alone, group = engines
+    alone, group, info = engines
     preempted: list[int] = []
     for seed in range(NUM_LIVES):
-        expected = live(alone, seed, preempted)
-        assert expected == numbers(live(group, seed, preempted)), f"seed {seed}"
+        expected = live(alone, info, seed, preempted)
+        assert expected == numbers(live(group, info, seed, preempted)), f"seed {seed}"
     assert sum(preempted), "lives must preempt to mean something"
 
 
-def test_masks_reach_all_ranks(engines: tuple[Executor, Executor]) -> None:
+def test_masks_reach_all_ranks(engines: Engines) -> None:
     results: list[list[int]] = []
-    for executor in engines:
+    for executor in engines[:2]:
         plan = make_plan(0, [(1, 0, 5)], new_rows=[new_row(1, [5, 6, 7, 8, 9], block_ids=[1, 2])])
         step = run_step(executor, plan, make_masks({0: [77, 131]}))
         results.append(step.result().token_ids)
@@ -154,6 +166,33 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
         group.start()
     group.shutdown()
     assert rank_children(os.getpid()) == started_before
+
+
+def test_more_stages_than_layers_are_refused_with_how_many_would_do(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    config = config_of(str(tiny_checkpoint("llama")), pipeline_parallel_size=4)
+    group = GroupExecutor(config, lambda *_: None)
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size: .*3 layers.* use at most 3"):
+        group.start()
+    group.shutdown()
+
+
+def test_a_stage_that_dies_while_the_next_waits_for_it(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    config = config_of(str(tiny_checkpoint("llama")), pipeline_parallel_size=2)
+    group = GroupExecutor(config, lambda *_: None)
+    begin(group)
+    first, second = [rank.process.pid for rank in group._ranks]
+    os.kill(first, signal.SIGSTOP)  # what it is sent it never runs
+    plan = make_plan(0, [(1, 0, 5)], new_rows=[new_row(1, [5, 6, 7, 8, 9], block_ids=[1, 2])])
+    step = run_step(group, plan)
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(DeviceLostError, match=r"rank 0 .*SIGKILL"):
+        step.result()
+    group.shutdown()
+    assert not alive(first) and not alive(second)
 
 
 @pytest.mark.model

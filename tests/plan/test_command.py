@@ -99,6 +99,23 @@ def test_without_a_gpu_it_plans_for_this_machine(
     assert "--gpu-memory" in capsys.readouterr().err
 
 
+def test_says_what_each_stage_of_a_pipeline_holds(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = ["--pipeline-parallel-size", "3", "--tensor-parallel-size", "2"]
+    assert cli.main(["plan", model, "--gpu", "h100", *stages]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()[1:4]]
+    assert [row[:2] for row in rows] == [["1", "0-11"], ["2", "12-23"], ["3", "24-35"]]
+    weights = [float(row[2]) for row in rows]
+    assert weights[0] == weights[2] == pytest.approx(weights[1] + 0.58, abs=0.01)  # the two ends
+    assert {row[3] for row in rows} == {"24"}
+    # Logits of the sampler take more room than anything else does.
+    assert "each of the 2 ranks of stage 3 of 3, which has the least room, H100" in out
+    assert cli.main(["plan", model, "--gpu", "h100", "--pipeline-parallel-size", "37"]) == 2
+    assert "36 layers cannot be cut into 37 stages: use at most 36" in capsys.readouterr().err
+
+
 def test_loads_no_torch(model: str) -> None:
     program = (
         "import sys; from nanovllm.cli import main; main(sys.argv[1:]); "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Residual
+from nanovllm.worker.stage_link import StageLink
 from tests.worker.planning import BLOCK_SIZE, VOCAB_SIZE
 
 WIDTH = 64
@@ -67,6 +68,8 @@ class FakeAttention:
 
 class FakeModel:
     """`max_logit_rows` is the most logits rows it was asked for at once."""
+
+    link: StageLink | None = None
 
     def __init__(self) -> None:
         self.max_logit_rows = 0

@@ -73,9 +73,9 @@ class Builder:
         return self.whole(inputs, {"router": spec.num_experts}, bias=spec.router.bias, wide=wide)
 
     def whole(
-        self, inputs: int, parts: Mapping[str, int], *, bias: bool = False, wide: bool = False
+        self, inputs: int, parts: Mapping[str, int | Cut], *, bias: bool = False, wide: bool = False
     ) -> Linear:
-        """A small layer that every rank has all of, unquantized; wide: in fp32."""
+        """A small layer that every rank of a stage has all of, unquantized; wide: in fp32."""
         dtype = torch.float32 if wide else self.dtype
         return Linear.empty(inputs, parts, bias=bias, shard_axis=0, dtype=dtype, device=self.device)
 

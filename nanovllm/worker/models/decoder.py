@@ -15,6 +15,7 @@ from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.kv_layout import KVLayout, undivided
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
+from nanovllm.checkpoint.stages import stages_of
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels, Residual
@@ -25,6 +26,7 @@ from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlo
 from nanovllm.worker.models.builder import Builder
 from nanovllm.worker.models.gemma4_blocks import DenseAndExpertsBlock, LayerInput, LayerInputs
 from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
+from nanovllm.worker.stage_link import StageLink
 
 
 class DecoderLayer:
@@ -122,7 +124,11 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Embedding, layers, final norm and head. Weights are unset until `weights.load_weights`."""
+    """Embedding, layers, final norm and head; of a stage of a pipeline, its layers, and what of the
+    rest it needs. Weights are unset until `weights.load_weights`.
+
+    link: to the other stages, where there are any; whoever builds the model sets it.
+    """
 
     def __init__(
         self,
@@ -140,7 +146,9 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.attention = attention
-        self.lay_out(undivided(spec))
+        self.stage = stages_of(spec, parallel.num_stages)[parallel.stage]
+        self.link: StageLink | None = None
+        self.lay_out(undivided(spec, stage=self.stage))
         self._kernels = kernels
         build = Builder(
             spec=spec,
@@ -152,26 +160,32 @@ class Decoder:
             parallel=parallel,
         )
         self.vocabulary = Vocabulary.of(spec.vocab_size, parallel)
-        shape = self.vocabulary.cut.size, spec.hidden_size
+        holds_embedding = self.stage.holds_embedding(spec)
+        shape = self.vocabulary.cut.size if holds_embedding else 0, spec.hidden_size
         self.embedding = torch.empty(shape, dtype=dtype, device=device)
         self.embedding_keeper: Callable[[GGUFTensor], None] | None = None
         tables = build.rotary_tables()
         self.layers: list[DecoderLayer] = []
-        for index, layer in enumerate(spec.layers):
-            source = None if layer.keys_of is None else self.layers[layer.keys_of].attention
+        for index in self.stage.layers:
+            layer, source = spec.layers[index], None
+            if layer.keys_of is not None:
+                source = self.layers[layer.keys_of - self.stage.first].attention
             cos_sin = tables[layer.attention]
             made = DecoderLayer(build, layer, module=index, cos_sin=cos_sin, source=source)
             self.layers.append(made)
-        self.layer_inputs = LayerInputs(build) if spec.input_size else None
+        self.layer_inputs = LayerInputs(build, self.stage) if spec.input_size else None
         self.final_norm = build.norm(spec.hidden_size, spec.norm)
-        head = self.embedding if spec.tied_embeddings else torch.empty_like(self.embedding)
-        self.lm_head = Linear(head, None, {"lm_head": self.vocabulary.cut}, shard_axis=0)
+        head, own = self.embedding, self.vocabulary.cut
+        if not (self.stage.is_last and spec.tied_embeddings):
+            own = own if self.stage.is_last else own._replace(size=0)
+            head = torch.empty(own.size, spec.hidden_size, dtype=dtype, device=device)
+        self.lm_head = Linear(head, None, {"lm_head": own}, shard_axis=0)
         self.num_parameters = sum(count_parameters(spec).values())
 
     def lay_out(self, layout: KVLayout) -> None:
         """Where in the cache layers keep their keys; all in one group until this is called."""
         self.layout = layout
-        kinds = [layer.attention for layer in self.spec.layers]
+        kinds = [self.spec.layers[index].attention for index in self.stage.layers]
         self._shapes = [self.attention.spec_of(kind).block_shape for kind in kinds]
 
     def forward(
@@ -183,14 +197,16 @@ class Decoder:
         shape of any kind of layer. wanted: [n] int64, the tokens that are asked for; None: all.
         Returns what the last layer leaves of them.
         """
-        hidden = self.vocabulary.embed(batch.input_ids, self.embedding)
-        if self.spec.embedding_multiplier != 1.0:
-            hidden *= rounded(self.spec.embedding_multiplier, hidden.dtype)
-        inputs: list[Tensor | None] = [None] * len(self.layers)
-        if self.layer_inputs is not None:
-            inputs = list(self.layer_inputs.of(batch.input_ids, hidden).unbind(1))
+        hidden, inputs = batch.received, list[Tensor | None]([None] * len(self.layers))
+        if hidden is None or self.layer_inputs is not None:
+            embedded = self._embed(batch.input_ids)
+            hidden = embedded if hidden is None else hidden
+            if self.layer_inputs is not None:
+                inputs = list(self.layer_inputs.of(batch.input_ids, embedded).unbind(1))
         residual = Residual(hidden)
-        norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), self.final_norm]
+        # What the next stage begins with is not normed ahead here.
+        final_norm = self.final_norm if self.stage.is_last else None
+        norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), final_norm]
         shape = kv_cache.shape[:3]
         # As layers of each kind see it; within a group, too, they may differ in how heads lie.
         caches = {kind: kv_cache.view(*shape, *kind).unbind(1) for kind in set(self._shapes)}
@@ -205,6 +221,12 @@ class Decoder:
                 wanted=wanted if layer is self.layers[-1] else None,
             )
         return residual
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        hidden = self.vocabulary.embed(token_ids, self.embedding)
+        if self.spec.embedding_multiplier != 1.0:
+            hidden *= rounded(self.spec.embedding_multiplier, hidden.dtype)
+        return hidden
 
     def compute_logits(self, residual: Residual) -> Tensor:
         """residual: of n tokens, from `forward`. Returns new memory, [n, vocab_size] float32."""
@@ -233,17 +255,20 @@ class Decoder:
         """Every linear layer, for passes that change how they multiply."""
         for layer in self.layers:
             yield from layer.linears()
-        yield self.lm_head
+        if self.stage.is_last:
+            yield self.lm_head
 
     def slots(self) -> Iterator[WeightSlot]:
         """Every piece that a checkpoint must bring, and where it goes. A tied head brings none."""
-        piece = self.vocabulary.cut, Cut.all_of(self.spec.hidden_size)
-        embedding = WeightSlot("embedding", "weight", self.embedding, piece)
-        yield replace(embedding, keep=self.embedding_keeper)
-        for index, layer in enumerate(self.layers):
+        if self.stage.holds_embedding(self.spec):
+            piece = self.vocabulary.cut, Cut.all_of(self.spec.hidden_size)
+            embedding = WeightSlot("embedding", "weight", self.embedding, piece)
+            yield replace(embedding, keep=self.embedding_keeper)
+        for index, layer in enumerate(self.layers, self.stage.first):
             yield from layer.slots(index)
         if self.layer_inputs is not None:
             yield from self.layer_inputs.slots()
-        yield self.final_norm.slot("final_norm", None, self.spec.norm)
-        if not self.spec.tied_embeddings:
-            yield from self.lm_head.slots(None)
+        if self.stage.is_last:
+            yield self.final_norm.slot("final_norm", None, self.spec.norm)
+            if not self.spec.tied_embeddings:
+                yield from self.lm_head.slots(None)

@@ -10,11 +10,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Dense, LayerSpec, MoE
+from nanovllm.checkpoint.stages import Stage
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.blocks import DenseBlock, rounded
 from nanovllm.worker.models.builder import Builder
+from nanovllm.worker.parallel import Cut
 
 
 class DenseAndExpertsBlock:
@@ -88,30 +90,33 @@ class LayerInput:
 
 
 class LayerInputs:
-    """What each layer is given for a token: a vector of its id's, and a projection of the
-    embedding. Whole on every rank."""
+    """What each layer of a stage is given for a token: a vector of its id's, and a projection of
+    the embedding. The same on every rank of the stage."""
 
-    def __init__(self, build: Builder) -> None:
+    def __init__(self, build: Builder, stage: Stage) -> None:
         spec = build.spec
-        width = spec.num_layers * spec.input_size
-        self.embedding = torch.empty(spec.vocab_size, width, dtype=build.dtype, device=build.device)
-        self.projection = build.whole(spec.hidden_size, {"layer_projection": width})
-        self.norm = build.norm(spec.input_size, spec.norm)
+        size, self._num_layers = spec.input_size, len(stage.layers)
+        own = Cut(stage.first * size, self._num_layers * size, spec.num_layers * size)
+        shape = spec.vocab_size, own.size
+        self.embedding = torch.empty(shape, dtype=build.dtype, device=build.device)
+        self.projection = build.whole(spec.hidden_size, {"layer_projection": own})
+        self.norm = build.norm(size, spec.norm)
+        self._piece = Cut.all_of(spec.vocab_size), own
         self._spec = spec
         self._kernels = build.kernels
 
     def of(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
-        """hidden: the embedding, [num_tokens, hidden_size]. Returns [num_tokens, num_layers,
-        input_size]."""
+        """hidden: the embedding, [num_tokens, hidden_size]. Returns [num_tokens, layers of the
+        stage, input_size]."""
         size = self._spec.input_size
         own = F.embedding(token_ids, self.embedding)
         own *= rounded(size**0.5, own.dtype)
         projected = self.projection(hidden).mul_(self._spec.hidden_size**-0.5)
-        shape = len(hidden), self._spec.num_layers, size
+        shape = len(hidden), self._num_layers, size
         projected = self._kernels.rms_norm(projected.view(-1, size), self.norm)
         return projected.view(shape).add_(own.view(shape)).mul_(2**-0.5)
 
     def slots(self) -> Iterator[WeightSlot]:
-        yield WeightSlot.of_whole("layer_embedding", "weight", self.embedding)
+        yield WeightSlot("layer_embedding", "weight", self.embedding, self._piece)
         yield from self.projection.slots(None)
         yield self.norm.slot("layer_projection_norm", None, self._spec.norm)

@@ -77,6 +77,8 @@ class NativeDecoder:
     Streams are float32.
     """
 
+    link: None = None  # ranks, and so stages, do without
+
     def __init__(self, model: Decoder) -> None:
         self._hidden_size, self._vocab_size = model.spec.hidden_size, model.spec.vocab_size
         embedding = self._embedding = _pack_embedding(model)

@@ -125,4 +125,4 @@ def run_step(
     if is_masked:
         words = np.full(num_entries * -(-runner.vocab_size // 32), -1, np.int32)
         masks = StepMasks(sampling, words.view(np.uint8).data)
-    runner.execute(plan, masks).result()
+    runner.execute(plan, masks, is_practice=True).result()

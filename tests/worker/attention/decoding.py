@@ -12,7 +12,7 @@ from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.forward_batch import ForwardBatch
-from nanovllm.worker.kernels.base import Kernels
+from nanovllm.worker.kernels.base import Kernels, Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.model_runner import Model
@@ -97,7 +97,7 @@ class Driver:
             scheme=scheme,
             parallel=parallel,
         )
-        layout = kv_layout(spec, num_ranks=parallel.size)
+        layout = kv_layout(spec, num_ranks=parallel.size, stage=model.stage)
         model.lay_out(layout)
         load_weights(
             model,
@@ -119,6 +119,17 @@ class Driver:
     @torch.inference_mode()
     def run_batch(self, new: dict[str, list[int]], *, wanted: Tensor | None = None) -> Tensor:
         """`run`, with the logits of all tokens, or of those wanted, as they lie in the batch."""
+        return self.step.compute_logits(self.run_stage(new, wanted=wanted))
+
+    @torch.inference_mode()
+    def run_stage(
+        self,
+        new: dict[str, list[int]],
+        *,
+        wanted: Tensor | None = None,
+        received: Tensor | None = None,
+    ) -> Residual:
+        """What the last layer leaves. received: what the stage before has left."""
         sizes = [self.block_size // count for count in self.model.layout.blocks]
         rows = [(ids, self.lengths.get(name, 0)) for name, ids in new.items()]
         for name, (ids, start) in zip(new, rows, strict=True):
@@ -135,6 +146,6 @@ class Driver:
         batch.others = tuple(others)
         for group, other in enumerate(others, 1):
             other.group = group
+        batch.received = received
         self.model.attention.prepare(batch)
-        residual = self.step.forward(batch, self.kv_cache, wanted=wanted)
-        return self.step.compute_logits(residual)
+        return self.step.forward(batch, self.kv_cache, wanted=wanted)
