@@ -3,6 +3,9 @@
     python benchmarks/tensor_parallel.py                       # on a host with two GPUs or more
     python benchmarks/tensor_parallel.py --device cpu          # in small over gloo: checks itself
     python benchmarks/tensor_parallel.py --parts ids,speed --models 8b --ranks 2 --seconds 90
+    python benchmarks/tensor_parallel.py --parts ids,speed --ranks 1x2,2x2     # stages of pipelines
+
+Ranks are so many of one stage, or those of one stage times stages.
 
 `ids`: greedy and seeded ids of random models (one dense, one of experts, which are cut and then
 spread; the checkpoint of --real, too, where it is named) on several ranks beside those of one.
@@ -31,7 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.config import EngineConfig
@@ -85,6 +88,24 @@ def prompts(count: int, length: int, *, turn: int, vocab_size: int) -> list[list
     ]
 
 
+class Ranks(NamedTuple):
+    """That share a model: so many in each of the stages."""
+
+    each: int
+    stages: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> "Ranks":
+        """text: "2" or "2x2"."""
+        return cls(*map(int, text.split("x")))
+
+    def __str__(self) -> str:
+        return str(self.each) if self.stages == 1 else f"{self.each}x{self.stages}"
+
+
+ALONE = Ranks(1)
+
+
 class Bench:
     """One call: what it was asked for, until when, and what it has found."""
 
@@ -126,11 +147,12 @@ class Bench:
         (path / "config.json").write_text(json.dumps(config))
         return str(path)
 
-    def settings(self, size: int, **more: Any) -> dict[str, Any]:
+    def settings(self, size: Ranks, **more: Any) -> dict[str, Any]:
         """Of an engine of so many ranks."""
         common: dict[str, Any] = {
             "device": self.arguments.device,
-            "tensor_parallel_size": size,
+            "tensor_parallel_size": size.each,
+            "pipeline_parallel_size": size.stages,
             "max_model_len": 256 if self.is_cpu else 4096,
             "max_num_seqs": 8 if self.is_cpu else 64,
             "gpu_memory_utilization": 0.8,
@@ -141,11 +163,11 @@ class Bench:
         return common | more
 
     @contextmanager
-    def engine(self, model: str, size: int, **more: Any) -> Iterator[LLM]:
+    def engine(self, model: str, size: Ranks, **more: Any) -> Iterator[LLM]:
         """Started, and closed; says how long the start took."""
         started = time.monotonic()
         with LLM(model, **self.settings(size, **more)) as llm:
-            self.say("start", model=Path(model).name, ranks=size, s=_rounded(started))
+            self.say("start", model=Path(model).name, ranks=str(size), s=_rounded(started))
             yield llm
 
 
@@ -157,7 +179,7 @@ def _rounded(since: float) -> float:
 
 
 def check_ids(
-    bench: Bench, model: str, sizes: list[int], *, real: bool = False, spreads: bool = False
+    bench: Bench, model: str, sizes: list[Ranks], *, real: bool = False, spreads: bool = False
 ) -> None:
     """Of one rank, then of several. spreads: these hold whole experts."""
     more: dict[str, Any] = {"skip_tokenizer_init": True}
@@ -171,12 +193,12 @@ def check_ids(
         "seeded": SamplingParams(temperature=1, seed=5, max_tokens=num_new, ignore_eos=True),
     }
     expected: dict[str, list[list[int]]] = {}
-    answers: dict[tuple[int, str], list[list[int]]] = {}
+    answers: dict[tuple[Ranks, str], list[list[int]]] = {}
     for size in sizes:
         with bench.engine(model, size, enable_expert_parallel=spreads, **more) as llm:
             for kind, params in kinds.items():
                 answers[size, kind] = _ids(llm, asked, params)
-    with bench.engine(model, 1, **more) as llm:
+    with bench.engine(model, ALONE, **more) as llm:
         for kind, params in kinds.items():
             expected[kind] = _ids(llm, asked, params)
         for (size, kind), ids in answers.items():
@@ -185,7 +207,7 @@ def check_ids(
             bench.say(
                 "ids",
                 model=Path(model).name,
-                ranks=size,
+                ranks=str(size),
                 whole_experts=spreads,
                 kind=kind,
                 equal=f"{equal}/{count}",
@@ -219,12 +241,12 @@ def _largest_gap(llm: LLM, asked: list[list[int]], ids: list[list[int]]) -> floa
 # ---- speed
 
 
-def measure(bench: Bench, model: str, sizes: list[int]) -> None:
+def measure(bench: Bench, model: str, sizes: list[Ranks]) -> None:
     """Tokens per second of new tokens, or of a prompt's, on one rank and on several."""
     alone: dict[str, float] = {}
-    ways = [(1, False), *((size, False) for size in sizes)]
-    if not bench.is_cpu:
-        ways += [(size, True) for size in sizes]
+    ways = [(ALONE, False), *((size, False) for size in sizes)]
+    if not bench.is_cpu:  # ranks of several stages know no other way
+        ways += [(size, True) for size in sizes if size.stages == 1]
     for size, by_nccl in ways:
         more = {"load_format": "dummy", "skip_tokenizer_init": True, "compare_ranks": False}
         more["disable_custom_all_reduce"] = by_nccl
@@ -237,7 +259,7 @@ def measure(bench: Bench, model: str, sizes: list[int]) -> None:
                 bench.say(
                     "speed",
                     model=Path(model).name,
-                    ranks=size,
+                    ranks=str(size),
                     sums="nccl" if by_nccl else "chosen",
                     case=case,
                     tokens_per_s=round(speed, 1),
@@ -273,7 +295,7 @@ def _speed(bench: Bench, llm: LLM, case: str) -> float:
 # ---- faults
 
 
-async def kill_a_rank(bench: Bench, model: str, size: int) -> None:
+async def kill_a_rank(bench: Bench, model: str, size: Ranks) -> None:
     """Streams without and with the death of the last rank."""
     count, num_new = (6, 60) if bench.is_cpu else (64, 400)
     asked = prompts(count, 40, turn=3, vocab_size=500)
@@ -297,7 +319,7 @@ async def kill_a_rank(bench: Bench, model: str, size: int) -> None:
         left = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
     bench.say(
         "faults",
-        ranks=size,
+        ranks=str(size),
         streams=count,
         ids_equal=sum(a == b for a, b in zip(undisturbed, resumed, strict=True)),
         ids_equal_undisturbed=sum(a == b for a, b in zip(undisturbed, again, strict=True)),
@@ -508,15 +530,17 @@ def measure_plan(bench: Bench, size: int) -> None:
     bench.say("plan", ranks=size, p50_us=p50, p99_us=p99)
 
 
-def run_parts(bench: Bench, wanted: list[str], sizes: list[int]) -> None:
+def run_parts(bench: Bench, wanted: list[str], sizes: list[Ranks]) -> None:
     """Those that are wanted, in their order."""
     arguments = bench.arguments
     if "ids" in wanted:
         for kind in ("dense", "experts"):
             model = bench.random_model(kind)
             bench.attempt(f"ids, {kind}", partial(check_ids, bench, model, sizes))
-        whole = partial(check_ids, bench, bench.random_model("experts"), sizes, spreads=True)
-        bench.attempt("ids, whole experts", whole)
+        cut = [size for size in sizes if size.each > 1]
+        whole = partial(check_ids, bench, bench.random_model("experts"), cut, spreads=True)
+        if cut:
+            bench.attempt("ids, whole experts", whole)
         if arguments.real:
             run = partial(check_ids, bench, arguments.real, sizes, real=True)
             bench.attempt("ids, real", run)
@@ -528,7 +552,7 @@ def run_parts(bench: Bench, wanted: list[str], sizes: list[int]) -> None:
         streams = partial(kill_a_rank, bench, bench.random_model("dense"), sizes[0])
         bench.attempt("faults", lambda: asyncio.run(streams()))
     if "reduce" in wanted:
-        bench.attempt("reduce", partial(measure_reduce, bench, sizes[0]))
+        bench.attempt("reduce", partial(measure_reduce, bench, sizes[0].each))
     for size in (2, 4, 8) if "plan" in wanted else ():
         bench.attempt(f"plan, {size}", partial(measure_plan, bench, size))
 
@@ -536,7 +560,7 @@ def run_parts(bench: Bench, wanted: list[str], sizes: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--ranks", default="2", help="sizes beside 1, with commas")
+    parser.add_argument("--ranks", default="2", help="sizes beside 1, with commas: 2,1x2")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
     parser.add_argument("--models", default="8b,0.6b", help="of the speed part")
     parser.add_argument("--real", help="a checkpoint whose ids are compared, too")
@@ -544,9 +568,9 @@ def main() -> None:
     parser.add_argument("--reduce-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sizes = [int(size) for size in arguments.ranks.split(",")]
+    sizes = [Ranks.of(size) for size in arguments.ranks.split(",")]
     if arguments.reduce_rank is not None:
-        reduce_rank(arguments.reduce_rank, sizes[0], arguments.device, arguments.store)
+        reduce_rank(arguments.reduce_rank, sizes[0].each, arguments.device, arguments.store)
         return
     wanted = arguments.parts.split(",")
     if unknown := set(wanted) - set(PARTS):
