@@ -13,6 +13,7 @@ from msgspec import Meta
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
+DistributedExecutorBackend = Literal["mp", "ray"]
 OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 Quantization = Literal["int4", "int8", "fp8"]
@@ -20,6 +21,7 @@ KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackendName = Literal["auto", "torch", "native", "triton", "flash_attn"]
 Name = Annotated[str, Meta(min_length=1)]
 Revision = Annotated[str, Meta(pattern=r"^[\w./-]+$")]
+HexId = Annotated[str, Meta(pattern="^([0-9a-f]{2})+$")]
 AtLeast1 = Annotated[int, Meta(ge=1)]
 AtLeast2 = Annotated[int, Meta(ge=2)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -251,6 +253,23 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
     ] = 1
+    distributed_executor_backend: Annotated[
+        DistributedExecutorBackend,
+        Meta(description="what starts ranks: processes of this host, or actors of a Ray cluster"),
+    ] = "mp"
+    ray_resource: Annotated[
+        str | None, Meta(description="a custom Ray resource; a rank takes 1 of it, and no CPU")
+    ] = None
+    ray_placement_group: Annotated[
+        HexId | None,
+        Meta(
+            description="id of the Ray placement group for ranks (default: that of the program's "
+            "own actor or task, else a new one)"
+        ),
+    ] = None
+    ray_placement_timeout: Annotated[
+        float, Meta(ge=0, description="seconds that Ray may take to find room for all ranks")
+    ] = 60.0
     enable_expert_parallel: Annotated[
         bool, Meta(description="tensor-parallel ranks hold whole experts, not a part of each")
     ] = False

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 from nanovllm.config import (
     AttentionBackendName,
     Device,
+    DistributedExecutorBackend,
     DType,
     KVCacheDType,
     LoadFormat,
@@ -61,6 +62,10 @@ class EngineKeywords(SupervisionKeywords, total=False):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
+    distributed_executor_backend: DistributedExecutorBackend
+    ray_resource: str | None
+    ray_placement_group: str | None
+    ray_placement_timeout: float
     enable_expert_parallel: bool
     disable_custom_all_reduce: bool
     compare_ranks: bool

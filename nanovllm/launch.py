@@ -37,7 +37,8 @@ EXECUTORS = {
 def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Executor:
     """The executor this configuration asks for."""
     kind = "synthetic" if config.model.load_format == "synthetic" else "inline"
-    if config.parallel.num_ranks > 1:
+    parallel = config.parallel
+    if parallel.num_ranks > 1 or parallel.distributed_executor_backend == "ray":
         kind = "group"
     module, _, name = EXECUTORS[kind].partition(":")
     executor: Executor = getattr(import_module(module), name)(config, on_progress)

@@ -1,4 +1,4 @@
-"""One end of a socket pair that carries frames: a length, then a message in MessagePack.
+"""One end of a connection that carries frames: a length, then a message in MessagePack.
 
 A group holds one per rank, and the rank the other end. Nothing here blocks: whoever waits does so
 in a poll of its own, in which it also sees that the other end has gone.
@@ -17,15 +17,25 @@ class ChannelClosedError(Exception):
 
 
 class Channel:
-    """Takes the socket over."""
+    """Takes the sockets over.
 
-    def __init__(self, end: socket.socket) -> None:
+    lifeline: between hosts, a second connection to the same process, on which nothing is ever said.
+    There the system can ask the other host whether it still lives, which it does not where frames
+    wait to be sent. The end of either connection is the end of the channel.
+    """
+
+    def __init__(self, end: socket.socket, lifeline: socket.socket | None = None) -> None:
+        self._sockets = [end] if lifeline is None else [end, lifeline]
+        for one in self._sockets:
+            one.setblocking(False)
         self._end = end
-        end.setblocking(False)
+        self._lifeline = lifeline
         self._unsent = bytearray()
         self._arrived = bytearray()
+        self.descriptors = tuple(one.fileno() for one in self._sockets)  # to be polled for input
 
     def fileno(self) -> int:
+        """That of the frames."""
         return self._end.fileno()
 
     def send(self, frame: bytes) -> None:
@@ -40,8 +50,10 @@ class Channel:
             try:
                 num_sent = self._end.send(self._unsent)
             except BlockingIOError:
+                if self._is_cut:
+                    raise ChannelClosedError from None
                 return False
-            except (BrokenPipeError, ConnectionResetError) as error:
+            except OSError as error:
                 raise ChannelClosedError from error
             del self._unsent[:num_sent]
         return True
@@ -54,8 +66,8 @@ class Channel:
             is_open = bool(data)
             self._arrived += data
         except BlockingIOError:
-            pass
-        except ConnectionResetError:
+            is_open = not self._is_cut
+        except OSError:  # by the other end, or because its host cannot be reached
             is_open = False
         while len(self._arrived) >= HEADER.size:
             end = HEADER.size + HEADER.unpack_from(self._arrived)[0]
@@ -67,6 +79,22 @@ class Channel:
         if not is_open:
             raise ChannelClosedError
 
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the lifeline has ended, if there is one."""
+        return self._lifeline is not None and has_ended(self._lifeline)
+
     def close(self) -> None:
         """The other end sees it. Safe to call twice."""
-        self._end.close()
+        for one in self._sockets:
+            one.close()
+
+
+def has_ended(silent: socket.socket) -> bool:
+    """Whether the other end of a connection on which nothing is said has gone."""
+    try:
+        return not silent.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

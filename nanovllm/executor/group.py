@@ -1,14 +1,13 @@
 """Many ranks as one executor: plans go to all of them, and the first that samples answers.
 
-`launch` chooses it for several ranks. The core plans for one device and never knows. Ranks run
-the same steps in the same order, and meet in their sums: a rank that dies or raises ends the whole
-group, within `WATCH_S` of its death wherever this waits. A rank that is stopped is not dead: it is
-reported, and waited for.
+`launch` chooses it for several ranks, or ranks of a Ray cluster; the core plans for one device.
+Ranks run the same steps in the same order, and meet in their sums: a rank that dies or raises ends
+the whole group, within `WATCH_S` of its death wherever this waits. A rank that is stopped is not
+dead: it is reported, and waited for.
 """
 
 import logging
 import select
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +19,7 @@ from msgspec.structs import replace
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.channel import ChannelClosedError
-from nanovllm.executor.rank_process import RankProcess
+from nanovllm.executor.launcher import StartedRank, make_launcher
 from nanovllm.protocol.group import (
     Allocate,
     Allocated,
@@ -58,14 +57,15 @@ LOG = logging.getLogger(__name__)
 
 
 class GroupExecutor:
-    """An `executor.base.Executor` over the processes of this host that share a model."""
+    """An `executor.base.Executor` over ranks that share a model, wherever they run."""
 
     def __init__(self, config: EngineConfig, on_progress: ProgressCallback) -> None:
         self._config = config
         self._on_progress = on_progress
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromRank)
-        self._ranks: list[RankProcess] = []
+        self._launcher = make_launcher(config, on_progress)
+        self._ranks: list[StartedRank] = []
         self._poll = select.poll()
         self._results: dict[int, StepResult] = {}
         self._sampled = SampledElsewhere()
@@ -76,16 +76,17 @@ class GroupExecutor:
     def start(self) -> WorkerInfo:
         """Start all ranks, and load the model on each. Blocks are those that fit everywhere."""
         size = self._config.parallel.num_ranks
-        for number in range(size):
-            self._ranks.append(RankProcess.spawn(self._config, number))
-            self._poll.register(self._ranks[-1].channel, select.POLLIN)
+        for started in self._launcher.start():
+            self._ranks.append(started)
+            for descriptor in started.channel.descriptors:
+                self._poll.register(descriptor, select.POLLIN)
         infos: dict[int, WorkerInfo] = {}
         phase, share = "starting", 0.0
         for received in self._received("the start"):
             for rank, message in received:
                 match message:
                     case Listening(port):
-                        self._send(Connect(port), self._ranks[1:])
+                        self._send(Connect(port, self._ranks[0].host), self._ranks[1:])
                     case Progress() if rank.rank == 0:
                         phase, share = message.phase, message.share
                     case Started(info):
@@ -173,11 +174,12 @@ class GroupExecutor:
         for rank in self._ranks:
             rank.end(max(0.0, until - time.monotonic()))
         self._ranks = []
+        self._launcher.close()
         self._is_running = False
 
     # ---- the channels
 
-    def _send(self, message: ToRank, ranks: list[RankProcess] | None = None) -> None:
+    def _send(self, message: ToRank, ranks: list[StartedRank] | None = None) -> None:
         """To these ranks (all), encoded once."""
         if self._lost is not None:
             raise self._lost
@@ -197,7 +199,7 @@ class GroupExecutor:
                 pass
             raise self._explain(failed or {rank.rank: None}) from None
 
-    def _received(self, what: str) -> Iterator[list[tuple[RankProcess, FromRank]]]:
+    def _received(self, what: str) -> Iterator[list[tuple[StartedRank, FromRank]]]:
         """What ranks say, again and again, for as long as the caller waits for more. what: it waits
         for, to be told if a signal has stopped a rank."""
         started, told = time.monotonic(), False
@@ -206,11 +208,11 @@ class GroupExecutor:
             if not told and time.monotonic() - started > TELL_STOPPED_AFTER_S:
                 told = self._tell_stopped(what)
 
-    def _receive(self, timeout_s: float) -> list[tuple[RankProcess, FromRank]]:
+    def _receive(self, timeout_s: float) -> list[tuple[StartedRank, FromRank]]:
         """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
         if self._lost is not None:
             raise self._lost
-        received: list[tuple[RankProcess, FromRank]] = []
+        received: list[tuple[StartedRank, FromRank]] = []
         failed: dict[int, RankFailed | None] = {}
         for rank in self._ready(timeout_s):
             received += self._take(rank, failed)
@@ -218,13 +220,13 @@ class GroupExecutor:
             raise self._explain(failed)
         return received
 
-    def _ready(self, timeout_s: float) -> Iterator[RankProcess]:
+    def _ready(self, timeout_s: float) -> Iterator[StartedRank]:
         found = {descriptor for descriptor, _ in self._poll.poll(timeout_s * 1e3)}
-        return (rank for rank in self._ranks if rank.channel.fileno() in found)
+        return (rank for rank in self._ranks if not found.isdisjoint(rank.channel.descriptors))
 
     def _take(
-        self, rank: RankProcess, failed: dict[int, RankFailed | None]
-    ) -> Iterator[tuple[RankProcess, FromRank]]:
+        self, rank: StartedRank, failed: dict[int, RankFailed | None]
+    ) -> Iterator[tuple[StartedRank, FromRank]]:
         """failed: takes up what went wrong; None: the rank is dead, without a word."""
         try:
             for frame in rank.channel.receive():
@@ -234,7 +236,8 @@ class GroupExecutor:
                 else:
                     yield rank, message
         except ChannelClosedError:
-            self._poll.unregister(rank.channel)
+            for descriptor in rank.channel.descriptors:
+                self._poll.unregister(descriptor)
             failed.setdefault(rank.rank, None)
 
     # ---- what ends a group
@@ -262,11 +265,10 @@ class GroupExecutor:
         size = len(self._ranks)
         self._lost = DeviceLostError(f"{cause}: the {size} ranks of its group have been ended")
         for rank in self._ranks:
-            rank.process.kill()
+            rank.kill()
         until = time.monotonic() + KILLED_S
         for rank in self._ranks:  # `shutdown` waits for one that its device holds up
-            with suppress(subprocess.TimeoutExpired):
-                rank.process.wait(max(0.0, until - time.monotonic()))
+            rank.wait(max(0.0, until - time.monotonic()))
         return self._lost
 
     def _tell_stopped(self, what: str) -> bool:

@@ -25,6 +25,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.executor.base import Executor
 from nanovllm.executor.channel import Channel, ChannelClosedError
 from nanovllm.executor.group import digest_of
+from nanovllm.executor.rank_process import LOCALHOST, Seat
 from nanovllm.protocol.group import (
     Allocate,
     Allocated,
@@ -61,14 +62,16 @@ class RankStep(StepHandle, Protocol):
 class Rank:
     """One rank, from its start to its end."""
 
-    def __init__(self, config: EngineConfig, rank: int, channel: Channel) -> None:
+    def __init__(self, config: EngineConfig, seat: Seat, channel: Channel) -> None:
         self._config = config
-        self._rank = rank
+        self._seat = seat
+        self._rank = seat.rank
         self._channel = channel
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToRank)
         self._poll = select.poll()
-        self._poll.register(channel, select.POLLIN)
+        for descriptor in channel.descriptors:
+            self._poll.register(descriptor, select.POLLIN)
         self._unsampled: RankStep | None = None
         self._steps: deque[RankStep] = deque()  # under way
         self._told = "", 0.0  # the last phase, and when
@@ -127,19 +130,27 @@ class Rank:
         from nanovllm.worker.rank import RankWorker
 
         size = self._config.parallel.num_ranks
-        return RankWorker(self._config, self._on_progress, self._rank, size, meet=self._meet)
+        return RankWorker(
+            self._config,
+            self._on_progress,
+            self._rank,
+            size,
+            meet=self._meet,
+            local_rank=self._seat.local_rank,
+            local_size=self._seat.local_size,
+        )
 
-    def _meet(self, port: int | None) -> int:
-        """Agree on a port: the first rank brings it, the others are told."""
+    def _meet(self, port: int | None) -> tuple[str, int]:
+        """Agree on host and port: the first rank brings the port, the others are told."""
         if port is not None:
             self._tell(Listening(port))
-            return port
+            return LOCALHOST, port
         while True:
             self._poll.poll()
             for frame in self._channel.receive():
                 message = self._decoder.decode(frame)
                 assert isinstance(message, Connect)
-                return message.port
+                return message.host, message.port
 
     def _on_progress(self, phase: str, progress: float) -> None:
         last, at = self._told
@@ -162,17 +173,21 @@ class Rank:
         self._tell(RankFailed(message, traceback.format_exc(), usage))
 
 
-def watch_owner(owner: int, descriptor: int) -> None:
+def watch_owner(owner: int, descriptors: list[int]) -> None:
     """End this process when its owner has gone, even while it waits for other ranks or is stopped.
 
     The system's signal ends what is stopped, where there is one; the channel's end tells the rest.
+    descriptors: of the channel's sockets.
     """
+    ended = 0  # a hang-up is told unasked
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ended = select.POLLRDHUP  # all that TCP tells of an end that was closed
     if os.getppid() != owner:
         os._exit(1)
     hangup = select.poll()
-    hangup.register(descriptor, 0)
+    for descriptor in descriptors:
+        hangup.register(descriptor, ended)
 
     def watch() -> None:
         hangup.poll()
@@ -186,14 +201,17 @@ def main() -> None:
     """Run a rank until its group ends it."""
     parser = argparse.ArgumentParser(prog="nanovllm.executor.rank")
     parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--local-rank", type=int, required=True)
+    parser.add_argument("--local-size", type=int, required=True)
+    parser.add_argument("--fds", type=int, nargs="+", required=True)
     parser.add_argument("--owner", type=int, required=True)
     parser.add_argument("--config-json", required=True)
     arguments = parser.parse_args()
-    watch_owner(arguments.owner, arguments.fd)
+    watch_owner(arguments.owner, arguments.fds)
     logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {arguments.rank} %(message)s")
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
-    rank = Rank(config, arguments.rank, Channel(socket.socket(fileno=arguments.fd)))
+    seat = Seat(arguments.rank, arguments.local_rank, arguments.local_size)
+    rank = Rank(config, seat, Channel(*(socket.socket(fileno=fd) for fd in arguments.fds)))
     code = 0
     try:
         rank.run()

@@ -13,6 +13,7 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
     """Where the first rank's `Listening` store is: meet the others there."""
 
     port: int
+    host: str = "127.0.0.1"
 
 
 class Allocate(msgspec.Struct, frozen=True, tag=True):

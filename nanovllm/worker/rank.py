@@ -29,7 +29,9 @@ FOREVER = timedelta(days=30)
 
 
 class RankWorker(Worker):
-    """meet: told the port of the first rank, or asked for it with None; returns it."""
+    """local_rank: of the `local_size` ranks that this host has of the group. meet: told the port of
+    the first rank, or asked for it with None; returns the first rank's host and port.
+    """
 
     def __init__(
         self,
@@ -38,7 +40,9 @@ class RankWorker(Worker):
         rank: int,
         size: int,
         *,
-        meet: Callable[[int | None], int],
+        meet: Callable[[int | None], tuple[str, int]],
+        local_rank: int,
+        local_size: int,
     ) -> None:
         spreads, num_stages = (
             config.parallel.enable_expert_parallel,
@@ -50,10 +54,12 @@ class RankWorker(Worker):
         )
         super().__init__(config, on_progress, parallel=parallel)
         self._meet = meet
+        self._local_rank = local_rank
+        self._local_size = local_size
 
     def start(self) -> WorkerInfo:
         """Meet the others, then load this rank's part of the model."""
-        device = take_device(self._config, self._parallel.number, self._parallel.num_ranks)
+        device = take_device(self._config, self._local_rank, self._local_size)
         self._on_progress("ranks", 0.0)
         join(self._parallel, device, self._meet)
         if not self._parallel.is_only_stage:
@@ -61,7 +67,8 @@ class RankWorker(Worker):
             greet_neighbours(self._parallel, device)
         note, tries = None, not self._config.parallel.disable_custom_all_reduce
         if device.type == "cuda" and tries and self._parallel.is_only_stage:
-            exchange, note = fastest_exchange(self._parallel, device)
+            is_one_host = self._local_size == self._parallel.size
+            exchange, note = fastest_exchange(self._parallel, device, is_one_host=is_one_host)
             self._parallel = replace(self._parallel, exchange=exchange)
         info = super().start()
         return info if note is None else msgspec.structs.replace(info, notes=[*info.notes, note])
@@ -74,34 +81,37 @@ class RankWorker(Worker):
             distributed.destroy_process_group()
 
 
-def take_device(config: EngineConfig, rank: int, size: int) -> torch.device:
-    """The GPU of this rank's number, or its share of the CPU's cores.
+def take_device(config: EngineConfig, local_rank: int, local_size: int) -> torch.device:
+    """The GPU of this rank's number on its host, or its share of the host's cores.
 
     Raises `ValueError` if there are fewer GPUs than ranks.
     """
     if config.model.device != "cpu" and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
-        if num_gpus < size:
+        if num_gpus < local_size:
             raise ValueError(
-                f"tensor_parallel_size: {size} ranks need a GPU each, and {num_gpus} "
+                f"tensor_parallel_size: {local_size} ranks need a GPU each, and {num_gpus} "
                 f"{'is' if num_gpus == 1 else 'are'} visible: use {num_gpus}, or device 'cpu'"
             )
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(local_rank)
     device = choose_device(config.model.device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = config.model.threads or num_usable_cores()
-        torch.set_num_threads(max(1, cores // size))
+        torch.set_num_threads(max(1, cores // local_size))
     return device
 
 
-def join(parallel: TensorParallel, device: torch.device, meet: Callable[[int | None], int]) -> None:
+def join(
+    parallel: TensorParallel, device: torch.device, meet: Callable[[int | None], tuple[str, int]]
+) -> None:
     """Make the default group of torch.distributed; returns when all ranks are in it."""
     is_first = parallel.number == 0
     if is_first:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=FOREVER)
         meet(store.port)
     else:
-        store = TCPStore(HOST, meet(None), is_master=False, timeout=FOREVER)
+        host, port = meet(None)
+        store = TCPStore(host, port, is_master=False, timeout=FOREVER)
     distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -134,7 +144,7 @@ def greet_neighbours(parallel: TensorParallel, device: torch.device) -> None:
 
 
 def fastest_exchange(
-    parallel: TensorParallel, device: torch.device
+    parallel: TensorParallel, device: torch.device, *, is_one_host: bool
 ) -> tuple[Exchange | None, str | None]:
     """GPUs that write into each other's memory, up to the size of message where that is as fast as
     NCCL; else None. All ranks find the same. Also returns what to tell about it."""
@@ -142,8 +152,10 @@ def fastest_exchange(
     from nanovllm.worker.kernels.triton.launch import unusable
 
     others = [rank for rank in range(parallel.size) if rank != parallel.rank]
-    is_possible = unusable(device) is None
-    is_possible &= all(torch.cuda.can_device_access_peer(device, rank) for rank in others)
+    is_possible = is_one_host and unusable(device) is None  # then a rank is its device's number
+    is_possible = is_possible and all(
+        torch.cuda.can_device_access_peer(device, rank) for rank in others
+    )
     if not _least(is_possible, device):
         return None, "sums over ranks by NCCL: GPUs do not reach each other's memory"
     direct = Direct.open(parallel.rank, parallel.size, device)

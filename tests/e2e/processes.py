@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+RANK = b"nanovllm.executor.rank"
+
 
 def core_children(owner: int) -> list[int]:
     """Pids of the core programs that `owner` has started."""
@@ -13,7 +15,13 @@ def core_children(owner: int) -> list[int]:
 
 def rank_children(owner: int) -> list[int]:
     """Pids of the ranks that `owner`, a core, has started, the first one first."""
-    return sorted(_children(owner, b"nanovllm.executor.rank"))
+    return sorted(_children(owner, RANK))
+
+
+def ranks_with(variable: str) -> list[int]:
+    """Pids of ranks, whoever has started them, that have this process's value of a variable."""
+    setting = f"{variable}={os.environ[variable]}".encode()
+    return [pid for pid in _pids() if RANK in _command(pid) and setting in _environment(pid)]
 
 
 def alive(pid: int) -> bool:
@@ -30,12 +38,12 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) 
     return time.monotonic() - started
 
 
+def _pids() -> list[int]:
+    return list(map(int, filter(str.isdigit, os.listdir("/proc"))))
+
+
 def _children(owner: int, program: bytes) -> list[int]:
-    return [
-        pid
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if _parent(pid) == owner and program in _command(pid)
-    ]
+    return [pid for pid in _pids() if _parent(pid) == owner and program in _command(pid)]
 
 
 def _stat(pid: int) -> list[str]:
@@ -51,7 +59,15 @@ def _parent(pid: int) -> int:
 
 
 def _command(pid: int) -> bytes:
+    return _read(pid, "cmdline")
+
+
+def _environment(pid: int) -> list[bytes]:
+    return _read(pid, "environ").split(b"\0")
+
+
+def _read(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,14 +90,14 @@ def test_a_rank_that_raises_ends_the_group_with_what_it_raised(group: GroupExecu
 class Wakes(logging.Handler):
     """Lets ranks that a signal has stopped go on as soon as the group tells of them."""
 
-    def __init__(self, group: GroupExecutor) -> None:
+    def __init__(self, pids: Callable[[], list[int]]) -> None:
         super().__init__()
-        self._group = group
+        self._pids = pids
         self.told: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.told.append(record.getMessage())
-        for pid in pids_of(self._group):
+        for pid in self._pids():
             os.kill(pid, signal.SIGCONT)
 
 
@@ -107,7 +107,7 @@ def test_a_stopped_rank_is_told_of_and_waited_for(
 ) -> None:
     monkeypatch.setattr(group_module, "TELL_STOPPED_AFTER_S", 0.1)
     group = synthetic()
-    wakes = Wakes(group)
+    wakes = Wakes(lambda: pids_of(group))
     group_module.LOG.addHandler(wakes)
     try:
         if when == "start":
