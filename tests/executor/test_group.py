@@ -57,7 +57,7 @@ def begin(executor: Executor) -> WorkerInfo:
         ("qwen3_moe", 2, {}),
         ("olmoe_renormalized", 2, {"enable_expert_parallel": True}),
         ("olmo2", 4, {}),
-        ("llama3", 1, {"pipeline_parallel_size": 2, "quantization": "int8"}),
+        ("llama3", 1, {"pipeline_parallel_size": 3, "quantization": "int8"}),
         ("qwen3_moe", 2, {"pipeline_parallel_size": 2}),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}x{p[2].get('pipeline_parallel_size', 1)}",
@@ -66,7 +66,7 @@ def engines(
     request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
 ) -> Iterator[Engines]:
     """One rank and several, of the same model. Of 4 ranks two have the same KV head; of 5 experts
-    that are spread the second rank has three; of stages the second has a tied head."""
+    that are spread the second rank has three; of stages the last has a tied head."""
     name, size, settings = request.param
     model = str(tiny_checkpoint(name))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
