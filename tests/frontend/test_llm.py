@@ -139,6 +139,15 @@ async def test_it_works_where_a_loop_is_running(llm: LLM) -> None:
     assert llm.generate("nested", use_tqdm=False)[0].outputs[0].text == "nested"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in a run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_aborts_and_leaves_it_usable(address: str, handle: Handle) -> None:
     def script(message: ToCore) -> Iterable[FromCore]:
         if isinstance(message, AddRequest) and message.number < 2:
