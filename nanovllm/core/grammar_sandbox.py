@@ -8,6 +8,7 @@ core. The process ends with its owner, whose end of a socket it watches.
 
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -106,14 +107,25 @@ class GrammarSandbox:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._spawn()
-            if self._idle:
-                return self._idle.pop()
-            assert self._control is not None
+            while self._idle:
+                link = self._idle.pop()
+                if not has_news(link):
+                    return link
+                link.close()  # its worker has died: nothing was asked
             mine, others = socket.socketpair()
             mine.settimeout(self._timeout_s + START_S)
             with others:
-                socket.send_fds(self._control, [b"\0"], [others.fileno()])
+                try:
+                    self._hand_over(others)
+                except ConnectionError:  # the process was killed, and has not been found dead above
+                    self._spawn()
+                    self._hand_over(others)
             return mine
+
+    def _hand_over(self, link: socket.socket) -> None:
+        """Have the process start a worker at this end."""
+        assert self._control is not None
+        socket.send_fds(self._control, [b"\0"], [link.fileno()])
 
     def _give_back(self, link: socket.socket, *, spent: bool) -> None:
         with self._lock:
@@ -152,6 +164,13 @@ class GrammarSandbox:
             self._process.kill()  # its workers die with it
             self._process.wait()
             self._process = None
+
+
+def has_news(link: socket.socket) -> bool:
+    """Whether there is something to read, be it the end."""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _ask(link: socket.socket, trial: Trial) -> Verdict | Died | None:

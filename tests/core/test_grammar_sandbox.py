@@ -14,7 +14,13 @@ import pytest
 
 from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, Wanted, follow, random_wanted, try_all
 from nanovllm.core.grammar import GrammarCompiler
-from nanovllm.core.grammar_sandbox import CAUSES, STACK_BYTES, GrammarSandbox, _stack_bytes
+from nanovllm.core.grammar_sandbox import (
+    CAUSES,
+    STACK_BYTES,
+    GrammarSandbox,
+    _stack_bytes,
+    has_news,
+)
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import make_compiler, tokenizer_json
@@ -159,6 +165,23 @@ def test_one_killed_by_somebody_else_is_replaced(sandbox: GrammarSandbox, which:
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     sandbox.try_out(EASY)
+
+
+def test_one_whose_end_is_not_known_yet_is_replaced(
+    sandbox: GrammarSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process closes its sockets before its owner can learn of its end."""
+    sandbox.try_out(EASY)
+    process = sandbox._process
+    assert process is not None and sandbox._idle
+    with monkeypatch.context() as patch:
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        patch.setattr(process, "poll", lambda: None)
+        for link in sandbox._idle:
+            wait_until(lambda link=link: has_news(link), timeout_s=WAIT_S, what="a worker's end")
+        sandbox.try_out(EASY)
+    assert sandbox._process is not process
 
 
 def test_it_has_less_stack_than_any_thread_of_the_core() -> None:
