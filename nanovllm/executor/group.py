@@ -144,7 +144,7 @@ class GroupExecutor:
             answers += [found.has_more for _, found in received if isinstance(found, WarmedUp)]
             if len(answers) == len(self._ranks):
                 break
-        return all(answers)
+        return any(answers)  # stages may have kinds of their own
 
     def wait_for(self, step: int) -> StepResult:
         """The result of a step whose halves have been sent. Raises `DeviceLostError`."""

@@ -128,17 +128,13 @@ class RequestRows:
             places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
         if plan.known_tokens:
-            starts = (
-                one.row * self._width + self._tokens_at + one.position for one in plan.known_tokens
-            )
-            known = [
-                (start + offset, token_id)
-                for start, one in zip(starts, plan.known_tokens, strict=True)
-                for offset, token_id in enumerate(one.token_ids)
-            ]
-            at, token_ids = np.array(known, np.int32).T
-            places.append(at)
-            values.append(token_ids)
+            at: list[int] = []
+            for known in plan.known_tokens:
+                start = known.row * self._width + self._tokens_at + known.position
+                at += range(start, start + len(known.token_ids))
+            places.append(np.array(at, np.int32))
+            told = [token_id for known in plan.known_tokens for token_id in known.token_ids]
+            values.append(np.array(told, np.int32))
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))

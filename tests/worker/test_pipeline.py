@@ -13,9 +13,12 @@ import pytest
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.group import SampledElsewhere
 from nanovllm.executor.inline import InlineExecutor
+from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult, WorkerInfo
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.parallel import TensorParallel
 from nanovllm.worker.worker import Worker
 from tests.executor.test_group import begin, config_of, live, numbers
@@ -135,3 +138,25 @@ def test_stages_get_the_ids_of_one_device(
         assert all(runner and runner._graphs and runner._graphs._captured for runner in runners)
     alone.shutdown()
     stages.shutdown()
+
+
+@pytest.mark.model
+def test_stages_read_their_layers_of_a_gguf_file() -> None:
+    """SmolLM2, whose head is the embedding."""
+    got: list[dict[int, list[int]]] = []
+    for config in (config_of("smollm2"), config_of("smollm2", pipeline_parallel_size=3)):
+        is_cut = config.parallel.pipeline_parallel_size > 1
+        executor = LocalStages(config) if is_cut else InlineExecutor(config, lambda *_: None)
+        core = EngineCore(config, executor, begin(executor))
+        ids: dict[int, list[int]] = {0: [], 1: []}
+        for number, temperature in enumerate((0.0, 0.9)):
+            params = SamplingParams(temperature=temperature, seed=3, max_tokens=10)
+            core.add(0, AddRequest(number, [504, 3575, 282, 4649, 314], params))
+        while core.busy:
+            outputs = core.step()
+            if outputs is not None:
+                for sequence, token_id in zip(outputs.sequences, outputs.token_ids, strict=True):
+                    ids[sequence.number].append(token_id)
+        got.append(ids)
+        executor.shutdown()
+    assert got[0] == got[1] and all(len(ids) == 10 for ids in got[0].values())
