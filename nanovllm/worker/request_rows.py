@@ -128,11 +128,11 @@ class RequestRows:
             places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
         if plan.known_tokens:
-            at: list[int] = []
+            told_at: list[int] = []
             for known in plan.known_tokens:
                 start = known.row * self._width + self._tokens_at + known.position
-                at += range(start, start + len(known.token_ids))
-            places.append(np.array(at, np.int32))
+                told_at += range(start, start + len(known.token_ids))
+            places.append(np.array(told_at, np.int32))
             told = [token_id for known in plan.known_tokens for token_id in known.token_ids]
             values.append(np.array(told, np.int32))
         if not places:
