@@ -15,6 +15,7 @@ from nanovllm.worker.kernels.triton.expert_routing import (
     route,
     sort_by_expert,
 )
+from nanovllm.worker.kernels.triton.expert_tuning import tiles_for
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts, choose
@@ -141,6 +142,14 @@ def test_most_blocks_is_a_bound() -> None:
     assert most_blocks(8, 128, 16) == 8  # each with an expert of its own
     assert most_blocks(1, 128, 16) == 1
     assert most_blocks(65536, 128, 128) == 512 + 127
+
+
+@pytest.mark.parametrize(("has_room", "kib"), [(True, 200), (False, 99)])
+@pytest.mark.parametrize("pairs", [1, 20, 60, 500])
+def test_tiles_fit_into_shared_memory(pairs: int, has_room: bool, kib: int) -> None:
+    for tile, halves in zip(tiles_for(pairs, has_room=has_room), (2, 1), strict=True):
+        stage_bytes = 2 * tile.block_k * (tile.block_m + halves * tile.block_n)
+        assert tile.stages * stage_bytes <= kib * 1024
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

@@ -15,13 +15,16 @@ class ExpertTile:
     stages: int
 
 
-def tiles_for(pairs_per_expert: float, *, are_bytes: bool = False) -> tuple[ExpertTile, ExpertTile]:
+def tiles_for(
+    pairs_per_expert: float, *, are_bytes: bool = False, has_room: bool = True
+) -> tuple[ExpertTile, ExpertTile]:
     """Of gate and up, and of down; both of the same blocks of pairs.
 
-    Chosen by what fits: up to some 64 pairs an expert its weights are what takes time, and several
-    programs share a multiprocessor (at most 72 KiB each); then products are. are_bytes: of weights
-    of 8 or 4 bits few tokens take twice as many inputs at a time, to read as long pieces of rows.
-    (Not yet measured.)
+    Up to some 64 pairs an expert its weights are what takes time, and several programs share a
+    multiprocessor (at most 72 KiB each); then products are, whose tiles are measured on an H200
+    with Qwen3-30B-A3B (benchmarks/experts.py). are_bytes: of weights of 8 or 4 bits few tokens take
+    twice as many inputs at a time, to read as long pieces of rows; not yet measured. has_room: a
+    program may have 200 KiB of shared memory, as on Hopper and later; an Ada has 99.
     """
     block_k = 128 if are_bytes else 64
     if pairs_per_expert <= 12:
@@ -30,4 +33,8 @@ def tiles_for(pairs_per_expert: float, *, are_bytes: bool = False) -> tuple[Expe
         return ExpertTile(32, 64, block_k, 4, 4), ExpertTile(32, 128, block_k, 4, 4)
     if pairs_per_expert <= 64:
         return ExpertTile(64, 64, 64, 4, 3), ExpertTile(64, 128, 64, 4, 3)
-    return ExpertTile(128, 64, 64, 8, 4), ExpertTile(128, 128, 64, 8, 4)
+    if not has_room:
+        return ExpertTile(128, 64, 64, 8, 3), ExpertTile(128, 128, 64, 8, 3)
+    if are_bytes:
+        return ExpertTile(128, 64, 64, 8, 4), ExpertTile(128, 128, 64, 8, 4)
+    return ExpertTile(128, 128, 64, 8, 4), ExpertTile(128, 256, 64, 8, 4)

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.expert_routing import Routed, Sorted, route, sort_by_expert
 from nanovllm.worker.kernels.triton.expert_tuning import ExpertTile, tiles_for
-from nanovllm.worker.kernels.triton.launch import launch_options
+from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, launch_options
 from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
@@ -321,7 +321,9 @@ def fused_experts(
     if len(hidden) == 1:
         return _of_one_token(hidden, routed, gate_up, down, num_inner, gating, residual)
     first, second = tiles or tiles_for(
-        routed.experts.numel() / spec.num_experts, are_bytes=gate_up.weight.itemsize == 1
+        routed.experts.numel() / spec.num_experts,
+        are_bytes=gate_up.weight.itemsize == 1,
+        has_room=has_tensor_memory_accelerator(hidden.device),
     )
     blocks = sort_by_expert(routed, own.size, first.block_m)
     inner = hidden.new_empty(routed.experts.numel(), num_inner)
