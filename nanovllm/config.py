@@ -253,6 +253,13 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=64, description="replicas of the engine, each with ranks of its own")
     ] = 1
+    data_parallel_backend: Annotated[
+        DistributedExecutorBackend,
+        Meta(description="where replicas run: this host, or wherever a Ray cluster has room"),
+    ] = "mp"
+    data_parallel_rank: Annotated[
+        int, Meta(ge=0, description="which replica a core is: it takes its share of a Ray group")
+    ] = 0
     distributed_executor_backend: Annotated[
         DistributedExecutorBackend,
         Meta(description="what starts ranks: processes of this host, or actors of a Ray cluster"),
@@ -284,6 +291,12 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def num_ranks(self) -> int:
         """Of one replica, stage by stage."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def launcher(self) -> DistributedExecutorBackend:
+        """What starts ranks. Replicas on a Ray cluster are ranks there, be it one each."""
+        backends = self.distributed_executor_backend, self.data_parallel_backend
+        return "ray" if "ray" in backends else "mp"
 
     @property
     def answering_rank(self) -> int:

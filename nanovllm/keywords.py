@@ -62,6 +62,8 @@ class EngineKeywords(SupervisionKeywords, total=False):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
+    data_parallel_backend: DistributedExecutorBackend
+    data_parallel_rank: int
     distributed_executor_backend: DistributedExecutorBackend
     ray_resource: str | None
     ray_placement_group: str | None

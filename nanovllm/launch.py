@@ -38,7 +38,7 @@ def make_executor(config: EngineConfig, on_progress: ProgressCallback) -> Execut
     """The executor this configuration asks for."""
     kind = "synthetic" if config.model.load_format == "synthetic" else "inline"
     parallel = config.parallel
-    if parallel.num_ranks > 1 or parallel.distributed_executor_backend == "ray":
+    if parallel.num_ranks > 1 or parallel.launcher == "ray":
         kind = "group"
     module, _, name = EXECUTORS[kind].partition(":")
     executor: Executor = getattr(import_module(module), name)(config, on_progress)

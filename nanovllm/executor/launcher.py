@@ -65,9 +65,8 @@ class Launcher(Protocol):
 
 
 def make_launcher(config: EngineConfig, on_progress: ProgressCallback) -> Launcher:
-    """The one that `distributed_executor_backend` names. Raises `ValueError` if what it needs is
-    not installed."""
-    backend = config.parallel.distributed_executor_backend
+    """The one that the configuration asks for. `ValueError`: what it needs is not installed."""
+    backend = config.parallel.launcher
     module, _, name = LAUNCHERS[backend].partition(":")
     try:
         loaded = import_module(module)

@@ -213,13 +213,14 @@ class RayLauncher:
             for index, bundle in sorted(bundles.items())
             if all(bundle.get(name, 0) >= amount for name, amount in asked.items())
         ]
-        if len(fitting) < self._size:
+        first = self._config.parallel.data_parallel_rank * self._size
+        if len(fitting) < first + self._size:
             raise ValueError(
-                f"ray_placement_group: {self._size} ranks need a bundle with {in_words(asked)} "
-                f"each, and {named} has {len(fitting)} of {len(bundles)}: add bundles to it, use "
-                "fewer ranks, or omit it, so that a group is made"
+                f"ray_placement_group: {first + self._size} ranks need a bundle with "
+                f"{in_words(asked)} each, and {named} has {len(fitting)} of {len(bundles)}: "
+                "add bundles to it, use fewer ranks, or omit it, so that a group is made"
             )
-        return group, fitting[: self._size]
+        return group, fitting[first:][: self._size]
 
     def _too_little(self, asked: dict[str, float]) -> str:
         there, free = ray.cluster_resources(), ray.available_resources()

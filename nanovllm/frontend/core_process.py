@@ -9,14 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
 from nanovllm.config import EngineConfig
 
 PROGRAM = ["-m", "nanovllm.launch"]
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -28,7 +32,7 @@ class CoreHandle:
     process: subprocess.Popen[bytes]
     _owner_end: socket.socket
     _directory: Path | None = field(default=None)
-    _gpus: str | None = None  # those that it sees; None: all
+    _variables: Mapping[str, str] = field(default_factory=dict)  # beside this process's own
 
     def end(self, timeout_s: float = 10.0) -> int:
         """End the core: politely, then by SIGTERM, then by SIGKILL. Returns its exit code."""
@@ -44,7 +48,7 @@ class CoreHandle:
     def restart(self) -> None:
         """Start it again, at the same address, after it has ended."""
         assert self.process.poll() is not None, "end() first"
-        self.process, self._owner_end = _spawn(self.config, self.address, self._gpus)
+        self.process, self._owner_end = _spawn(self.config, self.address, self._variables)
 
     def close(self) -> int:
         """`end`, for good. Returns the exit code."""
@@ -60,6 +64,9 @@ def start_cores(config: EngineConfig) -> list[CoreHandle]:
     Raises `ValueError` if there are too few.
     """
     num_replicas = config.parallel.data_parallel_size
+    if config.parallel.launcher == "ray":
+        configs, variables = on_ray(config)
+        return [start_core(one, variables=variables) for one in configs]
     if num_replicas == 1:
         return [start_core(config)]
     gpus, each = visible_gpus(config), config.parallel.num_ranks
@@ -70,7 +77,25 @@ def start_cores(config: EngineConfig) -> list[CoreHandle]:
             f"{max(1, len(gpus) // each)}, or device 'cpu'"
         )
     shares = [",".join(gpus[first * each :][:each]) for first in range(num_replicas)]
-    return [start_core(config, gpus=share if gpus else None) for share in shares]
+    visible = [{"CUDA_VISIBLE_DEVICES": share} if gpus else {} for share in shares]
+    return [start_core(config, variables=variables) for variables in visible]
+
+
+def on_ray(config: EngineConfig) -> tuple[list[EngineConfig], dict[str, str]]:
+    """What each replica is told whose ranks Ray is to place, and what finds it the cluster.
+
+    A program that Ray runs in a placement group shares that group's bundles out to them.
+    """
+    parallel, variables = config.parallel, {}
+    ray = sys.modules.get("ray")  # imported in every program that Ray runs
+    if ray is not None and ray.is_initialized():
+        variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        group = ray.util.get_current_placement_group()
+        if parallel.ray_placement_group is None and group is not None:
+            parallel = replace(parallel, ray_placement_group=group.id.hex())
+    replicas = range(parallel.data_parallel_size)
+    shares = [replace(parallel, data_parallel_rank=number) for number in replicas]
+    return [replace(config, parallel=share) for share in shares], variables
 
 
 def visible_gpus(config: EngineConfig) -> list[str]:
@@ -84,22 +109,22 @@ def visible_gpus(config: EngineConfig) -> list[str]:
 
 
 def start_core(
-    config: EngineConfig, *, address: str | None = None, gpus: str | None = None
+    config: EngineConfig, *, address: str | None = None, variables: Mapping[str, str] = NONE
 ) -> CoreHandle:
     """Start a core as a program of its own and return at once; clients see it load.
 
     address: where it binds; by default a socket in a fresh directory only this user can enter.
-    gpus: the only ones that it sees, as in CUDA_VISIBLE_DEVICES.
+    variables: of its environment, beside those of this process.
     """
     directory = None
     if address is None:
         directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
         address = f"ipc://{directory}/core.sock"
-    return CoreHandle(config, address, *_spawn(config, address, gpus), directory, gpus)
+    return CoreHandle(config, address, *_spawn(config, address, variables), directory, variables)
 
 
 def _spawn(
-    config: EngineConfig, address: str, gpus: str | None
+    config: EngineConfig, address: str, variables: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """The program, and the end of a socket pair whose closing tells it that its owner has gone."""
     owner_end, core_end = socket.socketpair()
@@ -116,7 +141,7 @@ def _spawn(
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
+            **variables,
         },
     )
     core_end.close()

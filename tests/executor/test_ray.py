@@ -180,11 +180,22 @@ def test_too_little_room_is_told_with_what_there_is(
         group.start()
 
 
-def test_a_placement_group_that_is_there_is_used_and_kept(
+def ids_by_two_ranks() -> list[list[int]]:
+    """By an engine of the task that this is."""
+
+    async def ids() -> list[list[int]]:
+        async with engine(tensor_parallel_size=2, step_ms=0.1, **ON_RAY) as llm:
+            return await all_ids(llm)
+
+    return asyncio.run(ids())
+
+
+async def test_the_placement_group_of_a_program_is_used_and_kept(
     on_ray: Callable[..., GroupExecutor],
 ) -> None:
     import ray
     from ray.util import placement_group, placement_group_table, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     ray.init("auto", log_to_driver=False)
     try:
@@ -194,10 +205,9 @@ def test_a_placement_group_that_is_there_is_used_and_kept(
         with pytest.raises(ValueError, match=r"ray_placement_group: 2 .* 1 seat .* 0 of 1: add"):
             on_ray(ray_placement_group=small.id.hex()).start()
         remove_placement_group(small)
-        group = on_ray(ray_placement_group=room.id.hex())
-        begin(group)
-        assert len(run_step(group, PLAN).result().token_ids) == 1
-        group.shutdown()
+        inside = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=0)
+        task = ray.remote(ids_by_two_ranks).options(num_cpus=1, scheduling_strategy=inside)
+        assert ray.get(task.remote(), timeout=WAIT_S) == await undisturbed_ids()
         assert placement_group_table(room)["state"] == "CREATED"
         remove_placement_group(room)
     finally:
@@ -217,6 +227,19 @@ async def test_a_node_dies_amid_streams_which_resume_when_it_is_back(
         nodes.add_second()
         assert await streams == expected
         assert not set(ranks) & set(ranks_with("RAY_TMPDIR"))
+
+
+async def test_replicas_run_where_there_is_room(on_ray: Callable[..., GroupExecutor]) -> None:
+    """Each is a core here and a rank there; one whose rank dies loses nothing."""
+    expected = await undisturbed_ids()
+    settings = {**ON_RAY, "distributed_executor_backend": "mp", "data_parallel_backend": "ray"}
+    async with engine(data_parallel_size=2, **settings) as llm:
+        ranks = ranks_with("RAY_TMPDIR")
+        assert len(ranks) == 2
+        streams = asyncio.create_task(all_ids(llm))
+        await all_running(llm)
+        os.kill(ranks[0], signal.SIGKILL)
+        assert await streams == expected
 
 
 def test_no_cluster_is_a_mistake_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
