@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,15 @@ def refusal(run: object, words: list[str], capsys: pytest.CaptureFixture[str]) -
     line: str = err.splitlines()[-1]
     assert line.startswith("nanovllm")
     return line
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A command that is run in this process leaves those of its event loop, which has ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("command", MISTAKES)
