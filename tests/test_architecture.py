@@ -30,8 +30,8 @@ BUDGETS = {
     # of a pipeline share
     "core": 5290,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
-    # core failed by itself, and what follows for its requests
-    "frontend": 3990,
+    # core failed by itself, and what follows for its requests; what Ray is told of replicas
+    "frontend": 4015,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
     # frontends that is started again, prompts whose encoding can be ended; what is set for a lesson
     "frontend.server": 6140,

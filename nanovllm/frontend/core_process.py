@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import msgspec
 from msgspec.structs import replace
@@ -20,7 +19,6 @@ from msgspec.structs import replace
 from nanovllm.config import EngineConfig
 
 PROGRAM = ["-m", "nanovllm.launch"]
-NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -109,7 +107,7 @@ def visible_gpus(config: EngineConfig) -> list[str]:
 
 
 def start_core(
-    config: EngineConfig, *, address: str | None = None, variables: Mapping[str, str] = NONE
+    config: EngineConfig, *, address: str | None = None, variables: Mapping[str, str] | None = None
 ) -> CoreHandle:
     """Start a core as a program of its own and return at once; clients see it load.
 
@@ -120,7 +118,9 @@ def start_core(
     if address is None:
         directory = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # mode 0700
         address = f"ipc://{directory}/core.sock"
-    return CoreHandle(config, address, *_spawn(config, address, variables), directory, variables)
+    return CoreHandle(
+        config, address, *_spawn(config, address, variables or {}), directory, variables or {}
+    )
 
 
 def _spawn(
