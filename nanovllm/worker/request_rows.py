@@ -20,7 +20,9 @@ from nanovllm.worker.sampling.columns import (
     COLUMNS,
     COUNTS,
     NEUTRAL,
+    NO_LOGPROBS,
     NUM_WORDS,
+    PENALTIES,
     TORCH_DTYPES,
     Int32Array,
     encode,
@@ -87,6 +89,8 @@ class RequestRows:
         self.columns |= {name: state[:, word_offset(name)] for name in COUNTS}
         self.num_rows = num_rows
         self.host = np.repeat(NEUTRAL, num_rows + 1)
+        self.penalizes = np.zeros(num_rows + 1, bool)  # by row: whether its record asks for that
+        self.wants_logprobs = np.zeros(num_rows + 1, bool)
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
         self.host_block_tables = np.zeros((num_rows + 1, int(starts[-1])), np.int32)
         self.edits: dict[int, RowEdits] = {}
@@ -105,6 +109,8 @@ class RequestRows:
         for new in plan.new_rows:
             record, edits = self._prepare(new)
             self.host[new.row] = record[0]
+            self.penalizes[new.row] = any(record[0][one] != NEUTRAL[0][one] for one in PENALTIES)
+            self.wants_logprobs[new.row] = record[0]["logprobs"] != NO_LOGPROBS
             self._uncounted.add(new.row)
             self.edits.pop(new.row, None)
             if edits is not None:

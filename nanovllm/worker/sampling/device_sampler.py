@@ -17,11 +17,13 @@ from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import mask_words
-from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
+from nanovllm.worker.sampling.columns import Int32Array
 from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, NUM_FIELDS, EditTables, Entries
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.masked_sampler import MAX_ENTRIES, MaskedSampler
 from nanovllm.worker.sampling.sampler import Sampled
+
+NO_ENTRIES = np.empty((NUM_FIELDS, 0), np.int32)
 
 
 class DeviceSampler:
@@ -64,20 +66,29 @@ class DeviceSampler:
         logits: [n, vocab_size, or this rank's ids] of any float type, kept. rows, positions: [n],
         of the new tokens. masks: their indices are lines of logits.
         """
-        host = self._rows.host[rows]
-        penalized = np.logical_or.reduce([host[name] != NEUTRAL[name] for name in PENALTIES])
-        wants_logprobs = host["logprobs"] != NO_LOGPROBS
-        entries = self._find_entries(rows, positions, penalized, masks)
-        lines = np.flatnonzero(wants_logprobs).astype(np.int32)
-        if not entries.size and not lines.size:
+        penalized = self._rows.penalizes[rows]
+        lines = self._rows.wants_logprobs[rows].nonzero()[0].astype(np.int32)
+        masked_alone, entries = None, NO_ENTRIES
+        if masks is not None and self._are_masked_alone(masks, rows, penalized):
+            masked_alone, masks = masks, None
+        else:
+            entries = self._find_entries(rows, positions, penalized, masks)
+        if not (entries.size or lines.size or masked_alone):
             return Sampled(token_ids, None, [], [])
         if self._vocabulary is not None and logits.shape[1] < self._rows.vocab_size:
             logits = self._vocabulary.gather(logits)
-        if masks is not None and self._are_masked_alone(entries, penalized):
-            self._masked.sample(logits, token_ids, entries, mask_words(masks))
+        if masked_alone is not None:
+            own = np.array(masked_alone.indices, np.int32)
+            self._masked.sample(
+                logits,
+                token_ids,
+                lines=own,
+                rows=rows[own],
+                positions=positions[own],
+                masks=mask_words(masked_alone),
+            )
             if not lines.size:
                 return Sampled(token_ids, None, [], [])
-            entries, masks = entries[:, :0], None
         arrays = [entries, *entries[:3], lines]
         if masks is not None:
             arrays.append(mask_words(masks))
@@ -97,7 +108,7 @@ class DeviceSampler:
             )
         if not lines.size:
             return Sampled(token_ids, None, [], [])
-        num_top = host["logprobs"][lines]
+        num_top = self._rows.host["logprobs"][rows[lines]]
         # Nobody but who wants the whole vocabulary needs a sort.
         pack, most = self._fused.pack_logprobs, int(num_top.max())
         if (num_top < 0).any():
@@ -105,11 +116,14 @@ class DeviceSampler:
         words = pack(logits, token_ids, num_top=most, lines=on_device[4])
         return Sampled(token_ids, PackedLogprobs(words), lines.tolist(), num_top.tolist())
 
-    def _are_masked_alone(self, entries: Int32Array, penalized: npt.NDArray[np.bool_]) -> bool:
-        """Whether all that these entries ask is respected by a graph."""
-        if entries.shape[1] > MAX_ENTRIES or penalized.any():
+    def _are_masked_alone(
+        self, masks: StepMasks, rows: Int32Array, penalized: npt.NDArray[np.bool_]
+    ) -> bool:
+        """Whether nobody in the step asks for more of his logits, and few enough for that."""
+        if len(masks.indices) > MAX_ENTRIES or penalized.any():
             return False
-        return bool((entries[3] == NO_EDITS).all())
+        edits = self._rows.edits
+        return not edits or edits.keys().isdisjoint(rows.tolist())
 
     def _find_entries(
         self,
@@ -119,12 +133,14 @@ class DeviceSampler:
         masks: StepMasks | None,
     ) -> Int32Array:
         """As `Entries.words`, on the host."""
+        edits = self._rows.edits
+        if masks is None and not edits and not penalized.any():
+            return NO_ENTRIES
         asks = penalized.copy()
         mask_lines = np.full(len(rows), NO_MASK, np.int32)
         if masks is not None:
             mask_lines[masks.indices] = np.arange(len(masks.indices))
             asks |= mask_lines != NO_MASK
-        edits = self._rows.edits
         if edits:
             asks |= np.fromiter((row in edits for row in rows.tolist()), bool, len(rows))
         lines = np.flatnonzero(asks)

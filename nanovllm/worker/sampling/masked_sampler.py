@@ -25,6 +25,60 @@ NUM_ARRAYS = 1 + NUM_FIELDS
 logger = logging.getLogger(__name__)
 
 
+class MaskedEntries:
+    """Memory of so many entries, on the host and on the device: an array of lines of logits, those
+    of `Entries.words`, and masks, one behind the other; and what is chosen for them."""
+
+    def __init__(
+        self, size: int, num_words: int, rows: RequestRows, *, logits: Tensor, num_buffers: int
+    ) -> None:
+        """num_words: of a mask. logits: [MAX_ENTRIES, vocab_size], where they are copied to."""
+        device, cuda = logits.device, logits.device.type == "cuda"
+        self._num_head = NUM_ARRAYS * size
+        total = self._num_head + size * num_words
+        zeros = torch.zeros(num_buffers, total, dtype=torch.int32)
+        self._ring = list(zeros.pin_memory() if cuda else zeros)
+        self._words: list[Int32Array] = [buffer.numpy() for buffer in self._ring]
+        self._heads = [words[: self._num_head].reshape(-1, size) for words in self._words]
+        self._copied = [torch.Event(device) for _ in self._ring] if cuda else []
+        self._turn = 0
+        self._counting = np.arange(size, dtype=np.int32)
+        self._padding = np.zeros((NUM_ARRAYS, size), np.int32)
+        self._padding[1] = self._counting
+        self._padding[2] = rows.num_rows
+        self._padding[4], self._padding[5] = NO_EDITS, NO_MASK
+        for head in self._heads:
+            head[:] = self._padding
+        self._resident = torch.zeros(total, dtype=torch.int32, device=device)
+        head_words = self._resident[: self._num_head].view(-1, size)
+        self.lines, words = head_words[0], head_words[1:]
+        self.entries = Entries(words, words[0], words[1], words[2], tables=None)
+        self.masks = self._resident[self._num_head :].view(size, num_words)
+        self.logits = logits[:size]
+        self.chosen = torch.zeros(size, dtype=torch.int64, device=device)
+        self.targets = torch.zeros(size, dtype=torch.int64, device=device)  # lines, once more
+
+    def send(
+        self, lines: Int32Array, rows: Int32Array, positions: Int32Array, masks: Int32Array
+    ) -> None:
+        """Bring them to the device, in stream order."""
+        self._turn = turn = (self._turn + 1) % len(self._ring)
+        if self._copied:
+            self._copied[turn].synchronize()
+        num_entries, head = len(lines), self._heads[turn]
+        head[0, :num_entries] = lines
+        head[2, :num_entries] = rows
+        head[3, :num_entries] = positions
+        head[5, :num_entries] = self._counting[:num_entries]
+        if num_entries < head.shape[1]:
+            head[:, num_entries:] = self._padding[:, num_entries:]
+        end = self._num_head + masks.size
+        self._words[turn][self._num_head : end] = masks.reshape(-1)
+        self._resident[:end].copy_(self._ring[turn][:end], non_blocking=True)
+        if self._copied:
+            self._copied[turn].record()
+
+
 class MaskedSampler:
     """num_buffers: one more than the steps in flight. captures: on a GPU run by graphs."""
 
@@ -33,98 +87,72 @@ class MaskedSampler:
     ) -> None:
         self._rows = rows
         self._fused = fused
-        self._device = device = rows.seeds.device
-        cuda = device.type == "cuda"
-        self._num_words = -(-rows.vocab_size // 32)
-        num_words = MAX_ENTRIES * (NUM_ARRAYS + self._num_words)
-        self._ring = [
-            torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
-        ]
-        self._copied = [torch.Event(device) for _ in range(num_buffers)] if cuda else []
-        self._turn = 0
-        self._resident = torch.zeros(num_words, dtype=torch.int32, device=device)
-        self._lines = torch.zeros(MAX_ENTRIES, dtype=torch.int64, device=device)
-        self._chosen = torch.zeros(MAX_ENTRIES, dtype=torch.int64, device=device)
+        self._num_buffers = num_buffers
         self._logits: Tensor | None = None  # [MAX_ENTRIES, vocab_size], once somebody asks
-        self._captures = captures and cuda
-        self._seen: set[int] = set()
+        self._entries: dict[int, MaskedEntries] = {}  # by their number, padding included
+        self._captures = captures and rows.seeds.device.type == "cuda"
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
     def sample(
-        self, logits: Tensor, token_ids: Tensor, entries: Int32Array, masks: Int32Array
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        *,
+        lines: Int32Array,
+        rows: Int32Array,
+        positions: Int32Array,
+        masks: Int32Array,
     ) -> None:
         """Choose anew where a mask says what is allowed.
 
-        logits: [n, vocab_size] of any float type, kept. token_ids: [n] int64, changed. entries:
-        [5, k] as `Entries.words`, of no edits and no penalties. masks: [k, num_words].
+        logits: [n, vocab_size] of any float type, kept. token_ids: [n] int64, changed. lines: [k],
+        of both; rows, positions: [k], of the new tokens. masks: [k, num_words].
         """
-        num_entries = entries.shape[1]
+        num_entries = len(lines)
         size = max(LEAST_ENTRIES, 1 << (num_entries - 1).bit_length())
-        self._send(size, entries, masks)
-        if self._logits is None:
-            shape = MAX_ENTRIES, logits.shape[1]
-            self._logits = torch.empty(shape, dtype=logits.dtype, device=self._device)
-        torch.index_select(logits, 0, self._resident[:size], out=self._logits[:size])
-        self._run(size)
-        token_ids.index_copy_(0, self._lines[:num_entries], self._chosen[:num_entries])
-
-    def _send(self, size: int, entries: Int32Array, masks: Int32Array) -> None:
-        """One array of lines of logits, five of entries, and the masks, one behind the other."""
-        self._turn = (self._turn + 1) % len(self._ring)
-        if self._copied:
-            self._copied[self._turn].synchronize()
-        buffer = self._ring[self._turn]
-        words: Int32Array = buffer.numpy()
-        num_entries, start = entries.shape[1], NUM_ARRAYS * size
-        lines, own_lines, rows, positions, tables, mask_lines = words[:start].reshape(-1, size)
-        own_lines[:] = np.arange(size)
-        tables[:] = NO_EDITS
-        padding = 0, self._rows.num_rows, 0, NO_MASK
-        for array, entry, other in zip(
-            (lines, rows, positions, mask_lines), entries[[0, 1, 2, 4]], padding, strict=True
-        ):
-            array[:num_entries], array[num_entries:] = entry, other
-        end = start + masks.size
-        words[start:end] = masks.reshape(-1)
-        self._resident[:end].copy_(buffer[:end], non_blocking=True)
-        if self._copied:
-            self._copied[self._turn].record()
-
-    def _run(self, size: int) -> None:
-        """The first time eagerly, which compiles, the next time captured."""
-        if self._captures and size in self._seen and size not in self._graphs:
-            try:
-                self._graphs[size] = self._capture(size)
-            except torch.OutOfMemoryError:
-                self._captures = False
-                logger.warning("no memory for graphs of masks: lower gpu_memory_utilization")
-        self._seen.add(size)
+        is_new = size not in self._entries
+        if is_new:
+            self._entries[size] = self._make_entries(size, masks.shape[1], logits)
+        entries = self._entries[size]
+        entries.send(lines, rows, positions, masks)
+        torch.index_select(logits, 0, entries.lines, out=entries.logits)
+        if size not in self._graphs and self._captures and not is_new:  # the first time compiles
+            self._capture(size, entries)
         if size in self._graphs:
             self._graphs[size].replay()
         else:
-            self._choose(size)
+            self._choose(entries)
+        token_ids.index_copy_(0, entries.targets[:num_entries], entries.chosen[:num_entries])
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+    def _make_entries(self, size: int, num_words: int, logits: Tensor) -> MaskedEntries:
+        if self._logits is None:
+            shape = MAX_ENTRIES, logits.shape[1]
+            self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+        return MaskedEntries(
+            size, num_words, self._rows, logits=self._logits, num_buffers=self._num_buffers
+        )
+
+    def _capture(self, size: int, entries: MaskedEntries) -> None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._choose(size)
-        return graph
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._choose(entries)
+        except torch.OutOfMemoryError:
+            self._captures = False
+            logger.warning("no memory for graphs of masks: lower gpu_memory_utilization")
+        else:
+            self._graphs[size] = graph
 
-    def _choose(self, size: int) -> None:
+    def _choose(self, entries: MaskedEntries) -> None:
         """From what lies in memory. Capturable."""
-        assert self._logits is not None
-        rows, start = self._rows, NUM_ARRAYS * size
-        words = self._resident[size:start].view(NUM_FIELDS, size)
-        entries = Entries(
-            words=words, lines=words[0], rows=words[1], positions=words[2], tables=None
-        )
+        rows, asking = self._rows, entries.entries
         edited = self._fused.edit_logits(
-            self._logits[:size],
-            entries,
-            masks=self._resident[start : start + size * self._num_words].view(size, -1),
+            entries.logits,
+            asking,
+            masks=entries.masks,
             counts=None,
             clears=False,
             known=rows.token_ids,
@@ -132,11 +160,11 @@ class MaskedSampler:
         )
         self._fused.sample_tokens(
             edited,
-            rows=entries.rows,
-            positions=entries.positions,
+            rows=asking.rows,
+            positions=asking.positions,
             columns=rows.columns,
             seeds=rows.seeds,
             known=rows.token_ids,
-            out=(self._chosen, entries.lines),
+            out=(entries.chosen, asking.lines),
         )
-        self._lines[:size].copy_(self._resident[:size])
+        entries.targets.copy_(entries.lines)
