@@ -69,16 +69,36 @@ class StagedPlan:
     graph finds them at the same address on every replay.
     """
 
-    rows: Tensor  # [num_rows] int32
-    num_computed: Tensor  # [num_rows] int32
-    query_start_loc: Tensor  # [num_rows + 1] int32
-    sampling: Tensor  # [num_samples] int32: entries whose last token is sampled from
+    sections: Tensor  # [NUM_SECTIONS, …] int32; a slice takes the host 4 µs: only what is asked for
+    num_rows: int
+    num_samples: int
     writes: Tensor  # [2, num_writes] int32, for RequestRows.write
     host_rows: Int32Array
     host_seq_lens: Int32Array
     host_query_start_loc: Int32Array
     host_sampling: Int32Array
     prefix: SharedPrefix | None = None
+    starts: Tensor | None = None  # in place of those staged
+
+    @property
+    def rows(self) -> Tensor:
+        """[num_rows] int32."""
+        return self.sections[0, : self.num_rows]
+
+    @property
+    def num_computed(self) -> Tensor:
+        """[num_rows] int32."""
+        return self.sections[1, : self.num_rows]
+
+    @property
+    def query_start_loc(self) -> Tensor:
+        """[num_rows + 1] int32."""
+        return self.sections[2, : self.num_rows + 1] if self.starts is None else self.starts
+
+    @property
+    def sampling(self) -> Tensor:
+        """[num_samples] int32: entries whose last token is sampled from."""
+        return self.sections[3, : self.num_samples]
 
 
 class PlanStaging:
@@ -92,12 +112,19 @@ class PlanStaging:
         self._device = device
         self._section = max_num_rows + 2
         self._padding_row = max_num_rows
-        num_words = NUM_SECTIONS * self._section + 2 * ROOM_FOR_WRITES
+        self._num_head = NUM_SECTIONS * self._section
+        num_words = self._num_head + 2 * ROOM_FOR_WRITES
         self._ring = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
         ]
         self._copied = [torch.Event(device) for _ in range(num_buffers)] if cuda else []
         self._resident = torch.zeros_like(self._ring[0], device=device)
+        self._words: list[Int32Array] = [buffer.numpy() for buffer in self._ring]
+        shape, end = (NUM_SECTIONS, self._section), self._num_head
+        self._host_sections = [words[:end].reshape(shape) for words in self._words]
+        on_device = self._ring if device.type == "cpu" else [self._resident] * num_buffers
+        self._sections = [words[:end].view(shape) for words in on_device]
+        self._no_writes = self._resident.new_empty(2, 0)
         self._counting = torch.arange(self._section, dtype=torch.int32, device=device)
         self._turn = 0
 
@@ -112,42 +139,30 @@ class PlanStaging:
 
         Behind the plan's entries lie entries of the padding row, for the views to include.
         """
-        section, num_rows, num_samples = self._section, len(plan.rows), len(plan.sampling)
-        self._turn = (self._turn + 1) % len(self._ring)
+        num_rows, num_samples = len(plan.rows), len(plan.sampling)
+        self._turn = turn = (self._turn + 1) % len(self._ring)
         if self._copied:
-            self._copied[self._turn].synchronize()
-        buffer = self._ring[self._turn]
-        words: Int32Array = buffer.numpy()
-        sections = words[: NUM_SECTIONS * section].reshape(NUM_SECTIONS, section)
-        rows, num_computed, starts, sampling, shared_keys = sections
+            self._copied[turn].synchronize()
+        rows, num_computed, starts, sampling, shared_keys = self._host_sections[turn]
+        counts = np.array(plan.num_scheduled, np.int32)
         rows[:num_rows], rows[num_rows:] = plan.rows, self._padding_row
         num_computed[:num_rows], num_computed[num_rows:] = plan.num_computed, 0
         starts[0] = 0
-        np.cumsum(plan.num_scheduled, out=starts[1 : num_rows + 1])
+        counts.cumsum(out=starts[1 : num_rows + 1])
         starts[num_rows + 1 :] = starts[num_rows]
         sampling[:num_samples], sampling[num_samples:] = plan.sampling, num_rows
         if sharing is not None:
             shared_keys[:num_rows] = np.where(sharing.members, sharing.num_keys, 0)
             shared_keys[num_rows:] = 0
             shared_keys[-1] = sharing.leader
-        num_sent = NUM_SECTIONS * section
-        if writes.size <= 2 * ROOM_FOR_WRITES:
-            words[num_sent : num_sent + writes.size] = writes.reshape(-1)
-            num_sent += writes.size
-        sent = self._send(buffer, num_sent)
-        on_device = sent[: NUM_SECTIONS * section].view(NUM_SECTIONS, section)
+        on_device = self._sections[turn]
         return StagedPlan(
-            rows=on_device[0, :num_rows],
-            num_computed=on_device[1, :num_rows],
-            query_start_loc=on_device[2, : num_rows + 1],
-            sampling=on_device[3, :num_samples],
-            writes=(
-                sent[NUM_SECTIONS * section :].view(2, -1)
-                if writes.size <= 2 * ROOM_FOR_WRITES
-                else self._send_apart(writes)
-            ),
+            sections=on_device,
+            num_rows=num_rows,
+            num_samples=num_samples,
+            writes=self._send(turn, writes),
             host_rows=rows[:num_rows].copy(),
-            host_seq_lens=num_computed[:num_rows] + np.diff(starts[: num_rows + 1]),
+            host_seq_lens=num_computed[:num_rows] + counts,
             host_query_start_loc=starts[: num_rows + 1].copy(),
             host_sampling=sampling[:num_samples].copy(),
             prefix=None if sharing is None else _prefix_in(on_device[4], num_rows),
@@ -167,32 +182,35 @@ class PlanStaging:
         and those beyond the entries' are padding (`expand_view`). Its tensors are the persistent
         buffer itself and constants; its arrays are upper bounds, as of one row with all tokens.
         """
-        sections = self._resident[: NUM_SECTIONS * self._section].view(NUM_SECTIONS, -1)
-        starts = sections[2, : num_rows + 2]
-        if num_tokens == num_rows:
-            starts = self._counting[: num_rows + 1]
+        sections = self._sections[self._turn]
         return StagedPlan(
-            rows=sections[0, : num_rows + 1],
-            num_computed=sections[1, : num_rows + 1],
-            query_start_loc=starts,
-            sampling=sections[3, :num_rows],
-            writes=sections.new_empty(2, 0),
+            sections=sections,
+            num_rows=num_rows + 1,
+            num_samples=num_rows,
+            writes=self._no_writes,
             host_rows=np.full(num_rows, self._padding_row, np.int32),
             host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
             host_query_start_loc=np.array([0, num_tokens], np.int32),
             host_sampling=np.arange(num_rows, dtype=np.int32),
             prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
+            starts=self._counting[: num_rows + 1] if num_tokens == num_rows else None,
         )
 
-    def _send(self, buffer: Tensor, num_words: int) -> Tensor:
-        """The buffer's first words, on the device. On the CPU they are there already."""
-        if self._device.type == "cpu":
-            self._resident = buffer
-            return buffer[:num_words]
-        sent = self._resident[:num_words].copy_(buffer[:num_words], non_blocking=True)
+    def _send(self, turn: int, writes: Int32Array) -> Tensor:
+        """Bring a buffer's sections to the device, and behind them `writes`, which is returned.
+        On the CPU the sections are there already."""
+        end = self._num_head
+        if writes.size <= 2 * ROOM_FOR_WRITES:
+            end += writes.size
+            self._words[turn][self._num_head : end] = writes.reshape(-1)
+        sent = self._ring[turn][:end]
+        if self._device.type != "cpu":
+            sent = self._resident[:end].copy_(sent, non_blocking=True)
         if self._copied:
-            self._copied[self._turn].record()
-        return sent
+            self._copied[turn].record()
+        if end > self._num_head:
+            return sent[self._num_head :].view(2, -1)
+        return self._send_apart(writes) if writes.size else self._no_writes
 
     def _send_apart(self, writes: Int32Array) -> Tensor:
         """Many long prompts at once get a copy of their own (rare, so allocated on the spot)."""

@@ -98,7 +98,6 @@ class MaskedSampler:
         self,
         logits: Tensor,
         token_ids: Tensor,
-        *,
         lines: Int32Array,
         rows: Int32Array,
         positions: Int32Array,
