@@ -79,8 +79,8 @@ class DeviceSampler:
             logits = self._vocabulary.gather(logits)
         if masked_alone is not None:
             own = np.array(masked_alone.indices, np.int32)
-            words = mask_words(masked_alone)
-            self._masked.sample(logits, token_ids, own, rows[own], positions[own], words)
+            packed = mask_words(masked_alone)
+            self._masked.sample(logits, token_ids, own, rows[own], positions[own], packed)
             if not lines.size:
                 return Sampled(token_ids, None, [], [])
         arrays = [entries, *entries[:3], lines]
