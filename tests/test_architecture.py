@@ -42,7 +42,7 @@ BUDGETS = {
     # way sums over ranks take, as measured, and sampling by ranks that keep their logits; which
     # experts a rank has whole; stages of a pipeline, their layers and weights, and what passes
     # between them; graphs of what masks ask for; ranks of several hosts
-    "worker": 7360,
+    "worker": 7340,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.
