@@ -312,7 +312,8 @@ class ModelRunner:
         """
         hidden = None
         if self._link is not None and self._link.received is not None:
-            batch.received = self._link.received[: batch.num_tokens]
+            # A copy, since layers add to it: what padding has there would grow from step to step.
+            batch.received = self._link.received[: batch.num_tokens].clone()
         if variant.keeps_hidden:
             residual = self._model.forward(batch, self._kv_cache)
             hidden = residual.hidden

@@ -14,8 +14,8 @@ from nanovllm.worker.parallel import TensorParallel
 
 class StageLink(Protocol):
     """received: where the stage before leaves what it has made of a step's tokens, [most tokens of
-    a step, hidden_size]: memory that stays, for graphs. None in the first stage, to which nothing
-    is sent; is_last: of the stage that sends nothing."""
+    a step, hidden_size]: memory that stays, for graphs, and that steps only read. None in the first
+    stage, to which nothing is sent; is_last: of the stage that sends nothing."""
 
     @property
     def received(self) -> Tensor | None: ...
@@ -43,7 +43,6 @@ class RankLink:
 
     def receive(self, num_tokens: int) -> None:
         assert self.received is not None
-        self._await_sent()
         distributed.recv(self.received[:num_tokens], self._rank - self._stride)
 
     def send(self, hidden: Tensor) -> None:
@@ -55,7 +54,7 @@ class RankLink:
             self._await_sent()
 
     def _await_sent(self) -> None:
-        """On a CPU, until the next stage has taken what was sent last: it may lie in `received`."""
+        """On a CPU, until the next stage has taken what was sent last."""
         if self._sending is not None:
             self._sending[0].wait()
             self._sending = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
@@ -36,11 +37,15 @@ class LocalLink:
     is_last: bool
     before: deque[Tensor]
     after: deque[Tensor]
+    as_received: Tensor | None = None
 
     def receive(self, num_tokens: int) -> None:
         hidden = self.before.popleft()
         assert self.received is not None and len(hidden) == num_tokens
+        if self.as_received is not None:
+            assert torch.equal(self.received, self.as_received), "a step has written there"
         self.received[:num_tokens] = hidden
+        self.as_received = self.received.clone()
 
     def send(self, hidden: Tensor) -> None:
         self.after.append(hidden.clone())
