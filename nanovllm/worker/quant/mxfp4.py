@@ -1,7 +1,8 @@
 """MXFP4 weights: floats of 4 bits, and for each 32 inputs of an output a power of two.
 
 A `LinearMethod` for weights alone; tokens stay as they are. Formats as in "OCP Microscaling Formats
-(MX) Specification", 2023: e2m1 numbers, two in a byte, the first in its low half; e8m0 scales.
+(MX) Specification", 2023: e2m1 numbers, two in a byte; e8m0 scales. Kept are 16 bytes for a scale,
+the first 16 inputs in their lower halves: so kernels find neighbours together, as in GGUF files.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
+from nanovllm.worker.quant.packed import pack_nibbles, unpack_nibbles
 
 KIND = "mxfp4"
 BLOCK = 32  # inputs that share a scale
@@ -28,8 +30,8 @@ PEAK_EXPONENT = 2  # of the largest magnitude
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4:
-    """`linear.weight` [out_features, in_features / 2] and `linear.scale` [out_features,
-    in_features / 32] are bytes."""
+    """`linear.weight` [out_features, in_features / 2] (as of `packed.pack_nibbles`) and
+    `linear.scale` [out_features, in_features / 32] are bytes."""
 
     kept: WeightFormat
     kind: ClassVar[str] = KIND
@@ -58,7 +60,8 @@ class Mxfp4:
                 blocks = Cut(*(size // BLOCK for size in inputs))
                 halves = Cut.all_of(BLOCK // 2)
                 target, piece = weight.view(len(weight), -1, BLOCK // 2), (cut, blocks, halves)
-                yield WeightSlot(part, "blocks", target, piece, dtype=torch.uint8)
+                put = partial(_put_blocks, target)
+                yield WeightSlot(part, "blocks", target, piece, dtype=torch.uint8, put=put)
                 yield WeightSlot(part, "scales", scale, (cut, blocks), dtype=torch.uint8)
             else:
                 put = partial(_put_rounded, weight, scale)
@@ -79,7 +82,7 @@ def dequantize(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """[num_outputs, num_inputs] of the bytes of a layer; exact in bfloat16 and float32."""
     magnitudes = torch.tensor(MAGNITUDES, device=packed.device)
     table = torch.cat((magnitudes, -magnitudes))
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    codes = unpack_nibbles(packed, 2 * packed.shape[1])
     values = table[codes.int()].view(len(codes), -1, BLOCK)
     exponents = scales.int() - BIAS
     return torch.ldexp(values, exponents[..., None]).flatten(1).to(dtype)
@@ -95,18 +98,26 @@ def round_to_nearest(values: Tensor) -> tuple[Tensor, Tensor]:
     table = torch.tensor(MAGNITUDES, device=values.device)
     bounds = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(scaled.abs(), bounds).to(torch.uint8) + (scaled < 0) * 8
-    low, high = codes.view(len(values), -1, 2).unbind(-1)
-    return (low | high << 4).to(torch.uint8), (exponents.squeeze(-1) + BIAS).to(torch.uint8)
+    return pack_nibbles(codes.flatten(1)), (exponents.squeeze(-1) + BIAS).to(torch.uint8)
+
+
+def neighbours_apart(blocks: Tensor) -> Tensor:
+    """Bytes as they are kept of bytes that hold two neighbours each, the first in its lower half;
+    both [..., 16]."""
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    low, high = codes.chunk(2, -1)
+    return low | high << 4
+
+
+def _put_blocks(target: Tensor, blocks: Tensor, rows: slice) -> None:
+    """blocks: as files of safetensors have them. On the device of the target."""
+    target[rows].copy_(neighbours_apart(blocks.to(target.device)))
 
 
 def _keep_blocks(weight: Tensor, scale: Tensor, tensor: GGUFTensor) -> None:
-    """GGUF's blocks of 17 bytes: a scale, then bytes whose lower halves are the first 16 inputs and
-    whose upper halves are the rest."""
+    """GGUF's blocks of 17 bytes: a scale, then bytes as they are kept."""
     raw = torch.from_numpy(np.array(tensor.raw)).view(len(scale), -1, 1 + BLOCK // 2)
-    halves = raw[..., 1:]
-    codes = torch.cat((halves & 15, halves >> 4), -1)
-    low, high = codes.view(*codes.shape[:2], -1, 2).unbind(-1)
-    weight.copy_((low | high << 4).flatten(1))
+    weight.copy_(raw[..., 1:].flatten(1))
     scale.copy_(raw[..., 0])
 
 

@@ -146,10 +146,15 @@ def test_most_blocks_is_a_bound() -> None:
 
 @pytest.mark.parametrize(("has_room", "kib"), [(True, 200), (False, 99)])
 @pytest.mark.parametrize("pairs", [1, 20, 60, 500])
-def test_tiles_fit_into_shared_memory(pairs: int, has_room: bool, kib: int) -> None:
-    for tile, halves in zip(tiles_for(pairs, has_room=has_room), (2, 1), strict=True):
-        stage_bytes = 2 * tile.block_k * (tile.block_m + halves * tile.block_n)
-        assert tile.stages * stage_bytes <= kib * 1024
+@pytest.mark.parametrize("bits", [4, 16])
+def test_tiles_fit_into_shared_memory(bits: int, pairs: int, has_room: bool, kib: int) -> None:
+    """Those of 4 bits with a tile of what they become besides."""
+    tiles = tiles_for(pairs, bits=bits, has_room=has_room)
+    for tile, halves in zip(tiles, (2, 1), strict=True):
+        width = halves * tile.block_n
+        stage_bytes = tile.block_k * (2 * tile.block_m + width * bits // 8)
+        wide_bytes = 2 * width * tile.block_k if bits == 4 else 0
+        assert tile.stages * stage_bytes + wide_bytes <= kib * 1024
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -181,7 +186,7 @@ def test_biases_turns_and_clamps(num_tokens: int, differences: dict[str, Any]) -
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 70])
+@pytest.mark.parametrize("num_tokens", [1, 7, 30, 70])
 def test_mxfp4_weights(num_tokens: int) -> None:
     """As gpt-oss has them; 3 blocks of 32 inputs hang over a tile."""
     spec = spec_of(Router(renormalizes=True), intermediate_size=96, **CLAMPED)

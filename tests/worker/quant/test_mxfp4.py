@@ -13,7 +13,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import choose_scheme
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.quant.mxfp4 import BLOCK, MAGNITUDES, dequantize, round_to_nearest
+from nanovllm.worker.quant.mxfp4 import (
+    BLOCK,
+    MAGNITUDES,
+    dequantize,
+    neighbours_apart,
+    round_to_nearest,
+)
+from nanovllm.worker.quant.packed import unpack_nibbles
 from tests.worker.attention.decoding import Driver
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.quant.whole_experts import assert_experts_are_those_of_one_rank
@@ -28,7 +35,8 @@ def test_bytes_mean_what_transformers_makes_of_them() -> None:
     scales = torch.randint(90, 160, (3, 10, 2), dtype=torch.uint8, generator=generator)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # inputs first
     for expert in range(3):
-        found = dequantize(blocks[expert].flatten(1), scales[expert], torch.float32)
+        kept = neighbours_apart(blocks[expert]).flatten(1)
+        found = dequantize(kept, scales[expert], torch.float32)
         assert torch.equal(found, expected[expert].t())
 
 
@@ -68,7 +76,9 @@ def pair(
         wide = dequantize(weight, scales, torch.float32).view(num_experts, num_outputs, num_inputs)
         means[name] = wide.transpose(1, 2).contiguous()
         del tensors[name]
-        tensors[f"{name}_blocks"] = weight.view(num_experts, num_outputs, -1, BLOCK // 2)
+        codes = unpack_nibbles(weight, num_inputs)
+        pairs = codes[:, ::2] | codes[:, 1::2] << 4  # as files have them
+        tensors[f"{name}_blocks"] = pairs.view(num_experts, num_outputs, -1, BLOCK // 2)
         tensors[f"{name}_scales"] = scales.view(num_experts, num_outputs, -1)
     save_file(tensors, target / "model.safetensors")
     save_file(means, plain / "model.safetensors", metadata={"format": "pt"})

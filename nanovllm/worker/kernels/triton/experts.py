@@ -18,7 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.expert_routing import Routed, Sorted, route, sort_by_expert
 from nanovllm.worker.kernels.triton.expert_tuning import ExpertTile, tiles_for
+from nanovllm.worker.kernels.triton.launch import INTERPRETED as _INTERPRETED
 from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, launch_options
+from nanovllm.worker.kernels.triton.packed_linear import halves_joined
 from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
@@ -26,6 +28,11 @@ from nanovllm.worker.layers.moe import Experts
 STACKED_KINDS = frozenset({"plain", "fp8", "mxfp4"})
 COMBINE_BLOCK = 1024
 VECTOR_VALUES = 16384  # weights that a program of one token reads at a time
+INTERPRETED = tl.constexpr(_INTERPRETED)
+# MXFP4's numbers that become floats by their bits are too small by 2 ** 126. Scales make up for all
+# of it but 2 ** DOWN, so that those far above 1 do not overflow; UP is for sums.
+DOWN = tl.constexpr(32)
+UP = tl.constexpr(2.0**32)
 
 
 class _Gating(NamedTuple):
@@ -63,9 +70,87 @@ def _e2m1(codes):
 
 
 @triton.jit
-def _e8m0(exponents):
-    """The powers of two that bytes stand for, times 2 ** 14."""
-    return (tl.minimum(exponents.to(tl.int32) + 14, 254) << 23).to(tl.float32, bitcast=True)
+def _e8m0(exponents, SHIFT: tl.constexpr):
+    """The powers of two that bytes stand for, times 2 ** SHIFT, fp32; below 2 ** 128."""
+    return (tl.minimum(exponents.to(tl.int32) + SHIFT, 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _wide_e2m1(packed, FAST: tl.constexpr):
+    """The numbers in the lower and in the upper halves of bytes, fp32: times 2 ** -126 if FAST,
+    where exponent and mantissa stand in those of fp32 as they are, else times 2 ** -14."""
+    if FAST:
+        low, high = tl.inline_asm_elementwise(
+            "shl.b32 $0, $8, 28; shl.b32 $1, $8, 20; shl.b32 $2, $8, 12; shl.b32 $3, $8, 4; "
+            "shl.b32 $4, $8, 24; shl.b32 $5, $8, 16; shl.b32 $6, $8, 8; "
+            "shr.s32 $0, $0, 6; shr.s32 $1, $1, 6; shr.s32 $2, $2, 6; shr.s32 $3, $3, 6; "
+            "shr.s32 $4, $4, 6; shr.s32 $5, $5, 6; shr.s32 $6, $6, 6; shr.s32 $7, $8, 6; "
+            "and.b32 $0, $0, 0x81c00000; and.b32 $1, $1, 0x81c00000; "
+            "and.b32 $2, $2, 0x81c00000; and.b32 $3, $3, 0x81c00000; "
+            "and.b32 $4, $4, 0x81c00000; and.b32 $5, $5, 0x81c00000; "
+            "and.b32 $6, $6, 0x81c00000; and.b32 $7, $7, 0x81c00000;",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [packed],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = _e2m1(packed & 15).to(tl.float32), _e2m1(packed >> 4).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _scaled_e2m1(packed, scales, PACK: tl.constexpr):
+    """The numbers in the lower and in the upper halves of bytes, times 2 ** -126 and scales: all
+    bfloat16, in whose exponent and mantissa those of e2m1 stand as they are.
+
+    PACK: neighbours that are in one register, 2 or 4, for Hopper's products or for older ones.
+    """
+    if PACK == 4:
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, e, f, g; "
+            "prmt.b32 a, $4, 0, 0x1404; prmt.b32 b, $4, 0, 0x3424; "
+            "shl.b32 c, a, 4; shl.b32 d, b, 4; "
+            "shr.b32 e, a, 6; and.b32 e, e, 0x01c001c0; lop3.b32 a, a, 0x80008000, e, 0xEA; "
+            "shr.b32 f, b, 6; and.b32 f, f, 0x01c001c0; lop3.b32 b, b, 0x80008000, f, 0xEA; "
+            "shr.b32 e, c, 6; and.b32 e, e, 0x01c001c0; lop3.b32 c, c, 0x80008000, e, 0xEA; "
+            "shr.b32 f, d, 6; and.b32 f, f, 0x01c001c0; lop3.b32 d, d, 0x80008000, f, 0xEA; "
+            "mov.b32 g, 0x80008000; "
+            "fma.rn.bf16x2 $0, c, $5, g; fma.rn.bf16x2 $1, d, $6, g; "
+            "fma.rn.bf16x2 $2, a, $5, g; fma.rn.bf16x2 $3, b, $6, g; }",
+            "=&r,=&r,=&r,=&r,r,r,r", [packed, scales],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c; "
+            "prmt.b32 a, $2, 0, 0x1404; shl.b32 b, a, 4; "  # into the upper bytes of 16 bits each
+            "shr.b32 c, b, 6; and.b32 c, c, 0x01c001c0; lop3.b32 b, b, 0x80008000, c, 0xEA; "
+            "shr.b32 c, a, 6; and.b32 c, c, 0x01c001c0; lop3.b32 a, a, 0x80008000, c, 0xEA; "
+            "mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, b, $3, c; fma.rn.bf16x2 $1, a, $3, c; }",
+            "=&r,=&r,r,r", [packed, scales],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return low, high
+
+
+@triton.jit
+def _halves_of_weights(packed, exponents, DTYPE: tl.constexpr, FAST: tl.constexpr,
+                       PACK: tl.constexpr):  # fmt: skip
+    """Weights in the lower and in the upper halves of bytes [rows, half of the inputs], as DTYPE;
+    times 2 ** -DOWN if FAST. exponents: of their groups, [rows, groups] bytes."""
+    N: tl.constexpr = packed.shape[0]  # noqa: N806
+    WIDTH: tl.constexpr = packed.shape[1]  # noqa: N806
+    grouped = tl.reshape(packed, [N, WIDTH // 16, 16])
+    if FAST:
+        # At most 2 ** 33, far above what weights have; so none overflows, and small ones stay.
+        bits = (tl.minimum(exponents.to(tl.int32), 160) + (126 - DOWN)) << 7
+        scales = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        scales = tl.broadcast_to(scales[:, :, None], grouped.shape)
+        low, high = _scaled_e2m1(grouped, scales, PACK)
+    else:
+        low, high = _wide_e2m1(grouped, False)
+        scales = _e8m0(exponents, 14)[:, :, None]
+        low, high = (low * scales).to(DTYPE), (high * scales).to(DTYPE)
+    return tl.reshape(low, [N, WIDTH]), tl.reshape(high, [N, WIDTH])
 
 
 @triton.jit
@@ -93,26 +178,31 @@ def _rows_times_token(weight, scale, bias, rows, real, x, K: tl.constexpr, BLOCK
 
 @triton.jit
 def _packed_rows_times_token(weight, scale, rows, real, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The same of MXFP4: a byte holds the weights of two neighbouring inputs."""
+    """The same of MXFP4: 16 bytes hold 32 neighbouring inputs, the first ones in lower halves."""
     HALVES: tl.constexpr = K // 2  # noqa: N806
     GROUPS: tl.constexpr = K // 32  # noqa: N806
-    acc = tl.zeros([rows.shape[0], BLOCK_K // 32], tl.float32)
+    NUM: tl.constexpr = BLOCK_K // 32  # noqa: N806
+    acc = tl.zeros([rows.shape[0], NUM], tl.float32)
     lines, scales = weight + rows[:, None] * HALVES, scale + rows[:, None] * GROUPS
+    lanes = tl.arange(0, BLOCK_K // 2)
     for start in tl.static_range(0, K, BLOCK_K):
-        half = start // 2 + tl.arange(0, BLOCK_K // 2)
-        group = start // 32 + tl.arange(0, BLOCK_K // 32)
+        half = start // 2 + lanes
+        group = start // 32 + tl.arange(0, NUM)
         inside = half < HALVES
         packed = tl.load(lines + half[None, :], real[:, None] & inside[None, :], other=0)
         scaled = real[:, None] & (group < GROUPS)[None, :]
         exponents = tl.load(scales + group[None, :], scaled, other=0)
-        k = start + tl.arange(0, BLOCK_K)
-        inputs = tl.load(x + k, k < K, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(inputs, [BLOCK_K // 2, 2]))
-        products = _e2m1(packed & 15).to(tl.float32) * even[None, :]
-        products += _e2m1(packed >> 4).to(tl.float32) * odd[None, :]
-        sums = tl.sum(tl.reshape(products, [rows.shape[0], BLOCK_K // 32, 16]), 2)
-        acc += sums * _e8m0(exponents)
-    return tl.sum(acc, 1)
+        k = start + lanes // 16 * 32 + lanes % 16
+        first = tl.load(x + k, inside, other=0.0).to(tl.float32)
+        second = tl.load(x + k + 16, inside, other=0.0).to(tl.float32)
+        low, high = _wide_e2m1(packed, not INTERPRETED)
+        products = low * first[None, :] + high * second[None, :]
+        sums = tl.sum(tl.reshape(products, [rows.shape[0], NUM, 16]), 2)
+        acc += sums * _e8m0(exponents, 14 if INTERPRETED else 126 - DOWN)
+    product = tl.sum(acc, 1)
+    if not INTERPRETED:
+        product *= UP
+    return product
 
 
 @triton.jit
@@ -180,33 +270,82 @@ def _vector_down_kernel(
 
 
 @triton.jit
-def _tile_of_weights(weight, scale, rows, start, DTYPE: tl.constexpr, K: tl.constexpr,
+def _tile_of_weights(weight, rows, start, DTYPE: tl.constexpr, K: tl.constexpr,
                      BLOCK_K: tl.constexpr):  # fmt: skip
     """BLOCK_K inputs from `start` on of some rows, [BLOCK_K, rows], as DTYPE. Scales of whole rows
     are left to others."""
-    EVEN: tl.constexpr = K % BLOCK_K == 0  # noqa: N806
-    if weight.dtype.element_ty == tl.uint8:
-        half = start // 2 + tl.arange(0, BLOCK_K // 2)
-        group = start // 32 + tl.arange(0, BLOCK_K // 32)
-        lines = weight + rows[:, None] * (K // 2) + half[None, :]
-        scales = scale + rows[:, None] * (K // 32) + group[None, :]
-        if EVEN:
-            packed, exponents = tl.load(lines), tl.load(scales)
-        else:
-            packed = tl.load(lines, (half < K // 2)[None, :], other=0)
-            exponents = tl.load(scales, (group < K // 32)[None, :], other=0)
-        pairs = tl.join(_e2m1(packed & 15), _e2m1(packed >> 4))
-        grouped = tl.reshape(pairs, [rows.shape[0], BLOCK_K // 32, 32]).to(tl.float32)
-        scaled = (grouped * _e8m0(exponents)[:, :, None]).to(DTYPE)
-        w = tl.trans(tl.reshape(scaled, [rows.shape[0], BLOCK_K]))
+    k = start + tl.arange(0, BLOCK_K)
+    lines = weight + rows[None, :] * K + k[:, None]
+    if K % BLOCK_K == 0:
+        w = widened(tl.load(lines), DTYPE)
     else:
-        k = start + tl.arange(0, BLOCK_K)
-        lines = weight + rows[None, :] * K + k[:, None]
-        if EVEN:
-            w = widened(tl.load(lines), DTYPE)
-        else:
-            w = widened(tl.load(lines, (k < K)[:, None], other=0.0), DTYPE)
+        w = widened(tl.load(lines, (k < K)[:, None], other=0.0), DTYPE)
     return w
+
+
+@triton.jit
+def _load_exponents(scale, rows, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the groups of BLOCK_K inputs, [rows, groups] bytes."""
+    group = start // 32 + tl.arange(0, BLOCK_K // 32)
+    return tl.load(scale + rows[:, None] * (K // 32) + group[None, :], (group < K // 32)[None, :],
+                   other=0)  # fmt: skip
+
+
+@triton.jit
+def _load_inputs(lines, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Inputs k of tokens that begin at lines, [tokens, inputs]."""
+    if K % BLOCK_K == 0:
+        inputs = tl.load(lines + k[None, :])
+    else:
+        inputs = tl.load(lines + k[None, :], (k < K)[None, :], other=0.0)
+    return inputs
+
+
+@triton.jit
+def _packed_products(lines, weight, scale, rows, DTYPE: tl.constexpr, K: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                     FAST: tl.constexpr):  # fmt: skip
+    """Tokens times rows of MXFP4, [tokens, rows] fp32. lines: where tokens begin, [tokens, 1].
+
+    Of few tokens, weights come to tensor cores from registers, where they are unpacked; of many
+    from shared memory, and inputs are loaded in long pieces.
+    """
+    SWAPS: tl.constexpr = BLOCK_M < 16  # noqa: N806
+    if SWAPS:
+        acc = tl.zeros([rows.shape[0], BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, rows.shape[0]], tl.float32)
+    lanes = tl.arange(0, BLOCK_K // 2)
+    k_of_low = lanes // 16 * 32 + lanes % 16
+    # Loads of a few bytes are not pipelined: the next groups' are on their way a step before.
+    exponents = _load_exponents(scale, rows, 0, K, BLOCK_K)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        half = start // 2 + lanes
+        bytes_of_rows = weight + rows[:, None] * (K // 2) + half[None, :]
+        if K % BLOCK_K == 0:
+            packed = tl.load(bytes_of_rows)
+        else:
+            packed = tl.load(bytes_of_rows, (half < K // 2)[None, :], other=0)
+        following = _load_exponents(scale, rows, start + BLOCK_K, K, BLOCK_K)
+        low, high = _halves_of_weights(packed, exponents, DTYPE, FAST, 4 if BLOCK_M < 64 else 2)
+        exponents = following
+        if BLOCK_M < 32:
+            first = _load_inputs(lines, start + k_of_low, K, BLOCK_K)
+            second = _load_inputs(lines, start + k_of_low + 16, K, BLOCK_K)
+            if SWAPS:
+                acc = tl.dot(low, tl.trans(first), acc, input_precision="ieee")
+                acc = tl.dot(high, tl.trans(second), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(first, tl.trans(low), acc, input_precision="ieee")
+                acc = tl.dot(second, tl.trans(high), acc, input_precision="ieee")
+        else:
+            tokens = _load_inputs(lines, start + tl.arange(0, BLOCK_K), K, BLOCK_K)
+            acc = tl.dot(tokens, tl.trans(halves_joined(low, high)), acc, input_precision="ieee")
+    if FAST:
+        acc *= UP
+    if SWAPS:
+        acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
@@ -219,7 +358,7 @@ def _grouped_kernel(
     pairs, block_experts, block_sizes, num_blocks,  # of `Sorted`
     N: tl.constexpr, K: tl.constexpr, DIVIDES: tl.constexpr, GATING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of pairs of one expert times BLOCK_N of its outputs, each a gate and an up if GATING.
 
@@ -246,17 +385,21 @@ def _grouped_kernel(
         # Beyond the end any row will do: what becomes of it is not stored.
         rows = expert * (HALVES * N) + tl.where(output < N, row, 0)
         columns = tl.arange(0, BLOCK_K)
-        acc = tl.zeros([BLOCK_M, HALVES * BLOCK_N], tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            k = start + columns
-            if K % BLOCK_K == 0:
-                tokens = tl.load(lines + k[None, :])
-            else:
-                tokens = tl.load(lines + k[None, :], (k < K)[None, :], other=0.0)
-            w = _tile_of_weights(weight, scale, rows, start, tokens.dtype, K, BLOCK_K)
-            acc = tl.dot(tokens, w, acc, input_precision="ieee")
-        if scale is not None and weight.dtype.element_ty != tl.uint8:
-            acc *= tl.load(scale + rows)[None, :]
+        if weight.dtype.element_ty == tl.uint8:
+            acc = _packed_products(lines, weight, scale, rows, x.dtype.element_ty, K, BLOCK_M,
+                                   BLOCK_K, STAGES, FAST)  # fmt: skip
+        else:
+            acc = tl.zeros([BLOCK_M, HALVES * BLOCK_N], tl.float32)
+            for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+                k = start + columns
+                if K % BLOCK_K == 0:
+                    tokens = tl.load(lines + k[None, :])
+                else:
+                    tokens = tl.load(lines + k[None, :], (k < K)[None, :], other=0.0)
+                w = _tile_of_weights(weight, rows, start, tokens.dtype, K, BLOCK_K)
+                acc = tl.dot(tokens, w, acc, input_precision="ieee")
+            if scale is not None:
+                acc *= tl.load(scale + rows)[None, :]
         if bias is not None:
             acc += tl.load(bias + rows).to(tl.float32)[None, :]
         dtype = out.dtype.element_ty
@@ -318,11 +461,11 @@ def fused_experts(
         gating = _Gating("clamped", spec.takes_turns, spec.clamped.alpha, spec.clamped.limit)
     routed = route(logits, spec, experts.correction, experts.factors, own)
     num_inner = len(gate_up.weight) // (2 * own.size)
-    if len(hidden) == 1:
+    if len(hidden) == 1 and tiles is None:
         return _of_one_token(hidden, routed, gate_up, down, num_inner, gating, residual)
     first, second = tiles or tiles_for(
         routed.experts.numel() / spec.num_experts,
-        are_bytes=gate_up.weight.itemsize == 1,
+        bits=4 if gate_up.weight.dtype == torch.uint8 else 8 * gate_up.weight.itemsize,
         has_room=has_tensor_memory_accelerator(hidden.device),
     )
     blocks = sort_by_expert(routed, own.size, first.block_m)
@@ -385,7 +528,7 @@ def _multiply(
         x, linear.weight, linear.scale, linear.bias, out, *blocks[:4],
         N=num_outputs, K=x.shape[1], DIVIDES=divides, GATING=gating, BLOCK_M=blocks.block_m,
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, num_warps=tile.warps,
-        **launch_options(x.device),
+        FAST=not _INTERPRETED and x.dtype == torch.bfloat16, **launch_options(x.device),
     )  # fmt: skip
 
 

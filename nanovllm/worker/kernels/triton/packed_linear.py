@@ -24,6 +24,7 @@ from nanovllm.worker.kernels.triton.launch import (
     MAX_ARRIVALS,
     arrival_counters,
     converts_fp8,
+    has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
 )
@@ -40,6 +41,7 @@ from nanovllm.worker.quant.packed import HALF, MIDDLE, UNIT, Packed, PackedWeigh
 
 MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
 MIN_WHOLE_GROUP = 64
+MAX_SCALED_SUMS = 32  # tokens; of more, weights get their scales
 MAX_STAGED_BYTES = 96 * 2**10  # of shared memory; an Ada has 99 KiB of it for a program
 SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
 # By how much codes are too large that are put into the mantissa of a power of two.
@@ -55,6 +57,7 @@ class PackedTile:
     """What a program computes: block_n outputs over block_k inputs at a time, of block_m tokens.
 
     splits: programs that share out the inputs of one output; more than one only of several tokens.
+    scales_sums: whether sums over a group get its scale where they can, instead of each weight.
     """
 
     block_n: int
@@ -63,6 +66,7 @@ class PackedTile:
     splits: int = 1
     stages: int = 3
     block_m: int = 1
+    scales_sums: bool = True
 
 
 @triton.jit
@@ -162,6 +166,86 @@ def _unpack(codes, scales, zeros, shifts, HAS_ZERO: tl.constexpr, HAS_SHIFT: tl.
     if HAS_SHIFT:
         numbers = numbers + shifts[:, :, None]
     return tl.reshape(numbers, [N, WIDTH]).to(DTYPE)
+
+
+@triton.jit
+def _unpack_pairs(codes, scales, zeros, shifts, HAS_ZERO: tl.constexpr, HAS_SHIFT: tl.constexpr,
+                  MIDDLE: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The same by arithmetic in DTYPE, a half precision, on two codes at a time, which are exact
+    before they get their scales. Of 4 bits codes are bytes, of which both halves return."""
+    N: tl.constexpr = codes.shape[0]  # noqa: N806
+    WIDTH: tl.constexpr = codes.shape[1]  # noqa: N806
+    GROUPS: tl.constexpr = scales.shape[1]  # noqa: N806
+    SHAPE: tl.constexpr = (N, GROUPS, WIDTH // GROUPS)  # noqa: N806
+    grouped = tl.reshape(codes, SHAPE)
+    less = tl.full([N, GROUPS], -(MIDDLE + BASE), tl.float32)
+    if HAS_ZERO:
+        less = -(zeros + BASE)
+    more = tl.full([N, GROUPS], -0.0, tl.float32)
+    if HAS_SHIFT:
+        more = shifts
+    less = tl.broadcast_to(less.to(DTYPE)[:, :, None], SHAPE)
+    more = tl.broadcast_to(more.to(DTYPE)[:, :, None], SHAPE)
+    scales = tl.broadcast_to(scales.to(DTYPE)[:, :, None], SHAPE)
+    low, high = _scaled_pairs(grouped, less, scales, more, DTYPE)
+    return tl.reshape(low, [N, WIDTH]), tl.reshape(high, [N, WIDTH])
+
+
+@triton.jit
+def halves_joined(low, high):
+    """Of what lower and upper halves of bytes hold, [outputs, width], one after the other."""
+    N: tl.constexpr = low.shape[0]  # noqa: N806
+    WIDTH: tl.constexpr = low.shape[1]  # noqa: N806
+    UNITS: tl.constexpr = (N, WIDTH // 16, 16)  # noqa: N806
+    both = tl.join(tl.reshape(low, UNITS), tl.reshape(high, UNITS))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [N, 2 * WIDTH])
+
+
+@triton.jit
+def _scaled_pairs(codes, less, scales, more, DTYPE: tl.constexpr):
+    """(number + less) * scales + more, of the numbers that `_numbers` tells of."""
+    WIDE: tl.constexpr = tl.bfloat16 == DTYPE  # noqa: N806
+    FMA: tl.constexpr = "fma.rn.bf16x2 " if WIDE else "fma.rn.f16x2 "  # noqa: N806
+    ONE: tl.constexpr = "0x3f803f80" if WIDE else "0x3c003c00"  # noqa: N806
+    if codes.dtype == tl.uint8:
+        MAGIC: tl.constexpr = "0x43004300" if WIDE else "0x64006400"  # noqa: N806
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c; prmt.b32 a, $2, 0, 0x4140; shr.b32 b, a, 4; "
+            "lop3.b32 a, a, 0x000f000f, " + MAGIC + ", 0xEA; "
+            "lop3.b32 b, b, 0x000f000f, " + MAGIC + ", 0xEA; mov.b32 c, " + ONE + "; "
+            + FMA + "a, a, c, $3; " + FMA + "b, b, c, $3; "
+            + FMA + "$0, a, $4, $5; " + FMA + "$1, b, $4, $5; }",
+            "=&r,=&r,r,r,r,r", [codes, less, scales, more],
+            dtype=(less.dtype, less.dtype), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        if codes.dtype == tl.float8e4nv:
+            codes = codes.to(tl.uint8, bitcast=True)
+            SHIFT: tl.constexpr = "4" if WIDE else "1"  # noqa: N806
+            MASK: tl.constexpr = "0x07f007f0" if WIDE else "0x3f803f80"  # noqa: N806
+            POWER: tl.constexpr = "0x7b807b80" if WIDE else "0x5c005c00"  # noqa: N806
+            BODY: tl.constexpr = (  # noqa: N806
+                "prmt.b32 a, $1, 0, 0x1404; shr.b32 b, a, " + SHIFT + "; and.b32 b, b, " + MASK
+                + "; lop3.b32 a, a, 0x80008000, b, 0xEA; mov.b32 c, " + POWER + "; "
+            )  # fmt: skip
+        elif WIDE:
+            BODY: tl.constexpr = (  # type: ignore[no-redef]  # noqa: N806
+                "prmt.b32 a, $1, 0, 0x4140; lop3.b32 b, a, 0x00800080, 0xc300c300, 0xEA; "
+                "lop3.b32 a, a, 0x007f007f, 0x43004300, 0xEA; mov.b32 c, 0x3f803f80; "
+                "fma.rn.bf16x2 a, a, c, b; "
+            )  # fmt: skip
+        else:
+            BODY: tl.constexpr = (  # type: ignore[no-redef]  # noqa: N806
+                "prmt.b32 a, $1, 0, 0x4140; lop3.b32 a, a, 0x00800080, 0x64006400, 0xBE; "
+                "mov.b32 c, 0x3c003c00; "
+            )  # fmt: skip
+        low = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c; " + BODY + FMA + "a, a, c, $2; " + FMA + "$0, a, $3, $4; }",
+            "=&r,r,r,r,r", [codes, less, scales, more], dtype=less.dtype, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+        high = low
+    return low, high
 
 
 @triton.jit
@@ -319,18 +403,25 @@ def _packed_vector_kernel(
 
 
 @triton.jit
-def _add_dot(acc, tile, low_x, high_x, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr):  # fmt: skip
-    """acc + w · xᵀ, [outputs, tokens]: weights come from registers, tokens from shared memory."""
-    codes, scales, zeros, shifts = tile
-    if BITS == 4:
-        low = _unpack(codes & 15, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, low_x.dtype)
-        acc = tl.dot(low, tl.trans(low_x), acc, input_precision="ieee")
-        high = _unpack(codes >> 4, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, low_x.dtype)
-        acc = tl.dot(high, tl.trans(high_x), acc, input_precision="ieee")
+def _add_dot(acc, codes, group, x, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, BASE: tl.constexpr,
+             FAST: tl.constexpr, SWAPS: tl.constexpr):  # fmt: skip
+    """acc + x · wᵀ, [tokens, outputs]; if SWAPS acc + w · xᵀ, [outputs, tokens]."""
+    scales, zeros, shifts = group
+    if FAST:
+        low, high = _unpack_pairs(codes, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, BASE,
+                                  x.dtype)  # fmt: skip
+    elif BITS == 4:
+        low = _unpack(codes & 15, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, x.dtype)
+        high = _unpack(codes >> 4, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, x.dtype)
     else:
-        low = _unpack(codes, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, low_x.dtype)
-        acc = tl.dot(low, tl.trans(low_x), acc, input_precision="ieee")
+        low = _unpack(codes, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, x.dtype)
+    if BITS == 4:
+        low = halves_joined(low, high)
+    if SWAPS:
+        acc = tl.dot(low, tl.trans(x), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, tl.trans(low), acc, input_precision="ieee")
     return acc
 
 
@@ -349,9 +440,9 @@ def _packed_matrix_kernel(
     partial, arrivals,
     num_tokens, num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    MIDDLE: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    MIDDLE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr, SWAPS: tl.constexpr,
+    NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     if PDL:
@@ -362,27 +453,39 @@ def _packed_matrix_kernel(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
-    ups = outputs + num_outputs
+    real = outputs < num_outputs
+    rows = outputs.to(tl.int64)
+    ups = rows + num_outputs
+    groups = _load_scales(weight, rows[:, None], real[:, None], first, K, GROUP, BLOCK_K)
+    up_groups = groups
+    if GATED:
+        up_groups = _load_scales(weight, ups[:, None], real[:, None], first, K, GROUP, BLOCK_K)
     if PDL:
         gdc_wait()
     if squares is not None:  # on their way while the products are made
         parts = load_squares(squares, tokens, num_tokens, PARTS)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if SWAPS:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = acc
     for step in tl.range(0, NUM_TILES, num_stages=STAGES):
         k = first + step * BLOCK_K
-        columns = _columns(k, BITS, BLOCK_K)
-        low_x = _load_tokens(x, tokens, columns, num_tokens, K)
-        high_x = low_x
-        if BITS == 4:
-            high_x = _load_tokens(x, tokens, columns + 16, num_tokens, K)
-        tile = _load_tile(weight, outputs, k, num_outputs, K, BITS, GROUP, BLOCK_K)
-        acc = _add_dot(acc, tile, low_x, high_x, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+        inputs = _load_tokens(x, tokens, k + tl.arange(0, BLOCK_K), num_tokens, K)
+        tile = _load_codes(codes, rows, real, k, K, BITS, BLOCK_K)
+        # Loads of a few bytes are not pipelined: the next groups are on their way a step before.
+        more = _load_scales(weight, rows[:, None], real[:, None], k + BLOCK_K, K, GROUP, BLOCK_K)
+        acc = _add_dot(acc, tile, groups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, BASE, FAST,
+                       SWAPS)  # fmt: skip
+        groups = more
         if GATED:
-            tile = _load_tile(weight, ups, k, 2 * num_outputs, K, BITS, GROUP, BLOCK_K)
-            up = _add_dot(up, tile, low_x, high_x, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
-    acc = tl.trans(acc)
-    up = tl.trans(up) if GATED else acc
+            tile = _load_codes(codes, ups, real, k, K, BITS, BLOCK_K)
+            more = _load_scales(weight, ups[:, None], real[:, None], k + BLOCK_K, K, GROUP, BLOCK_K)
+            up = _add_dot(up, tile, up_groups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, BASE,
+                          FAST, SWAPS)  # fmt: skip
+            up_groups = more
+    if SWAPS:
+        acc, up = tl.trans(acc), tl.trans(up)
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
@@ -640,6 +743,8 @@ def tile_for(
         return _vector_tile(weight, gated=gated)
     if not _has_whole_groups(weight):
         return _tile_of_parts(num_tokens, num_outputs, weight, gated=gated)
+    if num_tokens > MAX_SCALED_SUMS and _scales_weights_quickly(weight):
+        return _tile_of_many(num_tokens, num_outputs, weight, gated=gated)
     block_k = min(128, _group_of(weight))
     block_m = min(max(8, triton.next_power_of_2(num_tokens)), 64)
     is_wide = block_m == 64 and not gated
@@ -661,6 +766,23 @@ def _vector_tile(weight: PackedWeight, *, gated: bool) -> PackedTile:
     if weight.bits == 4 and inputs <= 4096:
         return PackedTile(4, inputs, warps=4)
     return PackedTile(8 if weight.bits == 4 else 4, min(inputs, 2048), warps=4)
+
+
+def _tile_of_many(
+    num_tokens: int, num_outputs: int, weight: PackedWeight, *, gated: bool
+) -> PackedTile:
+    """Of 33 to 128 tokens: weights get their scales, and several programs a multiprocessor."""
+    block_m = 64 if num_tokens <= 64 else 128
+    block_n, warps = (64, 4) if block_m == 64 else (128, 8)
+    block_k = 64 if gated or _group_of(weight) < 128 else 128
+    num_programs = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_tokens, block_m)
+    room = 3 * num_multiprocessors(weight.codes.device) // num_programs
+    if block_m == 128:
+        room //= 2
+    splits = _power_of_2_within(min(max(2 * gated, room), weight.inputs // (4 * block_k), 4))
+    if gated and block_m == 128:
+        splits = 1
+    return PackedTile(block_n, block_k, warps, splits, 4, block_m, scales_sums=False)
 
 
 def _tile_of_parts(
@@ -711,6 +833,11 @@ def packed_add(
     return _launch(x, linear, residual, norm=None, next_norm=next_norm, gated=False, tile=tile)
 
 
+def fewest_unpacked(weight: PackedWeight) -> int:
+    """From how many tokens on cuBLAS is so much faster that writing all weights out pays."""
+    return 129 if _has_whole_groups(weight) and _scales_weights_quickly(weight) else 65
+
+
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The matrix in new memory, [outputs, inputs]."""
     outputs, inputs = len(weight.codes), weight.inputs
@@ -749,6 +876,12 @@ def _has_whole_groups(weight: PackedWeight) -> bool:
     """Whether sums of a tile may get the scales of its group, instead of each weight."""
     is_scaled_alone = weight.shift is None and weight.super_scale is None
     return is_scaled_alone and _group_of(weight) >= MIN_WHOLE_GROUP
+
+
+def _scales_weights_quickly(weight: PackedWeight) -> bool:
+    """Whether products in which each weight gets its scale were measured, and found quicker."""
+    is_measured = weight.codes.dtype != torch.int8
+    return is_measured and has_tensor_memory_accelerator(weight.codes.device)
 
 
 def _arithmetic(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
@@ -795,11 +928,17 @@ def _launch(
     num_m = triton.cdiv(num_tokens, tile.block_m)
     assert splits == 1 or num_n * num_m <= MAX_ARRIVALS
     size = num_n * num_m * splits * (1 + gated) * tile.block_n * tile.block_m if splits > 1 else 0
-    kernel = _packed_matrix_kernel
-    if _has_whole_groups(weight) and options["GROUP"] % tile.block_k == 0:
+    options |= _arithmetic(weight, x.dtype)
+    is_whole = _has_whole_groups(weight) and options["GROUP"] % tile.block_k == 0
+    if tile.scales_sums and is_whole:
         kernel = _packed_group_kernel
-        options |= _arithmetic(weight, x.dtype)
         del options["MIDDLE"]  # it knows
+    else:
+        kernel = _packed_matrix_kernel
+        # Products that are shifted, or scaled twice, would lose too much in half precision.
+        is_plain = weight.shift is None and weight.super_scale is None
+        options |= {"FAST": options["FAST"] and is_plain}
+        options |= {"SWAPS": not is_plain or tile.block_m < 16}
     kernel[(num_n, splits, num_m)](
         x, *tensors, x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
         num_tokens, num_outputs, eps,

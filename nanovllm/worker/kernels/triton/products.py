@@ -16,6 +16,7 @@ from nanovllm.worker.kernels.triton.launch import converts_fp8
 from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
 from nanovllm.worker.kernels.triton.packed_linear import (
     can_multiply,
+    fewest_unpacked,
     packed_add,
     packed_linear,
     unpacked,
@@ -31,8 +32,6 @@ from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
 from nanovllm.worker.quant.packed import Packed
-
-MIN_UNPACKED_TOKENS = 65  # cuBLAS is then so much faster that writing all weights out pays
 
 
 def weight_of(next_norm: RMSNorm | None) -> Tensor | None:
@@ -147,7 +146,7 @@ class PackedProducts(Products):
 
     def multiply(self, x: Tensor, linear: Linear) -> Tensor:
         x = _packed(linear).ordered(x)
-        if len(x) < MIN_UNPACKED_TOKENS:
+        if self._are_few(x, linear):
             return packed_linear(x, linear)
         return F.linear(x, unpacked(_packed(linear).weight, x.dtype), linear.bias)
 
@@ -164,14 +163,18 @@ class PackedProducts(Products):
     def linear_add(
         self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
     ) -> Residual:
-        if len(x) >= MIN_UNPACKED_TOKENS:
+        if not self._are_few(x, linear):
             return super().linear_add(x, linear, residual, next_norm)
         weight = None if next_norm is None else next_norm.weight
         return packed_add(_packed(linear).ordered(x), linear, residual, next_norm=weight)
 
     def _is_fused(self, x: Tensor, linear: Linear) -> bool:
         """Whether norm and gate are part of the product, for which inputs must lie as they are."""
-        return len(x) < MIN_UNPACKED_TOKENS and _packed(linear).order is None
+        return self._are_few(x, linear) and _packed(linear).order is None
+
+    def _are_few(self, x: Tensor, linear: Linear) -> bool:
+        """Whether our own product is the faster one."""
+        return len(x) < fewest_unpacked(_packed(linear).weight)
 
 
 class Fp8Products(SkinnyProducts):
