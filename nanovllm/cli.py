@@ -104,11 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_struct_flags(command.add_argument_group("sampling"), SamplingFlags)
         add_config_flags(command)
 
-    serving = add("serve", run_serve, "answer HTTP requests as OpenAI's API does")
-    add_model_argument(serving)
-    add_struct_flags(serving.add_argument_group("server"), ServerSettings)
-    add_config_flags(serving)
-
+    add_serving(add)
     add_bench(add("bench", run_bench, "measure this machine, with random prompts"))
 
     plan = add(
@@ -127,6 +123,21 @@ def make_parser() -> argparse.ArgumentParser:
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
     fetching.add_argument("alias", choices=list(ALIASES), help=names)
     return parser
+
+
+def add_serving(add: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
+    """add: makes a command of a name, a function and a line of help."""
+    serving = add("serve", run_serve, "answer HTTP requests as OpenAI's API does")
+    add_model_argument(serving)
+    add_struct_flags(serving.add_argument_group("server"), ServerSettings)
+    add_config_flags(serving)
+
+    routing = add("route", run_route, "the same in front of cores that already run")
+    routing.add_argument(
+        "addresses", nargs="+", metavar="ADDRESS", help="of a core: ipc://PATH or tcp://HOST:PORT"
+    )
+    add_struct_flags(routing.add_argument_group("server"), ServerSettings)
+    add_config_flags(routing)
 
 
 def add_bench(bench: argparse.ArgumentParser) -> None:
@@ -226,6 +237,14 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from nanovllm.frontend.server.command import run
 
     return _run(run(arguments, config_values(arguments)))
+
+
+def run_route(arguments: argparse.Namespace) -> int:
+    """What `serve --connect A,B,…` does."""
+    if "connect" in arguments:
+        raise ValueError("connect: `route` is told the addresses as words: omit --connect")
+    arguments.connect = ",".join(arguments.addresses)
+    return run_serve(arguments)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -340,6 +340,19 @@ def test_bench_passes_lengths_and_settings_on(
     assert capsys.readouterr().out == f"{what} 9 64 {{'block_size': 32}}\n"
 
 
+def test_route_serves_cores_that_run_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    async def run(arguments: Any, engine_fields: dict[str, Any]) -> int:
+        given.extend([arguments.connect, arguments.port, engine_fields])
+        return 0
+
+    monkeypatch.setattr("nanovllm.frontend.server.command.run", run)
+    words = ["route", "tcp://a:1", "ipc://b", "--port", "80", "--max-core-restarts", "2"]
+    assert cli.main(words) == 0
+    assert given == ["tcp://a:1,ipc://b", 80, {"max_core_restarts": 2}]
+
+
 def test_bench_clients_takes_its_load_from_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
