@@ -28,7 +28,13 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.flash_attention import FlashAttention
 from nanovllm.worker.attention.select import attention_specs, select_attention
-from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
+from nanovllm.worker.attention.triton.attention_tuning import (
+    Fitting,
+    Long,
+    Tiling,
+    Tuning,
+    tuning_for,
+)
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels.base import Residual
@@ -255,21 +261,26 @@ def decode_cases() -> Iterator[Case]:
         yield Case("prefix", f"64×1088, {num_shared} shared", "read once", num_bytes, 0, build)
     few = [(1, 512, 16), (8, 1024, 16), (8, 4096, 16), (16, 384, 16), (16, 1024, 16)]
     few += [(64, 384, 16), (1, 512, 32), (64, 1024, 32), (2, 32768, 16)]
+    few += [(8, 16064, 16), (32, 1050, 16), (32, 1050, 32)]
     many = [(64, 704, 16), (80, 640, 16), (128, 704, 16), (256, 704, 16), (256, 1024, 16)]
     shapes = [(f"{rows}×{length}", (length,) * rows, heads) for rows, length, heads in few + many]
     shapes.append((f"256×{min(MIXED)}…{max(MIXED)}", MIXED, 16))
     for name, lengths, heads in shapes:
         num_bytes, args = sum(lengths) * 8 * 512, ((1,) * len(lengths), lengths, (heads, 8), 16)
+        group = "long" if (name, heads) in LONG_ROWS else "decode"
         variants = [("chosen", chosen)]
         if len(lengths) <= 80:
             for programs in (4, 5, 6):
                 fused = replace(chosen, few=Fitting(Tiling(32, 2, 2, tma=False), programs))
                 variants.append((f"fused, if all fit, p{programs}", fused))
-        if (len(lengths), lengths[0], heads) not in few:
+        if group == "long" or (len(lengths), lengths[0], heads) not in few:
             variants += stream_tunings(chosen)
         for variant, tuning in variants:
             build = partial(build_attention, tuning, *args)
-            yield Case("decode", f"{name} h{heads}/8", variant, num_bytes, 0, build)
+            yield Case(group, f"{name} h{heads}/8", variant, num_bytes, 0, build)
+
+
+LONG_ROWS = {("8×16064", 16), ("32×1050", 16), ("32×1050", 32)}
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -281,26 +292,38 @@ def prefill_cases() -> Iterator[Case]:
         (64, Tiling(64, 2, 4, True), True),
     ]  # fmt: skip
     shapes = [((4088,) * 2, (4088,) * 2), ((512,) * 16, (512,) * 16), ((2048,), (10240,))]
+    shapes += [
+        ((8192,), (8192,)),
+        ((8192,), (16384,)),
+        ((2048,), (16000,)),
+        ((8176,) * 2, (8176,) * 2),
+    ]
     shapes += [((64,) * 64, (2112,) * 64), ((1,) * 64 + (7680,), (1024,) * 64 + (7680,))]
     for queries, keys in shapes:
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, keys, strict=True))
         shape = f"{len(queries)}×{queries[-1]}/{keys[-1]} h16/8"
         shape += " mixed" * (1 in queries)
-        for block_size, tiling, own in variants:
+        group = "long" if keys[0] >= 8000 else "prefill"
+        some = variants if group == "prefill" else variants[2:4] + variants[5:]
+        for block_size, tiling, own in some:
             tuning = Tuning(decode, tiling, 128, own)
             build = partial(build_attention, tuning, queries, keys, (16, 8), block_size)
             name = f"b{block_size} n{tiling.keys} s{tiling.stages} w{tiling.warps}"
             name += f"{' tma' * tiling.tma}{' own' * own} {tiling.max_registers or ''}"
-            yield Case("prefill", shape, name, 0, pairs * 8192, build)
-        args = tuning_for(attention_spec((16, 8), 16)), queries, keys, (16, 8), 16
-        build = partial(build_attention, *args, rotates=True)
-        yield Case("prefill", shape, "b16 chosen, with RoPE", 0, pairs * 8192, build)
+            yield Case(group, shape, name, 0, pairs * 8192, build)
+        chosen = tuning_for(attention_spec((16, 8), 16))
+        args = queries, keys, (16, 8), 16
+        for long in (None, Long(min_tokens=0), Long(64, 4, min_tokens=0)):
+            build = partial(build_attention, replace(chosen, long=long), *args, rotates=True)
+            name = "Triton" if long is None else f"Gluon n{long.keys} s{long.stages}"
+            yield Case(group, shape, f"b16 {name}, with RoPE", 0, pairs * 8192, build)
+        args = chosen, *args
         build = partial(build_attention, *args, rotates=True, backend_class=FlashAttention)
-        yield Case("prefill", shape, "b16 flash-attn, with RoPE", 0, pairs * 8192, build)
+        yield Case(group, shape, "b16 flash-attn, with RoPE", 0, pairs * 8192, build)
         if queries == keys:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))
-                yield Case("prefill", shape, f"torch {backend.name}", 0, pairs * 8192, build)
+                yield Case(group, shape, f"torch {backend.name}", 0, pairs * 8192, build)
 
 
 # ---------------------------------------------------------------- linear layers
@@ -947,7 +970,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--only",
-        default="elementwise,decode,prefix,prefill,layer,model,linear,large,gated,fp8few,fp8,sampler",
+        default="elementwise,decode,prefix,prefill,long,layer,model,linear,large,gated,fp8few,"
+        "fp8,sampler",
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")

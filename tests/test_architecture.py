@@ -211,8 +211,8 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
 def test_functions_stay_short(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            # A Triton kernel's length and parameters are its launch interface and its maths.
-            if _is_triton(node):
+            # A kernel's length and parameters are its launch interface and its maths.
+            if _is_kernel(node):
                 continue
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
@@ -222,8 +222,10 @@ def test_functions_stay_short(path: Path) -> None:
             assert count - bool(is_method) <= MAX_PARAMETERS, f"{node.name}: {count}"
 
 
-def _is_triton(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+def _is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """In Triton, or in Gluon, its layer below."""
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return any("triton.jit" in text or "gluon.jit" in text for text in decorators)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

@@ -1,8 +1,8 @@
 """Compile Triton kernels to machine code of a GPU that need not be there.
 
-`python tests/worker/warmup/compile_for_gpu.py sampler` (or `asking`, `gated`) prints a JSON object:
-case → what it uses. A program of its own, since Triton decides when it is imported whether to
-compile or to interpret.
+`python tests/worker/warmup/compile_for_gpu.py sampler` (or another of `CASES`) prints a JSON
+object: case → what it uses. A program of its own, since Triton decides when it is imported whether
+to compile or to interpret.
 """
 
 import json
@@ -18,7 +18,10 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from nanovllm.worker.attention.triton import long_kernel
+from nanovllm.worker.attention.triton.attention_tuning import Long
 from nanovllm.worker.kernels.triton import (
     edit_logits,
     fused_sampler,
@@ -44,7 +47,8 @@ def usage(
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*")
     }
-    source = ASTSource(kernel, signature, dict(constants), attributes)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, dict(constants), attributes)
     compiled = triton.compile(source, target=HOPPER, options=options)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.ptx")
@@ -164,5 +168,33 @@ def gated() -> dict[str, dict[str, int]]:
     }
 
 
+def long() -> dict[str, dict[str, int]]:
+    """As `TritonAttention` launches it for models with the heads of Qwen3-0.6B and 8B."""
+    tile, layout = Long(), long_kernel.TILE_LAYOUT.value
+    pages = f"tensordesc<bf16[16, 64],{layout}>"
+    descriptors = {
+        "own": f"tensordesc<bf16[{tile.keys}, 128],{layout}>",
+        "keys": pages,
+        "values": pages,
+    }
+    pointers = dict.fromkeys(("qkv", "out", "q_weight"), "*bf16")
+    pointers |= dict.fromkeys(("block_tables", "seq_lens", "query_start_loc", "tile_rows"), "*i32")
+    pointers |= {"cos_sin": "*fp32", "sinks": "*fp32"}
+    numbers = {"query_stride": "i32", "table_stride": "i32", "scale": "fp32", "eps": "fp32"}
+    constants = {"KV_HEADS": 8, "BLOCK_SIZE": 16, "PAGE": 16, "BLOCK_N": tile.keys, "PDL": True}
+    constants |= {"STAGES": tile.stages, "NORM": True, "SINKS": True}
+    return {
+        f"groups of {group}": usage(
+            long_kernel.long_kernel,
+            {**descriptors, **pointers, **numbers},
+            {**constants, "GROUP": group},
+            num_warps=4,
+        )
+        for group in (2, 4)
+    }
+
+
+CASES = {"sampler": sampler, "asking": asking, "gated": gated, "long": long}
+
 if __name__ == "__main__":
-    print(json.dumps({"sampler": sampler, "asking": asking, "gated": gated}[sys.argv[1]]()))
+    print(json.dumps(CASES[sys.argv[1]]()))

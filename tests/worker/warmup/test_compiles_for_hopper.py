@@ -17,6 +17,7 @@ LAUNCHED = {
     "_silu_and_mul_kernel",
     "_rope_and_cache_kernel",
     "prefill_kernel",
+    "long_kernel",
     "decode_kernel",
     "stream_kernel",
     "combine_kernel",

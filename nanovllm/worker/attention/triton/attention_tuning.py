@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator
+from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, is_hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,16 @@ class Fitting:
 
 
 @dataclass(frozen=True, slots=True)
+class Long:
+    """How `long_kernel` runs on Hopper: keys per tile, buffers of them, and of how many tokens a
+    step must be; fewer do better where contexts are cut into pieces."""
+
+    keys: int = 128
+    stages: int = 2
+    min_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
 class Tuning:
     """How rows are cut up, and the tiles of the kernels."""
 
@@ -66,6 +77,7 @@ class Tuning:
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
     few: Fitting | None = None
+    long: Long | None = None
     programs_per_sm: int = 6  # that share the tiles of many decoding rows
     min_range: int = 128  # keys, for one of them
     max_splits: int = 32  # of one row, however long
@@ -111,5 +123,14 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         queries=128,
         copies_own=can_copy,
         few=Fitting(fused, programs_per_sm=4 if widens else 6),
+        long=Long() if can_attend_long(spec) else None,
         programs_per_sm=4,
     )
+
+
+def can_attend_long(spec: AttentionSpec) -> bool:
+    """Whether `long_kernel` has a form for these layers, and instructions of its own."""
+    is_plain = spec.sliding_window is None and spec.softcap is None
+    is_half = spec.dtype in (torch.bfloat16, torch.float16) and spec.cache_dtype == spec.dtype
+    fits = spec.head_dim == 128 and spec.num_heads // spec.num_kv_heads <= 64
+    return is_plain and is_half and fits and spec.block_size % 16 == 0 and is_hopper(spec.device)

@@ -5,21 +5,36 @@ host anything and can be captured. Grids depend on host integers of the batch al
 without work end at once.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.worker.attention.base import AttentionSpec, Rotary
-from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning, tuning_for
+from nanovllm.worker.attention.triton.attention_tuning import (
+    Fitting,
+    Long,
+    Tiling,
+    Tuning,
+    tuning_for,
+)
 from nanovllm.worker.attention.triton.decode_kernels import decode_kernel
 from nanovllm.worker.attention.triton.decode_plan import (
     PLANNED_ROWS,
     plan_kernel,
     stream_plan_kernel,
+)
+from nanovllm.worker.attention.triton.long_kernel import (
+    HALF,
+    HEAD_DIM,
+    TILE_LAYOUT,
+    TILE_LINES,
+    long_kernel,
 )
 from nanovllm.worker.attention.triton.prefill_kernels import prefill_kernel
 from nanovllm.worker.attention.triton.prefix_kernel import shared_prefix_kernel
@@ -196,6 +211,11 @@ class TritonAttention:
     def _tile_tokens(self) -> int:
         return self._tuning.queries // self._group
 
+    def _long(self, num_tokens: int) -> Long | None:
+        """How `long_kernel` attends for a step of so many tokens, if it does."""
+        long = self._tuning.long
+        return None if long is None or num_tokens < long.min_tokens else long
+
     @property
     def _block_group(self) -> int:
         """Lines of a tile of queries: tensor cores take 16."""
@@ -225,6 +245,8 @@ class TritonAttention:
         """Rotate and cache, and attend for rows with several tokens; those of the others are left
         to be written. The kernel rotates the queries, which it has to load anyway."""
         assert self._tile_rows is not None
+        if (long := self._long(batch.num_tokens)) is not None:
+            return self._attend_long(qkv, rotary, layer_cache, batch, sinks, long)
         num_tiles = len(self._tile_rows)
         pieces = self._most_pieces(num_tiles)
         # Whoever shares a tile's context with others must find its queries rotated.
@@ -265,6 +287,53 @@ class TritonAttention:
             PIECES=pieces,
             LEAST=self._tuning.min_piece,
             **tiling.options,
+            **self._options,
+        )
+        return out
+
+    def _attend_long(
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None,
+        long: Long,
+    ) -> Tensor:
+        """As `_prefill`."""
+        assert self._tile_rows is not None and self._tuning.queries == TILE_LINES
+        spec, norm, out = self._spec, rotary.qk_norm, self._output(qkv)
+        rotary.apply(qkv[:, spec.num_heads * spec.head_dim :], batch, layer_cache)
+        page = math.gcd(spec.block_size, long.keys)
+        slots = layer_cache.view(2, -1, spec.num_kv_heads * spec.head_dim)
+        long_kernel[(spec.num_kv_heads, len(self._tile_rows))](
+            qkv,
+            qkv.stride(0),
+            LaidOutDescriptor.from_tensor(qkv, [long.keys, HEAD_DIM.value], TILE_LAYOUT.value),
+            *(
+                LaidOutDescriptor.from_tensor(half, [page, HALF.value], TILE_LAYOUT.value)
+                for half in slots
+            ),
+            out,
+            batch.block_tables,
+            batch.block_tables.stride(0),
+            batch.seq_lens,
+            batch.query_start_loc,
+            self._tile_rows,
+            spec.scale * LOG2E,
+            rotary.cos_sin,
+            None if norm is None else norm.q_weight,
+            0.0 if norm is None else norm.eps,
+            sinks,
+            KV_HEADS=spec.num_kv_heads,
+            GROUP=self._group,
+            BLOCK_SIZE=spec.block_size,
+            PAGE=page,
+            BLOCK_N=long.keys,
+            STAGES=long.stages,
+            NORM=norm is not None,
+            SINKS=sinks is not None,
+            num_warps=4,
             **self._options,
         )
         return out

@@ -17,6 +17,7 @@ INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run i
 MIN_CAPABILITY = (8, 0)
 ADA = (8, 9)
 HOPPER = (9, 0)
+BLACKWELL = (10, 0)
 MAX_ARRIVALS = 65536  # output tiles of one launch whose parts can be counted
 
 
@@ -75,6 +76,11 @@ def num_multiprocessors(device: torch.device) -> int:
 def has_tensor_memory_accelerator(device: torch.device) -> bool:
     """Whether tiles can be fetched by descriptor, without a thread's help (Hopper and later)."""
     return INTERPRETED or gpu_of(device).capability >= HOPPER
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels in Gluon for its instructions run, which nothing interprets."""
+    return not INTERPRETED and HOPPER <= gpu_of(device).capability < BLACKWELL
 
 
 def converts_fp8(device: torch.device) -> bool:

@@ -43,10 +43,9 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
         return True
     if weight.itemsize > 2:
         return False
-    if gated:
-        return num_tokens <= 64
     # More tokens: layers that are read in a few µs, where launches and their gaps weigh most.
-    return weight.numel() < 2**23
+    is_small = weight.numel() < 2**23
+    return num_tokens <= (64 if is_small else 32) if gated else is_small
 
 
 def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
