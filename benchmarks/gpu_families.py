@@ -5,7 +5,8 @@
 Small random models of each family (those that the tests make), in bf16 by CUDA graph and in plain
 torch, eagerly: greedy tokens of prompts longer than the windows, computed in chunks, together and
 again with a warm prefix cache, against transformers in fp32. Prints how far tokens that were taken
-lie behind the best one, beside how far a random token does, and by which attention each ran.
+lie behind the best one, beside how far a random token does, and by which attention each ran; and
+first how far transformers' own tokens in bf16 do, since rounding sends a token to other experts.
 """
 
 import argparse
@@ -89,6 +90,20 @@ def gaps(
     return worst, sum(means) / len(means)
 
 
+@torch.inference_mode()
+def own_ids(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy ids of transformers in bf16, a prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="eager"
+    ).to("cuda")
+    num: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS}
+    outputs = []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt], device="cuda"), do_sample=False, **num)
+        outputs.append(ids[0, len(prompt) :].tolist())
+    return outputs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
@@ -106,6 +121,8 @@ def main() -> None:
                 dtype=torch.float32,
                 attn_implementation="eager",  # others leave caps out in some versions
             ).to("cuda")
+            worst, _ = gaps(reference, prompts, own_ids(path, prompts))
+            print(f"{name:11} {'transformers':12} {worst:.4f} nats behind at most", flush=True)
             for way, settings in WAYS.items():
                 try:
                     outputs, attention = run_way(path, settings, prompts)
