@@ -35,6 +35,12 @@ USUAL = "decode_bs1,decode_bs8,decode_bs64,prefill"
 ONE_OF_64 = ",".join(
     f"ask_one_{name}" for name in ("penalties", "logprobs", "bias", "min_tokens", "allowed")
 )
+# NVLink multicast, with which vLLM would fuse sums and norms, can take a host's GPUs out of service.
+ON_TWO: dict[str, Any] = {
+    "settings": {"tensor_parallel_size": 2},
+    "vllm": {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}},
+}
+NO_MULTICAST = {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
 FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 
 
@@ -45,6 +51,7 @@ class Model(NamedTuple):
     kv_gib: float
     workloads: str = USUAL
     settings: dict[str, Any] = {}  # noqa: RUF012  never changed
+    vllm: dict[str, Any] = {}  # noqa: RUF012  and of vLLM alone
 
     @property
     def cases(self) -> list[str]:
@@ -74,7 +81,10 @@ MODELS = {
     "qwen3-30b-a3b": Model("qwen3-30b-a3b", 14, f"{USUAL},nano256"),
     "gpt-oss-20b": Model("gpt-oss-20b", 8),
     "gemma-3-4b": Model("gemma-3-4b", 10, "decode_bs1,decode_bs64,long1"),
+    "qwen3-8b-tp2": Model("qwen3-8b", 11, f"{USUAL},nano256", **ON_TWO),
+    "qwen3-32b-tp2": Model("qwen3-32b", 8, "decode_bs1,decode_bs64", **ON_TWO),
 }
+DEFAULT = [name for name, model in MODELS.items() if not model.vllm]  # on one GPU
 READS = ("prefill", "long1", "long8")  # what counts is how fast prompts are read
 START_SHARE = 0.6  # of the time of an engine's turn that its starts may take
 SHORT_S = 3.0  # a workload that takes no longer runs twice more
@@ -86,7 +96,7 @@ def start_engine(engine: str, model: Model, folder: Path) -> tuple[Any, Any]:
     lengths = [longest(WORKLOADS[one]()) for one in model.cases if one in WORKLOADS]
     # vLLM asks that its share of the card be free when it starts, and heeds it no further.
     own: dict[str, Any] = (
-        {"disable_log_stats": True, "gpu_memory_utilization": 0.05}
+        {"disable_log_stats": True, "gpu_memory_utilization": 0.05, **model.vllm}
         if engine == "vllm"
         else {"gpu_memory_utilization": 0.9}
     )
@@ -115,8 +125,9 @@ def run_case(llm: Any, params_type: Any, name: str, model: Model, folder: Path) 
     prompts, num_out = workload
     num_tokens = sum(num_out) + (sum(map(len, prompts)) if name in READS else 0)
     config = json.loads((folder / "config.json").read_text())
-    size = 1 if model.settings else 2
+    size = 1 if "quantization" in model.settings else 2
     floor = floor_seconds(config, workload, layer_bytes=size, kv_bytes=size)
+    floor /= model.settings.get("tensor_parallel_size", 1)
     return {"rate": num_tokens / seconds, "floor": floor / seconds}
 
 
@@ -142,7 +153,7 @@ class Child:
         command = [python, __file__, "--child", engine, name, str(folder)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            start_new_session=True,
+            start_new_session=True, env={**os.environ, **NO_MULTICAST},
         )  # fmt: skip
 
     def ask(self, workload: str | None, until: float) -> dict[str, float] | None:
@@ -229,7 +240,7 @@ def raise_timeout(number: int, frame: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT)
     parser.add_argument("--smollm2", help="a directory of SmolLM2 with safetensors and tokenizer")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--vllm-python", default=sys.executable)
