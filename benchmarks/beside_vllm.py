@@ -35,7 +35,7 @@ USUAL = "decode_bs1,decode_bs8,decode_bs64,prefill"
 ONE_OF_64 = ",".join(
     f"ask_one_{name}" for name in ("penalties", "logprobs", "bias", "min_tokens", "allowed")
 )
-# NVLink multicast, with which vLLM would fuse sums and norms, can take a host's GPUs out of service.
+# NVLink multicast, by which vLLM would fuse sums and norms, can put a host's GPUs out of service.
 ON_TWO: dict[str, Any] = {
     "settings": {"tensor_parallel_size": 2},
     "vllm": {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}},

@@ -14,8 +14,9 @@ the same tokens, in nats (two tokens of bf16 may tie). `speed`: Qwen3-0.6B and -
 with random weights: decoding 1, 8 and 64 sequences, and a prompt; ratios are to one rank. `faults`:
 a rank is killed amid 64 streams: how many end with the ids of an undisturbed run, and how long they
 paused. `reduce`: all-reduce by NCCL in a CUDA graph, torch's one-shot over symmetric memory and the
-engine's own, also with what follows a sum; over gloo on a CPU. `plan`: a plan's way to 2, 4 and 8
-ranks that compute nothing, and its result's way back.
+engine's own, also with what follows a sum; over gloo on a CPU. `starts`: an engine is started and
+closed many times, its graphs with it, and ends with a long run of steps. `plan`: a plan's way to 2,
+4 and 8 ranks that compute nothing, and its result's way back.
 Each engine has processes of its own. No part begins after --seconds; what was left out is told.
 """
 
@@ -53,7 +54,7 @@ DENSE: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 16384,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
@@ -75,8 +76,9 @@ EXPERTS: dict[str, Any] = {
     "mlp_only_layers": [],
 }
 SMALLER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-PARTS = ("ids", "speed", "faults", "reduce", "plan")
+PARTS = ("ids", "speed", "faults", "reduce", "starts", "plan")
 NUM_PLANS = 2000
+NUM_STARTS, NUM_STEPS = 20, 10_000
 REDUCED_KIB = (4, 64, 512, 8192)
 
 
@@ -504,6 +506,43 @@ def _time_reduce(run: Callable[[], Any], *, on_gpu: bool) -> float:
     return round((time.perf_counter() - started) / num * 1e6, 1)
 
 
+# ---- starts and ends
+
+
+def start_often(bench: Bench, model: str, size: Ranks) -> None:
+    """Whether graphs are captured and destroyed cleanly, and steps do not hang."""
+    num_starts, num_steps = (2, 200) if bench.is_cpu else (NUM_STARTS, NUM_STEPS)
+    length = 32
+    settings = bench.settings(
+        size, load_format="dummy", skip_tokenizer_init=True, max_model_len=num_steps + length
+    )
+    asked = prompts(4, length, turn=5, vocab_size=500)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    found: list[list[list[int]]] = []
+    times: list[float] = []
+    for _ in range(num_starts):
+        started = time.monotonic()
+        with LLM(model, **settings) as llm:
+            found.append(_ids(llm, asked, params))
+        times.append(time.monotonic() - started)
+    with LLM(model, **settings) as llm:
+        long = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
+        started = time.monotonic()
+        num_ids = len(_ids(llm, asked[:1], long)[0])
+        took_s = time.monotonic() - started
+    bench.say(
+        "starts",
+        ranks=str(size),
+        starts=num_starts,
+        equal=sum(ids == found[0] for ids in found),
+        slowest_s=round(max(times), 2),
+        steps=num_ids,
+        steps_s=round(took_s, 2),
+    )
+    if num_ids < num_steps:
+        raise AssertionError(f"{num_ids} of {num_steps} steps")
+
+
 # ---- a plan's way
 
 
@@ -548,11 +587,15 @@ def run_parts(bench: Bench, wanted: list[str], sizes: list[Ranks]) -> None:
         paths = [str(MODELS / f"qwen3-{name}") for name in arguments.models.split(",")]
         for path in [bench.random_model("dense")] if bench.is_cpu else paths:
             bench.attempt(f"speed, {Path(path).name}", partial(measure, bench, path, sizes))
-    if "faults" in wanted:
-        streams = partial(kill_a_rank, bench, bench.random_model("dense"), sizes[0])
-        bench.attempt("faults", lambda: asyncio.run(streams()))
-    if "reduce" in wanted:
-        bench.attempt("reduce", partial(measure_reduce, bench, sizes[0].each))
+    small = bench.random_model("dense")
+    others: dict[str, Callable[[], None]] = {
+        "faults": lambda: asyncio.run(kill_a_rank(bench, small, sizes[0])),
+        "reduce": partial(measure_reduce, bench, sizes[0].each),
+        "starts": partial(start_often, bench, small, sizes[0]),
+    }
+    for name, part in others.items():
+        if name in wanted:
+            bench.attempt(name, part)
     for size in (2, 4, 8) if "plan" in wanted else ():
         bench.attempt(f"plan, {size}", partial(measure_plan, bench, size))
 
