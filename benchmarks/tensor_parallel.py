@@ -157,11 +157,11 @@ class Bench:
             "pipeline_parallel_size": size.stages,
             "max_model_len": 256 if self.is_cpu else 4096,
             "max_num_seqs": 8 if self.is_cpu else 64,
-            "gpu_memory_utilization": 0.8,
+            "kv_cache_memory_bytes": 4 * 2**30,
             "compare_ranks": True,
         }
         if self.is_cpu:
-            common |= {"dtype": "float32", "num_gpu_blocks_override": 256}
+            common |= {"dtype": "float32", "kv_cache_memory_bytes": 2**24}
         return common | more
 
     @contextmanager
