@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT)
     parser.add_argument("--smollm2", help="a directory of SmolLM2 with safetensors and tokenizer")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--logs", help="a directory that keeps what the engines print")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -255,11 +256,12 @@ def main() -> None:
     signal.signal(signal.SIGALRM, raise_timeout)
     until = time.monotonic() + arguments.seconds
     measured: list[Rates] = []
-    for engine in ENGINES:
-        if find_spec(engine) is None and arguments.vllm_python == sys.executable:
+    for engine in arguments.engines:
+        python = arguments.vllm_python if engine == "vllm" else sys.executable
+        if find_spec(engine) is None and python == sys.executable:
             print(f"{engine} is not installed: skipped")
             continue
-        last = engine == ENGINES[-1]
+        last = engine == arguments.engines[-1]
         left = until if last else time.monotonic() + arguments.seconds * 0.4
         rates, seconds = measure(engine, names, arguments, left)
         print(f"{engine}: {seconds:.0f} s in all", flush=True)
