@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 JSON_WHITESPACE = r" |\n {0,16}"
 # `oneOf` as `anyOf`: no parser can see that exactly one alternative fits.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": JSON_WHITESPACE, "coerce_one_of": True}
+# llguidance adds all tokens that match one of these at once, where any such text may follow; others
+# it walks through. Its own bounds of length are 10 and 30: far apart where a maxLength is near.
+IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{IN_STRING}{{1,{length}}}" for length in (4, 6, 8, 10, 12, 16)),
+    f"{IN_STRING}+",
+]
 ANY_OBJECT = '{"type": "object"}'
 MAX_LEXER_STATES = 100_000  # bounds memory (0.3 to 2 kB each); llguidance bounds work by itself
 MAX_CAUSE_CHARS = 300
@@ -38,9 +46,9 @@ def make_tokenizer(
 
     eos = eos_token_ids or None
     tokenizer_json = _plainly_byte_level(tokenizer_json)
-    tokenizer = LLTokenizer(tokenizer_json, eos_token=eos)
+    tokenizer = LLTokenizer(tokenizer_json, eos_token=eos, slices=SLICES)
     if tokenizer.vocab_size < vocab_size:  # an embedding table padded at its end
-        tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
+        tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos, slices=SLICES)
     return tokenizer
 
 
