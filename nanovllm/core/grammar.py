@@ -24,7 +24,9 @@ import numpy.typing as npt
 
 from nanovllm.core.free_text import FreeText
 from nanovllm.core.grammar_sandbox import GrammarSandbox
-from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer
+from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer, schema_of
+from nanovllm.core.json_place import Place
+from nanovllm.core.json_shape import Shape, shape_of
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -65,18 +67,24 @@ class Family:
 class Matcher:
     """Where one output is in its grammar. Once ended, by whatever reason, it stays so.
 
-    free_text: what comes before the grammar begins; None from then on.
+    free_text: what comes before the grammar begins; None from then on. place: by which masks are
+    kept, if they are.
     """
 
-    __slots__ = ("__weakref__", "_matcher", "_slow_s", "error", "family", "free_text")
+    __slots__ = ("__weakref__", "_matcher", "_slow_s", "error", "family", "free_text", "place")
 
     def __init__(
-        self, matcher: LLMatcher, family: Family, free_text: FreeText | None = None
+        self,
+        matcher: LLMatcher,
+        family: Family,
+        free_text: FreeText | None = None,
+        place: Place | None = None,
     ) -> None:
         self._matcher = matcher
         self._slow_s = 0.0
         self.family = family
         self.free_text = free_text
+        self.place = place
         self.error: str | None = None  # why it cannot go on; None unless something went wrong
 
     @property
@@ -98,6 +106,8 @@ class Matcher:
         goes_on = self._matcher.consume_token(token_id) and not self._matcher.is_stopped()
         self.note_time(time.perf_counter() - start)
         if goes_on:
+            if self.place is not None:
+                self.place.take(token_id)
             return self.error is None
         self.note_error()
         return False
@@ -117,6 +127,18 @@ class Matcher:
         self.note_time(time.perf_counter() - start)
         self.note_error()
         return [] if self.error is not None else token_ids[:most]
+
+    @property
+    def kept_mask(self) -> Words | None:
+        """Of an output that was in the same place before. Nothing is forced there."""
+        return None if self.place is None else self.place.shape.masks.get(self.place.key)
+
+    def keep_mask(self, words: Words) -> None:
+        """For others that come to this place. words: one row of masks, computed just now."""
+        if self.place is None or self.place.key is None or self.error is not None:
+            return
+        if not self._matcher.compute_ff_bytes():  # else the mask depends on the last token as well
+            self.place.shape.keep(self.place.key, words.copy())
 
     @property
     def has_forced_text(self) -> bool:
@@ -149,7 +171,8 @@ class Matcher:
         """Another one at the same place."""
         self.family.num_copies += 1
         free_text = None if self.free_text is None else self.free_text.copy()
-        copy = Matcher(self._matcher.deep_copy(), self.family, free_text)
+        place = None if self.place is None else self.place.copy()
+        copy = Matcher(self._matcher.deep_copy(), self.family, free_text, place)
         self.family.live.add(copy)
         return copy
 
@@ -276,6 +299,8 @@ class GrammarCompiler:
         self._eos_token_ids = info.eos_token_ids
         self._sandbox = sandbox
         self._tokenizer: LLTokenizer | None = None
+        self._spelling: list[bytes] = []  # of each token
+        self._longest = 0  # bytes of one
         self._executors: list[LLExecutor] = []  # of one thread each
         self._lock = threading.Lock()
         self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
@@ -304,6 +329,8 @@ class GrammarCompiler:
             tokenizer = make_tokenizer(text, vocab_size=size, eos_token_ids=eos)
             if self._sandbox is not None:
                 self._sandbox.warm_up()
+            self._spelling = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+            self._longest = max(map(len, self._spelling))
             self._executors = [LLExecutor(num_threads=1) for _ in range(MAX_LEXERS)]
             self._tokenizer = tokenizer
 
@@ -316,12 +343,15 @@ class GrammarCompiler:
         assert self._tokenizer is not None
         if self._sandbox is not None:
             self._sandbox.try_out(wanted)
-        return Grammar(partial(self._make_first, wanted))
+        root = shape_of(schema_of(wanted)) if wanted.kind.startswith("json") else None
+        shape = None if root is None else Shape(root, self._spelling, self._longest)
+        return Grammar(partial(self._make_first, wanted, shape))
 
-    def _make_first(self, wanted: StructuredOutputsParams) -> Matcher:
+    def _make_first(self, wanted: StructuredOutputsParams, shape: Shape | None) -> Matcher:
         assert self._tokenizer is not None
         after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
-        return Matcher(make_matcher(self._tokenizer, wanted), Family(), after)
+        place = None if shape is None else Place(shape)
+        return Matcher(make_matcher(self._tokenizer, wanted), Family(), after, place)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
         """Compute them beside the caller, who must leave the matchers alone until it is done.
@@ -349,12 +379,13 @@ class GrammarCompiler:
     def _compute(self, matchers: Sequence[Matcher]) -> Masks:
         """What they force is looked for first, since a mask of one bit need not be computed then.
         Of many, masks come first: threads make them without Python's lock, so that fewer are asked
-        with it."""
-        if len(matchers) < LOOK_FIRST:
-            forced = find_forced(enumerate(matchers))
+        with it. Where a mask is kept, nothing is forced."""
+        new = [each for each in enumerate(matchers) if each[1].kept_mask is None]
+        if len(new) < LOOK_FIRST:
+            forced = find_forced(new)
             return Masks(self.compute_masks(matchers, forced), forced)
         words = self.compute_masks(matchers)
-        single = (each for each in enumerate(matchers) if np.count_nonzero(words[each[0]]) == 1)
+        single = (each for each in new if np.count_nonzero(words[each[0]]) == 1)
         return Masks(words, find_forced(single))
 
     def compute_masks(
@@ -382,6 +413,8 @@ class GrammarCompiler:
                 token_id = forced[index][0]
                 words[index] = 0
                 words[index].view(np.uint32)[token_id >> 5] = 1 << (token_id & 31)
+            elif (kept := matcher.kept_mask) is not None:
+                words[index] = kept
             else:
                 begun.append(index)
         if len(begun) < FEW or self._looks_for_slow_ones:
@@ -390,6 +423,7 @@ class GrammarCompiler:
             self._share_out(matchers, begun)
         for index in begun:
             matchers[index].note_error()
+            matchers[index].keep_mask(words[index])
         before_s, self._last_s = self._last_s, time.perf_counter() - start
         self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
         self._num_until_look = max(0, self._num_until_look - 1)

@@ -112,5 +112,9 @@ def _as_grammar(wanted: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     if wanted.grammar is not None:
         return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
-    schema = ANY_OBJECT if wanted.json is None else prepare(str(wanted.json))
-    return LLMatcher.grammar_from_json_schema(schema, defaults=JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(schema_of(wanted), defaults=JSON_OPTIONS)
+
+
+def schema_of(wanted: StructuredOutputsParams) -> str:
+    """The schema, as llguidance is to read it, of what is to be JSON. Raises `ValueError`."""
+    return ANY_OBJECT if wanted.json is None else prepare(str(wanted.json))

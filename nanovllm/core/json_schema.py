@@ -114,7 +114,7 @@ class _Closing:
         target = schema.get("$ref")
         if isinstance(target, str) and target not in seen:
             seen.add(target)
-            self._gather(self._resolve(target), names, seen)
+            self._gather(resolve(self._root, target), names, seen)
 
     def _find_parts(self, schema: Any, *, is_part: bool) -> None:
         if not isinstance(schema, dict):
@@ -123,26 +123,27 @@ class _Closing:
         target = schema.get("$ref")
         if is_part and isinstance(target, str) and unquote(target) not in self._parts:
             self._parts.add(unquote(target))
-            self._find_parts(self._resolve(target), is_part=True)
+            self._find_parts(resolve(self._root, target), is_part=True)
         for branch in _branches(schema):
             self._find_parts(branch, is_part=is_part)
         for one in _others_below(schema):
             self._find_parts(one, is_part=False)
 
-    def _resolve(self, pointer: str) -> Any:
-        """What a `$ref` within the schema points to; None if nothing is there."""
-        if not pointer.startswith("#"):
+
+def resolve(root: Any, pointer: str) -> Any:
+    """What a `$ref` within the schema `root` points to; None if nothing is there."""
+    if not pointer.startswith("#"):
+        return None
+    found = root
+    for name in unquote(pointer).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
             return None
-        found = self._root
-        for name in unquote(pointer).split("/")[1:]:
-            name = name.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-                found = found[int(name)]
-            elif isinstance(found, dict) and name in found:
-                found = found[name]
-            else:
-                return None
-        return found
+    return found
 
 
 def _num_parts(schema: Schema) -> int:
