@@ -56,15 +56,11 @@ bench: setup-dev
 	$(PY) benchmarks/faults.py
 	$(PY) benchmarks/offline_vs_transformers.py
 
-# Whether tests hold what the code does: small mutations, drawn at random, in a copy of this tree.
-# An hour or more; MUTANTS says how many, and a second run goes on where the first one was.
+# Whether tests hold what the code does: small mutations, drawn at random, in copies of this tree. An
+# hour or more on two cores; MUTANTS says how many, and a second run goes on where the first one was.
 MUTANTS ?= 300
 mutants: setup-dev
-	rm -rf build/mutants
-	mkdir -p build/mutants
-	git ls-files -z | xargs -0 cp --parents -t build/mutants
-	cp nanovllm/worker/kernels/native/*.so build/mutants/nanovllm/worker/kernels/native/ || true
-	$(PY) build/mutants/tests/mutants.py --num $(MUTANTS) --results build/mutants.jsonl
+	$(PY) tests/mutants.py --num $(MUTANTS) --results build/mutants.jsonl --processes $$(nproc)
 
 # The tests of the C++ kernels, built with the address and undefined-behaviour sanitizers in a copy of
 # this tree; with -O3 that takes a compiler a quarter of an hour. What Python itself leaves at its end is

@@ -1,16 +1,17 @@
 """Small mutations of the code, each against the tests that run the line it is in.
 
-    python tests/mutants.py --num 300 --results mutants.jsonl        # resumes where it was
+    python tests/mutants.py --num 300 --processes 2        # goes on where it was
 
 First all tests run once and say which lines each of them runs. A mutant is one flipped comparison,
 dropped statement or constant off by one, drawn at random. The tests are collected once; a fork of
 that process puts the mutant's code into its functions and runs them. Programs that they start
-read the mutant from this tree, so run it in a copy of the repository. Time is CPU time.
+read the mutant from the tree, so each of `--processes` has a copy of it. Time is CPU time.
 """
 
 import argparse
 import ast
 import copy
+import fcntl
 import gc
 import importlib
 import json
@@ -18,8 +19,11 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -35,7 +39,7 @@ AREAS = ("nanovllm/core", "nanovllm/frontend", "nanovllm/worker/sampling")
 TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay", "tests/watch")
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
-MAX_TESTS, MAX_TESTS_S = 100, 12.0  # per mutant; seconds of CPU time
+MAX_TESTS, MAX_TESTS_S = 200, 30.0  # per mutant; seconds of CPU time
 OWN_FILE_FIRST = 4.0  # such tests may take so many times longer than others and yet go first
 UNKNOWN_S = 0.5  # of a test that could not be traced
 # What runs in processes of its own, and whose tests start those.
@@ -265,10 +269,15 @@ def cpu_s() -> float:
 
 
 def in_child(
-    work: Callable[[], int], limit_s: float, log: Path, *, waiting_limit_s: float = math.inf
+    work: Callable[[], int],
+    limit_s: float,
+    log: Path,
+    *,
+    waiting_limit_s: float = math.inf,
+    progress: Path | None = None,
 ) -> int | None:
     """The exit code of `work` in a process of its own; None: it took too much CPU time or was seen
-    waiting for too long, and was killed."""
+    waiting for too long since it last wrote to `progress`, and was killed."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -286,7 +295,7 @@ def in_child(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    waited_s = 0.0
+    waited_s, written = 0.0, b""
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
@@ -298,6 +307,8 @@ def in_child(
             os.waitpid(child, 0)
             return None
         time.sleep(LOOK_EVERY_S)
+        if progress is not None and progress.read_bytes() != written:
+            waited_s, written = 0.0, progress.read_bytes()
         waited_s += 0.0 if _wants_to_run(child) else LOOK_EVERY_S
 
 
@@ -359,28 +370,45 @@ def load_libraries(log: Path) -> None:
     assert "nanovllm" not in sys.modules, "its mutations would not be seen"
 
 
-def trace_tests(file: Path, log: Path) -> None:
-    """Run all tests, a file of them at a time, and write down what each runs."""
-    done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for path in test_files():
-        name = str(path.relative_to(ROOT))
-        if name in done:
-            continue
-        answer = file.with_suffix(".part")
-        answer.unlink(missing_ok=True)
-        lines = Lines()
+def trace_tests(directory: Path, log: Path) -> dict[str, Any]:
+    """Run all tests, a file of them at a time, and write down what each runs; what other processes
+    with this directory have traced, or trace now, is theirs. Returns that of all files."""
+    directory.mkdir(exist_ok=True)
+    done: dict[str, Any] = {}
+    for lock in (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX):  # then wait for the others'
+        for path in test_files():
+            name = str(path.relative_to(ROOT))
+            with (directory / name.replace("/", ".")).with_suffix(".json").open("a+") as file:
+                try:
+                    fcntl.flock(file, lock)
+                except BlockingIOError:
+                    continue
+                file.seek(0)
+                text = file.read()
+                if not text:
+                    text = json.dumps(traced_file(name, log))
+                    file.write(text)
+                done[name] = json.loads(text)
+    return done
 
-        def run(name: str = name, lines: Lines = lines, answer: Path = answer) -> int:
-            code = int(pytest.main([*QUIET, name], [lines]))
-            good = {i: t for i, t in lines.tests.items() if i not in lines.failed}
-            answer.write_text(json.dumps(good))
-            return code
 
-        in_child(run, TRACE_LIMIT_S, log, waiting_limit_s=TRACE_LIMIT_S)
-        done[name] = json.loads(answer.read_text()) if answer.exists() else {}
-        file.write_text(json.dumps(done))
-        seconds = sum(test["seconds"] for test in done[name].values())
-        print(f"{name}: {len(done[name])} tests, {seconds:.1f} s", flush=True)
+def traced_file(name: str, log: Path) -> dict[str, Any]:
+    """What each test of a file runs; nothing of those that fail without a mutant."""
+    answer = log.with_suffix(".part")
+    answer.unlink(missing_ok=True)
+    lines = Lines()
+
+    def run() -> int:
+        code = int(pytest.main([*QUIET, name], [lines]))
+        good = {i: t for i, t in lines.tests.items() if i not in lines.failed}
+        answer.write_text(json.dumps(good))
+        return code
+
+    in_child(run, TRACE_LIMIT_S, log, waiting_limit_s=TRACE_LIMIT_S)
+    tests: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+    seconds = sum(test["seconds"] for test in tests.values())
+    print(f"{name}: {len(tests)} tests, {seconds:.1f} s", flush=True)
+    return tests
 
 
 # ---- the run
@@ -439,7 +467,7 @@ class Judging:
     def __init__(
         self, chosen: list[Site], traced: dict[str, Any], log: Path, tell: Callable[..., None]
     ) -> None:
-        """tell: called with each site, its verdict and the seconds it took."""
+        """tell: called with each site, its verdict, the seconds it took and what test failed."""
         self._chosen = chosen
         self._traced = traced
         self._log = log
@@ -461,25 +489,48 @@ class Judging:
         items = {item.nodeid: item for item in session.items}
         for site in self._chosen:
             began = time.monotonic()
-            self._tell(site, self._judge(site, session, items), time.monotonic() - began)
+            verdict, by = self._judge(site, session, items)
+            self._tell(site, verdict, time.monotonic() - began, by)
         return True
 
-    def _judge(self, site: Site, session: pytest.Session, items: dict[str, pytest.Item]) -> str:
-        """ "killed", "survived", "hangs" (killed) or "untested"."""
+    def _judge(
+        self, site: Site, session: pytest.Session, items: dict[str, pytest.Item]
+    ) -> tuple[str, str]:
+        """ "killed", "survived", "hangs" (killed) or "untested"; and the test that killed it. What
+        happens without the mutant as well, as on a busy machine, says nothing."""
         chosen = tests_of(site, self._traced, items)
-        if not chosen:
-            return "untested"
-        path = ROOT / site.path
-        source = path.read_text()
-        mutant = mutant_of(source, site)
         # By file, so that what is set up for all of a file is set up once.
-        tests = [
-            items[name] for name in sorted((n for _, n in chosen), key=lambda n: n.split("::")[0])
-        ]
+        chosen.sort(key=lambda one: one[1].split("::")[0])
+        while chosen:
+            verdict, by = self._run(site, session, items, chosen)
+            if verdict == "survived":
+                return verdict, ""
+            again = [one for one in chosen if one[1] == by]
+            if self._run(None, session, items, again)[0] == "survived":
+                return verdict, by
+            chosen = [one for one in chosen if one[1] != by]
+        return "untested", ""
+
+    def _run(
+        self,
+        site: Site | None,
+        session: pytest.Session,
+        items: dict[str, pytest.Item],
+        chosen: list[tuple[float, str]],
+    ) -> tuple[str, str]:
+        """A verdict on a mutant, or on the code as it is; and the test that ran last."""
+        path = ROOT / site.path if site else Path(__file__)
+        source = path.read_text()
+        mutant = mutant_of(source, site) if site else source
+        tests = [items[name] for _, name in chosen]
+        running = self._log.with_suffix(".running")
+        running.write_text(tests[0].nodeid)
 
         def work() -> int:
-            self._change(site, source, mutant)
+            if site:
+                self._change(site, source, mutant)
             for test, following in zip(tests, [*tests[1:], None], strict=True):
+                running.write_text(test.nodeid)
                 session.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
                 if self._failed:
                     session._setupstate.teardown_exact(None)
@@ -489,10 +540,13 @@ class Judging:
         try:
             path.write_text(mutant)
             limit_s = max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen))
-            code = in_child(work, limit_s, self._log, waiting_limit_s=WAITING_LIMIT_S)
+            code = in_child(
+                work, limit_s, self._log, waiting_limit_s=WAITING_LIMIT_S, progress=running
+            )
         finally:
             path.write_text(source)
-        return "hangs" if code is None else "survived" if code == 0 else "killed"
+        verdict = "hangs" if code is None else "survived" if code == 0 else "killed"
+        return verdict, running.read_text()
 
     def _change(self, site: Site, source: str, mutant: str) -> None:
         """In this process. What is imported later is read from the tree."""
@@ -516,42 +570,70 @@ def report(results: list[dict[str, Any]]) -> None:
     )
 
 
+def judge_share(arguments: argparse.Namespace) -> None:
+    """In a process of its own, and a tree."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    share, num_shares = map(int, arguments.share.split("/"))
+    log = arguments.results.with_suffix(f".{share}.log")
+    importlib.import_module("tests")  # sets what libraries read when they are imported
+    load_libraries(log)
+    traced = trace_tests(arguments.results.with_suffix(".lines"), log)
+    known = {result["name"] for result in results_of(arguments.results)}
+    found = [site for site in sites() if arguments.only in site.name]
+    chosen = random.Random(arguments.seed).sample(found, min(arguments.num, len(found)))
+
+    def tell(site: Site, verdict: str, seconds: float, by: str) -> None:
+        result = {"name": site.name, **site._asdict(), "verdict": verdict, "by": by}
+        with arguments.results.open("a") as file:  # a line is written at once
+            file.write(json.dumps(result) + "\n")
+        print(f"{verdict} {site.name} {seconds:.1f} s", flush=True)
+
+    left = [site for site in chosen[share::num_shares] if site.name not in known]
+    judging = Judging(left, traced, log, tell)
+    pytest.main([*QUIET, "-s", "-p", "no:terminalreporter", *TESTS], [judging])
+
+
+def judge_all(arguments: argparse.Namespace) -> None:
+    """Give each process a copy of the tree and its share, and wait for them."""
+    hidden = shutil.ignore_patterns(".*", "build", "__pycache__")
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        running = []
+        for share in range(arguments.processes):
+            tree = Path(directory) / str(share)
+            shutil.copytree(ROOT, tree, ignore=hidden)
+            program = [sys.executable, str(tree / "tests" / "mutants.py")]
+            program += [f"--{name}={getattr(arguments, name)}" for name in ("num", "seed", "only")]
+            program += [f"--share={share}/{arguments.processes}", f"--results={arguments.results}"]
+            running.append(subprocess.Popen(program))
+        failed = [process.args for process in running if process.wait() != 0]
+    if failed:
+        raise SystemExit(f"{failed[0]} failed: see above")
+
+
+def results_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=ROOT / "mutants.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--only", default="", help="of PATH:LINE names that contain it")
+    parser.add_argument("--processes", type=int, default=1, help="side by side, of some 2 GiB each")
     parser.add_argument("--report", action="store_true", help="only say what has been found")
+    parser.add_argument("--share", default="", help=argparse.SUPPRESS)  # I/N, of such a process
     arguments = parser.parse_args()
-    results = []
-    if arguments.results.exists():
-        results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    if arguments.report:
-        return report(results)
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    os.environ["PYTHONPATH"] = str(ROOT)
-    log = arguments.results.with_suffix(".log")
-    traces = arguments.results.with_suffix(".lines.json")
-    load_libraries(log)
-    trace_tests(traces, log)
-    traced = json.loads(traces.read_text())
-    known = {result["name"] for result in results}
-    found = [site for site in sites() if arguments.only in site.name]
-    chosen = random.Random(arguments.seed).sample(found, min(arguments.num, len(found)))
-
-    def tell(site: Site, verdict: str, seconds: float) -> None:
-        result = {"name": site.name, **site._asdict(), "verdict": verdict}
-        results.append(result)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{len(results)} {verdict} {site.name} {seconds:.1f} s", flush=True)
-
-    left = [site for site in chosen if site.name not in known]
-    judging = Judging(left, traced, log, tell)
-    pytest.main([*QUIET, "-s", "-p", "no:terminalreporter", *TESTS], [judging])
-    report(results)
+    if arguments.share:
+        return judge_share(arguments)
+    arguments.results = arguments.results.resolve()
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        judge_all(arguments)
+    report(results_of(arguments.results))
 
 
 if __name__ == "__main__":
