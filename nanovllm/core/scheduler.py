@@ -271,9 +271,6 @@ class Scheduler:
             outputs.token_ids.append(token_id)
             if self._is_over(sequence, token_id, outputs):
                 break
-        else:
-            if len(sequence.token_ids) >= sequence.next_registration <= sequence.num_computed:
-                self._blocks.register(sequence)
         outputs.sequences += taken
         sequence.num_forced_tokens += len(taken)
         self.num_generation_tokens += len(taken)
