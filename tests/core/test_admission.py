@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from nanovllm.config import EngineConfig, ServiceConfig
 from nanovllm.core import accounts, waiting
 from nanovllm.core.accounts import finished_message
-from nanovllm.core.admission import Admission, OverloadedError
+from nanovllm.core.admission import Admission, Deadlines, OverloadedError, check_request
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.waiting import KV, WaitClock, WaitingQueue
@@ -451,3 +451,99 @@ def test_a_sequence_is_told_what_held_it_up_and_nothing_from_before(
     late.wait_mark = clock.read(107.0)
     assert late.wait_mark == (0.0, 0.0, 7.0)
     assert clock.waited(late) == (1.0, 2.0, 7.0) and clock.cause == "kv"
+
+
+def asking(number: int = 0, num_prompt: int = 3, **options: Any) -> AddRequest:
+    names = ("output_token_ids", "bad_words_token_ids", "cache_salt", "tenant")
+    rest = {name: options.pop(name) for name in names if name in options}
+    return AddRequest(number, [1] * num_prompt, SamplingParams(**options), **rest)
+
+
+@pytest.mark.parametrize(
+    ("make", "most", "complaint"),
+    [
+        (lambda size: asking(size), 2**53, "number must be in"),
+        (lambda size: asking(cache_salt="x" * size), 1024, "cache_salt holds"),
+        (lambda size: asking(tenant="x" * size), 1024, "tenant holds"),
+        (lambda size: asking(bad_words_token_ids=[[1]] * size), 2048, "holds 2049 words"),
+        (
+            lambda size: asking(bad_words_token_ids=[[1]] * 1023 + [[1] * size]),
+            256,
+            "times the longest",
+        ),
+        (lambda size: asking(num_prompt=size), 16_383, "leaves no room for output"),
+        (
+            lambda size: asking(num_prompt=10_000, output_token_ids=[1] * size, max_tokens=None),
+            6_383,
+            "leaves no room for output",
+        ),
+        (lambda size: asking(num_prompt=size, n=16_384), 1024, "tokens times n"),
+        (
+            lambda size: asking(output_token_ids=[1] * size, max_tokens=8),
+            7,
+            "were generated already",
+        ),
+    ],
+)
+def test_what_is_allowed_at_most_is_allowed(
+    make: Callable[[int], AddRequest], most: int, complaint: str
+) -> None:
+    info = FakeExecutor(EngineConfig(), num_blocks=500, max_model_len=16_384).start()
+    check_request(make(most), info)
+    with pytest.raises(ValueError, match=complaint):
+        check_request(make(most + 1), info)
+
+
+def test_the_first_number_and_the_last_id_are_allowed_and_those_beside_them_are_not() -> None:
+    info = FakeExecutor(EngineConfig(), num_blocks=500, max_model_len=64).start()
+    last = info.vocab_size - 1
+    check_request(asking(0, bad_words_token_ids=[[0, last]], output_token_ids=[last]), info)
+    for wrong in (
+        asking(-1),
+        asking(0, bad_words_token_ids=[[last + 1]]),
+        asking(0, output_token_ids=[last + 1]),
+        asking(0, output_token_ids=[-1]),
+    ):
+        with pytest.raises(ValueError):
+            check_request(wrong, info)
+
+
+def test_the_mean_time_between_starts_follows_them_slowly_and_answers_have_bounds() -> None:
+    admission = Admission(ServiceConfig(max_queued_requests=2, max_queued_tokens=30))
+    admission.note_starts(1, 100.0)
+
+    def refused_for(n: int) -> float:
+        with pytest.raises(OverloadedError) as refusal:
+            admission.check(request(0, 10, n=n), num_queued=1, num_queued_tokens=15)
+        return refusal.value.retry_after_s
+
+    assert refused_for(2) == pytest.approx(2.0), "at first a second each is assumed"
+    admission.note_starts(1, 106.0)
+    assert refused_for(2) == pytest.approx(4.0), "a gap of 6 s counts a fifth: 1 + (6 - 1) / 5"
+    assert refused_for(100) == 60.0
+    for _ in range(100):
+        admission.note_starts(1000, 106.0)
+    assert refused_for(2) == pytest.approx(0.1)
+    assert admission.num_overloaded == 4
+    admission.check(request(0, 15, n=1), num_queued=1, num_queued_tokens=15)  # just as much as fits
+    with pytest.raises(OverloadedError):
+        admission.check(request(0, 16, n=1), num_queued=1, num_queued_tokens=15)
+
+
+def test_what_is_due_now_has_expired_and_the_first_due_comes_first() -> None:
+    deadlines = Deadlines()
+    sequences = []
+    for number, (limit_ms, ttft_ms) in enumerate([(5000, None), (None, 2000), (9000, 3000)]):
+        message = request(number, deadline_ms=limit_ms, ttft_deadline_ms=ttft_ms)
+        sequence = Sequence(0, number, message.prompt_token_ids, message.params)
+        sequence.queued_at = 100.0
+        deadlines.add(sequence, message)
+        sequences.append(sequence)
+    assert deadlines.next_due == 102.0
+    assert deadlines.pop_expired(101.9) == []
+    assert deadlines.pop_expired(102.0) == [sequences[1]]
+    sequences[2].first_token_at = 102.5  # so that only its end is due
+    assert deadlines.pop_expired(105.0) == [sequences[0]]
+    assert deadlines.next_due == 109.0
+    deadlines.remove(sequences[2])
+    assert deadlines.next_due is None and deadlines.pop_expired(200.0) == []
