@@ -1,10 +1,12 @@
 """Random and hostile grammars: whatever is asked for, it costs its sender alone, and is answered.
 
-    python benchmarks/fuzz_grammars.py [--count 5000] [--seed 0]
+    python benchmarks/fuzz_grammars.py [--count 5000] [--seed 0] [--plain]
 
 Each goes through the sandbox, as in the core; what passes is compiled in this process and followed
 for some tokens, which must not harm it. Prints how many were refused, for which kinds of reasons,
-and the slowest answers. `POISONS` are those that are known to crash, exhaust or stall llguidance.
+and the slowest answers. --plain: schemas that the core compiles without a trial (`plain_schema`),
+in a sandbox with much less than usual. `POISONS` are those that are known to crash, exhaust or
+stall llguidance.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.core import grammar_sandbox, plain_schema
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import CAUSES, GrammarSandbox
 from nanovllm.protocol.plan import WorkerInfo
@@ -233,6 +236,50 @@ def mangled_schema(rng: random.Random) -> Wanted:
     return {"json": schema}
 
 
+def random_plain(rng: random.Random) -> Wanted:
+    """A schema that needs no trial, often one near its limits."""
+    while True:
+        schema = _plain(rng, rng.randrange(1, plain_schema.MAX_DEPTH))
+        if plain_schema.is_plain(StructuredOutputsParams(json=schema)):
+            return {"json": schema}
+
+
+def _plain(rng: random.Random, depth: int) -> dict[str, Any]:
+    text = {"type": "string", **_bounds(rng, "minLength", "maxLength", _length)}
+    whole = {"type": "integer", **_bounds(rng, "minimum", "maximum", _whole)}
+    real = {"type": "number", **_bounds(rng, "minimum", "maximum", _whole)}
+    listed = {"enum": [rng.choice(["", "a", "é\n", 7, None, True, "a" * 50]) for _ in range(9)]}
+    kinds = {"type": ["string", "null", "number"]}
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice([text, whole, real, listed, kinds, {}, {"type": "boolean"}])
+    width = rng.choice([1, 2, 3, 8, 40] if depth == 1 else [1, 2, 3])
+    properties = {f"p{'q' * rng.randrange(20)}{i}": _plain(rng, depth - 1) for i in range(width)}
+    required = rng.sample(sorted(properties), rng.choice([0, width // 2, width]))
+    items = {"items": _plain(rng, depth - 1), **_bounds(rng, "minItems", "maxItems", _few)}
+    return rng.choice(
+        [
+            {"type": "object", "properties": properties, "required": required},
+            {"properties": properties, "additionalProperties": False},
+            {"type": "array", **items},
+            {"anyOf": [text, {"type": "array", **items}, {"type": "null"}]},
+            {"anyOf": [whole, {"properties": properties, "type": "object"}, listed]},
+        ]
+    )
+
+
+def _length(rng: random.Random) -> float:
+    return rng.choice([0, 1, 10, 100, plain_schema.MAX_LENGTH])
+
+
+def _few(rng: random.Random) -> float:
+    return rng.choice([0, 1, 2, 10, plain_schema.MAX_ITEMS])
+
+
+def _whole(rng: random.Random) -> float:
+    most = plain_schema.MAX_NUMBER
+    return rng.choice([0, 1, -1, 99, most, -most, rng.randrange(-most, most)])
+
+
 # ---- trying them
 
 
@@ -259,6 +306,21 @@ def try_all(compiler: GrammarCompiler, count: int, seed: int) -> Tally:
             outcome = follow(compiler, StructuredOutputsParams(**wanted), rng)
         except ValueError as error:
             outcome = refusal(str(error))
+        tally.note(outcome, time.perf_counter() - start, wanted)
+    return tally
+
+
+def try_plain(sandbox: GrammarSandbox, count: int, seed: int) -> Tally:
+    """Try `count` schemas that the core would not; none may need more than this sandbox has."""
+    tally, rng = Tally(), random.Random(seed)
+    for _ in range(count):
+        wanted, start = random_plain(rng), time.perf_counter()
+        try:
+            sandbox.try_out(StructuredOutputsParams(**wanted))
+            outcome = "passed"
+        except ValueError as error:
+            outcome = refusal(str(error))
+            assert "sandbox" not in outcome, json.dumps(wanted)
         tally.note(outcome, time.perf_counter() - start, wanted)
     return tally
 
@@ -293,6 +355,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true")
     arguments = parser.parse_args()
     tokenizer = Tokenizer.load(arguments.model)
     info = WorkerInfo(
@@ -305,10 +368,17 @@ def main() -> None:
         vocab_size=tokenizer.vocab_size,
         eos_token_ids=[0],
     )
+    if arguments.plain:
+        grammar_sandbox.STACK_BYTES //= 4
+        grammar_sandbox.MEMORY_BYTES //= 4
     with GrammarSandbox(timeout_s=2.0) as sandbox:
         compiler = GrammarCompiler(tokenizer.to_json, info, sandbox=sandbox)
+        compiler.load()
         start = time.perf_counter()
-        tally = try_all(compiler, arguments.count, arguments.seed)
+        if arguments.plain:
+            tally = try_plain(sandbox, arguments.count, arguments.seed)
+        else:
+            tally = try_all(compiler, arguments.count, arguments.seed)
         seconds = time.perf_counter() - start
     for outcome, count in tally.outcomes.most_common():
         print(f"{count:6} {outcome}")

@@ -27,6 +27,7 @@ from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer, schema_of
 from nanovllm.core.json_place import Place
 from nanovllm.core.json_shape import Shape, shape_of
+from nanovllm.core.plain_schema import is_plain
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -335,15 +336,17 @@ class GrammarCompiler:
             self._tokenizer = tokenizer
 
     def compile(self, wanted: StructuredOutputsParams) -> Grammar:
-        """What makes matchers of it, after a trial in the sandbox, if there is one.
+        """What makes matchers of it, after a trial in the sandbox where it needs one.
 
         Raises `ValueError` naming the field, if nothing can match it or it is beyond the limits.
         """
         self.load()
         assert self._tokenizer is not None
-        if self._sandbox is not None:
+        root = shape_of(schema_of(wanted)) if is_plain(wanted) else None
+        if root is None and self._sandbox is not None:
             self._sandbox.try_out(wanted)
-        root = shape_of(schema_of(wanted)) if wanted.kind.startswith("json") else None
+        if root is None and wanted.kind == "json":
+            root = shape_of(schema_of(wanted))
         shape = None if root is None else Shape(root, self._spelling, self._longest)
         return Grammar(partial(self._make_first, wanted, shape))
 
