@@ -72,7 +72,10 @@ class Matcher:
     kept, if they are.
     """
 
-    __slots__ = ("__weakref__", "_matcher", "_slow_s", "error", "family", "free_text", "place")
+    __slots__ = (
+        *("__weakref__", "_is_suspect", "_matcher", "_slow_s"),
+        *("error", "family", "free_text", "place"),
+    )
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Matcher:
         place: Place | None = None,
     ) -> None:
         self._matcher = matcher
+        self._is_suspect = False  # a call for it has taken long
         self._slow_s = 0.0
         self.family = family
         self.free_text = free_text
@@ -103,9 +107,10 @@ class Matcher:
                 return True
             self.free_text = None
             return all(map(self.accept, begun))
-        start = time.perf_counter()
+        clock = self.clock
+        start = clock()
         goes_on = self._matcher.consume_token(token_id) and not self._matcher.is_stopped()
-        self.note_time(time.perf_counter() - start)
+        self.note_time(clock() - start)
         if goes_on:
             if self.place is not None:
                 self.place.take(token_id)
@@ -123,9 +128,10 @@ class Matcher:
         """
         if self.error is not None or self.free_text is not None or most <= 0:
             return []
-        start = time.perf_counter()
+        clock = self.clock
+        start = clock()
         token_ids = self._matcher.compute_ff_tokens()
-        self.note_time(time.perf_counter() - start)
+        self.note_time(clock() - start)
         self.note_error()
         return [] if self.error is not None else token_ids[:most]
 
@@ -149,9 +155,19 @@ class Matcher:
             return False
         return bool(self._matcher.compute_ff_bytes())
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """By which its calls are timed: the wall's, until one has been slow by that. From then on
+        the thread's, which takes longer to read: beside others, anyone may be slow."""
+        return time.thread_time if self._is_suspect else time.perf_counter
+
     def note_time(self, seconds: float) -> None:
-        """What one call for this output has taken; `error` if slow ones have taken too much."""
+        """What one call for this output has taken, by `clock`; `error` if slow ones have taken too
+        much of the processor's time."""
         if seconds < SLOW_S:
+            return
+        if not self._is_suspect:
+            self._is_suspect = True
             return
         self._slow_s += seconds
         if self._slow_s > MAX_SLOW_S and self.error is None:
@@ -436,10 +452,10 @@ class GrammarCompiler:
     def _compute_one_by_one(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
         address, row_bytes, slowest_s = self._address, self._words.strides[0], 0.0
         for index in begun:
-            began = time.perf_counter()
-            one = matchers[index]._matcher
+            clock, one = matchers[index].clock, matchers[index]._matcher
+            began = clock()
             one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
-            seconds = time.perf_counter() - began
+            seconds = clock() - began
             matchers[index].note_time(seconds)
             slowest_s = max(slowest_s, seconds)
         if self._looks_for_slow_ones and slowest_s < SLOW_S:
