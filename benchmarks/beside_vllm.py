@@ -3,12 +3,14 @@
     python benchmarks/beside_vllm.py [--models qwen3-30b-a3b gpt-oss-20b …] [--seconds 540]
 
 Dummy weights of `benchmarks/models`, or the checkpoint `--smollm2` names; a model's workloads and
-the GiB of its KV cache, the same for both engines, are in `MODELS`. All engines of one kind start
-at the same time and stay until all of their workloads have been measured, one after another, so the
-card must hold the weights of all models once. Each figure is printed as it is measured; what is not
-there when the time is over is told. Then a table: output tokens per second (of `prefill`, `long1`
-and `long8` all tokens), the share of what the card allows, how many times `ask_nobody` of the same
-engine, and how many times vLLM's.
+the GiB of its KV cache, the same for both engines, are in `MODELS`. Engines of vLLM, which take
+minutes to start, start at the same time and then take turns, so the card must hold the weights of
+all models once. Of nanovllm one model runs after another: an engine that has nothing to do captures
+graphs that requests may want, beside which another one would be slow.
+
+Each figure is printed as it is measured; what is not there when the time is over is told. Then a
+table: output tokens per second (of `prefill`, `long1` and `long8` all tokens), the share of what
+the card allows, how many times `ask_nobody` of the same engine, and how many times vLLM's.
 
 A vLLM that needs packages of its own runs under the interpreter that `--vllm-python` names.
 """
@@ -125,10 +127,13 @@ def run_case(llm: Any, params_type: Any, name: str, model: Model, folder: Path) 
     prompts, num_out = workload
     num_tokens = sum(num_out) + (sum(map(len, prompts)) if name in READS else 0)
     config = json.loads((folder / "config.json").read_text())
+    rate = num_tokens / seconds
+    if "config_groups" in config.get("quantization_config", {}):
+        return {"rate": rate}  # the roofline knows no packed weights
     size = 1 if "quantization" in model.settings else 2
     floor = floor_seconds(config, workload, layer_bytes=size, kv_bytes=size)
     floor /= model.settings.get("tensor_parallel_size", 1)
-    return {"rate": num_tokens / seconds, "floor": floor / seconds}
+    return {"rate": rate, "floor": floor / seconds}
 
 
 def serve(engine: str, name: str, folder: Path) -> None:
@@ -203,35 +208,44 @@ def told(name: str, case: str, rates: Rates) -> str:
 def measure(
     engine: str, names: list[str], arguments: argparse.Namespace, until: float
 ) -> tuple[Rates, float]:
-    """What one engine does, whose models start together, and the seconds it took in all."""
+    """What one engine does, and the seconds it took in all."""
     rates: Rates = {}
     begun = time.monotonic()
     python = arguments.vllm_python if engine == "vllm" else sys.executable
+    groups = [names] if engine == "vllm" else [[name] for name in names]
     with ExitStack() as logs:
         logs_folder = arguments.logs or logs.enter_context(tempfile.TemporaryDirectory())
-        children = []
-        for name in names:
-            log = logs.enter_context(Path(logs_folder, f"{engine}-{name}.log").open("w"))
-            folder = Path(arguments.smollm2) if name == "smollm2" else FOLDER / MODELS[name].folder
-            children.append(Child(engine, name, python, folder, log))
-        try:
-            ready = []
-            latest = begun + START_SHARE * (until - begun)
-            for child in children:
-                if (answer := child.ask(None, latest)) is not None:
-                    print(f"{engine:9} {child.name:16} start {answer['start_s']:.1f} s", flush=True)
-                    ready.append(child)
-            for child in ready:
-                for case in MODELS[child.name].cases:
-                    if (answer := child.ask(case, until)) is None:
-                        break
-                    rates[child.name, case] = answer
-                    line = f"{engine:9} {child.name:16} {case:24} {told(child.name, case, rates)}"
-                    print(line, flush=True)
-        finally:
-            for child in children:
-                child.end()
+        for group in groups:
+            children = []
+            for name in group:
+                log = logs.enter_context(Path(logs_folder, f"{engine}-{name}.log").open("w"))
+                is_real = name == "smollm2"
+                folder = Path(arguments.smollm2) if is_real else FOLDER / MODELS[name].folder
+                children.append(Child(engine, name, python, folder, log))
+            try:
+                run_all(children, arguments.workloads, until, rates)
+            finally:
+                for child in children:
+                    child.end()
     return rates, time.monotonic() - begun
+
+
+def run_all(children: list[Child], wanted: list[str] | None, until: float, rates: Rates) -> None:
+    """Wait until all have started; then each has its turn."""
+    ready = []
+    begun = time.monotonic()
+    latest = begun + START_SHARE * (until - begun)
+    for child in children:
+        if (answer := child.ask(None, latest)) is not None:
+            print(f"{child.engine:9} {child.name:16} start {answer['start_s']:.1f} s", flush=True)
+            ready.append(child)
+    for child in ready:
+        for case in wanted or MODELS[child.name].cases:
+            if (answer := child.ask(case, until)) is None:
+                break
+            rates[child.name, case] = answer
+            line = f"{child.engine:9} {child.name:16} {case:24} {told(child.name, case, rates)}"
+            print(line, flush=True)
 
 
 def raise_timeout(number: int, frame: object) -> None:
@@ -241,6 +255,7 @@ def raise_timeout(number: int, frame: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT)
+    parser.add_argument("--workloads", nargs="+", help="only these, of every model")
     parser.add_argument("--smollm2", help="a directory of SmolLM2 with safetensors and tokenizer")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)

@@ -120,10 +120,16 @@ def run_asking(llm: Any, params_type: Any, spec: Asking, repeats: int) -> tuple[
 
 
 def check_grammars(outputs: list[Any], spec: Asking) -> None:
-    """Whatever has finished holds what was asked for."""
+    """Tells of outputs that have finished and yet are no JSON where that was asked for."""
+    num_wrong = 0
     for output in outputs[: spec.num_asking] if "json" in spec.fields else ():
         if output.outputs[0].finish_reason == "stop":
-            json.loads(output.outputs[0].text)
+            try:
+                json.loads(output.outputs[0].text)
+            except ValueError:
+                num_wrong += 1
+    if num_wrong:
+        print(f"{num_wrong} finished outputs are not JSON", file=sys.stderr, flush=True)
 
 
 def run_workload(llm: Any, params_type: Any, name: str, repeats: int) -> tuple[float, Workload]:
