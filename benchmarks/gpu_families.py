@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from tests.conftest import SIZES, TINY
 
 WIDE = {"head_dim": 256}
@@ -64,7 +64,7 @@ def run_way(
         kv_cache_memory_bytes=2**28,  # whatever else is on the card
         **settings,
     )
-    executor = InlineExecutor(config, lambda phase, progress: None)
+    executor = inline_executor(config, lambda phase, progress: None)
     info = executor.start()
     executor.allocate(info.num_blocks)
     core = EngineCore(config, executor, info)

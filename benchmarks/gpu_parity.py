@@ -16,7 +16,7 @@ import torch
 from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams
@@ -75,7 +75,7 @@ def run_path(model: str, settings: dict[str, Any], prompts: list[list[int]]) -> 
     config = EngineConfig.from_kwargs(
         model=model, dtype="bfloat16", max_model_len=1024, max_num_seqs=num_seqs, **settings
     )
-    executor = InlineExecutor(config, lambda phase, progress: None)
+    executor = inline_executor(config, lambda phase, progress: None)
     info = executor.start()
     executor.allocate(info.num_blocks)
     core = EngineCore(config, executor, info)

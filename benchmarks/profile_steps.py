@@ -25,10 +25,11 @@ from workloads import WORKLOADS, longest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.worker import Worker
 
 NUM_STEPS = 20
 MAX_MODEL_LEN = 4096
@@ -53,7 +54,7 @@ class TimedHandle:
 class TimingExecutor:
     """Passes on to an executor and keeps every step's times."""
 
-    def __init__(self, inner: InlineExecutor) -> None:
+    def __init__(self, inner: Worker) -> None:
         self._inner = inner
         self.steps: list[TimedHandle] = []
 
@@ -79,7 +80,7 @@ def make_core(
         max_num_batched_tokens=prefill or 8192,
         **settings,
     )
-    executor = InlineExecutor(config, lambda phase, progress: None)
+    executor = inline_executor(config, lambda phase, progress: None)
     info = executor.start()
     executor.allocate(info.num_blocks)
     print({name: round(seconds, 2) for name, seconds in info.phase_seconds.items()}, info.notes)

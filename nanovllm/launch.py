@@ -29,7 +29,7 @@ from nanovllm.watch.observer import Observer
 
 EXECUTORS = {
     "group": "nanovllm.executor.group:GroupExecutor",
-    "inline": "nanovllm.executor.inline:InlineExecutor",
+    "inline": "nanovllm.executor.inline:inline_executor",
     "synthetic": "nanovllm.executor.synthetic:SyntheticExecutor",
 }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.messages import AddRequest, CoreStatus
 from nanovllm.sampling_params import SamplingParams
 
@@ -16,7 +16,7 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(**{"dtype": "float32", "device": "cpu", **settings})
-        self._executor = InlineExecutor(config, lambda phase, progress: None)
+        self._executor = inline_executor(config, lambda phase, progress: None)
         self.info = self._executor.start()
         self._executor.allocate(self.info.num_blocks)
         self._core = EngineCore(config, self._executor, self.info)

@@ -13,10 +13,11 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.base import Executor
 from nanovllm.executor.group import GroupExecutor
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.worker import Worker
 from tests.e2e.processes import alive, rank_children
 from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
@@ -34,7 +35,7 @@ KINDS = [
 
 
 # One rank, several, and what both say of themselves.
-Engines = tuple[InlineExecutor, GroupExecutor, WorkerInfo]
+Engines = tuple[Worker, GroupExecutor, WorkerInfo]
 
 
 def config_of(model: str, size: int = 1, **settings: Any) -> EngineConfig:
@@ -71,7 +72,7 @@ def engines(
     model = str(tiny_checkpoint(name))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     alike = {"quantization": settings.get("quantization")}
-    alone = InlineExecutor(config_of(model, **alike), lambda *_: None)
+    alone = inline_executor(config_of(model, **alike), lambda *_: None)
     several = config_of(model, size, **settings)
     group = GroupExecutor(several, lambda *_: None)
     one, many = begin(alone), begin(group)
@@ -195,7 +196,7 @@ def test_nine_heads_on_three_ranks() -> None:
     answers = []
     for size in (3, 1):
         config = config_of("smollm2", size)
-        executor = (GroupExecutor if size > 1 else InlineExecutor)(config, lambda *_: None)
+        executor = (GroupExecutor if size > 1 else inline_executor)(config, lambda *_: None)
         begin(executor)
         kinds = SamplingParams(temperature=0.0), SamplingParams(temperature=0.9)
         answers.append(

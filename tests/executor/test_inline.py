@@ -9,12 +9,13 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.base import Executor
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.plan import DeviceLostError, NewRow, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import failures, startup
 from nanovllm.worker.warmup import driver
 from nanovllm.worker.warmup.precompile import Precompiler
+from nanovllm.worker.worker import Worker
 from tests.worker.planning import make_plan, new_row, run_step
 
 PROMPTS = {4: [31, 7, 22, 150, 9, 10, 11, 12, 13, 99, 8], 0: [5, 6, 7], 7: [42]}
@@ -24,10 +25,10 @@ SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=20)
 Checkpoints = Callable[[str], Path]
 
 
-def make_executor(model: Path, **settings: Any) -> InlineExecutor:
+def make_executor(model: Path, **settings: Any) -> Worker:
     values = {"dtype": "float32", "device": "cpu", "block_size": 4, "max_num_seqs": 8}
     values |= {"max_model_len": 64, "num_gpu_blocks_override": 200, **settings}
-    executor = InlineExecutor(
+    executor = inline_executor(
         EngineConfig.from_kwargs(model=str(model), **values), lambda phase, progress: None
     )
     executor.allocate(executor.start().num_blocks)
@@ -35,7 +36,7 @@ def make_executor(model: Path, **settings: Any) -> InlineExecutor:
 
 
 @pytest.fixture
-def executor(tiny_checkpoint: Checkpoints) -> Iterator[InlineExecutor]:
+def executor(tiny_checkpoint: Checkpoints) -> Iterator[Worker]:
     executor = make_executor(tiny_checkpoint("llama"))
     yield executor
     executor.shutdown()
@@ -71,7 +72,7 @@ def generate(
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SAMPLED])
 def test_chunked_prefill_and_decode_equal_one_shot(
-    executor: InlineExecutor, params: SamplingParams
+    executor: Worker, params: SamplingParams
 ) -> None:
     prompt = PROMPTS[4]
     outputs = generate(executor, new_row(4, prompt, params, seed=3), chunk=11, num_outputs=12)
@@ -87,7 +88,7 @@ def test_chunked_prefill_and_decode_equal_one_shot(
         assert generate(executor, resumed, chunk=64, num_outputs=1) == [outputs[known]]
 
 
-def test_batches_equal_single_sequences(executor: InlineExecutor) -> None:
+def test_batches_equal_single_sequences(executor: Worker) -> None:
     alone = {
         row: generate(executor, new_row(row, prompt), chunk=64, num_outputs=6)
         for row, prompt in PROMPTS.items()
@@ -102,13 +103,13 @@ def test_batches_equal_single_sequences(executor: InlineExecutor) -> None:
         assert [result.token_ids[column] for result in results] == alone[row]
 
 
-def test_a_row_is_taken_again(executor: InlineExecutor) -> None:
+def test_a_row_is_taken_again(executor: Worker) -> None:
     expected = generate(executor, new_row(3, PROMPTS[0]), chunk=64, num_outputs=4)
     generate(executor, new_row(3, PROMPTS[4]), chunk=5, num_outputs=9)
     assert generate(executor, new_row(3, PROMPTS[0]), chunk=2, num_outputs=4) == expected
 
 
-def test_logprobs_of_prompt_and_output_agree(executor: InlineExecutor) -> None:
+def test_logprobs_of_prompt_and_output_agree(executor: Worker) -> None:
     """What was sampled, with what probability, is what the prompt's log-probabilities say."""
     params = SamplingParams(temperature=0.0, logprobs=3)
     plans = [make_plan(0, [(1, 0, 11)], new_rows=[new_row(1, PROMPTS[4], params)])]
@@ -129,7 +130,7 @@ def test_logprobs_of_prompt_and_output_agree(executor: InlineExecutor) -> None:
 def test_shutdown_is_safe_twice_and_after_a_failed_start(tiny_checkpoint: Checkpoints) -> None:
     model = str(tiny_checkpoint("llama"))
     config = EngineConfig.from_kwargs(model=model, device="cpu", max_model_len=1000)
-    failed = InlineExecutor(config, lambda phase, progress: None)
+    failed = inline_executor(config, lambda phase, progress: None)
     with pytest.raises(ValueError, match="max_model_len"):
         failed.start()
     for executor in (failed, make_executor(Path(model))):
@@ -154,7 +155,7 @@ def test_what_began_for_a_gpu_is_ended_where_there_is_none(
     monkeypatch.setattr(Precompiler, "begin", note)
     monkeypatch.setattr(startup, "choose_device", lambda device: torch.device("cpu"))
     executor = make_executor(tiny_checkpoint("llama"), device="auto")
-    assert begun == [executor._worker._precompiler]
+    assert begun == [executor._precompiler]
     assert begun[0]._program is None
     executor.shutdown()
 
@@ -170,7 +171,7 @@ def test_what_began_for_a_gpu_is_ended_where_there_is_none(
     ],
 )
 def test_an_error_is_the_steps_own_while_the_device_answers(
-    executor: InlineExecutor, error: Exception, monkeypatch: pytest.MonkeyPatch
+    executor: Worker, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the error's text quotes: the device is asked, and a CPU always answers."""
 
@@ -178,7 +179,7 @@ def test_an_error_is_the_steps_own_while_the_device_answers(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(executor._worker._runner._model), "forward", broken)
+        patch.setattr(type(executor._runner._model), "forward", broken)
         with pytest.raises(Exception) as caught:
             executor.submit(make_plan(0, [(1, 0, 3)], new_rows=[new_row(1, PROMPTS[0])]))
     assert not isinstance(caught.value, DeviceLostError)
@@ -186,12 +187,12 @@ def test_an_error_is_the_steps_own_while_the_device_answers(
 
 
 def test_a_device_that_no_longer_answers_is_lost(
-    executor: InlineExecutor, monkeypatch: pytest.MonkeyPatch
+    executor: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a step's own error")
 
-    monkeypatch.setattr(type(executor._worker._runner._model), "forward", broken)
+    monkeypatch.setattr(type(executor._runner._model), "forward", broken)
     monkeypatch.setattr(failures, "loss_of", lambda device: DeviceLostError("it is gone"))
     with pytest.raises(DeviceLostError, match="it is gone"):
         executor.submit(make_plan(0, [(1, 0, 3)], new_rows=[new_row(1, PROMPTS[0])]))

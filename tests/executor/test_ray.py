@@ -15,7 +15,7 @@ import pytest
 
 from nanovllm.executor import group as group_module
 from nanovllm.executor.group import GroupExecutor
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.plan import DeviceLostError
 from nanovllm.sampling_params import SamplingParams
 from tests.e2e.processes import alive, ranks_with, wait_until
@@ -110,7 +110,7 @@ def test_ids_of_one_rank(
 ) -> None:
     """A real model; its ranks are on different nodes, and meet by TCP."""
     model = str(tiny_checkpoint("qwen3"))
-    alone, group = InlineExecutor(config_of(model), lambda *_: None), on_ray(model)
+    alone, group = inline_executor(config_of(model), lambda *_: None), on_ray(model)
     before = signal.getsignal(signal.SIGTERM)
     answers = []
     for executor in (alone, group):

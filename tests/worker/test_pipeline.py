@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.executor.group import SampledElsewhere
-from nanovllm.executor.inline import InlineExecutor
+from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
@@ -128,7 +128,7 @@ def test_stages_get_the_ids_of_one_device(
     model, settings = str(tiny_checkpoint(name)), {"device": device, **settings}
     one = config_of(model, **settings)
     many = config_of(model, pipeline_parallel_size=num_stages, **settings)
-    alone, stages = InlineExecutor(one, lambda *_: None), LocalStages(many)
+    alone, stages = inline_executor(one, lambda *_: None), LocalStages(many)
     begin(alone)
     info = begin(stages)
     for _ in range(NUM_WARM_UP_STEPS if device == "cuda" else 0):
@@ -151,7 +151,7 @@ def test_stages_read_their_layers_of_a_gguf_file() -> None:
     got: list[dict[int, list[int]]] = []
     for config in (config_of("smollm2"), config_of("smollm2", pipeline_parallel_size=3)):
         is_cut = config.parallel.pipeline_parallel_size > 1
-        executor = LocalStages(config) if is_cut else InlineExecutor(config, lambda *_: None)
+        executor = LocalStages(config) if is_cut else inline_executor(config, lambda *_: None)
         core = EngineCore(config, executor, begin(executor))
         ids: dict[int, list[int]] = {0: [], 1: []}
         for number, temperature in enumerate((0.0, 0.9)):
