@@ -2,11 +2,15 @@
 
 `SamplingParams`, the bodies of the HTTP server and `core/admission` check against these. Each is
 far above what applications send; none lets one request take memory or time that others need.
+Frontends check before they send, the core before it queues, for those that did not.
 """
 
+from array import array
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
+import numpy as np
 
 MAX_STOPS = 64
 MAX_STOP_CHARS = 4096  # of all stop strings together: each new character is compared with each
@@ -48,6 +52,26 @@ def check_count(name: str, count: int, most: int, what: str) -> None:
     """`ValueError` naming the field and its limit. what: of which there are `count`."""
     if count > most:
         raise ValueError(f"{name} holds {count} {what}: at most {most} are allowed")
+
+
+def check_in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """`ValueError` naming the field if one is outside of [0, vocab_size): ids index tables on the
+    device."""
+    if token_ids and not _are_below(vocab_size, token_ids):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise ValueError(
+            f"{name} holds {wrong}, which is outside the model's vocabulary: "
+            f"token ids are in [0, {vocab_size})"
+        )
+
+
+def _are_below(limit: int, token_ids: Collection[int]) -> bool:
+    """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
+    try:
+        words = array("I", token_ids)
+    except OverflowError:
+        return False
+    return int(np.frombuffer(words, np.uint32).max()) < limit
 
 
 def check_json(name: str, value: Any) -> None:

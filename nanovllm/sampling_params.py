@@ -28,6 +28,7 @@ from nanovllm.limits import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
     check_count,
+    check_in_vocabulary,
 )
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
@@ -35,6 +36,11 @@ GREEDY_BELOW = 1e-5  # vLLM's threshold under which a temperature means greedy
 MAX_LOGPROBS = 20
 INT32_MAX = 2**31 - 1  # the device's integers
 MAX_BYTES = {"regex": MAX_REGEX_BYTES, "choice": MAX_CHOICE_BYTES}  # of structured_outputs
+# Fields that hold many values, as they are where nothing is asked.
+LISTS: dict[str, object] = {
+    **{"stop": [], "stop_token_ids": [], "bad_words": []},
+    **{"logit_bias": {}, "allowed_token_ids": None},
+}
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
@@ -162,9 +168,11 @@ class SamplingParams(
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self)
-        _canonicalize(self)
-        _check_ranges(self)
+        if any(getattr(self, name) != nothing for name, nothing in LISTS.items()):
+            _check_counts(self)
+            _canonicalize_lists(self)
+            _check_lists(self)
+        _check_numbers(self)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise ValueError("structured_outputs must be a StructuredOutputsParams")
         _check_combinations(self)
@@ -172,6 +180,19 @@ class SamplingParams(
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether it forbids ids, or adds to the logits of some (`sampling/logits_processors`)."""
+        some = self.min_tokens or self.logit_bias or self.bad_words
+        return bool(some) or self.allowed_token_ids is not None
+
+    def check_token_ids(self, prompt_token_ids: Collection[int], vocab_size: int) -> None:
+        """That the prompt's ids, and those named here, are the model's. Raises `ValueError`."""
+        check_in_vocabulary("prompt_token_ids", prompt_token_ids, vocab_size)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if token_ids := getattr(self, name):
+                check_in_vocabulary(name, token_ids, vocab_size)
 
     def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The token ids that end an output which has `min_tokens`. eos_token_ids: the model's."""
@@ -209,7 +230,7 @@ def leaves_nothing(
     *,
     bad_words_token_ids: Sequence[list[int]],
     eos_token_ids: Collection[int],
-    output_token_ids: Sequence[int],
+    output_token_ids: Sequence[int] = (),
 ) -> bool:
     """Whether min_tokens and bad words forbid all of allowed_token_ids after these outputs."""
     if params.allowed_token_ids is None or params.structured_outputs is not None:
@@ -223,8 +244,8 @@ def leaves_nothing(
     return bool(forbidden) and all(token_id in forbidden for token_id in params.allowed_token_ids)
 
 
-def _canonicalize(params: SamplingParams) -> None:
-    """Accept the spellings vLLM accepts: one stop string, top_k=-1, seed=-1, None for empty."""
+def _canonicalize_lists(params: SamplingParams) -> None:
+    """Accept the spellings vLLM accepts: one stop string, None for empty."""
     changed: dict[str, object] = {}
     if isinstance(params.stop, str):
         changed["stop"] = [params.stop]
@@ -238,15 +259,15 @@ def _canonicalize(params: SamplingParams) -> None:
             int(token): bias if math.isnan(bias) else max(-100.0, min(100.0, float(bias)))
             for token, bias in params.logit_bias.items()
         }
-    if params.top_k == -1:
-        changed["top_k"] = 0
-    if params.seed == -1:
-        changed["seed"] = None
     for name, value in changed.items():
         msgspec.structs.force_setattr(params, name, value)
 
 
-def _check_ranges(params: SamplingParams) -> None:
+def _check_numbers(params: SamplingParams) -> None:
+    if params.top_k == -1:  # as vLLM and others spell that there is none
+        msgspec.structs.force_setattr(params, "top_k", 0)
+    if params.seed == -1:
+        msgspec.structs.force_setattr(params, "seed", None)
     for name, low, high in (
         ("presence_penalty", -2.0, 2.0),
         ("frequency_penalty", -2.0, 2.0),
@@ -270,9 +291,6 @@ def _check_ranges(params: SamplingParams) -> None:
         ("prompt_logprobs", -1, MAX_LOGPROBS),
     ):
         _require_int(name, getattr(params, name), least, most=most)
-    for token, bias in params.logit_bias.items():
-        if math.isnan(bias):
-            raise ValueError(f"logit_bias of token {token} is not a number")
 
 
 def _check_combinations(params: SamplingParams) -> None:
@@ -282,21 +300,27 @@ def _check_combinations(params: SamplingParams) -> None:
         raise ValueError(
             f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens})"
         )
+    if params.stop and not params.detokenize:
+        raise ValueError("stop strings need detokenize=True; or use stop_token_ids")
+    if params.output_kind not in ("cumulative", "delta", "final_only"):
+        raise ValueError(
+            f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
+        )
+
+
+def _check_lists(params: SamplingParams) -> None:
+    for token, bias in params.logit_bias.items():
+        if math.isnan(bias):
+            raise ValueError(f"logit_bias of token {token} is not a number")
     if any(not isinstance(text, str) or not text for text in params.stop):
         raise ValueError("stop must hold non-empty strings only")
     check_count("stop", sum(map(len, params.stop)), MAX_STOP_CHARS, "characters")
-    if params.stop and not params.detokenize:
-        raise ValueError("stop strings need detokenize=True; or use stop_token_ids")
     if any(not isinstance(text, str) or not text for text in params.bad_words):
         raise ValueError("bad_words must hold non-empty strings only")
     longest = max(map(len, params.bad_words), default=0)
     check_count("bad_words", longest, MAX_BAD_WORD_CHARS, "characters in one word")
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise ValueError("allowed_token_ids is empty: nothing could be sampled; leave it None")
-    if params.output_kind not in ("cumulative", "delta", "final_only"):
-        raise ValueError(
-            f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
-        )
     for name in ("stop_token_ids", "allowed_token_ids"):
         token_ids = getattr(params, name) or ()
         if set(map(type, token_ids)) - {int} or min(token_ids, default=0) < 0:

@@ -17,10 +17,10 @@ from nanovllm.limits import (
     MAX_REQUEST_TOKENS,
     MAX_SALT_CHARS,
     check_count,
+    check_in_vocabulary,
 )
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
-from nanovllm.protocol.request_checks import check_in_vocabulary, check_token_ids
 
 MAX_NUMBER = 2**53  # of a sequence; -1 stands for none in answers
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
@@ -124,7 +124,7 @@ def check_request(request: AddRequest, info: WorkerInfo) -> None:
     """Everything that does not depend on what else runs."""
     _check_lengths(request, info.max_model_len)
     _check_numbers(request)
-    check_token_ids(request.prompt_token_ids, request.params, info.vocab_size)
+    request.params.check_token_ids(request.prompt_token_ids, info.vocab_size)
     check_in_vocabulary("output_token_ids", request.output_token_ids, info.vocab_size)
     if request.bad_words_token_ids:
         _check_bad_words(request.bad_words_token_ids, info.vocab_size)

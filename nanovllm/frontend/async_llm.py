@@ -26,6 +26,7 @@ from nanovllm.frontend.inputs import (
     RequestOptions,
     check_choice,
     check_options,
+    check_params,
     check_request,
     checked_messages,
     encode_bad_words,
@@ -313,13 +314,16 @@ class AsyncLLM:
     ) -> Request:
         """Check everything and give it a number; nothing is sent yet. Raises `ValueError`."""
         params = self.get_default_sampling_params() if params is None else params
-        check_options(params, request_id, options)
+        check_params(params)
+        if options or request_id is not None:
+            check_options(request_id, options)
         check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         bad_words = self.encode_bad_words(tuple(params.bad_words))
-        check_choice(params, bad_words, self.info.worker)
+        if params.allowed_token_ids is not None:
+            check_choice(params, bad_words, self.info.worker)
         message = AddRequest(
             number=self._next_number,
             prompt_token_ids=prompt.token_ids,

@@ -16,7 +16,6 @@ from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.limits import MAX_BAD_WORDS_TOKENS, MAX_NAME_CHARS, MAX_PROMPT_CHARS, check_count
 from nanovllm.protocol.plan import WorkerInfo
-from nanovllm.protocol.request_checks import check_token_ids
 from nanovllm.sampling_params import SamplingParams, leaves_nothing
 
 
@@ -62,7 +61,7 @@ class Prompt(NamedTuple):
 
 def make_prompt(prompt: PromptInput, need_tokenizer: NeedTokenizer) -> Prompt:
     """Encode a text, or copy token ids. `ValueError`: neither, both, or empty."""
-    content = _content(prompt)
+    content = prompt if isinstance(prompt, str) else _content(prompt)
     if not isinstance(content, str):
         return Prompt(None, _token_ids(content))
     if not content:
@@ -137,7 +136,7 @@ def check_request(
             f"prompt has {num_prompt_tokens} tokens, which leaves no room for output: "
             f"max_model_len is {most}; shorten the prompt or raise max_model_len"
         )
-    check_token_ids(prompt.token_ids, params, info.vocab_size)
+    params.check_token_ids(prompt.token_ids, info.vocab_size)
     if params.stop and not has_tokenizer:
         raise ValueError(
             "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
@@ -146,12 +145,7 @@ def check_request(
 
 def check_choice(params: SamplingParams, bad_words: list[list[int]], info: WorkerInfo) -> None:
     """That there is a first token to sample. bad_words: encoded. Raises `ValueError`."""
-    if leaves_nothing(
-        params,
-        bad_words_token_ids=bad_words,
-        eos_token_ids=info.eos_token_ids,
-        output_token_ids=[],
-    ):
+    if leaves_nothing(params, bad_words_token_ids=bad_words, eos_token_ids=info.eos_token_ids):
         raise ValueError(
             "allowed_token_ids: min_tokens and bad_words forbid all of them: allow more, or leave "
             "these out"
@@ -166,9 +160,8 @@ def check_params(params: object) -> None:
         raise ValueError(f"sampling_params must be a SamplingParams, not {kind}{remedy}")
 
 
-def check_options(params: SamplingParams, request_id: str | None, options: RequestOptions) -> None:
+def check_options(request_id: str | None, options: RequestOptions) -> None:
     """Types that the core could not decode, and would answer with a bad frame."""
-    check_params(params)
     for name in options:
         if name not in OPTION_NAMES:
             raise ValueError(unknown_name("request option", name, OPTION_NAMES))
@@ -189,7 +182,7 @@ def check_options(params: SamplingParams, request_id: str | None, options: Reque
             raise ValueError(f"{name} must be a number of milliseconds above 0, not {limit!r}")
 
 
-def _content(prompt: PromptInput) -> Any:
+def _content(prompt: list[int] | PromptDict) -> Any:
     if not isinstance(prompt, Mapping):
         return prompt
     for key in prompt:
