@@ -19,9 +19,8 @@ import msgspec
 import zmq
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.accounts import CpuClock, finished_message
 from nanovllm.core.admission import OverloadedError
-from nanovllm.core.clients import Client, ClientTable, Delivery, Intake
+from nanovllm.core.clients import Client, ClientTable, Delivery, Intake, finished_message
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener
 from nanovllm.core.failures import Failure
@@ -70,6 +69,21 @@ LATE_S = 0.5  # a turn so much longer than planned is not held against the clien
 NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
 UNKNOWN = "the core does not know this client: say Hello"
 MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
+
+
+class CpuClock:
+    """Adds up the CPU time of this thread between `resume` and `pause`; waiting costs none."""
+
+    __slots__ = ("_since", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
+
+    def resume(self) -> None:
+        self._since = time.thread_time()
+
+    def pause(self) -> None:
+        self.seconds += time.thread_time() - self._since
 
 
 class CoreServer:
@@ -336,24 +350,27 @@ class CoreServer:
             (frame,) = frames
             message = self._decoder.decode(frame)
         except Exception as error:  # whatever bytes may do to a decoder: too deep, too large, odd
-            failure = RequestFailed(-1, f"bad frame: {error}")
-            if client is None:
-                self._delivery.post(identity, failure)
-            else:
-                self._answer(client, failure)
+            self._refuse_frame(identity, client, error)
             return
         match message:
             case Hello(protocol_version):
                 self._greet(identity, key, client, protocol_version)
             case _ if client is None:
                 self._delivery.post(identity, Detached(UNKNOWN))
+            case AddRequest():
+                self._intake.add(client, message)
             case _:
                 self._serve(client, message)
 
+    def _refuse_frame(self, identity: bytes, client: Client | None, error: Exception) -> None:
+        failure = RequestFailed(-1, f"bad frame: {error}")
+        if client is None:
+            self._delivery.post(identity, failure)
+        else:
+            self._answer(client, failure)
+
     def _serve(self, client: Client, message: ToCore) -> None:
         match message:
-            case AddRequest():
-                self._intake.add(client, message)
             case Abort(numbers):
                 for request in self._intake.take(client, set(numbers)):
                     self._add(client, request)  # for its answers; nothing of it will run

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from nanovllm.core.accounts import why_of
+from nanovllm.core.clients import why_of
 from nanovllm.core.events import CoreListener
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import NOBODY, ScheduledStep, Sequence, StepOutputs

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanovllm.core.accounts import why_of
+from nanovllm.core.clients import why_of
 from nanovllm.core.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nanovllm.config import EngineConfig, ServiceConfig
-from nanovllm.core import accounts, waiting
-from nanovllm.core.accounts import finished_message
+from nanovllm.core import clients, waiting
 from nanovllm.core.admission import Admission, Deadlines, OverloadedError, check_request
+from nanovllm.core.clients import finished_message
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.waiting import KV, WaitClock, WaitingQueue
@@ -272,7 +272,7 @@ def test_of_a_request_that_is_resumed_only_what_is_made_here_counts() -> None:
         core.add(0, request(number, 3, num_outputs, output_token_ids=[7, 8, 9]))
     one, two = sorted(run(core), key=lambda sequence: sequence.number)
     assert len(one.token_ids) == 7 and why_of(one).inter_token_ms is None, "there is one token"
-    why = accounts.why_of(two, two.first_token_at + 1.0)
+    why = clients.why_of(two, two.first_token_at + 1.0)
     assert why.inter_token_ms == pytest.approx(1000), "there are two"
 
 

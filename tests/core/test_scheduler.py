@@ -93,7 +93,7 @@ def test_seats_are_limited() -> None:
     for number in range(3):
         add(scheduler, [number + 1], number=number)
     step = schedule(scheduler)
-    assert len(step.plan.rows) == 2 and scheduler.num_waiting == 1
+    assert len(step.plan.rows) == 2 and len(scheduler.waiting) == 1
 
 
 def test_counts_run_ahead_of_ids_and_limits_hold() -> None:
