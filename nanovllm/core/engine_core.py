@@ -167,18 +167,15 @@ class EngineCore:
         if not self.busy:
             self._idle_at = time.monotonic()
         tenant = f"client {client_id}" if request.tenant is None else f"tenant {request.tenant}"
-        wanted, outcome = params.structured_outputs, None
-        sequences = self._make_sequences(client_id, request)
-        if wanted is not None:
-            outcome = self._begin_grammar(wanted, Waiting(sequences, request.priority, tenant))
-            if outcome is not None:
-                self._constrain(sequences, outcome)
-        for sequence in sequences:
+        made = Waiting(self._make_sequences(client_id, request), request.priority, tenant)
+        wanted = params.structured_outputs
+        is_ready = wanted is None or self._begin_grammar(wanted, made)
+        for sequence in made.sequences:
             self.sequences[client_id, sequence.number] = sequence
             if request.deadline_ms is not None or request.ttft_deadline_ms is not None:
                 self._deadlines.add(sequence, request)
-        if wanted is None or outcome is not None:
-            self._queue(Waiting(sequences, request.priority, tenant))
+        if is_ready:
+            self._queue(made)
 
     def _make_sequences(self, client_id: int, request: AddRequest) -> list[Sequence]:
         params = request.params
@@ -204,14 +201,10 @@ class EngineCore:
 
     def _queue(self, request: Waiting) -> None:
         """request: those of its sequences that have not ended while they waited for a grammar."""
-        leader, *_ = request.sequences
-        for sequence in request.sequences:
-            self.scheduler.add(
-                sequence,
-                priority=request.priority,
-                tenant=request.tenant,
-                leader=None if sequence is leader else leader,
-            )
+        leader: Sequence | None = None
+        for one in request.sequences:
+            self.scheduler.add(one, priority=request.priority, tenant=request.tenant, leader=leader)
+            leader = leader or one
 
     def abort(self, client_id: int, numbers: list[int]) -> list[Sequence]:
         """End those of `numbers` that still run; returns them, finished."""
@@ -261,8 +254,9 @@ class EngineCore:
 
         Raises `DeviceLostError`. Any other failure is an output: some sequences have `failed`.
         """
-        if not self._listeners:
-            return self._step()
+        return self._step_watched() if self._listeners else self._step()
+
+    def _step_watched(self) -> StepOutputs | None:
         for listener in self._listeners:
             listener.on_turn()
         try:
@@ -282,13 +276,18 @@ class EngineCore:
             return early
         outputs = _joined(early, self._take_result(*self.inflight.popleft()))
         if self.unsampled is not None and not self.unsampled.awaits_ids:
-            # They are computed while the caller delivers these outputs and takes in requests …
-            self._begin_masks(self.unsampled)
-            is_held = self.pace.next_step_at > self._last_result_at
-            if self._masks is not None and self._masks.done() and not is_held:
-                # … but for few, which are there: the device would wait for the delivery.
-                outputs = _joined(outputs, self._go_on()[0])
+            outputs = _joined(outputs, self._begin_second_half(self.unsampled))
         return outputs
+
+    def _begin_second_half(self, step: ScheduledStep) -> StepOutputs | None:
+        """Begin a step's masks, which may depend on the ids that have just come."""
+        # They are computed while the caller delivers outputs and takes in requests …
+        self._begin_masks(step)
+        is_held = self.pace.next_step_at > self._last_result_at
+        if self._masks is None or not self._masks.done() or is_held:
+            return None
+        # … but for few, which are there: the device would wait for the delivery.
+        return self._go_on()[0]
 
     def _go_on(self) -> tuple[StepOutputs | None, bool]:
         """Sample for the step that has not been, and submit the next, as far as that is possible
@@ -351,9 +350,7 @@ class EngineCore:
         except DeviceLostError:
             raise
         except Exception as error:
-            for listener in self._listeners:
-                listener.on_submit_failed(step, error)
-            return self._give_up(step, error)
+            return self._give_up_submission(step, error)
         self.unsampled = step
         if step.constrained:
             if step.awaits_ids:
@@ -366,32 +363,42 @@ class EngineCore:
         that is on its way. Returns the sequences that fail with it, and tokens that need no
         sampling."""
         self.unsampled = None
-        masks, forced, failed = self._take_masks(step) if step.constrained else (None, {}, [])
+        if step.constrained:
+            return self._sample_constrained(step)
+        return self._queue_sampling(step, None)
+
+    def _queue_sampling(self, step: ScheduledStep, masks: StepMasks | None) -> StepOutputs | None:
+        """Returns the failure of the step, if that is what came of it."""
         try:
             self._executor.sample(step.plan.step, masks)
         except DeviceLostError:
             raise
         except Exception as error:
             self.inflight.pop()
-            for listener in self._listeners:
-                listener.on_submit_failed(step, error)
-            return StepOutputs(failed=failed + self._give_up(step, error).failed)
-        if not forced and not failed:
-            return None
-        return _joined(
-            self._force_tokens(step, forced), StepOutputs(failed=failed) if failed else None
-        )
+            return self._give_up_submission(step, error)
+        return None
+
+    def _sample_constrained(self, step: ScheduledStep) -> StepOutputs | None:
+        masks, forced, failed = self._take_masks(step)
+        early = StepOutputs(failed=failed) if failed else None
+        if (lost := self._queue_sampling(step, masks)) is not None:
+            return _joined(early, lost)
+        return _joined(self._force_tokens(step, forced), early) if forced else early
 
     # ---- structured outputs
 
-    def _begin_grammar(self, wanted: StructuredOutputsParams, request: Waiting) -> Outcome | None:
+    def _begin_grammar(self, wanted: StructuredOutputsParams, request: Waiting) -> bool:
+        """Give its sequences their matchers, if the grammar is known; else it is compiled first,
+        and False returned. Raises `ValueError` if there is none for them."""
         try:
             outcome = self.grammars.begin(wanted, request)
         except ValueError as error:
             self._tell(GrammarBegun(False, str(error)))
             raise
         self._tell(GrammarBegun(outcome is not None))
-        return outcome
+        if outcome is not None:
+            self._constrain(request.sequences, outcome)
+        return outcome is not None
 
     def _constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
         """Give each sequence its matcher. Raises `ValueError` if there is none for them."""
@@ -494,6 +501,11 @@ class EngineCore:
 
     # ---- what fails, and what ends
 
+    def _give_up_submission(self, step: ScheduledStep, error: Exception) -> StepOutputs:
+        for listener in self._listeners:
+            listener.on_submit_failed(step, error)
+        return self._give_up(step, error)
+
     def _give_up(self, step: ScheduledStep, error: Exception) -> StepOutputs:
         """A step has failed, and with it the sequences in it.
 
@@ -572,8 +584,8 @@ class EngineCore:
             epoch=epoch,
             step=self._num_steps,
             last_step_ms=self._last_step_s * 1e3,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + self.grammars.num_waiting,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + self.grammars.num_waiting,
             num_blocks=blocks.num_blocks - 1,
             num_free_blocks=blocks.num_free_blocks,
             num_clients=num_clients,

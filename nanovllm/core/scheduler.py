@@ -59,6 +59,7 @@ class Scheduler:
         self._blocks = block_manager
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
+        self._by_priority = limits.scheduling_policy == "priority"
         self.running: list[Sequence] = []  # sorted by order, so the last is preempted first
         self.paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
         self.waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
@@ -67,14 +68,6 @@ class Scheduler:
         self.num_arrived = 0
         self.num_steps = 0
         self.newly_started: list[Sequence] = []
-
-    @property
-    def num_running(self) -> int:
-        return len(self.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
 
     @property
     def num_paused(self) -> int:
@@ -101,8 +94,7 @@ class Scheduler:
         assert len(sequence.token_ids) < sequence.max_total, "validated on arrival"
         sequence.min_total = sequence.num_prompt_tokens + params.min_tokens
         sequence.stop_ids = params.stop_ids(self._eos_token_ids)
-        by_priority = self.limits.scheduling_policy == "priority"
-        sequence.order = (priority if by_priority else 0, self.num_arrived)
+        sequence.order = (priority if self._by_priority else 0, self.num_arrived)
         sequence.tenant = self.waiting.tenant(tenant)
         self.num_arrived += 1
         self.num_queued += 1
@@ -124,12 +116,16 @@ class Scheduler:
         sequence.failure = failure
         if sequence.status is Status.FINISHED:
             return
-        if not sequence.is_queued:
-            sequence.status, sequence.finish_reason = Status.FINISHED, reason
-            return
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is Status.PAUSED:
+        elif sequence.is_queued:
+            self._remove_idle(sequence)
+        self._let_go(sequence)
+        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+
+    def _remove_idle(self, sequence: Sequence) -> None:
+        """Take out one that is paused, or waits: for its turn or for its leader's prompt."""
+        if sequence.status is Status.PAUSED:
             self.paused.remove(sequence)
         elif sequence.leader is not None and sequence in sequence.leader.forks:
             sequence.leader.forks.remove(sequence)
@@ -138,9 +134,6 @@ class Scheduler:
         if not sequence.started_at:
             self.num_queued -= 1
             self.num_queued_tokens -= len(sequence.token_ids)
-        self._let_go(sequence)
-        sequence.status = Status.FINISHED
-        sequence.finish_reason = reason
 
     def pause(self, client_id: int) -> None:
         """Plan nothing for this client until `resume`. What runs keeps its row and blocks, unless
@@ -183,7 +176,8 @@ class Scheduler:
         return step
 
     def _plan(self, step: ScheduledStep) -> None:
-        self._make_room_for_urgent()
+        if self._by_priority:
+            self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
         num_admissible = min(len(self.waiting), len(self.free_rows))
         step.budget = token_budget(self.limits, self.running, num_admissible=num_admissible)
@@ -431,7 +425,8 @@ class Scheduler:
         if sequence.row >= 0:
             self.free_rows.append(sequence.row)
             sequence.row = -1
-        self._release_forks(sequence)
+        if sequence.forks:
+            self._release_forks(sequence)
 
     # ---- waiting sequences
 
