@@ -42,8 +42,9 @@ BUDGETS = {
     # per group of layers, experts beside MLPs and inputs of layers, scales of an FP8 cache; which
     # way sums over ranks take, as measured, and sampling by ranks that keep their logits; which
     # experts a rank has whole; stages of a pipeline, their layers and weights, and what passes
-    # between them; graphs of what masks ask for; ranks of several hosts
-    "worker": 7340,
+    # between them; graphs of what masks ask for; ranks of several hosts; what few steps ask for, in
+    # functions that the others do not pass
+    "worker": 7350,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

@@ -310,7 +310,7 @@ def build_batch(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
-    return _of_all_groups(batch, slots, tables)
+    return batch if len(tables) == 1 else _of_all_groups(batch, slots, tables)
 
 
 def _of_all_groups(batch: ForwardBatch, slots: list[Tensor], tables: list[Tensor]) -> ForwardBatch:

@@ -133,6 +133,8 @@ class ModelRunner:
         self._link = model.link
         self._samples = model.link is None or model.link.is_last
         self._vocabulary = sampler.vocabulary
+        # Whether plain rows are sampled from the logits that this rank has.
+        self._slices = sampler.vocabulary is not None and fused is not None
         self._attention = attention
         self._rows = rows = sampler.rows
         self._kv_cache = kv_cache
@@ -176,11 +178,11 @@ class ModelRunner:
         but need not be done. is_practice: of a pipeline, only this stage runs it."""
         writes = self._rows.record(plan)
         sharing = self._prefixes.find(plan) if self._attention.shares_prefix else None
-        prompts = self._find_prompts(plan) if self._samples else []
+        prompts = self._find_prompts(plan) if self._samples and self._rows.prompting else []
         variant = Variant(
             shares_prefix=sharing is not None,
             keeps_hidden=bool(prompts) or not self._samples,
-            gathers=self._gathers(plan),
+            gathers=self._slices and self._truncates(plan),
         )
         staged = self._staging.stage(plan, writes, sharing=sharing)
         self._rows.write(staged.writes)
@@ -188,7 +190,7 @@ class ModelRunner:
         link = None if is_practice else self._link
         if link is not None and link.received is not None:
             link.receive(num_tokens)
-        shape = self._shape_for(plan)
+        shape = None if self._graphs is None else self._shape_for(self._graphs, plan)
         if shape is None or self._graphs is None:
             output = self._run(staged, variant)
         else:
@@ -219,7 +221,8 @@ class ModelRunner:
         """
         if pending.logits is not None:
             self._collect_samples(pending, self._choose(pending, masks))
-        pending.failures = self._rows.failures_among(pending.rows)
+        if self._rows.failures:
+            pending.failures = self._rows.failures_among(pending.rows)
         pending.logits = None
         if self._device.type == "cuda":
             pending.done = torch.Event(self._device)
@@ -246,14 +249,13 @@ class ModelRunner:
         self.sample(pending, masks)
         return pending
 
-    def _shape_for(self, plan: StepPlan) -> StepShape | None:
+    @staticmethod
+    def _shape_for(graphs: StepGraphs, plan: StepPlan) -> StepShape | None:
         """In which a plan runs by graph, if it is not too large."""
-        if self._graphs is None:
-            return None
         num_tokens, num_rows = sum(plan.num_scheduled), len(plan.rows)
         if num_tokens == num_rows and len(plan.sampling) < num_rows:
             num_tokens += 1  # a decode graph samples for all of its rows
-        return self._graphs.shape_for(num_tokens, num_rows)
+        return graphs.shape_for(num_tokens, num_rows)
 
     def graph_step(self, shape: StepShape, variant: Variant) -> StepOutput:
         """The staged plan's forward pass, padded to `shape`. Capturable."""
@@ -275,10 +277,8 @@ class ModelRunner:
             row_ids = staged.rows[entries]
         return self._finish(batch, row_ids, positions, wanted, variant)
 
-    def _gathers(self, plan: StepPlan) -> bool:
-        """Whether the choice of plain rows needs logits that other ranks have."""
-        if self._vocabulary is None or self._fused is None:
-            return False
+    def _truncates(self, plan: StepPlan) -> bool:
+        """Whether some rows draw from their likeliest ids alone, which takes all ranks' logits."""
         host = self._rows.host[np.asarray(plan.rows, np.int32)[plan.sampling]]
         return any(bool((host[name] != NEUTRAL[name]).any()) for name in TRUNCATIONS)
 
@@ -310,10 +310,10 @@ class ModelRunner:
         row_ids, positions: [n], of the tokens that are sampled; wanted: [n], the tokens they come
         after, or None: all.
         """
-        hidden = None
         if self._link is not None and self._link.received is not None:
             # A copy, since layers add to it: what padding has there would grow from step to step.
             batch.received = self._link.received[: batch.num_tokens].clone()
+        hidden = None
         if variant.keeps_hidden:
             residual = self._model.forward(batch, self._kv_cache)
             hidden = residual.hidden
@@ -325,12 +325,18 @@ class ModelRunner:
         nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
         if not len(row_ids):
             return StepOutput(nothing, nothing, hidden)
-        if self._fused is None:
-            if self._vocabulary is None:
-                logits = self._model.compute_logits(residual)
-            else:
-                logits = self._model.own_logits(residual).float()
-            return StepOutput(nothing, logits, hidden)
+        if self._fused is not None:
+            chosen = self._choose_fused(residual, row_ids, positions, variant)
+            return StepOutput(*chosen, hidden)
+        if self._vocabulary is None:
+            return StepOutput(nothing, self._model.compute_logits(residual), hidden)
+        return StepOutput(nothing, self._model.own_logits(residual).float(), hidden)
+
+    def _choose_fused(
+        self, residual: Residual, row_ids: Tensor, positions: Tensor, variant: Variant
+    ) -> tuple[Tensor, Tensor]:
+        """The choice of plain rows, [n] int64, and the logits it was made from."""
+        assert self._fused is not None
         rows, choose = self._rows, self._fused.sample_tokens
         if self._vocabulary is None or variant.gathers:
             logits = self._model.raw_logits(residual)
@@ -345,7 +351,7 @@ class ModelRunner:
             seeds=rows.seeds,
             known=rows.token_ids,
         )
-        return StepOutput(token_ids, logits, hidden)
+        return token_ids, logits
 
     def _collect_samples(self, pending: PendingStep, sampled: Sampled) -> None:
         pending.token_ids = sampled.token_ids.to("cpu", non_blocking=True)

@@ -91,6 +91,7 @@ class RequestRows:
         self.host = np.repeat(NEUTRAL, num_rows + 1)
         self.penalizes = np.zeros(num_rows + 1, bool)  # by row: whether its record asks for that
         self.wants_logprobs = np.zeros(num_rows + 1, bool)
+        self.prompting: set[int] = set()  # rows that want their prompts' log-probabilities
         self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
         self.host_block_tables = np.zeros((num_rows + 1, int(starts[-1])), np.int32)
         self.edits: dict[int, RowEdits] = {}
@@ -111,6 +112,9 @@ class RequestRows:
             self.host[new.row] = record[0]
             self.penalizes[new.row] = any(record[0][one] != NEUTRAL[0][one] for one in PENALTIES)
             self.wants_logprobs[new.row] = record[0]["logprobs"] != NO_LOGPROBS
+            self.prompting.discard(new.row)
+            if record[0]["prompt_logprobs"] != NO_LOGPROBS:
+                self.prompting.add(new.row)
             self._uncounted.add(new.row)
             self.edits.pop(new.row, None)
             if edits is not None:
@@ -149,9 +153,11 @@ class RequestRows:
         """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""
         self.failures.pop(new.row, None)
         try:
-            edits = prepare_edits(
-                new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
-            )
+            edits = None
+            if new.bad_words_token_ids or new.params.edits_logits:
+                edits = prepare_edits(
+                    new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
+                )
             return encode(new), edits
         except Exception as error:
             self.note_failure(new.row, error)
@@ -164,8 +170,6 @@ class RequestRows:
 
     def failures_among(self, rows: Int32Array) -> dict[int, str]:
         """As `StepResult.failures`, of a step that has sampled for these."""
-        if not self.failures:
-            return {}
         return {
             j: self.failures[row] for j, row in enumerate(rows.tolist()) if row in self.failures
         }

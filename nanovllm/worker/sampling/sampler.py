@@ -18,7 +18,13 @@ from nanovllm.worker.kernels.select import ChooseTokens
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
-from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, PENALTIES, Int32Array
+from nanovllm.worker.sampling.columns import (
+    NEUTRAL,
+    NO_LOGPROBS,
+    PENALTIES,
+    TRUNCATIONS,
+    Int32Array,
+)
 from nanovllm.worker.sampling.distribution import (
     draw,
     to_probabilities,
@@ -31,6 +37,8 @@ from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.penalties import penalize
 from nanovllm.worker.sampling.slices import candidates, join
 
+# Columns that the draw alone reads, and one that the second half of a step does not.
+PLAIN = {"temperature", *TRUNCATIONS, "prompt_logprobs"}
 IndexArray = npt.NDArray[np.intp]
 
 
@@ -88,14 +96,23 @@ class Sampler:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32; where ranks
         have different ids, those of this rank)."""
         active = self.rows.active_columns(targets.host_rows)
+        is_plain = packed_masks is None and not self.rows.edits and active <= PLAIN
         if self.vocabulary is not None:
-            if packed_masks is None and self._asks_for_temperature_alone(targets, active):
+            if is_plain and active.isdisjoint(TRUNCATIONS):  # no rank needs others' logits
                 token_ids = self._choose_among_ranks(logits, targets, self.vocabulary)
                 return Sampled(token_ids, None, [], [])
             logits = self.vocabulary.gather(logits)
+        if is_plain:
+            return Sampled(self._choose(logits, targets, active), None, [], [])
+        return self._sample_edited(logits, targets, active, packed_masks)
+
+    def _sample_edited(
+        self, logits: Tensor, targets: SamplingTargets, active: set[str], packed: StepMasks | None
+    ) -> Sampled:
+        """`sample`, where a row may ask for log-probabilities, or for other logits than its own."""
         masks = None
-        if packed_masks is not None:
-            masks = unpack_masks(packed_masks, vocab_size=logits.shape[1], device=logits.device)
+        if packed is not None:
+            masks = unpack_masks(packed, vocab_size=logits.shape[1], device=logits.device)
         raw = None
         if "logprobs" in active:
             num_top = self.rows.host["logprobs"][targets.host_rows]
@@ -115,12 +132,6 @@ class Sampler:
         most = -1 if -1 in num_top else int(num_top.max())
         logprobs = PackedLogprobs(pack_logprobs(raw, token_ids[indices], num_top=most))
         return Sampled(token_ids, logprobs, wanted.tolist(), num_top[wanted].tolist())
-
-    def _asks_for_temperature_alone(self, targets: SamplingTargets, active: set[str]) -> bool:
-        """Then no rank has to know the logits of others."""
-        edits = self.rows.edits
-        has_edits = bool(edits) and any(row in edits for row in targets.host_rows.tolist())
-        return active <= {"temperature", "prompt_logprobs"} and not has_edits
 
     def _choose_among_ranks(
         self, logits: Tensor, targets: SamplingTargets, vocabulary: Vocabulary
