@@ -16,7 +16,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
-import numpy as np
 
 from nanovllm.frontend.child_process import ChildProcess, receive, send
 from nanovllm.frontend.inputs import Prompt, check_request
@@ -33,7 +32,6 @@ from nanovllm.frontend.server.bodies import (
 from nanovllm.frontend.server.decoding import blaming, decoded, excess
 from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
 from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
-from nanovllm.limits import MAX_JSON_EXPONENTS
 from nanovllm.protocol.plan import WorkerInfo
 
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.body_trial")
@@ -41,8 +39,6 @@ KINDS = {
     kind.__name__: kind
     for kind in (ChatBody, CompletionBody, DetokenizeBody, PaceBody, TokenizeBody)
 }
-LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
-MANY_LISTS = 1024  # lists and objects, which take as long as a hundred bytes each
 TIMEOUT_S = 30.0  # most bodies take milliseconds, the worst a tenth of a second
 NICENESS = 5  # whoever sends such bodies waits for them, rather than others
 
@@ -70,21 +66,6 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     message: str
     param: str | None
     code: str | None
-
-
-def takes_long(content: bytes | bytearray) -> bool:
-    """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
-    with exponents."""
-    if not MANY_LISTS < len(content) <= LONG_BODY:
-        return len(content) > LONG_BODY  # short ones have no room for many of anything
-    letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
-    lower = letters | 0x20
-    if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit
-        return True
-    # Numbers that take long have a digit, the letter and three digits.
-    num_exponents = np.count_nonzero(lower == ord("e"))
-    num_digits = np.count_nonzero(letters - np.uint8(ord("0")) < 10)
-    return bool(num_exponents > MAX_JSON_EXPONENTS and num_digits > 4 * MAX_JSON_EXPONENTS)
 
 
 def check(content: bytes, kind: type[Body], facts: BodyFacts) -> None:

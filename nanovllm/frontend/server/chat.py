@@ -213,15 +213,10 @@ class ChatAnswer:
         if not state.begun:
             state.begun = True
             deltas.append(Delta(role="assistant", content=""))
-        if state.parser is None:
-            if completion.text or not (finished or deltas):
-                deltas.append(Delta(content=completion.text))
-        else:
-            pieces = state.parser.feed(completion.text) if completion.text else []
-            if finished:
-                pieces += state.parser.finish()
-            for piece in pieces:
-                deltas.append(self._delta(state, piece))
+        if state.parser is not None:
+            deltas += self._parsed(state, state.parser, completion)
+        elif completion.text or not (finished or deltas):
+            deltas.append(Delta(content=completion.text))
         choices = [ChatChunkChoice(completion.index, delta) for delta in deltas]
         if finished:
             reason = _finish_reason(state, completion)
@@ -233,14 +228,24 @@ class ChatAnswer:
                     stop_reason=completion.stop_reason,
                 )
             )
-        carries = completion.token_ids and (self.body.return_token_ids or self.body.logprobs)
-        if carries and not choices:
-            choices.append(ChatChunkChoice(completion.index, Delta()))
-        if carries:
-            first = choices[1 if len(choices) > 1 and choices[0].delta.role is not UNSET else 0]
-            first.logprobs = self._logprobs(completion)
-            first.token_ids = self._token_ids(completion)
+        if completion.token_ids and (self.body.return_token_ids or self.body.logprobs):
+            self._add_tokens(choices, completion)
         return choices
+
+    def _add_tokens(self, choices: list[ChatChunkChoice], completion: CompletionOutput) -> None:
+        if not choices:
+            choices.append(ChatChunkChoice(completion.index, Delta()))
+        first = choices[1 if len(choices) > 1 and choices[0].delta.role is not UNSET else 0]
+        first.logprobs = self._logprobs(completion)
+        first.token_ids = self._token_ids(completion)
+
+    def _parsed(
+        self, state: ChoiceState, parser: ReplyParser, completion: CompletionOutput
+    ) -> list[Delta]:
+        pieces = parser.feed(completion.text) if completion.text else []
+        if completion.finish_reason is not None:
+            pieces += parser.finish()
+        return [self._delta(state, piece) for piece in pieces]
 
     def _delta(self, state: ChoiceState, piece: Piece) -> Delta:
         match piece:

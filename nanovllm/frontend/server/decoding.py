@@ -1,4 +1,4 @@
-"""A body's bytes → its struct, or what is wrong with them.
+"""A body's bytes → its struct, or what is wrong with them, and whether to find out takes long.
 
 Called by `endpoint.read`, and by `body_trial` in a process of its own for what takes long.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from nanovllm.frontend.server.api_errors import (
     from_decoding,
@@ -24,6 +25,8 @@ from nanovllm.limits import (
 )
 
 OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
+LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
+MANY_LISTS = 1024  # lists and objects, which take as long as a hundred bytes each
 B = TypeVar("B", bound=Body)
 
 
@@ -63,6 +66,21 @@ def blaming(body: Body) -> Iterator[None]:
     except ValueError as error:
         names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
         raise from_value_error(error, body.__struct_fields__, names) from None
+
+
+def takes_long(content: bytes | bytearray) -> bool:
+    """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
+    with exponents."""
+    if not MANY_LISTS < len(content) <= LONG_BODY:
+        return len(content) > LONG_BODY  # short ones have no room for many of anything
+    letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
+    lower = letters | 0x20
+    if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit
+        return True
+    # Numbers that take long have a digit, the letter and three digits.
+    num_exponents = np.count_nonzero(lower == ord("e"))
+    num_digits = np.count_nonzero(letters - np.uint8(ord("0")) < 10)
+    return bool(num_exponents > MAX_JSON_EXPONENTS and num_digits > 4 * MAX_JSON_EXPONENTS)
 
 
 def excess(content: bytes) -> str | None:

@@ -14,8 +14,7 @@ from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.api_keys import CALLER
 from nanovllm.frontend.server.bodies import Body, GenerationBody
-from nanovllm.frontend.server.body_trial import takes_long
-from nanovllm.frontend.server.decoding import blaming, decoded
+from nanovllm.frontend.server.decoding import blaming, decoded, takes_long
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole, until_disconnect
@@ -82,7 +81,8 @@ async def generated(
     """
     serving = serving_of(request)
     body = await read(request, kind)
-    serving.check_model(body.model)
+    if body.model is not None:
+        serving.check_model(body.model)
     serving.callers.apply(body, request.scope["state"][CALLER])
     answer: Answer | None = None
     async with until_disconnect(request.receive):  # who leaves has nothing more made for him

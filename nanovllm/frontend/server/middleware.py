@@ -60,7 +60,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = self._below_root(scope)
+        if self._settings.root_path:
+            scope = self._below_root(scope)
         scope.setdefault("state", {})[CALLER] = ANONYMOUS
         headers, share = Headers(scope=scope), Share(self._budget)
         given_id = headers.get("x-request-id", "")
@@ -93,8 +94,6 @@ class Gate:
     def _below_root(self, scope: Scope) -> Scope:
         """A proxy may cut the prefix off or leave it; below, it always stands before the path."""
         root = self._settings.root_path
-        if not root:
-            return scope
         path: str = scope["path"]
         if path != root and not path.startswith(root + "/"):
             path = root + path
@@ -110,12 +109,7 @@ class Gate:
         if self._keys is not None and self._route(scope) not in self._open:
             owner = self._keys.owner(headers.get("authorization", ""))
             if owner is None:
-                return ApiError(
-                    401,
-                    "no valid API key: send it as `Authorization: Bearer KEY`",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+                return _without_key()
             scope["state"][CALLER] = owner
             self._metrics.by_key.labels(owner).inc()
         length = headers.get("content-length", "")
@@ -225,6 +219,15 @@ def _without_port(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0]
+
+
+def _without_key() -> ApiError:
+    return ApiError(
+        401,
+        "no valid API key: send it as `Authorization: Bearer KEY`",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
 
 
 def _refused(message: str, code: str) -> ApiError:

@@ -18,6 +18,7 @@ from nanovllm.frontend.server.bodies import (
     ChatMessage,
     CompletionBody,
     ContentPart,
+    MadeCall,
     TokenizeBody,
     Tool,
 )
@@ -171,7 +172,7 @@ def template_input(
     variables: dict[str, Any] = {**(body.chat_template_kwargs or {})}
     if reserved := variables.keys() & RESERVED:
         raise refused("chat_template_kwargs", f"must not hold {', '.join(sorted(reserved))}")
-    if isinstance(body, ChatBody):
+    if isinstance(body, ChatBody) and (body.reasoning_effort is not None or body.documents):
         variables |= _template_fields(body, source)
     offered = not isinstance(body, ChatBody) or body.tool_choice != "none"
     tools = [_template_tool(tool) for tool in body.tools or []] if offered else []
@@ -240,18 +241,13 @@ def _template_message(message: ChatMessage, *, has_developer: bool) -> Message:
     if isinstance(message.reasoning, str):
         made.setdefault("reasoning_content", message.reasoning)
     if message.tool_calls:
-        made["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call.id,
-                "function": {
-                    "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments),
-                },
-            }
-            for call in message.tool_calls
-        ]
+        made["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return made
+
+
+def _template_call(call: MadeCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+    return {"type": "function", "id": call.id, "function": function}
 
 
 def _joined(parts: list[str | ContentPart]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
-from nanovllm.frontend.inputs import RequestOptions
+from nanovllm.frontend.inputs import Prompt, RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
@@ -223,7 +223,7 @@ class Serving:
     def begin(self, prompt: ServedPrompt, params: SamplingParams, options: Options) -> "Generation":
         """Check everything; the request starts when the result is iterated. `ValueError`."""
         llm = self.llm
-        made = llm.make_prompt({"prompt_token_ids": prompt.token_ids})
+        made = Prompt(None, prompt.token_ids)
         request = llm.prepare(made, params, options.request_id, **options.how)
         times = RequestTimes(self.metrics, self.model_name)
         span = None
