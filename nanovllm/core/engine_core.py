@@ -117,7 +117,8 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do now. A grammar being compiled is nothing yet."""
-        return bool(self.inflight or self.scheduler.has_work or self.grammars.has_news)
+        sequences = self.scheduler.running or self.scheduler.waiting
+        return bool(self.inflight or sequences or self.grammars.has_news)
 
     def may_step(self, now: float) -> bool:
         """Whether `step` has anything to do now, and nobody holds it."""
@@ -350,7 +351,9 @@ class EngineCore:
         except DeviceLostError:
             raise
         except Exception as error:
-            return self._give_up_submission(step, error)
+            for listener in self._listeners:
+                listener.on_submit_failed(step, error)
+            return self._give_up(step, error)
         self.unsampled = step
         if step.constrained:
             if step.awaits_ids:
@@ -368,14 +371,15 @@ class EngineCore:
         return self._queue_sampling(step, None)
 
     def _queue_sampling(self, step: ScheduledStep, masks: StepMasks | None) -> StepOutputs | None:
-        """Returns the failure of the step, if that is what came of it."""
         try:
             self._executor.sample(step.plan.step, masks)
         except DeviceLostError:
             raise
         except Exception as error:
             self.inflight.pop()
-            return self._give_up_submission(step, error)
+            for listener in self._listeners:
+                listener.on_submit_failed(step, error)
+            return self._give_up(step, error)
         return None
 
     def _sample_constrained(self, step: ScheduledStep) -> StepOutputs | None:
@@ -388,8 +392,7 @@ class EngineCore:
     # ---- structured outputs
 
     def _begin_grammar(self, wanted: StructuredOutputsParams, request: Waiting) -> bool:
-        """Give its sequences their matchers, if the grammar is known; else it is compiled first,
-        and False returned. Raises `ValueError` if there is none for them."""
+        """Whether it has its matchers; else its grammar is compiled first. Raises `ValueError`."""
         try:
             outcome = self.grammars.begin(wanted, request)
         except ValueError as error:
@@ -500,11 +503,6 @@ class EngineCore:
             listener.on_grammar(event)
 
     # ---- what fails, and what ends
-
-    def _give_up_submission(self, step: ScheduledStep, error: Exception) -> StepOutputs:
-        for listener in self._listeners:
-            listener.on_submit_failed(step, error)
-        return self._give_up(step, error)
 
     def _give_up(self, step: ScheduledStep, error: Exception) -> StepOutputs:
         """A step has failed, and with it the sequences in it.

@@ -73,11 +73,6 @@ class Scheduler:
     def num_paused(self) -> int:
         return len(self.paused) + self.waiting.num_parked
 
-    @property
-    def has_work(self) -> bool:
-        """Whether anybody runs or may be admitted."""
-        return bool(self.running or self.waiting)
-
     # ---- arrivals and departures
 
     def add(
