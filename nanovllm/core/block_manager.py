@@ -1,4 +1,4 @@
-"""Owns the KV blocks: who holds them, which are free, and which hold a known prefix.
+"""Owns the KV blocks: which sequence holds which, which are free, which hold a known prefix.
 
 `Scheduler` is its only caller. Block 0 is reserved for padding. Invariants: a block is free exactly
 when its reference count is 0; only blocks whose tokens are known and computed have a key; a key

@@ -25,7 +25,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import TokenLogprobs
 
 MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
-MAX_REQUESTS = 256  # received and not begun; then what else has been sent stays in the socket
+MAX_REQUESTS = 256  # received and not begun; beyond, messages stay in the socket
 
 
 class Client:
@@ -168,7 +168,7 @@ class ClientTable:
         return expired
 
     def extend_leases(self, seconds: float) -> None:
-        """It was this process that did not listen for so long, not they that did not speak."""
+        """For so long this process did not listen: that is not counted as the clients' silence."""
         for client in self:
             client.last_heard += seconds
 

@@ -1,4 +1,4 @@
-"""The straight line of the engine: requests in, steps through the executor, outputs out.
+"""One turn of the engine: requests in, a step through the executor, outputs out.
 
 Owns the sequences by (client, number) and the steps in flight; `server.CoreServer` calls it from
 its busy loop. Synchronous and overlapped execution differ in one integer, `max_inflight_steps`.
@@ -180,7 +180,7 @@ class EngineCore:
 
     def _make_sequences(self, client_id: int, request: AddRequest) -> list[Sequence]:
         params = request.params
-        if params.structured_outputs is not None:  # the core's affair: workers see masks
+        if params.structured_outputs is not None:  # workers get masks instead
             params = msgspec.structs.replace(params, structured_outputs=None)
         sequences: list[Sequence] = []
         seed = params.seed if params.seed is not None else self.seeds.getrandbits(63)
@@ -291,8 +291,8 @@ class EngineCore:
         return self._go_on()[0]
 
     def _go_on(self) -> tuple[StepOutputs | None, bool]:
-        """Sample for the step that has not been, and submit the next, as far as that is possible
-        now. Returns what came of it before any result, and whether a step was submitted."""
+        """Queue the second half of the step that lacks it, and submit the next one, as far as both
+        are possible now. Returns what came of it at once, and whether a step was submitted."""
         early = None
         if self.unsampled is not None and not self.unsampled.awaits_ids:
             early = self._sample(self.unsampled)
@@ -427,7 +427,7 @@ class EngineCore:
         return refused
 
     def _begin_masks(self, step: ScheduledStep) -> None:
-        """Let it be found out which ids the step's constrained sequences may sample.
+        """Begin to compute which ids the step's constrained sequences may sample.
 
         One that has ended meanwhile samples freely: its id will be dropped. One whose matcher fails
         here does as well, and fails when its id comes back.
@@ -446,7 +446,7 @@ class EngineCore:
         """What `_begin_masks` has begun, which of the step's sampled sequences must go on with
         which tokens, and the sequences that fail of it."""
         if self._masks is None:
-            self._begin_masks(step)  # a recording begins between the two
+            self._begin_masks(step)  # a replay may begin with a step between its halves
         masks, indices, self._masks = self._masks, self._masked, None
         if masks is None:
             return None, {}, []
@@ -507,8 +507,8 @@ class EngineCore:
     def _give_up(self, step: ScheduledStep, error: Exception) -> StepOutputs:
         """A step has failed, and with it the sequences in it.
 
-        Also those that began, in a step submitted since, on a prefix which this one may have been
-        to compute. Every prefix is forgotten: some of them are not there.
+        So have those admitted in a later step on a prefix that this one may have had to compute.
+        The prefix cache is emptied, since it may hold blocks that were never computed.
         """
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
@@ -520,7 +520,7 @@ class EngineCore:
         return StepOutputs(failed=self._fail(list(lost), Failure.of(error)))
 
     def _fail(self, sequences: list[Sequence], failure: Failure) -> list[Sequence]:
-        # Some may have been found to end in the very step that failed: they are lost all the same.
+        # Some may have been marked as finished by the step that failed: they fail all the same.
         known = [one for one in sequences if self.sequences.get((one.client_id, one.number)) is one]
         self._num_failed += len(known)
         return self._end(known, "error", failure)

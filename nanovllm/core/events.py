@@ -1,4 +1,4 @@
-"""What happens in a core, as one protocol: whoever wants to know is a `CoreListener`.
+"""What happens in a core, as one protocol: a `CoreListener` is told of all of it.
 
 `EngineCore` tells its listeners, in the order of what happens, and asks nothing of them. `launch`
 hands in those that live as long as the core; a watcher comes and goes (`EngineCore.listen`).

@@ -84,5 +84,5 @@ def answer_call(
         return CallResult(call.call_id, answer)
     except (NotAllowedError, PaceRefusedError) as error:
         return CallResult(call.call_id, error=str(error), is_refused=True)
-    except Exception as error:  # it costs its sender an error, and nobody else anything
+    except Exception as error:  # its sender alone gets an error
         return CallResult(call.call_id, error=str(error) or type(error).__name__)

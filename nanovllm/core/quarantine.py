@@ -1,9 +1,9 @@
-"""Requests that may have killed a core before: each begins alone, so that a death convicts it.
+"""Requests that may have killed a core: each begins alone, so that a death shows which did.
 
 `CoreServer` hands in suspects, and what comes while there are any. While a suspect waits, nothing
 else begins: first all that have begun get their first token, then one suspect is offered to its
 client, begins when the client accepts, and is on trial until the client says that the trial is
-over. So whoever survives the core knows whether its own request was all that can have killed it.
+over. So a client whose core dies knows whether its own request was the only one under way.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ class Held:
 class Quarantine:
     """Suspects, the one on trial, and the others that have come meanwhile; each in order.
 
-    The others begin after the last suspect, or after `TRIAL_LIMIT_S`: one of them may be a poison
-    as well, and would have the one on trial convicted.
+    The others begin after the last suspect, or after `TRIAL_LIMIT_S`: one of them may also kill the
+    core, and the one on trial would be blamed for it.
     """
 
     def __init__(self) -> None:

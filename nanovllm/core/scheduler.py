@@ -61,9 +61,9 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._by_priority = limits.scheduling_policy == "priority"
         self.running: list[Sequence] = []  # sorted by order, so the last is preempted first
-        self.paused: list[Sequence] = []  # sorted likewise; hold rows and blocks, on sufferance
+        self.paused: list[Sequence] = []  # sorted likewise; preempted before those that run
         self.waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
-        self._at: Sequence | None = None  # whom planning is busy with
+        self._at: Sequence | None = None  # the one being planned, to which an error is charged
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.num_arrived = 0
         self.num_steps = 0
@@ -179,14 +179,14 @@ class Scheduler:
         budget = self._schedule_running(step, step.budget)
         cause: int | None = None
         if self.waiting:
-            # Whoever was just preempted would only be preempted again.
+            # A sequence that this step has preempted would be admitted and preempted again.
             spared = self.num_preemptions != num_preemptions
             cause = KV if spared else self._admit_waiting(step, budget)
         self.waiting.hold_up(cause)
 
     def _unwind(self, step: ScheduledStep) -> None:
-        """A plan is given up half made: its sequences run again from the start, and no prefix that
-        it was to compute is believed."""
+        """Undo an unfinished plan: its sequences run again from the start, and the prefixes that it
+        was to compute leave the cache."""
         for sequence in step.sampled:
             sequence.num_pending -= 1
         for sequence in step.sequences:
@@ -519,15 +519,15 @@ class Scheduler:
 def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_admissible: int) -> int:
     """Tokens of the next step. num_admissible: waiting sequences for which there is a row.
 
-    All of it is prompts' while nobody decodes. Whoever decodes waits for the prompts beside it, and
-    whoever does not yet wants them done at once: the more of the former there are for each of the
-    latter, the fewer prompt tokens a step takes. By halves, so that steps come in few sizes.
+    While no sequence decodes, the whole budget is for prompts. A decoding sequence waits for the
+    prompts in its step, so the more of them there are for each sequence with a prompt to run, the
+    fewer prompt tokens a step takes. The budget is halved, so that steps come in few sizes.
     """
     most = limits.max_num_batched_tokens
     # `has_computed_prompt`, spelled out: as a property it costs a step of 256 sequences 8 µs more.
     num_prompts = sum([one.num_computed < one.num_prompt_tokens for one in running])
     if num_prompts + num_admissible == 0:
-        return most  # for nobody
+        return most  # no prompt tokens: the others take what they need
     # The last token of some is sampled, or on its way.
     num_ended = sum([one.num_computed >= one.max_total - 1 for one in running])
     num_decoding = len(running) - num_prompts - num_ended

@@ -33,8 +33,8 @@ class Status(Enum):
 
 
 class Tenant:
-    """Whoever shares the engine fairly with others. `served` is its virtual counter: tokens it has
-    had, weighted; `num_waiting` counts its sequences in the waiting queue."""
+    """One of those between whom the engine's time is shared fairly. `served` is the weighted number
+    of tokens it has had; `num_waiting` counts its sequences in the waiting queue."""
 
     __slots__ = ("name", "num_waiting", "served", "waiting")
 
@@ -179,7 +179,7 @@ class ScheduledStep(msgspec.Struct, eq=False):
     forced: set[int] = set()  # likewise, of those whose next tokens were
     # known before it sampled: what it samples for them is dropped
     budget: int = 0  # of tokens
-    submitted_at: float = 0.0  # written down only while somebody watches
+    submitted_at: float = 0.0  # only while a listener wants to know
 
     @property
     def awaits_ids(self) -> bool:

@@ -65,7 +65,7 @@ BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a clie
 IDLE_BEFORE_WARM_UP_S = 0.25
 WARM_UP_S = 60.0  # what warming up one kind of step may take: kernels may have to be compiled
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
-LATE_S = 0.5  # a turn so much longer than planned is not held against the clients
+LATE_S = 0.5  # by as much as a turn takes longer than that, leases are extended
 NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
 UNKNOWN = "the core does not know this client: say Hello"
 MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
@@ -277,7 +277,7 @@ class CoreServer:
         Returns how much longer it took than meant.
         """
         due = min(self._pulse_due, core.pace.next_step_at if core.busy else math.inf)
-        if not core.busy:  # else it is held: what has to be looked at then can wait for the pulse
+        if not core.busy:  # else it is held, and what is due can wait for the next pulse
             due = min(due, core.next_deadline, max(now, self._warm_up_from))
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
@@ -342,7 +342,7 @@ class CoreServer:
     def _receive(self, identity: bytes, frames: list[bytes], key: str | None) -> None:
         client = self._clients.find(identity)
         if client is not None and client.key != key:
-            self._forget(client)  # his name has come to somebody else
+            self._forget(client)  # another connection has taken the identity
             client = None
         if client is not None:
             client.last_heard = self._awake_at
@@ -370,7 +370,7 @@ class CoreServer:
         match message:
             case Abort(numbers):
                 for request in self._intake.take(client, set(numbers)):
-                    self._add(client, request)  # for its answers; nothing of it will run
+                    self._add(client, request)  # so that the abort below ends and answers it
                 self._end_held(self._quarantine.withdraw(client.client_id, set(numbers)), "abort")
                 if self._core is not None:
                     self._finish(self._core.abort(client.client_id, numbers))
@@ -395,7 +395,7 @@ class CoreServer:
                 self._quarantine.end_trial(client.client_id, number)
             case DeathsExplained(epochs):
                 self._explained.extend(one for one in epochs if one not in self._explained)
-                self._status_due = self._pulse_due = 0.0  # whoever counts deaths should know
+                self._status_due = self._pulse_due = 0.0  # so that all clients learn of it now
 
     # ---- what clients ask
 
@@ -507,7 +507,7 @@ class CoreServer:
         self._life.note_failure(failure.details)
         self._last_loading = Loading("failed", 0.0)
         self._core = self._operations = None
-        self._receive_all()  # whoever has just said Hello is to be told as well
+        self._receive_all()  # clients that have just sent Hello are told too
         for client in self._clients:
             self._delivery.deliver(client)
             self._delivery.post(client.identity, failure)

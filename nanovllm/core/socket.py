@@ -1,4 +1,4 @@
-"""The core's socket: bound where only those may reach it who are meant to, with finite queues.
+"""The core's socket: bound where only permitted clients can reach it, with finite queues.
 
 `CoreServer` owns the one `Endpoint`. An `ipc://` path lies in a directory of this user's alone;
 `tcp://` needs keys, also on this machine, which others may use: who has none gets nothing.
@@ -19,7 +19,7 @@ from nanovllm.keys import CoreKeys
 
 SEND_HIGH_WATER_MARK = 32  # messages per client; then outputs are merged
 RECEIVE_HIGH_WATER_MARK = 256
-LINGER_MS = 1000  # how long the last words to clients may take to leave
+LINGER_MS = 1000  # for messages still queued when the core closes
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 AUTHENTICATOR_TIMEOUT_S = 2.0
 Sent = Literal["sent", "full", "gone"]

@@ -1,4 +1,4 @@
-"""Who waits to run, in which order, and what holds them up. Owned by `Scheduler`.
+"""The queue of sequences that wait to run, and what they wait for. Owned by `Scheduler`.
 
 With several tenants the one served least comes first (VTC: Sheng et al., "Fairness in Serving Large
 Language Models", OSDI 2024), each in its own order of arrival; with one, or without sharing, it is

@@ -16,7 +16,7 @@ from nanovllm.frontend.child_process import ChildProcess
 from nanovllm.frontend.template_process import Rendered
 
 Message = dict[str, Any]
-# What a template finds under these names is not the caller's to say.
+# Variables of a template that callers may not set.
 RESERVED = frozenset(
     (
         "self",

@@ -1,4 +1,4 @@
-"""A child process that answers frames: code that is foreign, slow or deaf to signals runs in one.
+"""A child process that answers frames, for code that is untrusted, slow or cannot be interrupted.
 
 `ChatTemplate`, `LongTexts` and `BodyTrials` keep some. The child's standard input is a socket, from
 which it takes frames with `receive`, and answers with `send`. A frame is a length of four bytes and

@@ -42,15 +42,15 @@ from nanovllm.protocol.messages import (
     Welcome,
 )
 
-CONNECT_TIMEOUT_S = 10.0  # for somebody to answer at the address
-SILENCE_S = 120.0  # what a core may take, while it loads, between two signs of life
+CONNECT_TIMEOUT_S = 10.0  # until a core answers at the address
+SILENCE_S = 120.0  # most between two messages of a core that loads
 CALL_TIMEOUT_S = 60.0
 STALL_S = 6 * PULSE_INTERVAL_S  # a ready core speaks once a PULSE_INTERVAL_S, or it is stuck
-NO_PROGRESS_S = 0.75  # of a loop that turns and yet finishes no step; it says so once a second
+NO_PROGRESS_S = 0.75  # of a loop that goes round and finishes no step, as `CoreStatus` says
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.1
-# What a process gets for what it has done itself; the other signals come from outside.
+# Signals that a process causes itself; others are sent from outside.
 FAULTS = {
     signal.SIGABRT,
     signal.SIGBUS,
@@ -104,10 +104,10 @@ class CoreLife:
         self._failure: CoreFailed | None = None
         self._error: EngineDeadError | None = None
         self._closed = False
-        self.is_stalled = False  # it is silent for longer than a core that is well, or says so
+        self.is_stalled = False  # it has been silent for too long, or says that no step finishes
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._status: CoreStatus | None = None
-        self._patience_s = 0.0  # for which the core, by its own word, may be silent just now
+        self._patience_s = 0.0  # how long the core may be silent now, as it has said itself
         self._status_or_death = asyncio.Event()
 
     @property
@@ -333,4 +333,4 @@ def _resolve(future: "asyncio.Future[T]", result: T) -> None:
 def _reject(future: "asyncio.Future[Any]", error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        future.exception()  # marks it as seen: there may be no waiter any more
+        future.exception()  # marks it as retrieved: there may be no waiter any more

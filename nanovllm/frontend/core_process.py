@@ -135,7 +135,7 @@ def _spawn(
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=sys.__stderr__,  # what libraries print there is no answer of the owner's program
+        stdout=sys.__stderr__,  # what libraries print must not mix with the owner's output
         pass_fds=[core_end.fileno()],
         start_new_session=True,
         env={

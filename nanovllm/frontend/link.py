@@ -21,7 +21,7 @@ from nanovllm.protocol.messages import FromCore, Outputs, ToCore
 HIGH_WATER_MARK = 1000
 LINGER_MS = 500
 RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
-TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
+TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # for machines that vanish
 BURST = 64  # frames taken before others in the event loop have their turn
 
 
@@ -61,7 +61,7 @@ class Link:
         self._unsent: deque[bytes] = deque()
         self._turn: asyncio.Handle | None = None
         self._closed = False
-        self.has_met = False  # somebody was there
+        self.has_met = False  # the peer has answered the handshake
         self.last_heard = time.monotonic()
 
     def connect(self) -> None:

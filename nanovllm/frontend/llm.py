@@ -30,7 +30,7 @@ from nanovllm.protocol.messages import CoreStatus, Welcome
 from nanovllm.sampling_params import SamplingParams
 
 T = TypeVar("T")
-STOP_TIMEOUT_S = 10.0  # for the event loop to take its leave
+STOP_TIMEOUT_S = 10.0  # for the event loop to end
 
 
 class LLM:
@@ -48,7 +48,7 @@ class LLM:
         on_progress: ProgressCallback | None = None,
         **config_fields: Unpack[EngineKeywords],
     ) -> None:
-        # All that is queued is the caller's own list, which may be as long as he likes.
+        # The queue holds the caller's own prompts only, so their number is not limited.
         fields: EngineKeywords = {
             "max_queued_requests": None,
             "max_queued_tokens": None,

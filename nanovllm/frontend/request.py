@@ -386,7 +386,7 @@ class RequestTable:
             if metrics.first_token_time is None and completion.arrived:
                 metrics.first_token_time = now
             if end is None and request.final_only and completion.stops is None:
-                continue  # nobody asks for the text before the end
+                continue  # its text is only asked for at the end
             num_tokens = len(completion.token_ids)
             if completion.advance(end):
                 stopped.append(number)

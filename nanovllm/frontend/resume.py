@@ -1,4 +1,4 @@
-"""What to ask of a core that knows nothing, so that a request goes on where it was cut off.
+"""The messages by which a restarted core continues a request where it was cut off.
 
 `Session` sends it when the core is back. Randomness is counter-based, by (seed, position), so all
 that it takes is the effective seed and the tokens that have arrived. Deadlines go on counting from

@@ -1,4 +1,4 @@
-"""The live requests of one frontend, on a line to a core that may die and come back.
+"""The live requests of one frontend, at a core that may die and be started again.
 
 Owned by `AsyncLLM`. Invariant: a request in the table is known to the core, or will be sent to it
 when it is back; whatever has left the table is not.
@@ -47,7 +47,7 @@ class Session:
         self.line = Supervisor(self, config, address, handle=handle, keys=keys)
         self._requests = RequestTable()
         self._suspects = Suspects()
-        self._unexplained: tuple[str, EngineDeadError] | None = None  # a death, by its epoch
+        self._unexplained: tuple[str, EngineDeadError] | None = None  # the last death, by epoch
         self._hand_over = hand_over
         self._last_ids: deque[tuple[range, str]] = deque(maxlen=NUM_LAST_IDS)  # of discarded ones
 
@@ -154,7 +154,7 @@ class Session:
         if self._suspects.explained:
             self._send(DeathsExplained(list(self._suspects.explained)))
         for request in sorted(self._requests, key=lambda one: one.is_suspect):
-            if request.is_aborted:  # the answer to the abort died with the core
+            if request.is_aborted:  # the core died before it answered the abort
                 self._end_aborted(request)
             else:
                 self._resume(request)

@@ -1,4 +1,4 @@
-"""A line to the core that outlives the core: one `CoreLife` for each of its lives.
+"""The connection to a core across restarts: one `CoreLife` for each process or connection.
 
 Owned by `Session`, which is told of the core's return and of its final death. An owned core is
 started again, within a budget of restarts; another's is waited for at its address. While the core
@@ -197,7 +197,7 @@ class Supervisor:
         epoch = self.epoch
         while True:
             delay_s = 0.0 if epoch in explained else self._budget.take(time.monotonic(), epoch)
-            epoch = ""  # whatever comes next, it dies before it is welcomed
+            epoch = ""  # until the next one is welcomed
             if delay_s is None:
                 raise self._too_often(error)
             logger.warning("%s; starting it again in %.2f s", error, delay_s)
@@ -220,7 +220,7 @@ class Supervisor:
         while (remaining_s := deadline - time.monotonic()) > 0:
             try:
                 return await self._greet_again(timeout_s=remaining_s)
-            except DIED_AGAIN:  # who answered was the old one, still on its way out
+            except DIED_AGAIN:  # the old core answered, and was about to end
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
         raise EngineDeadError(

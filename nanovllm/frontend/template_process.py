@@ -1,4 +1,4 @@
-"""The process in which chat templates run: a template is foreign code, and may loop or eat memory.
+"""The process in which chat templates run: a template is untrusted code.
 
 `ChatTemplate` starts it and may kill it. Its standard input is a socket: first comes the template's
 source, then a mapping of variables for each prompt, in MessagePack; each is answered. Jinja's

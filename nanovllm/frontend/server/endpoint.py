@@ -85,14 +85,14 @@ async def generated(
         serving.check_model(body.model)
     serving.callers.apply(body, request.scope["state"][CALLER])
     answer: Answer | None = None
-    async with until_disconnect(request.receive):  # who leaves has nothing more made for him
+    async with until_disconnect(request.receive):  # a client that leaves is not served further
         with blaming(body):
             if body.bad_words:  # encoded once for all prompts, and not while streams wait
                 encode = partial(serving.llm.encode_bad_words, tuple(body.bad_words))
                 await aside_if_long(encode, sum(map(len, body.bad_words)))
             answer = await prepare(serving, body, request.headers)
     if answer is None:
-        return Response()  # to nobody
+        return Response()  # the client has left
     if body.stream:
         return EventStream(serving, answer.events())
     return Whole(serving, answer.whole)
