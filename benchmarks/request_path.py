@@ -177,7 +177,9 @@ async def _trace_http(
         run_server(server_settings, opener, listener, ready.set_result, lifeline=stop)
     )
     try:
-        await ready
+        await asyncio.wait([ready, server], return_when=asyncio.FIRST_COMPLETED)
+        if server.done():
+            await server  # it could not start, and raises why
         async with httpx.AsyncClient(base_url=url, timeout=60.0) as http:
             return await tracer.trace(functools.partial(chat, http))
     finally:
