@@ -62,3 +62,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_string(key, value)
         case list():
             writer.add_array(key, value)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """As a file of its own: one that is cut short and written again goes to the disk at once (ext4
+    does so for programs that replace their files like that), which takes ten times as long."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)

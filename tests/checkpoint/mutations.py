@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from nanovllm.checkpoint import tokenizer_files
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
-from tests.checkpoint.gguf_writing import VOCAB_SIZE, write_gguf
+from tests.checkpoint.gguf_writing import VOCAB_SIZE, rewrite, write_gguf
 from tests.frontend.vocabulary import SPECIAL_TOKENS, fast_tokenizer
 from tests.waiting import WAIT_S
 
@@ -158,21 +158,21 @@ def run(
         (directory / name).write_text(json.dumps(content))
     for _ in range(count // (2 if headers_only else 4)):
         path = directory / "bad.gguf"
-        path.write_bytes(changed_bytes(gguf, rng, header=header))
+        rewrite(path, changed_bytes(gguf, rng, header=header))
         attempt(read_gguf, path, found["gguf"])
         path = directory / "bad.safetensors"
-        path.write_bytes(changed_bytes(safetensors, rng, header=256))
+        rewrite(path, changed_bytes(safetensors, rng, header=256))
         attempt(read_safetensors, path, found["safetensors"])
         others = ("config.json", rng.choice(["tokenizer.json", "tokenizer_config.json"]))
         for name in () if headers_only else others:
             path = directory / name
             good = path.read_bytes()
             if rng.random() < 0.3:
-                path.write_bytes(changed_bytes(good, rng, header=len(good)))
+                rewrite(path, changed_bytes(good, rng, header=len(good)))
             else:
-                path.write_text(json.dumps(changed_json(whole[name], rng)))
+                rewrite(path, json.dumps(changed_json(whole[name], rng)).encode())
             attempt(read_directory, path, found[name])
-            path.write_bytes(good)
+            rewrite(path, good)
     return found
 
 

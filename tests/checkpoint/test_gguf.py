@@ -15,6 +15,7 @@ from tests.checkpoint.gguf_writing import (
     HIDDEN_SIZE,
     VOCAB_SIZE,
     QuantizationType,
+    rewrite,
     values,
     write_gguf,
 )
@@ -106,7 +107,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "part.gguf"
     num_padding = -VOCAB_SIZE * HIDDEN_SIZE * 4 % 32  # after the last tensor: nobody's loss
     for size in [*range(24, 2000, 7), len(whole) - 4096, len(whole) - num_padding - 1]:
-        path.write_bytes(whole[:size])
+        rewrite(path, whole[:size])
         with pytest.raises(ValueError, match=r"part\.gguf is truncated"):
             GGUFFile(path)
 
@@ -120,7 +121,7 @@ def test_damage_costs_a_value_error_at_most(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         at = rng.randrange(1500)
         damaged[at : at + 4] = rng.randbytes(4)
-        path.write_bytes(damaged)
+        rewrite(path, damaged)
         try:
             hf_config(GGUFFile(path))
         except ValueError as error:
