@@ -167,3 +167,8 @@ def test_a_full_disk_is_one_line() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr.splitlines()[0] == "nanovllm: No space left on device"
     assert "Traceback" not in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "new", "wrong.yaml/keys"]) == 1
+    assert capsys.readouterr().err == "nanovllm: wrong.yaml/keys/clients: Not a directory\n"
