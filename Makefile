@@ -17,8 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: setup
 	.venv/bin/nanovllm generate --model $(MODEL) "$(PROMPT)"
+	@echo "Go on with .venv/bin/nanovllm chat, or serve --open; source .venv/bin/activate puts it on your path."
 
-# A test process per core; JOBS=0 runs all in one, as a debugger wants it.
+# As many test processes as tests/conftest.py says; JOBS=0 runs all in one, as a debugger wants it.
 JOBS ?= auto
 
 test: setup-dev
@@ -84,7 +85,7 @@ setup-dev: .venv/installed-dev
 .venv/installed: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "nanovllm needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@echo "Setting up .venv (once; a minute or two)"
+	@echo "Setting up .venv (once; minutes: packages to fetch, C++ kernels to compile)"
 	@$(PYTHON) -m venv .venv
 ifeq ($(HAS_GPU),yes)
 	@$(PY) -m pip install -q -e .
