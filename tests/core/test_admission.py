@@ -547,3 +547,52 @@ def test_what_is_due_now_has_expired_and_the_first_due_comes_first() -> None:
     assert deadlines.next_due == 109.0
     deadlines.remove(sequences[2])
     assert deadlines.next_due is None and deadlines.pop_expired(200.0) == []
+
+
+def test_the_wait_of_one_that_comes_later_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    queue = WaitingQueue(by_tenant=False)
+    first, later = (sequence_of(queue, "", number) for number in range(2))
+    queue.push(first)
+    queue.hold_up(KV)
+    now = 105.0
+    queue.push(later)
+    now = 107.0
+    for sequence in (first, later):
+        queue.remove(sequence)
+    assert (first.waited_s, later.waited_s) == ((0.0, 0.0, 7.0), (0.0, 0.0, 2.0))
+
+
+def sequence_of(queue: WaitingQueue, tenant: str, number: int) -> Sequence:
+    sequence = Sequence(0, number, [1, 2], SamplingParams())
+    sequence.order, sequence.tenant = (0, number), queue.tenant(tenant)
+    return sequence
+
+
+def test_of_many_tenants_those_who_wait_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "MAX_TENANTS", 4)
+    queue = WaitingQueue(by_tenant=True)
+    queue.push(sequence_of(queue, "a", 0))
+    for name in ("b", "c"):
+        queue.tenant(name)
+    assert set(queue.tenants) == {"", "a", "b", "c"}, "as many as may be known"
+    a = queue.tenant("a")
+    queue.tenant("d")
+    assert set(queue.tenants) == {"", "a", "d"} and queue.tenant("a") is a
+
+
+def test_a_queue_that_is_left_by_others_than_its_head_stays_small() -> None:
+    queue = WaitingQueue(by_tenant=False)
+    sequences = [sequence_of(queue, "", number) for number in range(2000)]
+    for sequence in sequences:
+        queue.push(sequence)
+    for sequence in sequences[1:-2]:
+        queue.remove(sequence)
+    assert len(queue.tenant("").waiting) <= 2 * 3 + 64
+    assert [queue.head(), len(queue)] == [sequences[0], 3]
+    queue.remove(sequences[0])
+    assert queue.head() is sequences[-2]
+    queue.discard(sequences[-2])
+    queue.discard(sequences[-2])
+    assert queue.head() is sequences[-1] and list(queue) == [sequences[-1]]

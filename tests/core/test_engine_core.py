@@ -381,3 +381,16 @@ def test_tokens_without_a_choice_are_forced_where_that_spares_more_than_it_costs
     core.add(0, AddRequest(0, [5], constrained(regex, logprobs=logprobs)))
     assert re.fullmatch(regex, decode(tuple(drain(core)[0])))
     assert core.status(epoch="", num_clients=0).num_forced_tokens == num_forced
+
+
+def test_a_client_that_leaves_while_it_is_paused_leaves_nothing_behind() -> None:
+    core = make_core(max_num_seqs=1)
+    for number in range(3):
+        core.add(7, AddRequest(number, [5], SamplingParams(max_tokens=50)))
+    core.step()
+    core.pause(7)
+    assert core.status(epoch="", num_clients=0).num_paused == 3
+    assert [one.number for one in core.abort_client(7)] == [0, 1, 2]
+    assert not core.paused_clients and not core.scheduler.waiting.parked
+    core.add(7, AddRequest(3, [5], SamplingParams(max_tokens=2, ignore_eos=True)))
+    assert len(drain(core)[3]) == 2

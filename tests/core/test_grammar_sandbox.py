@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, Wanted, follow, random_wanted, try_all
+from nanovllm.core import grammar_trial
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import (
     CAUSES,
@@ -249,3 +250,13 @@ def test_the_generator_makes_every_kind() -> None:
     rng = random.Random(0)
     made: list[Wanted] = [random_wanted(rng) for _ in range(50)]
     assert {kind for one in made for kind in one} == {"json", "regex", "grammar"}
+
+
+def test_the_trial_follows_tokens_that_the_grammar_allows() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        allowed = {rng.randrange(200) for _ in range(rng.randrange(1, 9))}
+        mask = bytearray(25)
+        for token_id in allowed:
+            mask[token_id // 8] |= 1 << token_id % 8
+        assert grammar_trial._pick(bytes(mask), rng) in allowed

@@ -67,7 +67,10 @@ def _faults_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("_faults_as_before")
 def test_a_life_leaves_word_of_a_failure_and_of_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "lives" / "core"
+    umask = os.umask(0)
     first = LifeFile(path, "first")
+    os.umask(umask)
+    assert path.parent.stat().st_mode & 0o777 == 0o700, "nobody else's affair"
     assert first.after_crash_of == "" and path.read_text() == "first\n"
     first.close()
     assert not path.exists(), "an orderly end"
@@ -76,6 +79,7 @@ def test_a_life_leaves_word_of_a_failure_and_of_nothing_else(tmp_path: Path) -> 
     first.close()
     assert path.exists() and faulthandler.is_enabled(), "closed twice, it is not its own any more"
     second.note_failure("Traceback: no such luck\n")
+    assert "no such luck" in path.read_text(), "this process may be killed now"
     second.close()
     assert "no such luck" in path.read_text() and not faulthandler.is_enabled()
     third = LifeFile(path, "third")

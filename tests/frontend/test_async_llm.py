@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from nanovllm.frontend import async_llm
+from nanovllm.frontend import async_llm, core_life
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
+from nanovllm.limits import MAX_NAME_CHARS
 from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
@@ -20,6 +21,7 @@ from nanovllm.protocol.messages import (
     Finished,
     FromCore,
     Goodbye,
+    Heartbeat,
     Hello,
     Outputs,
     Overloaded,
@@ -31,7 +33,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import STATUS, WELCOME, FakeCore, echo, silent
-from tests.frontend.vocabulary import EOS
+from tests.frontend.vocabulary import EOS, byte_tokenizer
 from tests.waiting import WAIT_S
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -169,6 +171,8 @@ async def test_a_refusal_says_when_to_come_back(address: str) -> None:
             with pytest.raises(OverloadedError, match=r"2\.5 s") as refusal:
                 await last_of(llm.generate("a"))
             assert (refusal.value.retry_after, refusal.value.draining) == (2.5, draining)
+            why = "the core is about to end" if draining else "the core's queue is full"
+            assert str(refusal.value).startswith(why)
             assert isinstance(refusal.value, RequestFailedError)
 
 
@@ -408,3 +412,55 @@ async def test_a_number_of_the_core_is_known_by_its_request_a_while_longer(addre
         ids = [llm.request_id_of(llm.info.client_id, number) for number in range(4)]
         assert ids == ["one", "two", "three", None]
         assert llm.request_id_of(llm.info.client_id + 1, 0) is None
+
+
+async def test_frontends_of_one_core_draw_seeds_of_their_own(address: str) -> None:
+    with FakeCore(address, silent) as core:
+        for _ in range(2):
+            async with await AsyncLLM.connect(address, tokenizer=byte_tokenizer()) as llm:
+                made = llm.prepare(llm.make_prompt("a"), SamplingParams(temperature=1.0))
+                llm.submit(made)
+                llm.discard(made)
+                await asyncio.to_thread(core.wait_for, AddRequest)
+        await asyncio.to_thread(core.wait_for, AddRequest, 2)
+        one, two = (message.params.seed for message in core.all_of(AddRequest))
+        assert one is not None and two is not None and one != two
+
+
+async def test_a_tokenizer_that_is_named_is_not_loaded_if_none_is_wanted(
+    address: str, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_llm.Tokenizer, "load", None)
+    options = {"load_format": "dummy", "tokenizer": "other", "skip_tokenizer_init": True}
+    with FakeCore(address, silent):
+        async with AsyncLLM("m", **options) as llm:  # type: ignore[arg-type]
+            assert llm.tokenizer is None
+            with pytest.raises(ValueError, match="skip_tokenizer_init"):
+                llm.generate("text")
+
+
+async def test_a_frontend_that_is_closed_leaves_no_task(address: str) -> None:
+    before = asyncio.all_tasks()
+    async with attached(address) as (llm, _):
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() - before
+        await llm.close()
+        assert asyncio.all_tasks() == before
+
+
+async def test_a_frontend_that_asks_nothing_shows_that_it_is_there(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_life, "HEARTBEAT_INTERVAL_S", 0.05)
+    monkeypatch.setattr(core_life, "WATCH_INTERVAL_S", 0.01)
+    async with attached(address) as (_, core):
+        await asyncio.to_thread(core.wait_for, Heartbeat, 2)
+
+
+@pytest.mark.parametrize("name", ["request_id", "cache_salt", "tenant"])
+async def test_names_have_a_length(address: str, name: str) -> None:
+    async with attached(address, echo) as (llm, _):
+        longest: Any = {name: "x" * MAX_NAME_CHARS}
+        assert (await last_of(llm.generate("ok", **longest))).finished
+        with pytest.raises(ValueError, match=f"{name} holds {MAX_NAME_CHARS + 1} characters"):
+            llm.generate("ok", **{name: "x" * (MAX_NAME_CHARS + 1)})

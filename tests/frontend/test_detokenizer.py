@@ -277,3 +277,10 @@ def test_a_stop_string_that_does_not_count_yet_is_given_out_at_once() -> None:
     assert stops.feed("2xab", look=False) == ("2xab", None)
     assert stops.feed("x") == ("", None)
     assert stops.feed("y3ab") == ("xy3", "ab")
+
+
+def test_what_came_too_early_is_not_found_within_what_is_held_back() -> None:
+    stops = StopStrings(["ab", "xabyz"], include_in_output=False)
+    assert stops.feed("xab", look=False) == ("", None), "it may become the longer one"
+    assert stops.feed("q") == ("xabq", None)
+    assert stops.feed("ab") == ("", "ab")

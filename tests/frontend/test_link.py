@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import zmq
 
-from nanovllm.frontend.link import BURST, HIGH_WATER_MARK, Link
+from nanovllm.frontend.link import BURST, HIGH_WATER_MARK, Link, make_dealer
 from nanovllm.protocol.messages import Abort, FromCore, Heartbeat, Outputs, Pulse, ToCore
 from tests.waiting import WAIT_S
 
@@ -111,3 +111,12 @@ async def test_a_listener_that_raises_and_a_peer_that_goes(address: str) -> None
     async with asyncio.timeout(WAIT_S):
         await recorder.disconnected.wait()
     link.close()
+
+
+def test_a_frontends_socket_has_finite_queues_and_notices_a_peer_that_is_cut_off() -> None:
+    for address, is_far in (("tcp://127.0.0.1:1", True), ("ipc:///nowhere", False)):
+        with make_dealer(address, None) as dealer:
+            assert dealer.get(zmq.SNDHWM) == dealer.get(zmq.RCVHWM) == HIGH_WATER_MARK
+            assert dealer.get(zmq.RECONNECT_IVL) <= dealer.get(zmq.RECONNECT_IVL_MAX) < 1000
+            beats = dealer.get(zmq.HEARTBEAT_IVL), dealer.get(zmq.HEARTBEAT_TIMEOUT)
+            assert (0 < beats[0] < beats[1]) if is_far else beats[0] == 0

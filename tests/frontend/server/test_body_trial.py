@@ -1,5 +1,6 @@
 """Large bodies are checked in a process of their own, and what may pass is decoded once more."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm.frontend.server import endpoint
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials, check
 from nanovllm.frontend.server.decoding import LONG_BODY, MANY_LISTS, takes_long
@@ -17,6 +19,7 @@ from tests.frontend.fake_core import echo
 from tests.frontend.server.hostile_bodies import CHAT, COMPLETIONS, USER, bodies
 from tests.frontend.server.served import error_of, roomy, served
 from tests.frontend.server.test_prompts import children
+from tests.waiting import WAIT_S
 
 WORKER = WorkerInfo(
     device="cpu",
@@ -126,3 +129,17 @@ def test_what_cannot_be_good_does_not(kind: Any, fields: dict[str, Any], told: s
     with pytest.raises(endpoint.ApiError, match=told) as refusal:
         check(body(**fields), kind, FACTS)
     assert refusal.value.status == 400
+
+
+async def test_closing_ends_the_process_and_does_not_wait_for_a_body() -> None:
+    before, trials = set(children(b"body_trial")), BodyTrials()
+    assert await trials.refusal(body(messages=[USER]), ChatBody, FACTS) is None
+    (process,) = set(children(b"body_trial")) - before
+    os.kill(int(process.name), signal.SIGSTOP)
+    refusal = asyncio.ensure_future(trials.refusal(body(messages=[USER]), ChatBody, FACTS))
+    await asyncio.sleep(0.1)
+    await asyncio.wait_for(asyncio.to_thread(trials.close), WAIT_S)
+    with pytest.raises(ApiError) as refused:
+        await refusal
+    assert refused.value.status == 503
+    assert process not in children(b"body_trial")

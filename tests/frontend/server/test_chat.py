@@ -203,6 +203,30 @@ async def test_text_parts_are_joined_and_developers_become_the_system(address: s
     assert "'system'" in prompt and "a\\nb" in prompt and "'me'" in prompt
 
 
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"type": "refusal", "refusal": "no"}, "no"),
+        ({"type": "text"}, None),
+        ({"type": "refusal", "text": "no"}, None),
+        ({"type": "other", "text": "no"}, None),
+    ],
+)
+async def test_parts_of_a_message_are_texts_and_refusals(
+    address: str, part: dict[str, str], text: str | None
+) -> None:
+    messages = [{"role": "assistant", "content": [part]}, {"role": "user", "content": "x"}]
+    async with served(address, roomy(says("x"))) as server:
+        response = await server.chat(messages=messages)
+        if text is None:
+            assert response.status_code == 400 and error_of(response)["param"] == "messages"
+        else:
+            sent = server.core.wait_for(AddRequest).prompt_token_ids
+            assert response.status_code == 200 and text.encode() in bytes(
+                i for i in sent if i < 256
+            )
+
+
 async def test_the_last_message_can_be_continued(address: str) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer"}]
     prompt = await sent_prompt(

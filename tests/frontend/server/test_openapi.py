@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -11,7 +12,7 @@ from nanovllm.frontend.server.app import ENDPOINTS
 from nanovllm.protocol.messages import Call, CallResult, FromCore, ToCore
 from nanovllm.protocol.watch import BlockContents
 from tests.frontend.fake_core import STATUS, echo
-from tests.frontend.server.served import listening
+from tests.frontend.server.served import listening, served
 from tests.waiting import WAIT_S
 
 NUM_EXAMPLES = 10
@@ -85,3 +86,21 @@ async def test_no_request_breaks_the_server_or_its_promises(address: str) -> Non
         living.cancel()
         assert serving.num_requests == 0
     assert code == 0, report
+
+
+async def test_the_document_tells_of_keys_where_there_are_some(address: str) -> None:
+    async def documents(**settings: object) -> dict[str, Any]:
+        async with served(address, **settings) as server:
+            found: dict[str, Any] = (await server.client.get("/openapi.json")).json()
+            return found
+
+    open_to_all, guarded = await documents(), await documents(api_key=["secret"])
+    for document, has_keys in ((open_to_all, False), (guarded, True)):
+        schemes = {"bearer": {"type": "http", "scheme": "bearer"}} if has_keys else None
+        assert document["components"].get("securitySchemes") == schemes
+        chat = document["paths"]["/v1/chat/completions"]["post"]
+        health = document["paths"]["/health"]["get"]
+        assert chat["requestBody"]["required"] is True and "requestBody" not in health
+        assert chat.get("security") == ([{"bearer": []}] if has_keys else None)
+        assert ("401" in chat["responses"]) is has_keys
+        assert "security" not in health and "401" not in health["responses"]

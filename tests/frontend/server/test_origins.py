@@ -1,6 +1,7 @@
 """A browser is a stranger: foreign names, foreign pages and what is no JSON stay outside."""
 
 import logging
+import re
 from typing import Any
 
 import httpx
@@ -103,3 +104,5 @@ async def test_a_path_cannot_forge_lines_of_the_log(
     assert "/x%0d%0aGET%20/forged%1b%5b2J" in caplog.text
     assert "\nGET /forged" not in caplog.text and "\x1b" not in caplog.text
     assert "a secret prompt" not in caplog.text
+    took = re.findall(r"→ \d+, ([\d.]+) ms", caplog.text)
+    assert len(took) == 2 and all(0 < float(ms) < 1e3 * WAIT_S for ms in took)

@@ -207,3 +207,18 @@ def test_the_template_tells_the_format(
     assert (module or "").endswith(tools or "") and (module is None) == (tools is None)
     assert form.has_reasoning == reasons
     assert len(form.new_call_id()) == (9 if tools == "mistral" else 29)
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "thinks"),
+    [
+        ("deepseek_r1", "hi", True),
+        ("deepseek_r1", "hi</think>\n", False),
+        ("think", "hi", False),
+        ("think", "hi<think>\n", True),
+        ("none", "hi<think>", False),
+    ],
+)
+def test_whether_an_answer_begins_with_thoughts(parser: str, prompt: str, thinks: bool) -> None:
+    form = ReplyFormat.of(None, ServerSettings(reasoning_parser=parser))  # type: ignore[arg-type]
+    assert form.thinks_first(prompt) is thinks

@@ -165,3 +165,30 @@ def test_what_refers_to_nothing_is_refused_by_the_compiler() -> None:
         schema = at("#/$defs/tool", {"properties": {"a": {"$ref": reference}}})
         with pytest.raises(ValueError, match="structured_outputs"):
             COMPILER.compile(StructuredOutputsParams(json=schema))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "choice", "parallel", "fits", "fits_not"),
+    [
+        ({"properties": {"a": {"const": 1}}}, "required", None, [[{"a": 1}] * 2], [["a"], [3]]),
+        ({"properties": {"a": {"const": 1}}}, "required", False, [[{"a": 1}]], [[{"a": 1}] * 2]),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}}, "required", None, [[{}]], [[]]),
+        ({"anyOf": [{"type": "object"}]}, "required", True, [[{}]], [["a"]]),
+    ],
+)
+def test_what_required_tools_allow(
+    parameters: dict[str, Any], choice: str, parallel: bool | None, fits: list[Any], fits_not: Any
+) -> None:
+    """Arguments are an object though the schema does not say so, and calls may be parallel."""
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        "tool_choice": choice,
+        "parallel_tool_calls": parallel,
+    }
+    constraint = constraint_of(msgspec.convert(fields, ChatBody))
+    assert constraint is not None and isinstance(constraint.params.json, str)
+    validator = jsonschema.Draft202012Validator(msgspec.json.decode(constraint.params.json))
+    for calls, is_valid in [*((one, True) for one in fits), *((one, False) for one in fits_not)]:
+        made = [{"name": "f", "parameters": arguments} for arguments in calls]
+        assert validator.is_valid(made) == is_valid

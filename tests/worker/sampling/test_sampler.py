@@ -8,6 +8,7 @@ from torch import Tensor
 from nanovllm.protocol.plan import NewRow
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.logits_processors import prepare_edits
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from tests.worker.planning import CUDA, EOS, GREEDY, VOCAB_SIZE, make_plan, make_rows, new_row
 
@@ -60,6 +61,20 @@ def test_logit_bias() -> None:
 def test_logit_bias_cannot_bring_back_what_is_not_allowed() -> None:
     params = greedy(allowed_token_ids=[3], logit_bias={5: 100.0})
     assert sample_one(ramp(1), new_row(0, [1], params)) == 3
+
+
+def test_the_last_id_can_be_biased_and_what_lies_beyond_is_left_out() -> None:
+    last = VOCAB_SIZE - 1
+    biases = {last: 100.0, VOCAB_SIZE: 200.0, VOCAB_SIZE + 5: 300.0}
+    assert sample_one(ramp(1), new_row(0, [1], greedy(logit_bias=biases))) == last
+    words = [[last], [VOCAB_SIZE], [1, VOCAB_SIZE + 5]]
+    edits = prepare_edits(
+        new_row(0, [1], greedy(logit_bias=biases), bad_words_token_ids=words),
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=[],
+    )
+    assert edits is not None and edits.bad_words == [[last]]
+    assert (edits.biased_ids.tolist(), edits.biases.tolist()) == ([last], [100.0])
 
 
 def test_bad_words() -> None:
