@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.frontend import async_llm, core_life
+from nanovllm.frontend import async_llm
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError, OverloadedError, RequestFailedError
 from nanovllm.limits import MAX_NAME_CHARS
@@ -21,7 +21,6 @@ from nanovllm.protocol.messages import (
     Finished,
     FromCore,
     Goodbye,
-    Heartbeat,
     Hello,
     Outputs,
     Overloaded,
@@ -446,15 +445,6 @@ async def test_a_frontend_that_is_closed_leaves_no_task(address: str) -> None:
         assert asyncio.all_tasks() - before
         await llm.close()
         assert asyncio.all_tasks() == before
-
-
-async def test_a_frontend_that_asks_nothing_shows_that_it_is_there(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(core_life, "HEARTBEAT_INTERVAL_S", 0.05)
-    monkeypatch.setattr(core_life, "WATCH_INTERVAL_S", 0.01)
-    async with attached(address) as (_, core):
-        await asyncio.to_thread(core.wait_for, Heartbeat, 2)
 
 
 @pytest.mark.parametrize("name", ["request_id", "cache_salt", "tenant"])

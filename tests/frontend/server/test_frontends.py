@@ -1,0 +1,140 @@
+"""The parent of `--frontends N`, whose processes are stand-ins: what it starts again, what ends all
+of them, and by which exit code."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanovllm.frontend.errors import EngineDeadError
+from nanovllm.frontend.server import frontends as module
+from nanovllm.frontend.server.frontends import Frontends
+from nanovllm.frontend.server.run import READY_LINE, FrontendSetup
+from nanovllm.frontend.server.settings import ServerSettings
+from tests.waiting import WAIT_S
+
+# Says that it is ready, and then what it does: its first argument. Each leaves a file of its name.
+STAND_IN = f"""
+import json, os, pathlib, signal, sys, time
+setup = json.loads(sys.stdin.readline())
+signals = []
+ends = sys.argv[1] != "stubborn"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0) if ends else signals.append(1))
+(pathlib.Path(os.environ["NAMES"]) / str(os.getpid())).write_text(setup["address"])
+if sys.argv[1] == "fails":
+    sys.exit(3)
+print("{READY_LINE}", flush=True)
+if sys.argv[1] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+while len(signals) < 2:
+    time.sleep(0.005)
+sys.exit(4)
+"""
+
+
+class Run:
+    """Frontends under way."""
+
+    def __init__(
+        self, tmp_path: Path, what: str, patch: pytest.MonkeyPatch, **options: Any
+    ) -> None:
+        patch.setattr(module, "PROGRAM", (sys.executable, "-c", STAND_IN, what))
+        patch.setattr(module, "KILL_AFTER_S", options.pop("kill_after_s", 60.0))
+        settings = ServerSettings(frontends=2, shutdown_timeout=0)
+        self._names = tmp_path / "names"
+        self._names.mkdir()
+        self.num_ready = 0
+        environment = {**os.environ, "NAMES": str(self._names)}
+        core = options.pop("core", None)
+        frontends = Frontends(FrontendSetup.of(settings, "ipc://x", {}), environment, core=core)
+        self.code = asyncio.ensure_future(frontends.run(self._note_ready))
+
+    def _note_ready(self) -> None:
+        self.num_ready += 1
+
+    def processes(self) -> set[int]:
+        """That have begun, by their ids."""
+        return {int(path.name) for path in self._names.iterdir() if path.read_text() == "ipc://x"}
+
+    async def begun(self, count: int) -> set[int]:
+        async with asyncio.timeout(WAIT_S):
+            while len(self.processes()) < count or not self.num_ready:
+                await asyncio.sleep(0.005)
+        return self.processes()
+
+    async def ended(self) -> int:
+        return await asyncio.wait_for(self.code, WAIT_S)
+
+
+async def test_all_are_ready_once_and_one_that_is_killed_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, "serves", monkeypatch)
+    first = await run.begun(2)
+    victim = min(first)
+    os.kill(victim, signal.SIGKILL)
+    assert len(await run.begun(3) - first) == 1
+    assert run.num_ready == 1 and not run.code.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await run.ended() == 0 and len(run.processes()) == 3
+
+
+async def test_one_that_fails_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, "fails", monkeypatch)
+    assert await run.ended() == 3 and run.num_ready == 0
+
+
+async def test_those_that_keep_dying_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, "dies", monkeypatch)
+    assert await run.ended() == 1
+    told = capsys.readouterr().err
+    assert told.count("ended by signal 9: again") == module.MAX_RESTARTS
+    assert "ended with code -9" in told
+
+
+def test_deaths_long_ago_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    setup = FrontendSetup.of(ServerSettings(frontends=2), "ipc://x", {})
+    frontends = Frontends(setup, {}, core=None)
+    assert [frontends._may_restart() for _ in range(6)] == [True] * 5 + [False]
+    now += module.RESTART_WINDOW_S
+    assert frontends._may_restart()
+
+
+async def test_they_end_with_their_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead: asyncio.Future[EngineDeadError] = asyncio.get_running_loop().create_future()
+    run = Run(tmp_path, "serves", monkeypatch, core=SimpleNamespace(until_dead=lambda: dead))
+    await run.begun(2)
+    assert not run.code.done()
+    dead.set_result(EngineDeadError("no more"))
+    assert await run.ended() == 1, "though each has ended as it was told"
+
+
+async def test_a_second_signal_makes_them_hurry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, "stubborn", monkeypatch)
+    await run.begun(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.1)
+    assert not run.code.done()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await run.ended() == 4, "each has seen two"
+
+
+async def test_who_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, "stubborn", monkeypatch, kill_after_s=0.05)
+    processes = await run.begun(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await run.ended() == 0
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
