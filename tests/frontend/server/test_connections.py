@@ -1,10 +1,12 @@
 """Connections that are slow, many, endless or deaf: each ends in time, and nobody else notices."""
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -269,3 +271,68 @@ async def test_a_port_takes_connections_before_the_engine_is_open() -> None:
 
     async with asyncio.timeout(WAIT_S):
         assert await run.serve(settings, open_llm, listener, lambda _: None) == run.USAGE_ERROR
+
+
+async def test_who_sends_on_after_a_refusal_is_cut_off(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 10 * WAIT_S)
+    async with listening(address) as (url, _, _):
+        reader, writer = await connect(url)
+        writer.write(b"GET /" + b"a" * (2 * connections.MAX_HEADER_BYTES))
+        assert b" 414 " in await asyncio.wait_for(reader.read(), WAIT_S)
+        num_sent = 0
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(WAIT_S):
+                while True:
+                    writer.write(b"a" * 2**16)
+                    await writer.drain()
+                    num_sent += 2**16
+        assert num_sent >= connections.MAX_IGNORED_BYTES - connections.MAX_HEADER_BYTES
+        writer.close()
+
+
+async def test_who_has_his_answer_gets_no_second_one_for_a_body_that_stops(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 10 * WAIT_S)
+    async with listening(address) as (url, _, _):
+        reader, writer = await connect(url)
+        writer.write(
+            HEAD.replace(b"/v1/completions", b"/nowhere") + b"content-length: 99\r\n\r\nab"
+        )
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(WAIT_S):
+                while piece := await reader.read(1000):
+                    got += piece
+        assert got.count(b"HTTP/1.1 ") == 1 and b" 404 " in got
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "asked", "most"),
+    [
+        (1000, 4000, 1000, 1256, 1000),
+        (1000, 1100, 1000, 1100, 844),
+        (1000, -1, 1000, 1256, 1000),
+        (1256, 4000, 1000, None, 1000),
+        (1255, 1255, 1000, 1255, 999),
+        (-1, -1, 1000, None, 1000),
+        (100, 100, 1000, 100, 1),
+    ],
+)
+def test_connections_are_as_many_as_descriptors_allow(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, wanted: int, asked: int, most: int
+) -> None:
+    """Some are kept for other files. -1: as many as one likes."""
+    set_to: list[tuple[int, int]] = []
+    limits = SimpleNamespace(
+        RLIMIT_NOFILE=7,
+        RLIM_INFINITY=-1,
+        getrlimit=lambda kind: (soft, hard),
+        setrlimit=lambda kind, value: set_to.append(value),
+    )
+    monkeypatch.setattr(connections, "resource", limits)
+    assert connections.most_connections(wanted) == most
+    assert set_to == ([] if asked is None else [(asked, hard)])
