@@ -335,11 +335,39 @@ async def test_a_core_that_hangs_up_is_ended_before_it_is_started_again(
             assert handle.restarts == 1 and handle.process is not first
 
 
+async def test_a_core_that_cannot_be_started_again_is_dead_for_good(
+    address: str, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(handle, "restart", refuse)
+    with FakeCore(address, silent) as core:
+        async with AsyncLLM("m", load_format="dummy") as llm:
+            reading = asyncio.create_task(last_of(llm.generate("abc")))
+            await asyncio.to_thread(core.wait_for, AddRequest)
+            handle.process.kill()
+            core.die()
+            async with asyncio.timeout(WAIT_S):
+                with pytest.raises(EngineDeadError, match=r"again failed: .*no more processes"):
+                    await reading
+            assert not llm.is_running
+
+
 def test_the_budget_of_restarts() -> None:
     budget = RestartBudget(3)
     assert [budget.take(float(now)) for now in range(4)] == [0.0, 0.05, 0.1, None]
     assert budget.take(supervisor.WINDOW_S + 0.5) == 0.1, "the first is forgotten"
     assert RestartBudget(0).take(0.0) is None
+
+
+def test_deaths_that_are_explained_cost_nothing_of_the_budget() -> None:
+    budget = RestartBudget(2)
+    assert [budget.take(1.0, "a"), budget.take(2.0, "b"), budget.take(3.0, "c")] == [0, 0.05, None]
+    budget.give_back({"a", "other"})
+    assert [budget.take(4.0, "c"), budget.take(5.0, "d")] == [0.05, None]
+    assert budget.take(2.0 + supervisor.WINDOW_S, "e") is None, "the last moment of the window"
+    assert budget.take(2.1 + supervisor.WINDOW_S, "e") == 0.05
 
 
 @pytest.mark.parametrize("first", [0, 5])

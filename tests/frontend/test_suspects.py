@@ -95,3 +95,16 @@ def test_one_output_of_several_is_enough() -> None:
     assert suspects.take_verdict() == 0 and one.is_suspect, "each goes on by itself"
     suspects.begin_trial(one.completions[1])
     assert suspects.charge([one], "life 2", is_crash=True) is one
+
+
+def test_who_is_dropped_is_on_trial_no_more_and_others_are() -> None:
+    suspects, one, other = Suspects(), request(0, n=2), request(5)
+    assert suspects.drop(one) is None, "there is no trial"
+    suspects.begin_trial(one.completions[1])
+    assert suspects.drop(other) is None and suspects.trial is not None
+    assert suspects.drop(one) == 1 and suspects.trial is None
+    suspects.begin_trial(one.completions[0])
+    bring(one, TRIAL_TOKENS)
+    assert suspects.take_verdict() is None, "that of both outputs, which had nothing before"
+    bring(one, TRIAL_TOKENS, index=1)
+    assert suspects.take_verdict() == 0

@@ -604,3 +604,26 @@ async def test_what_is_false_beside_another_constraint_asks_for_nothing(address:
         assert response.status_code == 200, response.text
         wanted = server.core.wait_for(AddRequest).params.structured_outputs
         assert wanted is not None and wanted.kind == "regex"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{{ messages[0].content }}{{ enable_thinking }}", "hiFalse"),
+        ("{{ messages[0].content }}", "hi"),
+        ("{{ messages[0].content }}{{ reasoning_effort }}{{ enable_thinking }}", "hinone"),
+        ("{{ messages[0].content }}<think></think>", None),
+    ],
+)
+async def test_without_reasoning_is_asked_of_the_template_in_its_words(
+    address: str, template: str, prompt: str | None
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "none"}
+    if prompt is None:
+        tokenizer = tokenizer_with(template)
+        async with served(address, roomy(says("x")), tokenizer=tokenizer) as server:
+            response = await server.chat(**body)
+            assert response.status_code == 400
+            assert error_of(response)["param"] == "reasoning_effort"
+    else:
+        assert await sent_prompt(address, template, **body) == prompt

@@ -1,5 +1,6 @@
 """A browser is a stranger: foreign names, foreign pages and what is no JSON stay outside."""
 
+import asyncio
 import logging
 import re
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from nanovllm.frontend.async_llm import AsyncLLM
 from tests.frontend.server.served import error_of, listening, served
 from tests.waiting import WAIT_S
 
@@ -106,3 +108,27 @@ async def test_a_path_cannot_forge_lines_of_the_log(
     assert "a secret prompt" not in caplog.text
     took = re.findall(r"→ \d+, ([\d.]+) ms", caplog.text)
     assert len(took) == 2 and all(0 < float(ms) < 1e3 * WAIT_S for ms in took)
+
+
+async def test_several_names_of_the_server_are_refused(address: str) -> None:
+    async with listening(address) as (url, _, _):
+        port = int(url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: 127.0.0.1\r\n\r\n")
+        assert b" 400 " in await asyncio.wait_for(reader.readline(), WAIT_S)
+        writer.close()
+
+
+async def test_a_fault_of_the_servers_own_is_told_as_one(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(AsyncLLM, "make_prompt", broken)
+    monkeypatch.setattr(AsyncLLM, "prepare", broken)
+    async with listening(address) as (url, _, _), httpx.AsyncClient(timeout=WAIT_S) as client:
+        answer = await client.post(url + "/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == 500 and error_of(answer)["code"] is None
+        assert "internal error" in answer.text and "secret" not in answer.text
+        assert (await client.get(url + "/health")).status_code == 200

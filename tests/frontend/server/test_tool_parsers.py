@@ -72,6 +72,7 @@ CASES: list[tuple[Callable[[], ToolParser], str, Expected]] = [
         ('<tool_call>{"x": 1}</tool_call>', ('<tool_call>{"x": 1}</tool_call>', [])),
         ('<tool_call>{"name": 1}', ('<tool_call>{"name": 1}', [])),
         ("<tool_call>", ("<tool_call>", [])),
+        ("<tool_call>[{x}]</tool_call>", ("<tool_call>[{x}]</tool_call>", [])),
         ('<tool_call>{"na', ('<tool_call>{"na', [])),
         ('<tool_call>{"name": "f", "arguments": {"x"', ("", [("f", '{"x"')])),
     ]
@@ -93,6 +94,7 @@ CASES += [
         ("<|pyth", ("<|pyth", [])),
         ('{"name": "f", "para', ("", [("f", "")])),
         ("Use {braces}", ("Use {braces}", [])),
+        ('{"na', ('{"na', [])),
     ]
 ]
 CASES += [
@@ -108,6 +110,7 @@ CASES += [
         ('[TOOL_CALLS]f[CALL_ID]abc123def[ARGS]{"x": 1}', ("", [F])),
         (f"[TOOL_CALLS][{', '.join(WITHOUT_ARGUMENTS)}]", ("", NOTHING)),
         ("[TOOL_CALLS]f", ("", NOTHING[:1])),
+        ("[TOOL_CALLS][{x}] y", ("[TOOL_CALLS][{x}] y", [])),
         ("[TOOL_CALLS]f[ARGS]null[TOOL_CALLS]f[ARGS]{}", ("", NOTHING[:2])),
         ("Well. [TOOL_CALLS] f [TOOL_CALLS]f[CALL_ID]abc123def[ARGS]", ("Well.", NOTHING[:2])),
         ("[TOOL_CALLS]stranger", ("[TOOL_CALLS]stranger", [])),

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import ChatBody
 from nanovllm.frontend.server.sampling import constraint_of
 from nanovllm.frontend.server.tool_schemas import nested
@@ -192,3 +193,23 @@ def test_what_required_tools_allow(
     for calls, is_valid in [*((one, True) for one in fits), *((one, False) for one in fits_not)]:
         made = [{"name": "f", "parameters": arguments} for arguments in calls]
         assert validator.is_valid(made) == is_valid
+
+
+def test_one_thing_at_a_time_can_be_asked_of_an_output() -> None:
+    """And the second one is named, whatever comes third."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "x"}],
+        "structured_outputs": {"regex": "a"},
+        "response_format": {"type": "json_object"},
+        "tools": [tool],
+        "tool_choice": "required",
+    }
+    for without, complaint in (
+        ("", "response_format: cannot be combined with structured_outputs"),
+        ("structured_outputs", "tool_choice: cannot be combined with response_format"),
+        ("response_format", "tool_choice: cannot be combined with structured_outputs"),
+    ):
+        asked = {name: value for name, value in fields.items() if name != without}
+        with pytest.raises(ApiError, match=complaint):
+            constraint_of(msgspec.convert(asked, ChatBody))
