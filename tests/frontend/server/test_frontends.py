@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.server import frontends as module
 from nanovllm.frontend.server.frontends import Frontends
-from nanovllm.frontend.server.run import READY_LINE, FrontendSetup
+from nanovllm.frontend.server.run import READY_LINE, Ending, FrontendSetup
 from nanovllm.frontend.server.settings import ServerSettings
 from tests.waiting import WAIT_S
 
@@ -138,3 +139,41 @@ async def test_who_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.Mo
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+async def test_the_first_signal_lets_requests_finish_for_a_while_and_the_second_does_not() -> None:
+    told: list[str] = []
+
+    async def abort_all() -> None:
+        told.append("abort")
+
+    server: Any = SimpleNamespace(should_exit=False, force_exit=False)
+    serving: Any = SimpleNamespace(drain=lambda: told.append("drain"), abort_all=abort_all)
+    ending = Ending(server, serving, 0.05)
+    ending.on_signal()
+    assert (server.should_exit, server.force_exit, told) == (True, False, ["drain"])
+    ending.begin()
+    assert not server.force_exit, "the core's end is no second signal"
+    async with asyncio.timeout(WAIT_S):
+        while "abort" not in told:
+            await asyncio.sleep(0.01)
+    ending.on_signal()
+    await asyncio.sleep(0.1)
+    assert server.force_exit and told.count("abort") == 1
+    soon = Ending(server, serving, 0.05)
+    soon.finish()
+    soon.begin()
+    soon.finish()
+    await asyncio.sleep(0.1)
+    assert told.count("abort") == 1, "all have ended before"
+
+
+def test_what_a_frontend_is_told_is_what_it_needs() -> None:
+    settings = ServerSettings(frontends=2)
+    fields = {"tokenizer": "t", "skip_tokenizer_init": True, "max_core_restarts": 9}
+    setup = FrontendSetup.of(settings, "ipc://x", {**fields, "max_num_seqs": 3})
+    assert (setup.settings, setup.address) == (settings, "ipc://x")
+    assert (setup.tokenizer, setup.skip_tokenizer_init) == ("t", True)
+    assert setup.supervision.max_core_restarts == 9
+    assert FrontendSetup.of(settings, "ipc://x", {}).tokenizer is None
+    assert msgspec.json.decode(msgspec.json.encode(setup), type=FrontendSetup) == setup
