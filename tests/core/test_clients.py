@@ -9,7 +9,14 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import server as server_module
-from nanovllm.core.clients import ClientTable, Intake, select
+from nanovllm.core.clients import (
+    MAX_ANSWERS,
+    MAX_REQUESTS,
+    Client,
+    ClientTable,
+    Intake,
+    select,
+)
 from nanovllm.core.sequence import Sequence, StepOutputs
 from nanovllm.core.server import CoreServer
 from nanovllm.protocol.messages import (
@@ -22,6 +29,7 @@ from nanovllm.protocol.messages import (
     Hello,
     Outputs,
     PromptLogprobs,
+    Pulse,
     RequestFailed,
     Started,
     Welcome,
@@ -283,3 +291,77 @@ def test_requests_that_have_not_begun_are_taken_back_by_their_own_client_alone()
         intake.add(client, request)
     assert intake.take(one, {2, 4, 9}) == [asked[0][1], asked[3][1]]
     assert [intake.next(), intake.next(), intake.next()] == [asked[1], asked[2], None]
+
+
+def test_what_a_client_has_not_read_is_counted_and_taken_once() -> None:
+    client = Client(3, b"me", 100.0, None)
+    assert not client.has_mail and client.backlog == 0
+    logprobs = TokenLogprobs(1, -0.5, 1, [1, 2, 3], [-0.5, -1.0, -2.0])
+    sequence = Sequence(3, 7, [1, 2], SamplingParams())
+    client.add_logprobs(logprobs)
+    client.outputs.numbers.append(7)
+    client.outputs.token_ids.append(1)
+    assert client.has_outputs and (client.num_merged, client.backlog) == (5, 5)
+    client.add_prompt_logprobs(sequence, [logprobs, TokenLogprobs(2, -0.5, 1, [], [])])
+    assert (client.num_merged, client.outputs.logprobs) == (10, {0: logprobs})
+    client.num_unsent, client.unsent = 2, b"frame"
+    assert client.backlog == 12
+    taken = client.take_outputs()
+    assert taken.token_ids == [1] and not client.has_outputs and client.num_merged == 0
+    assert client.has_mail and client.backlog == 2
+    client.unsent = None
+    assert not client.has_mail
+    client.answers.extend([Pulse(0.0)] * MAX_ANSWERS)
+    assert client.has_mail and not client.asks_too_much
+    client.answers.append(Pulse(0.0))
+    assert client.asks_too_much
+
+
+def test_a_table_of_clients_never_names_two_alike() -> None:
+    table = ClientTable(max_clients=2, lease_s=10.0)
+    first, second = table.attach(b"a", 100.0), table.attach(b"b", 105.0, "key")
+    assert [one.client_id for one in table] == [0, 1] and table.is_full and second.key == "key"
+    assert table.find(b"b") is table.with_id(1) is second and table.find(b"c") is None
+    assert table.pop_expired(110.0) == [], "just in time"
+    table.extend_leases(1.0)
+    assert table.pop_expired(111.0) == [] and table.pop_expired(111.5) == [first]
+    assert (table.num_expired, len(table), table.is_full) == (1, 1, False)
+    table.remove(first)
+    assert table.find(b"a") is None and table.with_id(0) is None
+    assert table.attach(b"a", 112.0).client_id == 2
+    table.remove(first)
+    assert len(table) == 2, "whose name has come to another is gone all the same"
+
+
+def test_what_a_step_brought_is_sorted_by_client() -> None:
+    table = ClientTable(max_clients=9, lease_s=10.0)
+    here = table.attach(b"a", 0.0)
+    gone = table.attach(b"b", 0.0)
+    table.remove(gone)
+    mine, theirs = (Sequence(client, 7, [1, 2], SamplingParams()) for client in (0, 1))
+    logprobs = TokenLogprobs(6, -0.5, 1, [], [])
+    step = StepOutputs(started=[theirs, mine], sequences=[theirs, mine, mine], token_ids=[5, 6, 8])
+    step.logprobs[1] = logprobs
+    step.prompt_logprobs += [(theirs, [logprobs]), (mine, [logprobs])]
+    table.collect(step)
+    outputs = here.take_outputs()
+    assert (outputs.numbers, outputs.token_ids, outputs.logprobs) == ([7, 7], [6, 8], {0: logprobs})
+    assert len(outputs.started) == len(outputs.prompt_logprobs) == 1
+    assert not here.has_mail and not gone.has_mail
+
+
+def test_requests_of_who_has_left_do_not_begin_and_there_are_not_too_many() -> None:
+    table = ClientTable(max_clients=9, lease_s=10.0)
+    first, second = table.attach(b"a", 0.0), table.attach(b"b", 0.0)
+    intake = Intake(table)
+    for number in range(MAX_REQUESTS - 1):
+        intake.add(first if number % 2 else second, add(number))
+    assert intake and not intake.is_full
+    intake.add(first, add(-1))
+    assert intake.is_full
+    table.remove(second)
+    begun = [intake.next() for _ in range(3)]
+    assert [one[1].number for one in begun if one is not None] == [1, 3, 5]
+    while intake.next() is not None:
+        pass
+    assert not intake and intake.next() is None

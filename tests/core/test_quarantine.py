@@ -9,6 +9,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import quarantine
+from nanovllm.core.quarantine import TRIAL_LIMIT_S, Held, Quarantine
 from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
@@ -22,6 +23,7 @@ from nanovllm.protocol.messages import (
     TrialOver,
 )
 from nanovllm.protocol.plan import StepPlan
+from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PROMPT, RawClient, add, collect, serving, status_where
 from tests.waiting import WAIT_S
@@ -174,3 +176,100 @@ def test_what_deaths_came_of_is_told_to_everybody(clients: list[RawClient]) -> N
     first.send(DeathsExplained(["b", "c"]))
     while (status := second.receive(CoreStatus)).explained_epochs != ["a", "b", "c"]:
         assert status.uptime_s < WAIT_S
+
+
+# ---- without a core
+
+
+def asked(number: int, *, suspect: bool = False, n: int = 1, **deadlines: float) -> AddRequest:
+    message = AddRequest(number, [1], SamplingParams(n=n), is_suspect=suspect, **deadlines)
+    return message
+
+
+def numbers(held: list[Held]) -> list[int]:
+    return [one.request.number for one in held]
+
+
+def test_others_have_their_turn_when_no_suspect_waits_or_they_have_waited_long() -> None:
+    waiting = Quarantine()
+    assert not waiting.is_active
+    waiting.hold(0, asked(0, suspect=True), 100.0)
+    waiting.hold(1, asked(1), 101.0)
+    waiting.hold(0, asked(2, suspect=True), 102.0)
+    assert waiting.is_active and waiting.take_others(103.0) == []
+    first = waiting.offer(104.0)
+    assert first is not None and first.request.number == 0
+    assert waiting.offer(105.0) is None and waiting.take_others(999.0) == [], "one is on trial"
+    assert waiting.accept(1, 0) is None and waiting.accept(0, 2) is None
+    assert waiting.accept(0, 0) is first
+    waiting.end_trial(0, 2)
+    assert waiting.offer(105.0) is None, "it is not over"
+    waiting.end_trial(0, 0)
+    assert waiting.take_others(100.0 + TRIAL_LIMIT_S) == [], "there is another suspect"
+    assert numbers(waiting.take_others(100.5 + TRIAL_LIMIT_S)) == [1]
+    waiting.hold(1, asked(3), 101.0 + TRIAL_LIMIT_S)
+    assert waiting.take_others(102.0 + TRIAL_LIMIT_S) == [], "they have just had their turn"
+    second = waiting.offer(103.0 + TRIAL_LIMIT_S)
+    assert second is not None and waiting.accept(0, 2) is second
+    waiting.end_trial(0, 2)
+    assert numbers(waiting.take_others(104.0 + TRIAL_LIMIT_S)) == [3]
+    assert not waiting.is_active and waiting.offer(999.0) is None
+
+
+@pytest.mark.parametrize("is_accepted", [False, True])
+def test_a_trial_without_end_is_given_up_and_repeated_if_it_never_began(is_accepted: bool) -> None:
+    waiting = Quarantine()
+    for number in range(2):
+        waiting.hold(0, asked(number, suspect=True), 100.0)
+    assert waiting.offer(100.0) is not None
+    if is_accepted:
+        waiting.accept(0, 0)
+    assert waiting.offer(100.0 + TRIAL_LIMIT_S) is None and waiting.accept(0, 0) is not None
+    if not is_accepted:
+        waiting = Quarantine()
+        for number in range(2):
+            waiting.hold(0, asked(number, suspect=True), 100.0)
+        waiting.offer(100.0)
+    assert waiting.offer(100.1 + TRIAL_LIMIT_S) is None, "who waits goes before the next"
+    assert waiting.accept(0, 0) is None
+    offered = [waiting.offer(101.0 + TRIAL_LIMIT_S) for _ in range(2)]
+    assert offered[0] is not None and offered[0].request.number == 1 and offered[1] is None
+    waiting.accept(0, 1)
+    waiting.end_trial(0, 1)
+    assert waiting.is_active is not is_accepted, "what never began is tried again"
+
+
+def test_who_has_gone_or_is_late_waits_no_more() -> None:
+    waiting = Quarantine()
+    waiting.hold(0, asked(0, suspect=True, n=3), 100.0)
+    waiting.hold(0, asked(3, suspect=True, deadline_ms=2000.0), 100.0)
+    waiting.hold(1, asked(3, ttft_deadline_ms=3000.0), 100.0)
+    waiting.hold(1, asked(9), 100.0)
+    assert waiting.expire(101.9) == [] and numbers(waiting.expire(102.0)) == [3]
+    assert numbers(waiting.withdraw(0, {2, 9})) == [0], "by any of its outputs, and its own client"
+    assert [end.number for end in Held(0, asked(5, n=2), 1.0).ends("abort")] == [5, 6]
+    assert numbers(waiting.expire(103.0)) == [3] and waiting.is_active
+    waiting.withdraw_client(0)
+    assert waiting.is_active
+    waiting.withdraw_client(1)
+    assert not waiting.is_active
+    for is_accepted in (False, True):
+        waiting.hold(0, asked(0, suspect=True), 100.0)
+        waiting.offer(100.0)
+        if is_accepted:
+            waiting.accept(0, 0)
+        assert numbers(waiting.withdraw(0, {0})) == ([] if is_accepted else [0])
+        assert waiting.is_active is is_accepted, "what has begun is the core's"
+    waiting.withdraw_client(1)
+    assert waiting.is_active
+    waiting.withdraw_client(0)
+    assert not waiting.is_active
+
+
+def test_what_is_left_of_deadlines_when_it_begins() -> None:
+    held = Held(0, asked(0, deadline_ms=5000.0, ttft_deadline_ms=900.0), 100.0)
+    left = held.request_at(100.25)
+    assert (left.deadline_ms, left.ttft_deadline_ms) == (4750.0, 650.0)
+    assert (held.is_late(100.8), held.is_late(100.9)) == (False, True)
+    free = Held(0, asked(0), 100.0)
+    assert free.request_at(200.0).deadline_ms is None and not free.is_late(1e9)
