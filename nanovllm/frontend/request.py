@@ -343,6 +343,8 @@ class RequestTable:
     def apply(self, outputs: Outputs) -> list[int]:
         """Take in a message from the core; returns the numbers that stop strings have ended."""
         self._apply_starts(outputs)
+        if outputs.prompt_logprobs:
+            self._apply_prompt_logprobs(outputs)
         completions = self._completions
         touched: dict[int, Completion] = {}
         for index, number in enumerate(outputs.numbers):
@@ -368,9 +370,10 @@ class RequestTable:
             if request is not None and started.number == request.number and not request.has_begun:
                 request.num_cached_tokens = started.num_cached_tokens
                 request.metrics.queued_ms = started.queued_ms
+
+    def _apply_prompt_logprobs(self, outputs: Outputs) -> None:
         for some in outputs.prompt_logprobs:
-            request = self.owner_of(some.number)
-            if request is not None:
+            if (request := self.owner_of(some.number)) is not None:
                 request.prompt_logprobs = request.prompt_logprobs or [None]
                 request.prompt_logprobs += [
                     alternatives(logprobs, request.tokenizer) for logprobs in some.logprobs

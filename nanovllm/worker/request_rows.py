@@ -32,6 +32,7 @@ from nanovllm.worker.sampling.logits_processors import RowEdits, prepare_edits
 
 LOG = logging.getLogger(__name__)
 _NEUTRAL_WORDS = NEUTRAL.view(np.int32)
+_WORDS = {column.name: word_offset(column.name) for column in COLUMNS}
 
 
 class RequestRows:
@@ -188,4 +189,4 @@ class RequestRows:
     def active_columns(self, rows: Int32Array) -> set[str]:
         """Names of the columns that are not neutral in all of `rows`."""
         active = (self._host_words[rows] != _NEUTRAL_WORDS).any(0)
-        return {column.name for column in COLUMNS if active[word_offset(column.name)]}
+        return {name for name, word in _WORDS.items() if active[word]}
