@@ -40,7 +40,6 @@ TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay"
 # Without rewriting of asserts: what it would rewrite is loaded before it could.
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
 MAX_TESTS, MAX_TESTS_S = 200, 30.0  # per mutant; seconds of CPU time
-OWN_FILE_FIRST = 4.0  # such tests may take so many times longer than others and yet go first
 UNKNOWN_S = 0.5  # of a test that could not be traced
 # What runs in processes of its own, and whose tests start those.
 ELSEWHERE = {
@@ -417,33 +416,32 @@ def traced_file(name: str, log: Path) -> dict[str, Any]:
 def tests_of(
     site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]
 ) -> list[tuple[float, str]]:
-    """Those that run the line, the quickest first and those of its own file preferred, as many as
-    fit into the time; with how long each takes."""
-    own = f"test_{Path(site.path).stem}.py"
+    """Those that run the line, as many as fit into the time, with how long each takes: those of the
+    tests' file for it first, then the quickest."""
+    name = Path(site.path).name
+    own = (f"/test_{name}", f"/{ELSEWHERE.get(name, f'test_{name}')}")
     wanted = range(site.line, site.last_line + 1)
-    found: list[tuple[float, str, str, float]] = []
+    found: list[tuple[bool, float, str, str]] = []
     for file, tests in traced.items():
         first = next(iter(tests), None)
         for nodeid, test in tests.items():
             if nodeid in items and any(line in wanted for line in test["lines"].get(site.path, ())):
                 # That of the file's first test is paid by whichever runs first.
                 seconds = test["seconds"] - (test["set_up_s"] if nodeid == first else 0.0)
-                rank = seconds / OWN_FILE_FIRST if file.endswith(f"/{own}") else seconds
-                found.append((rank, nodeid, file, seconds))
+                found.append((not file.endswith(own), seconds, nodeid, file))
     chosen: list[tuple[float, str]] = []
     set_up = {
         file: next(iter(tests.values()))["set_up_s"] for file, tests in traced.items() if tests
     }
     left_s = MAX_TESTS_S
-    for _, nodeid, file, seconds in sorted(found):
+    for _, seconds, nodeid, file in sorted(found):
         cost = seconds + set_up.get(file, 0.0)
         if len(chosen) < MAX_TESTS and (cost <= left_s or not chosen):
             chosen.append((cost, nodeid))
             left_s -= cost
             set_up[file] = 0.0
     if not chosen:  # it runs in another process, or by a file of tests that could not be traced
-        files = (f"/{own}::", f"/{ELSEWHERE.get(Path(site.path).name, own)}::")
-        chosen = [(UNKNOWN_S, name) for name in items if any(file in name for file in files)]
+        chosen = [(UNKNOWN_S, id) for id in items if id.split("::")[0].endswith(own)]
     return chosen
 
 

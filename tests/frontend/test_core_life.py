@@ -402,3 +402,27 @@ async def test_an_owned_process_that_ends_before_it_binds(address: str) -> None:
         with pytest.raises(EngineDeadError, match="exited with code 3"):
             await client.connect()
         await client.close()
+
+
+@pytest.mark.parametrize(
+    ("ending", "is_crash"),
+    [
+        ("sys.exit(1)", True),  # an exception that nobody caught
+        ("sys.exit(0)", False),
+        ("sys.exit(5)", False),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("os.kill(os.getpid(), signal.SIGABRT)", True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("os.kill(os.getpid(), signal.SIGTERM)", False),
+    ],
+)
+async def test_whether_a_core_failed_by_itself(address: str, ending: str, is_crash: bool) -> None:
+    recorder = Recorder()
+    command = [sys.executable, "-c", f"import os, signal, sys; {ending}"]
+    with subprocess.Popen(command) as process:
+        client = life_of(address, recorder, process=process)
+        with pytest.raises(EngineDeadError):
+            await client.connect()
+        await client.close()
+    (error,) = recorder.heard
+    assert isinstance(error, EngineDeadError) and error.is_crash is is_crash
