@@ -25,9 +25,11 @@ import numpy.typing as npt
 from nanovllm.core.free_text import FreeText
 from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer, schema_of
-from nanovllm.core.json_place import Place
-from nanovllm.core.json_shape import Shape, shape_of
+from nanovllm.core.json_place import JsonPlace
+from nanovllm.core.json_shape import Shape, Value, shape_of
+from nanovllm.core.kept_masks import Mask, Place
 from nanovllm.core.plain_schema import is_plain
+from nanovllm.core.regex_place import RegexMasks, RegexPlace, term_of
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -41,6 +43,7 @@ MAX_LEXERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # of one grammar: each 
 COPIES_PER_LEXER = 8  # live ones of a grammar, until it has as many lexers as it may
 FEW = 4  # matchers whose masks are not worth waking other threads for
 LOOK_FIRST = 2 * COPIES_PER_LEXER  # fewer are asked what they force before their masks are made
+Indexed = list[tuple[int, "Matcher"]]
 NONE_FORCED: Mapping[int, list[int]] = MappingProxyType({})
 MAX_FORCED = 64  # tokens that a grammar forces which are looked for at a time
 WORTH_A_THREAD_S = 3e-4  # masks that take longer are computed beside the loop: it costs 70 µs
@@ -136,16 +139,16 @@ class Matcher:
         return [] if self.error is not None else token_ids[:most]
 
     @property
-    def kept_mask(self) -> Words | None:
+    def kept_mask(self) -> Mask | None:
         """Of an output that was in the same place before. Nothing is forced there."""
-        return None if self.place is None else self.place.shape.masks.get(self.place.key)
+        return None if self.place is None else self.place.kept.get(self.place.key)
 
-    def keep_mask(self, words: Words) -> None:
-        """For others that come to this place. words: one row of masks, computed just now."""
+    def keep_mask(self, mask: Mask) -> None:
+        """For others that come to this place. mask: computed just now."""
         if self.place is None or self.place.key is None or self.error is not None:
             return
         if not self._matcher.compute_ff_bytes():  # else the mask depends on the last token as well
-            self.place.shape.keep(self.place.key, words.copy())
+            self.place.kept.keep(self.place.key, mask.copy())
 
     @property
     def has_forced_text(self) -> bool:
@@ -361,15 +364,23 @@ class GrammarCompiler:
         root = shape_of(schema_of(wanted)) if is_plain(wanted) else None
         if root is None and self._sandbox is not None:
             self._sandbox.try_out(wanted)
-        if root is None and wanted.kind == "json":
-            root = shape_of(schema_of(wanted))
-        shape = None if root is None else Shape(root, self._spelling, self._longest)
-        return Grammar(partial(self._make_first, wanted, shape))
+        return Grammar(partial(self._make_first, wanted, self._first_place(wanted, root)))
 
-    def _make_first(self, wanted: StructuredOutputsParams, shape: Shape | None) -> Matcher:
+    def _first_place(self, wanted: StructuredOutputsParams, root: Value | None) -> Place | None:
+        """By which masks are kept, if they can be. root: the schema's, if it is known already."""
+        if wanted.kind == "json" and root is None:
+            root = shape_of(schema_of(wanted))
+        if root is not None:
+            return JsonPlace(Shape(self._spelling, self._longest, root))
+        term = None if wanted.regex is None else term_of(wanted.regex)
+        if term is None:
+            return None
+        return RegexPlace(RegexMasks(self._spelling, self._longest, term))
+
+    def _make_first(self, wanted: StructuredOutputsParams, place: Place | None) -> Matcher:
         assert self._tokenizer is not None
         after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
-        place = None if shape is None else Place(shape)
+        place = None if place is None else place.copy()
         return Matcher(make_matcher(self._tokenizer, wanted), Family(), after, place)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
@@ -377,29 +388,31 @@ class GrammarCompiler:
 
         What takes too little to be worth a thread is done when this returns.
         """
-        if self._lasting_s < WORTH_A_THREAD_S:
+        new = [each for each in enumerate(matchers) if each[1].kept_mask is None]
+        if not new or self._lasting_s < WORTH_A_THREAD_S:
             try:
-                return MasksAtHand(self._compute(matchers))
+                return MasksAtHand(self._compute(matchers, new))
             except Exception as error:
                 failed: Future[Masks] = Future()
                 failed.set_exception(error)
                 return failed
         has_begun = threading.Lock()
         has_begun.acquire()
-        masks = self._beside.submit(self._compute_beside, matchers, has_begun)
+        masks = self._beside.submit(self._compute_beside, matchers, new, has_begun)
         # Python's lock is handed over here: else the thread would wait for it for milliseconds.
         has_begun.acquire()
         return masks
 
-    def _compute_beside(self, matchers: Sequence[Matcher], has_begun: threading.Lock) -> Masks:
+    def _compute_beside(
+        self, matchers: Sequence[Matcher], new: Indexed, has_begun: threading.Lock
+    ) -> Masks:
         has_begun.release()
-        return self._compute(matchers)
+        return self._compute(matchers, new)
 
-    def _compute(self, matchers: Sequence[Matcher]) -> Masks:
-        """What they force is looked for first, since a mask of one bit need not be computed then.
-        Of many, masks come first: threads make them without Python's lock, so that fewer are asked
-        with it. Where a mask is kept, nothing is forced."""
-        new = [each for each in enumerate(matchers) if each[1].kept_mask is None]
+    def _compute(self, matchers: Sequence[Matcher], new: Indexed) -> Masks:
+        """new: those whose masks are not kept; nothing is forced for the others. What they force is
+        looked for first, since a mask of one bit need not be computed then. Of many, masks come
+        first: threads make them without Python's lock, so that fewer are asked with it."""
         if len(new) < LOOK_FIRST:
             forced = find_forced(new)
             return Masks(self.compute_masks(matchers, forced), forced)
@@ -443,8 +456,9 @@ class GrammarCompiler:
         for index in begun:
             matchers[index].note_error()
             matchers[index].keep_mask(words[index])
-        before_s, self._last_s = self._last_s, time.perf_counter() - start
-        self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
+        if begun:
+            before_s, self._last_s = self._last_s, time.perf_counter() - start
+            self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
         self._num_until_look = max(0, self._num_until_look - 1)
         self._looks_for_slow_ones = self._last_s > SLOW_S and self._num_until_look == 0
         return words[:, : -(-self._vocab_size // 32)]

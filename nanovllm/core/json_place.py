@@ -1,8 +1,8 @@
 """Where an output is in its JSON schema, as a key: where keys are equal, so are the masks.
 
 llguidance does not tell its state, and a mask within a string of bounded length takes it half a
-millisecond. A `Place` follows one output by the shape of its schema, for `grammar.Matcher`, which
-keeps masks by its key. It has none where something is unexpected, or far inside of containers.
+millisecond. A `JsonPlace` follows one output by the shape of its schema, for `Matcher`, which keeps
+masks by its key. It has none where something is unexpected, or far inside of containers.
 """
 
 from collections.abc import Hashable
@@ -17,16 +17,16 @@ BLANKS = b" \n\r\t"
 VALUE, FIRST, SCALAR, STRING, OPEN, NEXT, NAME, COLON, AFTER = range(9)
 
 
-class Place:
+class JsonPlace:
     """At the beginning of an output of `shape`."""
 
     __slots__ = (
         *("_bounds", "_count", "_escaped", "_is_lost", "_key", "_open", "_path", "_phase"),
-        *("_text", "_value", "shape"),
+        *("_text", "_value", "kept"),
     )
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        self.kept = shape
         self._open: list[tuple[Members | Items, int]] = []  # containers, and at which of its values
         self._path: tuple[Hashable, ...] = ()  # the same, as far as it counts
         self._phase = VALUE
@@ -37,10 +37,10 @@ class Place:
         self._escaped = self._is_lost = False
         self._key: Hashable = None
 
-    def copy(self) -> "Place":
+    def copy(self) -> "JsonPlace":
         """Another one at the same place."""
-        copy = Place(self.shape)
-        for name in Place.__slots__:
+        copy = JsonPlace(self.kept)
+        for name in JsonPlace.__slots__:
             setattr(copy, name, getattr(self, name))
         copy._open = self._open.copy()
         return copy
@@ -51,14 +51,14 @@ class Place:
         if self._key is None and not self._is_lost and len(self._text) <= MAX_SPELLED:
             here: Hashable = self._text
             if self._bounds is not BY_SPELLING:
-                here = (_distance(self._bounds, self._count, self.shape.longest), self._text)
+                here = (_distance(self._bounds, self._count, self.kept.longest), self._text)
             self._key = (self._path, self._phase, here)
         return self._key
 
     def take(self, token_id: int) -> None:
         """Go on by a token that has been accepted."""
         self._key = None
-        text = self.shape.spelling[token_id]
+        text = self.kept.spelling[token_id]
         is_between = self._bounds is not BY_SPELLING and not self._text
         if is_between and text.isascii() and b'"' not in text and b"\\" not in text:
             self._count += len(text)  # most tokens
@@ -159,7 +159,7 @@ class Place:
 
     def _item(self, items: Items, index: int) -> tuple[Any, ...]:
         """What counts of its number."""
-        far = self.shape.longest
+        far = self.kept.longest
         return (min(index, len(items.first)), *_distance(items.bounds, index, far))
 
 

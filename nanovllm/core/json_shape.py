@@ -6,14 +6,12 @@ no shape: `allOf`, properties by pattern, objects or arrays that only their cont
 """
 
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from nanovllm.core.json_schema import resolve
+from nanovllm.core.kept_masks import KeptMasks
 
 ASIDE = frozenset(
     ("title", "description", "default", "examples", "$schema", "$comment", "$defs", "definitions")
@@ -25,8 +23,6 @@ CONTAINERS = ("properties", "required", "additionalProperties", "items", "prefix
 KNOWN = frozenset(
     ("type", "enum", "const", "minItems", "maxItems", *NUMBERS, *STRINGS, *CONTAINERS)
 )
-MAX_KEPT_BYTES = 8 << 20  # masks of one grammar
-Mask = npt.NDArray[np.int32]  # [num_words], as in `grammar.Words`
 Bounds = tuple[int, int | None]  # least and most of something
 FREE: Bounds = (0, None)
 BY_SPELLING: Bounds = (-1, None)  # of a string: more counts than its length
@@ -67,20 +63,10 @@ class Value:
 
 
 @dataclass(slots=True, eq=False)
-class Shape:
-    """root: what an output is. spelling: bytes of each token. longest: of any; what is farther
-    away changes no mask. masks: what may come next, by keys of places."""
+class Shape(KeptMasks):
+    """Of one schema. root: what an output is."""
 
     root: Value
-    spelling: list[bytes]
-    longest: int
-    masks: dict[Hashable, Mask] = field(default_factory=dict)
-
-    def keep(self, key: Hashable, mask: Mask) -> None:
-        """For the next output that comes to this place."""
-        if len(self.masks) * mask.nbytes >= MAX_KEPT_BYTES:
-            del self.masks[next(iter(self.masks))]
-        self.masks[key] = mask
 
 
 def shape_of(schema: str) -> Value | None:

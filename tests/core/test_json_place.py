@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from nanovllm.core import json_shape
+from nanovllm.core import kept_masks
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.grammar_source import schema_of
 from nanovllm.core.json_place import MAX_DEPTH
-from nanovllm.core.json_shape import Shape, shape_of
+from nanovllm.core.json_shape import shape_of
+from nanovllm.core.kept_masks import KeptMasks
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
 from tests.core.vocabulary import make_compiler, tokenizer_json
@@ -176,11 +177,11 @@ def test_what_is_deep_has_no_key_and_what_is_kept_is_bounded(
         assert matcher.accept(token_id)
     assert matcher.place is not None and matcher.place.key is None
     assert mask_of(matcher) and matcher.kept_mask is None
-    monkeypatch.setattr(json_shape, "MAX_KEPT_BYTES", 100)
-    shape = Shape(json_shape.Value(), [], 1)
+    monkeypatch.setattr(kept_masks, "MAX_BYTES", 100)
+    kept = KeptMasks([], 1)
     for key in range(20):
-        shape.keep(key, np.zeros(10, np.int32))
-    assert list(shape.masks) == [17, 18, 19]
+        kept.keep(key, np.zeros(10, np.int32))
+    assert [key for key in range(20) if kept.get(key) is not None] == [17, 18, 19]
 
 
 def test_a_copy_goes_its_own_way() -> None:

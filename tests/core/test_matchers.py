@@ -128,12 +128,15 @@ def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
 def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = make_compiler()
     compiler.load()
-    readings = iter([0.0, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0, 0.1, 0.0, 0.0])  # begin and end of batches
+    matcher = matcher_of(choice=["ab", "cd"])  # of which no masks are kept
+    compiler.compute_masks([matcher])
+    batch_s = [0.1, 0.0, 0.1, 0.1, 0.0]
+    readings = (at for end in batch_s for at in (0.0, 0.0, 0.0, end))  # of a batch, and of a mask
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
     monkeypatch.setattr(grammar_module, "time", clock)
     at_once = []
     for _ in range(5):
-        begun = compiler.begin_masks([])
+        begun = compiler.begin_masks([matcher])
         at_once.append(isinstance(begun, MasksAtHand))
         begun.result()
     assert at_once == [True, True, True, True, False]

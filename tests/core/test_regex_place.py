@@ -1,0 +1,128 @@
+"""Places in regular expressions: masks are equal where keys are, and are kept by them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.structured import DATE, MAIL, SUM_PATTERN
+from nanovllm.core import regex_place
+from nanovllm.core.grammar import Matcher
+from nanovllm.core.regex_place import RegexPlace, term_of
+from nanovllm.sampling_params import StructuredOutputsParams
+from tests.core.fake_executor import allowed_ids
+from tests.core.test_json_place import encode, mask_of
+from tests.core.vocabulary import make_compiler
+
+COMPILER = make_compiler()
+
+
+def matcher_of(pattern: str) -> Matcher:
+    return COMPILER.compile(StructuredOutputsParams(regex=pattern)).matcher()
+
+
+def keys_after(pattern: str, *texts: str) -> list[Any]:
+    """Of outputs of one grammar."""
+    first, keys = matcher_of(pattern), list[Any]()
+    for text in texts:
+        matcher = first.copy()
+        assert all(map(matcher.accept, encode(text)))
+        assert isinstance(matcher.place, RegexPlace)
+        keys.append(matcher.place.key)
+    return keys
+
+
+PATTERNS = [
+    *(DATE, MAIL, SUM_PATTERN),
+    r"([a-z]{1,9} ){500}",
+    r"([a-z]{1,3} ){2,4}(done|[0-9]+\.[0-9]{2})",
+    r"(a|ab|abc)*(b|c)?x",
+    r"(yes|no|maybe)( [a-z_-]+){0,3}[.!]",
+    r"\d{2,3}(?:-\w{1,4})?",
+    r".{3,90}z",
+    r"[^b-y\n]{2}([A-Z0-9]{4})+",
+    r"(a{40}|b{40})c*",
+    r"(a|b|(c|d)e{2,}){1,200}",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_where_keys_are_equal_masks_are(pattern: str) -> None:
+    """What is computed for outputs that keep nothing, by the keys of one that follows them."""
+    rng = np.random.default_rng(0)
+    first = matcher_of(pattern)
+    masks: dict[Any, tuple[bool, bytes]] = {}
+    num_again = 0
+    for _ in range(40):
+        matcher = first.copy()
+        place, matcher.place = matcher.place, None
+        assert place is not None
+        for _ in range(60):
+            mask, is_forced = mask_of(matcher), matcher.has_forced_text
+            assert matcher.error is None
+            if place.key is not None:
+                num_again += place.key in masks
+                assert masks.setdefault(place.key, (is_forced, mask))[0] == is_forced
+                assert is_forced or masks[place.key][1] == mask
+            token_id = int(rng.choice(allowed_ids(mask)))
+            if not matcher.accept(token_id):
+                break
+            place.take(token_id)
+    assert num_again > 40
+
+
+def test_what_remains_is_what_counts() -> None:
+    begin, word, words = keys_after(r"([a-z]{1,9} ){500}", "", "ab ", "ab c ")
+    assert begin == word == words, "no token is as long as what they differ in"
+    short, other, long = keys_after(r"([a-z]{1,9} ){500}", "abcdefg", "e mnopqrs", "abcdefgh")
+    assert short == other != long
+    one, two = keys_after(r"([a-z]{1,9} ){3}", "ab ", "ab c ")
+    assert one != two
+    one, two = keys_after(r"x?(ab|cd)+", "ab", "xcd")
+    assert one == two
+    assert keys_after(r"[^a]{5}", "bé") == [None], "only characters of ASCII are followed"
+
+
+def test_kept_masks_serve_other_outputs() -> None:
+    first = matcher_of(r"([a-z]{1,9} ){50}")
+    one, other = first.copy(), first.copy()
+    for token_id in encode("ab cde"):
+        one.accept(token_id)
+    mask = mask_of(one)
+    for token_id in encode("uvw"):
+        other.accept(token_id)
+    assert other.kept_mask is not None and other.kept_mask.tobytes() == mask
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("é", "(?i)a", "(?=a)b", "^a", "a$", "a+?", "a++", "(a*)*", "(a?){3}", r"\bx", r"\p{L}"),
+        *(
+            r"\x41",
+            "[[:alpha:]]",
+            "[a-z&&b]",
+            "[z-a]",
+            "[]a]",
+            "a{x",
+            "(a",
+            "a)",
+            "[a",
+            "a\\",
+        ),
+        *("a{1}{2}", "a" * 201, "|".join(f"{a}{b}" for a in "abcd" for b in "abcde"), "(" * 20),
+        r"[\d-z]",
+    ],
+)
+def test_other_expressions_are_not_followed(pattern: str) -> None:
+    assert term_of(pattern) is None
+
+
+def test_too_many_places_are_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regex_place, "MAX_PLACES", 3)
+    known, unknown = keys_after("abcdef", "ab", "abc")
+    assert known is not None and unknown is None
+    monkeypatch.setattr(regex_place, "MAX_PLACES", 99)
+    monkeypatch.setattr(regex_place, "MAX_STEPS", 2)
+    known, unknown = keys_after("abcdef", "ab", "abc")
+    assert known is not None and unknown is None
