@@ -15,6 +15,7 @@ from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
+from nanovllm.core.regex_place import RegexPlace
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import ScheduledStep, Sequence, Status
 from nanovllm.core.waiting import WaitingQueue
@@ -34,6 +35,7 @@ GRAMMARS = [
     StructuredOutputsParams(regex="the (first|second) of many: [0-9]{1,3} of them, and so it ends"),
     StructuredOutputsParams(regex="(key: [a-z]; )*"),
     StructuredOutputsParams(grammar='start: "(" start ")" | "[" start "]" | /[0-9]+/'),
+    StructuredOutputsParams(json={"type": "array", "items": {"type": "string", "maxLength": 4}}),
 ]
 NUM_CLIENTS = 3
 
@@ -399,6 +401,11 @@ def forget_to_tell_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_tell_known", lambda step, sequence: None)
 
 
+def share_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are kept by where the sequence itself is."""
+    monkeypatch.setattr(RegexPlace, "copy", lambda self: self)
+
+
 def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sequence has a place of its own in its grammar."""
     monkeypatch.setattr(Matcher, "copy", lambda self: self)
@@ -412,6 +419,7 @@ def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
         keep_what_was_sampled_instead,
         forget_to_tell_rows,
         share_one_matcher,
+        share_one_place,
         keep_results_of_the_finished,
         readmit_early,
         register_uncomputed_blocks,
