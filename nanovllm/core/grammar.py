@@ -113,10 +113,10 @@ class Matcher:
         clock = self.clock
         start = clock()
         goes_on = self._matcher.consume_token(token_id) and not self._matcher.is_stopped()
+        if goes_on and self.place is not None:
+            self.place.take(token_id)
         self.note_time(clock() - start)
         if goes_on:
-            if self.place is not None:
-                self.place.take(token_id)
             return self.error is None
         self.note_error()
         return False

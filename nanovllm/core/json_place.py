@@ -77,9 +77,9 @@ class JsonPlace:
                 self._enter(AFTER)
                 self._step(byte)
             else:
-                self._text += bytes((byte,))
+                self._spell(byte)
         elif byte in BLANKS:
-            self._text += bytes((byte,))
+            self._spell(byte)
         elif phase in (VALUE, FIRST) and not (byte == ord("]") and phase == FIRST):
             self._begin_value(byte)
         elif byte == ord('"') and phase in (OPEN, NEXT):
@@ -96,6 +96,10 @@ class JsonPlace:
             self._enter(AFTER)
         else:
             self._is_lost = True
+
+    def _spell(self, byte: int) -> None:
+        if self._phase == NAME or len(self._text) <= MAX_SPELLED:  # a longer text has no key
+            self._text += bytes((byte,))
 
     def _enter(
         self, phase: int, value: Value | None = None, *, bounds: Bounds = BY_SPELLING
@@ -131,7 +135,7 @@ class JsonPlace:
                 self._enter(AFTER)
             return
         self._escaped = byte == ord("\\") and not self._escaped
-        self._text += bytes((byte,))
+        self._spell(byte)
         if self._bounds is not BY_SPELLING and len(self._text) >= _num_bytes(self._text):
             self._text = b""
             self._count += 1

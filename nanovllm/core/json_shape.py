@@ -23,6 +23,7 @@ CONTAINERS = ("properties", "required", "additionalProperties", "items", "prefix
 KNOWN = frozenset(
     ("type", "enum", "const", "minItems", "maxItems", *NUMBERS, *STRINGS, *CONTAINERS)
 )
+MAX_CHARS = 16_384  # of a schema: what it refers to often is looked through as often
 Bounds = tuple[int, int | None]  # least and most of something
 FREE: Bounds = (0, None)
 BY_SPELLING: Bounds = (-1, None)  # of a string: more counts than its length
@@ -71,6 +72,8 @@ class Shape(KeptMasks):
 
 def shape_of(schema: str) -> Value | None:
     """What a schema allows that llguidance has compiled; None if it has no shape."""
+    if len(schema) > MAX_CHARS:
+        return None
     reader = _Reader(json.loads(schema))
     try:
         root = reader.at("#")

@@ -17,6 +17,7 @@ Term = tuple[Any, ...]
 NOTHING: Final[Term] = ("seq", ())  # is left to be matched
 MAX_CHARS = 200  # of an expression
 MAX_TERMS = 16  # alternatives at one place
+MAX_SIZE = 400  # of what remains at one place: terms in terms
 MAX_PLACES = 8_000  # of one expression
 MAX_STEPS = 200_000  # from one to another
 ASCII = (1 << 128) - 1
@@ -200,6 +201,15 @@ def _derivative(term: Term, byte: int) -> Term | None:
     return _or(*found) if found else None
 
 
+def _size(term: Term) -> int:
+    match term:
+        case ("times", inner, _, _):
+            return 1 + _size(inner)
+        case ("seq", parts) | ("or", parts):
+            return 1 + sum(map(_size, parts))
+    return 1
+
+
 def _clipped(term: Term, far: int) -> Term:
     """With counts only up to `far`."""
     match term:
@@ -230,7 +240,7 @@ class RegexMasks(KeptMasks):
     def number(self, term: Term) -> int:
         """Of the place where this remains."""
         if term not in self.numbers:
-            if len(self.terms) >= MAX_PLACES:
+            if len(self.terms) >= MAX_PLACES or _size(term) > MAX_SIZE:
                 raise _NoTermError
             self.numbers[term] = len(self.terms)
             self.terms.append(term)

@@ -129,11 +129,11 @@ def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.Monk
     compiler = make_compiler()
     compiler.load()
     matcher = matcher_of(choice=["ab", "cd"])  # of which no masks are kept
-    compiler.compute_masks([matcher])
-    batch_s = [0.1, 0.0, 0.1, 0.1, 0.0]
+    batch_s = [0.0, 0.1, 0.0, 0.1, 0.1, 0.0]
     readings = (at for end in batch_s for at in (0.0, 0.0, 0.0, end))  # of a batch, and of a mask
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
     monkeypatch.setattr(grammar_module, "time", clock)
+    compiler.compute_masks([matcher])
     at_once = []
     for _ in range(5):
         begun = compiler.begin_masks([matcher])

@@ -11,7 +11,7 @@ from nanovllm.core.grammar import Matcher
 from nanovllm.core.regex_place import RegexPlace, term_of
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
-from tests.core.test_json_place import encode, mask_of
+from tests.core.test_json_place import encode
 from tests.core.vocabulary import make_compiler
 
 COMPILER = make_compiler()
@@ -19,6 +19,11 @@ COMPILER = make_compiler()
 
 def matcher_of(pattern: str) -> Matcher:
     return COMPILER.compile(StructuredOutputsParams(regex=pattern)).matcher()
+
+
+def mask_of(matcher: Matcher) -> bytes:
+    (row,) = COMPILER.compute_masks([matcher])
+    return row.tobytes()
 
 
 def keys_after(pattern: str, *texts: str) -> list[Any]:
@@ -125,4 +130,8 @@ def test_too_many_places_are_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regex_place, "MAX_PLACES", 99)
     monkeypatch.setattr(regex_place, "MAX_STEPS", 2)
     known, unknown = keys_after("abcdef", "ab", "abc")
+    assert known is not None and unknown is None
+    monkeypatch.setattr(regex_place, "MAX_STEPS", 99)
+    monkeypatch.setattr(regex_place, "MAX_SIZE", 10)
+    known, unknown = keys_after("(ab|ac){2}", "", "a")
     assert known is not None and unknown is None
