@@ -121,7 +121,7 @@ class CoreServer:
         self._quarantine = Quarantine()
         self._explained: deque[str] = deque(maxlen=NUM_EXPLAINED)
         self._info: WorkerInfo | None = None
-        self._stopping = self._draining = False
+        self._stopping = self._draining = self._has_failed = False
         self._exit_code = ExitCode.DONE
         self._drain_until = 0.0
         self._last_loading = Loading("starting", 0.0)
@@ -361,6 +361,8 @@ class CoreServer:
                 self._greet(identity, key, client, protocol_version)
             case _ if client is None:
                 self._delivery.post(identity, Detached(UNKNOWN))
+            case _ if self._has_failed:
+                pass  # its client asks the next core
             case AddRequest():
                 self._intake.add(client, message)
             case _:
@@ -506,7 +508,8 @@ class CoreServer:
         failure = CoreFailed(str(error) or type(error).__name__, traceback.format_exc(), usage)
         self._life.note_failure(failure.details)
         self._last_loading = Loading("failed", 0.0)
-        self._core = self._operations = None
+        self._has_failed, self._core, self._operations = True, None, None
+        self._intake = Intake(self._clients)  # what waits is sent to the next core
         self._receive_all()  # clients that have just sent Hello are told too
         for client in self._clients:
             self._delivery.deliver(client)

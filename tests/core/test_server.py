@@ -276,6 +276,49 @@ def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(address: str) ->
     assert failure.message == "the device is gone" and not failure.usage
 
 
+class LosingDeviceLater(LosingDevice):
+    """When a test says so: what it has sent by then waits in the core's socket."""
+
+    def __init__(self) -> None:
+        super().__init__(EngineConfig(), num_blocks=20, max_model_len=64)
+        self.is_asked, self.may_fail = threading.Event(), threading.Event()
+
+    def submit(self, plan: object) -> object:  # type: ignore[override]
+        self.is_asked.set()
+        assert self.may_fail.wait(WAIT_S)
+        return super().submit(plan)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "answer"), [(add(1), RequestFailed), (Call(7, ResetPrefixCache()), CallResult)]
+)
+def test_what_waits_when_the_device_is_lost_gets_no_answer_of_its_own(
+    address: str, waiting: AddRequest | Call, answer: type[RequestFailed | CallResult]
+) -> None:
+    """Its client sends it to the next core, as it does with what was running."""
+    executor = LosingDeviceLater()
+    server = CoreServer(EngineConfig(), address)
+
+    def run() -> None:
+        with pytest.raises(DeviceLostError):
+            server.run(lambda: executor)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    client = RawClient(address)
+    client.greet()
+    client.send(add(0))
+    assert executor.is_asked.wait(WAIT_S)
+    client.send(waiting)
+    time.sleep(0.05)  # for it to arrive
+    executor.may_fail.set()
+    assert isinstance(client.receive_any(answer, CoreFailed), CoreFailed)
+    with pytest.raises(TimeoutError):
+        client.receive(answer, timeout_s=0.05)
+    thread.join(WAIT_S)
+    client.close()
+
+
 def failure_of(
     address: str, executor: FakeExecutor, kind: type[Exception], request: AddRequest | None = None
 ) -> CoreFailed:
