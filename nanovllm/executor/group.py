@@ -69,7 +69,7 @@ class GroupExecutor:
         self._poll = select.poll()
         self._results: dict[int, StepResult] = {}
         self._sampled = SampledElsewhere()
-        self._digests: dict[int, list[int]] = {}  # step → those of the other ranks
+        self._digests: dict[int, list[Digest]] = {}  # step → those of the ranks
         self._lost: DeviceLostError | None = None
         self._is_running = False  # a failure is a step's, not the configuration's
 
@@ -149,7 +149,7 @@ class GroupExecutor:
     def wait_for(self, step: int) -> StepResult:
         """The result of a step whose halves have been sent. Raises `DeviceLostError`."""
         parallel = self._config.parallel
-        num_digests = parallel.tensor_parallel_size - 1 if parallel.compare_ranks else 0
+        num_digests = parallel.num_ranks if parallel.compare_ranks else 0
         more = self._received(f"step {step}")
         while step not in self._results or len(self._digests.get(step, ())) < num_digests:
             for _, message in next(more):
@@ -157,10 +157,12 @@ class GroupExecutor:
                     case Sampled(result):
                         self._results[result.step] = result
                     case Digest():
-                        self._digests.setdefault(message.step, []).append(message.digest)
+                        self._digests.setdefault(message.step, []).append(message)
         result = self._results.pop(step)
-        if any(digest != digest_of(result) for digest in self._digests.pop(step, ())):
-            raise self._end(f"ranks have sampled different ids in step {step}")
+        digests = self._digests.pop(step, [])
+        found = {digest.sampled for digest in digests} - {None, digest_of(result.token_ids)}
+        if found or len({digest.begun for digest in digests}) > 1:
+            raise self._end(f"ranks have different ids in step {step}")
         if parallel.pipeline_parallel_size > 1:
             self._sampled.take(result)
         return result
@@ -327,6 +329,6 @@ class SampledElsewhere:
         return replace(plan, known_tokens=[*known, *plan.known_tokens])
 
 
-def digest_of(result: StepResult) -> int:
-    """Of the ids of a step, and of nothing else."""
-    return crc32(np.array(result.token_ids, np.int64).tobytes())
+def digest_of(ids: list[int]) -> int:
+    """To be compared across ranks."""
+    return crc32(np.array(ids, np.int64).tobytes())

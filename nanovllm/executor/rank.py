@@ -44,7 +44,7 @@ from nanovllm.protocol.group import (
     WarmedUp,
     WarmUp,
 )
-from nanovllm.protocol.plan import StepHandle
+from nanovllm.protocol.plan import StepHandle, StepPlan
 
 TELL_EVERY_S = 0.1
 OWNER_GRACE_S = 1.0  # in which a rank that waits for others ends by itself after its owner
@@ -57,6 +57,13 @@ class RankStep(StepHandle, Protocol):
     @property
     def is_over(self) -> bool:
         """Whether `result` would not wait."""
+
+
+class ComparableExecutor(Protocol):
+    """An executor of a rank."""
+
+    def ids_begun(self, plan: StepPlan) -> list[int]:
+        """What a step that has just been submitted computes with, as this rank has it."""
 
 
 class Rank:
@@ -74,6 +81,7 @@ class Rank:
             self._poll.register(descriptor, select.POLLIN)
         self._unsampled: RankStep | None = None
         self._steps: deque[RankStep] = deque()  # under way
+        self._begun: deque[int] = deque()  # of each, and of the one before its second half
         self._told = "", 0.0  # the last phase, and when
 
     def run(self) -> None:
@@ -98,6 +106,9 @@ class Rank:
                 self._tell(Allocated())
             case Submit(plan):
                 self._unsampled = cast(RankStep, executor.submit(plan))
+                if self._config.parallel.compare_ranks:
+                    ids = cast(ComparableExecutor, executor).ids_begun(plan)
+                    self._begun.append(digest_of(ids))
             case Sample(step, masks):
                 assert self._unsampled is not None
                 executor.sample(step, masks)
@@ -112,13 +123,14 @@ class Rank:
         A step that is under way is looked at again and again: sleeping would make all wait.
         """
         parallel = self._config.parallel
+        answering = parallel.answering_rank
         while self._steps and self._steps[0].is_over:
             result = self._steps.popleft().result()
-            answering, compares = parallel.answering_rank, parallel.compare_ranks
             if self._rank == answering:
                 self._tell(Sampled(result))
-            elif self._rank > answering and compares:
-                self._tell(Digest(result.step, digest_of(result)))
+            if parallel.compare_ranks:
+                sampled = digest_of(result.token_ids) if self._rank >= answering else None
+                self._tell(Digest(result.step, self._begun.popleft(), sampled))
         if self._steps:
             os.sched_yield()
 

@@ -101,6 +101,11 @@ class SyntheticExecutor:
             self._prompt_logprobs(plan),
         )
 
+    def ids_begun(self, plan: StepPlan) -> list[int]:
+        """The states of its rows, which stand for the ids before."""
+        states: list[int] = self._states[plan.rows].view(np.int64).tolist()
+        return states
+
     def warm_up(self) -> bool:
         """Nothing gets faster by practice."""
         return False

@@ -76,10 +76,12 @@ class Sampled(msgspec.Struct, frozen=True, tag=True):
 
 
 class Digest(msgspec.Struct, frozen=True, tag=True):
-    """Of the ids that a rank which does not answer has sampled, if ranks are to be compared."""
+    """Of the ids that a step began with on a rank, and of those that it has sampled, if it is of
+    the last stage; sent if ranks are to be compared."""
 
     step: int
-    digest: int
+    begun: int
+    sampled: int | None
 
 
 class WarmedUp(msgspec.Struct, frozen=True, tag=True):

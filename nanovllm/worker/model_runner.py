@@ -169,6 +169,11 @@ class ModelRunner:
         return [] if self._graphs is None else self._graphs.shapes
 
     @property
+    def token_ids(self) -> Tensor:
+        """Of all rows: see `RequestRows`."""
+        return self._rows.token_ids
+
+    @property
     def vocab_size(self) -> int:
         return self._rows.vocab_size
 

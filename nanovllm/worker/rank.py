@@ -17,7 +17,7 @@ from torch import distributed
 from torch._C._distributed_c10d import TCPStore
 
 from nanovllm.config import EngineConfig
-from nanovllm.protocol.plan import ProgressCallback, WorkerInfo
+from nanovllm.protocol.plan import ProgressCallback, StepPlan, WorkerInfo
 from nanovllm.worker.device import choose_device, num_usable_cores
 from nanovllm.worker.parallel import Exchange, TensorParallel
 from nanovllm.worker.worker import Worker
@@ -72,6 +72,13 @@ class RankWorker(Worker):
             self._parallel = replace(self._parallel, exchange=exchange)
         info = super().start()
         return info if note is None else msgspec.structs.replace(info, notes=[*info.notes, note])
+
+    def ids_begun(self, plan: StepPlan) -> list[int]:
+        """The ids of the tokens of a plan that has just been submitted; waits for the device."""
+        assert self._runner is not None
+        held = self._runner.token_ids.cpu()
+        spans = zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True)
+        return torch.cat([held[row, at : at + count] for row, at, count in spans]).tolist()
 
     def shutdown(self) -> None:
         """Graphs hold on to the group's communicator: they go first."""

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,9 @@ from tests.waiting import WAIT_S
 from tests.worker.planning import make_plan, new_row, run_step
 
 
-def synthetic(step_ms: float = 1.0, size: int = 2) -> GroupExecutor:
-    return GroupExecutor(
-        config_of("synthetic", size, load_format="synthetic", step_ms=step_ms), lambda *_: None
-    )
+def synthetic(step_ms: float = 1.0, size: int = 2, **settings: Any) -> GroupExecutor:
+    settings |= {"load_format": "synthetic", "step_ms": step_ms}
+    return GroupExecutor(config_of("synthetic", size, **settings), lambda *_: None)
 
 
 def pids_of(group: GroupExecutor) -> list[int]:
@@ -183,6 +183,28 @@ def test_ranks_that_raise_before_any_step(
     pids = pids_of(group)
     group.shutdown()
     assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_ranks_that_have_different_ids_end_the_group(
+    stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one takes a token for another: its own, or of the stages the last one's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from nanovllm.executor.synthetic import SyntheticExecutor\n"
+        "begun = SyntheticExecutor.ids_begun\n"
+        "mistake = '1' == sys.orig_argv[sys.orig_argv.index('--rank') + 1]\n"
+        "SyntheticExecutor.ids_begun = lambda *all: [one + mistake for one in begun(*all)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    group = synthetic(size=2 // stages, pipeline_parallel_size=stages)
+    try:
+        begin(group)
+        with pytest.raises(DeviceLostError, match="ranks have different ids in step 0"):
+            run_step(group, PLAN).result()
+    finally:
+        group.shutdown()
 
 
 @pytest.mark.parametrize("stops_first", [False, True])

@@ -151,7 +151,7 @@ FROM_RANK = [
     group.Started(INFO),
     group.Allocated(),
     group.Sampled(RESULT),
-    group.Digest(1, 7),
+    group.Digest(1, 7, 8),
     group.WarmedUp(True),
     group.RankFailed("why", "traceback", usage=True),
 ]
