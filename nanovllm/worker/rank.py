@@ -96,8 +96,10 @@ def take_device(config: EngineConfig, local_rank: int, local_size: int) -> torch
     if config.model.device != "cpu" and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if num_gpus < local_size:
+            sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+            asked = [name for name in sizes if getattr(config.parallel, name) > 1]
             raise ValueError(
-                f"tensor_parallel_size: {local_size} ranks need a GPU each, and {num_gpus} "
+                f"{' and '.join(asked)}: {local_size} ranks need a GPU each, and {num_gpus} "
                 f"{'is' if num_gpus == 1 else 'are'} visible: use {num_gpus}, or device 'cpu'"
             )
         torch.cuda.set_device(local_rank)

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.worker import worker as worker_module
 from nanovllm.worker.parallel import TensorParallel
+from nanovllm.worker.rank import take_device
 from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import Worker
 from tests.worker.models.test_parallel import Meeting, Thread
@@ -35,3 +37,23 @@ def test_only_a_single_rank_warms_up_by_the_clock(
     worker.allocate(worker.start().num_blocks)
     assert len(warmed_up) == (parallel.size == 1)
     worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+)
+def test_too_few_gpus_are_told_with_the_fields_that_ask_for_more(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = EngineConfig.from_kwargs(model="m", **sizes)
+    num_ranks = config.parallel.num_ranks
+    named = f"{' and '.join(sizes)}: {num_ranks} ranks need a GPU each, and 1 is visible: use 1"
+    with pytest.raises(ValueError, match=named):
+        take_device(config, 0, num_ranks)
