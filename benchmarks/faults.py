@@ -1,6 +1,8 @@
 """What processes that die or stand still cost the others: nothing but a pause.
 
     python benchmarks/faults.py
+    python benchmarks/faults.py --ranks 1x2 --times 20        # ranks of one core; here two stages
+    python benchmarks/faults.py --ranks 2 --times 20 --ray    # on two local nodes of a Ray cluster
 
 Client processes stream from one synthetic core, owned by this process; each stream's ids are
 compared with those of a run in which nothing happened. The core is killed again and again; clients
@@ -9,6 +11,12 @@ its loop is stuck in a step; and it works on a machine with far too much to do.
 Targets: every stream ends with the same ids; the longest pause is at most a core start + 1 s; other
 clients' streams do not notice killed ones, and nothing of these is left in the core, nor any memory
 or descriptor of theirs; clients report a core that stands still within 2 s, and no other.
+
+With --ranks, a rank of one core is killed, stopped or made to raise instead, at a random moment of
+its start, in its warm-up or amid a step, so many times each, while streams run or wait (with --ray
+its actor and a node are killed as well). Targets: the frontend's log names rank and cause within
+2 s; a rank that is stopped is named and waited for, and nothing is killed; all streams end with the
+ids of an undisturbed run; no process, directory, socket or shared memory is left.
 """
 
 import argparse
@@ -16,15 +24,22 @@ import asyncio
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tensor_parallel import DENSE, SMALLER, Ranks, prompts, stream_all
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.protocol.messages import CoreStatus
@@ -363,6 +378,314 @@ async def report_kills(load: Load, *, num_kills: int) -> None:
         assert killed.longest_pause_s <= start_s + 1
 
 
+# ---- ranks of one core
+
+SEAT = "seat"  # a resource of which each node of the Ray cluster has as many as it takes ranks
+FAILING_RANK = ROOT / "benchmarks" / "failing_rank"
+REPORT_S = 60.0  # for anything that a fault is to bring about
+NUM_STREAMS = 6
+START_SHARE = 0.8  # of the start of a rank, in which its faults happen
+ENDS = {"kill": "was killed by SIGKILL", "raise": "failed: LookupError: as was asked for"}
+ENDS |= {"actor": "has ended with its Ray actor"}
+ENDS |= {"node": "(has ended with its Ray actor|does not answer any more)"}
+# One round: faults in turn. A start's follow those that end the group, so that there is a start. A
+# warm-up's wait for the streams before to end, and "-" does: no stream is to meet two ranks that
+# raise, since it would be taken for their cause.
+ROUND = (
+    *("step kill", "start raise", "start kill", "warm-up kill", "warm-up raise"),
+    *("-", "step raise", "start stop", "step stop", "warm-up stop", "-"),
+)
+RAY_ROUND = ("step actor", "-", "step node", "-")
+
+
+@dataclass
+class Seen:
+    """What became of one fault, in seconds since it happened. ended_s: when the last rank of the
+    group had gone; None where none should."""
+
+    fault: str
+    report_s: float
+    ended_s: float | None
+
+
+class Heard:
+    """What this process and those that it has started write to stderr, with the time of each line
+    on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._own = os.dup(2)
+        reads, writes = os.pipe()
+        os.dup2(writes, 2)
+        os.close(writes)
+        self._lines: list[tuple[float, str]] = []
+        threading.Thread(target=self._listen, args=(reads,), daemon=True).start()
+
+    def _listen(self, reads: int) -> None:
+        with os.fdopen(reads, errors="replace") as lines:
+            for line in lines:
+                self._lines.append((time.monotonic(), line))
+
+    async def after(self, since: float, pattern: str) -> float:
+        """When the first line since then came that has it. Raises `TimeoutError`."""
+        async with asyncio.timeout(REPORT_S):
+            while True:
+                for at, line in self._lines:
+                    if at >= since and re.search(pattern, line):
+                        return at
+                await asyncio.sleep(0.01)
+
+    def restore(self) -> str:
+        """Write to stderr again; returns the last lines heard."""
+        os.dup2(self._own, 2)
+        return "".join(line for _, line in self._lines[-60:])
+
+
+class TwoNodes:
+    """A Ray cluster of this machine, with room for half of the ranks on each node."""
+
+    def __init__(self, num_ranks: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
+        self._node: dict[str, Any] = {**node, "resources": {SEAT: -(-num_ranks // 2)}}
+        self._directory = tempfile.mkdtemp(prefix="nv")  # a short name, as that of a socket is
+        os.environ["RAY_TMPDIR"] = self._directory
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._cluster = Cluster(True, head_node_args={**self._node, "include_dashboard": False})
+        os.environ["RAY_ADDRESS"] = self._cluster.address
+        self._second = self._cluster.add_node(**self._node)
+
+    def kill_second(self) -> None:
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+    def add_second(self) -> None:
+        self._second = self._cluster.add_node(**self._node)
+
+    def end(self) -> None:
+        self._cluster.shutdown()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class RankFaults:
+    """Faults one after the other in the ranks of one engine, and streams beside them."""
+
+    def __init__(self, llm: AsyncLLM, heard: Heard, directory: Path, nodes: TwoNodes | None):
+        self._llm = llm
+        self._heard = heard
+        self._directory = directory
+        self._nodes = nodes
+        self._num_ranks = llm.config.parallel.num_ranks
+        self._rng = random.Random(20)
+        self._num_faults = 0
+        self._start_s = 0.0  # what the first rank took, when there was no fault
+        self._expected: list[list[int]] = []
+        self._streams: asyncio.Task[tuple[list[list[int]], float]] | None = None
+        self.seen: list[Seen] = []
+        self.num_equal = 0
+
+    async def begin(self) -> None:
+        """With a run in which nothing happens."""
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = _stat(self._ranks()[0])[19]
+        self._start_s = up_s - int(ticks) / os.sysconf("SC_CLK_TCK")
+        await self._stream()
+        self._expected, _ = await self._stream()
+
+    async def round(self, faults: tuple[str, ...]) -> None:
+        """Each of them once; the rank is another every time."""
+        for fault in faults:
+            # So many restarts within a minute are for good, and later ones are delayed: not here.
+            self._llm._session.line._budget._taken.clear()
+            if fault == "-":
+                await self._await_streams()
+            elif fault == "step node":
+                await self._kill_node()
+            else:
+                self._num_faults += 1
+                await self._one(fault, self._num_faults % self._num_ranks)
+
+    async def _one(self, fault: str, rank: int) -> None:
+        when, how = fault.split()
+        spread_s = {"start": START_SHARE * self._start_s, "step": 0.01, "warm-up": 0.001}[when]
+        if fault == "start raise":
+            spread_s = 3.0  # all places where it can
+        word = self._directory / "word"
+        asked = "note" if how == "actor" else how
+        word.write_text(f"{asked} {self._rng.uniform(0, spread_s)}")
+        word.rename(self._directory / f"{when}.{rank}")
+        if when == "warm-up":
+            await self._await_streams()
+        else:
+            self._begin_streams()
+        if when == "start" and self._llm._session.line.link is not None:
+            os.kill(core_pid(self._llm), signal.SIGKILL)
+        happened_at, pid = await self._happened()
+        ranks = self._ranks()
+        if how == "actor":  # the parent of the rank
+            happened_at = time.monotonic()
+            os.kill(int(_stat(pid)[1]), signal.SIGKILL)
+        self._begin_streams()
+        if how != "stop":
+            await self._see_end(fault, rf"rank {rank} .*{ENDS[how]}", happened_at, ranks)
+            return
+        told_at = await self._heard.after(happened_at, f"rank {rank} .*stopped by a signal")
+        await asyncio.sleep(0.3)
+        assert all(map(_lives, ranks)), "a rank was killed that had only been stopped"
+        os.kill(pid, signal.SIGCONT)
+        self.seen.append(Seen(fault, told_at - happened_at, None))
+
+    async def _kill_node(self) -> None:
+        """The second one, on which the last rank is; it comes back."""
+        assert self._nodes is not None
+        self._begin_streams()
+        while (await self._llm.stats()).num_running < NUM_STREAMS:
+            await asyncio.sleep(0.01)
+        ranks, happened_at = self._ranks(), time.monotonic()
+        killing = asyncio.create_task(asyncio.to_thread(self._nodes.kill_second))
+        await self._see_end("step node", rf"rank \d+ .*{ENDS['node']}", happened_at, ranks)
+        await killing
+        await asyncio.to_thread(self._nodes.add_second)
+
+    async def _see_end(self, fault: str, cause: str, happened_at: float, ranks: list[int]) -> None:
+        """The group's, and the frontend's word of it."""
+
+        async def all_gone() -> float:
+            while any(map(_lives, ranks)):
+                await asyncio.sleep(0.01)
+            return time.monotonic()
+
+        async with asyncio.timeout(REPORT_S):
+            told = self._heard.after(happened_at, f"{cause}.*; starting it again")
+            told_at, gone_at = await asyncio.gather(told, all_gone())
+        self.seen.append(Seen(fault, told_at - happened_at, gone_at - happened_at))
+
+    async def _happened(self) -> tuple[float, int]:
+        """When the fault that was asked for did, and in which process."""
+        note = self._directory / "happened"
+        async with asyncio.timeout(REPORT_S):
+            while not note.exists():
+                await asyncio.sleep(0.001)
+        at, pid = note.read_text().split()
+        note.unlink()
+        return float(at), int(pid)
+
+    def _ranks(self) -> list[int]:
+        """All that were started by this program or by those that it has started."""
+        own = f"NANOVLLM_FAULTS={self._directory}".encode()
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if b"nanovllm.executor.rank" in _read(pid, "cmdline") and own in _read(pid, "environ")
+        ]
+
+    def _begin_streams(self) -> None:
+        if self._streams is None:
+            self._streams = asyncio.create_task(self._stream())
+
+    async def _stream(self) -> tuple[list[list[int]], float]:
+        return await stream_all(self._llm, prompts(NUM_STREAMS, 40, turn=3, vocab_size=500), 150)
+
+    async def _await_streams(self) -> None:
+        if self._streams is None:
+            return
+        async with asyncio.timeout(ENOUGH_S):
+            ids, _ = await self._streams
+        self._streams = None
+        assert ids == self._expected, "ids differ"
+        self.num_equal += len(ids)
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat behind the name: state, parent, …; empty if it is gone."""
+    return _read(pid, "stat").decode().rpartition(")")[2].split()
+
+
+def _lives(pid: int) -> bool:
+    """Whether it is there, and no zombie."""
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def things_left() -> set[str]:
+    """What may stay behind of processes: shared memory, and directories of sockets."""
+    places = [*Path("/dev/shm").iterdir(), *Path(tempfile.gettempdir()).glob("nanovllm-*")]
+    return set(map(str, places))
+
+
+async def report_ranks(
+    size: Ranks, *, times: int, seconds: float, on_ray: bool, is_synthetic: bool
+) -> None:
+    """Print a table of what `times` rounds of faults have shown, or as many as begin in time."""
+    heard, until = Heard(), time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+        model = Path(place, "dense")
+        model.mkdir()
+        config = {**DENSE, **SMALLER, "num_hidden_layers": 2}
+        (model / "config.json").write_text(json.dumps(config))
+        # What ranks on Ray are started with comes from its nodes, and theirs from here.
+        path = [str(FAILING_RANK), str(ROOT), *filter(None, sys.path)]
+        sys.path.insert(0, str(FAILING_RANK))
+        os.environ |= {"NANOVLLM_FAULTS": place, "PYTHONPATH": os.pathsep.join(path)}
+        os.environ["TMPDIR"] = tempfile.tempdir = place
+        nodes = TwoNodes(size.each * size.stages) if on_ray else None
+        settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
+        settings |= {"tensor_parallel_size": size.each, "pipeline_parallel_size": size.stages}
+        settings |= {"load_format": "dummy", "skip_tokenizer_init": True, "max_num_seqs": 8}
+        settings |= {"kv_cache_memory_bytes": 2**24, "max_core_restarts": 10**6}
+        if is_synthetic:
+            settings |= {"load_format": "synthetic", "step_ms": 5.0, "compare_ranks": True}
+        if on_ray:
+            settings |= {"distributed_executor_backend": "ray", "ray_resource": SEAT}
+        before, num_rounds, faults = things_left(), 0, None
+        try:
+            async with AsyncLLM(str(model), **settings) as llm:
+                faults = RankFaults(llm, heard, Path(place), nodes)
+                await faults.begin()
+                num_open = footprint(os.getpid())[1]
+                while num_rounds < times and time.monotonic() < until:
+                    await faults.round(RAY_ROUND + ROUND if on_ray else ROUND)
+                    num_rounds += 1
+                num_more_open = footprint(os.getpid())[1] - num_open
+            left = [*faults._ranks(), *(things_left() - before)]
+        finally:
+            told = heard.restore()
+            if faults is not None:
+                print_seen(size, faults)
+            if sys.exc_info()[0] is not None:
+                print(told)
+            if nodes is not None:
+                nodes.end()
+    print(
+        f"{num_rounds} rounds; {faults.num_equal} streams equal; processes, shared memory and "
+        f"directories left: {left or 'none'}; descriptors of the frontend {num_more_open:+d}"
+    )
+    worst = max((one.report_s for one in faults.seen), default=0.0)
+    assert not left and num_more_open <= 0 and worst <= 2.0, "a target is missed"
+
+
+def print_seen(size: Ranks, faults: RankFaults) -> None:
+    """A line for each kind of fault."""
+    print("| ranks | when | how | times | reported, s | worst | group gone, s | worst |")
+    print("|---|---|---|---|---|---|---|---|")
+    for fault in dict.fromkeys(one.fault for one in faults.seen):
+        alike = [one for one in faults.seen if one.fault == fault]
+        told = [one.report_s for one in alike]
+        gone = [one.ended_s for one in alike if one.ended_s is not None]
+        when, how = fault.split()
+        figures = [f"{statistics.median(told):.2f}", f"{max(told):.2f}"]
+        figures += [f"{statistics.median(gone):.2f}", f"{max(gone):.2f}"] if gone else ["–", "–"]
+        print(f"| {size} | {when} | {how} | {len(alike)} | {' | '.join(figures)} |", flush=True)
+
+
+# ---- all of it
+
+
 async def report(load: Load, arguments: argparse.Namespace) -> None:
     await report_kills(load, num_kills=arguments.kills)
     await report_leaks(
@@ -379,12 +702,29 @@ def main() -> None:
     parser.add_argument("--killed-clients", type=int, default=3)
     parser.add_argument("--killed-requests", type=int, default=1000, help="until so many were lost")
     parser.add_argument("--stop-s", type=float, default=5.0)
+    parser.add_argument("--ranks", help="faults of ranks instead: 2, 1x2 or 2x2, with commas")
+    parser.add_argument("--times", type=int, default=20, help="of each fault of a rank")
+    parser.add_argument("--seconds", type=float, default=1e6, help="when no round begins any more")
+    parser.add_argument("--synthetic", action="store_true", help="ranks that compute nothing")
+    parser.add_argument("--ray", action="store_true", help="ranks of a cluster of two local nodes")
     parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     load = Load(**arguments.load)
     if arguments.client:
         print(json.dumps(asyncio.run(client(arguments.client, load))), flush=True)
+        return
+    if arguments.ranks:
+        for size in map(Ranks.of, arguments.ranks.split(",")):
+            asyncio.run(
+                report_ranks(
+                    size,
+                    times=arguments.times,
+                    seconds=arguments.seconds,
+                    on_ray=arguments.ray,
+                    is_synthetic=arguments.synthetic,
+                )
+            )
         return
     asyncio.run(report(load, arguments))
 

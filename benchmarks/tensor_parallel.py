@@ -305,12 +305,12 @@ async def kill_a_rank(bench: Bench, model: str, size: Ranks) -> None:
     started = time.monotonic()
     async with AsyncLLM(model, **settings) as llm:
         start_s = time.monotonic() - started
-        await _stream_all(llm, asked, num_new)  # compiles, captures
-        undisturbed, _ = await _stream_all(llm, asked, num_new)
-        again, _ = await _stream_all(llm, asked, num_new)
+        await stream_all(llm, asked, num_new)  # compiles, captures
+        undisturbed, _ = await stream_all(llm, asked, num_new)
+        again, _ = await stream_all(llm, asked, num_new)
         core = llm._handles[0].process.pid
         ranks = ranks_of(core)
-        streams = asyncio.create_task(_stream_all(llm, asked, num_new))
+        streams = asyncio.create_task(stream_all(llm, asked, num_new))
         await asyncio.sleep(0.3)
         killed_at = time.monotonic()
         os.kill(ranks[-1], signal.SIGKILL)
@@ -335,7 +335,7 @@ async def kill_a_rank(bench: Bench, model: str, size: Ranks) -> None:
         raise AssertionError("streams that were resumed got other ids")
 
 
-async def _stream_all(
+async def stream_all(
     llm: AsyncLLM, asked: list[list[int]], num_new: int
 ) -> tuple[list[list[int]], float]:
     """Ids of each stream, every second one drawn by a seed, and the longest wait of any."""
