@@ -78,7 +78,9 @@ class RankWorker(Worker):
         assert self._runner is not None
         held = self._runner.token_ids.cpu()
         spans = zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True)
-        return torch.cat([held[row, at : at + count] for row, at, count in spans]).tolist()
+        parts = [held[row, at : at + count] for row, at, count in spans]
+        ids: list[int] = torch.cat(parts).tolist()
+        return ids
 
     def shutdown(self) -> None:
         """Graphs hold on to the group's communicator: they go first."""
