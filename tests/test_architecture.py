@@ -29,7 +29,8 @@ BUDGETS = {
     # let go of; forced tokens that are found before their masks; sequences that steps
     # of a pipeline share; where an output is in its JSON schema, so that masks can be kept by it,
     # and which schemas need no trial; the same of regular expressions
-    "core": 6150,
+    # what waits when a core fails is for the next one
+    "core": 6160,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
     # core failed by itself, and what follows for its requests; what Ray is told of replicas
     "frontend": 4015,
@@ -44,7 +45,8 @@ BUDGETS = {
     # experts a rank has whole; stages of a pipeline, their layers and weights, and what passes
     # between them; graphs of what masks ask for; ranks of several hosts; what few steps ask for, in
     # functions that the others do not pass
-    "worker": 7350,
+    # the ids that ranks compare, stages too
+    "worker": 7375,
     "worker.quant": 1450,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.
