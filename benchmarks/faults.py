@@ -544,7 +544,7 @@ class RankFaults:
         killing = asyncio.create_task(asyncio.to_thread(self._nodes.kill_second))
         await self._see_end("step node", rf"rank \d+ .*{ENDS['node']}", happened_at, ranks)
         await killing
-        await asyncio.to_thread(self._nodes.add_second)
+        self._nodes.add_second()  # which sets signal handlers, so in this thread
 
     async def _see_end(self, fault: str, cause: str, happened_at: float, ranks: list[int]) -> None:
         """The group's, and the frontend's word of it."""
