@@ -22,7 +22,7 @@ from nanovllm.protocol.messages import (
     Started,
     Why,
 )
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 
 MAX_ANSWERS = 1000  # waiting for one client that sends and does not read
 MAX_REQUESTS = 256  # received and not begun; beyond, messages stay in the socket
@@ -88,7 +88,7 @@ class Client:
         self.outputs.logprobs[len(self.outputs.numbers)] = logprobs
         self.num_logprobs += 1 + len(logprobs.top_ids)
 
-    def add_prompt_logprobs(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> None:
+    def add_prompt_logprobs(self, sequence: Sequence, logprobs: PositionLogprobs) -> None:
         self.outputs.prompt_logprobs.append(PromptLogprobs(sequence.number, logprobs))
         self.num_logprobs += sum(1 + len(one.top_ids) for one in logprobs)
 

@@ -24,7 +24,7 @@ from nanovllm.core.sequence import (
 )
 from nanovllm.core.waiting import BUDGET, KV, SEATS, WaitingQueue
 from nanovllm.protocol.messages import FinishReason
-from nanovllm.protocol.plan import BlockAppend, KnownTokens, StepPlan, StepResult, TokenLogprobs
+from nanovllm.protocol.plan import BlockAppend, KnownTokens, PositionLogprobs, StepPlan, StepResult
 from nanovllm.sampling_params import leaves_nothing
 
 # A chunk makes a step slower than one in which every row runs one token, for all of its rows: by
@@ -307,11 +307,11 @@ class Scheduler:
 
     @staticmethod
     def _take_prompt_logprobs(
-        outputs: StepOutputs, step: ScheduledStep, index: int, logprobs: list[TokenLogprobs]
+        outputs: StepOutputs, step: ScheduledStep, index: int, logprobs: PositionLogprobs
     ) -> None:
         """Those of entry `index` of the plan, but for what was reported before a preemption."""
         sequence = step.sequences[index]
-        new = logprobs[max(0, sequence.num_prompt_logprobs - step.plan.num_computed[index]) :]
+        new = logprobs.after(sequence.num_prompt_logprobs - step.plan.num_computed[index])
         if new and sequence.status is not Status.FINISHED:
             sequence.num_prompt_logprobs += len(new)
             outputs.prompt_logprobs.append((sequence, new))

@@ -17,7 +17,7 @@ import msgspec
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import Matcher
 from nanovllm.protocol.messages import FinishReason
-from nanovllm.protocol.plan import NewRow, StepPlan, TokenLogprobs
+from nanovllm.protocol.plan import NewRow, PositionLogprobs, StepPlan, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -200,7 +200,7 @@ class StepOutputs(msgspec.Struct, eq=False):
     sequences: list[Sequence] = []
     token_ids: list[int] = []
     logprobs: dict[int, TokenLogprobs] = {}
-    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs]]] = []
+    prompt_logprobs: list[tuple[Sequence, PositionLogprobs]] = []
     started: list[Sequence] = []
     finished: list[Sequence] = []
     failed: list[Sequence] = []

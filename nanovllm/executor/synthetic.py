@@ -13,6 +13,7 @@ import numpy.typing as npt
 from nanovllm.config import EngineConfig
 from nanovllm.protocol.plan import (
     NewRow,
+    PositionLogprobs,
     ProgressCallback,
     StepMasks,
     StepPlan,
@@ -123,8 +124,8 @@ class SyntheticExecutor:
                 found[index] = self._made_up(token_ids[index], int(noise[index]), wanted)
         return found
 
-    def _prompt_logprobs(self, plan: StepPlan) -> dict[int, list[TokenLogprobs]]:
-        found: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_logprobs(self, plan: StepPlan) -> dict[int, PositionLogprobs]:
+        found: dict[int, PositionLogprobs] = {}
         for entry, row in enumerate(plan.rows) if self._rows else ():
             new = self._rows.get(row)
             if new is None or (wanted := new.params.prompt_logprobs) is None:
@@ -132,10 +133,12 @@ class SyntheticExecutor:
             start = plan.num_computed[entry] + 1
             end = min(start + plan.num_scheduled[entry], new.num_prompt_tokens)
             if start < end:
-                found[entry] = [
-                    self._made_up(new.token_ids[position], position, wanted)
-                    for position in range(start, end)
-                ]
+                found[entry] = PositionLogprobs.of(
+                    [
+                        self._made_up(new.token_ids[position], position, wanted)
+                        for position in range(start, end)
+                    ]
+                )
         return found
 
     def _made_up(self, token_id: int, noise: int, num_top: int) -> TokenLogprobs:

@@ -9,11 +9,11 @@ from typing import Literal
 
 import msgspec
 
-from nanovllm.protocol.plan import TokenLogprobs, WorkerInfo
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs, WorkerInfo
 from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlock
 from nanovllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25
@@ -205,7 +205,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities of some next prompt tokens, in order; position 0 has none."""
 
     number: int
-    logprobs: list[TokenLogprobs]
+    logprobs: PositionLogprobs
 
 
 class Outputs(msgspec.Struct, tag=True, omit_defaults=True):

@@ -5,6 +5,9 @@ makes plans, executors run them; frontends see `WorkerInfo` in `Welcome` and `To
 `Outputs`.
 """
 
+import struct
+from array import array
+from collections.abc import Iterator
 from typing import Protocol
 
 import msgspec
@@ -23,6 +26,64 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     rank: int
     top_ids: list[int]
     top_logprobs: list[float]
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """`TokenLogprobs` of positions in a row, as the device has packed them.
+
+    A prompt has thousands of positions: what stands between the device and the frontend that
+    unpacks them passes them on as bytes.
+
+    words: [num_positions, 3 + 2 * num_top] numbers of 32 bits in this machine's byte order: a
+    token's id, log-probability (float32) and rank, the top ids, and their log-probabilities.
+    """
+
+    num_positions: int
+    words: bytes
+
+    @classmethod
+    def of(cls, positions: list[TokenLogprobs]) -> "PositionLogprobs":
+        """All have as many alternatives."""
+        words = bytearray()
+        for one in positions:
+            num_top = len(one.top_ids)
+            words += struct.pack(
+                f"ifi{num_top}i{num_top}f",
+                one.token_id,
+                one.logprob,
+                one.rank,
+                *one.top_ids,
+                *one.top_logprobs,
+            )
+        return cls(len(positions), bytes(words))
+
+    def after(self, count: int) -> "PositionLogprobs":
+        """But for the first `count` positions."""
+        if count <= 0:
+            return self
+        left = max(0, self.num_positions - count)
+        return PositionLogprobs(left, self.words[len(self.words) - left * self._num_bytes :])
+
+    @property
+    def _num_bytes(self) -> int:
+        """Of a position."""
+        return len(self.words) // max(1, self.num_positions)
+
+    def __len__(self) -> int:
+        return self.num_positions
+
+    def __iter__(self) -> Iterator[TokenLogprobs]:
+        size = self._num_bytes // 4
+        middle = (3 + size) // 2  # where the ids end and their log-probabilities begin
+        integers, reals = array("i", self.words).tolist(), array("f", self.words).tolist()
+        for start in range(0, len(integers), size or 1):
+            yield TokenLogprobs(
+                integers[start],
+                reals[start + 1],
+                integers[start + 2],
+                integers[start + 3 : start + middle],
+                reals[start + middle : start + size],
+            )
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):
@@ -100,7 +161,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     step: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: dict[int, PositionLogprobs] = {}
     failures: dict[int, str] = {}
 
 

@@ -28,7 +28,7 @@ from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
-from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, joined, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from nanovllm.worker.stage_link import StageLink
 
@@ -71,8 +71,7 @@ class PendingStep:
     """A step under way (a `protocol.plan.StepHandle`), between its halves or behind both.
 
     rows, positions: where the tokens go that are sampled. token_ids and logprobs arrive in host
-    memory after the second half. prompt_logprobs: entry of the plan → (alternatives wanted, its
-    prompt positions).
+    memory after the second half. prompt_logprobs: entry of the plan → its prompt positions.
     """
 
     step: int
@@ -83,7 +82,7 @@ class PendingStep:
     logprobs: PackedLogprobs | None = None
     logprob_indices: list[int] = field(default_factory=list)
     num_top_logprobs: list[int] = field(default_factory=list)
-    prompt_logprobs: dict[int, tuple[int, list[PackedLogprobs]]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[PackedLogprobs]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)  # as `StepResult.failures`
     done: torch.Event | None = None
 
@@ -104,10 +103,7 @@ class PendingStep:
             step=self.step,
             token_ids=[] if self.token_ids is None else self.token_ids.tolist(),
             logprobs=logprobs,
-            prompt_logprobs={
-                entry: [one for part in parts for one in part.unpack([num_top] * len(part.words))]
-                for entry, (num_top, parts) in self.prompt_logprobs.items()
-            },
+            prompt_logprobs={entry: joined(parts) for entry, parts in self.prompt_logprobs.items()},
             failures=self.failures,
         )
 
@@ -403,4 +399,4 @@ class ModelRunner:
                     strict=True,
                 )
             ]
-            pending.prompt_logprobs[entry] = num_top, [part.to_host() for part in parts]
+            pending.prompt_logprobs[entry] = [part.to_host() for part in parts]

@@ -34,7 +34,7 @@ from nanovllm.protocol.messages import (
     Started,
     Welcome,
 )
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor, reference
 from tests.core.serving import (
@@ -253,22 +253,23 @@ def test_a_message_may_hold_log_probabilities_of_a_prompt_alone() -> None:
     clients = ClientTable(max_clients=1, lease_s=1.0)
     client = clients.attach(b"x", 0.0)
     sequence = Sequence(client.client_id, 3, [5, 6], SamplingParams(prompt_logprobs=1))
-    told = TokenLogprobs(6, -0.5, 1, [6], [-0.5])
-    clients.collect(StepOutputs(prompt_logprobs=[(sequence, [told])]))
+    told = PositionLogprobs.of([TokenLogprobs(6, -0.5, 1, [6], [-0.5])])
+    clients.collect(StepOutputs(prompt_logprobs=[(sequence, told)]))
     assert client.has_mail and client.backlog == 2
-    assert client.take_outputs() == Outputs(prompt_logprobs=[PromptLogprobs(3, [told])])
+    assert client.take_outputs() == Outputs(prompt_logprobs=[PromptLogprobs(3, told)])
     assert not client.has_mail and client.backlog == 0
 
 
 def test_of_a_message_everything_about_some_requests_can_be_selected() -> None:
     told = [TokenLogprobs(token_id, -0.5, 1, [], []) for token_id in range(4)]
+    packed = PositionLogprobs.of(told)
     ends = [Finished(number, "stop", None, 0) for number in (1, 2)]
     whole = Outputs(
         numbers=[2, 1, 2, 1],
         token_ids=[20, 10, 21, 11],
         logprobs=dict(enumerate(told)),
         started=[Started(1, 0, 0.0), Started(2, 0, 0.0)],
-        prompt_logprobs=[PromptLogprobs(1, told), PromptLogprobs(2, told)],
+        prompt_logprobs=[PromptLogprobs(1, packed), PromptLogprobs(2, packed)],
         finished=ends,
     )
     assert select(whole, {2}) == Outputs(

@@ -14,7 +14,7 @@ from nanovllm.core.sequence import (
     Status,
     StepOutputs,
 )
-from nanovllm.protocol.plan import StepResult, TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 EOS = 0
@@ -277,7 +277,7 @@ def test_prompt_logprobs_are_not_repeated_after_preemption() -> None:
             TokenLogprobs(position, -1.0, 1, [], [])
             for position in range(start + 1, min(start + count, 5) + 1)
         ]
-        mine = {0: entries} if step.sequences == [sequence] else {}
+        mine = {0: PositionLogprobs.of(entries)} if step.sequences == [sequence] else {}
         result = StepResult(step.plan.step, [9] * len(step.sampled), prompt_logprobs=mine)
         for owner, logprobs in scheduler.update(step, result).prompt_logprobs:
             assert owner is sequence

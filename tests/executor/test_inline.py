@@ -120,7 +120,7 @@ def test_logprobs_of_prompt_and_output_agree(executor: Worker) -> None:
     plan = make_plan(9, [(1, 0, 15)], new_rows=[new_row(1, PROMPTS[4] + outputs[:4], params)])
     (prompt_logprobs,) = run_step(executor, plan).result().prompt_logprobs.values()
     assert [entry.token_id for entry in prompt_logprobs] == (PROMPTS[4] + outputs)[1:15]
-    for result, again in zip(results, prompt_logprobs[10:], strict=False):
+    for result, again in zip(results, prompt_logprobs.after(10), strict=False):
         logprobs = result.logprobs[0]
         assert logprobs.rank == again.rank == 1
         assert logprobs.top_ids == again.top_ids

@@ -28,7 +28,7 @@ from nanovllm.protocol.messages import (
     Started,
     ToCore,
 )
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, last_of
 from tests.frontend.fake_core import WELCOME, FakeCore, echo, silent
@@ -54,7 +54,7 @@ def saying(text: bytes, *, until: int) -> Any:
             started=[Started(number, len(message.output_token_ids), 1.0) for number in numbers]
         )
         if message.params.prompt_logprobs is not None:
-            some = [one_logprob(token_id) for token_id in message.prompt_token_ids[1:]]
+            some = PositionLogprobs.of([*map(one_logprob, message.prompt_token_ids[1:])])
             yield Outputs(prompt_logprobs=[PromptLogprobs(message.number, some)])
         for number in numbers:
             new = list(text[len(message.output_token_ids) : until])

@@ -19,7 +19,7 @@ from nanovllm.protocol.messages import (
     Started,
     ToCore,
 )
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.frontend.attached import all_of, attached, last_of, says, settled
 from tests.frontend.fake_core import echo, silent
@@ -244,13 +244,13 @@ async def test_logprobs_are_keyed_by_token(address: str) -> None:
     def script(message: ToCore) -> Iterable[FromCore]:
         if isinstance(message, AddRequest):
             number = message.number
-            chunk = TokenLogprobs(98, -3.0, 7, [99, 100], [-0.5, -1.5])
-            yield Outputs(prompt_logprobs=[PromptLogprobs(number, [chunk])])
+            chunk = PositionLogprobs.of([TokenLogprobs(98, -3.0, 7, [99, 100], [-0.5, -1.5])])
+            yield Outputs(prompt_logprobs=[PromptLogprobs(number, chunk)])
             yield Outputs(
                 [number],
                 [65],
                 logprobs={0: TokenLogprobs(65, -0.25, 1, [65, 66], [-0.25, -2.0])},
-                prompt_logprobs=[PromptLogprobs(number, [chunk])],
+                prompt_logprobs=[PromptLogprobs(number, chunk)],
                 started=[Started(number, 0, 0.0)],
             )
             yield Outputs(

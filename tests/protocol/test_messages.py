@@ -38,6 +38,7 @@ from nanovllm.protocol.plan import (
     BlockAppend,
     KnownTokens,
     NewRow,
+    PositionLogprobs,
     StepMasks,
     StepPlan,
     StepResult,
@@ -105,7 +106,14 @@ OBSERVATION = Observation(
 FROM_CORE = [
     Loading("weights", 0.5),
     Welcome(1, "epoch", "model", "name", 16, 256, INFO),
-    Outputs([1], [7], {0: LOGPROBS}, [PromptLogprobs(1, [LOGPROBS])], [Started(1, 16, 2.5)], []),
+    Outputs(
+        [1],
+        [7],
+        {0: LOGPROBS},
+        [PromptLogprobs(1, PositionLogprobs.of([LOGPROBS]))],
+        [Started(1, 16, 2.5)],
+        [],
+    ),
     Outputs(finished=[Finished(1, "stop", 2, 0)]),
     Outputs(finished=[Finished(1, "timeout", None, 0, why=Why(1, 2, 3, 4, 5, 6, 7, 8.5, None))]),
     Overloaded(1, 2.5, draining=True),
@@ -131,7 +139,7 @@ WORKER = [
         [KnownTokens(1, 5, [6, 7])],
     ),
     StepMasks([0], memoryview(b"\x07\0\0\0")),
-    StepResult(1, [5], {0: LOGPROBS}, {0: [LOGPROBS]}),
+    StepResult(1, [5], {0: LOGPROBS}, {0: PositionLogprobs.of([LOGPROBS])}),
     INFO,
 ]
 
@@ -200,6 +208,7 @@ def test_no_message_is_left_out() -> None:
         SequenceView,
         StepView,
         TokenLogprobs,
+        PositionLogprobs,
         PromptLogprobs,
         Started,
         Finished,
@@ -220,3 +229,20 @@ def test_no_message_is_left_out() -> None:
 def test_a_decode_step_s_output_is_small() -> None:
     step = Outputs(numbers=list(range(256)), token_ids=[50_000] * 256)
     assert len(msgspec.msgpack.encode(step)) < 8 * 256
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5])
+def test_positions_are_packed_and_unpacked(num_top: int) -> None:
+    positions = [
+        TokenLogprobs(
+            7 + i, -0.5 * i, 1 + i, list(range(num_top)), [-1.25 * j for j in range(num_top)]
+        )
+        for i in range(4)
+    ]
+    packed = msgspec.msgpack.decode(
+        msgspec.msgpack.encode(PositionLogprobs.of(positions)), type=PositionLogprobs
+    )
+    assert [*packed] == positions and len(packed) == 4
+    for count in range(6):
+        assert [*packed.after(count)] == positions[count:]
+        assert bool(packed.after(count)) == (count < 4)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 
 NUM_FIXED = 3  # words of a position before its alternatives: token id, log-probability, rank
 
@@ -80,3 +80,9 @@ class PackedLogprobs:
                 )
             )
         return found
+
+
+def joined(parts: list[PackedLogprobs]) -> PositionLogprobs:
+    """As they go to the core. parts: on the host, of so many alternatives each."""
+    words = torch.cat([part.words for part in parts])
+    return PositionLogprobs(len(words), words.numpy().tobytes())
