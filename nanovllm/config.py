@@ -284,7 +284,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bool, Meta(description="sums over ranks by NCCL alone, never by GPUs writing to each other")
     ] = False
     compare_ranks: Annotated[
-        bool, Meta(description="for debugging: end the engine if two ranks pick different ids")
+        bool,
+        Meta(description="for debugging: end the engine if two ranks have different ids"),
     ] = False
 
     @property
