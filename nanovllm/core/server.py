@@ -58,7 +58,7 @@ from nanovllm.protocol.messages import (
     TrialOver,
     Welcome,
 )
-from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
@@ -505,8 +505,11 @@ class CoreServer:
 
     def _tell_failure(self, error: Exception) -> None:
         usage = isinstance(error, ValueError) and self._core is None
-        failure = CoreFailed(str(error) or type(error).__name__, traceback.format_exc(), usage)
-        self._life.note_failure(failure.details)
+        from_outside = isinstance(error, DeviceLostError) and error.from_outside
+        text = str(error) or type(error).__name__
+        failure = CoreFailed(text, traceback.format_exc(), usage, from_outside)
+        if not from_outside:
+            self._life.note_failure(failure.details)
         self._last_loading = Loading("failed", 0.0)
         self._has_failed, self._core, self._operations = True, None, None
         self._intake = Intake(self._clients)  # what waits is sent to the next core

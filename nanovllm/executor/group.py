@@ -254,7 +254,7 @@ class GroupExecutor:
                     pass
         dead = [rank for rank, failure in failed.items() if failure is None]
         if dead:
-            return self._end(self._ranks[dead[0]].cause_of_death())
+            return self._end(*self._ranks[dead[0]].cause_of_death())
         first, failure = next(iter(failed.items()))
         assert failure is not None
         if failure.usage and not self._is_running:
@@ -263,9 +263,9 @@ class GroupExecutor:
         LOG.error("%s failed:\n%s", self._ranks[first], failure.details)
         return self._end(f"{self._ranks[first]} failed: {failure.message}")
 
-    def _end(self, cause: str) -> DeviceLostError:
-        size = len(self._ranks)
-        self._lost = DeviceLostError(f"{cause}: the {size} ranks of its group have been ended")
+    def _end(self, cause: str, from_outside: bool = False) -> DeviceLostError:
+        told = f"{cause}: the {len(self._ranks)} ranks of its group have been ended"
+        self._lost = DeviceLostError(told, from_outside=from_outside)
         for rank in self._ranks:
             rank.kill()
         until = time.monotonic() + KILLED_S

@@ -6,7 +6,7 @@ has. A launcher is one file: `rank_process` for this host, `ray_launcher` for a 
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.channel import Channel
@@ -16,6 +16,14 @@ LAUNCHERS = {
     "mp": "nanovllm.executor.rank_process:ProcessLauncher",
     "ray": "nanovllm.executor.ray_launcher:RayLauncher",
 }
+
+
+class Death(NamedTuple):
+    """How a rank has ended. from_outside: by a signal that no program causes itself, or together
+    with its host; what the rank was doing is not to blame then."""
+
+    cause: str
+    from_outside: bool = False
 
 
 class StartedRank(Protocol):
@@ -37,8 +45,8 @@ class StartedRank(Protocol):
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it, as far as is known. Does not wait."""
 
-    def cause_of_death(self) -> str:
-        """In words; its channel has been closed. Takes a second at most."""
+    def cause_of_death(self) -> Death:
+        """Its channel has been closed. Takes a second at most."""
 
     def kill(self) -> None:
         """Have it ended by force. Does not wait."""

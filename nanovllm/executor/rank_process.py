@@ -17,7 +17,8 @@ import msgspec
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.channel import Channel
-from nanovllm.protocol.plan import ProgressCallback
+from nanovllm.executor.launcher import Death
+from nanovllm.protocol.plan import FAULTS, ProgressCallback
 
 PROGRAM = ("-m", "nanovllm.executor.rank")
 LAST_WORDS_S = 1.0  # between the end of a channel and that of its process
@@ -80,9 +81,10 @@ class RankProcess:
         """As far as the system tells."""
         return is_stopped(self.process.pid)
 
-    def cause_of_death(self) -> str:
-        """In words; its channel has been closed."""
-        return f"{self} {what_became_of(self.process)}"
+    def cause_of_death(self) -> Death:
+        """Its channel has been closed."""
+        death = what_became_of(self.process)
+        return death._replace(cause=f"{self} {death.cause}")
 
     def kill(self) -> None:
         """Safe to call twice."""
@@ -137,12 +139,13 @@ def is_stopped(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
 
-def what_became_of(process: "subprocess.Popen[bytes]") -> str:
-    """The end of a sentence about a rank whose channel has closed. Takes `LAST_WORDS_S` at most."""
+def what_became_of(process: "subprocess.Popen[bytes]") -> Death:
+    """Of a rank whose channel has closed; its cause is the end of a sentence. Takes `LAST_WORDS_S`
+    at most."""
     try:
         code = process.wait(LAST_WORDS_S)
     except subprocess.TimeoutExpired:
-        return "does not answer any more"
+        return Death("does not answer any more")
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+        return Death(f"was killed by {signal.Signals(-code).name}", -code not in FAULTS)
+    return Death(f"ended with exit code {code}")

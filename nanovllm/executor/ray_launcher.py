@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nanovllm.config import EngineConfig
 from nanovllm.executor.channel import Channel, has_ended
+from nanovllm.executor.launcher import Death
 from nanovllm.executor.rank_process import (
     DEFAULT_ENVIRONMENT,
     LAST_WORDS_S,
@@ -86,8 +87,8 @@ class RankAgent:
         assert self._process is not None
         return is_stopped(self._process.pid)
 
-    def what_became(self) -> str:
-        """Of the rank, whose channel has closed: the end of a sentence."""
+    def what_became(self) -> Death:
+        """Of the rank, whose channel has closed; its cause is the end of a sentence."""
         assert self._process is not None
         return what_became_of(self._process)
 
@@ -287,14 +288,15 @@ class RayRank:
         self._asked = self._agent.is_stopped.remote()
         return answered
 
-    def cause_of_death(self) -> str:
-        """In words; its channel has been closed."""
+    def cause_of_death(self) -> Death:
+        """Its channel has been closed."""
         try:
-            return f"{self} {ray.get(self._agent.what_became.remote(), timeout=LAST_WORDS_S)}"
+            death: Death = ray.get(self._agent.what_became.remote(), timeout=LAST_WORDS_S)
+            return death._replace(cause=f"{self} {death.cause}")
         except RayActorError:
-            return f"{self} has ended with its Ray actor, which has died"
+            return Death(f"{self} has ended with its Ray actor, which has died", True)
         except GetTimeoutError:
-            return f"{self} does not answer any more, nor does its Ray actor"
+            return Death(f"{self} does not answer any more, nor does its Ray actor", True)
 
     def kill(self) -> None:
         """By its actor's end, with which it ends. Safe to call twice."""

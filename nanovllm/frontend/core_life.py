@@ -41,6 +41,7 @@ from nanovllm.protocol.messages import (
     TrialOffered,
     Welcome,
 )
+from nanovllm.protocol.plan import FAULTS
 
 CONNECT_TIMEOUT_S = 10.0  # until a core answers at the address
 SILENCE_S = 120.0  # most between two messages of a core that loads
@@ -50,16 +51,6 @@ NO_PROGRESS_S = 0.75  # of a loop that goes round and finishes no step, as `Core
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
 WATCH_INTERVAL_S = 0.1
-# Signals that a process causes itself; others are sent from outside.
-FAULTS = {
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGSEGV,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-}
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -215,7 +206,7 @@ class CoreLife:
                 self._die(DetachedError(f"the core has let this client go: {reason}"))
             case CoreFailed(text, details):
                 self._failure = message
-                self._die(EngineDeadError(text, details, is_crash=True))
+                self._die(EngineDeadError(text, details, is_crash=not message.from_outside))
 
     def on_disconnected(self) -> None:
         """`Link`: the core is gone."""

@@ -325,11 +325,13 @@ class CoreFailed(msgspec.Struct, frozen=True, tag=True):
     """The core dies of this; sent to every client, also while loading.
 
     `usage`: the user's configuration is at fault (a `ValueError` at the frontend), not the engine.
+    `from_outside`: no request can have been the cause.
     """
 
     message: str
     details: str
     usage: bool = False
+    from_outside: bool = False
 
 
 FromCore = (

@@ -5,6 +5,7 @@ makes plans, executors run them; frontends see `WorkerInfo` in `Welcome` and `To
 `Outputs`.
 """
 
+import signal
 import struct
 from array import array
 from collections.abc import Iterator
@@ -195,13 +196,30 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: dict[str, int] = {}
 
 
+# Signals that a process causes itself; others are sent from outside.
+FAULTS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
+
+
 class StepFailedError(RuntimeError):
     """A step failed, and its requests with it; the worker is fit for the next one."""
 
 
 class DeviceLostError(RuntimeError):
     """No step can run any more: the device, or the process that owns it, is gone. Ends the core;
-    any other exception of a step fails the sequences of that step."""
+    any other exception of a step fails the sequences of that step. from_outside: no step can have
+    been the cause."""
+
+    def __init__(self, message: str = "", *, from_outside: bool = False) -> None:
+        super().__init__(message)
+        self.from_outside = from_outside
 
 
 class ProgressCallback(Protocol):

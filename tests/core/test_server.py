@@ -255,8 +255,10 @@ class FailingStart(SlowStart):
 
 
 class LosingDevice(FakeExecutor):
+    from_outside = False
+
     def submit(self, plan: object) -> object:  # type: ignore[override]
-        raise DeviceLostError("the device is gone")
+        raise DeviceLostError("the device is gone", from_outside=self.from_outside)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +272,15 @@ def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, u
     assert "Traceback" in failure.details
 
 
-def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(address: str) -> None:
+@pytest.mark.parametrize("from_outside", [False, True])
+def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(
+    address: str, from_outside: bool
+) -> None:
     executor = LosingDevice(EngineConfig(), num_blocks=20, max_model_len=64)
+    executor.from_outside = from_outside
     failure = failure_of(address, executor, DeviceLostError, request=add())
     assert failure.message == "the device is gone" and not failure.usage
+    assert failure.from_outside is from_outside
 
 
 class LosingDeviceLater(LosingDevice):

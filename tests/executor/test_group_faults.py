@@ -59,16 +59,19 @@ def test_a_step_of_a_group(group: GroupExecutor) -> None:
 
 
 @ENDLESS
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSEGV)]
+)
 def test_a_rank_killed_in_a_step_ends_the_group_with_its_cause(
-    group: GroupExecutor, victim: int
+    group: GroupExecutor, victim: int, number: signal.Signals
 ) -> None:
     ranks = pids_of(group)
     step = run_step(group, PLAN)
     killed_at = time.monotonic()
-    os.kill(ranks[victim], signal.SIGKILL)
-    with pytest.raises(DeviceLostError, match=rf"rank {victim} .*SIGKILL"):
+    os.kill(ranks[victim], number)
+    with pytest.raises(DeviceLostError, match=rf"rank {victim} .*{number.name}") as raised:
         step.result()
+    assert raised.value.from_outside is (number == signal.SIGKILL), "a step may fault by itself"
     assert time.monotonic() - killed_at < WAIT_S
     assert not any(map(alive, ranks))
     with pytest.raises(DeviceLostError, match=rf"rank {victim} "):

@@ -335,14 +335,16 @@ async def test_a_vanished_core_fails_everything_pending(address: str) -> None:
     await client.close()
 
 
-async def test_last_words_are_the_root_cause(address: str) -> None:
+@pytest.mark.parametrize("from_outside", [False, True])
+async def test_last_words_are_the_root_cause(address: str, from_outside: bool) -> None:
     core = FakeCore(address).__enter__()
     client, recorder = await connected(address)
-    core.push(CoreFailed("CUDA error 700", "where it was"))
+    core.push(CoreFailed("CUDA error 700", "where it was", from_outside=from_outside))
     await recorder.dead.wait()
     core.die()
     error = await failure_of(asyncio.ensure_future(client.status()))
     assert (str(error), error.details) == ("CUDA error 700", "where it was")
+    assert error.is_crash is not from_outside
     await client.close()
     assert len(recorder.heard) == 1, "said once"
 
