@@ -10,7 +10,6 @@ from collections.abc import Collection
 from typing import Any
 
 import msgspec
-import numpy as np
 
 MAX_STOPS = 64
 MAX_STOP_CHARS = 4096  # of all stop strings together: each new character is compared with each
@@ -67,6 +66,8 @@ def check_in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) 
 
 def _are_below(limit: int, token_ids: Collection[int]) -> bool:
     """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
+    import numpy as np  # the command line's help does not wait for it
+
     try:
         words = array("I", token_ids)
     except OverflowError:

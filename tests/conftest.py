@@ -1,6 +1,6 @@
 """Models that tests share: small random ones of every architecture, and SmolLM2 where it is.
 
-Also how test processes share the machine (`pytest -n 2`, or `-n auto` for three on two cores).
+Also how test processes share the machine (`pytest -n 2`, or `-n auto` for one per core).
 """
 
 import fcntl
@@ -87,10 +87,9 @@ TINY: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto`: three processes for two cores that this one may use, since tests of sockets,
-    leases and other processes wait for a third of their time; each takes up to 2 GiB."""
+    """`-n auto`: a process per core that this one may use; each takes up to 2 GiB."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)) * 3 // 2, memory_bytes >> 31))
+    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes >> 31))
 
 
 # Rooms and files whose tests start processes, run kernels in an interpreter, or search for faults.

@@ -16,7 +16,7 @@ from nanovllm.protocol.messages import (
     RequestFailed,
     ToCore,
 )
-from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, events, listening, roomy, served
@@ -86,7 +86,7 @@ def scored(message: ToCore) -> Any:
     if not isinstance(message, AddRequest):
         return silent(message)
     number, prompt = message.number, message.prompt_token_ids
-    of_prompt = [TokenLogprobs(i, -1.0, 1, [i], [-1.0]) for i in prompt[1:]]
+    of_prompt = PositionLogprobs.of([TokenLogprobs(i, -1.0, 1, [i], [-1.0]) for i in prompt[1:]])
     asked = message.params.prompt_logprobs is not None
     return [
         Outputs(
@@ -220,7 +220,8 @@ def logged(message: ToCore) -> Any:
     if not isinstance(message, AddRequest):
         return silent(message)
     number, asked = message.number, message.params.prompt_logprobs
-    entries = [TokenLogprobs(i, -1.0, 1, [], []) for i in message.prompt_token_ids[1:]]
+    prompt = message.prompt_token_ids
+    entries = PositionLogprobs.of([TokenLogprobs(i, -1.0, 1, [], []) for i in prompt[1:]])
     found: list[Any] = [Outputs(prompt_logprobs=[PromptLogprobs(number, entries)])] * (asked == 0)
     for start in range(0, len(SPLIT), 2):
         ids = list(SPLIT[start : start + 2])
