@@ -90,7 +90,7 @@ class Client:
 
     def add_prompt_logprobs(self, sequence: Sequence, logprobs: PositionLogprobs) -> None:
         self.outputs.prompt_logprobs.append(PromptLogprobs(sequence.number, logprobs))
-        self.num_logprobs += sum(1 + len(one.top_ids) for one in logprobs)
+        self.num_logprobs += logprobs.num_logprobs
 
     def take_outputs(self) -> Outputs:
         """All outputs, which are the caller's from here on."""

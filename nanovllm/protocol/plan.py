@@ -66,6 +66,11 @@ class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return PositionLogprobs(left, self.words[len(self.words) - left * self._num_bytes :])
 
     @property
+    def num_logprobs(self) -> int:
+        """Of all positions, alternatives counted."""
+        return (len(self.words) // 4 - self.num_positions) // 2
+
+    @property
     def _num_bytes(self) -> int:
         """Of a position."""
         return len(self.words) // max(1, self.num_positions)

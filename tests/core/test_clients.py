@@ -303,7 +303,9 @@ def test_what_a_client_has_not_read_is_counted_and_taken_once() -> None:
     client.outputs.numbers.append(7)
     client.outputs.token_ids.append(1)
     assert client.has_outputs and (client.num_merged, client.backlog) == (5, 5)
-    client.add_prompt_logprobs(sequence, [logprobs, TokenLogprobs(2, -0.5, 1, [], [])])
+    client.add_prompt_logprobs(sequence, PositionLogprobs.of([logprobs]))
+    shorter = TokenLogprobs(2, -0.5, 1, [], [])
+    client.add_prompt_logprobs(sequence, PositionLogprobs.of([shorter]))
     assert (client.num_merged, client.outputs.logprobs) == (10, {0: logprobs})
     client.num_unsent, client.unsent = 2, b"frame"
     assert client.backlog == 12
@@ -343,7 +345,8 @@ def test_what_a_step_brought_is_sorted_by_client() -> None:
     logprobs = TokenLogprobs(6, -0.5, 1, [], [])
     step = StepOutputs(started=[theirs, mine], sequences=[theirs, mine, mine], token_ids=[5, 6, 8])
     step.logprobs[1] = logprobs
-    step.prompt_logprobs += [(theirs, [logprobs]), (mine, [logprobs])]
+    packed = PositionLogprobs.of([logprobs])
+    step.prompt_logprobs += [(theirs, packed), (mine, packed)]
     table.collect(step)
     outputs = here.take_outputs()
     assert (outputs.numbers, outputs.token_ids, outputs.logprobs) == ([7, 7], [6, 8], {0: logprobs})

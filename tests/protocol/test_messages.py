@@ -243,6 +243,7 @@ def test_positions_are_packed_and_unpacked(num_top: int) -> None:
         msgspec.msgpack.encode(PositionLogprobs.of(positions)), type=PositionLogprobs
     )
     assert [*packed] == positions and len(packed) == 4
+    assert packed.num_logprobs == 4 * (1 + num_top)
     for count in range(6):
         assert [*packed.after(count)] == positions[count:]
         assert bool(packed.after(count)) == (count < 4)

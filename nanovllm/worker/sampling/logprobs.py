@@ -63,20 +63,12 @@ class PackedLogprobs:
 
     def unpack(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One message per position, with its first `num_top[i]` alternatives (-1: all)."""
-        width = (self.words.shape[1] - NUM_FIXED) // 2
-        middle = NUM_FIXED + width
-        integers = self.words.tolist()
-        floats = self.words.view(torch.float32).tolist()
         found = []
-        for wanted, words, reals in zip(num_top, integers, floats, strict=True):
-            count = width if wanted < 0 else min(wanted, width)
+        for wanted, one in zip(num_top, joined([self]), strict=True):
+            top = slice(None if wanted < 0 else wanted)
             found.append(
                 TokenLogprobs(
-                    words[0],
-                    reals[1],
-                    words[2],
-                    words[NUM_FIXED : NUM_FIXED + count],
-                    reals[middle : middle + count],
+                    one.token_id, one.logprob, one.rank, one.top_ids[top], one.top_logprobs[top]
                 )
             )
         return found
