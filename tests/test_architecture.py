@@ -29,11 +29,13 @@ BUDGETS = {
     # let go of; forced tokens that are found before their masks; sequences that steps
     # of a pipeline share; where an output is in its JSON schema, so that masks can be kept by it,
     # and which schemas need no trial; the same of regular expressions
-    # what waits when a core fails is for the next one
-    "core": 6160,
+    # what waits when a core fails is for the next one; what a step of many tokens may take before
+    # it is a stall
+    "core": 6210,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
-    # core failed by itself, and what follows for its requests; what Ray is told of replicas
-    "frontend": 4015,
+    # core failed by itself, and what follows for its requests; what Ray is told of replicas;
+    # silence of a core beside that of this process
+    "frontend": 4030,
     # and the fields that clients send; connections, origins, bodies, keys; a core of several
     # frontends that is started again, prompts whose encoding can be ended; what is set for a lesson
     "frontend.server": 6140,

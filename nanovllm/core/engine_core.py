@@ -31,6 +31,7 @@ from nanovllm.core.events import (
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import GrammarCompiler, MasksUnderWay, Matcher
 from nanovllm.core.pace import Pace
+from nanovllm.core.patience import Patience
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import (
     ScheduledStep,
@@ -44,8 +45,6 @@ from nanovllm.protocol.messages import AddRequest, CoreStatus, FinishReason
 from nanovllm.protocol.plan import DeviceLostError, StepHandle, StepMasks, WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
-NUM_RECENT_STEPS = 16
-FAR_BEYOND = 4.0  # times a recent long step: what takes longer than that is a stall
 Key = tuple[int, int]
 LOG = logging.getLogger(__name__)
 
@@ -54,9 +53,10 @@ class EngineCore:
     """Runs sequences on `executor`, which has been started and reported `info`.
 
     compiler: for structured outputs, which are refused without one. wake: called from other threads
-    when `step` has something to do that it had not before. `grammars`, `sequences` (all that have
-    not ended, by client and number), `inflight`, `unsampled`, `paused_clients` and `seeds` are the
-    core's own, and public for who records the core and runs a recording again.
+    when `step` has something to do that it had not before. on_long_step: called before a step that
+    may take longer than those before it, as `patience` then says. `grammars`, `sequences` (all that
+    have not ended, by client and number), `inflight`, `unsampled`, `paused_clients` and `seeds` are
+    the core's own, and public for who records the core and runs a recording again.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class EngineCore:
         info: WorkerInfo,
         compiler: GrammarCompiler | None = None,
         wake: Callable[[], None] = lambda: None,
+        on_long_step: Callable[[], None] = lambda: None,
     ) -> None:
         limits = config.limits(info.device)
         self._max_inflight = limits.max_inflight_steps
@@ -101,7 +102,8 @@ class EngineCore:
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
-        self._recent_steps_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
+        self.patience = Patience(info, depth=self._max_inflight)
+        self._on_long_step = on_long_step
         self._last_result_at = 0.0
         self._started_at = self._idle_at = time.monotonic()
         self._num_failed_steps = self._num_failed = self._num_timeouts = 0
@@ -320,7 +322,7 @@ class EngineCore:
             for listener in self._listeners:
                 listener.on_step_failed(step, error, time.monotonic())
             return self._give_up(step, error)
-        self._count_step()
+        self._count_step(step)
         for listener in self._listeners:
             listener.on_result(step, result, outputs, self._last_result_at)
         self._settle(outputs)
@@ -344,6 +346,8 @@ class EngineCore:
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
+        if self.patience.begin(sum(step.plan.num_scheduled)):
+            self._on_long_step()
         try:
             for listener in self._listeners:
                 listener.on_submit(step)
@@ -512,7 +516,7 @@ class EngineCore:
         """
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
-        self._count_step()
+        self._count_step(step)
         lost = dict.fromkeys(step.sequences)
         for later, _ in self.inflight:
             lost |= dict.fromkeys(later.admitted_on_a_prefix())
@@ -565,16 +569,6 @@ class EngineCore:
         """Since when there has been work, no step has finished and nobody has held the next."""
         return max(self._last_result_at, self._idle_at, min(now, self.pace.next_step_at))
 
-    @property
-    def patience_s(self) -> float:
-        """What a step may take, as the recent ones go, before it counts as stalled.
-
-        Of those the second longest counts, since one long step may itself have been a stall.
-        """
-        if len(self._recent_steps_s) < 2:
-            return 0.0
-        return FAR_BEYOND * sorted(self._recent_steps_s)[-2]
-
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
         scheduler, blocks = self.scheduler, self.blocks
@@ -603,14 +597,14 @@ class EngineCore:
             num_forced_tokens=scheduler.num_forced_tokens,
             uptime_s=time.monotonic() - self._started_at,
             stalled_s=self.stalled_s,
-            patience_s=self.patience_s,
+            patience_s=self.patience.seconds,
             is_held=self.pace.is_held(time.monotonic()),
         )
 
-    def _count_step(self) -> None:
+    def _count_step(self, step: ScheduledStep) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
-        self._recent_steps_s.append(now - self._could_step_since(now))
+        self.patience.note(now - self._could_step_since(now), sum(step.plan.num_scheduled))
         self._last_result_at = now
         self._num_steps += 1
         if now < self.pace.until:

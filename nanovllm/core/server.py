@@ -35,6 +35,7 @@ from nanovllm.keys import CoreKeys
 from nanovllm.protocol.messages import (
     PROTOCOL_VERSION,
     PULSE_INTERVAL_S,
+    STALL_S,
     STATUS_INTERVAL_S,
     Abort,
     AddRequest,
@@ -187,7 +188,9 @@ class CoreServer:
             self._info = executor.start()
             executor.allocate(self._info.num_blocks)
             compiler = make_compiler(self._info) if make_compiler else None
-            core = EngineCore(self._config, executor, self._info, compiler, self._wake)
+            core = EngineCore(
+                self._config, executor, self._info, compiler, self._wake, self._forewarn
+            )
             for make_listener in self._listeners:
                 core.listen(make_listener(core, self._info))
             viewer = None if self._make_viewer is None else self._make_viewer(core)
@@ -200,7 +203,7 @@ class CoreServer:
             self._flush()
             with watching_for_stalls(
                 lambda: core.stalled_s,
-                lambda: max(self._config.service.stall_timeout, core.patience_s),
+                lambda: max(self._config.service.stall_timeout, core.patience.seconds),
                 log=self._stall_log,
             ):
                 while not self._stopping:
@@ -293,7 +296,7 @@ class CoreServer:
         return time.monotonic() - now - timeout_s
 
     def _send_pulse(self, core: EngineCore, now: float) -> None:
-        patience_s = core.patience_s
+        patience_s = core.patience.seconds
         if now >= self._warm_up_from:
             patience_s = max(patience_s, WARM_UP_S)
         pulse: Pulse | CoreStatus = Pulse(patience_s)
@@ -311,6 +314,13 @@ class CoreServer:
         for client in self._clients:
             if self._delivery.post(client.identity, pulse) == "gone":
                 self._forget(client)
+
+    def _forewarn(self) -> None:
+        """A long step begins, during which clients hear nothing."""
+        assert self._core is not None
+        if (patience_s := self._core.patience.seconds) > STALL_S:
+            for client in self._clients:
+                self._delivery.post(client.identity, Pulse(patience_s))
 
     def _end_drain(self, core: EngineCore) -> None:
         is_idle = not core.num_unfinished and not self._quarantine.is_active

@@ -21,6 +21,7 @@ from nanovllm.keys import ClientKeys
 from nanovllm.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
     PULSE_INTERVAL_S,
+    STALL_S,
     Answer,
     Call,
     CallResult,
@@ -46,7 +47,6 @@ from nanovllm.protocol.plan import FAULTS
 CONNECT_TIMEOUT_S = 10.0  # until a core answers at the address
 SILENCE_S = 120.0  # most between two messages of a core that loads
 CALL_TIMEOUT_S = 60.0
-STALL_S = 6 * PULSE_INTERVAL_S  # a ready core speaks once a PULSE_INTERVAL_S, or it is stuck
 NO_PROGRESS_S = 0.75  # of a loop that goes round and finishes no step, as `CoreStatus` says
 LAST_WORDS_S = 0.1  # for a CoreFailed still in the socket, after the connection has broken
 EXIT_S = 1.0  # for an owned process to end, after the connection has broken
@@ -65,6 +65,21 @@ class Requests(Protocol):
     def on_request_failed(self, failure: RequestFailed | Overloaded) -> None: ...
 
     def on_trial_offered(self, number: int) -> None: ...
+
+
+class Silence:
+    """How long the core has been silent while this process ran: when it stood still itself, the
+    core may have as well, or has spoken and nobody was there to hear it."""
+
+    def __init__(self, now: float) -> None:
+        self._looked_at, self._seconds = now, 0.0
+
+    def at(self, now: float, *, last_heard: float) -> float:
+        """As of `now`; asked once a `WATCH_INTERVAL_S`."""
+        self._seconds += min(now - self._looked_at, WATCH_INTERVAL_S + PULSE_INTERVAL_S)
+        self._seconds = min(self._seconds, now - last_heard)
+        self._looked_at = now
+        return self._seconds
 
 
 class CoreLife:
@@ -239,15 +254,14 @@ class CoreLife:
     async def _watch_clock(self, connect_timeout_s: float) -> None:
         """Notice an owned process that ends, and silence before Welcome; send heartbeats."""
         started = last_beat = now = time.monotonic()
+        silence = Silence(now)
         while self._error is None:
-            asleep_at = now
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = time.monotonic()
             if self._process is not None and self._process.poll() is not None:
                 await self._bury("the core ended")
             elif self._welcome.done():
-                if now - asleep_at < WATCH_INTERVAL_S + PULSE_INTERVAL_S:  # else we stood still
-                    self._watch_stall(now - self.link.last_heard)
+                self._watch_stall(silence.at(now, last_heard=self.link.last_heard))
                 if now - last_beat >= HEARTBEAT_INTERVAL_S and self._error is None:
                     last_beat = now
                     self.send(Heartbeat())

@@ -17,6 +17,7 @@ PROTOCOL_VERSION = 6
 HEARTBEAT_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 1.0
 PULSE_INTERVAL_S = 0.25
+STALL_S = 6 * PULSE_INTERVAL_S  # of silence: a ready core speaks once a PULSE_INTERVAL_S
 MAX_PACE_S = 60.0  # for which one `SetPace` may hold a core
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 FailureCause = Literal["engine", "request", "grammar"]

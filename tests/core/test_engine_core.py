@@ -11,8 +11,9 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import engine_core
-from nanovllm.core.engine_core import FAR_BEYOND, NUM_RECENT_STEPS, EngineCore
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Masks, MasksUnderWay
+from nanovllm.core.patience import FAR_BEYOND, NUM_RECENT_STEPS
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams

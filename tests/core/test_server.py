@@ -11,6 +11,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import server as server_module
+from nanovllm.core.patience import SLOW_CPU
 from nanovllm.core.server import CoreServer
 from nanovllm.keys import CoreKeys, make_keys
 from nanovllm.protocol.messages import (
@@ -473,4 +474,36 @@ def test_an_idle_core_is_woken_by_what_arrives_and_needs_no_clock(
         wanted = StructuredOutputsParams(regex="[a-z]{6}")
         client.send(add(1, max_tokens=20, ignore_eos=False, structured_outputs=wanted))
         assert len(decode(tuple(collect(client, 1)[0][1]))) == 6
+        client.close()
+
+
+class Huge(FakeExecutor):
+    """Of a model whose prompts take a slow processor minutes. Its steps wait to be let go."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, num_blocks=200, max_model_len=512)
+        self.may_go = threading.Event()
+
+    def start(self) -> WorkerInfo:
+        return msgspec.structs.replace(super().start(), device="cpu", num_parameters=10**12)
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        assert self.may_go.wait(WAIT_S)
+        return super().submit(plan)
+
+
+def test_clients_are_told_before_a_step_that_may_take_long(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the prompt, after which steps are small; no pulse is due by itself."""
+    for name in ("PULSE_INTERVAL_S", "IDLE_BEFORE_WARM_UP_S"):
+        monkeypatch.setattr(server_module, name, 1e5)
+    executor = Huge(EngineConfig())
+    with serving(address, executor):
+        client = RawClient(address)
+        client.greet()
+        client.send(msgspec.structs.replace(add(), prompt_token_ids=[1] * 100))
+        assert client.receive(Pulse).patience_s == pytest.approx(100 * 10**12 / SLOW_CPU)
+        executor.may_go.set()
+        collect(client, 0)
         client.close()

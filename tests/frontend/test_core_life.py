@@ -253,6 +253,17 @@ async def test_silence_is_a_stall_until_something_is_heard(
         await client.close()
 
 
+def test_what_passes_while_the_client_stands_still_is_no_silence_of_the_core() -> None:
+    """Which may have stood still with it, and may need a while to speak again."""
+    silence = core_life.Silence(100.0)
+    assert [silence.at(now, last_heard=99.9) for now in (100.1, 100.2)] == pytest.approx([0.1, 0.2])
+    assert silence.at(130.0, last_heard=99.9) < 1.0
+    assert silence.at(130.1, last_heard=130.05) == pytest.approx(0.05)
+    for now in range(131, 137):  # each look is late
+        seconds = silence.at(now, last_heard=130.05)
+    assert core_life.STALL_S < seconds < 2 * core_life.STALL_S, "it does count for ever"
+
+
 async def test_a_pulse_is_a_sign_of_life(address: str) -> None:
     with FakeCore(address) as core:
         client, recorder = await connected(address)

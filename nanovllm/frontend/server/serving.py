@@ -199,7 +199,8 @@ class Serving:
 
     def health(self) -> Health:
         silent_s = time.monotonic() - self._heard_at
-        stalled = self.state == "ready" and silent_s > STALLED_AFTER_S
+        is_silent = self.state == "ready" and silent_s > STALLED_AFTER_S
+        stalled = is_silent and (self._llm is None or self._llm.is_stalled)
         health = Health("stalled" if stalled else self.state, since_progress_s=round(silent_s, 3))
         if self.state == "loading":
             health.phase, health.progress = self.phase, self.progress

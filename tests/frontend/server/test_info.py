@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nanovllm.frontend import core_life
 from nanovllm.frontend.server import serving as serving_module
 from nanovllm.protocol.messages import AddRequest, Hello, ToCore
 from tests.frontend.attached import says
@@ -198,6 +199,11 @@ async def test_health_wants_fresh_progress(address: str, monkeypatch: pytest.Mon
         assert (await server.client.get("/ready")).status_code == 200
         monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.0)  # any silence is too long
         response = await server.client.get("/health")
+        assert response.status_code == 200, "not while the core is within the time it has asked for"
+        monkeypatch.setattr(core_life, "STALL_S", 0.0)
+        async with asyncio.timeout(WAIT_S):
+            while (response := await server.client.get("/health")).status_code == 200:
+                await asyncio.sleep(0.02)
         assert response.status_code == 503 and response.json()["status"] == "stalled"
         assert (await server.client.get("/ready")).status_code == 503
         monkeypatch.setattr(serving_module, "STALLED_AFTER_S", 0.5)
