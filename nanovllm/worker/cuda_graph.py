@@ -8,6 +8,7 @@ what rows ask of their sampling, but that they draw or are greedy, and truncate 
 
 import logging
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,11 @@ class StepOutput(NamedTuple):
 Step = Callable[[StepShape, Variant], StepOutput]
 # Larger steps keep a GPU busy for longer than the host needs to launch them.
 MAX_TOKENS = 8192
+# How often a larger graph runs in place of one that is not captured yet. By then the padding has
+# cost about what an eager step and a capture do, which all rows of that step wait for.
+MOST_STAND_INS = 64
+# Sizes up to which padding costs a GPU little, since it reads the weights meanwhile.
+CHEAP_ROWS, CHEAP_TOKENS = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,21 @@ def row_buckets(most: int) -> list[int]:
     return sorted({size for size in sizes if size <= most})
 
 
+def _holds(larger: StepShape, shape: StepShape) -> bool:
+    """Whether steps of `shape` can run in the other one, which is of the same kind."""
+    is_decode, is_larger_decode = (one.num_tokens == one.num_rows for one in (shape, larger))
+    return (
+        is_decode == is_larger_decode
+        and larger.num_tokens >= shape.num_tokens
+        and larger.num_rows >= shape.num_rows
+    )
+
+
+def _costs_little_more(larger: StepShape, shape: StepShape) -> bool:
+    cheap = CHEAP_ROWS if shape.num_tokens == shape.num_rows else CHEAP_TOKENS
+    return larger.num_tokens <= max(2 * shape.num_tokens, cheap)
+
+
 class StepGraphs:
     """`step(shape, variant)` must be a forward pass on persistent buffers."""
 
@@ -116,6 +137,7 @@ class StepGraphs:
         self._seen: set[tuple[StepShape, Variant]] = set()
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._uncapturable: set[tuple[StepShape, Variant]] = set()
+        self._num_stand_ins: Counter[tuple[StepShape, Variant]] = Counter()
 
     @cached_property
     def _pool(self) -> Any:
@@ -144,6 +166,26 @@ class StepGraphs:
         if num_tokens > self._tokens[-1]:
             return None
         return StepShape(self._tokens[bisect_left(self._tokens, num_tokens)], rows)
+
+    def captured_shape_for(self, shape: StepShape, variant: Variant) -> StepShape:
+        """In which to run a step of `shape` that somebody waits for: another one is captured that
+        costs little more, or `shape` itself.
+
+        A shape that keeps coming is captured in the end, also if the core is never idle.
+        """
+        key = shape, variant
+        if key in self._captured or self._num_stand_ins[key] >= MOST_STAND_INS:
+            return shape
+        larger = [
+            one
+            for one, same in self._captured
+            if same == variant and _holds(one, shape) and _costs_little_more(one, shape)
+        ]
+        if not larger:
+            return shape
+        if key not in self._uncapturable:
+            self._num_stand_ins[key] += 1
+        return min(larger)
 
     def run(self, shape: StepShape, variant: Variant) -> StepOutput:
         """Run the step for the staged plan; what it returns is good until the next call.

@@ -129,6 +129,8 @@ class ModelRunner:
         self._link = model.link
         self._samples = model.link is None or model.link.is_last
         self._vocabulary = sampler.vocabulary
+        # Ranks must run a step in the same shape, and may not have captured the same ones.
+        self._is_alone = model.link is None and sampler.vocabulary is None
         # Whether plain rows are sampled from the logits that this rank has.
         self._slices = sampler.vocabulary is not None and fused is not None
         self._attention = attention
@@ -195,6 +197,8 @@ class ModelRunner:
         if shape is None or self._graphs is None:
             output = self._run(staged, variant)
         else:
+            if self._is_alone and not is_practice:
+                shape = self._graphs.captured_shape_for(shape, variant)
             output = self._graphs.run(shape, variant)
         pending = PendingStep(
             plan.step,

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nanovllm.worker.cuda_graph import (
+    MOST_STAND_INS,
+    CapturedStep,
     StepGraphs,
     StepOutput,
     StepShape,
@@ -53,6 +55,92 @@ def test_every_shape_is_the_least_for_itself(graphs: StepGraphs) -> None:
     assert len(graphs.shapes) == len(set(graphs.shapes))
     for shape in graphs.shapes:
         assert graphs.shape_for(*shape) == shape
+
+
+PLAIN = Variant(shares_prefix=False)
+
+
+class Replays:
+    """A graph without a GPU."""
+
+    def replay(self) -> None: ...
+
+
+class PretendedGraphs(StepGraphs):
+    """Captures without a GPU; of shapes of more rows than there is memory for it does not."""
+
+    most_rows = 64
+
+    def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
+        if shape.num_rows > self.most_rows:
+            raise torch.OutOfMemoryError
+        return CapturedStep(Replays(), self._step(shape, variant))  # type: ignore[arg-type]
+
+    def capture(self, *shapes: tuple[int, int], variant: Variant = PLAIN) -> None:
+        for shape in shapes:
+            for _ in range(2):
+                self.run(StepShape(*shape), variant)
+
+
+@pytest.fixture
+def pretended() -> PretendedGraphs:
+    nothing = StepOutput(torch.empty(0), torch.empty(0), None)
+    return PretendedGraphs(lambda *_: nothing, max_num_rows=256, max_num_tokens=4096)
+
+
+@pytest.mark.parametrize(
+    ("captured", "shape", "expected"),
+    [
+        pytest.param([], (4, 4), (4, 4), id="none"),
+        pytest.param([(4, 4), (8, 8)], (4, 4), (4, 4), id="itself"),
+        pytest.param([(16, 16), (8, 8), (2, 2)], (4, 4), (8, 8), id="the least that holds it"),
+        pytest.param([(64, 64)], (1, 1), (64, 64), id="few rows are cheap"),
+        pytest.param([(2048, 64)], (1024, 16), (2048, 64), id="double"),
+        pytest.param([(2304, 64)], (1024, 16), (1024, 16), id="more than double"),
+        pytest.param([(2048, 16)], (1024, 64), (1024, 64), id="too few rows"),
+        pytest.param([(256, 16)], (32, 16), (256, 16), id="few tokens are cheap"),
+        pytest.param([(320, 16)], (32, 16), (32, 16), id="not so many"),
+        pytest.param([(256, 64)], (64, 64), (64, 64), id="prompts for decode"),
+        pytest.param([(64, 64)], (48, 16), (48, 16), id="decode for prompts"),
+    ],
+)
+def test_a_captured_shape_stands_in_for_one_that_is_not(
+    pretended: PretendedGraphs,
+    captured: list[tuple[int, int]],
+    shape: tuple[int, int],
+    expected: tuple[int, int],
+) -> None:
+    pretended.capture(*captured)
+    assert pretended.captured_shape_for(StepShape(*shape), PLAIN) == expected
+
+
+def test_what_is_captured_of_another_variant_does_not_stand_in(pretended: PretendedGraphs) -> None:
+    pretended.capture((8, 8), variant=Variant(shares_prefix=True))
+    assert pretended.captured_shape_for(StepShape(4, 4), PLAIN) == (4, 4)
+
+
+def test_a_shape_that_keeps_coming_is_captured_itself(pretended: PretendedGraphs) -> None:
+    pretended.capture((8, 8))
+    shape = StepShape(4, 4)
+    stand_ins = [pretended.captured_shape_for(shape, PLAIN) for _ in range(MOST_STAND_INS)]
+    assert set(stand_ins) == {(8, 8)}
+    for _ in range(3):  # eagerly, captured, replayed
+        assert pretended.captured_shape_for(shape, PLAIN) == shape
+        pretended.run(shape, PLAIN)
+    assert pretended.captured_shape_for(StepShape(2, 2), PLAIN) == shape
+
+
+def test_one_without_memory_for_a_graph_runs_by_another_for_good(
+    pretended: PretendedGraphs,
+) -> None:
+    pretended.most_rows = 4
+    pretended.capture((8, 8))
+    pretended.most_rows = 16
+    pretended.capture((16, 16))
+    shapes = {
+        pretended.captured_shape_for(StepShape(8, 8), PLAIN) for _ in range(2 * MOST_STAND_INS)
+    }
+    assert shapes == {(16, 16)}
 
 
 @pytest.mark.gpu

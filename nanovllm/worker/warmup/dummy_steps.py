@@ -71,7 +71,8 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
             yield
         yield from _twice(runner, limits, usual, is_masked=True)
     possible = [one for one in shapes if one.num_tokens <= one.num_rows * (max_model_len - 1)]
-    yield from _twice(runner, limits, [shape for shape in possible if not _is_usual(shape)])
+    others = [shape for shape in possible if not _is_usual(shape)]
+    yield from _twice(runner, limits, sorted(others, key=_how_late))
 
 
 def num_usual(runner: ModelRunner) -> int:
@@ -82,6 +83,14 @@ def num_usual(runner: ModelRunner) -> int:
 
 def _is_usual(shape: StepShape) -> bool:
     return shape.num_tokens == shape.num_rows and shape.num_rows in USUAL
+
+
+def _how_late(shape: StepShape) -> tuple[bool, bool, int]:
+    """Sorts by how soon a shape should be captured: first a few of which one holds any step and at
+    most doubles it, so that it can stand in for those that are not captured yet."""
+    num_tokens, num_rows = shape
+    is_coarse = num_tokens.bit_count() == 1
+    return not is_coarse, num_tokens != num_rows, -num_rows
 
 
 def _twice(

@@ -1,5 +1,6 @@
 """Steps run for what they cost: they leave nothing behind, and cost what was foreseen."""
 
+from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -19,7 +20,13 @@ from nanovllm.protocol.plan import StepMasks, StepPlan
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.attention.triton.backend import TritonAttention
-from nanovllm.worker.cuda_graph import StepShape
+from nanovllm.worker.cuda_graph import (
+    CapturedStep,
+    StepGraphs,
+    StepOutput,
+    StepShape,
+    Variant,
+)
 from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.kernels.triton.edit_logits import edit_logits
@@ -225,3 +232,16 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
     )
     assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}
+
+
+def test_warm_up_soon_has_captured_what_can_stand_in_for_any_other_shape() -> None:
+    nothing = StepOutput(torch.empty(0), torch.empty(0), None)
+    make_graphs = partial(StepGraphs, lambda *_: nothing, max_num_rows=256, max_num_tokens=4096)
+    shapes, plain = make_graphs().shapes, Variant(shares_prefix=False)
+    in_order = sorted(shapes, key=dummy_steps._how_late)
+    assert sorted(in_order) == sorted(shapes)
+    graphs, soon = make_graphs(), in_order[:18]
+    graph = CapturedStep(SimpleNamespace(replay=lambda: None), nothing)  # type: ignore[arg-type]
+    graphs._captured = {(shape, plain): graph for shape in soon}
+    for shape in shapes:
+        assert graphs.captured_shape_for(shape, plain) in soon
