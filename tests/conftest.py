@@ -168,6 +168,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         fcntl.flock(ROOM, fcntl.LOCK_UN)
 
 
+def save_tiny(name: str, path: Path, **more: Any) -> Path:
+    """Save a random model of a key of `TINY` in fp32; returns `path`. more: other sizes."""
+    model_class, config_class, changes = TINY[name]
+    torch.manual_seed(0)
+    model = model_class(config_class(**SIZES | changes | more))
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *model.buffers()):
+            if parameter.dim() == 1:  # norms begin as ones, biases as zeros
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(path)
+    if name in OLD_SPELLING:
+        fields = json.loads((path / "config.json").read_text())
+        del fields["rope_parameters"]
+        (path / "config.json").write_text(json.dumps(fields | OLD_SPELLING[name]))
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Architecture (a key of `TINY`) → directory of a small random model, saved in fp32."""
@@ -175,20 +192,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     def build(name: str) -> Path:
         path = root / name
-        if not path.exists():
-            model_class, config_class, changes = TINY[name]
-            torch.manual_seed(0)
-            model = model_class(config_class(**SIZES | changes))
-            with torch.no_grad():
-                for parameter in (*model.parameters(), *model.buffers()):
-                    if parameter.dim() == 1:  # norms begin as ones, biases as zeros
-                        parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            model.save_pretrained(path)
-            if name in OLD_SPELLING:
-                fields = json.loads((path / "config.json").read_text())
-                del fields["rope_parameters"]
-                (path / "config.json").write_text(json.dumps(fields | OLD_SPELLING[name]))
-        return path
+        return path if path.exists() else save_tiny(name, path)
 
     return build
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from nanovllm.core.regex_place import RegexPlace
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import ScheduledStep, Sequence, Status
 from nanovllm.core.waiting import WaitingQueue
+from nanovllm.executor.base import Executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -41,7 +43,13 @@ NUM_CLIENTS = 3
 
 
 class Simulation:
-    """One random life of a core: its limits, its arrivals, its aborts."""
+    """One random life of a core: its limits, its arrivals, its aborts.
+
+    benchmarks/ranks_alike.py has lives with ranks that run a model.
+    """
+
+    samplings: tuple[dict[str, Any], ...] = ({},)  # what requests ask besides, in turn
+    block_sizes: tuple[int, ...] = (1, 2, 4, 8)
 
     def __init__(
         self,
@@ -54,7 +62,7 @@ class Simulation:
     ) -> None:
         self.random = rng = random.Random(seed)
         self.kinds = [None, None, *range(len(GRAMMARS))] if constrains else [None]
-        block_size = rng.choice([1, 2, 4, 8])
+        block_size = rng.choice(self.block_sizes)
         max_model_len = rng.choice([16, 40, 64])
         self.config = EngineConfig.from_kwargs(
             block_size=block_size,
@@ -73,8 +81,7 @@ class Simulation:
         least = 1 + most_blocks(
             windows, max_model_len, block_size=block_size, step_tokens=step_tokens
         )
-        executor = (FakeFirstStage if num_stages > 1 else FakeExecutor)(
-            self.config,
+        executor = self.make_executor(
             num_blocks=least + rng.choice([0, 1, 4, 40]),
             max_model_len=max_model_len,
             fails=lambda plan: (
@@ -95,6 +102,11 @@ class Simulation:
         self.finished: dict[int, str] = {}
         self.next_number = 0
         self.num_preemptions = self.num_forced = self.most_freed = 0
+
+    def make_executor(self, **life: Any) -> Executor:
+        """life: keywords of `FakeExecutor`."""
+        has_stages = self.config.parallel.pipeline_parallel_size > 1
+        return (FakeFirstStage if has_stages else FakeExecutor)(self.config, **life)
 
     def run(self, num_requests: int = 12) -> None:
         rng = self.random
@@ -133,14 +145,14 @@ class Simulation:
         kind = rng.choice(self.kinds)
         room = self.max_model_len - 1 - len(shared)
         prompt = shared + [rng.randrange(1, 1000) for _ in range(rng.randint(1, max(1, room // 2)))]
-        params = SamplingParams(
-            n=rng.choice([1, 1, 1, 3]),
-            max_tokens=rng.choice([None, 1, 4, self.max_model_len]),
-            seed=rng.randrange(100),
-            stop_token_ids=rng.sample(range(1, 1000), 40),
-            min_tokens=0,
-            structured_outputs=None if kind is None else GRAMMARS[kind],
-        )
+        asked: dict[str, Any] = {
+            "n": rng.choice([1, 1, 1, 3]),
+            "max_tokens": rng.choice([None, 1, 4, self.max_model_len]),
+            "seed": rng.randrange(100),
+            "stop_token_ids": rng.sample(range(1, 1000), 40),
+            "structured_outputs": None if kind is None else GRAMMARS[kind],
+        }
+        params = SamplingParams(**asked | self.samplings[self.next_number % len(self.samplings)])
         length = self.max_model_len - len(prompt)
         num_outputs = min(length, params.max_tokens or length)
         stop = frozenset(params.stop_token_ids) | {0}
