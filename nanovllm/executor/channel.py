@@ -7,9 +7,15 @@ in a poll of its own, in which it also sees that the other end has gone.
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from errno import EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 
 HEADER = struct.Struct("<I")
 MOST_AT_ONCE = 2**18
+ASK, ANSWER = b"?", b"!"  # on a lifeline
+CONFIRM_MS = 1200  # for the other host's system to confirm a byte, which is sent again meanwhile
+MOST_ASKED = 2**12  # bytes without an answer: a process that is stopped leaves them unread
+OUT_OF_REACH = frozenset({ETIMEDOUT, EHOSTUNREACH, ENETUNREACH})
 
 
 class ChannelClosedError(Exception):
@@ -19,9 +25,9 @@ class ChannelClosedError(Exception):
 class Channel:
     """Takes the sockets over.
 
-    lifeline: between hosts, a second connection to the same process, on which nothing is ever said.
-    There the system can ask the other host whether it still lives, which it does not where frames
-    wait to be sent. The end of either connection is the end of the channel.
+    lifeline: between hosts, a second connection to the same process, which tells soon whether the
+    other host has vanished (`ask`), as that of the frames does not while some wait to be sent. The
+    end of either connection is the end of the channel.
     """
 
     def __init__(self, end: socket.socket, lifeline: socket.socket | None = None) -> None:
@@ -32,6 +38,8 @@ class Channel:
         self._lifeline = lifeline
         self._unsent = bytearray()
         self._arrived = bytearray()
+        self._num_asked = 0  # since the last answer
+        self.is_out_of_reach = False  # the channel has ended because the other host was silent
         self.descriptors = tuple(one.fileno() for one in self._sockets)  # to be polled for input
 
     def fileno(self) -> int:
@@ -54,9 +62,22 @@ class Channel:
                     raise ChannelClosedError from None
                 return False
             except OSError as error:
+                self._note(error)
                 raise ChannelClosedError from error
             del self._unsent[:num_sent]
         return True
+
+    def ask(self) -> None:
+        """Ask for a sign of life. The other host's system has to confirm that it has the question,
+        be the process busy or stopped; if it does not, the channel ends. The process answers when
+        it comes to it; until then it is asked up to `MOST_ASKED` times."""
+        if self._lifeline is None or self._num_asked == MOST_ASKED:
+            return
+        self._num_asked += 1
+        with suppress(OSError):  # `receive` tells
+            self._lifeline.send(ASK)
+            if self._num_asked in (1, MOST_ASKED):
+                self._demand_confirmation(self._num_asked == 1)
 
     def receive(self) -> Iterator[bytes]:
         """The frames that have arrived whole. Raises `ChannelClosedError` behind the last one."""
@@ -67,7 +88,8 @@ class Channel:
             self._arrived += data
         except BlockingIOError:
             is_open = not self._is_cut
-        except OSError:  # by the other end, or because its host cannot be reached
+        except OSError as error:  # by the other end, or because its host cannot be reached
+            self._note(error)
             is_open = False
         while len(self._arrived) >= HEADER.size:
             end = HEADER.size + HEADER.unpack_from(self._arrived)[0]
@@ -81,8 +103,32 @@ class Channel:
 
     @property
     def _is_cut(self) -> bool:
-        """Whether the lifeline has ended, if there is one."""
-        return self._lifeline is not None and has_ended(self._lifeline)
+        """Whether the lifeline has ended, if there is one. Takes in what was said there."""
+        if self._lifeline is None:
+            return False
+        try:
+            said = self._lifeline.recv(MOST_ASKED)
+            if ASK in said:
+                self._lifeline.send(ANSWER)
+            if ANSWER in said and self._num_asked:
+                self._num_asked = 0
+                self._demand_confirmation(False)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._note(error)
+            return True
+        return not said
+
+    def _note(self, error: OSError) -> None:
+        self.is_out_of_reach = error.errno in OUT_OF_REACH
+
+    def _demand_confirmation(self, is_soon: bool) -> None:
+        """Or leave it to the patience of `reception.KEEP_ALIVE`, as where nothing is asked."""
+        assert self._lifeline is not None
+        if self._lifeline.family != socket.AF_UNIX:
+            wait_ms = CONFIRM_MS if is_soon else 0
+            self._lifeline.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, wait_ms)
 
     def close(self) -> None:
         """The other end sees it. Safe to call twice."""
@@ -90,10 +136,10 @@ class Channel:
             one.close()
 
 
-def has_ended(silent: socket.socket) -> bool:
-    """Whether the other end of a connection on which nothing is said has gone."""
+def has_ended(lifeline: socket.socket) -> bool:
+    """Whether the other end has gone, for who has nothing more to hear from it."""
     try:
-        return not silent.recv(1)
+        return not lifeline.recv(MOST_ASKED)
     except BlockingIOError:
         return False
     except OSError:

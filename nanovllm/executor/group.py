@@ -71,6 +71,7 @@ class GroupExecutor:
         self._sampled = SampledElsewhere()
         self._digests: dict[int, list[Digest]] = {}  # step → those of the ranks
         self._lost: DeviceLostError | None = None
+        self._ask_at = 0.0  # whether all hosts are there
         self._is_running = False  # a failure is a step's, not the configuration's
 
     def start(self) -> WorkerInfo:
@@ -193,6 +194,7 @@ class GroupExecutor:
             while waiting := [rank for rank in waiting if not rank.channel.flush()]:
                 room = select.poll()
                 for one in waiting:
+                    one.channel.ask()
                     room.register(one.channel, select.POLLOUT)
                 room.poll(WATCH_S * 1e3)
         except ChannelClosedError:
@@ -216,6 +218,10 @@ class GroupExecutor:
             raise self._lost
         received: list[tuple[StartedRank, FromRank]] = []
         failed: dict[int, RankFailed | None] = {}
+        if time.monotonic() > self._ask_at:
+            self._ask_at = time.monotonic() + WATCH_S
+            for rank in self._ranks:
+                rank.channel.ask()
         for rank in self._ready(timeout_s):
             received += self._take(rank, failed)
         if failed:

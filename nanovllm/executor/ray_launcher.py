@@ -290,6 +290,8 @@ class RayRank:
 
     def cause_of_death(self) -> Death:
         """Its channel has been closed."""
+        if self.channel.is_out_of_reach:  # and so is its actor
+            return Death(f"{self} is out of reach: its host does not answer", True)
         try:
             death: Death = ray.get(self._agent.what_became.remote(), timeout=LAST_WORDS_S)
             return death._replace(cause=f"{self} {death.cause}")
@@ -304,10 +306,11 @@ class RayRank:
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended, within that time: its system closes its connections then."""
-        if not self._has_ended:
-            silent = select.poll()
-            silent.register(self._lifeline, select.POLLIN)
-            self._has_ended = bool(silent.poll(timeout_s * 1e3)) and has_ended(self._lifeline)
+        until = time.monotonic() + timeout_s
+        ready = select.poll()
+        ready.register(self._lifeline, select.POLLIN)
+        while not self._has_ended and ready.poll(max(0.0, until - time.monotonic()) * 1e3):
+            self._has_ended = has_ended(self._lifeline)  # else it had an answer to give
         return self._has_ended
 
     def end(self, timeout_s: float) -> None:

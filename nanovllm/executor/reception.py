@@ -14,8 +14,9 @@ from nanovllm.protocol.plan import DeviceLostError
 CONNECT_S = 30.0
 KEY_BYTES = 32
 KEY_S = 1.0  # in which whoever connects must say its key
-# How soon the system ends a lifeline whose other host has vanished: after three seconds, be it that
-# one question was lost. A process that is stopped or busy changes nothing: its host answers.
+# How soon the system ends a connection on which nothing is said, and whose other host has vanished:
+# after three seconds, be it that one question was lost (`Channel.ask` is sooner). A process that is
+# stopped or busy changes nothing: its host answers.
 KEEP_ALIVE = {
     socket.TCP_KEEPIDLE: 1,  # seconds of silence before the first question
     socket.TCP_KEEPINTVL: 1,  # seconds from one to the next

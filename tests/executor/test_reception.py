@@ -6,9 +6,12 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 
 import pytest
 
+from nanovllm.executor import channel as channel_module
 from nanovllm.executor import reception as reception_module
 from nanovllm.executor.channel import Channel, ChannelClosedError
 from nanovllm.executor.reception import KEY_BYTES, Reception, connect
@@ -81,6 +84,54 @@ def test_a_channel_ends_with_its_lifeline(
     assert waiting.poll(WAIT_S * 1e3)
     with pytest.raises(ChannelClosedError):
         list(channel.receive())
+
+
+def test_a_sign_of_life_is_asked_for_and_given(
+    ends: tuple[Channel, socket.socket, socket.socket],
+) -> None:
+    """By who comes to receive; the channel stays, and frames are none the later for it."""
+    asking, frames, lifeline = ends
+    with closing(Channel(frames, lifeline)) as asked:
+        asking.ask()
+        asking.ask()
+        assert list(asked.receive()) == []
+        asked.send(b"abc")
+        assert list(asking.receive()) == [b"abc"]
+        assert list(asking.receive()) == [] and asking._num_asked == 0
+        assert not asking.is_out_of_reach
+
+
+def test_who_does_not_answer_is_not_asked_for_ever(
+    ends: tuple[Channel, socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that a signal has stopped for days is not to run out of room for questions."""
+    monkeypatch.setattr(channel_module, "MOST_ASKED", 3)
+    channel, _, silent = ends
+    for _ in range(9):
+        channel.ask()
+    assert silent.recv(99) == channel_module.ASK * 3
+    silent.send(channel_module.ANSWER)
+    assert list(channel.receive()) == []
+    channel.ask()
+    assert silent.recv(99) == channel_module.ASK
+
+
+def test_only_while_something_is_asked_it_has_to_be_confirmed_soon(reception: Reception) -> None:
+    """A host that is silent between steps is not taken for gone because a packet was lost."""
+    theirs = [connect(reception.address, key) for key in reception.keys]
+    ours = reception.receive(time.monotonic() + WAIT_S)
+    with closing(Channel(*ours)) as asking, closing(Channel(*theirs)) as asked:
+        wait_ms = partial(ours[1].getsockopt, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert wait_ms() == 0
+        asking.ask()
+        assert wait_ms() == channel_module.CONFIRM_MS
+        ready = select.poll()
+        for question, channel in ((theirs[1], asked), (ours[1], asking)):
+            ready.register(question, select.POLLIN)
+            assert ready.poll(WAIT_S * 1e3)
+            ready.unregister(question)
+            assert list(channel.receive()) == []
+        assert wait_ms() == 0
 
 
 def test_frames_for_a_host_that_has_vanished_are_not_kept_for_ever(
