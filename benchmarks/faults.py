@@ -3,6 +3,7 @@
     python benchmarks/faults.py
     python benchmarks/faults.py --ranks 1x2 --times 20        # ranks of one core; here two stages
     python benchmarks/faults.py --ranks 2 --times 20 --ray    # on two local nodes of a Ray cluster
+    python benchmarks/faults.py --ranks 2 --ray --faults vanish       # as root: one is out of reach
 
 Client processes stream from one synthetic core, owned by this process; each stream's ids are
 compared with those of a run in which nothing happened. The core is killed again and again; clients
@@ -14,7 +15,8 @@ or descriptor of theirs; clients report a core that stands still within 2 s, and
 
 With --ranks, a rank of one core is killed, stopped or made to raise instead, at a random moment of
 its start, in its warm-up or amid a step, so many times each, while streams run or wait (with --ray
-its actor and a node are killed as well). Targets: the frontend's log names rank and cause within
+its actor and a node are killed as well, or a node, in a network namespace of its own, does not
+answer any more). Targets: the frontend's log names rank and cause within
 2 s; a rank that is stopped is named and waited for, and nothing is killed; all streams end with the
 ids of an undisturbed run; no process, directory, socket or shared memory is left.
 """
@@ -389,6 +391,7 @@ START_SHARE = 0.5  # of the start of a rank, in which its faults happen: later, 
 ENDS = {"kill": "was killed by SIGKILL", "raise": "failed: LookupError: as was asked for"}
 ENDS |= {"actor": "has ended with its Ray actor"}
 ENDS |= {"node": "(has ended with its Ray actor|does not answer any more)"}
+ENDS |= {"vanish": "is out of reach: its host does not answer"}
 # One round: faults in turn. A start's follow those that end the group, so that there is a start. A
 # warm-up's wait for the streams before to end, and "-" does: no stream is to meet two ranks that
 # raise, since it would be taken for their cause.
@@ -397,6 +400,7 @@ ROUND = (
     *("-", "step raise", "start stop", "step stop", "warm-up stop", "-"),
 )
 RAY_ROUND = ("step actor", "-", "step node", "-")
+VANISHING_ROUND = ("step vanish", "-")
 
 
 @dataclass
@@ -467,6 +471,71 @@ class TwoNodes:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
+class TwoHosts(TwoNodes):
+    """One whose second node has a network of its own, and can fall silent. Needs Linux and root."""
+
+    HERE, THERE = "10.77.0.1", "10.77.0.2"
+
+    def __init__(self, num_ranks: int) -> None:
+        self._seats = json.dumps({SEAT: -(-num_ranks // 2)})
+        self._name = f"faults{os.getpid()}"
+        here, there = f"h{os.getpid()}", f"t{os.getpid()}"
+        for command in (
+            f"netns add {self._name}",
+            f"link add {here} type veth peer name {there}",
+            f"link set {there} netns {self._name}",
+            f"addr add {self.HERE}/24 dev {here}",
+            f"link set {here} up",
+            f"-n {self._name} addr add {self.THERE}/24 dev {there}",
+            f"-n {self._name} link set {there} up",
+            f"-n {self._name} link set lo up",
+        ):
+            ip(command)
+        self._directory = tempfile.mkdtemp(prefix="nv")
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": self._directory}
+        self._start_ray(f"--head --node-ip-address={self.HERE} --port=0 --include-dashboard=false")
+        found = Path(self._directory, "ray", "ray_current_cluster").read_text()
+        self._address = os.environ["RAY_ADDRESS"] = found.strip()
+        self.add_second()
+
+    def _start_ray(self, arguments: str, *before: str) -> None:
+        """A node; before: how the command begins."""
+        command = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1"]
+        command += ["--num-gpus=0", "--object-store-memory=80000000", f"--resources={self._seats}"]
+        subprocess.run([*command, *arguments.split()], check=True, stdout=subprocess.DEVNULL)
+
+    def kill_second(self) -> None:
+        """What comes from there does not get anywhere."""
+        ip(f"-n {self._name} route add blackhole {self.HERE}")
+
+    def add_second(self) -> None:
+        """Another one in its place; whatever ran there has gone with it."""
+        self._kill_all_there()
+        with suppress(subprocess.CalledProcessError):  # it has not been silent
+            ip(f"-n {self._name} route del blackhole {self.HERE}")
+        there = f"--address={self._address} --node-ip-address={self.THERE}"
+        self._start_ray(there, "ip", "netns", "exec", self._name)
+
+    def _kill_all_there(self) -> None:
+        for pid in map(int, ip(f"netns pids {self._name}").split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self._kill_all_there()
+        stop = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
+        subprocess.run(stop, check=False, stdout=subprocess.DEVNULL)
+        ip(f"netns del {self._name}")
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def ip(arguments: str) -> str:
+    """What the command of iproute2 prints."""
+    return subprocess.run(
+        ["ip", *arguments.split()], check=True, capture_output=True, text=True
+    ).stdout
+
+
 class RankFaults:
     """Faults one after the other in the ranks of one engine, and streams beside them."""
 
@@ -499,8 +568,8 @@ class RankFaults:
             self._llm._session.line._budget._taken.clear()
             if fault == "-":
                 await self._await_streams()
-            elif fault == "step node":
-                await self._kill_node()
+            elif fault in ("step node", "step vanish"):
+                await self._kill_node(fault)
             else:
                 self._num_faults += 1
                 await self._one(fault, self._num_faults % self._num_ranks)
@@ -535,7 +604,7 @@ class RankFaults:
         os.kill(pid, signal.SIGCONT)
         self.seen.append(Seen(fault, told_at - happened_at, None))
 
-    async def _kill_node(self) -> None:
+    async def _kill_node(self, fault: str) -> None:
         """The second one, on which the last rank is; it comes back."""
         assert self._nodes is not None
         self._begin_streams()
@@ -543,7 +612,7 @@ class RankFaults:
             await asyncio.sleep(0.01)
         ranks, happened_at = self._ranks(), time.monotonic()
         killing = asyncio.create_task(asyncio.to_thread(self._nodes.kill_second))
-        await self._see_end("step node", rf"rank \d+ .*{ENDS['node']}", happened_at, ranks)
+        await self._see_end(fault, rf"rank \d+ .*{ENDS[fault.split()[1]]}", happened_at, ranks)
         await killing
         self._nodes.add_second()  # which sets signal handlers, so in this thread
 
@@ -620,10 +689,11 @@ def things_left() -> set[str]:
 
 
 async def report_ranks(
-    size: Ranks, *, times: int, seconds: float, on_ray: bool, is_synthetic: bool
+    size: Ranks, faults_of_a_round: tuple[str, ...], arguments: argparse.Namespace
 ) -> None:
     """Print a table of what `times` rounds of faults have shown, or as many as begin in time."""
-    heard, until = Heard(), time.monotonic() + seconds
+    on_ray = arguments.ray
+    heard, until = Heard(), time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         model = Path(place, "dense")
         model.mkdir()
@@ -634,12 +704,13 @@ async def report_ranks(
         sys.path.insert(0, str(FAILING_RANK))
         os.environ |= {"NANOVLLM_FAULTS": place, "PYTHONPATH": os.pathsep.join(path)}
         os.environ["TMPDIR"] = tempfile.tempdir = place
-        nodes = TwoNodes(size.each * size.stages) if on_ray else None
+        make_nodes = TwoHosts if "step vanish" in faults_of_a_round else TwoNodes
+        nodes = make_nodes(size.each * size.stages) if on_ray else None
         settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
         settings |= {"tensor_parallel_size": size.each, "pipeline_parallel_size": size.stages}
         settings |= {"load_format": "dummy", "skip_tokenizer_init": True, "max_num_seqs": 8}
         settings |= {"kv_cache_memory_bytes": 2**24, "max_core_restarts": 10**6}
-        if is_synthetic:
+        if arguments.synthetic:
             settings |= {"load_format": "synthetic", "step_ms": 5.0, "compare_ranks": True}
         if on_ray:
             settings |= {"distributed_executor_backend": "ray", "ray_resource": SEAT}
@@ -649,8 +720,8 @@ async def report_ranks(
                 faults = RankFaults(llm, heard, Path(place), nodes)
                 await faults.begin()
                 num_open = footprint(os.getpid())[1]
-                while num_rounds < times and time.monotonic() < until:
-                    await faults.round(RAY_ROUND + ROUND if on_ray else ROUND)
+                while num_rounds < arguments.times and time.monotonic() < until:
+                    await faults.round(faults_of_a_round)
                     num_rounds += 1
                 num_more_open = footprint(os.getpid())[1] - num_open
             left = [*faults._ranks(), *(things_left() - before)]
@@ -668,6 +739,15 @@ async def report_ranks(
     )
     worst = max((one.report_s for one in faults.seen), default=0.0)
     assert not left and num_more_open <= 0 and worst <= 2.0, "a target is missed"
+
+
+def round_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The faults of each round."""
+    whole = RAY_ROUND + ROUND if arguments.ray else ROUND
+    if arguments.faults is None:
+        return whole
+    words = set(arguments.faults.split(","))
+    return tuple(one for one in VANISHING_ROUND + whole if one == "-" or words & set(one.split()))
 
 
 def print_seen(size: Ranks, faults: RankFaults) -> None:
@@ -708,6 +788,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e6, help="when no round begins any more")
     parser.add_argument("--synthetic", action="store_true", help="ranks that compute nothing")
     parser.add_argument("--ray", action="store_true", help="ranks of a cluster of two local nodes")
+    parser.add_argument("--faults", help="only those of a round that have one of these words")
     parser.add_argument("--client", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -717,15 +798,7 @@ def main() -> None:
         return
     if arguments.ranks:
         for size in map(Ranks.of, arguments.ranks.split(",")):
-            asyncio.run(
-                report_ranks(
-                    size,
-                    times=arguments.times,
-                    seconds=arguments.seconds,
-                    on_ray=arguments.ray,
-                    is_synthetic=arguments.synthetic,
-                )
-            )
+            asyncio.run(report_ranks(size, round_of(arguments), arguments))
         return
     asyncio.run(report(load, arguments))
 
