@@ -7,7 +7,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 import json
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
@@ -41,7 +41,24 @@ LISTS: dict[str, object] = {
     **{"stop": [], "stop_token_ids": [], "bad_words": []},
     **{"logit_bias": {}, "allowed_token_ids": None},
 }
+# Field → its least and its largest value.
+RANGES = {
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "temperature": (0.0, math.inf),
+    "min_p": (0.0, 1.0),
+}
+INTEGER_RANGES = {
+    "n": (1, MAX_N),
+    "top_k": (0, INT32_MAX),
+    "min_tokens": (0, INT32_MAX),
+    "max_tokens": (1, INT32_MAX),
+    "seed": (-(2**63), 2**63 - 1),
+    "logprobs": (-1, MAX_LOGPROBS),
+    "prompt_logprobs": (-1, MAX_LOGPROBS),
+}
 OPTIONAL_INTS = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+OUTPUT_KINDS = get_args(OutputKind)
 
 
 class WrongKeywordError(TypeError, ValueError):
@@ -172,7 +189,8 @@ class SamplingParams(
             _check_counts(self)
             _canonicalize_lists(self)
             _check_lists(self)
-        _check_numbers(self)
+        _check_reals(self)
+        _check_integers(self)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise ValueError("structured_outputs must be a StructuredOutputsParams")
         _check_combinations(self)
@@ -263,17 +281,8 @@ def _canonicalize_lists(params: SamplingParams) -> None:
         msgspec.structs.force_setattr(params, name, value)
 
 
-def _check_numbers(params: SamplingParams) -> None:
-    if params.top_k == -1:  # as vLLM and others spell that there is none
-        msgspec.structs.force_setattr(params, "top_k", 0)
-    if params.seed == -1:
-        msgspec.structs.force_setattr(params, "seed", None)
-    for name, low, high in (
-        ("presence_penalty", -2.0, 2.0),
-        ("frequency_penalty", -2.0, 2.0),
-        ("temperature", 0.0, math.inf),
-        ("min_p", 0.0, 1.0),
-    ):
+def _check_reals(params: SamplingParams) -> None:
+    for name, (low, high) in RANGES.items():
         value = _number(params, name)
         if not low <= value <= high:
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], not {value}")
@@ -281,16 +290,21 @@ def _check_numbers(params: SamplingParams) -> None:
         raise ValueError(f"repetition_penalty must be above 0, not {params.repetition_penalty}")
     if not 0 < _number(params, "top_p") <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
-    for name, least, most in (
-        ("n", 1, MAX_N),
-        ("top_k", 0, INT32_MAX),
-        ("min_tokens", 0, INT32_MAX),
-        ("max_tokens", 1, INT32_MAX),
-        ("seed", -(2**63), 2**63 - 1),
-        ("logprobs", -1, MAX_LOGPROBS),
-        ("prompt_logprobs", -1, MAX_LOGPROBS),
-    ):
-        _require_int(name, getattr(params, name), least, most=most)
+
+
+def _check_integers(params: SamplingParams) -> None:
+    if params.top_k == -1:  # as vLLM and others spell that there is none
+        msgspec.structs.force_setattr(params, "top_k", 0)
+    if params.seed == -1:
+        msgspec.structs.force_setattr(params, "seed", None)
+    for name, (least, most) in INTEGER_RANGES.items():
+        value = getattr(params, name)
+        if value is None and name in OPTIONAL_INTS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, not {value}")
 
 
 def _check_combinations(params: SamplingParams) -> None:
@@ -302,7 +316,7 @@ def _check_combinations(params: SamplingParams) -> None:
         )
     if params.stop and not params.detokenize:
         raise ValueError("stop strings need detokenize=True; or use stop_token_ids")
-    if params.output_kind not in ("cumulative", "delta", "final_only"):
+    if params.output_kind not in OUTPUT_KINDS:
         raise ValueError(
             f"output_kind must be 'cumulative', 'delta' or 'final_only', not {params.output_kind!r}"
         )
@@ -376,12 +390,3 @@ def _number(params: SamplingParams, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     return value
-
-
-def _require_int(name: str, value: object, least: int, *, most: int | None = None) -> None:
-    if value is None and name in OPTIONAL_INTS:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, not {value}")

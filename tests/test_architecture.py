@@ -267,10 +267,11 @@ def test_banned_things_are_absent(path: Path) -> None:
 
 
 def test_a_sequence_s_field_is_written_by_its_owner_alone() -> None:
-    """Of `core.sequence.Sequence`, whose `__init__` says the same; what is not here is the
-    scheduler's. A recording that is run again sets everything anew (`replay.snapshot`)."""
+    """Of `core.sequence.Sequence`, which says the same; what is not here is the scheduler's. A
+    recording that is run again sets everything anew (`replay.snapshot`)."""
     owners = {
-        **dict.fromkeys(("bad_words_token_ids", "cache_salt"), "engine_core"),
+        **dict.fromkeys(("client_id", "number", "params", "seed", "num_first_known"), "sequence"),
+        **dict.fromkeys(("bad_words_token_ids", "cache_salt", "num_prompt_tokens"), "sequence"),
         **dict.fromkeys(("block_ids", "block_keys", "capacity"), "block_manager"),
         "next_registration": "block_manager",
         "matcher": "compilations",

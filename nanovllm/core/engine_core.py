@@ -196,9 +196,9 @@ class EngineCore:
                 params,
                 output_token_ids=request.output_token_ids,
                 seed=(seed + index) & (2**63 - 1),
+                bad_words_token_ids=request.bad_words_token_ids,
+                cache_salt=request.cache_salt,
             )
-            sequence.bad_words_token_ids = request.bad_words_token_ids
-            sequence.cache_salt = request.cache_salt
             sequences.append(sequence)
         return sequences
 
@@ -316,11 +316,7 @@ class EngineCore:
         try:
             result = handle.result()
             outputs = self.scheduler.update(step, result)
-        except DeviceLostError:
-            raise
         except Exception as error:
-            for listener in self._listeners:
-                listener.on_step_failed(step, error, time.monotonic())
             return self._give_up(step, error)
         self._count_step(step)
         for listener in self._listeners:
@@ -352,12 +348,8 @@ class EngineCore:
             for listener in self._listeners:
                 listener.on_submit(step)
             self.inflight.append((step, self._executor.submit(step.plan)))
-        except DeviceLostError:
-            raise
         except Exception as error:
-            for listener in self._listeners:
-                listener.on_submit_failed(step, error)
-            return self._give_up(step, error)
+            return self._give_up(step, error, was_submitted=False)
         self.unsampled = step
         if step.constrained:
             if step.awaits_ids:
@@ -377,13 +369,9 @@ class EngineCore:
     def _queue_sampling(self, step: ScheduledStep, masks: StepMasks | None) -> StepOutputs | None:
         try:
             self._executor.sample(step.plan.step, masks)
-        except DeviceLostError:
-            raise
         except Exception as error:
             self.inflight.pop()
-            for listener in self._listeners:
-                listener.on_submit_failed(step, error)
-            return self._give_up(step, error)
+            return self._give_up(step, error, was_submitted=False)
         return None
 
     def _sample_constrained(self, step: ScheduledStep) -> StepOutputs | None:
@@ -508,12 +496,22 @@ class EngineCore:
 
     # ---- what fails, and what ends
 
-    def _give_up(self, step: ScheduledStep, error: Exception) -> StepOutputs:
-        """A step has failed, and with it the sequences in it.
+    def _give_up(
+        self, step: ScheduledStep, error: Exception, *, was_submitted: bool = True
+    ) -> StepOutputs:
+        """A step has failed, and with it the sequences in it. Raises `DeviceLostError`, if it is
+        one: then nothing can go on.
 
         So have those admitted in a later step on a prefix that this one may have had to compute.
         The prefix cache is emptied, since it may hold blocks that were never computed.
         """
+        if isinstance(error, DeviceLostError):
+            raise error
+        for listener in self._listeners:
+            if was_submitted:
+                listener.on_step_failed(step, error, time.monotonic())
+            else:
+                listener.on_submit_failed(step, error)
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
         self._count_step(step)

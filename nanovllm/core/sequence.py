@@ -1,6 +1,6 @@
 """One output being generated, as the core sees it, and one step of several of them.
 
-Each field of a `Sequence` has one owner, which alone writes it (`__init__` says who). Invariants:
+Each field of a `Sequence` has one owner, which alone writes it (the class says who). Invariants:
 `num_computed` counts positions whose KV is written or will be by a submitted step; `num_pending`
 counts sampled ids not yet back from the device; `len(token_ids) + num_pending` is the length by
 count, `len(token_ids)` what is known.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from enum import Enum
 
 import msgspec
@@ -49,108 +51,65 @@ NOBODY = Tenant("")
 NOT_QUEUED = -1
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """`number` is the client's own id of this output; `order` ranks it: lower runs first."""
+    """`number` is the client's own id of this output; `order` ranks it: lower runs first.
 
-    __slots__ = (
-        "bad_words_token_ids",
-        "block_ids",
-        "block_keys",
-        "cache_salt",
-        "capacity",
-        "client_id",
-        "failure",
-        "finish_reason",
-        "first_token_at",
-        "forks",
-        "last_is_text",
-        "leader",
-        "matcher",
-        "max_total",
-        "min_total",
-        "next_registration",
-        "num_cached_tokens",
-        "num_computed",
-        "num_first_known",
-        "num_forced_tokens",
-        "num_pending",
-        "num_preemptions",
-        "num_prompt_logprobs",
-        "num_prompt_tokens",
-        "num_recomputed_tokens",
-        "num_unsent",
-        "number",
-        "order",
-        "params",
-        "queued_at",
-        "row",
-        "seed",
-        "started_at",
-        "status",
-        "stop_ids",
-        "stop_reason",
-        "tenant",
-        "token_ids",
-        "wait_mark",
-        "waited_s",
-    )
+    Made of the prompt, as `token_ids`, and of `output_token_ids`, generated in an earlier life.
+    """
 
-    def __init__(
-        self,
-        client_id: int,
-        number: int,
-        token_ids: list[int],
-        params: SamplingParams,
-        *,
-        output_token_ids: list[int] | None = None,
-        seed: int = 0,
-    ) -> None:
-        """token_ids: the prompt. output_token_ids: what was generated in an earlier life."""
-        # ---- never changed
-        self.client_id = client_id
-        self.number = number
-        self.params = params
-        self.seed = seed
-        self.num_prompt_tokens = len(token_ids)
-        self.num_first_known = len(token_ids) + len(output_token_ids or ())  # when it was queued
-        self.bad_words_token_ids: list[list[int]] = []
-        self.cache_salt: str | None = None
-        self.queued_at = time.monotonic()
-        # ---- Compilations: where it is in its grammar, after all known tokens
-        self.matcher: Matcher | None = None
-        # ---- BlockManager
-        self.block_ids: list[int] = []
-        self.capacity = 0  # tokens that fit into block_ids
-        self.block_keys: list[bytes] = []  # prefix keys of leading full blocks, as far as needed
-        self.next_registration = sys.maxsize  # tokens that must be computed to register one more
-        # ---- WaitingQueue
-        self.waited_s = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
-        self.wait_mark = (0.0, 0.0, 0.0)  # the clock when it last began to wait
-        # ---- Scheduler: all the rest
-        self.token_ids = token_ids + (output_token_ids or [])  # what is known
-        self.num_computed = 0
-        self.num_pending = 0
-        self.num_unsent = 0  # of the last known tokens, those that its row has not been told of
-        self.max_total = sys.maxsize  # length by count at which it ends with reason "length"
-        self.min_total = 0  # known length below which no stop counts
-        self.stop_ids: frozenset[int] = frozenset()
-        self.order = (0, NOT_QUEUED)  # (priority, arrival)
-        self.leader: Sequence | None = None  # the sibling whose prompt blocks it may share
-        self.forks: list[Sequence] = []  # siblings that wait for this prompt to be computed
-        self.row = -1
-        self.status = Status.WAITING
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | None = None
-        self.last_is_text = False  # it stopped because its grammar was complete
-        self.failure: Failure | None = None  # if finish_reason is "error"
-        self.tenant = NOBODY
-        self.num_cached_tokens = 0
-        self.num_preemptions = 0
-        self.num_recomputed_tokens = 0
-        self.num_forced_tokens = 0  # not sampled: its grammar left no choice
-        self.num_prompt_logprobs = 0  # of prompt tokens reported so far
-        self.started_at = 0.0
-        self.first_token_at = 0.0
+    # ---- never changed
+    client_id: int
+    number: int
+    token_ids: list[int]  # the scheduler's: what is known
+    params: SamplingParams
+    _: KW_ONLY
+    output_token_ids: InitVar[Iterable[int]] = ()
+    seed: int = 0
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    cache_salt: str | None = None
+    num_prompt_tokens: int = field(init=False)
+    num_first_known: int = field(init=False)  # when it was queued
+    queued_at: float = field(default_factory=time.monotonic)
+    # ---- Compilations: where it is in its grammar, after all known tokens
+    matcher: Matcher | None = None
+    # ---- BlockManager
+    block_ids: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens that fit into block_ids
+    block_keys: list[bytes] = field(default_factory=list)  # of leading full blocks, as needed
+    next_registration: int = sys.maxsize  # tokens that must be computed to register one more
+    # ---- WaitingQueue
+    waited_s: tuple[float, float, float] = (0.0, 0.0, 0.0)  # per cause of `WaitClock`
+    wait_mark: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the clock when its wait began
+    # ---- Scheduler: all the rest
+    num_computed: int = 0
+    num_pending: int = 0
+    num_unsent: int = 0  # of the last known tokens, those that its row has not been told of
+    max_total: int = sys.maxsize  # length by count at which it ends with reason "length"
+    min_total: int = 0  # known length below which no stop counts
+    stop_ids: frozenset[int] = frozenset()
+    order: tuple[int, int] = (0, NOT_QUEUED)  # (priority, arrival)
+    leader: Sequence | None = None  # the sibling whose prompt blocks it may share
+    forks: list[Sequence] = field(default_factory=list)  # siblings that wait for this prompt
+    row: int = -1
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    last_is_text: bool = False  # it stopped because its grammar was complete
+    failure: Failure | None = None  # if finish_reason is "error"
+    tenant: Tenant = NOBODY
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_forced_tokens: int = 0  # not sampled: its grammar left no choice
+    num_prompt_logprobs: int = 0  # of prompt tokens reported so far
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+
+    def __post_init__(self, output_token_ids: Iterable[int]) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids = [*self.token_ids, *output_token_ids]
+        self.num_first_known = len(self.token_ids)
 
     @property
     def has_computed_prompt(self) -> bool:

@@ -360,12 +360,7 @@ class CoreServer:
             (frame,) = frames
             message = self._decoder.decode(frame)
         except Exception as error:  # whatever bytes may do to a decoder: too deep, too large, odd
-            failure = RequestFailed(-1, f"bad frame: {error}")
-            if client is None:
-                self._delivery.post(identity, failure)
-            else:
-                self._answer(client, failure)
-            return
+            return self._refuse_frame(identity, client, error)
         match message:
             case Hello(protocol_version):
                 self._greet(identity, key, client, protocol_version)
@@ -377,6 +372,13 @@ class CoreServer:
                 self._intake.add(client, message)
             case _:
                 self._serve(client, message)
+
+    def _refuse_frame(self, identity: bytes, client: Client | None, error: Exception) -> None:
+        failure = RequestFailed(-1, f"bad frame: {error}")
+        if client is None:
+            self._delivery.post(identity, failure)
+        else:
+            self._answer(client, failure)
 
     def _serve(self, client: Client, message: ToCore) -> None:
         match message:

@@ -7,6 +7,7 @@ is no queue in between: a slow caller finds one merged output, however much has 
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, field
 
 from msgspec import structs
 
@@ -21,58 +22,49 @@ from nanovllm.frontend.outputs import (
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import AddRequest, Finished, FinishReason, Outputs
 from nanovllm.protocol.plan import TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
 
 # More than a core may have computed and not yet delivered: the steps under way, and a few on their
 # way through sockets.
 TRIAL_TOKENS = 8
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Completion:
     """One output sequence. `arrived` are tokens the core has sent that are not yet text."""
 
-    __slots__ = (
-        "arrived",
-        "arrived_logprobs",
-        "cumulative_logprob",
-        "deaths",
-        "detokenizer",
-        "finish_reason",
-        "has_news",
-        "index",
-        "logprobs",
-        "num_failed_trials",
-        "num_given",
-        "num_received_before",
-        "request",
-        "stop_reason",
-        "stops",
-        "text",
-        "token_ids",
-    )
+    request: "Request"
+    index: int
+    detokenizer: Detokenizer | None
+    stops: StopStrings | None
+    logprobs: list[TokenAlternatives] | None  # None unless asked for, as `cumulative_logprob`
+    cumulative_logprob: float | None
+    arrived: list[int] = field(default_factory=list)
+    arrived_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    num_given: int = 0  # of token_ids, if output_kind is "delta"
+    text: str = ""  # this and `logprobs`: not yet given out, if output_kind is "delta"
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    has_news: bool = False
+    num_received_before: int = 0  # tokens, when it was last sent to a core
+    deaths: list[str] = field(default_factory=list)  # epochs of cores that may have died of it
+    num_failed_trials: int = 0  # of those, in how many it was alone on trial
 
-    def __init__(self, request: "Request", index: int, detokenizer: Detokenizer | None) -> None:
-        params = request.params
-        self.request = request
-        self.index = index
-        self.detokenizer = detokenizer
-        self.stops: StopStrings | None = None
+    @classmethod
+    def of(
+        cls, request: "Request", index: int, detokenizers: DetokenizerFactory | None
+    ) -> "Completion":
+        """The output of that index of a request."""
+        params, detokenizer, stops = request.params, None, None
+        if detokenizers is not None and params.detokenize:
+            prompt, skips = request.message.prompt_token_ids, params.skip_special_tokens
+            detokenizer = detokenizers.make(prompt, skip_special_tokens=skips)
         if params.stop:
-            self.stops = StopStrings(
-                params.stop, include_in_output=params.include_stop_str_in_output
-            )
-        self.arrived: list[int] = []
-        self.arrived_logprobs: list[TokenLogprobs] = []
-        self.token_ids: list[int] = []
-        self.num_given = 0  # of token_ids, if output_kind is "delta"
-        self.text = ""  # this and the next: not yet given out, if output_kind is "delta"
-        self.logprobs: list[TokenAlternatives] | None = None if params.logprobs is None else []
-        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.has_news = False
-        self.num_received_before = 0  # tokens, when it was last sent to a core
-        self.deaths: list[str] = []  # epochs of cores that may have died of it
-        self.num_failed_trials = 0  # of those, in how many it was alone on trial
+            cuts_after = params.include_stop_str_in_output
+            stops = StopStrings(params.stop, include_in_output=cuts_after)
+        logprobs, cumulative = (None, None) if params.logprobs is None else ([], 0.0)
+        return cls(request, index, detokenizer, stops, logprobs, cumulative)
 
     @property
     def number(self) -> int:
@@ -183,50 +175,43 @@ class Completion:
             self.cumulative_logprob += logprobs.logprob
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """One call of `generate`, with its `n` completions, numbered from `number` on."""
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        message: AddRequest,
-        detokenizers: DetokenizerFactory | None,
-    ) -> None:
-        """prompt: as text, if it was one. detokenizers: None if outputs are token ids only."""
-        params = message.params
-        self.request_id = request_id
-        self.prompt = prompt
-        self.message = message
-        self.params = params
-        self.number = message.number
-        self.numbers = range(message.number, message.number + params.n)
+    request_id: str
+    prompt: str | None  # as text, if it was one
+    message: AddRequest
+    detokenizers: InitVar[DetokenizerFactory | None]  # None if outputs are token ids only
+    params: SamplingParams = field(init=False)
+    number: int = field(init=False)
+    numbers: range = field(init=False)
+    tokenizer: Tokenizer | None = field(init=False)
+    metrics: RequestMetrics = field(init=False)
+    made_at: float = field(default_factory=time.monotonic)
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenAlternatives | None] | None = None
+    final_only: bool = field(init=False)
+    gives_deltas: bool = field(init=False)
+    completions: list[Completion] = field(init=False)
+    num_unfinished: int = field(init=False)
+    epoch: str = ""  # of the core that it was last sent to
+    is_aborted: bool = False  # asked of the core, which may not have answered yet
+    _error: Exception | None = None
+    _has_news: bool = False
+    _waiter: asyncio.Future[None] | None = None  # there is one reader at most
+
+    def __post_init__(self, detokenizers: DetokenizerFactory | None) -> None:
+        self.params = params = self.message.params
+        self.number = self.message.number
+        self.numbers = range(self.number, self.number + params.n)
         self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
         self.metrics = RequestMetrics(arrival_time=time.time())
-        self.made_at = time.monotonic()
-        self.num_cached_tokens: int | None = None
-        self.prompt_logprobs: list[TokenAlternatives | None] | None = None
         self.forget_prompt_logprobs()
         self.final_only = params.output_kind == "final_only"
         self.gives_deltas = params.output_kind == "delta"
-        self.completions = [
-            Completion(
-                self,
-                index,
-                None
-                if detokenizers is None or not params.detokenize
-                else detokenizers.make(
-                    message.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
-                ),
-            )
-            for index in range(params.n)
-        ]
+        self.completions = [Completion.of(self, one, detokenizers) for one in range(params.n)]
         self.num_unfinished = params.n
-        self.epoch = ""  # of the core that it was last sent to
-        self.is_aborted = False  # asked of the core, which may not have answered yet
-        self._error: Exception | None = None
-        self._has_news = False
-        self._waiter: asyncio.Future[None] | None = None  # there is one reader at most
 
     @property
     def has_begun(self) -> bool:

@@ -109,7 +109,7 @@ class RequestRows:
         places: list[Int32Array] = []
         values: list[Int32Array] = []
         for new in plan.new_rows:
-            record, edits = self._prepare(new)
+            record = self._prepare(new)
             self.host[new.row] = record[0]
             self.penalizes[new.row] = any(record[0][one] != NEUTRAL[0][one] for one in PENALTIES)
             self.wants_logprobs[new.row] = record[0]["logprobs"] != NO_LOGPROBS
@@ -117,19 +117,13 @@ class RequestRows:
             if record[0]["prompt_logprobs"] != NO_LOGPROBS:
                 self.prompting.add(new.row)
             self._uncounted.add(new.row)
-            self.edits.pop(new.row, None)
-            if edits is not None:
-                self.edits[new.row] = edits
             entries = self._places[: len(new.block_ids)]
             self.host_block_tables[new.row, entries] = new.block_ids
             start = new.row * self._width
             places.append(start + NUM_WORDS + entries)
             values.append(np.array(new.block_ids, np.int32))
-            for offset, words in (
-                (0, record.view(np.int32)),
-                (self._tokens_at, np.array(new.token_ids, np.int32)),
-            ):
-                at = start + offset
+            tokens = np.array(new.token_ids, np.int32)
+            for at, words in ((start, record.view(np.int32)), (start + self._tokens_at, tokens)):
                 places.append(np.arange(at, at + len(words), dtype=np.int32))
                 values.append(words)
         if plan.block_appends:
@@ -138,31 +132,29 @@ class RequestRows:
             self.host_block_tables[appends[:, 0], entries] = appends[:, 2]
             places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
             values.append(appends[:, 2])
-        if plan.known_tokens:
-            told_at: list[int] = []
-            for known in plan.known_tokens:
-                start = known.row * self._width + self._tokens_at + known.position
-                told_at += range(start, start + len(known.token_ids))
-            places.append(np.array(told_at, np.int32))
-            told = [token_id for known in plan.known_tokens for token_id in known.token_ids]
-            values.append(np.array(told, np.int32))
+        for known in plan.known_tokens:
+            start = known.row * self._width + self._tokens_at + known.position
+            places.append(np.arange(start, start + len(known.token_ids), dtype=np.int32))
+            values.append(np.array(known.token_ids, np.int32))
         if not places:
             return np.empty((2, 0), np.int32)
         return np.stack((np.concatenate(places), np.concatenate(values)))
 
-    def _prepare(self, new: NewRow) -> tuple[npt.NDArray[Any], RowEdits | None]:
-        """A row's record and edits; if they cannot be made, neutral ones, and that is noted."""
+    def _prepare(self, new: NewRow) -> npt.NDArray[Any]:
+        """A row's record, [1], and its edits, which are kept. If they cannot be made, the record is
+        neutral, there are no edits, and that is noted."""
         self.failures.pop(new.row, None)
+        self.edits.pop(new.row, None)
         try:
-            edits = None
+            record = encode(new)
             if new.bad_words_token_ids or new.params.edits_logits:
-                edits = prepare_edits(
+                self.edits[new.row] = prepare_edits(
                     new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
                 )
-            return encode(new), edits
+            return record
         except Exception as error:
             self.note_failure(new.row, error)
-            return NEUTRAL, None
+            return NEUTRAL
 
     def note_failure(self, row: int, error: Exception) -> None:
         """No token can be chosen for this row, and nobody else need suffer for it."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -255,24 +256,16 @@ class Callers:
             body.cache_salt = f"{caller}\n{body.cache_salt or ''}"  # names hold no line ends
 
 
+@dataclass(slots=True)
 class Generation:
     """One request to the engine. Iterating starts it, leaving the iteration aborts it."""
 
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        request: Request,
-        times: RequestTimes,
-        live: set[str],
-        span: "RequestSpan | None",
-        constrained_by: str | None = None,
-    ) -> None:
-        self._llm = llm
-        self._request = request
-        self._times = times
-        self._live = live
-        self._span = span
-        self._constrained_by = constrained_by
+    _llm: AsyncLLM
+    _request: Request
+    _times: RequestTimes
+    _live: set[str]
+    _span: "RequestSpan | None"
+    _constrained_by: str | None = None
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
