@@ -205,9 +205,20 @@ class SamplingParams(
         some = self.min_tokens or self.logit_bias or self.bad_words
         return bool(some) or self.allowed_token_ids is not None
 
-    def check_token_ids(self, prompt_token_ids: Collection[int], vocab_size: int) -> None:
-        """That the prompt's ids, and those named here, are the model's. Raises `ValueError`."""
-        check_in_vocabulary("prompt_token_ids", prompt_token_ids, vocab_size)
+    def check_prompt(
+        self, token_ids: Collection[int], *, num_outputs: int = 0, most: int, vocab_size: int
+    ) -> None:
+        """That a prompt leaves room for output, and that its ids and those named here are the
+        model's. num_outputs: tokens generated before; most: max_model_len. `ValueError`."""
+        if not token_ids:
+            raise ValueError("prompt_token_ids is empty: send at least one token id")
+        num_known = len(token_ids) + num_outputs
+        if num_known >= most:
+            raise ValueError(
+                f"prompt has {num_known} tokens, which leaves no room for output: "
+                f"max_model_len is {most}; shorten the prompt or raise max_model_len"
+            )
+        check_in_vocabulary("prompt_token_ids", token_ids, vocab_size)
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             if token_ids := getattr(self, name):
                 check_in_vocabulary(name, token_ids, vocab_size)

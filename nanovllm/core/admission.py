@@ -122,10 +122,16 @@ class Deadlines:
 
 def check_request(request: AddRequest, info: WorkerInfo) -> None:
     """Everything that does not depend on what else runs."""
-    _check_lengths(request, info.max_model_len)
-    _check_numbers(request)
-    request.params.check_token_ids(request.prompt_token_ids, info.vocab_size)
+    params, num_outputs, most = request.params, len(request.output_token_ids), info.max_model_len
+    num_copied = params.n * (len(request.prompt_token_ids) + num_outputs)
+    check_count("prompt_token_ids", num_copied, MAX_REQUEST_TOKENS, "tokens times n")
+    params.check_prompt(
+        request.prompt_token_ids, num_outputs=num_outputs, most=most, vocab_size=info.vocab_size
+    )
     check_in_vocabulary("output_token_ids", request.output_token_ids, info.vocab_size)
+    if params.max_tokens is not None and num_outputs >= params.max_tokens:
+        raise ValueError("output_token_ids: max_tokens were generated already")
+    _check_numbers(request)
     if request.bad_words_token_ids:
         _check_bad_words(request.bad_words_token_ids, info.vocab_size)
     if request.cache_salt or request.tenant:
@@ -145,22 +151,6 @@ def _check_bad_words(words: list[list[int]], vocab_size: int) -> None:
 def _check_names(request: AddRequest) -> None:
     for name in ("cache_salt", "tenant"):
         check_count(name, len(getattr(request, name) or ""), MAX_SALT_CHARS, "characters")
-
-
-def _check_lengths(request: AddRequest, max_model_len: int) -> None:
-    num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
-    if not request.prompt_token_ids:
-        raise ValueError("prompt_token_ids is empty: send at least one token")
-    if num_known >= max_model_len:
-        raise ValueError(
-            f"prompt_token_ids holds {num_known} tokens, which leaves no room for output: "
-            f"max_model_len is {max_model_len}"
-        )
-    num_copied = request.params.n * num_known
-    check_count("prompt_token_ids", num_copied, MAX_REQUEST_TOKENS, "tokens times n")
-    max_tokens = request.params.max_tokens
-    if max_tokens is not None and len(request.output_token_ids) >= max_tokens:
-        raise ValueError("output_token_ids: max_tokens were generated already")
 
 
 def _check_numbers(request: AddRequest) -> None:

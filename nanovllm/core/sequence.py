@@ -70,7 +70,7 @@ class Sequence:
     cache_salt: str | None = None
     num_prompt_tokens: int = field(init=False)
     num_first_known: int = field(init=False)  # when it was queued
-    queued_at: float = field(default_factory=time.monotonic)
+    queued_at: float = field(init=False)
     # ---- Compilations: where it is in its grammar, after all known tokens
     matcher: Matcher | None = None
     # ---- BlockManager
@@ -110,6 +110,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids = [*self.token_ids, *output_token_ids]
         self.num_first_known = len(self.token_ids)
+        self.queued_at = time.monotonic()
 
     @property
     def has_computed_prompt(self) -> bool:

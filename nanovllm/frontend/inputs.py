@@ -128,15 +128,7 @@ def check_request(
     prompt: Prompt, params: SamplingParams, info: WorkerInfo, *, has_tokenizer: bool
 ) -> None:
     """What only the model's facts can tell: lengths and token ids."""
-    if not prompt.token_ids:
-        raise ValueError("prompt_token_ids is empty: pass at least one token id")
-    num_prompt_tokens, most = len(prompt.token_ids), info.max_model_len
-    if num_prompt_tokens >= most:
-        raise ValueError(
-            f"prompt has {num_prompt_tokens} tokens, which leaves no room for output: "
-            f"max_model_len is {most}; shorten the prompt or raise max_model_len"
-        )
-    params.check_token_ids(prompt.token_ids, info.vocab_size)
+    params.check_prompt(prompt.token_ids, most=info.max_model_len, vocab_size=info.vocab_size)
     if params.stop and not has_tokenizer:
         raise ValueError(
             "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"

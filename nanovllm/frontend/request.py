@@ -37,8 +37,8 @@ class Completion:
     index: int
     detokenizer: Detokenizer | None
     stops: StopStrings | None
-    logprobs: list[TokenAlternatives] | None  # None unless asked for, as `cumulative_logprob`
-    cumulative_logprob: float | None
+    logprobs: list[TokenAlternatives] | None = None  # unless asked for, as the sum of them
+    cumulative_logprob: float | None = None
     arrived: list[int] = field(default_factory=list)
     arrived_logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -63,8 +63,10 @@ class Completion:
         if params.stop:
             cuts_after = params.include_stop_str_in_output
             stops = StopStrings(params.stop, include_in_output=cuts_after)
-        logprobs, cumulative = (None, None) if params.logprobs is None else ([], 0.0)
-        return cls(request, index, detokenizer, stops, logprobs, cumulative)
+        made = cls(request, index, detokenizer, stops)
+        if params.logprobs is not None:
+            made.logprobs, made.cumulative_logprob = [], 0.0
+        return made
 
     @property
     def number(self) -> int:
@@ -188,7 +190,7 @@ class Request:
     numbers: range = field(init=False)
     tokenizer: Tokenizer | None = field(init=False)
     metrics: RequestMetrics = field(init=False)
-    made_at: float = field(default_factory=time.monotonic)
+    made_at: float = field(init=False)
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenAlternatives | None] | None = None
     final_only: bool = field(init=False)
@@ -207,6 +209,7 @@ class Request:
         self.numbers = range(self.number, self.number + params.n)
         self.tokenizer = None if detokenizers is None else detokenizers.tokenizer
         self.metrics = RequestMetrics(arrival_time=time.time())
+        self.made_at = time.monotonic()
         self.forget_prompt_logprobs()
         self.final_only = params.output_kind == "final_only"
         self.gives_deltas = params.output_kind == "delta"

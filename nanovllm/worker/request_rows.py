@@ -148,13 +148,16 @@ class RequestRows:
         try:
             record = encode(new)
             if new.bad_words_token_ids or new.params.edits_logits:
-                self.edits[new.row] = prepare_edits(
-                    new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
-                )
+                self._keep_edits(new)
             return record
         except Exception as error:
             self.note_failure(new.row, error)
             return NEUTRAL
+
+    def _keep_edits(self, new: NewRow) -> None:
+        edits = prepare_edits(new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids)
+        if edits is not None:
+            self.edits[new.row] = edits
 
     def note_failure(self, row: int, error: Exception) -> None:
         """No token can be chosen for this row, and nobody else need suffer for it."""

@@ -48,6 +48,8 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
     Reasoning,
 )
 
+MaybeUsage = Usage | UnsetType | None
+
 
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
@@ -160,48 +162,36 @@ class ChatAnswer:
         options = self.body.stream_options
         continuous = options is not None and options.continuous_usage_stats
         with_usage = options is not None and options.include_usage
-        usage: Usage | UnsetType | None = None if with_usage else UNSET
+        usage: MaybeUsage = None if with_usage else UNSET
         last: RequestOutput | None = None
         async for output in self.generation:
             last = output
             if continuous:
                 usage = usage_of([output])
-            events = [
-                one
-                for completion in output.outputs
-                for one in self._events_of(completion, usage, output)
-            ]
-            if events:
-                yield b"".join(events)
+            if events := b"".join(self._events_of(one, usage, output) for one in output.outputs):
+                yield events
         if with_usage:
-            yield event(
-                ChatCompletionChunk(
-                    self.request_id, self.created, self.model, [], usage=usage_of([last])
-                )
-            )
+            common = self.request_id, self.created, self.model
+            yield event(ChatCompletionChunk(*common, [], usage=usage_of([last])))
 
     def _events_of(
-        self,
-        completion: CompletionOutput,
-        usage: Usage | UnsetType | None,
-        output: RequestOutput,
-    ) -> list[bytes]:
+        self, completion: CompletionOutput, usage: MaybeUsage, output: RequestOutput
+    ) -> bytes:
         state = self.choices[completion.index]
         if state.text_events is not None and completion.finish_reason is None:
-            return [state.text_events.of(completion.text)]
+            return state.text_events.of(completion.text)
         choices = self._deltas(completion)
         rich = self.body.logprobs or self.body.return_token_ids or state.parser is not None
         if not rich and not isinstance(usage, Usage):
             plain = ChatChunkChoice(completion.index, Delta(content=""))
             state.text_events = TextEvents(self._chunk(plain, usage, output), b"content")
-        return [event(self._chunk(choice, usage, output)) for choice in choices]
+        return b"".join(event(self._chunk(choice, usage, output)) for choice in choices)
 
     def _chunk(
-        self, choice: ChatChunkChoice, usage: Usage | UnsetType | None, output: RequestOutput
+        self, choice: ChatChunkChoice, usage: MaybeUsage, output: RequestOutput
     ) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk(
-            self.request_id, self.created, self.model, [choice], usage=usage
-        )
+        common = self.request_id, self.created, self.model
+        chunk = ChatCompletionChunk(*common, [choice], usage=usage)
         if self.body.return_token_ids and choice.delta.role is not UNSET:
             chunk.prompt_token_ids = output.prompt_token_ids
         return chunk
@@ -219,15 +209,10 @@ class ChatAnswer:
             deltas.append(Delta(content=completion.text))
         choices = [ChatChunkChoice(completion.index, delta) for delta in deltas]
         if finished:
-            reason = _finish_reason(state, completion)
-            choices.append(
-                ChatChunkChoice(
-                    completion.index,
-                    Delta(),
-                    finish_reason=reason,
-                    stop_reason=completion.stop_reason,
-                )
-            )
+            last = ChatChunkChoice(completion.index, Delta())
+            last.finish_reason = _finish_reason(state, completion)
+            last.stop_reason = completion.stop_reason
+            choices.append(last)
         if completion.token_ids and (self.body.return_token_ids or self.body.logprobs):
             self._add_tokens(choices, completion)
         return choices

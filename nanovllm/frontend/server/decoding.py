@@ -27,22 +27,27 @@ from nanovllm.limits import (
 OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
 LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
 MANY_LISTS = 1024  # lists and objects, which take as long as a hundred bytes each
+NO_BODY = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 B = TypeVar("B", bound=Body)
 
 
 def decoded(content: bytes | bytearray, kind: type[B]) -> B:
     """The body, of which names and types are checked. Raises `ApiError` 400."""
     try:
+        return msgspec.json.decode(content, type=kind)
+    except NO_BODY as error:
+        return _decoded_without_nulls(content, kind, error)
+
+
+def _decoded_without_nulls(content: bytes | bytearray, kind: type[B], error: Exception) -> B:
+    """A field that is null asks for nothing, whatever it is called. error: of the whole body."""
+    if isinstance(error, msgspec.ValidationError) and is_of_unknown_field(error):
         try:
-            return msgspec.json.decode(content, type=kind)
-        except msgspec.ValidationError as error:
-            if not is_of_unknown_field(error):
-                raise
-            # A field that is null asks for nothing, whatever it is called.
             pruned = msgspec.json.encode(_without_nulls(msgspec.json.decode(content)))
             return msgspec.json.decode(pruned, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise from_decoding(error, kind.__struct_fields__) from None
+        except NO_BODY as later:
+            error = later
+    raise from_decoding(error, kind.__struct_fields__) from None
 
 
 def _without_nulls(value: Any) -> Any:
@@ -71,8 +76,11 @@ def blaming(body: Body) -> Iterator[None]:
 def takes_long(content: bytes | bytearray) -> bool:
     """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
     with exponents."""
-    if not MANY_LISTS < len(content) <= LONG_BODY:
-        return len(content) > LONG_BODY  # short ones have no room for many of anything
+    is_short = len(content) <= MANY_LISTS  # it has no room for many of anything
+    return len(content) > LONG_BODY or (not is_short and _may_hold_many(content))
+
+
+def _may_hold_many(content: bytes | bytearray) -> bool:
     letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
     lower = letters | 0x20
     if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit

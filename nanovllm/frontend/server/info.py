@@ -10,7 +10,7 @@ from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody
 from nanovllm.frontend.server.decoding import blaming
 from nanovllm.frontend.server.endpoint import read, serving_of
-from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, plain_prompt
+from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, encoded
 from nanovllm.frontend.server.replies import ApiRoot, ModelCard, ModelList, Text, Tokens, Version
 from nanovllm.frontend.server.responses import JsonAnswer
 from nanovllm.frontend.server.serving import Serving
@@ -60,7 +60,7 @@ async def tokenize(request: Request) -> Response:
             token_ids = (await chat_prompt(tokenizer, body)).token_ids
         else:
             add = body.add_special_tokens is not False
-            token_ids = await plain_prompt(tokenizer, body.prompt, add_special_tokens=add)
+            token_ids = await encoded(tokenizer, body.prompt, add_special_tokens=add)
     limit = serving.llm.info.worker.max_model_len
 
     def answer() -> Response:

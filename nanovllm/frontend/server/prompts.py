@@ -9,9 +9,10 @@ import asyncio
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from nanovllm.frontend.chat_template import RESERVED, Message
+from nanovllm.frontend.inputs import Prompt
 from nanovllm.frontend.server.api_errors import ApiError, refused
 from nanovllm.frontend.server.bodies import (
     ChatBody,
@@ -40,36 +41,24 @@ MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 T = TypeVar("T")
 
 
-class ServedPrompt(NamedTuple):
-    """text: as the template rendered it, or None if the client sent token ids."""
-
-    text: str | None
-    token_ids: list[int]
-
-
 async def chat_prompt(
     tokenizer: Tokenizer, body: ChatBody | TokenizeBody, most_tokens: int | None = None
-) -> ServedPrompt:
+) -> Prompt:
     """Render the conversation and encode it; the template writes special tokens itself.
 
     most_tokens: that a model takes, if a longer prompt is of no use.
     """
     messages, variables = template_input(tokenizer, body)
-
-    def render() -> str:
-        if not body.continue_final_message:
-            return tokenizer.apply_chat_template(messages, **variables)
-        *others, last = messages
-        text = tokenizer.apply_chat_template([*others, _marked(last)], **variables)
-        return _open_ended(text, last)
-
     check_conversation(body)
-    # Always aside: a template may take as long as it is let.
-    text = await aside_if_long(render, LONG_TEXT)
-    add = bool(body.add_special_tokens)
+    render: Callable[..., str] = Tokenizer.apply_chat_template
+    if body.continue_final_message:
+        render = _open_ended_prompt
+    # In a thread: a template may take as long as it is let.
+    text = await asyncio.to_thread(render, tokenizer, messages, **variables)
     if (refusal := refusal_of_length(text, tokenizer.most_chars, most_tokens)) is not None:
         raise refusal
-    return ServedPrompt(text, await plain_prompt(tokenizer, text, add_special_tokens=add))
+    add = bool(body.add_special_tokens)
+    return Prompt(text, await encoded(tokenizer, text, add_special_tokens=add))
 
 
 def check_conversation(body: ChatBody | TokenizeBody) -> None:
@@ -84,13 +73,13 @@ def check_conversation(body: ChatBody | TokenizeBody) -> None:
 
 async def text_prompts(
     tokenizer: Tokenizer | None, body: CompletionBody, most_tokens: int | None = None
-) -> list[ServedPrompt | ApiError]:
+) -> list[Prompt | ApiError]:
     """One per prompt of the batch, or what is wrong with it. Who leaves has no more encoded."""
     add = body.add_special_tokens is not False
 
-    async def made(content: str | list[int]) -> ServedPrompt | ApiError:
+    async def made(content: str | list[int]) -> Prompt | ApiError:
         if isinstance(content, list):
-            return ServedPrompt(None, content)
+            return Prompt(None, content)
         if tokenizer is None:
             return refused("prompt", "text needs a tokenizer, and there is none: send token ids")
         if not content:
@@ -98,9 +87,9 @@ async def text_prompts(
         if (refusal := refusal_of_length(content, tokenizer.most_chars, most_tokens)) is not None:
             return refusal
         # Many short ones would hold up the loop as one long one does.
-        size = len(content) if is_short else max(len(content), LONG_TEXT)
-        ids = await _encoded(tokenizer, content, size, add_special_tokens=add)
-        return ServedPrompt(content, ids)
+        size = 0 if is_short else LONG_TEXT
+        ids = await encoded(tokenizer, content, size=size, add_special_tokens=add)
+        return Prompt(content, ids)
 
     contents, size = batch_of(body)
     is_short = size < LONG_TEXT
@@ -118,41 +107,34 @@ def batch_of(body: CompletionBody) -> tuple[list[Any], int]:
     return contents, size
 
 
-async def plain_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """The token ids of a text, which may be empty."""
-    return await _encoded(tokenizer, text, len(text), add_special_tokens=add_special_tokens)
-
-
 def refusal_of_length(
     text: str, most_chars: int | None, most_tokens: int | None
 ) -> ApiError | None:
     """What is too long for any model like this one is not encoded first. most_chars: of a token, if
     that is known."""
-    if most_tokens is None or most_chars is None:
+    if most_tokens is None or most_chars is None or len(text) <= most_chars * most_tokens:
         return None
-    least = -(-len(text) // most_chars)
-    if least <= most_tokens:
-        return None
-    message = (
-        f"prompt: it has at least {least} tokens, but max_model_len is {most_tokens}: shorten it"
-    )
+    least = f"it has at least {-(-len(text) // most_chars)} tokens"
+    message = f"prompt: {least}, but max_model_len is {most_tokens}: shorten it"
     return ApiError(400, message, param="prompt", code="context_length_exceeded")
 
 
-async def _encoded(
-    tokenizer: Tokenizer, text: str, size: int, *, add_special_tokens: bool
+async def encoded(
+    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, size: int = 0
 ) -> list[int]:
+    """The token ids of a text, which may be empty. size: as which it counts, if it is shorter."""
+    size = max(size, len(text))
     if size > MAX_AT_ONCE:
         return await tokenizer.long_texts.encode(text, add_special_tokens=add_special_tokens)
     encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return await aside_if_long(encode, size)
 
 
-def truncated(prompt: ServedPrompt, limit: int | None) -> ServedPrompt:
+def truncated(prompt: Prompt, limit: int | None) -> Prompt:
     """Its last `limit` tokens."""
     if limit is None or len(prompt.token_ids) <= limit:
         return prompt
-    return ServedPrompt(None, prompt.token_ids[-limit:])
+    return Prompt(None, prompt.token_ids[-limit:])
 
 
 def template_input(
@@ -164,11 +146,9 @@ def template_input(
     messages = [
         _template_message(message, has_developer=has_developer) for message in body.messages or []
     ]
-    generate = body.add_generation_prompt is not False
-    if body.continue_final_message:
-        if body.add_generation_prompt:
-            raise refused("add_generation_prompt", "excludes continue_final_message")
-        generate = False
+    if body.continue_final_message and body.add_generation_prompt:
+        raise refused("add_generation_prompt", "excludes continue_final_message")
+    generate = body.add_generation_prompt is not False and not body.continue_final_message
     variables: dict[str, Any] = {**(body.chat_template_kwargs or {})}
     if reserved := variables.keys() & RESERVED:
         raise refused("chat_template_kwargs", f"must not hold {', '.join(sorted(reserved))}")
@@ -282,6 +262,12 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": {k: v for k, v in known.items() if v is not None}}
 
 
+def _open_ended_prompt(tokenizer: Tokenizer, messages: list[Message], /, **variables: Any) -> str:
+    """The prompt up to the end of the last message's words, for the model to go on from."""
+    *others, last = messages
+    return _open_ended(tokenizer.apply_chat_template([*others, _marked(last)], **variables), last)
+
+
 def _marked(message: Message) -> Message:
     """A final message with `MARK` behind its words, so that they are found again in the prompt."""
     words = message["content"]
@@ -291,9 +277,8 @@ def _marked(message: Message) -> Message:
 
 
 def _open_ended(text: str, message: Message) -> str:
-    """The prompt up to the end of its last message's words, for the model to go on from: where
-    `MARK` stands, as transformers' `apply_chat_template` does it. A template that strips what it
-    is given strips the words, too."""
+    """What of a prompt stands before `MARK`, as transformers' `apply_chat_template` does it. A
+    template that strips what it is given strips the words, too."""
     where = text.rfind(MARK.strip())
     if where < 0 or message["content"].strip() not in text:
         raise refused("continue_final_message", "the final message has no text in the prompt")

@@ -24,7 +24,6 @@ from nanovllm.frontend.server.api_keys import ANONYMOUS
 from nanovllm.frontend.server.bodies import GenerationBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
-from nanovllm.frontend.server.prompts import ServedPrompt
 from nanovllm.frontend.server.replies import Health
 from nanovllm.frontend.server.reply_format import ReplyFormat
 from nanovllm.frontend.server.settings import ServerSettings
@@ -222,11 +221,10 @@ class Serving:
         finally:
             self.num_requests -= 1
 
-    def begin(self, prompt: ServedPrompt, params: SamplingParams, options: Options) -> "Generation":
+    def begin(self, prompt: Prompt, params: SamplingParams, options: Options) -> "Generation":
         """Check everything; the request starts when the result is iterated. `ValueError`."""
         llm = self.llm
-        made = Prompt(None, prompt.token_ids)
-        request = llm.prepare(made, params, options.request_id, **options.how)
+        request = llm.prepare(prompt, params, options.request_id, **options.how)
         times = RequestTimes(self.metrics, self.model_name)
         span = None
         if self.tracing is not None:

@@ -114,6 +114,6 @@ async def test_what_no_such_model_can_take_is_not_encoded(
 
 
 def test_a_prompt_that_is_not_cut_keeps_its_text() -> None:
-    prompt = prompts.ServedPrompt("abc", [1, 2, 3])
+    prompt = prompts.Prompt("abc", [1, 2, 3])
     assert all(prompts.truncated(prompt, limit) == prompt for limit in (None, 3, 4))
     assert prompts.truncated(prompt, 2) == (None, [2, 3])
