@@ -74,9 +74,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {**SIZES, "vocab_size": 320, "num_hidden_layers": 2, "max_position_embeddings": LARGE}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(path)
     save(path)
-    # Drawn at random, a first token may end the answer, or be half a letter: nothing to print.
-    defaults = path / "generation_config.json"
-    defaults.write_text(json.dumps({**json.loads(defaults.read_text()), "temperature": 0}))
+    # Drawn at random, a first token may end the answer, or be half a letter: nothing to print. Its
+    # answers do not end by themselves.
+    defaults, own = path / "generation_config.json", {"temperature": 0, "max_new_tokens": 64}
+    defaults.write_text(json.dumps({**json.loads(defaults.read_text()), **own}))
     settings = {"chat_template": CHAT_TEMPLATE, **SPECIAL_TOKENS}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
