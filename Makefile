@@ -88,12 +88,12 @@ setup-dev: .venv/installed-dev
 	@echo "Setting up .venv (once; minutes: packages to fetch, C++ kernels to compile)"
 	@$(PYTHON) -m venv .venv
 ifeq ($(HAS_GPU),yes)
-	@$(PY) -m pip install -q -e .
+	@$(PY) -m pip install -q -e '.[shell]'
 else
 	@echo "No NVIDIA GPU found: taking a CPU build of PyTorch"
 	@$(PY) -m pip install --no-deps --timeout 15 --retries 1 --index-url $(CPU_INDEX) \
 		-r constraints-cpu.txt || echo "$(CPU_INDEX) is out of reach: trying the ordinary index"
-	@$(PY) -m pip install -qq -c constraints-cpu.txt -e .
+	@$(PY) -m pip install -qq -c constraints-cpu.txt -e '.[shell]'
 endif
 	@touch $@
 

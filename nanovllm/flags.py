@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,6 +27,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 COMMON = {
     *("model", "tokenizer", "dtype", "quantization", "max_model_len", "device", "threads", "seed"),
     *("gpu_memory_utilization", "kv_cache_dtype", "max_num_seqs", "tensor_parallel_size"),
+    "log_level",
 }
 
 
@@ -33,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """It says in one line what is wrong, and shows rare flags to those who ask for all."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, add_help=False)
+        super().__init__(**options, add_help=False, formatter_class=_formatter)
         text = "show this; --help=all: every flag"
         self.add_argument("-h", "--help", action=_Help, nargs="?", choices=["all"], help=text)
         self.rare: list[argparse.Action] = []
@@ -58,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def print_help(self, file: Any = None, *, whole: bool = False) -> None:
-        positionals = self._get_formatter()
+        positionals = argparse.HelpFormatter(self.prog)
         positionals.add_usage(None, self._get_positional_actions(), [])
         words = positionals.format_help().removeprefix("usage: ").strip()
         self.usage = words.replace(self.prog, f"{self.prog} [FLAG ...]", 1).replace("%", "%%")
@@ -111,6 +113,20 @@ class Parser(argparse.ArgumentParser):
                 remedy = f"did you mean {near[0]!r}?" if near else "it is no flag of this command"
                 self.error(f"--config {path}: {name!r}: {remedy}")
         return {name: value for name, value in settings.items() if value is not None}
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """In colours on a terminal: Python's own from 3.14 on, before with the extra `shell`."""
+    if sys.version_info < (3, 14) and sys.stdout.isatty():
+        with suppress(ModuleNotFoundError):
+            from rich_argparse import RichHelpFormatter
+
+            coloured = RichHelpFormatter(prog)
+            coloured.group_name_formatter = str
+            coloured.text_markup = coloured.help_markup = False  # there are brackets in texts
+            formatter: argparse.HelpFormatter = coloured
+            return formatter
+    return argparse.HelpFormatter(prog)
 
 
 class _Help(argparse.Action):

@@ -13,6 +13,7 @@ from nanovllm.config import (
     DType,
     KVCacheDType,
     LoadFormat,
+    LogLevel,
     OnCoreDeath,
     Quantization,
     SchedulingPolicy,
@@ -82,3 +83,4 @@ class EngineKeywords(SupervisionKeywords, total=False):
     max_frame_bytes: int
     stall_timeout: float
     drain_timeout: float
+    log_level: LogLevel | None

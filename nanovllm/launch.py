@@ -63,14 +63,14 @@ def life_file(address: str) -> Path:
 def core_main(argv: list[str] | None = None) -> int:
     """Run a core in this process until it is told to stop. Returns the exit code (`ExitCode`)."""
     arguments = make_parser().parse_args(argv)
-    # An owner shows its user what matters; whoever runs a core alone reads its log.
-    level = logging.INFO if arguments.owner_fd is None else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     try:
         if arguments.config_json is not None:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
         else:
             config = EngineConfig.from_kwargs(**config_values(arguments))
+        # An owner shows its user what matters; whoever runs a core alone reads its log.
+        level = config.log.threshold("info" if arguments.owner_fd is None else "warning")
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
         keys = None if arguments.keys is None else CoreKeys(arguments.keys)
         listeners: list[MakeListener] = []
         if arguments.record is not None:

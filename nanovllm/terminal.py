@@ -46,14 +46,17 @@ class Terminal:
         print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def showing_warnings(self) -> Iterator[None]:
-        """While inside, what this process logs is a note, without stacks."""
-        handler = _Notes(self)
-        root = logging.getLogger()
+    def showing_log(self, level: str) -> Iterator[None]:
+        """While inside, what this process logs from that level on is a note, without stacks."""
+        handler = _Notes(self, level.upper())
+        root, ours = logging.getLogger(), logging.getLogger("nanovllm")
+        before = ours.level
         root.addHandler(handler)
+        ours.setLevel(handler.level)
         try:
             yield
         finally:
+            ours.setLevel(before)
             root.removeHandler(handler)
 
 
@@ -131,8 +134,8 @@ class MarkdownTerminal(Terminal):
 
 
 class _Notes(logging.Handler):
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, terminal: Terminal, level: str) -> None:
+        super().__init__(level)
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:

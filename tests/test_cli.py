@@ -4,6 +4,9 @@ import asyncio
 import io
 import logging
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from nanovllm import __version__, cli
+from nanovllm import __version__, cli, launch
 from nanovllm.bench.load import ClientsLoad
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -149,6 +152,54 @@ def test_what_a_core_is_warned_of_is_no_part_of_an_answer(
     assert cli.main(["generate", "a b"]) == 0
     told = capsys.readouterr().out
     assert "\na \n[the core goes on]\nb \n[the core goes on]\n[3 prompt tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], ["a warning"]),
+        (["--log-level", "error"], []),
+        (["--log-level", "info"], ["some news", "a warning"]),
+    ],
+)
+def test_what_is_logged_can_be_chosen(
+    flags: list[str],
+    told: list[str],
+    engine: type[ScriptedLLM],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stream = engine._stream
+
+    async def disturbed(self: ScriptedLLM, prompt: str) -> AsyncIterator[RequestOutput]:
+        logging.getLogger("nanovllm.frontend").info("some news")
+        logging.getLogger("nanovllm.frontend").warning("a warning")
+        async for output in stream(self, prompt):
+            yield output
+
+    monkeypatch.setattr(engine, "_stream", disturbed)
+    before = logging.getLogger("nanovllm").level
+    assert cli.main(["generate", "a", *flags]) == 0
+    notes = re.findall(r"^\[([a-z ]+)\]$", capsys.readouterr().err, re.M)
+    assert notes == told and logging.getLogger("nanovllm").level == before
+    assert cli.main(["generate", "a", "--address", "ipc://x", *flags]) == 0, "it is its own affair"
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["--address", "udp://x"], "INFO"),
+        (["--address", "udp://x", "--log-level", "debug"], "DEBUG"),
+        (["--address", "udp://x", "--owner-fd", "0"], "WARNING"),
+    ],
+)
+def test_a_core_logs_what_was_asked_for_or_what_its_reader_needs(
+    words: list[str], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[str] = []
+    monkeypatch.setattr(logging, "basicConfig", lambda *, level, format: levels.append(level))
+    assert launch.core_main(words) == 2, "at that address nothing can be bound"
+    assert levels == [level]
 
 
 def test_only_what_goes_to_one_place_is_one(tmp_path: Path) -> None:
@@ -376,6 +427,56 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: nanovllm {command}" in capsys.readouterr().out
+
+
+def test_help_is_in_colours_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if sys.version_info < (3, 14):
+        pytest.importorskip("rich_argparse", reason="pip install 'nanovllm[shell]'")
+    for variable in ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        with pytest.raises(SystemExit):
+            cli.main(["serve", "--help"])
+        shown.append(capsys.readouterr().out)
+    plain, coloured = shown
+    assert "\x1b[" not in plain and "\x1b[36m--port" in coloured
+    without = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert re.findall("--[a-z-]+", without) == re.findall("--[a-z-]+", plain)
+    assert "nanovllm serve [FLAG ...] [MODEL]" in without and "more flags" in without
+
+
+def test_a_shell_completes_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="pip install 'nanovllm[shell]'")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash to complete in")
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for words, expected in (
+        (["gen"], "generate"),
+        (["serve", "--max-mod"], "--max-model-len"),
+        (["serve", "--dtype", "bf"], "bfloat16"),
+        (["bench", "thr"], "throughput"),
+    ):
+        asked = f"COMP_WORDS=(nanovllm {shlex.join(words)}); COMP_CWORD={len(words)}; "
+        asked += 'function=$(complete -p nanovllm | sed "s/.*-F \\([^ ]*\\).*/\\1/"); '
+        asked += f'$function nanovllm {words[-1]} {words[-2:][0]}; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run([bash, "-c", script + asked], capture_output=True, text=True)
+        assert expected in done.stdout.split(), (words, done)
+
+
+def test_without_its_package_completion_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install 'nanovllm[shell]'" in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy() -> None:

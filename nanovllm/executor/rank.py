@@ -220,8 +220,11 @@ def main() -> None:
     parser.add_argument("--config-json", required=True)
     arguments = parser.parse_args()
     watch_owner(arguments.owner, arguments.fds)
-    logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {arguments.rank} %(message)s")
     config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
+    logging.basicConfig(
+        format=f"%(asctime)s %(levelname)s rank {arguments.rank} %(message)s",
+        level=config.log.threshold("warning"),
+    )
     seat = Seat(arguments.rank, arguments.local_rank, arguments.local_size)
     rank = Rank(config, seat, Channel(*(socket.socket(fileno=fd) for fd in arguments.fds)))
     code = 0

@@ -21,14 +21,14 @@ from typing import Any
 import msgspec
 
 from nanovllm.checkpoint.locate import locate
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, LogConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.replicas import Lines
 from nanovllm.frontend.server.frontends import Frontends, own_cores
 from nanovllm.frontend.server.run import (
+    OWN_FIELDS,
     SUPERVISION_FIELDS,
-    TOKENIZER_FIELDS,
     FrontendSetup,
     bind,
     freeze,
@@ -41,13 +41,13 @@ from nanovllm.frontend.server.settings import OLDER_NAMES, PRESETS, ServerSettin
 # Where the driver shows a GPU: on Linux, and in its guise on Windows. Asking torch takes seconds.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 CPUS_PER_FRONTEND, MOST_FRONTENDS = 4, 4
-CONNECT_FIELDS = TOKENIZER_FIELDS | SUPERVISION_FIELDS
+CONNECT_FIELDS = OWN_FIELDS | SUPERVISION_FIELDS
 KEY_VARIABLE = "NANOVLLM_API_KEY"
 
 
 async def run(arguments: argparse.Namespace, engine_fields: dict[str, Any]) -> int:
     """Serve until told to stop. Returns the exit code; `ValueError` for what a user must mend."""
-    log_to_stderr()
+    log_to_stderr(LogConfig(log_level=engine_fields.get("log_level")))
     settings = _settings(arguments)
     engine_fields = with_preset(settings, engine_fields)
     if settings.otlp_traces_endpoint is not None:

@@ -19,7 +19,7 @@ import msgspec
 import uvicorn
 import uvloop
 
-from nanovllm.config import EngineConfig, SupervisionConfig
+from nanovllm.config import EngineConfig, LogConfig, SupervisionConfig
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server.app import create_app
@@ -40,7 +40,8 @@ USAGE_ERROR = 2
 READY_LINE = "ready"
 # What a frontend without a core of its own reads of an engine's settings.
 SUPERVISION_FIELDS = frozenset(SupervisionConfig.__struct_fields__)
-TOKENIZER_FIELDS = frozenset({"tokenizer", "tokenizer_revision", "skip_tokenizer_init"})
+# What else concerns a frontend, be the core its own or not.
+OWN_FIELDS = frozenset({"tokenizer", "tokenizer_revision", "skip_tokenizer_init", "log_level"})
 
 
 class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,12 +52,13 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     supervision: SupervisionConfig = SupervisionConfig()
+    log: LogConfig = LogConfig()
 
     @classmethod
     def of(cls, settings: ServerSettings, address: str, fields: dict[str, Any]) -> Self:
         """fields: keywords of `EngineConfig`; those that only the core reads are left to it."""
         supervision = {name: value for name, value in fields.items() if name in SUPERVISION_FIELDS}
-        own = {name: value for name, value in fields.items() if name in TOKENIZER_FIELDS}
+        own = {name: value for name, value in fields.items() if name in OWN_FIELDS}
         config = EngineConfig.from_kwargs(**supervision, **own)
         return cls(
             settings=settings,
@@ -64,6 +66,7 @@ class FrontendSetup(msgspec.Struct, frozen=True, kw_only=True):
             tokenizer=None if config.model.tokenizer is None else config.model.tokenizer_source,
             skip_tokenizer_init=config.model.skip_tokenizer_init,
             supervision=config.supervision,
+            log=config.log,
         )
 
     async def open_llm(self, on_progress: ProgressCallback) -> AsyncLLM:
@@ -194,15 +197,15 @@ class Ending:
         await self._serving.abort_all()
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(config: LogConfig) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("nanovllm").setLevel(logging.INFO)
+    logging.getLogger("nanovllm").setLevel(config.threshold("info"))
 
 
 def frontend_main() -> int:
     """The program of one of several frontends."""
-    log_to_stderr()
     setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=FrontendSetup)
+    log_to_stderr(setup.log)
     return uvloop.run(_run_frontend(setup))
 
 

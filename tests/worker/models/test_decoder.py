@@ -127,13 +127,14 @@ def test_fused_kernels(name: str, tiny_checkpoint: Callable[[str], Path]) -> Non
     """Norms ahead of products, from layer to layer, with one token, with few and with many."""
     path = tiny_checkpoint(name)
     driver = Driver.load(Checkpoint(path, "safetensors"), kernels=TritonKernels())
-    expected, start = reference_logits(load_reference(path), PROMPT), 0
-    for size in (40, 9, 1, 7):
-        logits = driver.run({"chunk": PROMPT[start : start + size]})["chunk"]
+    prompt = PROMPT[:49]  # the interpreter takes as long for each token
+    expected, start = reference_logits(load_reference(path), prompt), 0
+    for size in (33, 9, 1):
+        logits = driver.run({"chunk": prompt[start : start + size]})["chunk"]
         assert_near(logits, expected[start : start + size])
         start += size
-    wanted = torch.tensor([0, len(PROMPT) - start - 1])
-    logits = driver.run_batch({"chunk": PROMPT[start:]}, wanted=wanted)
+    wanted = torch.tensor([0, len(prompt) - start - 1])
+    logits = driver.run_batch({"chunk": prompt[start:]}, wanted=wanted)
     assert_near(logits, expected[start + wanted])
 
 
