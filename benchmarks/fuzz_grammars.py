@@ -239,9 +239,27 @@ def mangled_schema(rng: random.Random) -> Wanted:
 def random_plain(rng: random.Random) -> Wanted:
     """A schema that needs no trial, often one near its limits."""
     while True:
-        schema = _plain(rng, rng.randrange(1, plain_schema.MAX_DEPTH))
-        if plain_schema.is_plain(StructuredOutputsParams(json=schema)):
+        whole = _plain(rng, rng.randrange(1, plain_schema.MAX_DEPTH))
+        schema = rng.choice([whole, random_defined(rng)])
+        if plain_schema.plain_source(StructuredOutputsParams(json=schema)):
             return {"json": schema}
+
+
+def random_defined(rng: random.Random) -> dict[str, Any]:
+    """With definitions that refer to one another in any order, and an allowance for chance."""
+    names = [f"d{index}" for index in range(rng.randrange(1, 6))]
+    defined: dict[str, Any] = {
+        name: rng.choice(
+            [
+                _plain(rng, rng.randrange(2)),
+                {"anyOf": [{"$ref": f"#/$defs/{rng.choice(names)}"}, {"type": "null"}]},
+                {"properties": {p: {"$ref": f"#/$defs/{rng.choice(names)}"} for p in "ab"}},
+                {"items": {"$ref": f"#/$defs/{rng.choice(names)}"}},
+            ]
+        )
+        for name in names
+    }
+    return {"$defs": defined, "properties": {name: {"$ref": f"#/$defs/{name}"} for name in names}}
 
 
 def _plain(rng: random.Random, depth: int) -> dict[str, Any]:

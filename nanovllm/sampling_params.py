@@ -7,6 +7,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 import json
 import math
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
@@ -358,33 +359,32 @@ def _schema_text(schema: str | dict[str, Any]) -> str:
         text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
         if len(text) > MAX_GRAMMAR_BYTES:
             return text  # refused by its length
-        # Not msgspec, which takes 20 µs for each of some numbers with exponents.
-        decoded = json.loads(text, parse_constant=_no_number)
-        if not isinstance(decoded, dict):
-            raise TypeError("it is no object")
+        depth, num_refs = _depth_and_refs(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"structured_outputs.json must be a JSON schema, as a dict or its text: {error}"
         ) from None
-    _check_schema_shape(decoded)
+    # Both are compiled recursively.
+    if depth > MAX_SCHEMA_DEPTH:
+        raise ValueError(
+            f"structured_outputs.json nests more than {MAX_SCHEMA_DEPTH} objects and arrays: "
+            "use $defs and $ref for what repeats, or a flatter schema"
+        )
+    check_count("structured_outputs.json", num_refs, MAX_SCHEMA_REFS, "times $ref")
     return text
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def _check_schema_shape(schema: dict[str, Any]) -> None:
-    """Limits of what is compiled recursively, level by level."""
-    depth, num_refs = 0, 0
-    level: list[Any] = [schema]
-    while level:
+@lru_cache(32)  # most schemas come again and again
+def _depth_and_refs(text: str) -> tuple[int, int]:
+    """Of a schema: objects and arrays within one another, and `$ref`s, level by level. Raises
+    `ValueError`, `TypeError` or `RecursionError` if it is none."""
+    # Not msgspec, which takes 20 µs for each of some numbers with exponents.
+    level: list[Any] = [json.loads(text, parse_constant=_no_number)]
+    if not isinstance(level[0], dict):
+        raise TypeError("it is no object")
+    depth = num_refs = 0
+    while level and depth <= MAX_SCHEMA_DEPTH:
         depth += 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise ValueError(
-                f"structured_outputs.json nests more than {MAX_SCHEMA_DEPTH} objects and arrays: "
-                "use $defs and $ref for what repeats, or a flatter schema"
-            )
         below: list[Any] = []
         for one in level:
             if isinstance(one, dict):
@@ -393,7 +393,11 @@ def _check_schema_shape(schema: dict[str, Any]) -> None:
             else:
                 below += one
         level = [one for one in below if isinstance(one, dict | list)]
-    check_count("structured_outputs.json", num_refs, MAX_SCHEMA_REFS, "times $ref")
+    return depth, num_refs
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _number(params: SamplingParams, name: str) -> float:

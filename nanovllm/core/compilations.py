@@ -31,6 +31,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
 MAX_THREADS = 4  # that compile within their time …
 MAX_LATE = 12  # … and those, besides, that nobody waits for any more
+LINGER_S = 10.0  # of a thread with nothing to do: one that has just begun compiles half as fast
 MAX_EXTRA_S = 0.05  # that outputs wait for lexers which they will share
 STACK_BYTES = 16 << 20  # of such a thread: far more than the sandbox grants the same grammar
 
@@ -105,9 +106,9 @@ class Compilations:
         self._wake = wake
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
         self._jobs: dict[bytes, Job] = {}  # those that somebody waits for
-        self._lock = threading.Lock()  # of the next three
+        self._lock = threading.Condition()  # of the next four; notified of new jobs
         self._queue: deque[Job] = deque()
-        self._num_threads = 0
+        self._num_threads = self._num_idle = 0
         self._num_late = 0  # of the threads
         self._ended: SimpleQueue[tuple[Job, Outcome]] = SimpleQueue()
         self._loaded_at = math.inf
@@ -235,9 +236,15 @@ class Compilations:
     def _most_threads(self) -> int:
         return MAX_THREADS + min(self._num_late, MAX_LATE)
 
+    @property
+    def _is_crowded(self) -> bool:
+        return self._num_threads > self._most_threads
+
     def _start_threads(self) -> None:
         with self._lock:
-            wanted = min(len(self._queue), self._most_threads - self._num_threads)
+            self._lock.notify(len(self._queue))
+            num_new = len(self._queue) - self._num_idle
+            wanted = min(num_new, self._most_threads - self._num_threads)
             self._num_threads += max(0, wanted)
         for _ in range(wanted):
             self._start_thread(self._run)
@@ -260,9 +267,13 @@ class Compilations:
             self._wake()
 
     def _take(self) -> Job | None:
-        """The next job; None if this thread is one too many, which ends it."""
+        """The next job; None if there is none for a while or this thread is one too many, which
+        ends it."""
         with self._lock:
-            if not self._queue or self._num_threads > self._most_threads:
+            self._num_idle += 1
+            self._lock.wait_for(lambda: self._queue or self._is_crowded, LINGER_S)
+            self._num_idle -= 1
+            if not self._queue or self._is_crowded:
                 self._num_threads -= 1
                 return None
             job = self._queue.popleft()

@@ -24,11 +24,11 @@ import numpy.typing as npt
 
 from nanovllm.core.free_text import FreeText
 from nanovllm.core.grammar_sandbox import GrammarSandbox
-from nanovllm.core.grammar_source import first_line, make_matcher, make_tokenizer, schema_of
+from nanovllm.core.grammar_source import Source, first_line, make_matcher, make_tokenizer, read
 from nanovllm.core.json_place import JsonPlace
-from nanovllm.core.json_shape import Shape, Value, shape_of
-from nanovllm.core.kept_masks import Mask, Place
-from nanovllm.core.plain_schema import is_plain
+from nanovllm.core.json_shape import Shape, shape_of
+from nanovllm.core.kept_masks import KeptMasks, Mask, Place, TextPlace
+from nanovllm.core.plain_schema import plain_source
 from nanovllm.core.regex_place import RegexMasks, RegexPlace, term_of
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -361,27 +361,34 @@ class GrammarCompiler:
         """
         self.load()
         assert self._tokenizer is not None
-        root = shape_of(schema_of(wanted)) if is_plain(wanted) else None
-        if root is None and self._sandbox is not None:
-            self._sandbox.try_out(wanted)
-        return Grammar(partial(self._make_first, wanted, self._first_place(wanted, root)))
+        source = plain_source(wanted)
+        place = None if source is None else self._first_place(source)
+        if source is None or place is None:  # alternatives that only their content tells apart
+            if self._sandbox is not None:
+                self._sandbox.try_out(wanted)
+            source = source or read(wanted)
+            place = self._first_place(source)
+        return Grammar(partial(self._make_first, source, place))
 
-    def _first_place(self, wanted: StructuredOutputsParams, root: Value | None) -> Place | None:
-        """By which masks are kept, if they can be. root: the schema's, if it is known already."""
-        if wanted.kind == "json" and root is None:
-            root = shape_of(schema_of(wanted))
-        if root is not None:
-            return JsonPlace(Shape(self._spelling, self._longest, root))
-        term = None if wanted.regex is None else term_of(wanted.regex)
+    def _first_place(self, source: Source) -> Place | None:
+        """By which masks are kept, if they can be."""
+        if source.schema is not None:
+            root = shape_of(source)
+            return None if root is None else JsonPlace(Shape(self._spelling, self._longest, root))
+        if source.wanted.choice is not None:
+            return TextPlace(KeptMasks(self._spelling, self._longest))
+        pattern = source.wanted.regex
+        term = None if pattern is None else term_of(pattern)
         if term is None:
             return None
         return RegexPlace(RegexMasks(self._spelling, self._longest, term))
 
-    def _make_first(self, wanted: StructuredOutputsParams, place: Place | None) -> Matcher:
+    def _make_first(self, source: Source, place: Place | None) -> Matcher:
         assert self._tokenizer is not None
-        after = None if wanted.after is None else FreeText(wanted.after.encode(), self._tokenizer)
+        end = source.wanted.after
+        after = None if end is None else FreeText(end.encode(), self._tokenizer)
         place = None if place is None else place.copy()
-        return Matcher(make_matcher(self._tokenizer, wanted), Family(), after, place)
+        return Matcher(make_matcher(self._tokenizer, source), Family(), after, place)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
         """Compute them beside the caller, who must leave the matchers alone until it is done.

@@ -7,7 +7,7 @@ both compile the very same thing. llguidance is imported with the first request 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.core.json_schema import prepare
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -29,7 +29,6 @@ SLICES = [
     *(f"{IN_STRING}{{1,{length}}}" for length in (4, 6, 8, 10, 12, 16)),
     f"{IN_STRING}+",
 ]
-ANY_OBJECT = '{"type": "object"}'
 MAX_LEXER_STATES = 100_000  # bounds memory (0.3 to 2 kB each); llguidance bounds work by itself
 MAX_CAUSE_CHARS = 300
 LOG_NOTHING = 0
@@ -71,7 +70,23 @@ def _plainly_byte_level(tokenizer_json: str) -> str:
     return json.dumps(content)
 
 
-def make_matcher(tokenizer: LLTokenizer, wanted: StructuredOutputsParams) -> LLMatcher:
+class Source(NamedTuple):
+    """What is wanted, and the same in llguidance's form. schema: if it is to be JSON, prepared."""
+
+    wanted: StructuredOutputsParams
+    grammar: str
+    schema: Any = None
+
+
+def read(wanted: StructuredOutputsParams) -> Source:
+    """Raises `ValueError` naming the field, if it says nothing that could be compiled."""
+    try:
+        return _read(wanted)
+    except ValueError as error:
+        raise cannot_be_used(wanted, first_line(str(error))) from None
+
+
+def make_matcher(tokenizer: LLTokenizer, source: Source) -> LLMatcher:
     """At the beginning of an output, its first mask computed, since that builds most of the lexer.
 
     Raises `ValueError` naming the field, if nothing can match it or it is beyond the limits.
@@ -80,13 +95,13 @@ def make_matcher(tokenizer: LLTokenizer, wanted: StructuredOutputsParams) -> LLM
 
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
-        matcher = LLMatcher(tokenizer, _as_grammar(wanted), log_level=LOG_NOTHING, limits=limits)
+        matcher = LLMatcher(tokenizer, source.grammar, log_level=LOG_NOTHING, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
             raise ValueError(matcher.get_error())
     except ValueError as error:
-        raise cannot_be_used(wanted, first_line(str(error))) from None
+        raise cannot_be_used(source.wanted, first_line(str(error))) from None
     return matcher
 
 
@@ -100,21 +115,22 @@ def first_line(error: str) -> str:
     return error.strip().partition("\n")[0][:MAX_CAUSE_CHARS] or "no reason given"
 
 
-def _as_grammar(wanted: StructuredOutputsParams) -> str:
-    """llguidance's form of it. Raises `ValueError`."""
+def _read(wanted: StructuredOutputsParams) -> Source:
     from llguidance import LLMatcher, grammar_from
 
     if wanted.regex is not None:
-        return LLMatcher.grammar_from_regex(wanted.regex)
+        return Source(wanted, LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
         # Lark's strings are JSON's. One terminal, not as many rules, which the parser would track.
         texts = " | ".join(map(json.dumps, wanted.choice))
-        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
+        return Source(wanted, LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}"))
     if wanted.grammar is not None:
-        return grammar_from("gbnf" if "::=" in wanted.grammar else "lark", wanted.grammar)
-    return LLMatcher.grammar_from_json_schema(schema_of(wanted), defaults=JSON_OPTIONS)
-
-
-def schema_of(wanted: StructuredOutputsParams) -> str:
-    """The schema, as llguidance is to read it, of what is to be JSON. Raises `ValueError`."""
-    return ANY_OBJECT if wanted.json is None else prepare(str(wanted.json))
+        text = wanted.grammar
+        return Source(wanted, grammar_from("gbnf" if "::=" in text else "lark", text))
+    schema = {"type": "object"} if wanted.json is None else prepare(str(wanted.json))
+    if isinstance(schema, dict) and "x-guidance" not in schema:
+        # As `grammar_from_json_schema` would, which decodes and encodes it once more.
+        whole = {"grammars": [{"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}]}
+        return Source(wanted, json.dumps(whole, allow_nan=False), schema)
+    text = json.dumps(schema, allow_nan=False)
+    return Source(wanted, LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS), schema)

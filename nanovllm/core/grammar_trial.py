@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from nanovllm.core.grammar_source import cannot_be_used, make_matcher, make_tokenizer
+from nanovllm.core.grammar_source import cannot_be_used, make_matcher, make_tokenizer, read
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def try_out(tokenizer: "LLTokenizer", wanted: StructuredOutputsParams) -> None:
     Raises `ValueError` if it cannot be compiled or its steps take too long. An output that comes to
     an end, or goes wrong, on the way is not the grammar's fault.
     """
-    matcher = make_matcher(tokenizer, wanted)
+    matcher = make_matcher(tokenizer, read(wanted))
     rng = random.Random(0)
     start = time.process_time()
     for _ in range(NUM_TOKENS):

@@ -22,9 +22,9 @@ ALTERNATIVES = ("anyOf", "oneOf")
 Schema = dict[str, Any]
 
 
-def prepare(text: str) -> str:
-    """The schema, as text. Raises `ValueError` for what is no JSON."""
-    return json.dumps(_Closing(json.loads(text)).closed(), allow_nan=False)
+def prepare(text: str) -> Any:
+    """The schema, as JSON's values. Raises `ValueError` or `RecursionError` if it is no JSON."""
+    return _Closing(json.loads(text)).closed()
 
 
 @dataclass

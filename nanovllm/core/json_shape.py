@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.core.grammar_source import Source
 from nanovllm.core.json_schema import resolve
 from nanovllm.core.kept_masks import KeptMasks
 
+# Not said of outputs, or only where something refers to it.
 ASIDE = frozenset(
     ("title", "description", "default", "examples", "$schema", "$comment", "$defs", "definitions")
 )
@@ -23,7 +25,7 @@ CONTAINERS = ("properties", "required", "additionalProperties", "items", "prefix
 KNOWN = frozenset(
     ("type", "enum", "const", "minItems", "maxItems", *NUMBERS, *STRINGS, *CONTAINERS)
 )
-MAX_CHARS = 16_384  # of a schema: what it refers to often is looked through as often
+MAX_CHARS = 16_384  # of its grammar: what it refers to often is looked through as often
 Bounds = tuple[int, int | None]  # least and most of something
 FREE: Bounds = (0, None)
 BY_SPELLING: Bounds = (-1, None)  # of a string: more counts than its length
@@ -70,11 +72,11 @@ class Shape(KeptMasks):
     root: Value
 
 
-def shape_of(schema: str) -> Value | None:
+def shape_of(source: Source) -> Value | None:
     """What a schema allows that llguidance has compiled; None if it has no shape."""
-    if len(schema) > MAX_CHARS:
+    if len(source.grammar) > MAX_CHARS:
         return None
-    reader = _Reader(json.loads(schema))
+    reader = _Reader(source.schema)
     try:
         root = reader.at("#")
         for value in reader.unions:
@@ -106,8 +108,10 @@ class _Reader:
         if not isinstance(schema, dict):
             raise _NoShapeError
         said = {key: schema[key] for key in schema.keys() - ASIDE}
-        if len(said) == 1 and said.keys() <= {"$ref", "anyOf", "oneOf"}:
+        if len(said) == 1 and said.keys() <= {"$ref", "anyOf", "oneOf", "allOf"}:
             ((key, target),) = said.items()
+            if key == "allOf" and len(target) > 1:
+                raise _NoShapeError
             value.choices = [self.at(target)] if key == "$ref" else [*map(self._new, target)]
             self.unions.append(value)
             return

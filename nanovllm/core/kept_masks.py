@@ -1,7 +1,8 @@
 """Masks of one grammar, by where outputs are in it: for whoever comes to a place next.
 
 `Matcher` keeps them. llguidance does not tell its state, so where an output is must be found out
-beside it: `json_place` does so for schemas, `regex_place` for regular expressions.
+beside it: `json_place` does so for schemas, `regex_place` for regular expressions; of a choice, all
+of its text counts.
 """
 
 from collections.abc import Hashable
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_BYTES = 8 << 20  # of one grammar
+MAX_TEXT_BYTES = 256  # of an output of which all counts; what is longer has no key
 Mask = npt.NDArray[np.int32]  # [num_words], a bit per id, lowest first
 
 
@@ -49,3 +51,27 @@ class Place(Protocol):
 
     def copy(self) -> Self:
         """Another one at the same place."""
+
+
+class TextPlace:
+    """At the beginning of an output that is one of several texts."""
+
+    __slots__ = ("_text", "kept")
+
+    def __init__(self, kept: KeptMasks, text: bytes = b"") -> None:
+        self.kept = kept
+        self._text = text
+
+    @property
+    def key(self) -> Hashable:
+        """What the mask depends on; None: it is not known."""
+        return self._text if len(self._text) <= MAX_TEXT_BYTES else None
+
+    def take(self, token_id: int) -> None:
+        """Go on by a token that has been accepted."""
+        if len(self._text) <= MAX_TEXT_BYTES:
+            self._text += self.kept.spelling[token_id]
+
+    def copy(self) -> "TextPlace":
+        """Another one at the same place."""
+        return TextPlace(self.kept, self._text)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from nanovllm.core import kept_masks
 from nanovllm.core.grammar import GrammarCompiler, Matcher
-from nanovllm.core.grammar_source import schema_of
+from nanovllm.core.grammar_source import read
 from nanovllm.core.json_place import MAX_DEPTH
 from nanovllm.core.json_shape import shape_of
 from nanovllm.core.kept_masks import KeptMasks
@@ -36,6 +36,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "long array": {"type": "array", "items": {"const": 1}, "minItems": 90},
     "tuple": {"type": "array", "prefixItems": [SHORT, {"type": "null"}], "items": False},
     "nested": record(a={"type": "array", "items": record(c=SHORT)}, b=record(c={"type": "null"})),
+    "one part": {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": record(a=SHORT)}},
     "any": {"type": "object"},
     "map": {"type": "object", "additionalProperties": {"type": "boolean"}},
     "kinds": {"anyOf": [SHORT, {"type": "null"}, record(a=SHORT), {"type": "array"}]},
@@ -56,7 +57,7 @@ def compile_(schema: dict[str, Any], compiler: GrammarCompiler = COMPILER) -> Ma
 
 
 def has_shape(schema: dict[str, Any]) -> bool:
-    return shape_of(schema_of(StructuredOutputsParams(json=schema))) is not None
+    return shape_of(read(StructuredOutputsParams(json=schema))) is not None
 
 
 def mask_of(matcher: Matcher) -> bytes:
@@ -150,6 +151,7 @@ def test_masks_of_many_are_the_same_with_kept_ones_among_them() -> None:
     "schema",
     [
         {"allOf": [record(a=SHORT)], "properties": {"b": SHORT}},
+        {"allOf": [record(a=SHORT), {"required": ["a"]}]},
         {"anyOf": [record(a=SHORT), record(b=SHORT)]},
         {"anyOf": [{"$ref": "#/$defs/x"}, record(b=SHORT)], "$defs": {"x": record(a=SHORT)}},
         {"type": "object", "patternProperties": {"^a": SHORT}},

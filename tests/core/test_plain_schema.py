@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, random_plain
+from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, chain, random_plain
 from benchmarks.workloads import ASKS
 from nanovllm.core import grammar_sandbox
 from nanovllm.core.grammar_sandbox import GrammarSandbox
-from nanovllm.core.plain_schema import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, is_plain
+from nanovllm.core.plain_schema import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, MAX_VALUES, plain_source
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import make_compiler, tokenizer_json
@@ -40,6 +40,19 @@ LARGEST: dict[str, dict[str, Any]] = {
     "numbers": {"anyOf": [REAL, *({**REAL, "maximum": 77 * i} for i in range(60))]},
     "values": {"enum": ["a" * (index % 7) + chr(0x1F600 + index) * 9 for index in range(60)]},
     "texts that overlap": {"anyOf": [{"type": "string", "maxLength": i * 60} for i in range(63)]},
+    "references": {
+        "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5)} | {"d5": REAL},
+        "properties": members({"$ref": "#/$defs/d0"}, 8),
+    },
+    "references to alternatives": {
+        "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}] * 4}, "b": {"anyOf": [TEXT, WHOLE]}},
+        "anyOf": [{"$ref": "#/$defs/a"}] * 3,
+    },
+    "definitions that nothing refers to": {
+        "$defs": chain("allOf", 60)["json"]["$defs"],
+        "default": {"allOf": [{"not": {}}] * 40},
+    },
+    "maps": {"additionalProperties": {"additionalProperties": {"additionalProperties": REAL}}},
     "alternatives": {"anyOf": [{"anyOf": [{}, {}]}, {"anyOf": [{}, {"anyOf": [{}] * 40}]}]},
 }
 
@@ -59,8 +72,26 @@ def small() -> Iterator[GrammarSandbox]:
 @pytest.mark.parametrize("name", LARGEST)
 def test_the_largest_pass_with_much_to_spare(small: GrammarSandbox, name: str) -> None:
     wanted = StructuredOutputsParams(json=LARGEST[name])
-    assert is_plain(wanted)
+    assert plain_source(wanted) is not None
     small.try_out(wanted)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a" * (index + 1) for index in range(MAX_VALUES)],
+        ["a" * 1000 + letter + "b" * 20 for letter in "cdef"],
+        [chr(0x1F600 + index) * 30 + '"\\\n' for index in range(MAX_VALUES)],
+    ],
+    ids=["one in another", "long", "odd"],
+)
+def test_the_largest_choices_pass_with_much_to_spare(
+    small: GrammarSandbox, texts: list[str]
+) -> None:
+    assert plain_source(StructuredOutputsParams(choice=texts)) is not None
+    small.try_out(StructuredOutputsParams(choice=texts))
+    for too_much in (["a" * 5000], list(map(str, range(MAX_VALUES + 1)))):
+        assert plain_source(StructuredOutputsParams(choice=too_much)) is None
 
 
 def test_random_ones_pass_with_much_to_spare(small: GrammarSandbox) -> None:
@@ -71,7 +102,7 @@ def test_random_ones_pass_with_much_to_spare(small: GrammarSandbox) -> None:
 
 @pytest.mark.parametrize("name", [*POISONS, *SLOW_POISONS])
 def test_no_poison_is_plain(name: str) -> None:
-    assert not is_plain(StructuredOutputsParams(**(POISONS | SLOW_POISONS)[name]))
+    assert not plain_source(StructuredOutputsParams(**(POISONS | SLOW_POISONS)[name]))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +119,12 @@ def test_no_poison_is_plain(name: str) -> None:
         {"type": "array", "maxItems": MAX_ITEMS + 1},
         {"type": ["object", "array"]},
         {"type": "object", "properties": [{}]},
-        {"type": "object", "additionalProperties": {}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}},
+        {"$ref": "#/$defs/a"},
+        {"$ref": "https://example.org/schema"},
+        {"$ref": 3},
+        {"$ref": "#/$defs/a", "type": "string", "$defs": {"a": {}}},
+        {"properties": members({"$ref": "#/$defs/a"}, 22), "$defs": {"a": {"items": {}}}},
         {"type": "object", "patternProperties": {"a": {}}},
         {"type": "object", "properties": {"a": {"properties": {"b": {"pattern": "a"}}}}},
         {"type": "object", "properties": members({}, 64)},
@@ -103,7 +139,7 @@ def test_no_poison_is_plain(name: str) -> None:
     ],
 )
 def test_what_may_need_more_is_not_plain(schema: dict[str, Any]) -> None:
-    assert not is_plain(StructuredOutputsParams(json=schema))
+    assert not plain_source(StructuredOutputsParams(json=schema))
 
 
 def test_who_needs_no_trial_is_compiled_at_once(

@@ -1,13 +1,14 @@
-"""Places in regular expressions: masks are equal where keys are, and are kept by them."""
+"""Places in regular expressions and choices: where keys are equal masks are, which are kept."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.structured import DATE, MAIL, SUM_PATTERN
+from benchmarks.structured import COLOURS, DATE, MAIL, SUM_PATTERN
 from nanovllm.core import regex_place
 from nanovllm.core.grammar import Matcher
+from nanovllm.core.kept_masks import MAX_TEXT_BYTES
 from nanovllm.core.regex_place import RegexPlace, term_of
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
@@ -17,8 +18,10 @@ from tests.core.vocabulary import make_compiler
 COMPILER = make_compiler()
 
 
-def matcher_of(pattern: str) -> Matcher:
-    return COMPILER.compile(StructuredOutputsParams(regex=pattern)).matcher()
+def matcher_of(wanted: str | list[str]) -> Matcher:
+    """Of an expression, or of a choice."""
+    field = "regex" if isinstance(wanted, str) else "choice"
+    return COMPILER.compile(StructuredOutputsParams(**{field: wanted})).matcher()
 
 
 def mask_of(matcher: Matcher) -> bytes:
@@ -48,11 +51,13 @@ PATTERNS = [
     r"[^b-y\n]{2}([A-Z0-9]{4})+",
     r"(a{40}|b{40})c*",
     r"(a|b|(c|d)e{2,}){1,200}",
+    COLOURS,
+    ["a", "aa", "aaa", "ab" * (MAX_TEXT_BYTES + 1), "b" * MAX_TEXT_BYTES, "\n"],
 ]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_where_keys_are_equal_masks_are(pattern: str) -> None:
+def test_where_keys_are_equal_masks_are(pattern: str | list[str]) -> None:
     """What is computed for outputs that keep nothing, by the keys of one that follows them."""
     rng = np.random.default_rng(0)
     first = matcher_of(pattern)
@@ -74,6 +79,20 @@ def test_where_keys_are_equal_masks_are(pattern: str) -> None:
                 break
             place.take(token_id)
     assert num_again > 40
+
+
+def test_of_a_choice_all_its_text_counts_while_it_is_short() -> None:
+    first = matcher_of(["red", "green", "a" * 2 * MAX_TEXT_BYTES])
+    one, other = first.copy(), first.copy()
+    mask = mask_of(one)
+    assert other.kept_mask is not None and other.kept_mask.tobytes() == mask
+    one.accept(encode("r")[0])
+    assert other.kept_mask is not None and one.kept_mask is None
+    for token_id in encode("a" * MAX_TEXT_BYTES):
+        assert other.accept(token_id)
+    assert other.place is not None and other.place.key == b"a" * MAX_TEXT_BYTES
+    other.accept(encode("a")[0])
+    assert other.place.key is None
 
 
 def test_what_remains_is_what_counts() -> None:
