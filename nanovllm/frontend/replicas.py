@@ -32,8 +32,9 @@ from nanovllm.protocol.messages import (
 CHUNK = 64  # tokens of a prompt that are looked up as one
 MOST_CHUNKS = 256  # of a prompt: what lies behind is not looked at
 MOST_KNOWN = 2**16  # beginnings that are remembered, the latest used ones
-# A core is given what it has begun before, until it has this many more requests than another.
-MOST_MORE, MOST_MORE_SHARE = 8, 0.25
+# A core is given what it has begun before, until it has so many more requests than another, and one
+# more for each chunk that the other would have to compute again, up to a number of chunks.
+MOST_MORE, MOST_MORE_SHARE, MOST_MORE_CHUNKS = 8, 0.25, 24
 NEARLY_FULL = 0.05  # share of blocks that are free
 SEPARATOR = ","  # of addresses
 LONGEST = frozenset({"last_step_ms", "uptime_s"})  # fields of a status that are no sums
@@ -45,14 +46,15 @@ class Prefixes:
     def __init__(self) -> None:
         self._homes: OrderedDict[int, int] = OrderedDict()
 
-    def find(self, token_ids: Sequence[int], salt: str | None) -> int | None:
-        """The core that has most of the beginning of a prompt; None: nobody has any."""
-        found = None
-        for key in _keys(token_ids, salt):
+    def find(self, token_ids: Sequence[int], salt: str | None) -> tuple[int, int]:
+        """The core that has most of the beginning of a prompt, and how many chunks: -1, 0 if nobody
+        has any."""
+        found = -1, 0
+        for count, key in enumerate(_keys(token_ids, salt), 1):
             home = self._homes.get(key)
             if home is None:
                 break
-            found = home
+            found = home, count
         return found
 
     def note(self, token_ids: Sequence[int], salt: str | None, home: int) -> None:
@@ -211,10 +213,11 @@ class Replicas:
             return next((i for i, one in enumerate(self.sessions) if not one.line.is_dead), 0)
         loads = {index: (*load_of(self.sessions[index]), self._num_given[index]) for index in able}
         chosen = min(able, key=loads.__getitem__)
-        known = self._prefixes.find(message.prompt_token_ids, message.cache_salt)
+        known, chunks = self._prefixes.find(message.prompt_token_ids, message.cache_salt)
         if known in loads:
             least = loads[chosen][0]
-            if loads[known][0] <= least + MOST_MORE + MOST_MORE_SHARE * least:
+            most_more = MOST_MORE + MOST_MORE_SHARE * least + min(chunks, MOST_MORE_CHUNKS)
+            if loads[known][0] <= least + most_more:
                 chosen = known
         self._prefixes.note(message.prompt_token_ids, message.cache_salt, chosen)
         self._num_given[chosen] += 1

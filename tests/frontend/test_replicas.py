@@ -33,7 +33,8 @@ from tests.frontend.fake_core import INFO, STATUS, WELCOME, FakeCore, Script
 from tests.frontend.vocabulary import byte_tokenizer
 from tests.waiting import WAIT_S
 
-ROOMY = msgspec.structs.replace(INFO, max_model_len=1024)
+NOBODY = -1, 0
+ROOMY = msgspec.structs.replace(INFO, max_model_len=4096)
 
 
 def status(**changes: Any) -> CoreStatus:
@@ -101,17 +102,21 @@ async def test_prompts_that_nobody_knows_go_round(tmp_path: Path) -> None:
         assert (await numbers(llm, cores))[0] == [0, 3, 6, 8], "it has the least to do"
 
 
-@pytest.mark.parametrize(("num_others", "most"), [(0, 9), (8, 11)])
+@pytest.mark.parametrize(
+    ("num_others", "num_chunks", "most"),
+    [(0, 1, 10), (8, 1, 12), (0, 8, 17), (0, 24, 33), (0, 28, 33)],
+)
 async def test_what_begins_alike_stays_together_up_to_a_point(
-    tmp_path: Path, num_others: int, most: int
+    tmp_path: Path, num_others: int, num_chunks: int, most: int
 ) -> None:
-    """Up to 8 requests and a quarter of theirs more than another core has, it may have."""
+    """A core may have 8 requests more than another, a quarter of the other's, and one for each
+    chunk that the other would compute again, of which 24 count."""
     async with attached(tmp_path, core("a"), core("b")) as (llm, cores):
         for index in range(2 * num_others):
             submit(llm, [index])
         first = 2 * num_others
         for index in range(most + 3):
-            submit(llm, [7] * CHUNK + [index])
+            submit(llm, [7] * CHUNK * num_chunks + [index])
         got = await numbers(llm, cores)
         assert [number for number in got[0] if number >= first] == [*range(first, first + most)]
         assert got[1][num_others:] == [first + most, first + most + 1, first + most + 2]
@@ -131,12 +136,13 @@ def test_the_longest_known_beginning_counts() -> None:
     known, one, two = Prefixes(), [1] * CHUNK, [2] * CHUNK
     known.note([*one, *two, 3], None, 0)
     known.note([*one, *one], None, 1)
-    assert known.find([*one, *two], None) == 0
-    assert known.find([*one, *two, *two], None) == 0
-    assert known.find(one, None) == known.find([*one, 5, 5], None) == 1, "who came last has it"
-    assert known.find(one[1:], None) is None, "shorter than what is looked up at once"
-    assert known.find([*two, *one], None) is None
-    assert known.find(one, "salt") is None
+    assert known.find([*one, *two], None) == (0, 2)
+    assert known.find([*one, *two, *two], None) == (0, 2)
+    last = 1, 1  # who came last has it
+    assert known.find(one, None) == known.find([*one, 5, 5], None) == last
+    assert known.find(one[1:], None) == NOBODY, "shorter than what is looked up at once"
+    assert known.find([*two, *one], None) == NOBODY
+    assert known.find(one, "salt") == NOBODY
 
 
 def test_beginnings_are_looked_at_up_to_a_length_and_the_latest_are_kept(
@@ -147,14 +153,16 @@ def test_beginnings_are_looked_at_up_to_a_length_and_the_latest_are_kept(
     known, parts = Prefixes(), [[index] * CHUNK for index in range(9)]
     known.note([*parts[0], *parts[1], *parts[2]], None, 0)
     known.note([*parts[0], *parts[1], *parts[3]], None, 1)
-    assert known.find([*parts[0], *parts[1], *parts[2]], None) == 1, "the third is not looked at"
+    assert known.find([*parts[0], *parts[1], *parts[2]], None) == (1, 2), (
+        "the third is not looked at"
+    )
     known.note(parts[4], None, 2)
     known.note(parts[0], None, 0)  # is the latest again
     known.note(parts[5], None, 2)
-    assert known.find(parts[4], None) == known.find(parts[5], None) == 2
-    assert known.find([*parts[0], *parts[1]], None) == 0, "the second part has been forgotten"
+    assert known.find(parts[4], None) == known.find(parts[5], None) == (2, 1)
+    assert known.find([*parts[0], *parts[1]], None) == (0, 1), "the second part has been forgotten"
     known.note(parts[6], None, 1)
-    assert known.find(parts[4], None) is None and known.find(parts[0], None) == 0
+    assert known.find(parts[4], None) == NOBODY and known.find(parts[0], None) == (0, 1)
 
 
 @pytest.mark.parametrize(
