@@ -278,11 +278,12 @@ def _places(slots: Iterable[WeightSlot], names: Mapping[str, str]) -> dict[str, 
 
 
 def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Place]:
-    """Places in one tensor, whose rows are those of the parts, one below the other."""
+    """Places in one tensor, whose outputs are those of the parts, one behind the other."""
     first = parts[0][0]
-    shape = first.shape
-    if shape:
-        shape = (sum(part[0].shape[0] for part in parts), *shape[1:])
+    shape, axis = first.shape, first.outputs if first.shape else None
+    if axis is not None:
+        total = sum(part[0].shape[axis] for part in parts)
+        shape = (*shape[:axis], total, *shape[axis + 1 :])
     is_stack = first.expert is not None and names[first.part].count("{}") < 2
     if is_stack and first.expert is not None:
         shape = (first.expert.whole, *shape)
@@ -290,8 +291,8 @@ def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Pl
     for part in parts:
         for slot in part:
             index = [cut.slice for cut in slot.piece]
-            if index:
-                index[0] = slice(start + index[0].start, start + index[0].stop)
+            if axis is not None:
+                index[axis] = slice(start + index[axis].start, start + index[axis].stop)
             turns = is_transposed(names[slot.part]) and slot.kind == "weight"
             if turns:
                 index.reverse()
@@ -299,7 +300,7 @@ def _stacked(parts: list[list[WeightSlot]], names: Mapping[str, str]) -> list[Pl
                 index.insert(0, slot.expert.slice)
             whole = (*shape[:-2], shape[-1], shape[-2]) if turns else shape
             places.append(Place(slot, whole, tuple(index), turns))
-        start += part[0].shape[0] if part[0].shape else 0
+        start += 0 if axis is None else part[0].shape[axis]
     return places
 
 

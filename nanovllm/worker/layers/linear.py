@@ -28,9 +28,10 @@ class WeightSlot:
     which place along a leading axis, if the part is one expert's. target: of the piece's shape, or
     one that it spreads to. dtype: the only one a file may hold it in; None: any but those that need
     a scale. note: what of the config says so, for an error. put(values, rows): how some rows come
-    into target; None: they are copied. keep: takes the rows of a GGUF tensor as they are stored, in
-    the order of the slot's; then target has a shape and no memory. is_optional: a checkpoint may
-    lack it, and target is of no size.
+    into target; None: they are copied. outputs: the axis of the part's outputs, along which lie the
+    parts that a file fuses into one tensor; None: such a tensor says the same of all. keep: takes
+    the rows of a GGUF tensor as they are stored, in the order of the slot's; then target has a
+    shape and no memory. is_optional: a checkpoint may lack it, and target is of no size.
     """
 
     part: str
@@ -42,6 +43,7 @@ class WeightSlot:
     dtype: torch.dtype | None = None
     note: str = ""
     put: Callable[[Tensor, slice], None] | None = None
+    outputs: int | None = 0
     keep: Callable[[GGUFTensor], None] | None = None
     is_optional: bool = False
 

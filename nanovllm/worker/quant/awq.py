@@ -4,6 +4,7 @@ Chosen by `select`. Source: Lin et al., "AWQ", 2023, and the `awq` package's `WQ
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,18 +36,9 @@ class Awq:
         def put_zero(values: Tensor, _: slice) -> None:
             weight.set_zero(rows, unpack_outputs(values))
 
-        yield WeightSlot(
-            part,
-            "qweight",
-            linear.weight[rows],
-            (inputs, words),
-            put=put_codes,
-            dtype=torch.int32,
-            note=note,
-        )
-        yield WeightSlot(
-            part, "qzeros", nothing, (groups, words), put=put_zero, dtype=torch.int32, note=note
-        )
+        turned = partial(WeightSlot, part, dtype=torch.int32, note=note, outputs=1)
+        yield turned("qweight", linear.weight[rows], (inputs, words), put=put_codes)
+        yield turned("qzeros", nothing, (groups, words), put=put_zero)
         piece = groups, cut
         yield scale_slot(method, linear, part, rows, kind="scales", piece=piece, is_turned=True)
 

@@ -36,7 +36,8 @@ class PackQuantized:
             weight.set_zero(rows, signed(codes, kept.bits))
 
         def check_shape(shape: Tensor, _: slice) -> None:
-            if shape.tolist() != [cut.whole, inputs.whole]:
+            outputs, *rest = shape.tolist()
+            if outputs < cut.whole or rest != [inputs.whole]:  # it may be that of several parts
                 raise ValueError(
                     f"says {shape.tolist()}, its config {[cut.whole, inputs.whole]}: check that "
                     "the config belongs to it"
@@ -55,6 +56,7 @@ class PackQuantized:
             (Cut.all_of(2),),
             put=check_shape,
             dtype=torch.int64,
+            outputs=None,
             is_optional=True,
         )
         if kept.has_zeros:
@@ -114,7 +116,8 @@ def scale_slot(
         method.weight.set_scale(rows, scale)
 
     nothing, note = linear.weight.new_empty(0), str(method.kept)
-    return WeightSlot(part, kind, nothing, piece, note=note, put=put)
+    outputs = 1 if is_turned else 0
+    return WeightSlot(part, kind, nothing, piece, note=note, put=put, outputs=outputs)
 
 
 def order_slot(method: Packed, linear: Linear, part: str, rows: slice, *, kind: str) -> WeightSlot:
@@ -134,5 +137,9 @@ def order_slot(method: Packed, linear: Linear, part: str, rows: slice, *, kind: 
 
     nothing, dtype = linear.weight.new_empty(0), torch.int32
     return WeightSlot(
-        part, kind, nothing, (inputs,), put=put, dtype=dtype, is_optional=not is_reordered
+        *(part, kind, nothing, (inputs,)),
+        put=put,
+        dtype=dtype,
+        outputs=None,
+        is_optional=not is_reordered,
     )

@@ -5,6 +5,7 @@ Chosen by `select`. Zero points of version 1 are stored less one. Source: Franta
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,9 +44,10 @@ class Gptq:
 
         piece, dtype = (per(inputs, count, "inputs"), cut), torch.int32
         target = linear.weight[rows]
-        yield WeightSlot(part, "qweight", target, piece, dtype=dtype, note=note, put=put_codes)
+        turned = partial(WeightSlot, part, dtype=dtype, note=note, outputs=1)
+        yield turned("qweight", target, piece, put=put_codes)
         piece = groups, per(cut, count, "outputs")
-        yield WeightSlot(part, "qzeros", nothing, piece, dtype=dtype, note=note, put=put_zero)
+        yield turned("qzeros", nothing, piece, put=put_zero)
         piece = groups, cut
         yield scale_slot(method, linear, part, rows, kind="scales", piece=piece, is_turned=True)
         yield order_slot(method, linear, part, rows, kind="g_idx")

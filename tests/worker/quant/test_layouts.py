@@ -13,11 +13,15 @@ from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import choose_scheme
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant.packed import Packed
+from tests.conftest import save_tiny
 from tests.worker.attention.decoding import Driver
 from tests.worker.quant.layouts import FORMATS, TensorFile, gptq, write
 from tests.worker.test_weights import wider
 
 NUM_STEPS = 12
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}  # halves are whole groups
+WIDE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}  # heads turn whole
+WIDE |= {"sliding_window": None}
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2"])
@@ -33,8 +37,9 @@ def load(path: Path) -> Driver:
 
 
 def loaded(model: Decoder) -> TensorFile:
-    """What quantized layers mean, by the names of their weights, inputs in the file's order."""
-    found = {}
+    """What quantized layers mean, by the names of their weights, inputs in the file's order; of
+    parts that a file fuses, one below the other."""
+    found: dict[str, list[Tensor]] = {}
     for index, layer in enumerate(model.layers):
         for linear in layer.linears():
             method = linear.method
@@ -44,8 +49,8 @@ def loaded(model: Decoder) -> TensorFile:
                 if method.order is not None:
                     values = values[:, method.order.argsort()]
                 name = model.spec.names.safetensors[part].format(index)
-                found[f"{name}.weight"] = values
-    return found
+                found.setdefault(f"{name}.weight", []).append(values)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -54,6 +59,20 @@ def test_weights_are_bit_for_bit_what_their_package_makes_of_them(
 ) -> None:
     expected = write(plain, tmp_path, *FORMATS[name])
     found = loaded(load(tmp_path).model)
+    assert found.keys() == {key for key in expected if key.endswith("_proj.weight")}
+    for key, values in found.items():
+        assert torch.equal(values.to(expected[key].dtype), expected[key]), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["awq 16", "gptq 4 ordered", "gptq 8 16", "compressed 4 16 zeros", "fp8 blocks 16"],
+)
+def test_what_a_file_fuses_is_taken_apart(name: str, tmp_path: Path) -> None:
+    """Phi-3's queries, keys and values, and its gates and ups; whichever axis outputs lie along."""
+    (packed := tmp_path / "packed").mkdir()
+    expected = write(save_tiny("phi3", tmp_path / "plain", **WIDE), packed, *FORMATS[name])
+    found = loaded(load(packed).model)
     assert found.keys() == {key for key in expected if key.endswith("_proj.weight")}
     for key, values in found.items():
         assert torch.equal(values.to(expected[key].dtype), expected[key]), key
