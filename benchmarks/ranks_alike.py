@@ -1,6 +1,6 @@
 """Do ranks end with the same ids, and with those of one rank, whatever becomes of requests?
 
-    python benchmarks/ranks_alike.py --layouts 2,1x2 --lives 1000       # one model, many lives
+    python benchmarks/ranks_alike.py --layouts 2,1x2 --lives 1000 --models synthetic,qwen3
     python benchmarks/ranks_alike.py --layouts 2x2 --lives 4 --models families,files
     python benchmarks/ranks_alike.py --layouts 2e --lives 8 --models mixtures   # spreads experts
 
@@ -9,7 +9,9 @@ paused, preempted, resumed and constrained by grammars; limits of every size), w
 sampling. Each is lived once with a small random model on one rank and once on real ranks over gloo:
 those of one stage, or times stages; "e" spreads experts. At every step all ranks compare what they
 computed with and what they sampled. `families`: every architecture that tests know. `files`: packed
-and fused layouts of weights. Targets: no step differs between ranks, and no id from one rank's.
+and fused layouts of weights. `synthetic` computes nothing: its ids hash the tokens before them, as
+each rank has them, and it knows no grammars.
+Targets: no step differs between ranks, and no id from one rank's.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from nanovllm.config import EngineConfig  # noqa: E402
 from nanovllm.executor.base import Executor  # noqa: E402
 from nanovllm.executor.group import GroupExecutor  # noqa: E402
 from nanovllm.executor.inline import inline_executor  # noqa: E402
+from nanovllm.executor.synthetic import SyntheticExecutor  # noqa: E402
 from nanovllm.protocol.plan import (  # noqa: E402
     DeviceLostError,
     StepHandle,
@@ -49,7 +52,12 @@ from tests.worker.quant.layouts import FORMATS, write  # noqa: E402
 MOST_SEQS, MOST_TOKENS, MOST_LEN, MOST_STEPS = 6, 64, 64, 4  # of any life
 MOST_BLOCKS = 500  # also where layers differ in what they see
 TELL_EVERY = 50  # lives
+SYNTHETIC = "synthetic"
 MANY = 50  # lives, of which it pays to start executors with blocks of other sizes, too
+OWN_EOS = {"eos_token_id": 0}  # as the property test's vocabulary has it
+# Halves are whole groups and blocks, and heads turn whole.
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
+WIDE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.0, "n": 1},
@@ -58,11 +66,8 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "n": 1, "logprobs": 3, "prompt_logprobs": 2},
     {"logit_bias": {5: 2.0, 130: 3.0}, "logprobs": 0},
 )
-FILES = {  # what `FORMATS` has beside each other, and what a scheme makes of plain weights
-    **{name: name for name in ("awq 16", "gptq 4 ordered", "gptq 8 16", "compressed 4 16 zeros")},
-    **{name: name for name in ("compressed fp8 channel, plain tokens", "fp8 blocks 16")},
-}
-AT_LOAD = ("int8", "fp8")
+FILES = ("awq 16", "gptq 4 ordered", "gptq 8 16", "compressed 4 16 zeros", "fp8 blocks 16")
+FILES += ("compressed fp8 channel, plain tokens",)
 
 
 class Layout(NamedTuple):
@@ -141,7 +146,8 @@ class Model:
         values |= {"enable_expert_parallel": spreads} | self.settings
         config = EngineConfig.from_kwargs(model=self.path, **values)
         is_one = config.parallel.num_ranks == 1
-        executor: Executor = (inline_executor if is_one else GroupExecutor)(config, lambda *_: None)
+        make = SyntheticExecutor if self.path == SYNTHETIC else inline_executor
+        executor: Executor = (make if is_one else GroupExecutor)(config, lambda *_: None)
         info = executor.start()
         executor.allocate(info.num_blocks)
         return executor, info
@@ -161,7 +167,12 @@ class Life(Simulation):
         self._model = model
         self.block_sizes = block_sizes
         windows = model.with_blocks(block_sizes[-1])[1].kv_windows
-        super().__init__(seed, num_stages=num_stages, windows=windows)
+        super().__init__(
+            seed,
+            num_stages=num_stages,
+            windows=windows,
+            constrains=model.path != SYNTHETIC,
+        )
 
     def make_executor(self, **life: Any) -> Part:
         return self._model.of_life(self.config, **life)
@@ -210,25 +221,22 @@ def compare(alone: Model, ranks: Model, num_lives: int, until: float) -> Found:
     return found
 
 
-def models_of(names: str, place: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+def models_of(names: str, place: Path) -> Iterator[tuple[str, str | Path, dict[str, Any]]]:
     """Name, directory and settings of what --models asks for, one after the other."""
     for name in names.split(","):
+        if name == SYNTHETIC:
+            yield name, name, {"load_format": name, "step_ms": 0.0, "vocab_size": VOCAB_SIZE}
+            continue
         groups = {"families": list(TINY), "mixtures": [*TINY_MOE, "gemma4_moe"]}
         for one in groups.get(name, [name] if name != "files" else []):
             yield one, save_tiny(one, place / one, vocab_size=VOCAB_SIZE, **OWN_EOS), {}
-        if name == "files":
-            wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
-            plain = save_tiny("llama", place / "wide", vocab_size=VOCAB_SIZE, **OWN_EOS, **wide)
-            for scheme in AT_LOAD:
-                yield f"{scheme} at load", plain, {"quantization": scheme}
+        for one in ("llama", "phi3") if name == "files" else ():  # phi3's are fused, too
+            plain = save_tiny(one, place / f"wide-{one}", vocab_size=VOCAB_SIZE, **OWN_EOS, **WIDE)
             for file in FILES:
-                path = place / file.replace(" ", "-").replace(",", "")
+                path = place / f"{one}-{file}".replace(" ", "-").replace(",", "")
                 path.mkdir()
                 write(plain, path, *FORMATS[file])
-                yield file, path, {}
-
-
-OWN_EOS = {"eos_token_id": 0}  # as the property test's vocabulary has it
+                yield f"{one}, {file}", path, {}
 
 
 def main() -> None:

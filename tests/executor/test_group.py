@@ -18,9 +18,12 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.worker import Worker
+from tests.conftest import save_tiny
 from tests.e2e.processes import alive, rank_children
 from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
+from tests.worker.quant.layouts import FORMATS, write
+from tests.worker.quant.test_layouts import WIDE
 
 NUM_BLOCKS = 18  # few: sequences are preempted
 NUM_LIVES = 3  # of each model; seeds are fixed
@@ -59,17 +62,25 @@ def begin(executor: Executor) -> WorkerInfo:
         ("olmoe_renormalized", 2, {"enable_expert_parallel": True}),
         ("olmo2", 4, {}),
         ("llama3", 1, {"pipeline_parallel_size": 3, "quantization": "int8"}),
-        ("qwen3_moe", 2, {"pipeline_parallel_size": 2}),
+        ("phi3", 2, {"pipeline_parallel_size": 2}),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}x{p[2].get('pipeline_parallel_size', 1)}",
 )
 def engines(
-    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engines]:
     """One rank and several, of the same model. Of 4 ranks two have the same KV head; of 5 experts
-    that are spread the second rank has three; of stages the last has a tied head."""
+    that are spread the second rank has three; of stages the last has a tied head. What is fused in
+    Phi-3's files is packed besides: ranks of stages cut each part along its groups."""
     name, size, settings = request.param
     model = str(tiny_checkpoint(name))
+    if name == "phi3":
+        wide = save_tiny(name, tmp_path_factory.mktemp("wide"), **WIDE)
+        packed = tmp_path_factory.mktemp("packed")
+        write(wide, packed, *FORMATS["gptq 4 16"])
+        model = str(packed)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     alike = {"quantization": settings.get("quantization")}
     alone = inline_executor(config_of(model, **alike), lambda *_: None)
