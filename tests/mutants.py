@@ -497,8 +497,9 @@ class Judging:
         """ "killed", "survived", "hangs" (killed) or "untested"; and the test that killed it. What
         happens without the mutant as well, as on a busy machine, says nothing."""
         chosen = tests_of(site, self._traced, items)
-        # By file, so that what is set up for all of a file is set up once.
-        chosen.sort(key=lambda one: one[1].split("::")[0])
+        # By file, so that what is set up for all of a file is set up once; the likeliest first.
+        files = list(dict.fromkeys(name.split("::")[0] for _, name in chosen))
+        chosen.sort(key=lambda one: files.index(one[1].split("::")[0]))
         while chosen:
             verdict, by = self._run(site, session, items, chosen)
             if verdict == "survived":

@@ -17,11 +17,14 @@ from nanovllm.core import grammar_trial
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import (
     CAUSES,
+    MAX_IDLE,
     STACK_BYTES,
     GrammarSandbox,
+    _ask,
     _stack_bytes,
     has_news,
 )
+from nanovllm.core.grammar_trial import Trial, Verdict
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import make_compiler, tokenizer_json
@@ -156,6 +159,28 @@ def test_trials_do_not_wait_for_a_long_one() -> None:
         for thread in threads:
             thread.join(WAIT_S)
     assert len(refused) == 3 and all(TIME in cause for cause in refused)
+
+
+def test_few_workers_are_kept_and_none_that_has_grown() -> None:
+    """One that is not kept ends."""
+    with GrammarSandbox(timeout_s=WAIT_S) as sandbox:
+        sandbox.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        links = [sandbox._borrow() for _ in range(MAX_IDLE + 2)]
+        for link in links:
+            assert isinstance(_ask(link, Trial(EASY, WAIT_S)), Verdict)
+        assert len(workers_of(sandbox)) == len(links)
+        sandbox._give_back(links[0], spent=True)
+        for link in links[1:]:
+            sandbox._give_back(link, spent=False)
+        wait_until(
+            lambda: len(workers_of(sandbox)) == MAX_IDLE, timeout_s=WAIT_S, what="two that are left"
+        )
+        kept = workers_of(sandbox)
+        again = [sandbox._borrow() for _ in range(MAX_IDLE)]
+        for link in again:
+            assert isinstance(_ask(link, Trial(EASY, WAIT_S)), Verdict)
+            link.close()
+        assert {one.fileno() for one in links} == {-1} and set(kept) >= set(workers_of(sandbox))
 
 
 @pytest.mark.parametrize("which", ["worker", "process"])

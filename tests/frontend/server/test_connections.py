@@ -19,7 +19,7 @@ from nanovllm.frontend.server import connections, run
 from nanovllm.frontend.server.connections import ConnectionLimits
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol.messages import Abort, AddRequest, Outputs, Started, ToCore
-from tests.frontend.fake_core import echo, silent
+from tests.frontend.fake_core import begin, echo, silent
 from tests.frontend.server import served
 from tests.frontend.server.served import listening, message_of, roomy
 from tests.waiting import WAIT_S
@@ -307,6 +307,26 @@ async def test_who_has_his_answer_gets_no_second_one_for_a_body_that_stops(
                 while piece := await reader.read(1000):
                     got += piece
         assert got.count(b"HTTP/1.1 ") == 1 and b" 404 " in got
+        writer.close()
+
+
+async def test_what_is_no_http_ends_an_answer_that_is_under_way(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second head may stand within its text, and the request need not go on."""
+    limit_to(10 * WAIT_S, monkeypatch)
+    monkeypatch.setattr(connections, "LINGER_S", 10 * WAIT_S)
+    async with listening(address, roomy(begin)) as (url, core, serving):
+        reader, writer = await connect(url)
+        body = json.dumps({"prompt": "hi", "stream": True}).encode()
+        writer.write(HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        got = await asyncio.wait_for(reader.readuntil(b"data: "), WAIT_S)
+        writer.write(b"\0\0\0\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            got += await asyncio.wait_for(reader.read(), WAIT_S)
+        assert got.count(b"HTTP/1.1 ") == 1
+        await message_of(core, Abort)
+        await until(lambda: serving.num_requests == 0)
         writer.close()
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from nanovllm.config import EngineConfig
+from nanovllm.frontend import core_process
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.server import frontends as module
-from nanovllm.frontend.server.frontends import Frontends
+from nanovllm.frontend.server.frontends import Frontends, own_cores
 from nanovllm.frontend.server.run import READY_LINE, Ending, FrontendSetup
 from nanovllm.frontend.server.settings import ServerSettings
 from tests.waiting import WAIT_S
@@ -35,6 +37,14 @@ if sys.argv[1] == "dies":
 while len(signals) < 2:
     time.sleep(0.005)
 sys.exit(4)
+"""
+
+# Leaves a file of its name, and ends when its owner does.
+STAND_IN_CORE = """
+import os, pathlib, socket, sys
+pathlib.Path(os.environ["NAMES"], str(os.getpid())).touch()
+with socket.socket(fileno=int(sys.argv[sys.argv.index("--owner-fd") + 1])) as owner:
+    owner.recv(1)
 """
 
 
@@ -108,6 +118,25 @@ def test_deaths_long_ago_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [frontends._may_restart() for _ in range(6)] == [True] * 5 + [False]
     now += module.RESTART_WINDOW_S
     assert frontends._may_restart()
+
+
+async def test_the_cores_of_all_frontends_end_with_their_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has an address of its own, in a directory that goes with it."""
+    monkeypatch.setattr(core_process, "PROGRAM", ["-c", STAND_IN_CORE])
+    monkeypatch.setenv("NAMES", str(tmp_path))
+    config = EngineConfig.from_kwargs(device="cpu", data_parallel_size=2)
+    async with own_cores(config) as line, asyncio.timeout(WAIT_S):
+        addresses = line.address.split(",")
+        directories = [Path(one.removeprefix("ipc://")).parent for one in addresses]
+        assert len(set(directories)) == 2 and all(one.is_dir() for one in directories)
+        while len(processes := list(tmp_path.iterdir())) < 2:
+            await asyncio.sleep(0.005)
+    assert not any(one.exists() for one in directories)
+    for path in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)
 
 
 async def test_they_end_with_their_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

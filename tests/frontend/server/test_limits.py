@@ -116,6 +116,23 @@ async def test_tokenizing_has_limits(small: Served) -> None:
         assert response.status_code == 400 and error_of(response)["param"] == param
 
 
+async def test_bodies_that_were_refused_on_their_way_hold_nothing_of_the_budget(
+    address: str,
+) -> None:
+    most = SMALL_BODY_BYTES + 10_000
+    async with served(address, roomy(echo), max_body_bytes=most) as server:
+
+        async def pieces(num_bytes: int) -> AsyncIterator[bytes]:
+            yield b'{"prompt": "hi"}'.ljust(most)
+            yield b" " * (num_bytes - most)
+
+        for _ in range(2 * BUDGET_BODIES):
+            answer = await server.client.post("/v1/completions", content=pieces(most + 1))
+            assert answer.status_code == 413, answer.text
+        answer = await server.client.post("/v1/completions", content=pieces(most))
+        assert answer.status_code == 200, answer.text
+
+
 def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
     most = SMALL_BODY_BYTES + 10_000
     budget = BodyBudget(most)
