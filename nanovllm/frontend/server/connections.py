@@ -93,7 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         before: RequestResponseCycle | None = self.cycle
         self._headers_since = 0.0
-        self._num_header_bytes = self._num_body_bytes = 0
+        self._num_body_bytes = 0
         self._body_since = time.monotonic()
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
@@ -142,7 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
             if now - self._refused_at > LINGER_S:
                 self.transport.abort()
         elif self._headers_since and now - self._headers_since > limits.headers_timeout_s:
-            if self._num_header_bytes == 0:  # opened and never used: there is nobody to tell
+            if self.cycle is None and self._num_header_bytes == 0:  # there is nobody to tell
                 self.transport.close()
             elif self.cycle is None or self.cycle.response_complete:
                 self._refuse(408, f"no whole header within {limits.headers_timeout_s:g} s")
