@@ -1,4 +1,4 @@
-"""Each bound of a connection, to the byte and the second, by a clock and a wire of the test's own."""
+"""Each bound of a connection to the byte and the second, by a clock and a wire of a test."""
 
 import asyncio
 from collections.abc import Callable
