@@ -395,3 +395,44 @@ def test_a_client_that_leaves_while_it_is_paused_leaves_nothing_behind() -> None
     assert not core.paused_clients and not core.scheduler.waiting.parked
     core.add(7, AddRequest(3, [5], SamplingParams(max_tokens=2, ignore_eos=True)))
     assert len(drain(core)[3]) == 2
+
+
+def test_a_step_that_fails_takes_along_whoever_was_admitted_on_its_prefix() -> None:
+    """In a later step that is under way; others of that step go on, and nothing is kept of it."""
+    config = EngineConfig.from_kwargs(block_size=4, max_inflight_steps=2)
+    executor = FakeExecutor(
+        config,
+        num_blocks=50,
+        max_model_len=128,
+        fails=lambda plan: "result" if plan.step == 0 else "",
+    )
+    core = EngineCore(config, executor, executor.start(), make_compiler())
+    params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    prefix = [1, 2, 3, 4]
+    core.add(0, AddRequest(0, [*prefix, 5], params))
+    assert core.step() is None
+    core.add(0, AddRequest(1, [*prefix, 6], params))
+    core.add(0, AddRequest(2, [7, 8], params))
+    failed: list[Sequence] = []
+    while not failed:
+        outputs = core.step()
+        failed += [] if outputs is None else outputs.failed
+    assert sorted(one.number for one in failed) == [0, 1]
+    core.add(0, AddRequest(3, [*prefix, 9], params))
+    token_ids = drain(core)
+    assert token_ids == {
+        2: reference([7, 8], 1, 3, frozenset()),
+        3: reference([*prefix, 9], 1, 3, frozenset()),
+    }
+    assert core.status(epoch="", num_clients=0).num_running == 0
+
+
+def test_tokens_that_a_grammar_forces_are_the_first_ones_of_an_output() -> None:
+    core = make_core(max_inflight_steps=1)
+    before = time.monotonic()
+    core.add(0, AddRequest(0, [5], constrained("abcdefgh[0-9]", seed=1)))
+    while (outputs := core.step()) is None or not outputs.token_ids:
+        if not core.busy:
+            time.sleep(1e-3)
+    (sequence,) = outputs.started
+    assert len(outputs.token_ids) > 1 and before <= sequence.first_token_at <= time.monotonic()

@@ -199,3 +199,30 @@ def test_a_copy_goes_its_own_way() -> None:
     for token_id in encode('"},'):
         first.accept(token_id)
     assert first.place.key == second.place.key
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "unknown"),
+    [
+        ("texts", '{"a"', "x"),  # in place of a colon
+        ("texts", '{"a":"ab"', "x"),  # of a comma
+        ("texts", '{"a":"ab', '"]}'),  # of which the second has nothing to close
+        ("texts", "", "["),
+        ("texts", "", '"'),
+        ("array", "", "{"),
+        ("texts", '{"', 'x"'),  # no name of a member
+        ("nested", '{"a":[{"c":"a"}]', '"'),
+    ],
+)
+def test_what_is_not_expected_has_no_key_from_there_on(name: str, known: str, unknown: str) -> None:
+    place = compile_(SCHEMAS[name]).place
+    assert place is not None
+    for token_id in encode(known):
+        place.take(token_id)
+        assert place.key is not None
+    for token_id in encode(unknown):
+        place.take(token_id)
+    assert place.key is None
+    for token_id in encode('"a":'):
+        place.take(token_id)
+        assert place.key is None

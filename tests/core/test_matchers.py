@@ -366,3 +366,31 @@ def test_what_stands_still_beside_others_is_not_slow(monkeypatch: pytest.MonkeyP
         COMPILER.compute_masks(matchers)
         assert all(one.accept(a) and one.forced_tokens(9) == [] for one in matchers)
     assert all(one.error is None for one in matchers)
+
+
+def test_slow_calls_are_held_against_an_output_by_its_own_processor_time() -> None:
+    """The first by the wall's clock is none: anybody may have been slow, beside others."""
+    first = matcher_of(regex="[a-z]+")
+    other = first.copy()
+    first.note_time(0.99 * grammar_module.SLOW_S)
+    assert first.clock is time.perf_counter
+    first.note_time(100 * grammar_module.MAX_SLOW_S)
+    assert first.clock is time.thread_time and other.clock is time.perf_counter
+    first.note_time(0.99 * grammar_module.SLOW_S)
+    first.note_time(grammar_module.MAX_SLOW_S)
+    assert first.error is None and not first.family.failed
+    first.note_time(grammar_module.SLOW_S)
+    assert first.error is not None and "has held others up for 1.0 s: simplify it" in first.error
+    assert first.family.failed and other.error is None
+    why = first.error
+    first.note_time(grammar_module.MAX_SLOW_S)
+    assert first.error == why and not first.accept(encode("a")[0])
+
+
+def test_no_text_is_forced_where_an_output_is_free_or_has_failed() -> None:
+    matcher = matcher_of(regex="abc")
+    assert matcher.has_forced_text
+    matcher.note_time(1.0)
+    matcher.note_time(2.0)
+    assert matcher.error is not None and not matcher.has_forced_text
+    assert matcher.forced_tokens(9) == []

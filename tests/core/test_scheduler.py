@@ -333,3 +333,47 @@ def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline() -> None:
     answer(scheduler, steps[1])
     answer(scheduler, steps[2], 7)
     assert schedule(scheduler).plan.num_computed == [10] and sequence.num_pending == 1
+
+
+def test_an_output_that_waits_for_the_prompt_of_its_first_may_leave() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    leader = add(scheduler, list(range(1, 11)))
+    forks = [
+        Sequence(0, number, list(range(1, 11)), SamplingParams(max_tokens=8)) for number in (1, 2)
+    ]
+    for fork in forks:
+        scheduler.add(fork, leader=leader)
+    answer(scheduler, schedule(scheduler))
+    num_queued = scheduler.num_queued
+    scheduler.finish(forks[0], "abort")
+    scheduler.finish(forks[0], "abort")
+    assert leader.forks == forks[1:] and scheduler.num_queued == num_queued - 1
+    assert schedule(scheduler).sequences == [leader, forks[1]]
+
+
+def test_who_stands_behind_a_spent_budget_waits_for_the_next_step() -> None:
+    """One of a higher priority has come between two chunks, and takes all of it."""
+    scheduler = make_scheduler(max_num_batched_tokens=4, scheduling_policy="priority")
+    low = add(scheduler, list(range(1, 8)), priority=1)
+    answer(scheduler, schedule(scheduler))
+    high = add(scheduler, list(range(11, 20)), number=1, priority=0)
+    step = schedule(scheduler)
+    assert step.sequences == [low, high] and step.plan.num_scheduled == [3, 1]
+    answer(scheduler, step, 9)
+    step = schedule(scheduler)
+    assert step.sequences == [high], "low has to decode one, and none is left for it"
+    assert step.plan.num_scheduled == [4]
+
+
+def test_who_does_not_read_makes_room_for_whoever_waits() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    idle = [Sequence(1, number, [number + 1], SamplingParams(max_tokens=20)) for number in (0, 1)]
+    for one in idle:
+        scheduler.add(one, priority=0)
+    answer(scheduler, schedule(scheduler), 9, 9)
+    scheduler.pause(1)
+    new = add(scheduler, [5])
+    step = schedule(scheduler)
+    assert step.sequences == [new]
+    assert [one.num_preemptions for one in idle] == [0, 1], "the last to come, and no more of them"
+    assert scheduler.paused == [idle[0]]
