@@ -45,6 +45,7 @@ async def test_a_stream_holds_everything_once(address: str, kind: Any) -> None:
     if kind == "final_only":
         assert len(outputs) == 1
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert [output.outputs[0].finished for output in outputs] == [o.finished for o in outputs]
     assert (last.request_id, last.prompt, last.prompt_token_ids) == (
         "mine",
         "Grüße",

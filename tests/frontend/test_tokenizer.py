@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers, processors
 from nanovllm.checkpoint.gguf_tokenizer import build
 from nanovllm.checkpoint.locate import locate
 from nanovllm.frontend.detokenizer import DetokenizerFactory
-from nanovllm.frontend.tokenizer import Tokenizer
+from nanovllm.frontend.tokenizer import Tokenizer, _byte_of_char
 from tests.checkpoint.gguf_writing import write_gguf
 from tests.frontend.vocabulary import (
     BOS,
@@ -436,3 +436,13 @@ def test_a_template_that_refuses_is_a_value_error(source: str, complaint: str) -
 
 def test_special_tokens_reach_the_template() -> None:
     assert byte_tokenizer().apply_chat_template(MESSAGES[:2]).count("<eos>") == 1
+
+
+def test_the_alphabet_of_bytes_is_gpt_2s() -> None:
+    alphabet = _byte_of_char()
+    assert alphabet.keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(alphabet.values()) == list(range(256))
+    for char in "!~¡¬®ÿAz09":
+        assert alphabet[char] == ord(char), "printable ones stand for themselves"
+    rest = [*range(33), *range(127, 161), 173]
+    assert [alphabet[chr(256 + index)] for index in range(len(rest))] == rest

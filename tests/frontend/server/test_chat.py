@@ -5,8 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import AddedToken
 
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
+from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
     AddRequest,
     FailureCause,
@@ -29,7 +31,7 @@ from tests.frontend.server.served import (
     served,
     tokenizer_with,
 )
-from tests.frontend.vocabulary import CHAT_TEMPLATE, EOS
+from tests.frontend.vocabulary import CHAT_TEMPLATE, EOS, fast_tokenizer
 from tests.waiting import WAIT_S
 
 WEATHER = {
@@ -627,3 +629,42 @@ async def test_without_reasoning_is_asked_of_the_template_in_its_words(
             assert error_of(response)["param"] == "reasoning_effort"
     else:
         assert await sent_prompt(address, template, **body) == prompt
+
+
+async def test_ids_of_tokens_whose_text_is_held_back_come_at_once(address: str) -> None:
+    """What has begun as a call does is no text yet."""
+    said = ["a", "<tool", "_c", "x"]
+    async with served(
+        address, roomy(says(*said)), tokenizer=tokenizer_with(TOOL_TEMPLATE)
+    ) as server:
+        chunks = events(
+            await server.chat(tools=[WEATHER], stream=True, return_token_ids=True, logprobs=False)
+        )
+    assert joined(chunks) == "".join(said)
+    ids = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids") or []]
+    assert ids == list("".join(said).encode())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_special_tokens_are_kept_where_they_mark_calls(address: str, stream: bool) -> None:
+    """For whoever reads the calls; without tools they are no text."""
+    fast = fast_tokenizer()
+    fast.add_special_tokens([AddedToken("[TOOL_CALLS]")])
+    marker = fast.token_to_id("[TOOL_CALLS]")
+    tokenizer = Tokenizer(fast, chat_template="{{ messages[0].content }}[TOOL_CALLS]")
+    script = roomy(says("a", [marker], '[{"name": "weather", "arguments": {}}]'))
+    async with served(address, script, tokenizer=tokenizer) as server:
+        for fields, num_calls in (({}, 0), ({"tools": [WEATHER]}, 1)):
+            response = await server.chat(stream=stream, **fields)
+            if stream:
+                chunks = events(response)
+                text = joined(chunks)
+                calls = [
+                    c for one in chunks for c in one["choices"][0]["delta"].get("tool_calls", [])
+                ]
+                found = [call for call in calls if call["function"].get("name")]
+            else:
+                message = response.json()["choices"][0]["message"]
+                text, found = message["content"], message.get("tool_calls") or []
+            assert len(found) == num_calls
+            assert text == ("a" if num_calls else 'a[{"name": "weather", "arguments": {}}]')

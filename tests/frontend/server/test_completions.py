@@ -6,7 +6,12 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
 
+from nanovllm.frontend.outputs import Logprob
+from nanovllm.frontend.server.logprobs import TokenNames
+from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
     Abort,
     AddRequest,
@@ -20,7 +25,7 @@ from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, events, listening, roomy, served
-from tests.frontend.vocabulary import sentencepiece_tokenizer
+from tests.frontend.vocabulary import byte_tokenizer, sentencepiece_tokenizer
 from tests.waiting import WAIT_S
 
 
@@ -347,3 +352,28 @@ async def test_limits_are_the_last_that_is_allowed(address: str) -> None:
         response = await server.complete([[1]] * 2048)
         assert response.status_code == 200 and len(response.json()["choices"]) == 2048
         assert len(server.core.all_of(AddRequest)) == before + 2048
+
+
+def test_bytes_of_a_token_are_its_own_or_those_of_its_text() -> None:
+    """A vocabulary of pieces does not tell which bytes a token adds."""
+    half = Logprob(-1.0, 1, "\ufffd")
+    assert TokenNames(byte_tokenizer(), False).bytes(0xC3, half) == [0xC3]
+    for tokenizer in (Tokenizer(FastTokenizer(models.WordLevel({"é": 7}, "é"))), None):
+        names = TokenNames(tokenizer, False)
+        assert names.bytes(7, Logprob(-1.0, 1, "é")) == [0xC3, 0xA9]
+        assert names.bytes(7, Logprob(-1.0, 1, None)) is None
+
+
+def test_tokens_wait_for_the_text_that_they_begin_in() -> None:
+    """A stop string may yet cut it off: at the last nothing lies beyond the text's end."""
+    names = TokenNames(byte_tokenizer(), False)
+    offsets = names.text_offsets(3, [], skip_special_tokens=True)
+    new = offsets.entries(list(b"abcd"), [{}] * 4)
+    assert [one.offset for one in new] == [3, 4, 5, 6]
+    assert [one.offset for one in offsets.shown(new, 4, last=False)] == [3, 4]
+    assert offsets.shown([], 4, last=False) == []
+    (fifth,) = offsets.entries(list(b"e"), [{}])
+    assert [one.offset for one in offsets.shown([fifth], 6, last=False)] == [5, 6]
+    assert [one.offset for one in offsets.shown([], 5, last=True)] == [5]
+    unknown = TokenNames(None, False).text_offsets(2, [], skip_special_tokens=True)
+    assert [one.offset for one in unknown.entries([1, 2], [{}, {}])] == [2, 2]

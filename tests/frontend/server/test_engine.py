@@ -15,7 +15,7 @@ import pytest
 
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
-from nanovllm.frontend.server.page_files import DIRECTORY
+from nanovllm.frontend.server.page_files import DIRECTORY, docs_files, page_files
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server
 from nanovllm.frontend.server.serving import Serving
@@ -233,6 +233,23 @@ async def test_the_page_comes_with_a_strict_policy(address: str) -> None:
         assert (await server.client.get("/page/nothing.js")).status_code == 404
         assert (await server.client.get("/page/../settings.py")).status_code == 404
         assert "/page/main.js" not in (await server.client.get("/openapi.json")).text
+
+
+def test_every_file_of_the_page_has_an_address_and_a_kind() -> None:
+    found = {one.path: one for one in page_files()}
+    names = {
+        "/" if one.name == "index.html" else f"/page/{one.name}" for one in DIRECTORY.iterdir()
+    }
+    assert found.keys() == names and len(page_files()) == len(names)
+    assert found["/"].content == (DIRECTORY / "index.html").read_bytes()
+    assert found["/"].media_type.startswith("text/html")
+    assert found["/page/main.js"].media_type.startswith("text/javascript")
+    docs = {one.path: one for one in docs_files()}
+    assert {"/docs", "/docs/start.js", "/docs/swagger-ui.css"} < docs.keys()
+    for one in docs.values():
+        assert len(one.content) > 50 and one.policy != found["/"].policy
+    tags = [one.etag for one in (*found.values(), *docs.values())]
+    assert len(set(tags)) == len(tags) and all(re.fullmatch('"[0-9a-f]{16}"', tag) for tag in tags)
 
 
 class Page(HTMLParser):

@@ -1,16 +1,25 @@
 """Everything a body can hold has a limit, which the answer names; nothing is begun beyond it."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from nanovllm.frontend.server import middleware
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.body_trial import BodyTrials, Refusal, Trial, answer
 from nanovllm.frontend.server.decoding import excess
-from nanovllm.frontend.server.middleware import BUDGET_BODIES, SMALL_BODY_BYTES, BodyBudget, Share
+from nanovllm.frontend.server.middleware import (
+    BUDGET_BODIES,
+    LARGE_BODY_BYTES,
+    SMALL_BODY_BYTES,
+    BodyBudget,
+    Share,
+)
 from nanovllm.limits import (
     MAX_JSON_DIGITS,
     MAX_JSON_EXPONENTS,
@@ -22,6 +31,7 @@ from nanovllm.protocol.messages import AddRequest
 from tests.frontend.fake_core import echo
 from tests.frontend.server.hostile_bodies import USER, Hostile, bodies
 from tests.frontend.server.served import Served, error_of, roomy, served
+from tests.waiting import WAIT_S
 
 
 @pytest.fixture
@@ -150,3 +160,34 @@ def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
     late.hold(most)
     with pytest.raises(ApiError):
         Share(budget).hold(SMALL_BODY_BYTES + 1)
+
+
+async def test_memory_of_large_bodies_is_returned_once_they_have_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Soon after the first of several that go, and again after the next ones."""
+    trims: list[str] = []
+    monkeypatch.setattr(middleware, "TRIM_AFTER_S", 0.01)
+    monkeypatch.setattr(middleware, "_return_free_memory", lambda: trims.append("trim"))
+    budget = BodyBudget(LARGE_BODY_BYTES)
+    budget.give_back(LARGE_BODY_BYTES - 1)
+    await asyncio.sleep(0.05)
+    assert not trims
+    for number in (1, 2):
+        for _ in range(3):
+            budget.give_back(LARGE_BODY_BYTES)
+        async with asyncio.timeout(WAIT_S):
+            while len(trims) < number:
+                await asyncio.sleep(0.005)
+    await asyncio.sleep(0.05)
+    assert len(trims) == 2
+
+
+@pytest.mark.parametrize("libc", ["glibc", ""])
+def test_only_glibc_is_asked_to_return_memory(monkeypatch: pytest.MonkeyPatch, libc: str) -> None:
+    asked: list[Any] = []
+    library = SimpleNamespace(malloc_trim=asked.append)
+    monkeypatch.setattr(middleware, "ctypes", SimpleNamespace(CDLL=lambda name: library))
+    monkeypatch.setattr(middleware, "platform", SimpleNamespace(libc_ver=lambda: (libc, "2.36")))
+    middleware._return_free_memory()
+    assert asked == ([0] if libc else [])
