@@ -1,5 +1,6 @@
 """What models write, in all formats, cut into pieces in all ways."""
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,7 @@ CASES += [
         ("[TOOL_CALLS]stranger", ("[TOOL_CALLS]stranger", [])),
         ("[TOOL_CALLS] nothing of the kind", ("[TOOL_CALLS] nothing of the kind", [])),
         ("[TOOL_CALLS][1, 2]", ("[TOOL_CALLS][1, 2]", [])),
+        ("[TOOL_CALLS][{x: 1}] y", ("[TOOL_CALLS][{x: 1}] y", [])),
     ]
 ]  # fmt: skip
 CASES += [
@@ -158,6 +160,94 @@ def test_formats(make: Callable[[], ToolParser], text: str, expected: Expected) 
         pieces += parser.finish()
         assert collected(pieces) == expected, cuts(text, seed)
         assert all(isinstance(piece, CallBegin) or piece.text for piece in pieces), "an empty delta"
+
+
+def random_json(rng: random.Random, depth: int = 3) -> Any:
+    """With what could be taken for the end of something."""
+    text = "".join(
+        rng.choice(['"', "\\", "{", "}", "[", "]", ",", ":", " ", "a", "é"]) for _ in "abc"
+    )
+    kinds = [rng.randrange(-99, 99), 1.5e-7, True, False, None, text, ""]
+    if depth and rng.random() < 0.5:
+        values = [random_json(rng, depth - 1) for _ in range(rng.randrange(3))]
+        return values if rng.random() < 0.5 else {f"{text}{i}": v for i, v in enumerate(values)}
+    return rng.choice(kinds)
+
+
+def spelled(rng: random.Random, value: Any) -> str:
+    """As JSON, with blank space wherever it may stand."""
+
+    def blank() -> str:
+        return rng.choice(["", "", " ", "\n", "\t ", "\r\n  "])
+
+    if isinstance(value, dict):
+        pairs = [
+            f"{blank()}{json.dumps(key)}{blank()}:{blank()}{spelled(rng, one)}{blank()}"
+            for key, one in value.items()
+        ]
+        return "{" + (",".join(pairs) or blank()) + "}"
+    if isinstance(value, list):
+        return "[" + (",".join(blank() + spelled(rng, one) + blank() for one in value)) + "]"
+    return json.dumps(value, ensure_ascii=rng.random() < 0.5)
+
+
+def random_call(rng: random.Random) -> tuple[str, tuple[str, str]]:
+    """A call with whatever else beside it and in any order, and what it comes to."""
+    name = rng.choice(sorted(NAMES))
+    arguments = {f"k{i}": random_json(rng) for i in range(rng.randrange(3))}
+    raw = spelled(rng, arguments)
+    kind = rng.randrange(4)
+    given = {0: raw, 1: json.dumps(rng.choice(["", " "]) + raw), 2: "null", 3: ""}[kind]
+    pairs = [('"name"', json.dumps(name))]
+    pairs += [(rng.choice(['"arguments"', '"parameters"']), given)] if given else []
+    for index in range(rng.randrange(3)):
+        pairs.append((json.dumps(f"other{index}"), spelled(rng, random_json(rng))))
+    rng.shuffle(pairs)
+    text = "{" + ",".join(f" {key} : {value} " for key, value in pairs) + "}"
+    return text, (name, raw if kind < 2 else "{}")
+
+
+WRITTEN: list[tuple[Callable[[], ToolParser], str, str, str]] = [
+    (lambda: HermesParser(NAMES), "<tool_call>", "</tool_call>\n<tool_call>", "</tool_call>"),
+    (lambda: HermesParser(NAMES), "<tool_call>\n", "<tool_call>\n", ""),
+    (lambda: HermesParser(NAMES), "<tool_call>[", " , ", "]</tool_call>"),
+    (lambda: Llama3Parser(NAMES), "", ";", ""),
+    (lambda: Llama3Parser(NAMES), "<|python_tag|>", " ; ", ""),
+    (lambda: MistralParser(NAMES), "[TOOL_CALLS] [", ",\n", "]"),
+    (lambda: RequiredParser(NAMES), "[", ",", "]"),
+]
+
+
+@pytest.mark.parametrize(("make", "start", "between", "end"), WRITTEN)
+def test_calls_are_read_whatever_stands_beside_and_in_them(
+    make: Callable[[], ToolParser], start: str, between: str, end: str
+) -> None:
+    rng = random.Random(f"{start}{between}")
+    for number in range(60):
+        calls = [random_call(rng) for _ in range(rng.randrange(1, 4))]
+        text = start + between.join(one for one, _ in calls) + end
+        parser, pieces = make(), []
+        for part in cuts(text, number):
+            pieces += parser.feed(part)
+        content, found = collected(pieces + parser.finish())
+        assert (content, found) == ("", [expected for _, expected in calls]), text
+
+
+@pytest.mark.parametrize(("make", "start", "between", "end"), WRITTEN)
+def test_what_is_damaged_comes_to_the_same_however_it_is_cut(
+    make: Callable[[], ToolParser], start: str, between: str, end: str
+) -> None:
+    rng = random.Random(f"{start}{between}")
+    for number in range(60):
+        text = start + between.join(random_call(rng)[0] for _ in range(2)) + end + " words"
+        at = rng.randrange(len(text))
+        damaged = text[:at] + rng.choice(["", "x", '"', "}", "]", ",", " "]) + text[at + 1 :]
+        found = []
+        for seed in (0, 1, number + 2):
+            parser = make()
+            pieces = [piece for part in cuts(damaged, seed) for piece in parser.feed(part)]
+            found.append(collected(pieces + parser.finish()))
+        assert found[0] == found[1] == found[2], damaged
 
 
 def test_arguments_come_while_they_are_written() -> None:

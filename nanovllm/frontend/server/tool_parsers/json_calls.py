@@ -101,9 +101,9 @@ class JsonCall:
 
     def _inside(self, text: str) -> bool:
         """Whether a key or value goes on or begins here."""
-        if len(self.raw) > self._start >= 0:
+        if len(self.raw) > self._start:
             return True
-        return text[0] not in BLANK and not (self._expect == "key" and text[0] == "}")
+        return text[0] == '"' if self._expect == "key" else text[0] not in BLANK
 
     def _punctuation(self, char: str) -> bool:
         """Between keys and values. False if it is not part of the object."""
@@ -127,14 +127,11 @@ class JsonCall:
         return True
 
     def _take(self, text: str, pieces: list[Piece]) -> None:
-        first = len(self.raw) == self._start
         self.raw += text
         is_arguments = self._expect == "value" and self._key in ARGUMENT_KEYS
         if is_arguments and self.raw[self._start] in "{[":
             self._argue(text, pieces)
-        if first and self._expect == "key" and not text.startswith('"'):
-            self.broken = True
-        elif self._value.done:
+        if self._value.done:
             self._end(self.raw[self._start :], pieces)
 
     def _end(self, raw: str, pieces: list[Piece]) -> None:
