@@ -429,6 +429,10 @@ def tests_of(
                 # That of the file's first test is paid by whichever runs first.
                 seconds = test["seconds"] - (test["set_up_s"] if nodeid == first else 0.0)
                 found.append((not file.endswith(own), seconds, nodeid, file))
+    for id in items:  # of a file that took too long to trace
+        file = id.split("::")[0]
+        if file.endswith(own) and not traced.get(file):
+            found.append((False, UNKNOWN_S, id, file))
     chosen: list[tuple[float, str]] = []
     set_up = {
         file: next(iter(tests.values()))["set_up_s"] for file, tests in traced.items() if tests
@@ -440,7 +444,7 @@ def tests_of(
             chosen.append((cost, nodeid))
             left_s -= cost
             set_up[file] = 0.0
-    if not chosen:  # it runs in another process, or by a file of tests that could not be traced
+    if not chosen:  # it runs in another process
         chosen = [(UNKNOWN_S, id) for id in items if id.split("::")[0].endswith(own)]
     return chosen
 

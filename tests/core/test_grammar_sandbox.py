@@ -3,17 +3,21 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
+import psutil
 import pytest
 
 from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, Wanted, follow, random_wanted, try_all
-from nanovllm.core import grammar_trial
+from nanovllm.core import grammar_sandbox, grammar_trial
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import (
     CAUSES,
@@ -24,6 +28,7 @@ from nanovllm.core.grammar_sandbox import (
     _stack_bytes,
     has_news,
 )
+from nanovllm.core.grammar_source import make_tokenizer
 from nanovllm.core.grammar_trial import Trial, Verdict
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
@@ -285,3 +290,55 @@ def test_the_trial_follows_tokens_that_the_grammar_allows() -> None:
         for token_id in allowed:
             mask[token_id // 8] |= 1 << token_id % 8
         assert grammar_trial._pick(bytes(mask), rng) in allowed
+
+
+def test_a_grammar_that_ends_its_process_twice_without_a_word_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first time somebody else may have killed it."""
+    asked: list[socket.socket] = []
+    monkeypatch.setattr(GrammarSandbox, "_borrow", lambda self: socket.socket())
+    monkeypatch.setattr(grammar_sandbox, "_ask", lambda link, trial: asked.append(link))
+    sandbox = GrammarSandbox(timeout_s=WAIT_S)
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex .*it may need too much"):
+        sandbox.try_out(EASY)
+    assert [link.fileno() for link in asked] == [-1, -1], "each is closed"
+
+
+def test_what_a_worker_measures_of_itself() -> None:
+    memory = psutil.Process().memory_info()
+    assert abs(grammar_trial._address_space_bytes() - memory.vms) < 64 << 20
+    assert grammar_trial._peak_bytes() >= memory.rss - (64 << 20)
+
+
+def test_frames_come_whole_or_not_at_all() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # so it comes in pieces
+        trial = Trial(StructuredOutputsParams(regex="a" * 16_000), 1.0)
+        sender = threading.Thread(target=grammar_trial.send_frame, args=(ours, trial))
+        sender.start()
+        frame = grammar_trial.receive_frame(theirs)
+        sender.join(WAIT_S)
+        assert frame is not None and msgspec.msgpack.decode(frame, type=Trial) == trial
+        ours.sendall(grammar_trial.LENGTH.pack(9) + b"abc")
+        ours.close()
+        assert grammar_trial.receive_frame(theirs) is None
+
+
+def test_a_grammar_whose_steps_are_dear_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By processor time, of one step and not of all of them."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += step_s
+        return now
+
+    tokenizer = make_tokenizer(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+    monkeypatch.setattr(grammar_trial, "time", SimpleNamespace(process_time=clock))
+    step_s = 0.9 * grammar_trial.MAX_STEP_CPU_S
+    grammar_trial.try_out(tokenizer, EASY)
+    step_s = 1.2 * grammar_trial.MAX_STEP_CPU_S
+    with pytest.raises(ValueError, match="a single token of its output takes 120 ms"):
+        grammar_trial.try_out(tokenizer, EASY)

@@ -87,3 +87,45 @@ def test_a_life_leaves_word_of_a_failure_and_of_nothing_else(tmp_path: Path) -> 
     assert [third.after_crash_of, fourth.after_crash_of] == ["second", ""]
     third.close()
     fourth.close()
+
+
+class Turns:
+    """In place of `threading.Event`: the watch looks so many times, then it has ended."""
+
+    def __init__(self, waits: list[float], num_turns: int) -> None:
+        self._waits, self._num_turns = waits, num_turns
+
+    def wait(self, timeout: float) -> bool:
+        self._waits.append(timeout)
+        return len(self._waits) > self._num_turns
+
+    def set(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("timeout_s", "wait_s"), [(1.0, 0.5), (2.0, 1.0), (60.0, 1.0)])
+def test_a_stall_is_reported_once_and_its_end_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, timeout_s: float, wait_s: float
+) -> None:
+    """With what all threads do, in a file of this user's alone."""
+    times = [0.0, 1.0, 1.0, 2.0, 0.99, 0.0, 1.5]
+    waits: list[float] = []
+    monkeypatch.setattr(
+        lifetime,
+        "threading",
+        SimpleNamespace(Event=lambda: Turns(waits, len(times)), Thread=lifetime.threading.Thread),
+    )
+    log, stalled = tmp_path / "logs" / "stalls", iter([one * timeout_s for one in times])
+    with lifetime.watching_for_stalls(stalled.__next__, lambda: timeout_s, log=log):
+        pass
+    assert set(waits) == {wait_s}
+    lines = [line for line in log.read_text().splitlines() if f"core {os.getpid()}: " in line]
+    told = [line.partition(": ")[2] for line in lines]
+    assert told == [
+        f"no step has finished for {timeout_s:.1f} s; what all threads do:",
+        "the core goes on",
+        f"no step has finished for {1.5 * timeout_s:.1f} s; what all threads do:",
+    ]
+    assert log.read_text().count("most recent call first") >= 2
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert log.parent.stat().st_mode & 0o077 == 0

@@ -1,7 +1,9 @@
 """Who can reach a core: directories, loopback, keys, and sizes of frames."""
 
 import os
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +34,7 @@ from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlo
 from nanovllm.sampling_params import SamplingParams
 from tests.core.fake_executor import FakeExecutor
 from tests.core.serving import RawClient, add, collect, serving
+from tests.e2e.processes import wait_until
 from tests.waiting import WAIT_S
 
 
@@ -272,3 +275,52 @@ async def test_frontends_take_the_file(guarded: str, keys: Path) -> None:
         params = SamplingParams(max_tokens=3, detokenize=False, ignore_eos=True)
         outputs = [one async for one in llm.generate({"prompt_token_ids": [5]}, params)]
         assert len(outputs[-1].outputs[0].token_ids) == 3
+
+
+def test_a_path_is_taken_only_where_it_is_free_and_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "core.sock"
+    address = f"ipc://{path}"
+    with pytest.raises(ValueError, match="does not exist"):
+        Endpoint(f"ipc://{tmp_path}/none/core.sock", max_frame_bytes=2**20)
+    for mode, refused in ((0o700, False), (0o710, True), (0o701, True), (0o600 | 0o100, False)):
+        tmp_path.chmod(mode)
+        if refused:
+            with pytest.raises(ValueError, match="others can enter"):
+                Endpoint(address, max_frame_bytes=2**20)
+        else:
+            endpoint = Endpoint(address, max_frame_bytes=2**20)
+            endpoint.socket.unbind(address)
+            endpoint.close()
+    path.unlink(missing_ok=True)
+    path.write_text("")
+    with pytest.raises(ValueError, match="is not a socket"):
+        Endpoint(address, max_frame_bytes=2**20)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ValueError, match="in use by another process"):
+            Endpoint(address, max_frame_bytes=2**20)
+    Endpoint(address, max_frame_bytes=2**20).close()  # whoever was there has gone
+    for other_scheme in ("http://x", "/tmp/x"):
+        with pytest.raises(ValueError, match="must begin with ipc:// or tcp://"):
+            Endpoint(other_scheme, max_frame_bytes=2**20)
+
+
+def test_what_is_sent_to_nobody_or_to_one_who_does_not_read(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/core.sock"
+    endpoint = Endpoint(address, max_frame_bytes=2**20)
+    assert endpoint.receive() is None and endpoint.is_operator(None)
+    assert endpoint.send(b"nobody", b"x") == "gone"
+    client = RawClient(address, receive_high_water_mark=1)
+    client.send_frames(b"hi", b"there")
+    wait_until(lambda: endpoint.socket.poll(0), timeout_s=WAIT_S, what="a message")
+    received = endpoint.receive()
+    assert received is not None and received.frames == [b"hi", b"there"] and received.key is None
+    assert endpoint.send(received.identity, b"x") == "sent"
+    deadline = time.monotonic() + WAIT_S
+    while endpoint.send(received.identity, b"x" * 10_000) == "sent":
+        assert time.monotonic() < deadline
+    assert endpoint.send(received.identity, b"x") == "full"
+    client.close()
+    endpoint.close()

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
 from nanovllm.frontend.outputs import Logprob
-from nanovllm.frontend.server.logprobs import TokenNames
+from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
     Abort,
@@ -377,3 +377,13 @@ def test_tokens_wait_for_the_text_that_they_begin_in() -> None:
     assert [one.offset for one in offsets.shown([], 5, last=True)] == [5]
     unknown = TokenNames(None, False).text_offsets(2, [], skip_special_tokens=True)
     assert [one.offset for one in unknown.entries([1, 2], [{}, {}])] == [2, 2]
+
+
+@pytest.mark.parametrize(("num_top", "ids"), [(-1, [2, 1, 3]), (0, []), (1, [2]), (2, [2, 1])])
+def test_alternatives_are_the_likeliest(num_top: int, ids: list[int]) -> None:
+    """The token itself is among them by its rank alone."""
+    token = {1: Logprob(-1.0, 2, "b"), 2: Logprob(-0.5, 1, "a"), 3: Logprob(float("-inf"), 3, "c")}
+    (entry,) = chat_logprobs([token], num_top, TokenNames(None, True)).content
+    assert (entry.token, entry.logprob) == ("token_id:1", -1.0)
+    assert [one.token for one in entry.top_logprobs] == [f"token_id:{i}" for i in ids]
+    assert all(one.logprob >= -9999.0 for one in entry.top_logprobs), "JSON has no infinity"
