@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, LogConfig
 from nanovllm.frontend.server import command, run
 from nanovllm.frontend.server.run import FrontendSetup, bind
 from nanovllm.frontend.server.settings import ServerSettings
@@ -33,7 +33,9 @@ def own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(command, "GPU_FILES", ())
     for module in (command, run):
-        monkeypatch.setattr(module, "log_to_stderr", lambda: done.append("logs"))
+        monkeypatch.setattr(
+            module, "log_to_stderr", lambda config: done.append(f"logs {config.log_level}")
+        )
         monkeypatch.setattr(module, "freeze", lambda: done.append("freezes"))
     return done
 
@@ -193,7 +195,7 @@ async def test_one_frontend_serves_in_this_process(
     took = re.fullmatch(r"a-model is ready after (\d+\.\d) s: (.*)", told[1])
     assert took is not None and float(took[1]) < WAIT_S
     assert took[2] == f"{url}/v1 for clients, {url}/ for people"
-    assert urls == [f"{url}/"] and own == ["logs", "freezes"]
+    assert urls == [f"{url}/"] and own == ["logs None", "freezes"]
 
 
 async def test_no_page_is_opened_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +356,9 @@ async def test_a_frontend_ends_with_its_parent(
 def test_the_program_of_a_frontend_reads_its_setup(
     monkeypatch: pytest.MonkeyPatch, own: list[str]
 ) -> None:
-    setup = FrontendSetup.of(ServerSettings(port=9), "ipc:///x", {"max_core_restarts": 2})
+    setup = FrontendSetup.of(
+        ServerSettings(port=9), "ipc:///x", {"max_core_restarts": 2, "log_level": "debug"}
+    )
     lines = iter([msgspec.json.encode(setup) + b"\n"])
     stdin = SimpleNamespace(buffer=SimpleNamespace(readline=lambda: next(lines)))
     told: list[Any] = []
@@ -366,7 +370,7 @@ def test_the_program_of_a_frontend_reads_its_setup(
     monkeypatch.setattr(run, "sys", SimpleNamespace(stdin=stdin))
     monkeypatch.setattr(run, "_run_frontend", run_frontend)
     assert run.frontend_main() == 4 and told == [setup]
-    assert own == ["logs"]
+    assert own == ["logs debug"]
 
 
 def test_a_server_logs_to_stderr_what_it_does(
@@ -378,9 +382,10 @@ def test_a_server_logs_to_stderr_what_it_does(
     level = logger.level
     with monkeypatch.context() as patch:
         patch.setattr(logging.root, "handlers", [])
-        run.log_to_stderr()
-        logging.getLogger("nanovllm.x").info("done")
-        logging.getLogger("other").info("chatter")
+        for config in (LogConfig(), LogConfig(log_level="warning")):
+            run.log_to_stderr(config)
+            logging.getLogger("nanovllm.x").info("done")
+            logging.getLogger("other").info("chatter")
     logger.setLevel(level)
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO done\n", capsys.readouterr().err)
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from nanovllm.frontend.encoding_process import LongTexts
+from nanovllm.frontend.inputs import Prompt
 from nanovllm.frontend.server import prompts
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
@@ -350,10 +351,10 @@ async def test_where_texts_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
         (MAX_AT_ONCE + 1, ["process"]),
     ):
         where.clear()
-        found = await prompts.plain_prompt(tokenizer, "a" * size, add_special_tokens=True)
+        found = await prompts.encoded(tokenizer, "a" * size, add_special_tokens=True)
         assert where == expected and found == ([1] if size > MAX_AT_ONCE else [97] * size)
         (made,) = await prompts.text_prompts(tokenizer, completion(prompt="a" * size))
-        assert where == 2 * expected and isinstance(made, prompts.ServedPrompt)
+        assert where == 2 * expected and isinstance(made, Prompt)
     where.clear()
     half = "a" * (LONG_TEXT // 2)
     await prompts.text_prompts(tokenizer, completion(prompt=[half, half]))
