@@ -331,8 +331,18 @@ class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Structured outputs."""
 
     grammar_timeout_s: Annotated[
-        float, Meta(gt=0, description="most seconds one schema or grammar may take to compile")
+        float,
+        Meta(
+            gt=0, description="most seconds of processor time that compiling one grammar may take"
+        ),
     ] = 2.0
+    grammar_preload: Annotated[
+        bool,
+        Meta(
+            description="load the vocabulary before ready, not with the first grammar, when all "
+            "streams would stand still for it"
+        ),
+    ] = False
 
 
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -75,6 +75,7 @@ class EngineKeywords(SupervisionKeywords, total=False):
     step_ms: float
     vocab_size: int
     grammar_timeout_s: float
+    grammar_preload: bool
     client_lease_s: float
     max_clients: int
     client_buffer_tokens: int

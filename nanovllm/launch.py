@@ -67,7 +67,9 @@ def core_main(argv: list[str] | None = None) -> int:
         if arguments.config_json is not None:
             config = msgspec.json.decode(arguments.config_json, type=EngineConfig)
         else:
-            config = EngineConfig.from_kwargs(**config_values(arguments))
+            config = EngineConfig.from_kwargs(
+                **{"grammar_preload": True, **config_values(arguments)}  # as `nanovllm serve`
+            )
         # An owner shows its user what matters; whoever runs a core alone reads its log.
         level = config.log.threshold("info" if arguments.owner_fd is None else "warning")
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)

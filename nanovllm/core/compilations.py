@@ -31,6 +31,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 MAX_REMEMBERED = 32  # grammars, or the reasons why they are none
 MAX_THREADS = 4  # that compile within their time …
 MAX_LATE = 12  # … and those, besides, that nobody waits for any more
+PATIENCE_S = 10.0  # beyond it requests wait, on a machine that is busy: with others' grammars, too
 LINGER_S = 10.0  # of a thread with nothing to do: one that has just begun compiles half as fast
 MAX_EXTRA_S = 0.05  # that outputs wait for lexers which they will share
 STACK_BYTES = 16 << 20  # of such a thread: far more than the sandbox grants the same grammar
@@ -95,14 +96,15 @@ class Grammars(Protocol):
 
 
 class Compilations:
-    """timeout_s: within which a request is answered, not counting the tokenizer's loading.
+    """timeout_s: of processor time, which the sandbox limits; requests are answered within that and
+    `PATIENCE_S` by the clock, not counting the tokenizer's loading.
     wake: called from threads when there is something to collect."""
 
     def __init__(
         self, compiler: GrammarCompiler | None, *, timeout_s: float, wake: Callable[[], None]
     ) -> None:
         self._compiler = compiler
-        self._timeout_s = timeout_s
+        self._limit_s = timeout_s + PATIENCE_S
         self._wake = wake
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
         self._jobs: dict[bytes, Job] = {}  # those that somebody waits for
@@ -189,8 +191,8 @@ class Compilations:
             if job.stage is Stage.ENDED:
                 return []  # just now: it is collected the next time
             late = ValueError(
-                f"structured_outputs: not compiled within {self._timeout_s:g} s: simplify it, or "
-                "raise grammar_timeout_s"
+                f"structured_outputs: not compiled within {self._limit_s:g} s: simplify it, raise "
+                "grammar_timeout_s, or try again when the machine is less busy"
             )
             if job.stage is Stage.QUEUED:
                 self._queue.remove(job)
@@ -211,7 +213,7 @@ class Compilations:
             self._outcomes.popitem(last=False)
 
     def _deadline(self, job: Job) -> float:
-        return max(job.since, self._loaded_at) + self._timeout_s
+        return max(job.since, self._loaded_at) + self._limit_s
 
     def constrain(self, sequences: list[Sequence], outcome: Outcome) -> None:
         """Give each its own matcher, behind the tokens it has generated before.

@@ -333,7 +333,7 @@ class GrammarCompiler:
         self._sharing = ThreadPoolExecutor(MAX_LEXERS, "masks of a lexer")
 
     def load(self) -> None:
-        """Make the vocabulary's trie, here and in the sandbox, once: about half a second.
+        """Make the vocabulary's trie, once: a second or more, for which Python's lock is held.
 
         Raises `ValueError` if there is no tokenizer, `OSError` if there can be no sandbox.
         """
@@ -345,10 +345,8 @@ class GrammarCompiler:
             text = self._load_tokenizer()
             size, eos = self._vocab_size, self._eos_token_ids
             if self._sandbox is not None:
-                self._sandbox.start(text, vocab_size=size, eos_token_ids=eos)
+                self._sandbox.set_up(text, vocab_size=size, eos_token_ids=eos)
             tokenizer = make_tokenizer(text, vocab_size=size, eos_token_ids=eos)
-            if self._sandbox is not None:
-                self._sandbox.warm_up()
             self._spelling = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
             self._longest = max(map(len, self._spelling))
             self._executors = [LLExecutor(num_threads=1) for _ in range(MAX_LEXERS)]

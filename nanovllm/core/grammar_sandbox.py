@@ -1,7 +1,7 @@
 """Where a grammar is tried before the core compiles it: a process whose death costs one request.
 
-`GrammarCompiler` starts it with the first grammar and tries each new one here, from any thread;
-`launch` closes it. Workers (`grammar_trial`) have less stack than any thread of the core that runs
+`GrammarCompiler` tries each new one here, from any thread, and the first starts it; `launch` closes
+it. Workers (`grammar_trial`) have less stack than any thread of the core that runs
 llguidance, little memory and little time, so what passes there can neither overflow nor exhaust the
 core. The process ends with its owner, whose end of a socket it watches.
 """
@@ -27,19 +27,18 @@ STACK_BYTES = 1 << 20  # llguidance's own threads have twice as much, those that
 MEMORY_BYTES = 256 << 20  # what compiling may add
 START_S = 30.0  # most that the process may take to start, on a busy machine
 MAX_IDLE = 2  # workers kept for the next trials
-WARM_UP = StructuredOutputsParams(json_object=True)
 CAUSES = {
     signal.SIGSEGV: f"it nests or refers too deeply to be compiled with {STACK_BYTES >> 20} MiB of "
     "stack: shorten its chains of references, rules and groups",
     signal.SIGABRT: f"it takes more than {MEMORY_BYTES >> 20} MiB of memory to compile: simplify "
     "it (fewer or smaller repetitions and alternatives)",
-    signal.SIGALRM: "it was not compiled within grammar_timeout_s: simplify it, or raise "
-    "grammar_timeout_s",
+    signal.SIGPROF: "it was not compiled within grammar_timeout_s of processor time: simplify it, "
+    "or raise grammar_timeout_s",
 }
 
 
 class GrammarSandbox:
-    """timeout_s: of one trial. Nothing is started before `start`."""
+    """timeout_s: of one trial, in processor time. Nothing is started before it is needed."""
 
     def __init__(self, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -50,8 +49,8 @@ class GrammarSandbox:
         self._control: socket.socket | None = None
         self._idle: list[socket.socket] = []
 
-    def start(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: list[int]) -> None:
-        """Begin to start the process, and return at once. Raises `OSError`."""
+    def set_up(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: list[int]) -> None:
+        """With what the process is to be started. Raises `OSError`."""
         command = [sys.executable, *PROGRAM, "--vocab-size", str(vocab_size)]
         for token_id in eos_token_ids:
             command += ["--eos-token-id", str(token_id)]
@@ -62,20 +61,12 @@ class GrammarSandbox:
             self._tokenizer_fd = os.memfd_create("tokenizer.json")
             with open(self._tokenizer_fd, "wb", closefd=False) as file:
                 file.write(tokenizer_json.encode())
-            self._spawn()
-
-    def warm_up(self) -> None:
-        """Wait until it runs, and have a worker ready. Raises `ValueError` if there is none."""
-        self._try_out(WARM_UP, START_S)
 
     def try_out(self, wanted: StructuredOutputsParams) -> None:
         """Raises `ValueError` naming the field if this grammar must not be compiled here."""
-        self._try_out(wanted, self._timeout_s)
-
-    def _try_out(self, wanted: StructuredOutputsParams, timeout_s: float) -> None:
         for _ in range(2):  # once more if somebody killed the process, or a worker that was idle
             link = self._borrow()
-            answer = _ask(link, Trial(wanted, timeout_s))
+            answer = _ask(link, Trial(wanted, self._timeout_s))
             if isinstance(answer, Verdict):
                 self._give_back(link, spent=answer.spent)
                 if answer.cause is not None:

@@ -35,7 +35,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Trial(msgspec.Struct, tag=True):
-    """Compile this, and take some steps, within `timeout_s`."""
+    """Compile this, and take some steps. timeout_s: of processor time, however busy the machine."""
 
     wanted: StructuredOutputsParams
     timeout_s: float
@@ -121,14 +121,14 @@ def work(
     while (frame := receive_frame(link)) is not None:
         cause = None
         trial = decoder.decode(frame)
-        signal.setitimer(signal.ITIMER_REAL, trial.timeout_s)
+        signal.setitimer(signal.ITIMER_PROF, trial.timeout_s)
         try:
             try_out(tokenizer, trial.wanted)
         except ValueError as error:
             cause = str(error)
         except BaseException as error:  # MemoryError, RecursionError, a panic of Rust code
             cause = str(cannot_be_used(trial.wanted, f"{type(error).__name__}: {error}"))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         send_frame(link, Verdict(cause, spent=_peak_bytes() > kept))
 
 

@@ -5,9 +5,11 @@ between steps. A bad frame or request costs its sender a typed error and nobody 
 client that does not read, or is gone, costs bounded memory and time.
 """
 
+import logging
 import math
 import secrets
 import socket
+import threading
 import time
 import traceback
 from collections import deque
@@ -24,7 +26,7 @@ from nanovllm.core.clients import Client, ClientTable, Delivery, Intake, finishe
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.events import CoreListener
 from nanovllm.core.failures import Failure
-from nanovllm.core.grammar import MakeCompiler
+from nanovllm.core.grammar import GrammarCompiler, MakeCompiler
 from nanovllm.core.lifetime import ExitCode, LifeFile, watching_for_stalls
 from nanovllm.core.operations import MakeViewer, Operations, answer_call
 from nanovllm.core.quarantine import Held, Quarantine
@@ -61,6 +63,7 @@ from nanovllm.protocol.messages import (
 )
 from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 
+LOG = logging.getLogger(__name__)
 LOADING_INTERVAL_S = 0.1
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
 IDLE_BEFORE_WARM_UP_S = 0.25
@@ -186,8 +189,13 @@ class CoreServer:
             self.on_progress("starting", 0.0)
             executor = make_executor()
             self._info = executor.start()
-            executor.allocate(self._info.num_blocks)
             compiler = make_compiler(self._info) if make_compiler else None
+            loading = threading.Thread(target=_preload, args=[compiler], daemon=True)
+            if compiler is not None and self._config.grammar.grammar_preload:
+                loading.start()
+            executor.allocate(self._info.num_blocks)
+            if loading.ident is not None:
+                loading.join()
             core = EngineCore(
                 self._config, executor, self._info, compiler, self._wake, self._forewarn
             )
@@ -529,3 +537,10 @@ class CoreServer:
         for client in self._clients:
             self._delivery.deliver(client)
             self._delivery.post(client.identity, failure)
+
+
+def _preload(compiler: GrammarCompiler) -> None:
+    try:
+        compiler.load()
+    except Exception as error:  # whoever asks for structured outputs will be told
+        LOG.info("structured outputs will not be possible: %s", error)

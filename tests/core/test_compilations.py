@@ -69,7 +69,7 @@ class Bench:
 
     def allow(self, timeout_s: float) -> None:
         """From here on a job may take so long, also one that has begun."""
-        self.compilations._timeout_s = timeout_s
+        self.compilations._limit_s = timeout_s
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Collect until a condition holds; `collect` returns what ended meanwhile."""

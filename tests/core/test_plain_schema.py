@@ -64,8 +64,7 @@ def small() -> Iterator[GrammarSandbox]:
         patch.setattr(grammar_sandbox, "STACK_BYTES", grammar_sandbox.STACK_BYTES // 4)
         patch.setattr(grammar_sandbox, "MEMORY_BYTES", grammar_sandbox.MEMORY_BYTES // 4)
         with GrammarSandbox(timeout_s=WAIT_S) as made:
-            made.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
-            made.warm_up()
+            made.set_up(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
             yield made
 
 

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core import server as server_module
+from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.patience import SLOW_CPU
 from nanovllm.core.server import CoreServer
 from nanovllm.keys import CoreKeys, make_keys
@@ -33,7 +35,7 @@ from nanovllm.protocol.plan import DeviceLostError, StepPlan, WorkerInfo
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
 from tests.core.serving import PacedExecutor, RawClient, add, collect, serving, status_where
-from tests.core.vocabulary import decode, make_compiler
+from tests.core.vocabulary import decode, make_compiler, tokenizer_json
 from tests.waiting import WAIT_S
 
 PROMPT = [5, 6, 7]
@@ -245,6 +247,34 @@ def test_clients_that_come_while_loading_see_progress_then_welcome(address: str)
     server.stop()
     thread.join(WAIT_S)
     client.close()
+
+
+def test_the_vocabulary_is_loaded_before_the_core_is_ready(address: str) -> None:
+    """Asked to; a core that has none is ready all the same, and says so to who needs it."""
+    wanted = StructuredOutputsParams(regex="ab")
+    for is_asked, has_tokenizer in ((True, True), (False, True), (True, False)):
+        calls: list[str] = []
+
+        def load(has_tokenizer: bool = has_tokenizer, calls: list[str] = calls) -> str:
+            calls.append("load")
+            if not has_tokenizer:
+                raise ValueError("no tokenizer here")
+            return tokenizer_json()
+
+        with serving(
+            address, make_compiler=partial(GrammarCompiler, load), grammar_preload=is_asked
+        ):
+            client = RawClient(address)
+            client.greet()
+            assert len(calls) == is_asked
+            if has_tokenizer:
+                client.send(add(structured_outputs=wanted))
+                assert decode(tuple(collect(client, 0)[0][0])) == "ab"
+            else:
+                client.send(add(structured_outputs=wanted))
+                assert "no tokenizer here" in client.receive(RequestFailed).message
+            client.close()
+        assert len(calls) == 1 + (not has_tokenizer)
 
 
 class FailingStart(SlowStart):

@@ -161,7 +161,8 @@ def with_preset(settings: ServerSettings, engine_fields: dict[str, Any]) -> dict
     """What was given, and else what the preset says. `ValueError`: what a core at --connect has."""
     if settings.connect is None:
         preset = {} if settings.preset is None else PRESETS[settings.preset]
-        return {**preset, **engine_fields}
+        # Clients do not know of one another: no stream is to stand still for another's grammar.
+        return {"grammar_preload": True, **preset, **engine_fields}
     idle = engine_fields.keys() - CONNECT_FIELDS | ({"preset"} if settings.preset else set())
     if idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(idle))

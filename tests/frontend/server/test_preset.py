@@ -18,7 +18,8 @@ def test_a_preset_is_of_config_fields_and_flags_count_more() -> None:
     assert config.scheduler.max_num_seqs == 9 and config.scheduler.allow_debug
     assert config.cache.num_gpu_blocks_override == 64
     assert config.scheduler.max_num_batched_tokens == 64
-    assert with_preset(ServerSettings(), {"seed": 3}) == {"seed": 3}
+    assert with_preset(ServerSettings(), {"seed": 3}) == {"grammar_preload": True, "seed": 3}
+    assert not with_preset(ServerSettings(), {"grammar_preload": False})["grammar_preload"]
 
 
 def test_a_core_that_runs_already_has_no_preset() -> None:
