@@ -15,7 +15,7 @@ import zmq
 from nanovllm import cli
 from nanovllm.config import EngineConfig
 from nanovllm.core.server import CoreServer
-from nanovllm.core.socket import Endpoint
+from nanovllm.core.socket import Endpoint, _check_address
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError, NotAllowedError
 from nanovllm.frontend.link import make_dealer
@@ -280,31 +280,33 @@ async def test_frontends_take_the_file(guarded: str, keys: Path) -> None:
 def test_a_path_is_taken_only_where_it_is_free_and_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "core.sock"
     address = f"ipc://{path}"
+
+    def check(address: str) -> None:
+        _check_address(address, has_keys=False)
+
     with pytest.raises(ValueError, match="does not exist"):
-        Endpoint(f"ipc://{tmp_path}/none/core.sock", max_frame_bytes=2**20)
-    for mode, refused in ((0o700, False), (0o710, True), (0o701, True), (0o600 | 0o100, False)):
+        check(f"ipc://{tmp_path}/none/core.sock")
+    for mode, refused in ((0o700, False), (0o710, True), (0o701, True), (0o500, False)):
         tmp_path.chmod(mode)
         if refused:
             with pytest.raises(ValueError, match="others can enter"):
-                Endpoint(address, max_frame_bytes=2**20)
+                check(address)
         else:
-            endpoint = Endpoint(address, max_frame_bytes=2**20)
-            endpoint.socket.unbind(address)
-            endpoint.close()
-    path.unlink(missing_ok=True)
+            check(address)
+    tmp_path.chmod(0o700)
     path.write_text("")
     with pytest.raises(ValueError, match="is not a socket"):
-        Endpoint(address, max_frame_bytes=2**20)
+        check(address)
     path.unlink()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
         with pytest.raises(ValueError, match="in use by another process"):
-            Endpoint(address, max_frame_bytes=2**20)
-    Endpoint(address, max_frame_bytes=2**20).close()  # whoever was there has gone
+            check(address)
+    check(address)  # whoever was there has gone
     for other_scheme in ("http://x", "/tmp/x"):
         with pytest.raises(ValueError, match="must begin with ipc:// or tcp://"):
-            Endpoint(other_scheme, max_frame_bytes=2**20)
+            check(other_scheme)
 
 
 def test_what_is_sent_to_nobody_or_to_one_who_does_not_read(tmp_path: Path) -> None:
