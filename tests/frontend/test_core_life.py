@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from nanovllm.frontend import core_life
-from nanovllm.frontend.core_life import CoreLife
+from nanovllm.frontend.core_life import CoreLife, Silence
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.protocol.messages import (
     PULSE_INTERVAL_S,
@@ -439,3 +440,110 @@ async def test_whether_a_core_failed_by_itself(address: str, ending: str, is_cra
         await client.close()
     (error,) = recorder.heard
     assert isinstance(error, EngineDeadError) and error.is_crash is is_crash
+
+
+# ---- to the second, by a clock of the test's own
+
+
+def test_silence_counts_while_this_process_runs() -> None:
+    """A look that comes late counts as one in its time and a pulse that was missed."""
+    silence = Silence(100.0)
+    interval = core_life.WATCH_INTERVAL_S
+    looked = [silence.at(100.0 + i * interval, last_heard=90.0) for i in (1, 2, 3)]
+    assert looked == pytest.approx([interval, 2 * interval, 3 * interval])
+    late = silence.at(200.0, last_heard=90.0)
+    assert late == pytest.approx(4 * interval + PULSE_INTERVAL_S)
+    assert silence.at(200.1, last_heard=200.05) == pytest.approx(0.05)
+    assert silence.at(200.2, last_heard=200.2) == 0.0
+
+
+class Watched:
+    """A life whose link is a stand-in, watched by a clock that goes on as its watch sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.now = self.began = 1000.0
+        self.sent: list[tuple[float, ToCore]] = []
+        self.recorder = Recorder()
+        self.turns = 10**6
+        monkeypatch.setattr(core_life, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.life = life_of("ipc:///x", self.recorder, **options)
+        self.life.link.close()
+        self.link: Any = SimpleNamespace(
+            last_heard=self.now, has_met=False, send=lambda one: self.sent.append((self.now, one))
+        )
+        self.life.link = self.link
+        monkeypatch.setattr(core_life.asyncio, "sleep", self._sleep)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.now = round(self.now + seconds, 6)
+        self.turns -= 1
+        if self.turns == 0:
+            self.life._die(EngineDeadError("the test is over"))
+
+    async def death(self, timeout_s: float) -> tuple[float, str]:
+        """After how long, and of what."""
+        await self.life._watch_clock(timeout_s)
+        (error,) = self.recorder.heard
+        return round(self.now - self.began, 6), str(error)
+
+
+async def test_nobody_is_waited_for_longer_than_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    after_s, why = await Watched(monkeypatch).death(5.0)
+    assert after_s == pytest.approx(5.0 + core_life.WATCH_INTERVAL_S)
+    assert why.startswith("no core answers at ipc:///x (waited 5 s): start one")
+
+
+@pytest.mark.parametrize("met", [True, False])
+async def test_whoever_has_been_met_or_is_owned_may_load_but_not_in_silence(
+    monkeypatch: pytest.MonkeyPatch, met: bool
+) -> None:
+    process = None if met else SimpleNamespace(poll=lambda: None)
+    one = Watched(monkeypatch, process=process)
+    one.link.has_met = met
+    after_s, why = await one.death(5.0)
+    assert after_s == pytest.approx(core_life.SILENCE_S + core_life.WATCH_INTERVAL_S)
+    assert why == "the core at ipc:///x was silent for 120 s"
+
+
+async def test_heartbeats_come_in_their_time_once_there_is_a_welcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Watched(monkeypatch)
+    one.life.on_message(WELCOME)
+    interval = core_life.HEARTBEAT_INTERVAL_S
+    one.turns = round(2.5 * interval / core_life.WATCH_INTERVAL_S)
+    _, why = await one.death(5.0)
+    assert why == "the test is over" and one.life.is_stalled, "it is only told of"
+    assert [at - one.began for at, _ in one.sent] == pytest.approx([interval, 2 * interval])
+    assert {type(message) for _, message in one.sent} == {Heartbeat}
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "stuck_s", "patience_s", "stalled"),
+    [
+        (core_life.STALL_S, 0.0, 0.0, False),
+        (core_life.STALL_S + 0.01, 0.0, 0.0, True),
+        (0.0, core_life.NO_PROGRESS_S, 0.0, False),
+        (0.0, core_life.NO_PROGRESS_S + 0.01, 0.0, True),
+        (9.0, 9.0, 9.0, False),
+        (9.1, 0.0, 9.0, True),
+        (0.0, 9.1, 9.0, True),
+    ],
+)
+async def test_what_is_a_stall(
+    caplog: pytest.LogCaptureFixture,
+    silent_s: float,
+    stuck_s: float,
+    patience_s: float,
+    stalled: bool,
+) -> None:
+    life = life_of("ipc:///x")
+    status = msgspec.structs.replace(STATUS, stalled_s=stuck_s, patience_s=patience_s)
+    life.on_message(status)
+    for _ in range(2):
+        life._watch_stall(silent_s)
+        assert life.is_stalled is stalled and len(caplog.records) == stalled
+    life.on_message(STATUS)
+    life._watch_stall(0.0)
+    assert not life.is_stalled and len(caplog.records) == 2 * stalled
+    await life.close()

@@ -14,7 +14,7 @@ from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.errors import EngineDeadError
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
-from nanovllm.frontend.resume import resumption
+from nanovllm.frontend.resume import missed_end, resumption
 from nanovllm.frontend.supervisor import RestartBudget
 from nanovllm.protocol.messages import (
     Abort,
@@ -31,7 +31,7 @@ from nanovllm.protocol.messages import (
 from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.attached import Handle, last_of
-from tests.frontend.fake_core import WELCOME, FakeCore, echo, silent
+from tests.frontend.fake_core import INFO, WELCOME, FakeCore, echo, silent
 from tests.frontend.vocabulary import EOS, byte_tokenizer
 from tests.waiting import WAIT_S
 
@@ -380,3 +380,53 @@ async def test_log_probabilities_of_a_prompt_come_once_whatever_dies(
     assert [len(one) for one in told] == [3]
     asked = [one.params.prompt_logprobs for one in second.all_of(AddRequest)]
     assert asked == ([0] if first == 0 else [None, None])
+
+
+def request_with(
+    num_tokens: int, last: int = 7, *, deadlines: Any = None, **params: Any
+) -> Request:
+    """Of a prompt of 3 tokens, one output of which so many have come."""
+    message = AddRequest(0, [1, 2, 3], SamplingParams(**{"max_tokens": 9, **params}))
+    made = Request("r", None, msgspec.structs.replace(message, **(deadlines or {})), None)
+    made.completions[0].arrived += [*[7] * (num_tokens - 1), last][:num_tokens]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"num_tokens": 0}, None),
+        ({"num_tokens": 1, "last": 256}, ("stop", None)),
+        ({"num_tokens": 1, "last": 256, "ignore_eos": True}, None),
+        ({"num_tokens": 1, "last": 256, "min_tokens": 2}, None),
+        ({"num_tokens": 2, "last": 256, "min_tokens": 2}, ("stop", None)),
+        ({"num_tokens": 2, "last": 8, "stop_token_ids": [8]}, ("stop", 8)),
+        ({"num_tokens": 8}, None),
+        ({"num_tokens": 9}, ("length", None)),
+        ({"num_tokens": 9, "last": 256}, ("stop", None)),
+        ({"num_tokens": 60, "max_tokens": None}, None),
+        ({"num_tokens": 61, "max_tokens": None}, ("length", None)),
+        ({"num_tokens": 1, "deadlines": {"deadline_ms": 1000.1}}, None),
+        ({"num_tokens": 1, "deadlines": {"deadline_ms": 1000.0}}, ("timeout", None)),
+        ({"num_tokens": 1, "deadlines": {"ttft_deadline_ms": 1000.0}}, None),
+        ({"num_tokens": 0, "deadlines": {"ttft_deadline_ms": 1000.0}}, ("timeout", None)),
+        ({"num_tokens": 9, "deadlines": {"deadline_ms": 1.0}}, ("length", None)),
+    ],
+)
+def test_an_end_that_nobody_told_of(fields: dict[str, Any], end: Any) -> None:
+    made = request_with(**fields)
+    made.made_at = 100.0
+    found = missed_end(made.completions[0], INFO, 101.0)
+    assert found == (None if end is None else Finished(0, end[0], end[1], 0))
+
+
+def test_what_is_left_of_deadlines_is_sent() -> None:
+    deadlines = {"deadline_ms": 5000.0, "ttft_deadline_ms": 900.0}
+    for num_tokens, left in ((0, (4750.0, 650.0)), (1, (4750.0, None))):
+        made = request_with(num_tokens, deadlines=deadlines)
+        made.made_at = 100.0
+        (message,) = resumption(made, 100.25)
+        assert (message.deadline_ms, message.ttft_deadline_ms) == left
+        assert not message.is_suspect and message.output_token_ids == [7] * num_tokens
+        made.completions[0].deaths.append("life")
+        assert resumption(made, 100.25)[0].is_suspect
