@@ -124,15 +124,6 @@ def test_a_directory_with_a_tokenizer_and_nothing_else(tmp_path: Path) -> None:
         tokenizer.apply_chat_template(MESSAGES)
 
 
-def test_what_a_file_says_of_training_batches_does_not_cut_or_fill_prompts() -> None:
-    """tokenizer.json may keep the truncation and the padding that its model was trained with."""
-    fast = fast_tokenizer()
-    fast.enable_truncation(3)
-    fast.enable_padding(length=6)
-    tokenizer = Tokenizer(fast)
-    assert tokenizer.encode("abcde") == list(b"abcde") and tokenizer.encode("a") == [97]
-
-
 def test_tokenizer_config_adds_bos_and_brings_a_template(tmp_path: Path) -> None:
     save(tmp_path)
     config = {
