@@ -23,6 +23,7 @@ from nanovllm.core.grammar_sandbox import (
     CAUSES,
     MAX_IDLE,
     STACK_BYTES,
+    START_S,
     GrammarSandbox,
     _ask,
     _stack_bytes,
@@ -340,3 +341,22 @@ def test_a_grammar_whose_steps_are_dear_is_refused(monkeypatch: pytest.MonkeyPat
     step_s = 1.2 * grammar_trial.MAX_STEP_CPU_S
     with pytest.raises(ValueError, match="a single token of its output takes 120 ms"):
         grammar_trial.try_out(tokenizer, EASY)
+
+
+def test_a_sandbox_that_is_closed_leaves_nothing_open() -> None:
+    """Nor does one that starts again, for another tokenizer."""
+
+    def num_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before, children = num_open(), children_of(os.getpid())
+    sandbox = GrammarSandbox(timeout_s=WAIT_S)
+    for _ in range(2):
+        sandbox.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        link = sandbox._borrow()
+        assert link.gettimeout() == WAIT_S + START_S
+        sandbox._give_back(link, spent=False)
+    assert num_open() == before + 3, "the tokenizer's text, the process's line and a worker's"
+    sandbox.close()
+    assert num_open() == before and children_of(os.getpid()) == children
+    sandbox.close()

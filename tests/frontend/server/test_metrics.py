@@ -1,15 +1,18 @@
 """What one request adds to the metrics, by a clock of the test's own."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.frontend.server import metrics as module
 from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
-from nanovllm.protocol.messages import FinishReason
+from nanovllm.protocol.messages import CoreStatus, FinishReason
 from nanovllm.sampling_params import SamplingParams
+from tests.frontend.fake_core import STATUS, WELCOME
 
 
 def output(*reasons: FinishReason | None, **known: float) -> RequestOutput:
@@ -77,3 +80,48 @@ def test_what_is_not_known_is_not_measured() -> None:
     assert found["request_success_totalabort"] == 1
     assert not found.keys() & {"request_queue_time_seconds", "request_params_max_tokens"}
     assert not found.keys() & {"time_to_first_token_seconds", "inter_token_latency_seconds"}
+
+
+@pytest.mark.parametrize(("num_tokens", "per_token"), [(1, None), (2, 2.0), (5, 0.5)])
+def test_time_per_token_is_of_the_later_ones(num_tokens: int, per_token: float | None) -> None:
+    metrics = ServerMetrics(lambda: None)
+    ended = output("stop", **END)
+    ended.metrics.num_generation_tokens = num_tokens
+    RequestTimes(metrics, "m").on_output(ended, SamplingParams())
+    found = samples(metrics).get("request_time_per_output_token_seconds")
+    assert found == (None if per_token is None else (1, per_token))
+
+
+def test_the_core_is_read_when_it_is_scraped() -> None:
+    """Each replica by its number; one that is away tells nothing."""
+    first = msgspec.structs.replace(
+        STATUS, num_blocks=8, num_free_blocks=2, last_step_ms=250.0, num_running=3
+    )
+    last = msgspec.structs.replace(STATUS, num_blocks=0, num_free_blocks=0, last_step_ms=1.0)
+    statuses: list[CoreStatus | None] = [first, None, last]
+    text = ServerMetrics(lambda: (WELCOME, statuses)).exposition().decode()
+    found = {
+        (sample.name.removeprefix("nanovllm:"), sample.labels["engine"]): sample
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "engine" in sample.labels and sample.labels.get("model_name") == "fake"
+    }
+    assert {engine for _, engine in found} == {"0", "2"}
+    for engine, share, step_s, num_running in (("0", 0.75, 0.25, 3), ("2", 0.0, 0.001, 0)):
+        assert found["kv_cache_usage_perc", engine].value == share
+        assert found["engine_step_seconds", engine].value == step_s
+        assert found["num_requests_running", engine].value == num_running
+    facts = found["cache_config_info", "0"]
+    assert facts.value == 1 and facts.labels["num_gpu_blocks"] == "8"
+    assert facts.labels["block_size"] == str(WELCOME.block_size)
+
+
+def test_processes_that_share_a_directory_are_scraped_as_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What this process alone has counted is not told beside it."""
+    metrics = ServerMetrics(lambda: None)
+    RequestTimes(metrics, "m").on_output(output("stop", **END), SamplingParams())
+    assert samples(metrics)["request_params_n"] == (1, 1)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert metrics.exposition() == b""
