@@ -472,23 +472,31 @@ class TwoNodes:
 
 
 class TwoHosts(TwoNodes):
-    """One whose second node has a network of its own, and can fall silent. Needs Linux and root."""
+    """One whose second node has a network of its own, behind a router that can fall silent, so that
+    both sides see what they would of a host that vanishes. Needs Linux and root."""
 
-    HERE, THERE = "10.77.0.1", "10.77.0.2"
+    HERE, THERE = "10.77.1.1", "10.77.2.1"
 
     def __init__(self, num_ranks: int) -> None:
         self._seats = json.dumps({SEAT: -(-num_ranks // 2)})
-        self._name = f"faults{os.getpid()}"
+        self._router, self._far = f"router{os.getpid()}", f"far{os.getpid()}"
         here, there = f"h{os.getpid()}", f"t{os.getpid()}"
         for command in (
-            f"netns add {self._name}",
-            f"link add {here} type veth peer name {there}",
-            f"link set {there} netns {self._name}",
+            f"netns add {self._router}",
+            f"netns add {self._far}",
+            f"link add {here} type veth peer name near netns {self._router}",
+            f"-n {self._far} link add {there} type veth peer name far netns {self._router}",
             f"addr add {self.HERE}/24 dev {here}",
             f"link set {here} up",
-            f"-n {self._name} addr add {self.THERE}/24 dev {there}",
-            f"-n {self._name} link set {there} up",
-            f"-n {self._name} link set lo up",
+            "route add 10.77.2.0/24 via 10.77.1.2",
+            f"-n {self._router} addr add 10.77.1.2/24 dev near",
+            f"-n {self._router} addr add 10.77.2.2/24 dev far",
+            f"-n {self._router} link set near up",
+            f"-n {self._router} link set far up",
+            f"-n {self._far} addr add {self.THERE}/24 dev {there}",
+            f"-n {self._far} link set {there} up",
+            f"-n {self._far} link set lo up",
+            f"-n {self._far} route add default via 10.77.2.2",
         ):
             ip(command)
         self._directory = tempfile.mkdtemp(prefix="nv")
@@ -505,19 +513,21 @@ class TwoHosts(TwoNodes):
         subprocess.run([*command, *arguments.split()], check=True, stdout=subprocess.DEVNULL)
 
     def kill_second(self) -> None:
-        """What comes from there does not get anywhere."""
-        ip(f"-n {self._name} route add blackhole {self.HERE}")
+        """Nothing gets there, nor from there."""
+        self._forward("0")
+
+    def _forward(self, whether: str) -> None:
+        ip(f"netns exec {self._router} sysctl -q net.ipv4.ip_forward={whether}")
 
     def add_second(self) -> None:
         """Another one in its place; whatever ran there has gone with it."""
         self._kill_all_there()
-        with suppress(subprocess.CalledProcessError):  # it has not been silent
-            ip(f"-n {self._name} route del blackhole {self.HERE}")
+        self._forward("1")
         there = f"--address={self._address} --node-ip-address={self.THERE}"
-        self._start_ray(there, "ip", "netns", "exec", self._name)
+        self._start_ray(there, "ip", "netns", "exec", self._far)
 
     def _kill_all_there(self) -> None:
-        for pid in map(int, ip(f"netns pids {self._name}").split()):
+        for pid in map(int, ip(f"netns pids {self._far}").split()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -525,7 +535,8 @@ class TwoHosts(TwoNodes):
         self._kill_all_there()
         stop = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
         subprocess.run(stop, check=False, stdout=subprocess.DEVNULL)
-        ip(f"netns del {self._name}")
+        ip(f"netns del {self._far}")
+        ip(f"netns del {self._router}")
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
