@@ -1,6 +1,6 @@
 """Models that tests share: small random ones of every architecture, and SmolLM2 where it is.
 
-Also how test processes share the machine (`pytest -n 2`, or `-n auto` for one per core).
+Also how test processes share the machine (`pytest -n 2`, or `-n auto`).
 """
 
 import fcntl
@@ -10,9 +10,11 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -87,9 +89,10 @@ TINY: dict[str, tuple[type[PreTrainedModel], Callable[..., Any], dict[str, Any]]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto`: a process per core that this one may use; each takes up to 2 GiB."""
+    """`-n auto`: two processes per core that this one may use, since much of the time a test
+    waits for a process, a clock or a browser; each takes up to 2 GiB."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes >> 31))
+    return max(1, min(2 * len(os.sched_getaffinity(0)), memory_bytes >> 31))
 
 
 # Rooms and files whose tests start processes, run kernels in an interpreter, or search for faults.
@@ -198,9 +201,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @contextmanager
-def plain_maps() -> Iterator[None]:
-    """In here the `gguf` package, by which transformers reads, slices arrays instead of
-    `np.memmap`, whose slices take ten times as long; a vocabulary takes a million of them."""
+def quick_gguf() -> Iterator[None]:
+    """In here the `gguf` package, by which transformers reads, takes a fraction of the time. It
+    slices arrays instead of `np.memmap`, whose slices take ten times as long; a vocabulary takes a
+    million of them. And it reads a file once, where transformers wants it three times, and makes a
+    table of names once, where transformers wants one for each module of a model."""
     mapped = np.memmap
 
     def plain(path: Path, **how: Any) -> np.ndarray:
@@ -208,6 +213,8 @@ def plain_maps() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "memmap", plain)
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
         yield
 
 
@@ -218,9 +225,9 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def hf_smollm2(smollm2_path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """transformers' own reading of the same GGUF file, in fp32; takes about 20 s."""
+    """transformers' own reading of the same GGUF file, in fp32."""
     files: dict[str, Any] = {"gguf_file": smollm2_path.name}
-    with warnings.catch_warnings(), plain_maps():
+    with warnings.catch_warnings(), quick_gguf():
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, **files)
         model = AutoModelForCausalLM.from_pretrained(

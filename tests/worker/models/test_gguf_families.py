@@ -29,7 +29,7 @@ from nanovllm.checkpoint.weight_names import tensor_name
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.worker.quant.mxfp4 import dequantize
 from tests.checkpoint.gguf_writing import QuantizationType, write_gguf
-from tests.conftest import SIZES, plain_maps
+from tests.conftest import SIZES, quick_gguf
 from tests.dense_models import (
     COHERE2,
     GEMMA2,
@@ -387,7 +387,7 @@ def join_parts(path: Path) -> None:
 @pytest.mark.timeout(1200)  # unpacking K-quants of 270 M weights by NumPy takes a minute or more
 @pytest.mark.model
 def test_gemma3_270m_has_transformers_tokens(gemma: Path) -> None:
-    with plain_maps():
+    with quick_gguf():
         theirs = hf.AutoTokenizer.from_pretrained(gemma.parent, gguf_file=gemma.name)
     ours = Tokenizer.from_path(gemma)
     for text in ("The capital of France is", "  Zwei  Räume,\n\n1234 日本 🙂\t<b>"):
@@ -408,7 +408,7 @@ def test_gemma3_270m_answers_as_transformers_does(gemma: Path) -> None:
         ids = ids + new
     last = logits[-1].clone()
     del driver
-    with plain_maps():
+    with quick_gguf():
         reference = load_reference(gemma.parent, gguf_file=gemma.name)
     expected = reference_logits(reference, ids[:-1])
     assert ids[len(FRANCE) :] == expected[len(FRANCE) - 1 :].argmax(-1).tolist()
