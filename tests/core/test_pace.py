@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanovllm.config import EngineConfig
-from nanovllm.core.pace import Pace, PaceRefusedError
+from nanovllm.core.pace import MAX_INTERVAL_MS, MAX_STEPS, Pace, PaceRefusedError
 from nanovllm.core.server import CoreServer
 from nanovllm.protocol.messages import (
+    MAX_PACE_S,
     Abort,
     Call,
     CallResult,
@@ -180,3 +182,72 @@ def test_a_core_that_may_be_held_runs_one_step_at_a_time() -> None:
     assert held.scheduler.limits("cuda:0").max_inflight_steps == 1
     with pytest.raises(ValueError, match="max_inflight_steps"):
         EngineConfig.from_kwargs(allow_debug=True, max_inflight_steps=2)
+
+
+def paced(**asked: Any) -> Pace:
+    pace = Pace(is_allowed=True)
+    pace.set(1, SetPace(**{"for_s": 10.0, **asked}), 100.0)
+    return pace
+
+
+def test_steps_are_let_through_one_by_one_until_none_is_left() -> None:
+    pace = paced(num_steps=2, interval_ms=100.0)
+    assert (pace.next_step_at, pace.until, pace.is_held(100.0)) == (100.0, 110.0, False)
+    pace.note_step(101.0)
+    assert pace.next_step_at == pytest.approx(101.1) and not pace.is_held(101.0)
+    pace.note_step(102.0)
+    assert pace.next_step_at == pace.until and pace.is_held(109.9) and not pace.is_held(110.0)
+    assert (pace.interval_ms(109.9), pace.interval_ms(110.0)) == (100.0, 0.0)
+    late = paced(interval_ms=5000.0)
+    late.note_step(108.0)
+    assert late.next_step_at == late.until, "then the core goes at full speed again"
+
+
+@pytest.mark.parametrize(
+    ("first", "taken", "now", "second", "left"),
+    [
+        (3, 1, 105.0, 2, 4),
+        (0, 0, 105.0, 2, 2),
+        (3, 0, 110.0, 2, 2),
+        (None, 1, 105.0, 2, 2),
+        (MAX_STEPS, 0, 105.0, 1, MAX_STEPS),
+        (3, 0, 105.0, 0, 3),
+    ],
+)
+def test_only_steps_still_to_be_taken_add_up(
+    first: int | None, taken: int, now: float, second: int, left: int
+) -> None:
+    pace = paced(num_steps=first)
+    for _ in range(taken):
+        pace.note_step(101.0)
+    pace.set(1, SetPace(num_steps=second, for_s=10.0), now)
+    for _ in range(left):
+        assert not pace.is_held(now)
+        pace.note_step(now)
+    assert pace.is_held(now) and pace.until == now + 10.0
+
+
+def test_a_pace_ends_with_whoever_asked_for_it_and_never_later_than_it_was_to() -> None:
+    pace = paced(num_steps=0)
+    assert pace.next_step_at == 110.0
+    pace.forget(2, 101.0)
+    assert pace.is_held(101.0)
+    pace.forget(1, 102.0)
+    assert not pace.is_held(102.0) and (pace.until, pace.next_step_at) == (102.0, 102.0)
+    pace.release(200.0)
+    assert (pace.until, pace.next_step_at) == (102.0, 102.0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_steps": 0},
+        {"num_steps": MAX_STEPS},
+        {"interval_ms": 0.0},
+        {"interval_ms": MAX_INTERVAL_MS},
+        {"for_s": MAX_PACE_S},
+        {"for_s": 0.001},
+    ],
+)
+def test_bounds_of_a_pace_may_be_asked_for(asked: dict[str, Any]) -> None:
+    assert paced(**asked).until == 100.0 + asked.get("for_s", 10.0)
