@@ -3,6 +3,7 @@
 import asyncio
 
 import msgspec
+import pytest
 import zmq
 
 from nanovllm.frontend.link import BURST, HIGH_WATER_MARK, Link, make_dealer
@@ -120,3 +121,30 @@ def test_a_frontends_socket_has_finite_queues_and_notices_a_peer_that_is_cut_off
             assert dealer.get(zmq.RECONNECT_IVL) <= dealer.get(zmq.RECONNECT_IVL_MAX) < 1000
             beats = dealer.get(zmq.HEARTBEAT_IVL), dealer.get(zmq.HEARTBEAT_TIMEOUT)
             assert (0 < beats[0] < beats[1]) if is_far else beats[0] == 0
+
+
+async def test_a_closed_link_hears_nothing_and_a_failure_at_a_peers_end_is_told(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = bind(address)
+    recorder = Recorder()
+    link, closed = link_of(address, recorder), link_of(address, Recorder())
+    for one in (link, closed):
+        one.connect()
+        one.send(Heartbeat())
+    identities = [(await asyncio.to_thread(router.recv_multipart))[0] for _ in range(2)]
+    for identity in identities:
+        router.send_multipart([identity, frame(Outputs([1], [0]))])
+    closed.close()
+    heard = closed._listener
+    await until(lambda: recorder.frames == [1])
+    assert isinstance(heard, Recorder) and not heard.frames
+
+    def fail() -> None:
+        raise ValueError("no end")
+
+    monkeypatch.setattr(recorder, "on_disconnected", fail)
+    router.close(0)
+    await until(lambda: recorder.failures)
+    assert str(recorder.failures[0]) == "no end" and not heard.failures
+    link.close()

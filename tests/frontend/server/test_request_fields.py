@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from nanovllm.frontend.encoding_process import LongTexts
 from nanovllm.frontend.inputs import Prompt
+from nanovllm.frontend.outputs import RequestMetrics, RequestOutput
 from nanovllm.frontend.server import prompts
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
+from nanovllm.frontend.server.endpoint import options_of, usage_of
 from nanovllm.frontend.server.prompts import LONG_TEXT, MARK, MAX_AT_ONCE
 from nanovllm.frontend.server.sampling import (
     called_tools,
@@ -508,3 +511,46 @@ def test_a_final_message_is_left_open_where_its_words_end(
     for lost in (template.replace("{}", words).replace(MARK.strip(), ""), template + MARK):
         param, _ = refusal_of(lambda lost=lost: prompts._open_ended(lost, message))
         assert param == "continue_final_message"
+
+
+# ---- what goes with a request, and what it has taken
+
+
+def test_options_of_a_request() -> None:
+    body = completion(
+        request_id="mine",
+        user="u",
+        cache_salt="s",
+        deadline_ms=5.0,
+        ttft_deadline_ms=2.0,
+        priority=3,
+    )
+    constraint = constraint_of(completion(structured_outputs={"regex": "a"}))
+    found = options_of(body, "cmpl", {"a": "b"}, constraint)
+    assert found == (
+        "cmpl-mine",
+        {
+            "priority": 3,
+            "cache_salt": "s",
+            "tenant": "u",
+            "deadline_ms": 5.0,
+            "ttft_deadline_ms": 2.0,
+        },
+        {"a": "b"},
+        "structured_outputs.regex",
+    )
+    plain = [options_of(completion(), "cmpl", {}, None) for _ in range(2)]
+    assert plain[0].how["priority"] == 0 and plain[0].constrained_by is None
+    names = {one.request_id for one in plain}
+    assert len(names) == 2 and all(re.fullmatch("cmpl-[0-9a-f]{32}", name) for name in names)
+
+
+def test_usage_is_of_all_prompts() -> None:
+    def output(num_prompt: int, num_generated: int, num_cached: int | None) -> RequestOutput:
+        times = RequestMetrics(arrival_time=1.0, num_generation_tokens=num_generated)
+        ids = [1] * num_prompt
+        return RequestOutput("id", None, ids, [], True, times, num_cached_tokens=num_cached)
+
+    usage = usage_of([output(3, 5, 2), None, output(4, 1, None)])
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 6, 13)
+    assert usage.prompt_tokens_details.cached_tokens == 2
