@@ -297,7 +297,7 @@ class EngineCore:
         are possible now. Returns what came of it at once, and whether a step was submitted."""
         early = None
         if self.unsampled is not None and not self.unsampled.awaits_ids:
-            early = self._sample(self.unsampled)
+            early = self._sample_constrained(self.unsampled)
             if early is not None and early.failed:
                 return early, False
         if self.unsampled is not None:
@@ -342,7 +342,8 @@ class EngineCore:
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
-        if self.patience.begin(sum(step.plan.num_scheduled)):
+        step.num_tokens = sum(step.plan.num_scheduled)
+        if self.patience.begin(step.num_tokens):
             self._on_long_step()
         try:
             for listener in self._listeners:
@@ -350,21 +351,13 @@ class EngineCore:
             self.inflight.append((step, self._executor.submit(step.plan)))
         except Exception as error:
             return self._give_up(step, error, was_submitted=False)
+        if not step.constrained:
+            return self._queue_sampling(step, None)
         self.unsampled = step
-        if step.constrained:
-            if step.awaits_ids:
-                return None
-            self._begin_masks(step)
-        return self._sample(step)
-
-    def _sample(self, step: ScheduledStep) -> StepOutputs | None:
-        """Send off the second half of the step submitted last, whose masks depend on no id any more
-        that is on its way. Returns the sequences that fail with it, and tokens that need no
-        sampling."""
-        self.unsampled = None
-        if step.constrained:
-            return self._sample_constrained(step)
-        return self._queue_sampling(step, None)
+        if step.awaits_ids:
+            return None
+        self._begin_masks(step)
+        return self._sample_constrained(step)
 
     def _queue_sampling(self, step: ScheduledStep, masks: StepMasks | None) -> StepOutputs | None:
         try:
@@ -375,6 +368,10 @@ class EngineCore:
         return None
 
     def _sample_constrained(self, step: ScheduledStep) -> StepOutputs | None:
+        """Send off the second half of the step submitted last, whose masks depend on no id any more
+        that is on its way. Returns the sequences that fail with it, and tokens that need no
+        sampling."""
+        self.unsampled = None
         masks, forced, failed = self._take_masks(step)
         early = StepOutputs(failed=failed) if failed else None
         if (lost := self._queue_sampling(step, masks)) is not None:
@@ -565,7 +562,8 @@ class EngineCore:
 
     def _could_step_since(self, now: float) -> float:
         """Since when there has been work, no step has finished and nobody has held the next."""
-        return max(self._last_result_at, self._idle_at, min(now, self.pace.next_step_at))
+        since, held_until = max(self._last_result_at, self._idle_at), self.pace.next_step_at
+        return since if since >= held_until else min(now, held_until)
 
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
@@ -602,7 +600,7 @@ class EngineCore:
     def _count_step(self, step: ScheduledStep) -> None:
         now = time.monotonic()
         self._last_step_s = now - self._last_result_at
-        self.patience.note(now - self._could_step_since(now), sum(step.plan.num_scheduled))
+        self.patience.note(now - self._could_step_since(now), step.num_tokens)
         self._last_result_at = now
         self._num_steps += 1
         if now < self.pace.until:

@@ -524,12 +524,13 @@ def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_admis
     fewer prompt tokens a step takes. The budget is halved, so that steps come in few sizes.
     """
     most = limits.max_num_batched_tokens
-    # `has_computed_prompt`, spelled out: as a property it costs a step of 256 sequences 8 µs more.
-    num_prompts = sum([one.num_computed < one.num_prompt_tokens for one in running])
+    # `has_computed_prompt`, spelled out: as a property it costs a step of 256 sequences 8 µs more;
+    # and counted, since to add truth values takes twice as long.
+    num_prompts = [one.num_computed < one.num_prompt_tokens for one in running].count(True)
     if num_prompts + num_admissible == 0:
         return most  # no prompt tokens: the others take what they need
     # The last token of some is sampled, or on its way.
-    num_ended = sum([one.num_computed >= one.max_total - 1 for one in running])
+    num_ended = [one.num_computed >= one.max_total - 1 for one in running].count(True)
     num_decoding = len(running) - num_prompts - num_ended
     num_others, for_prompts = num_prompts + num_admissible, most
     while num_others < num_decoding and for_prompts > limits.mixed_prefill_tokens:

@@ -139,6 +139,7 @@ class ScheduledStep(msgspec.Struct, eq=False):
     forced: set[int] = set()  # likewise, of those whose next tokens were
     # known before it sampled: what it samples for them is dropped
     budget: int = 0  # of tokens
+    num_tokens: int = 0  # that it runs, once it has been submitted
     submitted_at: float = 0.0  # only while a listener wants to know
 
     @property
