@@ -20,7 +20,7 @@ from nanovllm.worker.sampling.bitmask import mask_words
 from nanovllm.worker.sampling.columns import Int32Array
 from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, NUM_FIELDS, EditTables, Entries
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
-from nanovllm.worker.sampling.masked_sampler import MAX_ENTRIES, MaskedSampler
+from nanovllm.worker.sampling.masked_sampler import MAX_ENTRIES, MaskedSampler, sample_edited
 from nanovllm.worker.sampling.sampler import Sampled
 
 NO_ENTRIES = np.empty((NUM_FIELDS, 0), np.int32)
@@ -157,21 +157,9 @@ class DeviceSampler:
         if counted and self._counts is None:
             shape = rows.num_rows + 1, logits.shape[1]
             self._counts = torch.empty(shape, dtype=torch.int32, device=self._device)
-        edited = self._fused.edit_logits(
-            logits,
-            entries,
+        sample_edited(
+            *(self._fused, rows, logits, entries),
             masks=masks,
-            counts=self._counts if counted else None,
-            clears=rows.begin_counts(counted),
-            known=rows.token_ids,
-            columns=rows.columns,
-        )
-        self._fused.sample_tokens(
-            edited,
-            rows=entries.rows,
-            positions=entries.positions,
-            columns=rows.columns,
-            seeds=rows.seeds,
-            known=rows.token_ids,
-            out=(token_ids, entries.lines),
+            out=token_ids,
+            counts=(self._counts if counted else None, rows.begin_counts(counted)),
         )

@@ -79,6 +79,41 @@ class MaskedEntries:
             self._copied[turn].record()
 
 
+def sample_edited(
+    fused: FusedStep,
+    rows: RequestRows,
+    logits: Tensor,
+    entries: Entries,
+    *,
+    masks: Tensor | None,
+    out: Tensor,
+    counts: tuple[Tensor | None, bool] = (None, False),
+) -> None:
+    """Choose tokens of entries by what they ask of their logits.
+
+    logits: [n, vocab_size]; out: [n] int64, where the entries' own lines are written. masks, and
+    counts with whether to clear them: as `EditLogits` takes them.
+    """
+    edited = fused.edit_logits(
+        logits,
+        entries,
+        masks=masks,
+        counts=counts[0],
+        clears=counts[1],
+        known=rows.token_ids,
+        columns=rows.columns,
+    )
+    fused.sample_tokens(
+        edited,
+        rows=entries.rows,
+        positions=entries.positions,
+        columns=rows.columns,
+        seeds=rows.seeds,
+        known=rows.token_ids,
+        out=(out, entries.lines),
+    )
+
+
 class MaskedSampler:
     """num_buffers: one more than the steps in flight. captures: on a GPU run by graphs."""
 
@@ -147,23 +182,9 @@ class MaskedSampler:
 
     def _choose(self, entries: MaskedEntries) -> None:
         """From what lies in memory. Capturable."""
-        rows, asking = self._rows, entries.entries
-        edited = self._fused.edit_logits(
-            entries.logits,
-            asking,
+        sample_edited(
+            *(self._fused, self._rows, entries.logits, entries.entries),
             masks=entries.masks,
-            counts=None,
-            clears=False,
-            known=rows.token_ids,
-            columns=rows.columns,
-        )
-        self._fused.sample_tokens(
-            edited,
-            rows=asking.rows,
-            positions=asking.positions,
-            columns=rows.columns,
-            seeds=rows.seeds,
-            known=rows.token_ids,
-            out=(entries.chosen, asking.lines),
+            out=entries.chosen,
         )
         entries.targets.copy_(entries.lines)

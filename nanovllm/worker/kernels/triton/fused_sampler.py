@@ -268,16 +268,30 @@ def pick_winner(mass, seed, position, index):
 
 
 @triton.jit
+def entry_of(rows, positions, temperature, column_stride):
+    """What this program samples for: entry, row, position of the new token, and temperature."""
+    entry = tl.program_id(0).to(tl.int64)
+    row, position = tl.load(rows + entry).to(tl.int64), tl.load(positions + entry).to(tl.int64)
+    return entry, row, position, tl.load(temperature + row * column_stride)
+
+
+@triton.jit
+def load_segment(row_logits, segment, vocab_size, SEGMENT: tl.constexpr):
+    """The tokens of one segment, and their logits in fp32: -inf beyond the vocabulary."""
+    tokens = segment * SEGMENT + tl.arange(0, SEGMENT)
+    x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    return tokens, x
+
+
+@triton.jit
 def _draw(row_logits, largest, mass, segments, floor, sharpness, seed, position, vocab_size,
           SEGMENT: tl.constexpr):  # fmt: skip
     """As `sampling.distribution.draw`. mass: of kept logits in each of `segments`, 0 for none."""
     place = pick_winner(mass, seed, position, SEGMENT + segments)
     segment = tl.max(tl.where(tl.arange(0, segments.shape[0]) == place, segments, 0), 0)
-    inside = tl.arange(0, SEGMENT)
-    tokens = segment * SEGMENT + inside
-    x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    _, x = load_segment(row_logits, segment, vocab_size, SEGMENT)
     weights = tl.where(x >= floor, tl.exp2((x - largest) * sharpness), 0.0)
-    return segment * SEGMENT + pick_winner(weights, seed, position, inside)
+    return segment * SEGMENT + pick_winner(weights, seed, position, tl.arange(0, SEGMENT))
 
 
 @triton.jit
@@ -285,8 +299,7 @@ def pick_largest(row_logits, peaks, segments, num_segments, vocab_size, SEGMENT:
     """The first of the largest logits."""
     largest = tl.max(peaks, 0)
     segment = tl.min(tl.where(peaks == largest, segments, num_segments - 1), 0)
-    tokens = segment * SEGMENT + tl.arange(0, SEGMENT)
-    x = tl.load(row_logits + tokens, tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    tokens, x = load_segment(row_logits, segment, vocab_size, SEGMENT)
     return tl.min(tl.where(x == largest, tokens, vocab_size - 1), 0)
 
 
@@ -311,9 +324,7 @@ def _choose_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    entry = tl.program_id(0).to(tl.int64)
-    row, position = tl.load(rows + entry).to(tl.int64), tl.load(positions + entry).to(tl.int64)
-    warmth = tl.load(temperature + row * column_stride)
+    entry, row, position, warmth = entry_of(rows, positions, temperature, column_stride)
     row_logits = logits + entry * logits_stride
     segments = tl.arange(0, BLOCK)
     present = segments < num_segments
@@ -348,6 +359,20 @@ def _choose_kernel(
         tl.store(known + row * known_stride + position, token.to(tl.int32))
 
 
+def measure_segments(
+    logits: Tensor, rows: Tensor, temperature: Tensor, maxima: Tensor, masses: Tensor
+) -> None:
+    """The largest logit of each segment of each line, and its mass. maxima, masses: [n,
+    num_segments] fp32, out."""
+    (n, vocab_size), num_segments = logits.shape, maxima.shape[1]
+    assert logits.stride(1) == 1
+    segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
+        logits, logits.stride(0), rows, temperature, temperature.stride(0), maxima, masses,
+        vocab_size, num_segments,
+        SEGMENT=SEGMENT, NUM=SEGMENTS_PER_PROGRAM, num_warps=4, **launch_options(logits.device),
+    )  # fmt: skip
+
+
 def sample_tokens(
     logits: Tensor,
     *,
@@ -366,27 +391,21 @@ def sample_tokens(
     more lines ([…] int64), and which of them these are ([n] int32): there they are written then.
     """
     n, vocab_size = logits.shape
-    assert logits.stride(1) == 1
     num_segments = triton.cdiv(vocab_size, SEGMENT)
     shape, device = (n, num_segments), logits.device
     maxima, masses, chosen_masses = torch.empty(3, *shape, device=device)
+    measure_segments(logits, rows, columns["temperature"], maxima, masses)
     chosen = torch.empty(shape, dtype=torch.int32, device=device)
     token_ids, lines = out or (torch.empty(n, dtype=torch.int64, device=device), None)
     names = ("temperature", "top_k", "top_p", "min_p")
     temperature, top_k, top_p, min_p = (columns[name] for name in names)
     stride = temperature.stride(0)
     assert all(columns[name].stride(0) == stride for name in names)
-    options = launch_options(device)
-    segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
-        logits, logits.stride(0), rows, temperature, stride, maxima, masses,
-        vocab_size, num_segments,
-        SEGMENT=SEGMENT, NUM=SEGMENTS_PER_PROGRAM, num_warps=4, **options,
-    )  # fmt: skip
     _choose_kernel[(n,)](
         logits, logits.stride(0), rows, positions, temperature, top_k, top_p, min_p, stride,
         seeds, seeds.stride(0), maxima, masses, chosen, chosen_masses, token_ids,
         lines, known, 0 if known is None else known.stride(0), vocab_size, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), LOOK=SEGMENTS_PER_LOOK,
-        num_warps=16, **options,
+        num_warps=16, **launch_options(device),
     )  # fmt: skip
     return token_ids

@@ -30,10 +30,10 @@ from nanovllm.worker.kernels.triton.launch import (
 )
 from nanovllm.worker.kernels.triton.skinny_linear import (
     can_weigh,
-    empty_residual,
     finish,
     finish_split,
     load_squares,
+    operands,
     scaled_by_norm,
 )
 from nanovllm.worker.layers.linear import Linear
@@ -905,18 +905,16 @@ def _launch(
     weight = cast(Packed, linear.method).weight
     num_tokens, num_inputs = x.shape
     num_outputs = len(weight.codes) // 2 if gated else len(weight.codes)
-    assert x.is_contiguous() and weight.codes.is_contiguous() and weight.scale.is_contiguous()
-    assert residual is None or residual.is_contiguous()
+    assert weight.codes.is_contiguous() and weight.scale.is_contiguous()
     tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated, itemsize=x.itemsize)
-    num_n = triton.cdiv(num_outputs, tile.block_n)
-    squares, eps = norm or (None, 0.0)
-    out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
-    left = out.weighed or (None, None)
-    tensors = (*_pointers(weight), linear.bias, residual, squares, next_norm, out.hidden, *left)
-    options = {
-        "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
-        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
-        "num_warps": tile.warps, **_format(weight), **launch_options(x.device),
+    out, num_n, tensors, eps, options = operands(
+        x, linear, residual, num_outputs=num_outputs, block_n=tile.block_n, norm=norm,
+        next_norm=next_norm,
+    )  # fmt: skip
+    tensors = (*_pointers(weight), *tensors)
+    options |= _format(weight) | {
+        "GATED": gated, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "num_warps": tile.warps,
     }  # fmt: skip
     if num_tokens == 1 and tile.block_m == 1:
         fast = not INTERPRETED and weight.codes.dtype != torch.float8_e4m3fn

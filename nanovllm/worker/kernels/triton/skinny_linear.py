@@ -7,6 +7,8 @@ that kernel still runs. Gate, residual and norms ride along (`Weighed`).
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -306,6 +308,43 @@ def empty_residual(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Res
     return Residual(hidden, Weighed(torch.empty_like(hidden), squares))
 
 
+class Operands(NamedTuple):
+    """What products by any kind of weights have in common, besides `x`.
+
+    out: new memory; num_n: programs along the outputs; tensors: as kernels take them, from the
+    bias on; options: by which they are compiled.
+    """
+
+    out: Residual
+    num_n: int
+    tensors: tuple[Tensor | None, ...]
+    eps: float
+    options: dict[str, Any]
+
+
+def operands(
+    x: Tensor,
+    linear: Linear,
+    residual: Tensor | None,
+    *,
+    num_outputs: int,
+    block_n: int,
+    norm: tuple[Tensor, float] | None,
+    next_norm: Tensor | None,
+) -> Operands:
+    """Of a product with as many outputs, block_n a program. norm, next_norm: as `skinny_linear`'s
+    and `skinny_add`'s."""
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    num_n = triton.cdiv(num_outputs, block_n)
+    squares, eps = norm or (None, 0.0)
+    out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
+    left = out.weighed or (None, None)
+    tensors = (linear.bias, residual, squares, next_norm, out.hidden, *left)
+    parts = 0 if squares is None else squares.shape[1]
+    options = {"K": x.shape[1], "PARTS": parts, **launch_options(x.device)}
+    return Operands(out, num_n, tensors, eps, options)
+
+
 def _launch(
     x: Tensor,
     linear: Linear,
@@ -320,22 +359,19 @@ def _launch(
     weight = linear.weight
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert num_tokens <= MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
-    assert residual is None or residual.is_contiguous()
+    assert num_tokens <= MAX_TOKENS and weight.is_contiguous()
     choose = tile_for if linear.scale is None else fp8_tile_for
     tile = tile or choose(num_tokens, num_outputs, num_inputs, gated=gated)
-    num_n = triton.cdiv(num_outputs, tile.block_n)
-    squares, eps = norm or (None, 0.0)
-    out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
-    left = out.weighed or (None, None)
-    tensors = (linear.scale, linear.bias, residual, squares, next_norm, out.hidden, *left)
-    options = {
-        "K": num_inputs, "PARTS": 0 if squares is None else squares.shape[1], "GATED": gated,
-        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
-        "num_warps": tile.warps, **launch_options(x.device),
+    out, num_n, tensors, eps, options = operands(
+        x, linear, residual, num_outputs=num_outputs, block_n=tile.block_n, norm=norm,
+        next_norm=next_norm,
+    )  # fmt: skip
+    options |= {
+        "GATED": gated, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "num_warps": tile.warps,
     }  # fmt: skip
     if num_tokens == 1:
-        _vector_kernel[(num_n,)](x, weight, *tensors, num_outputs, eps, **options)
+        _vector_kernel[(num_n,)](x, weight, linear.scale, *tensors, num_outputs, eps, **options)
         return out
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
     block_m = tile.block_m or min(max(16, triton.next_power_of_2(num_tokens)), 64)
@@ -345,7 +381,7 @@ def _launch(
     _matrix_kernel[(num_n, splits, num_m)](
         TensorDescriptor.from_tensor(x, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        *tensors,
+        linear.scale, *tensors,
         x.new_empty(size, dtype=torch.float32), arrival_counters(x.device),
         num_tokens, num_outputs, eps,
         NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, **options,

@@ -15,11 +15,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton.fused_sampler import (
-    SEGMENTS_PER_PROGRAM,
     arrival_times,
+    entry_of,
+    load_segment,
+    measure_segments,
     pick_largest,
     pick_winner,
-    segments_kernel,
     sharpness_of,
 )
 from nanovllm.worker.kernels.triton.launch import launch_options
@@ -42,9 +43,7 @@ def _candidates_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    entry = tl.program_id(0).to(tl.int64)
-    row, position = tl.load(rows + entry).to(tl.int64), tl.load(positions + entry).to(tl.int64)
-    warmth = tl.load(temperature + row * column_stride)
+    entry, row, position, warmth = entry_of(rows, positions, temperature, column_stride)
     row_logits = logits + entry * logits_stride
     segments = tl.arange(0, BLOCK)
     present = segments < num_segments
@@ -63,11 +62,10 @@ def _candidates_kernel(
         speeds = tl.where(mass > 0, mass / times, 0.0)
         speed = tl.max(speeds, 0)
         segment = tl.argmax(speeds, 0)
-        inside = tl.arange(0, SEGMENT)
-        tokens = segment * SEGMENT + inside
-        x = tl.load(row_logits + tokens, tokens < num_ids, other=float("-inf")).to(tl.float32)
+        _, x = load_segment(row_logits, segment, num_ids, SEGMENT)
         weights = tl.exp2((x - base) * sharpness)
-        token = segment * SEGMENT + pick_winner(weights, seed, position, inside)
+        inside = pick_winner(weights, seed, position, tl.arange(0, SEGMENT))
+        token = segment * SEGMENT + inside
     mine = found + entry * WORDS
     tl.store(mine, largest)
     tl.store(mine + 1, speed)
@@ -87,9 +85,7 @@ def _join_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    entry = tl.program_id(0).to(tl.int64)
-    row, position = tl.load(rows + entry).to(tl.int64), tl.load(positions + entry).to(tl.int64)
-    warmth = tl.load(temperature + row * column_stride)
+    entry, row, position, warmth = entry_of(rows, positions, temperature, column_stride)
     lanes = tl.arange(0, LANES)
     present = lanes < SIZE
     theirs = parts + (lanes * n + entry) * WORDS
@@ -150,17 +146,12 @@ def _find_candidates(
 ) -> None:
     """found: [n, NUM_WORDS], contiguous, out."""
     n, num_ids = logits.shape
-    assert logits.stride(1) == 1
     num_segments, stride = triton.cdiv(num_ids, SEGMENT), temperature.stride(0)
     maxima, masses = torch.empty(2, n, num_segments, device=logits.device)
-    options = launch_options(logits.device)
-    segments_kernel[(n, triton.cdiv(num_segments, SEGMENTS_PER_PROGRAM))](
-        logits, logits.stride(0), rows, temperature, stride, maxima, masses, num_ids, num_segments,
-        SEGMENT=SEGMENT, NUM=SEGMENTS_PER_PROGRAM, num_warps=4, **options,
-    )  # fmt: skip
+    measure_segments(logits, rows, temperature, maxima, masses)
     _candidates_kernel[(n,)](
         logits, logits.stride(0), rows, positions, temperature, stride, seeds, seeds.stride(0),
         maxima, masses, found, vocabulary.cut.start // SEGMENT, num_ids, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), WORDS=NUM_WORDS,
-        num_warps=16, **options,
+        num_warps=16, **launch_options(logits.device),
     )  # fmt: skip
