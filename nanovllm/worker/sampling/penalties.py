@@ -12,22 +12,23 @@ def penalize(
     tokens: Tensor,
     is_output: Tensor,
     *,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
 ) -> Tensor:
     """Penalize in place, in vLLM's order: repetition, frequency, presence.
 
     logits: [n, vocab_size]; tokens: [n, width] int64, each row's tokens padded with its first;
-    is_output: [n, width], which of them were generated. repetition ([n], Keskar et al. 2019)
-    divides positive and multiplies negative logits of prompt and output tokens; frequency ([n])
-    subtracts once per occurrence in the output, presence ([n]) once if there is any.
+    is_output: [n, width], which of them were generated. repetition_penalty ([n], Keskar et al.
+    2019) divides positive and multiplies negative logits of prompt and output tokens;
+    frequency_penalty ([n]) subtracts once per occurrence in the output, presence_penalty ([n]) once
+    if there is any.
     """
     counts = torch.zeros_like(logits, dtype=torch.int32)
     counts = counts.scatter_add_(1, tokens, is_output.int()).gather(1, tokens)  # [n, width]
     seen = logits.gather(1, tokens)
-    rate = repetition[:, None]
+    rate = repetition_penalty[:, None]
     seen = torch.where(seen > 0, seen / rate, seen * rate)
-    seen -= frequency[:, None] * counts + presence[:, None] * (counts > 0)
+    seen -= frequency_penalty[:, None] * counts + presence_penalty[:, None] * (counts > 0)
     # Repeated tokens write the same value several times, so the order of writes does not matter.
     return logits.scatter_(1, tokens, seen)

@@ -175,9 +175,7 @@ class Sampler:
             logits[indices],
             torch.where(known, tokens, tokens[:, :1]),
             known & (places >= rows.columns["num_prompt_tokens"][some.rows][:, None]),
-            repetition=rows.columns["repetition_penalty"][some.rows],
-            presence=rows.columns["presence_penalty"][some.rows],
-            frequency=rows.columns["frequency_penalty"][some.rows],
+            **{name: rows.columns[name][some.rows] for name in PENALTIES},
         )
         logits.index_copy_(0, indices, penalized)
 

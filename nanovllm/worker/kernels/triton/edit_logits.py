@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.worker.sampling.columns import PENALTIES
 from nanovllm.worker.sampling.edit_tables import Entries
 
 BLOCK = tl.constexpr(4096)  # tokens of a program
@@ -240,8 +241,7 @@ def edit_logits(
     assert logits.stride(1) == 1
     edited = torch.empty(num_entries, vocab_size, device=logits.device)
     grid = num_entries, triton.cdiv(vocab_size, BLOCK.value)
-    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    rates = [columns[name] for name in names]
+    rates = [columns[name] for name in PENALTIES]
     num_prompt_tokens, num_counted = columns["num_prompt_tokens"], columns["num_counted"]
     stride = num_counted.stride(0)
     assert all(column.stride(0) == stride for column in (*rates, num_prompt_tokens))
