@@ -48,10 +48,8 @@ async def read(request: Request, kind: type[B]) -> B:
     """
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != "application/json" and not given.endswith("+json"):
-        raise ApiError(
-            415,
-            f"the body must be JSON: send it as `content-type: application/json`, not {given!r}",
-        )
+        remedy = f"send it as `content-type: application/json`, not {given!r}"
+        raise ApiError(415, f"the body must be JSON: {remedy}")
     content = await _content(request)
     if takes_long(content):
         serving = serving_of(request)

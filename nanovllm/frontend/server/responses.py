@@ -20,6 +20,11 @@ from nanovllm.frontend.server.serving import Serving
 
 encode = msgspec.json.Encoder().encode
 EVENT_STREAM = "text/event-stream; charset=utf-8"
+STREAM_HEADERS = (
+    (b"content-type", EVENT_STREAM.encode()),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # or nginx would hold events back
+)
 DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
@@ -73,12 +78,7 @@ class EventStream(Response):
                 await self._send_all(first, events, send)
 
     async def _send_all(self, first: bytes, rest: AsyncIterator[bytes], send: Send) -> None:
-        headers = [
-            (b"content-type", EVENT_STREAM.encode()),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # or nginx would hold events back
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]})
         await send({"type": "http.response.body", "body": first, "more_body": True})
         try:
             async for events in rest:

@@ -97,6 +97,23 @@ def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constrai
 
     after: the text up to which it is free, such as the end of the model's reasoning.
     """
+    choice = body.tool_choice if isinstance(body, ChatBody) else None
+    if body.structured_outputs is None and body.response_format is None and choice is None:
+        return None
+    asked = _constraints(body)
+    if len(asked) > 1:
+        first, second = list(asked)[:2]
+        raise refused(second, f"cannot be combined with {first}")
+    for field, constraint in asked.values():
+        try:
+            return Constraint(field, StructuredOutputsParams(**constraint, after=after))
+        except ValueError as error:
+            raise from_constraint(str(error), field) from error
+    return None
+
+
+def _constraints(body: GenerationBody) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What the output must be by each field that says so: as errors name it, and the constraint."""
     asked: dict[str, tuple[str, dict[str, Any]]] = {}
     if body.structured_outputs is not None:
         kind = _own_constraint(body.structured_outputs)
@@ -107,15 +124,7 @@ def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constrai
         tools = _tools_constraint(body)
         if tools is not None:
             asked["tool_choice"] = tools
-    if len(asked) > 1:
-        first, second = list(asked)[:2]
-        raise refused(second, f"cannot be combined with {first}")
-    for field, constraint in asked.values():
-        try:
-            return Constraint(field, StructuredOutputsParams(**constraint, after=after))
-        except ValueError as error:
-            raise from_constraint(str(error), field) from error
-    return None
+    return asked
 
 
 def called_tools(body: ChatBody) -> str | None:
