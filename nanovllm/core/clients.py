@@ -58,10 +58,8 @@ class Client:
     @property
     def has_outputs(self) -> bool:
         """Whether `outputs` holds anything."""
-        outputs = self.outputs
-        return bool(
-            outputs.numbers or outputs.finished or outputs.started or outputs.prompt_logprobs
-        )
+        mine = self.outputs
+        return bool(mine.numbers or mine.finished or mine.started or mine.prompt_logprobs)
 
     @property
     def has_mail(self) -> bool:

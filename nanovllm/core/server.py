@@ -71,6 +71,7 @@ WARM_UP_S = 60.0  # what warming up one kind of step may take: kernels may have 
 MAX_FRAMES_PER_TURN = 256  # then the next step runs, however many more are waiting
 LATE_S = 0.5  # by as much as a turn takes longer than that, leases are extended
 NUM_EXPLAINED = 64  # lives of the core that are remembered as explained
+SILENT = "the client was silent for its whole lease"
 UNKNOWN = "the core does not know this client: say Hello"
 MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
 
@@ -247,9 +248,7 @@ class CoreServer:
         self._receive_all()
         for client in self._clients.pop_expired(self._awake_at):
             self._forget(client)
-            self._delivery.post(
-                client.identity, Detached("the client was silent for its whole lease")
-            )
+            self._delivery.post(client.identity, Detached(SILENT))
         if core.next_deadline <= self._awake_at:
             self._finish(core.expire(self._awake_at))
         if core.may_step(self._awake_at) and not self._stopping:

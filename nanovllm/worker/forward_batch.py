@@ -129,11 +129,7 @@ class PlanStaging:
         self._turn = 0
 
     def stage(
-        self,
-        plan: StepPlan,
-        writes: Int32Array,
-        *,
-        sharing: SharingRows | None = None,
+        self, plan: StepPlan, writes: Int32Array, *, sharing: SharingRows | None = None
     ) -> StagedPlan:
         """Start the one copy that brings a plan and what `RequestRows.record` made of it.
 

@@ -294,13 +294,7 @@ class ModelRunner:
         entries, wanted = staged.sampling.long(), None
         if 0 < len(entries) < batch.num_tokens:  # where the sampling entries' tokens end
             wanted = batch.query_start_loc[entries + 1].long() - 1
-        return self._finish(
-            batch,
-            staged.rows[entries],
-            batch.seq_lens[entries],
-            wanted,
-            variant,
-        )
+        return self._finish(batch, staged.rows[entries], batch.seq_lens[entries], wanted, variant)
 
     def _finish(
         self,

@@ -19,13 +19,14 @@ from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     COUNTS,
+    INT32_MAX,
     NEUTRAL,
     NO_LOGPROBS,
     NUM_WORDS,
     PENALTIES,
+    RECORD,
     TORCH_DTYPES,
     Int32Array,
-    encode,
     word_offset,
 )
 from nanovllm.worker.sampling.logits_processors import RowEdits, prepare_edits
@@ -185,3 +186,15 @@ class RequestRows:
         """Names of the columns that are not neutral in all of `rows`."""
         active = (self._host_words[rows] != _NEUTRAL_WORDS).any(0)
         return {name for name, word in _WORDS.items() if active[word]}
+
+
+def encode(new: NewRow) -> npt.NDArray[Any]:
+    """The record of one row, [1]."""
+    params = new.params
+    values: list[float] = [new.seed, new.num_prompt_tokens, 0]
+    for column in COLUMNS:
+        value = getattr(params, column.name)
+        if value is None or (column.draws and params.greedy):
+            value = column.neutral
+        values.append(min(value, INT32_MAX) if column.kind == "i4" else value)
+    return np.array([tuple(values)], RECORD)

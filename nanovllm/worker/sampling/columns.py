@@ -12,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanovllm.protocol.plan import NewRow
-
 Int32Array = npt.NDArray[np.int32]
 NO_LOGPROBS = -2  # -1 means the whole vocabulary
 INT32_MAX = 2**31 - 1
@@ -61,15 +59,3 @@ def word_offset(name: str) -> int:
     """Where a field starts in the record, in 32-bit words."""
     assert RECORD.fields is not None
     return int(RECORD.fields[name][1]) // 4
-
-
-def encode(new: NewRow) -> npt.NDArray[Any]:
-    """The record of one row, [1]."""
-    params = new.params
-    values: list[float] = [new.seed, new.num_prompt_tokens, 0]
-    for column in COLUMNS:
-        value = getattr(params, column.name)
-        if value is None or (column.draws and params.greedy):
-            value = column.neutral
-        values.append(min(value, INT32_MAX) if column.kind == "i4" else value)
-    return np.array([tuple(values)], RECORD)

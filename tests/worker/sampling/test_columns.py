@@ -1,13 +1,13 @@
 """The record by which the device knows what a row asks."""
 
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.request_rows import encode
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     NEUTRAL,
     NO_LOGPROBS,
     NUM_WORDS,
     RECORD,
-    encode,
     word_offset,
 )
 from tests.worker.planning import new_row
