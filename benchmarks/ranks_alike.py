@@ -229,7 +229,9 @@ def models_of(names: str, place: Path) -> Iterator[tuple[str, str | Path, dict[s
             continue
         groups = {"families": list(TINY), "mixtures": [*TINY_MOE, "gemma4_moe"]}
         for one in groups.get(name, [name] if name != "files" else []):
-            yield one, save_tiny(one, place / one, vocab_size=VOCAB_SIZE, **OWN_EOS), {}
+            sizes = {name: VOCAB_SIZE for name in TINY[one][2] if name.startswith("vocab_size")}
+            more = {"vocab_size": VOCAB_SIZE, **sizes, **OWN_EOS}
+            yield one, save_tiny(one, place / one, **more), {}
         for one in ("llama", "phi3") if name == "files" else ():  # phi3's are fused, too
             plain = save_tiny(one, place / f"wide-{one}", vocab_size=VOCAB_SIZE, **OWN_EOS, **WIDE)
             for file in FILES:
