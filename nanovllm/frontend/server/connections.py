@@ -24,6 +24,7 @@ LINGER_S, MAX_IGNORED_BYTES = 2.0, 1 << 20
 SWEEP_INTERVAL_S = 1.0
 SWEPT_AT_ONCE = 16
 MAX_PIPELINED = 4  # requests that a connection may have waiting while its end is watched for
+MAX_WAITING = 128  # requests that it may have waiting at all: a read can bring thousands of them
 SPARE_DESCRIPTORS = 256
 REASONS = {408: b"Request Timeout", 414: b"URI Too Long", 431: b"Request Header Fields Too Large"}
 REASONS |= {400: b"Bad Request", 503: b"Service Unavailable"}
@@ -91,6 +92,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._headers_since = self._headers_since or time.monotonic()
 
     def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_WAITING:
+            self.transport.abort()  # an answer would come between those that are under way
+            return
         before: RequestResponseCycle | None = self.cycle
         self._headers_since = 0.0
         self._num_body_bytes = 0

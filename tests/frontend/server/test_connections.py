@@ -16,7 +16,7 @@ import pytest
 from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.server import connections, run
-from nanovllm.frontend.server.connections import ConnectionLimits
+from nanovllm.frontend.server.connections import MAX_WAITING, ConnectionLimits
 from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.protocol.messages import Abort, AddRequest, Outputs, Started, ToCore
 from tests.frontend.fake_core import begin, echo, silent
@@ -69,6 +69,30 @@ async def answer_to(url: str, *pieces: bytes, pause_s: float = 0.0) -> tuple[int
     return int(head.split()[1]), json.loads(body)["error"]
 
 
+@pytest.mark.parametrize(
+    ("num_requests", "are_all_answered"), [(MAX_WAITING, True), (20 * MAX_WAITING, False)]
+)
+async def test_requests_sent_before_their_answers_are_bounded(
+    address: str, num_requests: int, are_all_answered: bool
+) -> None:
+    """A read brings thousands of them, and each would take memory and its turn."""
+    request = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
+    async with listening(address) as (url, _, _):
+        reader, writer = await connect(url)
+        writer.write((request + b"\r\n") * num_requests + request + b"connection: close\r\n\r\n")
+        async with asyncio.timeout(TIMEOUT_S):
+            text = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := await reader.read(1 << 16):
+                    text += piece
+        writer.close()
+        num_answered = text.count(b"HTTP/1.1 200 OK")
+        assert (num_answered == num_requests + 1) == are_all_answered
+        assert num_answered <= MAX_WAITING + 1
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+            assert (await client.get(f"{url}/health")).status_code == 200
+
+
 async def test_headers_that_do_not_come(address: str) -> None:
     async with listening(address) as (url, _, _):
         status, error = await answer_to(url, HEAD)
@@ -110,8 +134,8 @@ async def test_a_body_that_comes_in_pieces_but_in_time_is_taken(
         (b"GET /", b"x" * 65_536, 414),
         (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: ", b"x" * 65_536, 431),
         (b"GET / HTTP/1.1\r\nhost: localhost\r\n", b"x: y\r\n" * 10_000, 431),
-        (HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n" * 10_000, 401),
-        (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x" * 65_536, 401),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n" * 10_000, 431),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x" * 65_536, 431),
     ],
     ids=["url", "a header", "headers", "trailers", "a chunk's extension"],
 )
