@@ -121,6 +121,7 @@ SLOW = (
     "frontend/server/test_connections",
     "frontend/server/test_habits",
     "frontend/server/test_lesson",
+    "frontend/server/test_screenshots",
     "frontend/server/test_serve",
     "frontend/server/test_page",
     "frontend/server/test_foreign_page",

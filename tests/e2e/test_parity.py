@@ -194,7 +194,7 @@ def test_smollm2_equals_transformers(smollm2: Any, variation: str) -> None:
     path, prompts, expected = smollm2
     engine = Engine(model=str(path), max_model_len=512, **VARIATIONS[variation])
     assert engine.generate(prompts, GREEDY) == expected
-    few = slice(0, 4)
-    assert engine.generate(prompts[few], GREEDY) == expected[few], "with a warm prefix cache"
-    assert engine.generate(prompts[:1], GREEDY) == expected[:1], "alone"
+    begun = [ids[:NUM_TINY_TOKENS] for ids in expected]  # the prompt is what differs here
+    assert engine.generate(prompts[:4], TINY_GREEDY) == begun[:4], "with a warm prefix cache"
+    assert engine.generate(prompts[:1], TINY_GREEDY) == begun[:1], "alone"
     engine.close()

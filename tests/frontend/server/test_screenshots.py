@@ -26,14 +26,8 @@ def test_the_pictures_are_taken_anew(tmp_path: Path) -> None:
     command += ["--into", str(pictures), "--width", str(SIZE[0]), "--height", str(SIZE[1])]
     command += ["--load-format", "synthetic", "--tokenizer", str(tokenizer), "--step-ms", "1"]
     # Its tokens are bytes, of which texts have more.
-    command += [
-        "--vocab-size",
-        "258",
-        "--num-gpu-blocks-override",
-        "130",
-        "--max-model-len",
-        "1536",
-    ]
+    command += ["--num-gpu-blocks-override", "130", "--max-model-len", "1536"]
+    command += ["--vocab-size", "258"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=6 * WAIT_S
