@@ -12,6 +12,15 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.core import engine_core
 from nanovllm.core.engine_core import EngineCore
+from nanovllm.core.events import (
+    Constrained,
+    CoreListener,
+    GrammarBegun,
+    GrammarEvent,
+    GrammarsCollected,
+    MasksFilled,
+    TokensForced,
+)
 from nanovllm.core.grammar import Masks, MasksUnderWay
 from nanovllm.core.patience import FAR_BEYOND, NUM_RECENT_STEPS
 from nanovllm.core.sequence import Sequence
@@ -436,3 +445,44 @@ def test_tokens_that_a_grammar_forces_are_the_first_ones_of_an_output() -> None:
             time.sleep(1e-3)
     (sequence,) = outputs.started
     assert len(outputs.token_ids) > 1 and before <= sequence.first_token_at <= time.monotonic()
+
+
+def test_a_listener_is_told_what_becomes_of_every_grammar() -> None:
+    """Known, waited for or refused; what is forced; until it listens no more."""
+    told: list[Any] = []
+
+    class Listener(CoreListener):
+        def on_grammar(self, event: GrammarEvent) -> None:
+            told.append(event)
+
+    core, listener = make_core(max_inflight_steps=1), Listener()
+    core.listen(listener)
+    core.add(0, AddRequest(0, [5], constrained("abcdefgh[0-9]", seed=1)))
+    assert told == [GrammarBegun(False)]
+    drain(core)
+    (collected,) = (one for one in told if isinstance(one, GrammarsCollected) and one.requests)
+    assert [[one.number for one in group] for group in collected.requests] == [[0]]
+    assert told.count(Constrained()) == 1 and MasksFilled() in told
+    (forced,) = (one for one in told if isinstance(one, TokensForced))
+    assert [sequence.number for sequence, _ in forced.runs] == [0] and not forced.ended
+    told.clear()
+    core.add(0, AddRequest(0, [5], constrained("abcdefgh[0-9]", seed=1)))
+    assert told == [GrammarBegun(True), Constrained()]
+    drain(core)
+    core.add(0, AddRequest(1, [5], constrained("(a")))
+    drain(core, [])
+    told.clear()
+    with pytest.raises(ValueError, match="regex") as refusal:
+        core.add(0, AddRequest(1, [5], constrained("(a")))
+    assert told == [GrammarBegun(True), Constrained(str(refusal.value))]
+    told.clear()
+    core.forget(listener)
+    core.add(0, AddRequest(0, [5], constrained("abcdefgh[0-9]", seed=1)))
+    drain(core)
+    assert told == []
+    executor = FakeExecutor(EngineConfig(), num_blocks=50, max_model_len=128)
+    without = EngineCore(EngineConfig(), executor, executor.start(), None)
+    without.listen(listener)
+    with pytest.raises(ValueError, match="structured_outputs") as refusal:
+        without.add(0, AddRequest(0, [5], constrained()))
+    assert told == [GrammarBegun(False, str(refusal.value))]

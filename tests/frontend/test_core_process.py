@@ -1,5 +1,7 @@
 """Cores as processes of their own: what each is told, which GPUs it sees, and how it is ended."""
 
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -148,3 +150,31 @@ def test_replicas_on_a_cluster_are_told_where_it_is(
     assert groups == [None, None, "ab", "ab", "ff", None, None]
     told = {"RAY_ADDRESS": "10.0.0.1:6379"}
     assert [one["variables"] for one in started] == [{}, {}, told, told, told, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("num_stubborn", "expected"),
+    [
+        (0, ["wait 5", "wait"]),
+        (1, ["wait 5", "terminate", "wait 5", "wait"]),
+        (2, ["wait 5", "terminate", "wait 5", "kill", "wait"]),
+    ],
+)
+def test_a_core_has_half_the_time_for_each_way_to_end(
+    num_stubborn: int, expected: list[str]
+) -> None:
+    done: list[str] = []
+
+    def wait(timeout_s: float | None = None) -> int:
+        done.append("wait" if timeout_s is None else f"wait {timeout_s:g}")
+        if timeout_s is not None and len(done) <= 2 * num_stubborn:
+            raise subprocess.TimeoutExpired("core", timeout_s)
+        return 7
+
+    process: Any = SimpleNamespace(
+        wait=wait, terminate=lambda: done.append("terminate"), kill=lambda: done.append("kill")
+    )
+    ours, cores = socket.socketpair()
+    with cores:
+        assert CoreHandle(CPU, "ipc:///x", process, ours).end() == 7
+        assert done == expected and cores.recv(1) == b"", "its owner has let go"
