@@ -296,11 +296,14 @@ class CoreServer:
         timeout_s = max(0.0, due - now)
         may_warm_up = not core.busy and now >= self._warm_up_from
         if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_warm_up:
-            self._clock.pause()
-            if not core.warm_up():
-                self._warm_up_from = math.inf
-            self._clock.resume()
+            self._warm_up(core)
         return time.monotonic() - now - timeout_s
+
+    def _warm_up(self, core: EngineCore) -> None:
+        self._clock.pause()
+        if not core.warm_up():
+            self._warm_up_from = math.inf
+        self._clock.resume()
 
     def _send_pulse(self, core: EngineCore, now: float) -> None:
         patience_s = core.patience.seconds

@@ -324,14 +324,10 @@ class AsyncLLM:
         bad_words = self.encode_bad_words(tuple(params.bad_words))
         if params.allowed_token_ids is not None:
             check_choice(params, bad_words, self.info.worker)
+        number, self._next_number = self._next_number, self._next_number + params.n
         message = AddRequest(
-            number=self._next_number,
-            prompt_token_ids=prompt.token_ids,
-            params=params,
-            bad_words_token_ids=bad_words,
-            **options,
+            number, prompt.token_ids, params, bad_words_token_ids=bad_words, **options
         )
-        self._next_number += params.n
         name = f"request-{message.number}" if request_id is None else request_id
         return Request(name, prompt.text, message, self._detokenizers)
 
