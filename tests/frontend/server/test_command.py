@@ -233,7 +233,8 @@ async def test_the_engine_is_started_here_or_is_at_an_address(
         raise AssertionError
 
     assert isinstance(await serves.open_llm(on_progress), Own)
-    assert started == [{"on_progress": on_progress, **SYNTHETIC, "seed": 5}, {}]
+    fields = command.with_preset(ServerSettings(), {**SYNTHETIC, "seed": 5})
+    assert started == [{"on_progress": on_progress, **fields}, {}]
 
 
 async def test_what_is_wrong_is_told_before_a_port_is_taken(
@@ -299,7 +300,8 @@ async def test_several_frontends_share_a_port_and_a_core(
     assert await serve({"model": "m", "seed": 5}, frontends=3) == 5
     assert many.setup.address == "ipc:///own" == many.core.address
     assert many.setup.settings.frontends == 3 and many.setup.settings.port > 0
-    assert many.owned == [EngineConfig.from_kwargs(model="m", seed=5)] and many.located == ["m"]
+    fields = command.with_preset(ServerSettings(), {"model": "m", "seed": 5})
+    assert many.owned == [EngineConfig.from_kwargs(**fields)] and many.located == ["m"]
     assert not many.directory.exists()
     assert "the engine of 3 frontends is ready after" in capsys.readouterr().err
     with pytest.raises(ConnectionRefusedError):
