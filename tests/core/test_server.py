@@ -249,32 +249,32 @@ def test_clients_that_come_while_loading_see_progress_then_welcome(address: str)
     client.close()
 
 
-def test_the_vocabulary_is_loaded_before_the_core_is_ready(address: str) -> None:
+@pytest.mark.parametrize(
+    ("is_asked", "has_tokenizer"), [(True, True), (False, True), (True, False)]
+)
+def test_the_vocabulary_is_loaded_before_the_core_is_ready(
+    address: str, is_asked: bool, has_tokenizer: bool
+) -> None:
     """Asked to; a core that has none is ready all the same, and says so to who needs it."""
-    wanted = StructuredOutputsParams(regex="ab")
-    for is_asked, has_tokenizer in ((True, True), (False, True), (True, False)):
-        calls: list[str] = []
+    calls: list[str] = []
 
-        def load(has_tokenizer: bool = has_tokenizer, calls: list[str] = calls) -> str:
-            calls.append("load")
-            if not has_tokenizer:
-                raise ValueError("no tokenizer here")
-            return tokenizer_json()
+    def load() -> str:
+        calls.append("load")
+        if not has_tokenizer:
+            raise ValueError("no tokenizer here")
+        return tokenizer_json()
 
-        with serving(
-            address, make_compiler=partial(GrammarCompiler, load), grammar_preload=is_asked
-        ):
-            client = RawClient(address)
-            client.greet()
-            assert len(calls) == is_asked
-            if has_tokenizer:
-                client.send(add(structured_outputs=wanted))
-                assert decode(tuple(collect(client, 0)[0][0])) == "ab"
-            else:
-                client.send(add(structured_outputs=wanted))
-                assert "no tokenizer here" in client.receive(RequestFailed).message
-            client.close()
-        assert len(calls) == 1 + (not has_tokenizer)
+    with serving(address, make_compiler=partial(GrammarCompiler, load), grammar_preload=is_asked):
+        client = RawClient(address)
+        client.greet()
+        assert len(calls) == is_asked
+        client.send(add(structured_outputs=StructuredOutputsParams(regex="ab")))
+        if has_tokenizer:
+            assert decode(tuple(collect(client, 0)[0][0])) == "ab"
+        else:
+            assert "no tokenizer here" in client.receive(RequestFailed).message
+        client.close()
+    assert len(calls) == 1 + (not has_tokenizer)
 
 
 class FailingStart(SlowStart):
