@@ -6,7 +6,8 @@ A fake executor answers at once, so what is timed is schedule + submit + update 
 clients + encoding them: all the core does in a step. The best of several windows is printed, since
 other programs on the machine only ever add time. Targets: 256 running ≤ 500 µs, 8 running ≤ 40 µs,
 64 constrained ≤ 1 ms.
-The second part times request → first output through both sockets of an idle, real core process.
+The second part times request → first output through both sockets of an idle, real core process: of
+requests that ask for nothing, and of such that bring a grammar, known or new, in turns.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice, product
 from string import ascii_lowercase
 
@@ -28,6 +31,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
+from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.lifetime import stop_on_signals
 from nanovllm.core.server import CoreServer
 from nanovllm.frontend.async_llm import AsyncLLM
@@ -197,26 +201,67 @@ def schema_step_time(num_running: int, *, num_windows: int = 8) -> tuple[float, 
     return best, best_cpu
 
 
-async def round_trip(address: str, *, num_requests: int = 300) -> list[float]:
-    """Seconds from `generate()` to its first output, one request at a time, sorted."""
+def record(**properties: object) -> dict[str, object]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def person(name: str) -> StructuredOutputsParams:
+    """A schema of ordinary size, of which each name makes another one."""
+    line = record(article={"type": "string", "maxLength": 15}, count={"type": "integer"})
+    age = {"type": "integer", "minimum": 0, "maximum": 120}
+    lines = {"type": "array", "items": line, "minItems": 1, "maxItems": 3}
+    fields = {name: {"type": "string", "maxLength": 30}, "age": age, "lines": lines}
+    return StructuredOutputsParams(json=record(**fields))
+
+
+def tree(name: str) -> StructuredOutputsParams:
+    """Its definition refers to itself."""
+    left = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
+    node = record(**{name: {"type": "integer"}, "left": left})
+    return StructuredOutputsParams(json={"$defs": {"node": node}, "$ref": "#/$defs/node"})
+
+
+# What the n-th request of each kind asks for.
+FIRST: dict[str, Callable[[int], StructuredOutputsParams | None]] = {
+    "nothing": lambda n: None,
+    "a schema seen before": lambda n: person("name"),
+    "a new schema": lambda n: person(f"name{n}"),
+    "a new recursive schema": lambda n: tree(f"value{n}"),
+    "a new choice": lambda n: StructuredOutputsParams(choice=["red", "green", f"blue{n}"]),
+    "a new regex": lambda n: StructuredOutputsParams(regex=f"x{n}-[a-z]{{2,15}}@[a-z]{{3,12}}"),
+}
+
+
+async def round_trips(address: str, *, num_rounds: int = 100) -> dict[str, list[float]]:
+    """Seconds from `generate()` to its first output by kind, one request at a time, sorted."""
     llm = await AsyncLLM.connect(address, skip_tokenizer_init=True)
-    params = SamplingParams(max_tokens=1, detokenize=False)
-    seconds = []
-    for _ in range(num_requests):
+    seconds: dict[str, list[float]] = {kind: [] for kind in FIRST}
+    for number, (kind, wanted) in product(range(-3, num_rounds), FIRST.items()):
         await asyncio.sleep(0.002)  # let the core fall asleep: this is about an idle one
+        params = SamplingParams(max_tokens=1, detokenize=False, structured_outputs=wanted(number))
         started = time.perf_counter()
         async for _output in llm.generate({"prompt_token_ids": [5, 6, 7]}, params):
             break
-        seconds.append(time.perf_counter() - started)
+        if number >= 0:  # the rounds before have loaded what grammars need
+            seconds[kind].append(time.perf_counter() - started)
     await llm.close()
-    return sorted(seconds)
+    return {kind: sorted(times) for kind, times in seconds.items()}
 
 
 def serve(address: str) -> None:
-    """A core process without a device, for `round_trip`."""
-    server = CoreServer(EngineConfig(), address)
+    """A core process without a device, for `round_trips`, with SmolLM2's vocabulary."""
+    server, tokenizer = CoreServer(EngineConfig(), address), Tokens.load("smollm2")
     stop_on_signals(server.drain, server.stop)
-    server.run(InstantExecutor)
+    with GrammarSandbox(timeout_s=EngineConfig().grammar.grammar_timeout_s) as sandbox:
+        server.run(
+            partial(InstantExecutor, vocab_size=tokenizer.vocab_size),
+            partial(GrammarCompiler, tokenizer.to_json, sandbox=sandbox),
+        )
 
 
 def main() -> None:
@@ -241,12 +286,14 @@ def main() -> None:
         address = f"ipc://{directory}/core.sock"
         core = subprocess.Popen([sys.executable, __file__, "--serve", address])
         try:
-            seconds_each = uvloop.run(round_trip(address))
+            trips = uvloop.run(round_trips(address))
         finally:
             core.terminate()
             core.wait()
-    p50, p90 = (seconds_each[int(len(seconds_each) * q)] * 1e3 for q in (0.5, 0.9))
-    print(f"request to first output, both sockets, idle: p50 {p50:.2f} ms, p90 {p90:.2f} ms")
+    print("request to first output, both sockets, idle, milliseconds: tenth, half, nine tenths")
+    for kind, times in trips.items():
+        tenths = (times[int(len(times) * share)] * 1e3 for share in (0.1, 0.5, 0.9))
+        print(f"{kind:>24}", *(f"{each:6.2f}" for each in tenths))
 
 
 if __name__ == "__main__":
