@@ -171,7 +171,7 @@ def test_trials_do_not_wait_for_a_long_one() -> None:
 def test_few_workers_are_kept_and_none_that_has_grown() -> None:
     """One that is not kept ends."""
     with GrammarSandbox(timeout_s=WAIT_S) as sandbox:
-        sandbox.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        sandbox.set_up(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
         links = [sandbox._borrow() for _ in range(MAX_IDLE + 2)]
         for link in links:
             assert isinstance(_ask(link, Trial(EASY, WAIT_S)), Verdict)
@@ -352,7 +352,7 @@ def test_a_sandbox_that_is_closed_leaves_nothing_open() -> None:
     before, children = num_open(), children_of(os.getpid())
     sandbox = GrammarSandbox(timeout_s=WAIT_S)
     for _ in range(2):
-        sandbox.start(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
+        sandbox.set_up(tokenizer_json(), vocab_size=VOCAB_SIZE, eos_token_ids=[0])
         link = sandbox._borrow()
         assert link.gettimeout() == WAIT_S + START_S
         sandbox._give_back(link, spent=False)

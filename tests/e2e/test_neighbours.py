@@ -14,8 +14,9 @@ from tests.waiting import WAIT_S
 
 PROMPT = "Tell me a very short story about a lighthouse keeper."
 # What is said besides an answer: phases of the start, how long that took, and figures at the end.
+# How long the answer is depends on the processor: kernels of each kind round differently.
 STARTING = re.compile(r"([a-z ]+ …\n)+ready after [\d.]+ s\n")
-FIGURES = re.compile(r"\[\d+ prompt tokens, 0 cached \| 64 tokens, length \| [^\n]+ tokens/s\]\n")
+FIGURES = re.compile(r"\[\d+ prompt tokens, 0 cached \| \d+ tokens, \w+ \| [^\n]+ tokens/s\]\n")
 
 
 @contextmanager
