@@ -65,6 +65,7 @@ from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 
 LOG = logging.getLogger(__name__)
 LOADING_INTERVAL_S = 0.1
+GREETING_S = 1.0  # for whoever has started a core that fails at once to say Hello, and be told why
 BACKLOG_INTERVAL_S = 0.02  # how soon an idle core tries again to send to a client that did not read
 IDLE_BEFORE_WARM_UP_S = 0.25
 WARM_UP_S = 60.0  # what warming up one kind of step may take: kernels may have to be compiled
@@ -536,6 +537,10 @@ class CoreServer:
         self._has_failed, self._core, self._operations = True, None, None
         self._intake = Intake(self._clients)  # what waits is sent to the next core
         self._receive_all()  # clients that have just sent Hello are told too
+        until = time.monotonic() + GREETING_S
+        while not self._clients and (left_s := until - time.monotonic()) > 0:
+            self._poller.poll(math.ceil(left_s * 1e3))
+            self._receive_all()
         for client in self._clients:
             self._delivery.deliver(client)
             self._delivery.post(client.identity, failure)

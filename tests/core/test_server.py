@@ -303,6 +303,32 @@ def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, u
     assert "Traceback" in failure.details
 
 
+def test_who_greets_a_core_that_has_failed_already_is_told_why(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a rank is killed before the process that starts the core has connected."""
+    monkeypatch.setattr(server_module, "GREETING_S", WAIT_S)
+    server, failing = CoreServer(EngineConfig(), address), threading.Event()
+
+    def make_executor() -> FakeExecutor:
+        failing.set()
+        raise DeviceLostError("rank 0 was killed", from_outside=True)
+
+    def run() -> None:
+        with pytest.raises(DeviceLostError):
+            server.run(make_executor)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert failing.wait(WAIT_S)
+    time.sleep(0.1)  # without the wait the core would be gone by then
+    client = RawClient(address)
+    client.send(Hello())
+    assert client.receive(CoreFailed).message == "rank 0 was killed"
+    thread.join(WAIT_S)
+    client.close()
+
+
 @pytest.mark.parametrize("from_outside", [False, True])
 def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(
     address: str, from_outside: bool
