@@ -24,6 +24,7 @@ from string import ascii_lowercase
 import msgspec
 import numpy as np
 import uvloop
+from structured import record, text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from workloads import ASKS
 
@@ -201,21 +202,12 @@ def schema_step_time(num_running: int, *, num_windows: int = 8) -> tuple[float, 
     return best, best_cpu
 
 
-def record(**properties: object) -> dict[str, object]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
 def person(name: str) -> StructuredOutputsParams:
     """A schema of ordinary size, of which each name makes another one."""
-    line = record(article={"type": "string", "maxLength": 15}, count={"type": "integer"})
+    line = record(article=text(15), count={"type": "integer"})
     age = {"type": "integer", "minimum": 0, "maximum": 120}
     lines = {"type": "array", "items": line, "minItems": 1, "maxItems": 3}
-    fields = {name: {"type": "string", "maxLength": 30}, "age": age, "lines": lines}
+    fields = {name: text(30), "age": age, "lines": lines}
     return StructuredOutputsParams(json=record(**fields))
 
 

@@ -192,11 +192,12 @@ class CoreServer:
             executor = make_executor()
             self._info = executor.start()
             compiler = make_compiler(self._info) if make_compiler else None
-            loading = threading.Thread(target=_preload, args=[compiler], daemon=True)
+            loading: threading.Thread | None = None
             if compiler is not None and self._config.grammar.grammar_preload:
+                loading = threading.Thread(target=_preload, args=[compiler], daemon=True)
                 loading.start()
             executor.allocate(self._info.num_blocks)
-            if loading.ident is not None:
+            if loading is not None:
                 loading.join()
             core = EngineCore(
                 self._config, executor, self._info, compiler, self._wake, self._forewarn

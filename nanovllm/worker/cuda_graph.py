@@ -26,6 +26,10 @@ class StepShape(NamedTuple):
     num_tokens: int
     num_rows: int
 
+    @property
+    def is_decode(self) -> bool:
+        return self.num_tokens == self.num_rows
+
 
 class Variant(NamedTuple):
     """What besides its shape is part of what is captured."""
@@ -111,19 +115,14 @@ def row_buckets(most: int) -> list[int]:
     return sorted({size for size in sizes if size <= most})
 
 
-def _holds(larger: StepShape, shape: StepShape) -> bool:
-    """Whether steps of `shape` can run in the other one, which is of the same kind."""
-    is_decode, is_larger_decode = (one.num_tokens == one.num_rows for one in (shape, larger))
+def _may_stand_in(larger: StepShape, shape: StepShape) -> bool:
+    """Whether steps of `shape` can run in the other one, and cost little more there."""
+    cheap = CHEAP_ROWS if shape.is_decode else CHEAP_TOKENS
     return (
-        is_decode == is_larger_decode
-        and larger.num_tokens >= shape.num_tokens
+        larger.is_decode == shape.is_decode
         and larger.num_rows >= shape.num_rows
+        and shape.num_tokens <= larger.num_tokens <= max(2 * shape.num_tokens, cheap)
     )
-
-
-def _costs_little_more(larger: StepShape, shape: StepShape) -> bool:
-    cheap = CHEAP_ROWS if shape.num_tokens == shape.num_rows else CHEAP_TOKENS
-    return larger.num_tokens <= max(2 * shape.num_tokens, cheap)
 
 
 class StepGraphs:
@@ -178,8 +177,8 @@ class StepGraphs:
             return shape
         larger = [
             one
-            for one, same in self._captured
-            if same == variant and _holds(one, shape) and _costs_little_more(one, shape)
+            for one, of_variant in self._captured
+            if of_variant == variant and _may_stand_in(one, shape)
         ]
         if not larger:
             return shape

@@ -46,8 +46,7 @@ class LargerGraphs(UncapturedGraphs):
     """The largest of their kind stand in for all others."""
 
     def captured_shape_for(self, shape: StepShape, variant: Variant) -> StepShape:
-        decodes = shape.num_tokens == shape.num_rows
-        return max(one for one in self.shapes if (one.num_tokens == one.num_rows) == decodes)
+        return max(one for one in self.shapes if one.is_decode == shape.is_decode)
 
 
 @pytest.fixture(params=["cpu", "cpu, padded", "cpu, padded more", CUDA])

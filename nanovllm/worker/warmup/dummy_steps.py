@@ -82,15 +82,14 @@ def num_usual(runner: ModelRunner) -> int:
 
 
 def _is_usual(shape: StepShape) -> bool:
-    return shape.num_tokens == shape.num_rows and shape.num_rows in USUAL
+    return shape.is_decode and shape.num_rows in USUAL
 
 
 def _how_late(shape: StepShape) -> tuple[bool, bool, int]:
     """Sorts by how soon a shape should be captured: first a few of which one holds any step and at
     most doubles it, so that it can stand in for those that are not captured yet."""
-    num_tokens, num_rows = shape
-    is_coarse = num_tokens.bit_count() == 1
-    return not is_coarse, num_tokens != num_rows, -num_rows
+    is_coarse = shape.num_tokens.bit_count() == 1
+    return not is_coarse, not shape.is_decode, -shape.num_rows
 
 
 def _twice(

@@ -239,7 +239,7 @@ def typical(shapes: list[StepShape]) -> Iterator[StepShape]:
     """One of those whose sizes lie between the same powers of two: they launch the same kernels."""
     seen = set()
     for shape in shapes:
-        kind = *((size - 1).bit_length() for size in shape), shape.num_tokens == shape.num_rows
+        kind = *((size - 1).bit_length() for size in shape), shape.is_decode
         if kind not in seen:
             seen.add(kind)
             yield shape
