@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -54,6 +57,8 @@ JOB = Job(  # of a model that takes few sizes of steps
     gpu=((9, 0), 132),
 )
 FP8_JOB = msgspec.structs.replace(JOB, kv_dtype="float8_e4m3fn", scheme=Scheme.at_load("fp8"))
+# The program gives way to whatever else runs: beside other tests it would hardly get on.
+POLITE = pytest.mark.alone
 STUCK = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -71,6 +76,17 @@ def seconds_waited(precompiler: Precompiler) -> float:
     return time.monotonic() - started
 
 
+@contextmanager
+def started(*args: Any, **options: Any) -> Iterator[Precompiler]:
+    """One that has begun; it is ended whatever a test finds."""
+    precompiler = Precompiler(*args, **options)
+    precompiler.begin()
+    try:
+        yield precompiler
+    finally:
+        precompiler.end()
+
+
 def kernels_of(cache: Path) -> dict[Path, int]:
     """Compiled ones, by their paths in the cache, and when."""
     return {path.relative_to(cache): path.stat().st_mtime_ns for path in cache.glob("*/*.cubin")}
@@ -78,20 +94,18 @@ def kernels_of(cache: Path) -> dict[Path, int]:
 
 def compile_all(job: Job, *, is_first: bool) -> None:
     """What an engine's start has compiled, to the end."""
-    precompiler = Precompiler(most_wait_s=TIMEOUT_S)
-    precompiler.begin()
-    precompiler.ask(job)
-    waited_s = seconds_waited(precompiler)
-    if is_first:  # the profile run comes now, while the rest is compiled
-        profiled = run_compiling("compile_profile_run.py", msgspec.json.encode(job).decode())
-        assert len(profiled) > 10
-        assert all(profiled.values()), profiled
-        assert stamp_of(job).exists()
-    else:
-        assert waited_s < SHORTER_S
-    assert precompiler._program is not None
-    assert precompiler._program.wait(TIMEOUT_S) == 0
-    precompiler.end()
+    with started(most_wait_s=TIMEOUT_S) as precompiler:
+        precompiler.ask(job)
+        waited_s = seconds_waited(precompiler)
+        if is_first:  # the profile run comes now, while the rest is compiled
+            profiled = run_compiling("compile_profile_run.py", msgspec.json.encode(job).decode())
+            assert len(profiled) > 10
+            assert all(profiled.values()), profiled
+            assert stamp_of(job).exists()
+        else:
+            assert waited_s < SHORTER_S
+        assert precompiler._program is not None
+        assert precompiler._program.wait(TIMEOUT_S) == 0
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +119,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@POLITE
 @pytest.mark.parametrize("job", [JOB, FP8_JOB], ids=["bf16", "fp8"])
 def test_what_steps_launch_is_compiled_once(
     cache: Path, job: Job, request: pytest.FixtureRequest
@@ -138,6 +153,7 @@ def test_one_step_stands_for_those_that_launch_the_same() -> None:
     assert list(typical(shapes)) == kept
 
 
+@POLITE
 def test_what_launches_kernels_is_compiled_too(
     cache: Path,
     compiled: Path,
@@ -157,12 +173,11 @@ def test_what_launches_kernels_is_compiled_too(
     library, source = str(driver / "libcuda.so.1"), str(driver / "empty.c")
     subprocess.run([compiler, "-shared", "-o", library, source], check=True)
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(driver))
-    precompiler = Precompiler(most_wait_s=TIMEOUT_S)
-    precompiler.ask(JOB)
-    precompiler.wait(lambda progress: None)
-    assert list(cache.glob("*/cuda_utils*.so"))
-    assert len(list(cache.glob("*/__triton_launcher*.so"))) > 5
-    precompiler.end()
+    with started(most_wait_s=TIMEOUT_S) as precompiler:
+        precompiler.ask(JOB)
+        precompiler.wait(lambda progress: None)
+        assert list(cache.glob("*/cuda_utils*.so"))
+        assert len(list(cache.glob("*/__triton_launcher*.so"))) > 5
 
 
 def test_a_first_request_comes_before_many_at_once() -> None:
@@ -194,18 +209,17 @@ def test_nothing_more_is_compiled_once_nobody_waits(
     assert not list(cache.iterdir())
 
 
+@POLITE
 @pytest.mark.parametrize("told", [b"", msgspec.json.encode(JOB) + b"\n"])
 def test_the_program_ends_with_whoever_started_it(told: bytes, cache: Path) -> None:
     """The system closes a dead process' end of a pipe."""
-    precompiler = Precompiler()
-    precompiler.begin()
-    program = precompiler._program
-    assert program is not None and program.stdin is not None
-    program.stdin.write(told)
-    program.stdin.close()
-    assert program.wait(TIMEOUT_S) == 0
-    assert not list(cache.iterdir())
-    precompiler.end()
+    with started() as precompiler:
+        program = precompiler._program
+        assert program is not None and program.stdin is not None
+        program.stdin.write(told)
+        program.stdin.close()
+        assert program.wait(TIMEOUT_S) == 0
+        assert not list(cache.iterdir())
 
 
 def test_a_stuck_program_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
