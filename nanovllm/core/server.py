@@ -129,11 +129,10 @@ class CoreServer:
         self._info: WorkerInfo | None = None
         self._stopping = self._draining = self._has_failed = False
         self._exit_code = ExitCode.DONE
-        self._drain_until = 0.0
+        self._drain_until = math.inf
         self._last_loading = Loading("starting", 0.0)
         self._loading_due = self._pulse_due = self._status_due = 0.0
         self._awake_at = time.monotonic()
-        self._warm_up_from = 0.0  # when there will have been nothing to do for a while
         self._clock = CpuClock()  # of all that is not a step: receiving, sorting, sending
         self._endpoint = Endpoint(address, max_frame_bytes=service.max_frame_bytes, keys=keys)
         self._delivery = Delivery(self._endpoint)
@@ -208,6 +207,7 @@ class CoreServer:
             self._core, self._operations = core, Operations(core, viewer)
             self._clients.extend_leases(time.monotonic() - self._awake_at)
             self._awake_at = time.monotonic()
+            # When there will have been nothing to do for a while.
             self._warm_up_from = self._awake_at + IDLE_BEFORE_WARM_UP_S
             for client in self._clients:
                 self._answer(client, self._welcome(client))
@@ -288,13 +288,13 @@ class CoreServer:
 
         Returns how much longer it took than meant.
         """
-        due = min(self._pulse_due, core.pace.next_step_at if core.busy else math.inf)
-        if not core.busy:  # else it is held, and what is due can wait for the next pulse
+        due = min(self._pulse_due, self._drain_until)
+        if core.busy:  # it is held, and what else is due can wait for the next pulse
+            due = min(due, core.pace.next_step_at)
+        else:
             due = min(due, core.next_deadline, max(now, self._warm_up_from))
         if any(client.has_mail for client in self._clients):
             due = min(due, now + BACKLOG_INTERVAL_S)
-        if self._draining:
-            due = min(due, self._drain_until)
         timeout_s = max(0.0, due - now)
         may_warm_up = not core.busy and now >= self._warm_up_from
         if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_warm_up:

@@ -19,7 +19,7 @@ from nanovllm.core.server import CoreServer
 from nanovllm.protocol.messages import CoreStatus, Finished, Outputs, Overloaded
 from nanovllm.protocol.plan import StepPlan
 from tests.core.fake_executor import FakeExecutor, FakeHandle, reference
-from tests.core.serving import PROMPT, RawClient, add, collect, serving
+from tests.core.serving import PATIENT, PROMPT, RawClient, add, collect, serving
 from tests.waiting import WAIT_S
 
 SERVE = """
@@ -128,6 +128,42 @@ def test_draining_finishes_every_token(address: str) -> None:
         server.drain()
         assert collect(client, 0)[1][0].reason == "length"
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "ends", "exit_code"),
+    [
+        (WAIT_S, ["stop"], ExitCode.DONE),
+        (WAIT_S, ["drain", "stop"], ExitCode.CUT_SHORT),
+        (0.0, ["drain"], ExitCode.DRAIN_TIMEOUT),
+        (0.0, ["drain", "stop"], ExitCode.DRAIN_TIMEOUT),
+    ],
+)
+def test_the_exit_code_says_whether_a_drain_was_cut_short(
+    address: str, timeout_s: float, ends: list[str], exit_code: ExitCode
+) -> None:
+    """A request runs on and on; told in the middle of a step, all of `ends` come at once."""
+    config = EngineConfig.from_kwargs(drain_timeout=timeout_s, **PATIENT)
+    server = CoreServer(config, address)
+
+    class Ending(FakeExecutor):
+        def submit(self, plan: StepPlan) -> FakeHandle:
+            if plan.step == 3:
+                for end in ends:
+                    getattr(server, end)()
+            return super().submit(plan)
+
+    found: list[ExitCode] = []
+    executor = Ending(config, num_blocks=200, max_model_len=512)
+    thread = threading.Thread(target=lambda: found.append(server.run(lambda: executor)))
+    thread.start()
+    client = RawClient(address)
+    client.greet()
+    client.send(add(0, max_tokens=500))
+    assert collect(client, 0)[1][0].reason == "abort"
+    thread.join(WAIT_S)
+    client.close()
+    assert found == [exit_code]
 
 
 class StuckExecutor(FakeExecutor):

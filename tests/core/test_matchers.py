@@ -18,6 +18,7 @@ from nanovllm.core.compilations import Compilations
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import (
     COPIES_PER_LEXER,
+    LOOK_INTERVAL,
     Grammar,
     GrammarCompiler,
     MasksAtHand,
@@ -66,29 +67,43 @@ def test_masks_are_rows_of_one_array_that_is_used_again() -> None:
     assert np.array_equal(many, alone * 6)
 
 
-def test_many_masks_that_take_long_together_are_seldom_searched_for_a_slow_one(
+def test_a_slow_one_is_searched_for_after_a_batch_that_took_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A search computes them one by one, without llguidance's threads."""
-    now = 0.0
-
-    def clock() -> float:  # each reading is a millisecond later: one mask takes one, a batch many
-        nonlocal now
-        now += 1e-3
-        return now
-
-    monkeypatch.setattr(grammar_module, "time", SimpleNamespace(perf_counter=clock))
+    """A search times each mask, which are computed one by one. One that finds nobody is not
+    repeated soon: many masks take long together."""
     compiler = make_compiler()
     compiler.load()
-    matchers = [matcher_of(regex="a+") for _ in range(8)]
-    alone: list[bool] = []
-    monkeypatch.setattr(Matcher, "note_time", lambda _, seconds: alone.__setitem__(-1, True))
-    monkeypatch.setattr(grammar_module, "SLOW_S", 0.0015)
-    for _ in range(3 * grammar_module.LOOK_INTERVAL):
-        alone.append(False)
-        compiler._looks_for_slow_ones |= compiler._num_until_look == 0  # as if it had been long
+    matchers = [matcher_of(grammar='start: "ab" | "cd"') for _ in range(4)]  # no masks are kept
+
+    def is_searched(batch_s: float, mask_s: float = 0.0) -> bool:
+        """Compute a batch that takes so long, and each mask of it, if it is timed, so long."""
+        num_timed = count()
+        of_batch, of_mask = iter([0.0, batch_s]), (at for _ in num_timed for at in (0.0, mask_s))
+        clock = SimpleNamespace(perf_counter=lambda: next(of_batch))
+        monkeypatch.setattr(grammar_module, "time", clock)
+        monkeypatch.setattr(Matcher, "clock", property(lambda self: lambda: next(of_mask)))
         compiler.compute_masks(matchers)
-    assert 2 <= sum(alone) <= 4
+        return next(num_timed) > 0
+
+    edge_s, slow_s, interval = grammar_module.SLOW_S, 2 * grammar_module.SLOW_S, LOOK_INTERVAL
+    assert not is_searched(edge_s)
+    assert not is_searched(slow_s), "the batch before was quick enough"
+    assert is_searched(slow_s, edge_s) and is_searched(slow_s, slow_s), "until none is slow"
+    assert is_searched(edge_s, slow_s) and not is_searched(slow_s)
+    found = [is_searched(slow_s) for _ in range(2 * interval + 1)]
+    assert [index for index, one in enumerate(found) if one] == [0, interval, 2 * interval]
+
+
+def test_anything_but_an_end_may_come_before_a_grammar_begins() -> None:
+    """In a batch with one that has failed, whose row nobody looks at."""
+    free, begun = matcher_of(regex="ab", after="x"), matcher_of(regex="ab")
+    for token_id in encode("cd"):
+        assert free.accept(token_id)
+    words = COMPILER.compute_masks([begun, free])
+    assert allowed_ids(words[1].tobytes()) == [i for i in range(VOCAB_SIZE) if i != EOS_ID]
+    assert allowed_ids(words[0].tobytes()) == allowed(begun) != []
+    assert free.accept(encode("x")[0]) and allowed(free) == allowed(begun)
 
 
 def test_a_row_that_has_failed_leaves_the_others_theirs() -> None:

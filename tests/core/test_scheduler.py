@@ -209,6 +209,22 @@ def test_forks_share_the_full_blocks_of_the_prompt_even_without_the_cache() -> N
     assert step.plan.num_computed == [8, 8]
 
 
+@pytest.mark.parametrize("length", range(3, 14))
+def test_forks_run_the_last_token_of_the_prompt_and_what_is_no_full_block(length: int) -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False)
+    prompt = list(range(1, length + 1))
+    leader = add(scheduler, prompt)
+    forks = [Sequence(0, number, list(prompt), SamplingParams(max_tokens=8)) for number in (1, 2)]
+    for fork in forks:
+        scheduler.add(fork, leader=leader)
+    answer(scheduler, schedule(scheduler), 5, 5, 5)
+    shared = (length - 1) // 4
+    for fork in forks:
+        assert fork.num_cached_tokens == 4 * shared
+        assert fork.block_ids[:shared] == leader.block_ids[:shared]
+        assert not set(fork.block_ids[shared:]) & set(leader.block_ids)
+
+
 def test_forks_go_on_without_their_leader() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=4)
     leader = add(scheduler, list(range(1, 11)))
@@ -227,6 +243,9 @@ def test_prefix_hits_need_no_result_and_are_counted_once() -> None:
     step = schedule(scheduler)
     assert step.plan.num_computed == [0, 8] and step.plan.num_scheduled == [10, 2]
     assert [s.num_cached_tokens for s in answer(scheduler, step, 5, 5).started] == [0, 8]
+    answer(scheduler, schedule(scheduler), 6, 6)
+    blocks = scheduler._blocks
+    assert (blocks.num_queries, blocks.num_hits, scheduler.num_prompt_tokens) == (20, 8, 20)
 
 
 def test_a_prefix_of_a_plan_that_was_given_up_is_not_believed(

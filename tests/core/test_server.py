@@ -383,6 +383,39 @@ def test_what_waits_when_the_device_is_lost_gets_no_answer_of_its_own(
     client.close()
 
 
+class LosingDeviceSlowly(FakeExecutor):
+    """At the second step; the first takes longer than a request of 1 ms has."""
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        if plan.step:
+            raise DeviceLostError("the device is gone")
+        time.sleep(0.01)
+        return super().submit(plan)
+
+
+def test_what_has_ended_before_a_failure_is_told_before_it(address: str) -> None:
+    """In the same turn of the loop: a request whose time was over is not sent to the next core."""
+    executor = LosingDeviceSlowly(EngineConfig(), num_blocks=20, max_model_len=64)
+    server = CoreServer(EngineConfig(), address)
+
+    def run() -> None:
+        with pytest.raises(DeviceLostError):
+            server.run(lambda: executor)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    client = RawClient(address)
+    client.greet()
+    client.send(msgspec.structs.replace(add(0), deadline_ms=1.0))
+    client.send(add(1))
+    told: dict[int, str] = {}
+    while isinstance(message := client.receive_any(Outputs, CoreFailed), Outputs):
+        told |= {one.number: one.reason for one in message.finished}
+    assert told == {0: "timeout"}
+    thread.join(WAIT_S)
+    client.close()
+
+
 def failure_of(
     address: str, executor: FakeExecutor, kind: type[Exception], request: AddRequest | None = None
 ) -> CoreFailed:

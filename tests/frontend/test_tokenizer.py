@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import pre_tokenizers, processors
 
 from nanovllm.checkpoint.gguf_tokenizer import build
 from nanovllm.checkpoint.locate import locate
@@ -25,6 +25,7 @@ from tests.frontend.vocabulary import (
     byte_tokenizer,
     fast_tokenizer,
     save,
+    sentencepiece_tokenizer,
 )
 
 CORPUS = [
@@ -439,3 +440,31 @@ def test_the_alphabet_of_bytes_is_gpt_2s() -> None:
         assert alphabet[char] == ord(char), "printable ones stand for themselves"
     rest = [*range(33), *range(127, 161), 173]
     assert [alphabet[chr(256 + index)] for index in range(len(rest))] == rest
+
+
+def with_added(**settings: bool) -> FastTokenizer:
+    fast = fast_tokenizer()
+    fast.add_tokens([AddedToken("<a token of 21 chars>", **settings)])
+    return fast
+
+
+def normalizing() -> FastTokenizer:
+    fast = fast_tokenizer()
+    fast.normalizer = normalizers.NFKD()
+    return fast
+
+
+@pytest.mark.parametrize(
+    ("fast", "most_chars"),
+    [
+        (fast_tokenizer(), len("<named ⊕>")),
+        (with_added(), 21),
+        (with_added(lstrip=True), None),  # it takes any amount of white space with it
+        (with_added(rstrip=True), None),
+        (normalizing(), None),  # a character may become several, or none
+        (FastTokenizer(models.WordLevel({"word": 0}, "word")), None),  # unknown words are a token
+        (sentencepiece_tokenizer()._fast, len("<0x00>")),
+    ],
+)
+def test_how_much_text_one_token_can_stand_for(fast: FastTokenizer, most_chars: int | None) -> None:
+    assert Tokenizer(fast).most_chars == most_chars

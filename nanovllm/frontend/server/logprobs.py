@@ -33,10 +33,8 @@ class TokenNames(NamedTuple):
         make = DetokenizerFactory(self.tokenizer).make
         return TextOffsets(make(prompt_token_ids, skip_special_tokens=skip_special_tokens), start)
 
-    def text(self, token_id: int, entry: Logprob) -> str:
-        if self.as_ids or entry.decoded_token is None:
-            return f"token_id:{token_id}"
-        return entry.decoded_token
+    def text(self, token_id: int, decoded: str | None) -> str:
+        return f"token_id:{token_id}" if self.as_ids or decoded is None else decoded
 
     def bytes(self, token_id: int, entry: Logprob) -> list[int] | None:
         """Also where the token is not a whole character."""
@@ -53,10 +51,10 @@ def chat_logprobs(
     for alternatives in tokens:
         token_id, entry = next(iter(alternatives.items()))
         top = [
-            TopLogprob(names.text(i, one), finite(one.logprob), names.bytes(i, one))
+            TopLogprob(names.text(i, one.decoded_token), finite(one.logprob), names.bytes(i, one))
             for i, one in _likeliest(alternatives, num_top)
         ]
-        text, code = names.text(token_id, entry), names.bytes(token_id, entry)
+        text, code = names.text(token_id, entry.decoded_token), names.bytes(token_id, entry)
         content.append(TokenLogprob(text, finite(entry.logprob), code, top))
     return ChatLogprobs(content)
 
@@ -108,14 +106,12 @@ def prompt_entries(
 ) -> list[TokenEntry]:
     """Of the prompt's tokens, in its text as it was given, without a BOS that was added to it."""
     assert output.prompt_logprobs is not None
-    token_ids, added = output.prompt_token_ids, 0
-    detokenizer = None
+    token_ids, end, detokenizer = output.prompt_token_ids, 0, None
     if tokenizer is not None:
         whole = tokenizer.decode(token_ids, skip_special_tokens=False)
-        added = len(whole) - len(text) if whole.endswith(text) else 0
+        end = len(text) - len(whole) if whole.endswith(text) else 0
         detokenizer = DetokenizerFactory(tokenizer).make(skip_special_tokens=False)
     entries: list[TokenEntry] = []
-    end = -added
     for token_id, alternatives in zip(token_ids, output.prompt_logprobs, strict=True):
         entries.append(TokenEntry(token_id, alternatives, min(max(end, 0), len(text))))
         end += 0 if detokenizer is None else len(detokenizer.feed((token_id,)))
@@ -127,14 +123,17 @@ def completion_logprobs(entries: Sequence[TokenEntry], names: TokenNames) -> Com
     found = CompletionLogprobs([], [], [], [])
     for token_id, alternatives, offset in entries:
         if alternatives is None:
-            text = "" if names.tokenizer is None else names.tokenizer.token_text(token_id)
-            entry, top = Logprob(0.0, 1, text), None
+            text = None if names.tokenizer is None else names.tokenizer.token_text(token_id)
+            logprob = top = None
         else:
-            entry = alternatives[token_id]
-            top = {names.text(i, one): finite(one.logprob) for i, one in alternatives.items()}
+            text, logprob = alternatives[token_id].decoded_token, alternatives[token_id].logprob
+            top = {
+                names.text(i, one.decoded_token): finite(one.logprob)
+                for i, one in alternatives.items()
+            }
         found.text_offset.append(offset)
-        found.tokens.append(names.text(token_id, entry))
-        found.token_logprobs.append(None if alternatives is None else finite(entry.logprob))
+        found.tokens.append(names.text(token_id, text))
+        found.token_logprobs.append(None if logprob is None else finite(logprob))
         found.top_logprobs.append(top)
     return found
 

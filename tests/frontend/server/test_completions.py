@@ -9,8 +9,13 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from nanovllm.frontend.outputs import Logprob
-from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs
+from nanovllm.frontend.outputs import Logprob, RequestMetrics, RequestOutput
+from nanovllm.frontend.server.logprobs import (
+    TokenNames,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_entries,
+)
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
     Abort,
@@ -25,7 +30,7 @@ from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
 from tests.frontend.attached import says
 from tests.frontend.fake_core import begin, silent
 from tests.frontend.server.served import error_of, events, listening, roomy, served
-from tests.frontend.vocabulary import byte_tokenizer, sentencepiece_tokenizer
+from tests.frontend.vocabulary import BOS, byte_tokenizer, sentencepiece_tokenizer
 from tests.waiting import WAIT_S
 
 
@@ -377,6 +382,36 @@ def test_tokens_wait_for_the_text_that_they_begin_in() -> None:
     assert [one.offset for one in offsets.shown([], 5, last=True)] == [5]
     unknown = TokenNames(None, False).text_offsets(2, [], skip_special_tokens=True)
     assert [one.offset for one in unknown.entries([1, 2], [{}, {}])] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "token_ids", "offsets"),
+    [
+        (byte_tokenizer, "abc", [97, 98, 99], [0, 1, 2]),
+        (byte_tokenizer, "abc", [BOS, 97, 98, 99], [0, 0, 1, 2]),  # it is none of the text
+        (byte_tokenizer, "<bos>a", [BOS, 97], [0, 5]),
+        (byte_tokenizer, "x", [97, 98, 99], [0, 1, 1]),  # not what the ids were made of
+        (lambda: None, "", [97, 98], [0, 0]),
+    ],
+)
+def test_offsets_of_a_prompt_are_in_its_text_as_it_was_given(
+    make: Any, text: str, token_ids: list[int], offsets: list[int]
+) -> None:
+    given = [None, *({i: Logprob(-1.0, 1, None)} for i in token_ids[1:])]
+    output = RequestOutput(
+        "r", None, token_ids, [], True, RequestMetrics(0.0), prompt_logprobs=given
+    )
+    tokenizer = make()
+    entries = prompt_entries(output, text, tokenizer)
+    assert [(one.token_id, one.offset) for one in entries] == list(
+        zip(token_ids, offsets, strict=True)
+    )
+    found = completion_logprobs(entries, TokenNames(tokenizer, False))
+    first = f"token_id:{token_ids[0]}" if tokenizer is None else tokenizer.token_text(token_ids[0])
+    assert found.tokens == [first, *(f"token_id:{i}" for i in token_ids[1:])]
+    assert found.text_offset == offsets
+    assert found.token_logprobs == [None, *[-1.0] * (len(token_ids) - 1)]
+    assert found.top_logprobs == [None, *({f"token_id:{i}": -1.0} for i in token_ids[1:])]
 
 
 @pytest.mark.parametrize(("num_top", "ids"), [(-1, [2, 1, 3]), (0, []), (1, [2]), (2, [2, 1])])

@@ -140,6 +140,19 @@ async def test_the_odd_one_of_some_tokens_is_named(address: str, tokens: list[in
     assert f"{-7 if -7 in tokens else 10**6} is not in [0, " in error_of(response)["message"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "text"), [([], ""), ([0], "\0"), ([0, 104, 256], "\0h<eos>"), ([299, 104], "h")]
+)
+async def test_every_token_of_the_vocabulary_has_a_text(
+    address: str, tokens: list[int], text: str
+) -> None:
+    """The first and the last too; the model's is larger than the tokenizer's."""
+    async with served(address) as server:
+        found = await server.post("/detokenize", tokens=tokens)
+        beyond = await server.post("/detokenize", tokens=[*tokens, 300])
+    assert found.json() == {"prompt": text} and beyond.status_code == 400
+
+
 async def test_core_metrics_are_the_cores(address: str) -> None:
     async with served(address) as server:
         server.core.push(BUSY)
