@@ -216,9 +216,6 @@ class PlanStaging:
         return tensor.to(self._device, non_blocking=True)
 
 
-ALIGNMENT = 4  # words: 16 bytes
-
-
 class SampleStaging:
     """Carries to the device what the second half of a step needs, behind the forward pass.
 
@@ -235,13 +232,12 @@ class SampleStaging:
             self._pinned = [nothing] * num_buffers
             self._copied = [torch.Event(device) for _ in range(num_buffers)]
 
-    def send(self, arrays: list[Int32Array]) -> list[Tensor]:
-        """The arrays as tensors, which the next call writes over, in stream order."""
+    def send(self, array: Int32Array) -> Tensor:
+        """The array as a tensor, which the next call writes over, in stream order."""
         if not self._pinned:
-            return [torch.from_numpy(array.copy()).to(self._device) for array in arrays]
+            return torch.from_numpy(array.copy()).to(self._device)
         self._turn = (self._turn + 1) % len(self._pinned)
-        # Aligned, or Triton would compile kernels anew for other numbers of entries.
-        num_words = sum(-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays)
+        num_words = len(array)
         capacity = 1 << (num_words - 1).bit_length()
         if len(self._resident) < num_words:
             self._resident = torch.empty(capacity, dtype=torch.int32, device=self._device)
@@ -249,15 +245,10 @@ class SampleStaging:
         if len(self._pinned[self._turn]) < num_words:
             self._pinned[self._turn] = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
         pinned = self._pinned[self._turn]
-        words, sent, start = pinned.numpy(), [], 0
-        for array in arrays:
-            end = start + array.size
-            words[start:end] = array.reshape(-1)
-            sent.append(self._resident[start:end].view(array.shape))
-            start += -(-array.size // ALIGNMENT) * ALIGNMENT
+        pinned.numpy()[:num_words] = array
         self._resident[:num_words].copy_(pinned[:num_words], non_blocking=True)
         self._copied[self._turn].record()
-        return sent
+        return self._resident[:num_words]
 
 
 def _prefix_in(section: Tensor, num_rows: int) -> SharedPrefix:

@@ -77,6 +77,7 @@ class RequestRows:
                 "lower one of them"
             )
         state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
+        state[-1, :NUM_WORDS] = torch.from_numpy(_NEUTRAL_WORDS)  # a penalty of 0 is a division by 0
         self._words = state.view(-1)
         self.block_tables = [
             state[:, NUM_WORDS + start : NUM_WORDS + end]
@@ -98,7 +99,6 @@ class RequestRows:
         self.host_block_tables = np.zeros((num_rows + 1, int(starts[-1])), np.int32)
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
-        self._uncounted: set[int] = set()  # admitted since their tokens were last counted
         self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
 
@@ -117,7 +117,6 @@ class RequestRows:
             self.prompting.discard(new.row)
             if record[0]["prompt_logprobs"] != NO_LOGPROBS:
                 self.prompting.add(new.row)
-            self._uncounted.add(new.row)
             entries = self._places[: len(new.block_ids)]
             self.host_block_tables[new.row, entries] = new.block_ids
             start = new.row * self._width
@@ -175,12 +174,6 @@ class RequestRows:
         """Bring the device up to what `record` returned (writes: [2, num_words] int32)."""
         if writes.shape[1]:
             self._words[writes[0].long()] = writes[1]
-
-    def begin_counts(self, rows: list[int]) -> bool:
-        """The tokens of these rows are counted now: whether some are for the first time."""
-        new = self._uncounted.intersection(rows)
-        self._uncounted -= new
-        return bool(new)
 
     def active_columns(self, rows: Int32Array) -> set[str]:
         """Names of the columns that are not neutral in all of `rows`."""

@@ -76,9 +76,8 @@ class EditLogits(Protocol):
         logits: Tensor,
         entries: Entries,
         *,
-        masks: Tensor | None,
+        masks: Tensor,
         counts: Tensor | None,
-        clears: bool,
         known: Tensor,
         columns: Mapping[str, Tensor],
     ) -> Tensor: ...

@@ -1,7 +1,8 @@
 """Rows' edits of logits on the device, as words that kernels read: uploaded once per admission.
 
 `device_sampler` owns one. Tables lie one behind the other in one tensor; when it is full, those of
-rows that still have theirs move to a new one. `pack_edits` says what a table looks like.
+rows that still have theirs are sent again to its beginning, or to a larger one if they are many.
+`pack_edits` says what a table looks like.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from nanovllm.worker.sampling.logits_processors import RowEdits
 NUM_HEADER = 8
 NUM_FIELDS = 5  # of an entry
 NO_EDITS = NO_MASK = -1
-LEAST_CAPACITY = 1 << 14
+LEAST_CAPACITY = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class EditTables:
             self._note_failure(row, error)
             return
         if self._num_used + len(table) > len(self.words):
-            self._move(len(table))
+            self._make_room(len(table))
         self._held[row] = edits, table, self._append(table)
 
     def _append(self, table: Int32Array) -> int:
@@ -108,11 +109,12 @@ class EditTables:
         self.words[place : self._num_used].copy_(sent, non_blocking=True)
         return place
 
-    def _move(self, num_more: int) -> None:
-        """To new memory, with room for twice what is needed. Steps under way read the old."""
+    def _make_room(self, num_more: int) -> None:
+        """Half of the memory at least is free then. Steps under way read what they have been
+        submitted with: all of this happens in stream order."""
         held = [item for item in self._held.items() if self._live.get(item[0]) is item[1][0]]
         needed = num_more + sum(len(table) for _, (_, table, _) in held)
-        capacity = max(LEAST_CAPACITY, 2 * needed)
-        self.words = torch.zeros(capacity, dtype=torch.int32, device=self.words.device)
+        if 2 * needed > len(self.words):
+            self.words = torch.zeros(2 * needed, dtype=torch.int32, device=self.words.device)
         self._num_used = 0
         self._held = {row: (edits, table, self._append(table)) for row, (edits, table, _) in held}

@@ -19,18 +19,11 @@ PLAIN = SamplingParams(temperature=0.5)
 PENALIZED = SamplingParams(temperature=0.5, repetition_penalty=1.1)
 BIASED = SamplingParams(temperature=0.5, logit_bias={0: 1.0})
 BOTH = SamplingParams(temperature=0.5, repetition_penalty=1.1, logit_bias={0: 1.0})
-# What rows may ask of the second half of a step, and whether a grammar masks them: each pair runs
-# other kernels.
-KINDS = (
-    (PLAIN, True),
-    (PENALIZED, False),
-    (BIASED, False),
-    (BOTH, False),
-    (PENALIZED, True),
-    (BIASED, True),
-    (BOTH, True),
-    (SamplingParams(temperature=0.5, logprobs=5), False),
-)
+# What rows may ask of their logits, and whether a grammar masks them too: each pair runs other
+# kernels, whose graphs come in as many sizes as there are numbers of rows that ask.
+EDITED = ((PLAIN, True), (PENALIZED, False), (BIASED, False), (BOTH, False))
+# What rows may ask of the second half of a step.
+KINDS = (*EDITED, (SamplingParams(temperature=0.5, logprobs=5), False))
 USUAL = (1, 8, 64)  # rows of decode steps that first requests are likely to want
 # Asks for every operation of the sampler.
 HEAVY = SamplingParams(
@@ -67,9 +60,9 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
     if shapes:
         yield from _twice(runner, limits, usual)
         for params, is_masked in KINDS:
-            run_step(runner, limits, params, counts=[1], is_masked=is_masked)
-            yield
-        yield from _twice(runner, limits, usual, is_masked=True)
+            yield from _twice(runner, limits, usual[:1], params, is_masked=is_masked)
+        for params, is_masked in EDITED:
+            yield from _twice(runner, limits, usual[1:], params, is_masked=is_masked)
     possible = [one for one in shapes if one.num_tokens <= one.num_rows * (max_model_len - 1)]
     others = [shape for shape in possible if not _is_usual(shape)]
     yield from _twice(runner, limits, sorted(others, key=_how_late))
@@ -78,7 +71,7 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
 def num_usual(runner: ModelRunner) -> int:
     """Of the warm-up steps, those that should come before any request, where that takes little."""
     shapes = runner.graph_shapes
-    return 2 * sum(map(_is_usual, shapes)) + len(KINDS) if shapes else 0
+    return 2 * (sum(map(_is_usual, shapes)) + len(KINDS)) if shapes else 0
 
 
 def _is_usual(shape: StepShape) -> bool:
@@ -93,14 +86,19 @@ def _how_late(shape: StepShape) -> tuple[bool, bool, int]:
 
 
 def _twice(
-    runner: ModelRunner, limits: StepLimits, shapes: list[StepShape], *, is_masked: bool = False
+    runner: ModelRunner,
+    limits: StepLimits,
+    shapes: list[StepShape],
+    params: SamplingParams = PLAIN,
+    *,
+    is_masked: bool = False,
 ) -> Iterator[None]:
     """Eagerly, which compiles; then it is captured."""
     for num_tokens, num_rows in shapes:
         each, more = divmod(num_tokens, num_rows)
         counts = [each + 1] * more + [each] * (num_rows - more)
         for _ in range(2):
-            run_step(runner, limits, PLAIN, counts=counts, is_masked=is_masked)
+            run_step(runner, limits, params, counts=counts, is_masked=is_masked)
             yield
 
 

@@ -19,7 +19,7 @@ from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling import device_sampler, edit_tables, logprobs
+from nanovllm.worker.sampling import edit_tables, edited_sampler, logprobs
 from nanovllm.worker.sampling.columns import COLUMNS, NEUTRAL
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
@@ -228,13 +228,12 @@ def test_a_grammar_wins_where_edits_leave_nothing(logits: Tensor) -> None:
     assert chosen[0] in (5, 9) and chosen[1:] == [EOS, 5]
 
 
-@pytest.mark.parametrize("most", [device_sampler.MAX_ENTRIES, 3])
-def test_rows_of_which_grammars_alone_ask_choose_what_plain_torch_chooses(
+@pytest.mark.parametrize("most", [edited_sampler.MAX_CAPTURED, 4])
+def test_whatever_few_ask_often_enough_to_be_captured_is_what_plain_torch_chooses(
     most: int, logits: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each number of them often enough to be captured; too many at once are sampled as others are,
-    and so are those that ask for more besides, or beside whom somebody does."""
-    monkeypatch.setattr(device_sampler, "MAX_ENTRIES", most)
+    """Masks alone, then beside what others ask, who come and go; also more than a graph has."""
+    monkeypatch.setattr(edited_sampler, "MAX_CAPTURED", most)
     rng = random.Random(most)
     pair = Pair()
     for row in range(8):
@@ -242,15 +241,38 @@ def test_rows_of_which_grammars_alone_ask_choose_what_plain_torch_chooses(
         if row == 7:
             params = SamplingParams(logprobs=5, max_tokens=99)
         pair.admit(new_row(row, [row, 3], params, seed=rng.getrandbits(60)))
-    for step in range(24):
-        if step == 20:
-            pair.admit(new_row(6, [5], SamplingParams(repetition_penalty=1.3), seed=1))
+    for step in range(40):
+        if step in (16, 24, 28, 32, 36):
+            params = params_of(rng, index=1)
+            words = WORDS[1] if step > 24 else []
+            pair.admit(new_row(step % 7, [5], params, seed=1, bad_words_token_ids=words))
         order = rng.sample(range(8), 8)
         indices = sorted(rng.sample(range(8), 1 + step % 8))
         allowed = {i: sorted(rng.sample(range(VOCAB_SIZE), rng.choice([1, 60]))) for i in indices}
         chosen = pair.step(order, logits[rng.sample(range(8), 8)], make_masks(allowed))
-        assert all(chosen[index] in ids for index, ids in allowed.items())
-    assert pair.device_sampler._masked._entries.keys() == ({4, 8} if most > 8 else {4})
+        if step < 16:
+            assert all(chosen[index] in ids for index, ids in allowed.items())
+    sampler = pair.device_sampler._edited
+    assert sampler._staged.keys() == {4, 8}
+    if DEVICE.type == "cuda":
+        assert {kind.size for kind in sampler._captured} == ({4, 8} if most > 8 else {4})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
+def test_graphs_follow_tables_to_new_memory(
+    logits: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit_tables, "LEAST_CAPACITY", 64)
+    pair, kinds = Pair(), set()
+    for turn in range(12):
+        bias = {(turn * 9 + i) % VOCAB_SIZE: 10.0 + i for i in range(turn * turn + 1)}
+        pair.admit(new_row(0, [1], SamplingParams(temperature=0.0, logit_bias=bias)))
+        for _ in range(3):
+            pair.step([0], logits[:1])
+        captured = pair.device_sampler._edited._captured.values()
+        kinds |= {one.tables for one in captured}
+    assert len(kinds) > 2
 
 
 def test_tables_survive_the_move_to_new_memory(

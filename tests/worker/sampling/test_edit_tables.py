@@ -97,20 +97,23 @@ def test_a_row_whose_table_cannot_be_made_is_told_and_has_none() -> None:
     assert tables.tables.places_of([0]) == [NO_EDITS], "nor has it the one from before"
 
 
-def test_when_memory_is_full_those_who_have_theirs_still_move_to_new() -> None:
+def test_when_memory_is_full_those_who_have_theirs_still_move_together() -> None:
     tables = Tables()
-    wide = edits(early=[*range(LEAST_CAPACITY // 3 - 9)])  # with its head a third of it
+    wide = edits(early=[*range(LEAST_CAPACITY // 4 - 9)])  # with its head a quarter of it
+    quarter = LEAST_CAPACITY // 4
     tables.live |= {row: wide for row in (0, 1, 2)}
-    third = LEAST_CAPACITY // 3
-    assert tables.check([0, 1, 2]) == [0, third, 2 * third]
-    old = tables.tables.words
-    del tables.live[0]
-    tables.live[1] = edits(early=[5])
+    assert tables.check([0, 1, 2]) == [0, quarter, 2 * quarter]
+    memory = tables.tables.words
     tables.live[3] = wide
-    # Of those that were there only the third's is up to date.
-    assert tables.check([3, 2, 1]) == [third, 0, 2 * third]
-    assert tables.tables.words is not old and len(tables.tables.words) == 4 * third
-    assert old[:third].tolist() == pack_edits(wide).tolist(), "steps under way read it"
-    tables.live[4] = edits(early=[*range(3 * LEAST_CAPACITY)])
-    tables.check([1, 2, 3, 4])
+    assert tables.check([0, 3]) == [0, 3 * quarter]
+    for row in (0, 1, 3):
+        del tables.live[row]
+    tables.live[4] = wide
+    assert tables.check([2, 4]) == [0, quarter], "half of it is free again"
+    assert tables.tables.words is memory, "which graphs read"
+    tables.live |= {5: wide, 6: wide, 7: wide}
+    tables.check([2, 4, 5, 6, 7])
+    assert tables.tables.words is not memory and len(tables.tables.words) == 10 * quarter
+    tables.live[8] = edits(early=[*range(3 * LEAST_CAPACITY)])
+    tables.check([2, 4, 8])
     assert len(tables.tables.words) >= 2 * 3 * LEAST_CAPACITY

@@ -202,6 +202,7 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
 ) -> None:
     limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
     runner, rows = make_runner(SIZE, limits)
+    monkeypatch.setattr(dummy_steps, "USUAL", (1, 4))
     shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(64, 4), StepShape(9 * MAX_MODEL_LEN, 4)]
     monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
     plans: list[StepPlan] = []
@@ -219,17 +220,19 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
     num_warm_up_steps = sum(
         1 for _ in dummy_steps.warm_up_steps(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
-    kinds = dummy_steps.KINDS
-    # Times, shapes that can be; masks once more for the usual one.
-    assert num_warm_up_steps == len(plans) == 2 * 3 + len(kinds) + 2
-    # First the usual shape, then what else rows may ask for.
-    assert dummy_steps.num_usual(runner) == 2 + len(kinds)
-    assert [plan.rows for plan in plans[: 2 + len(kinds)]] == [[rows.num_rows]] * (2 + len(kinds))
-    assert masked[2 : 2 + len(kinds)] == [is_masked for _, is_masked in kinds]
-    assert masked[2 + len(kinds) :] == [True, True] + [False] * 4
-    assert (
-        len({(str(one.new_rows[0].params), m) for one, m in zip(plans, masked, strict=True)}) == 9
-    )
+    kinds, edited = dummy_steps.KINDS, dummy_steps.EDITED
+    # Each shape that can be, twice; so what few rows may ask, and of edits what four may.
+    assert num_warm_up_steps == len(plans) == 2 * (3 + len(kinds) + len(edited))
+    # First the usual shapes, then what else one row may ask for.
+    num_usual = dummy_steps.num_usual(runner)
+    assert num_usual == 2 * (2 + len(kinds))
+    asked = [(plan.new_rows[0].params, m) for plan, m in zip(plans, masked, strict=True)]
+    plain = [(dummy_steps.PLAIN, False)]
+    assert asked[4:num_usual] == [kind for kind in kinds for _ in range(2)]
+    assert asked[num_usual:-2] == [kind for kind in edited for _ in range(2)]
+    assert asked[:4] == 4 * plain and asked[-2:] == 2 * plain
+    num_rows = [len(plan.rows) for plan in plans]
+    assert num_rows == [1, 1, 4, 4] + [1] * 2 * len(kinds) + [4] * (2 * len(edited) + 2)
     assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}
 

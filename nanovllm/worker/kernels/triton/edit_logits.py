@@ -176,9 +176,9 @@ def _finish_kernel(
     logits, logits_stride,
     entries,
     edited,  # [k, vocab_size] fp32, changed
-    masks,  # or None
+    masks,
     mask_stride,
-    left,  # or None: no entry has both edits and a mask
+    left,  # None if no entry has edits
     repetition,  # [num_rows] fp32; this and the next two have stride column_stride
     presence, frequency, column_stride,
     counts,  # or None: nobody asks for a penalty
@@ -194,18 +194,15 @@ def _finish_kernel(
     mask = _field(entries, 4, entry)
     is_edited = False
     if HAS_EDITS:
-        is_edited = _field(entries, 3, entry) >= 0
-        if left is not None:
-            is_edited = is_edited & ((mask < 0) | (tl.load(left + entry) != 0))
+        wins = (mask < 0) | (tl.load(left + entry) != 0)
+        is_edited = (_field(entries, 3, entry) >= 0) & wins
     own = tl.load(logits + _field(entries, 0, entry) * logits_stride + tokens,
                   inside & (not is_edited), other=0.0)  # fmt: skip
     x = own.to(tl.float32)
     if HAS_EDITS:
         x = tl.where(is_edited, tl.load(out, inside & is_edited, other=0.0), x)
-    if masks is not None:  # noqa: SIM102  # this one is the compiler's, the next the program's
-        if mask >= 0:
-            allowed = _is_allowed(masks, mask, mask_stride, tokens, inside)
-            x = tl.where(allowed, x, float("-inf"))
+    if mask >= 0:
+        x = tl.where(_is_allowed(masks, mask, mask_stride, tokens, inside), x, float("-inf"))
     if counts is not None:
         rate = tl.load(repetition + row * column_stride)
         once = tl.load(presence + row * column_stride)
@@ -223,9 +220,8 @@ def edit_logits(
     logits: Tensor,
     entries: Entries,
     *,
-    masks: Tensor | None,
+    masks: Tensor,
     counts: Tensor | None,
-    clears: bool,
     known: Tensor,
     columns: Mapping[str, Tensor],
 ) -> Tensor:
@@ -233,7 +229,7 @@ def edit_logits(
 
     logits: [n, vocab_size], kept. masks: [m, num_words] int32.
     counts: [num_rows, vocab_size] int32, brought up to date here, or None if none of the entries
-    asks for a penalty; clears: whether some are counted for the first time since their admission.
+    asks for a penalty.
     known: [num_rows, …] int32, the rows' tokens. columns: by row, of one stride: the penalties,
     and `num_prompt_tokens` and `num_counted` (int32; how many tokens `counts` has seen, changed).
     """
@@ -255,19 +251,16 @@ def edit_logits(
             words, entries.tables, num_prompt_tokens, stride, known, known.stride(0), edited,
             vocab_size, num_warps=4,
         )  # fmt: skip
-        if masks is not None:
-            left = torch.zeros(num_entries, dtype=torch.int32, device=logits.device)
-            _left_kernel[grid](words, edited, masks, masks.stride(0), left, vocab_size, num_warps=8)
+        left = torch.zeros(num_entries, dtype=torch.int32, device=logits.device)
+        _left_kernel[grid](words, edited, masks, masks.stride(0), left, vocab_size, num_warps=8)
     if counts is not None:
-        if clears:
-            _clear_counts_kernel[grid](words, num_counted, stride, counts, vocab_size, num_warps=8)
+        _clear_counts_kernel[grid](words, num_counted, stride, counts, vocab_size, num_warps=8)
         _count_kernel[(num_entries,)](
             words, num_prompt_tokens, num_counted, stride, known, known.stride(0), counts,
             vocab_size, num_warps=4,
         )  # fmt: skip
     _finish_kernel[grid](
-        logits, logits.stride(0), words, edited, masks, 0 if masks is None else masks.stride(0),
-        left, *rates, stride, counts, vocab_size, HAS_EDITS=entries.tables is not None,
-        num_warps=8,
+        logits, logits.stride(0), words, edited, masks, masks.stride(0), left, *rates, stride,
+        counts, vocab_size, HAS_EDITS=entries.tables is not None, num_warps=8,
     )  # fmt: skip
     return edited
