@@ -77,7 +77,9 @@ class RequestRows:
                 "lower one of them"
             )
         state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
-        state[-1, :NUM_WORDS] = torch.from_numpy(_NEUTRAL_WORDS)  # a penalty of 0 is a division by 0
+        state[-1, :NUM_WORDS] = torch.from_numpy(
+            _NEUTRAL_WORDS
+        )  # a penalty of 0 is a division by 0
         self._words = state.view(-1)
         self.block_tables = [
             state[:, NUM_WORDS + start : NUM_WORDS + end]

@@ -1,10 +1,9 @@
-"""Tokens of entries that ask something of their logits, where few do as CUDA graphs.
+"""Tokens of entries that ask something of their logits: where few do, by CUDA graphs.
 
-Launched one by one, the kernels of one such entry take the host as long as a small model's whole
-step takes the device; and where a grammar asks, they wait for the ids of the step before, and the
-next step waits for theirs. `device_sampler` owns one. A graph's inputs arrive by one copy and lie,
-as what it leaves, in memory of its own; the least power of two of entries is run, with the padding
-row in those that nobody fills.
+Launched one by one, these kernels take the host as long as a small model's step takes the device;
+masks wait for ids of the step before, besides, and the next step for these. `device_sampler` owns
+one. A graph's inputs come by one copy and lie in memory of its own; the least power of two of
+entries is run, with the padding row in those that nobody fills.
 """
 
 import logging

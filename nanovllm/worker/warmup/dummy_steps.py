@@ -24,7 +24,10 @@ BOTH = SamplingParams(temperature=0.5, repetition_penalty=1.1, logit_bias={0: 1.
 EDITED = ((PLAIN, True), (PENALIZED, False), (BIASED, False), (BOTH, False))
 # What rows may ask of the second half of a step.
 KINDS = (*EDITED, (SamplingParams(temperature=0.5, logprobs=5), False))
-USUAL = (1, 8, 64)  # rows of decode steps that first requests are likely to want
+# Of steps that first requests are likely to want: rows where they decode, tokens where prompts come
+# (of few rows), each of which can stand in for smaller ones.
+USUAL_ROWS = (1, 8, 64)
+USUAL_TOKENS = (256, 512, 1024)
 # Asks for every operation of the sampler.
 HEAVY = SamplingParams(
     top_p=0.9,
@@ -56,26 +59,30 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
     """Steps of every shape that runs by graph, one with each `next`; what is wanted soonest first:
     `num_usual` of them."""
     shapes = runner.graph_shapes
-    usual = [shape for shape in shapes if _is_usual(shape)]
-    if shapes:
-        yield from _twice(runner, limits, usual)
-        for params, is_masked in KINDS:
-            yield from _twice(runner, limits, usual[:1], params, is_masked=is_masked)
-        for params, is_masked in EDITED:
-            yield from _twice(runner, limits, usual[1:], params, is_masked=is_masked)
     possible = [one for one in shapes if one.num_tokens <= one.num_rows * (max_model_len - 1)]
-    others = [shape for shape in possible if not _is_usual(shape)]
+    usual = _usual(possible)
+    others = [shape for shape in possible if shape not in usual]
+    if usual:
+        yield from _twice(runner, limits, usual)
+        decode = [shape for shape in usual if shape.is_decode]
+        for params, is_masked in KINDS:
+            yield from _twice(runner, limits, decode[:1], params, is_masked=is_masked)
+        for params, is_masked in EDITED:
+            yield from _twice(runner, limits, decode[1:], params, is_masked=is_masked)
     yield from _twice(runner, limits, sorted(others, key=_how_late))
 
 
 def num_usual(runner: ModelRunner) -> int:
     """Of the warm-up steps, those that should come before any request, where that takes little."""
     shapes = runner.graph_shapes
-    return 2 * (sum(map(_is_usual, shapes)) + len(KINDS)) if shapes else 0
+    return 2 * (len(_usual(shapes)) + len(KINDS)) if shapes else 0
 
 
-def _is_usual(shape: StepShape) -> bool:
-    return shape.is_decode and shape.num_rows in USUAL
+def _usual(shapes: list[StepShape]) -> list[StepShape]:
+    """Of all shapes, in their order."""
+    few = min((one.num_rows for one in shapes if not one.is_decode), default=0)
+    wanted = {(size, size) for size in USUAL_ROWS} | {(size, few) for size in USUAL_TOKENS}
+    return [shape for shape in shapes if shape in wanted]
 
 
 def _how_late(shape: StepShape) -> tuple[bool, bool, int]:

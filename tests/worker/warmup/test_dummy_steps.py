@@ -202,8 +202,10 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
 ) -> None:
     limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
     runner, rows = make_runner(SIZE, limits)
-    monkeypatch.setattr(dummy_steps, "USUAL", (1, 4))
-    shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(64, 4), StepShape(9 * MAX_MODEL_LEN, 4)]
+    monkeypatch.setattr(dummy_steps, "USUAL_ROWS", (1, 4))
+    monkeypatch.setattr(dummy_steps, "USUAL_TOKENS", (64, 100 * MAX_MODEL_LEN))
+    shapes = [StepShape(1, 1), StepShape(4, 4), StepShape(48, 4), StepShape(64, 4)]
+    shapes += [StepShape(64, 8), StepShape(9 * MAX_MODEL_LEN, 4)]
     monkeypatch.setattr(ModelRunner, "graph_shapes", shapes)
     plans: list[StepPlan] = []
     masked: list[bool] = []
@@ -221,19 +223,20 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
         1 for _ in dummy_steps.warm_up_steps(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
     kinds, edited = dummy_steps.KINDS, dummy_steps.EDITED
-    # Each shape that can be, twice; so what few rows may ask, and of edits what four may.
-    assert num_warm_up_steps == len(plans) == 2 * (3 + len(kinds) + len(edited))
-    # First the usual shapes, then what else one row may ask for.
-    num_usual = dummy_steps.num_usual(runner)
-    assert num_usual == 2 * (2 + len(kinds))
     asked = [(plan.new_rows[0].params, m) for plan, m in zip(plans, masked, strict=True)]
-    plain = [(dummy_steps.PLAIN, False)]
-    assert asked[4:num_usual] == [kind for kind in kinds for _ in range(2)]
-    assert asked[num_usual:-2] == [kind for kind in edited for _ in range(2)]
-    assert asked[:4] == 4 * plain and asked[-2:] == 2 * plain
-    num_rows = [len(plan.rows) for plan in plans]
-    assert num_rows == [1, 1, 4, 4] + [1] * 2 * len(kinds) + [4] * (2 * len(edited) + 2)
-    assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(shapes[:3])
+    sizes = [(sum(plan.num_scheduled), len(plan.rows)) for plan in plans]
+    plain = (dummy_steps.PLAIN, False)
+    # All of it twice. First the usual shapes, prompts of few rows among them; then what one row may
+    # ask for, and what many may ask of their logits; then the shapes that are left.
+    expected = [((1, 1), plain), ((4, 4), plain), ((64, 4), plain)]
+    expected += [((1, 1), kind) for kind in kinds] + [((4, 4), kind) for kind in edited]
+    expected += [((64, 8), plain), ((48, 4), plain)]
+    assert [*zip(sizes, asked, strict=True)] == [one for one in expected for _ in range(2)]
+    assert num_warm_up_steps == len(plans)
+    assert dummy_steps.num_usual(runner) == 2 * (3 + len(kinds))
+    assert {StepShape(sum(plan.num_scheduled), len(plan.rows)) for plan in plans} == set(
+        shapes[:-1]
+    )
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}
 
 
