@@ -2,17 +2,20 @@
 
     python tests/mutants.py --num 300 --processes 2        # goes on where it was
 
-First all tests run once and say which lines each of them runs. A mutant is one flipped comparison,
-dropped statement or constant off by one, drawn at random. The tests are collected once; a fork of
-that process puts the mutant's code into its functions and runs them. Programs that they start
-read the mutant from the tree, so each of `--processes` has a copy of it. Time is CPU time.
+First all tests run once and say which lines each of them runs; later runs trace only files of
+tests that have changed. A mutant is one flipped comparison, dropped statement or constant off by
+one, drawn at random. The tests are collected once; a fork of that process puts the mutant's code
+into its functions and runs them. Programs that they start read the mutant from the tree, so each
+of `--processes` has a copy of it. Time is CPU time.
 """
 
 import argparse
 import ast
 import copy
+import difflib
 import fcntl
 import gc
+import hashlib
 import importlib
 import json
 import math
@@ -41,6 +44,8 @@ TESTS = ("tests/core", "tests/frontend", "tests/worker/sampling", "tests/replay"
 QUIET = ("-q", "-p", "no:cacheprovider", "--assert=plain")
 MAX_TESTS, MAX_TESTS_S = 200, 30.0  # per mutant; seconds of CPU time
 UNKNOWN_S = 0.5  # of a test that could not be traced
+QUICK_S = 0.3  # tests that take no longer run before all others
+IN_BROWSERS = ("test_foreign_page.py", "test_lesson.py", "test_page.py", "test_screenshots.py")
 # What runs in processes of its own, and whose tests start those.
 ELSEWHERE = {
     "body_trial.py": "test_body_trial.py",
@@ -53,8 +58,8 @@ ELSEWHERE = {
 }
 TRACE_LIMIT_S = 300.0  # of CPU time, for a file of tests
 TRACED_CALLS = 100  # of a function in each test: following every line of loops takes too long
-# A mutant hangs that takes so many times longer than its tests took, or that waits for so long.
-LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 15.0, 5.0, 15.0
+# A mutant hangs if a test takes so many times longer than it took, or waits for so long.
+LEAST_LIMIT_S, TIMES_LIMIT, WAITING_LIMIT_S = 5.0, 5.0, 10.0
 LOOK_EVERY_S = 0.1
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -280,8 +285,7 @@ def in_child(
     child = os.fork()
     if child == 0:
         os.setsid()
-        limit = math.ceil(limit_s)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        limit_cpu(limit_s)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -311,6 +315,12 @@ def in_child(
         waited_s += 0.0 if _wants_to_run(child) else LOOK_EVERY_S
 
 
+def limit_cpu(seconds: float) -> None:
+    """Of this process, from now on."""
+    limit = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
 def _wants_to_run(process: int) -> bool:
     """Whether a thread of it, or of what it has started, runs or would if there were a processor
     for it. A machine that is busy with other things makes nothing wait in this sense."""
@@ -335,7 +345,9 @@ def _end_group(leader: int) -> None:
 
 
 def test_files() -> list[Path]:
-    return [path for tests in TESTS for path in sorted((ROOT / tests).rglob("test_*.py"))]
+    """But for those of the page, which run nothing of `AREAS` in this process."""
+    found = [path for tests in TESTS for path in sorted((ROOT / tests).rglob("test_*.py"))]
+    return [path for path in found if path.name not in IN_BROWSERS]
 
 
 def load_libraries(log: Path) -> None:
@@ -370,10 +382,11 @@ def load_libraries(log: Path) -> None:
 
 
 def trace_tests(directory: Path, log: Path) -> dict[str, Any]:
-    """Run all tests, a file of them at a time, and write down what each runs; what other processes
-    with this directory have traced, or trace now, is theirs. Returns that of all files."""
+    """Run all tests, a file of them at a time, and write down what each runs, unless that is known;
+    what other processes with this directory trace now is theirs. Returns that of all files."""
     directory.mkdir(exist_ok=True)
     done: dict[str, Any] = {}
+    found = Traced(directory / "sources")
     for lock in (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX):  # then wait for the others'
         for path in test_files():
             name = str(path.relative_to(ROOT))
@@ -383,12 +396,70 @@ def trace_tests(directory: Path, log: Path) -> dict[str, Any]:
                 except BlockingIOError:
                     continue
                 file.seek(0)
-                text = file.read()
-                if not text:
-                    text = json.dumps(traced_file(name, log))
-                    file.write(text)
-                done[name] = json.loads(text)
+                known = json.loads(file.read() or "{}")
+                if known.get("source") != found.keep(path):
+                    tests = traced_file(name, log)
+                    known = {"source": found.keep(path), "of": found.sources, "tests": tests}
+                    file.truncate(0)
+                    file.write(json.dumps(known))
+                done[name] = found.now(known["of"], known["tests"])
     return done
+
+
+class Traced:
+    """Keeps the text of what has been traced, since lines move when it is edited.
+
+    sources: path of each file of `AREAS` → name of its text as it is.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self._directory = directory
+        paths = [path for area in AREAS for path in sorted((ROOT / area).rglob("*.py"))]
+        self.sources = {str(path.relative_to(ROOT)): self.keep(path) for path in paths}
+        self._moves: dict[tuple[str, str], dict[int, int]] = {}
+
+    def keep(self, path: Path) -> str:
+        """The name of its text."""
+        text = path.read_text()
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not (self._directory / name).exists():
+            (self._directory / name).write_text(text)
+        return name
+
+    def now(self, sources: dict[str, str], tests: dict[str, Any]) -> dict[str, Any]:
+        """tests: what they ran when the texts were `sources`. Returns where these lines are now;
+        those that have changed are in none."""
+        return {
+            id: {
+                **test,
+                "lines": {
+                    path: [
+                        self._move(path, sources[path])[line]
+                        for line in lines
+                        if line in self._move(path, sources[path])
+                    ]
+                    for path, lines in test["lines"].items()
+                    if path in self.sources
+                },
+            }
+            for id, test in tests.items()
+        }
+
+    def _move(self, path: str, source: str) -> dict[int, int]:
+        """Of a text's lines: number → number now."""
+        if (path, source) not in self._moves:
+            before, now = (
+                (self._directory / name).read_text().splitlines()
+                for name in (source, self.sources[path])
+            )
+            blocks = difflib.SequenceMatcher(None, before, now, autojunk=False)
+            self._moves[path, source] = {
+                block.a + index + 1: block.b + index + 1
+                for block in blocks.get_matching_blocks()
+                for index in range(block.size)
+            }
+        return self._moves[path, source]
 
 
 def traced_file(name: str, log: Path) -> dict[str, Any]:
@@ -413,40 +484,57 @@ def traced_file(name: str, log: Path) -> dict[str, Any]:
 # ---- the run
 
 
-def tests_of(
-    site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]
-) -> list[tuple[float, str]]:
-    """Those that run the line, as many as fit into the time, with how long each takes: those of the
-    tests' file for it first, then the quickest."""
-    name = Path(site.path).name
-    own = (f"/test_{name}", f"/{ELSEWHERE.get(name, f'test_{name}')}")
-    wanted = range(site.line, site.last_line + 1)
-    found: list[tuple[bool, float, str, str]] = []
-    for file, tests in traced.items():
-        first = next(iter(tests), None)
-        for nodeid, test in tests.items():
-            if nodeid in items and any(line in wanted for line in test["lines"].get(site.path, ())):
-                # That of the file's first test is paid by whichever runs first.
-                seconds = test["seconds"] - (test["set_up_s"] if nodeid == first else 0.0)
-                found.append((not file.endswith(own), seconds, nodeid, file))
-    for id in items:  # of a file that took too long to trace
-        file = id.split("::")[0]
-        if file.endswith(own) and not traced.get(file):
-            found.append((False, UNKNOWN_S, id, file))
-    chosen: list[tuple[float, str]] = []
+class Chosen(NamedTuple):
+    """A test for a mutant. rank: in which round it runs, among those of its file."""
+
+    rank: int
+    seconds: float
+    id: str
+
+    @property
+    def file(self) -> str:
+        return self.id.split("::")[0]
+
+
+def tests_of(site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]) -> list[Chosen]:
+    """Those that run the line, as many as fit into the time, in the order in which they run: quick
+    ones first, those of the tests' file for it before others. At the end the others of that file:
+    they may start programs that run the line."""
     set_up = {
         file: next(iter(tests.values()))["set_up_s"] for file, tests in traced.items() if tests
     }
+    chosen: list[Chosen] = []
     left_s = MAX_TESTS_S
-    for _, seconds, nodeid, file in sorted(found):
-        cost = seconds + set_up.get(file, 0.0)
+    for one in sorted(_candidates(site, traced, items)):
+        cost = one.seconds + set_up.get(one.file, 0.0)
         if len(chosen) < MAX_TESTS and (cost <= left_s or not chosen):
-            chosen.append((cost, nodeid))
+            chosen.append(one._replace(seconds=cost))
             left_s -= cost
-            set_up[file] = 0.0
-    if not chosen:  # it runs in another process
-        chosen = [(UNKNOWN_S, id) for id in items if id.split("::")[0].endswith(own)]
-    return chosen
+            set_up[one.file] = 0.0
+    # By file, so that what is set up for all of a file is set up once in each round.
+    files = list(dict.fromkeys(one.file for one in chosen))
+    return sorted(chosen, key=lambda one: (one.rank, files.index(one.file)))
+
+
+def _candidates(
+    site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]
+) -> Iterator[Chosen]:
+    name = Path(site.path).name
+    own = (f"/test_{name}", f"/{ELSEWHERE.get(name, f'test_{name}')}")
+    wanted = set(range(site.line, site.last_line + 1))
+    for file, tests in traced.items():
+        is_own = file.endswith(own)
+        for index, (id, test) in enumerate(tests.items()):
+            # What was set up for all of the file is paid by whichever runs first.
+            seconds = test["seconds"] - (0.0 if index else test["set_up_s"])
+            runs = not wanted.isdisjoint(test["lines"].get(site.path, ()))
+            if id in items and (runs or is_own):
+                rank = 2 * (seconds > QUICK_S) + (not is_own) if runs else 4
+                yield Chosen(rank, seconds, id)
+    for id in items:  # of a file that took too long to trace
+        file = id.split("::")[0]
+        if file.endswith(own) and not traced.get(file):
+            yield Chosen(2, UNKNOWN_S, id)
 
 
 def outer_codes(source: str, site: Site) -> list[CodeType]:
@@ -501,17 +589,14 @@ class Judging:
         """ "killed", "survived", "hangs" (killed) or "untested"; and the test that killed it. What
         happens without the mutant as well, as on a busy machine, says nothing."""
         chosen = tests_of(site, self._traced, items)
-        # By file, so that what is set up for all of a file is set up once; the likeliest first.
-        files = list(dict.fromkeys(name.split("::")[0] for _, name in chosen))
-        chosen.sort(key=lambda one: files.index(one[1].split("::")[0]))
         while chosen:
             verdict, by = self._run(site, session, items, chosen)
             if verdict == "survived":
                 return verdict, ""
-            again = [one for one in chosen if one[1] == by]
+            again = [one for one in chosen if one.id == by]
             if self._run(None, session, items, again)[0] == "survived":
                 return verdict, by
-            chosen = [one for one in chosen if one[1] != by]
+            chosen = [one for one in chosen if one.id != by]
         return "untested", ""
 
     def _run(
@@ -519,21 +604,22 @@ class Judging:
         site: Site | None,
         session: pytest.Session,
         items: dict[str, pytest.Item],
-        chosen: list[tuple[float, str]],
+        chosen: list[Chosen],
     ) -> tuple[str, str]:
         """A verdict on a mutant, or on the code as it is; and the test that ran last."""
         path = ROOT / site.path if site else Path(__file__)
         source = path.read_text()
         mutant = mutant_of(source, site) if site else source
-        tests = [items[name] for _, name in chosen]
+        tests = [items[one.id] for one in chosen]
         running = self._log.with_suffix(".running")
         running.write_text(tests[0].nodeid)
 
         def work() -> int:
             if site:
                 self._change(site, source, mutant)
-            for test, following in zip(tests, [*tests[1:], None], strict=True):
+            for one, test, following in zip(chosen, tests, [*tests[1:], None], strict=True):
                 running.write_text(test.nodeid)
+                limit_cpu(max(LEAST_LIMIT_S, TIMES_LIMIT * one.seconds))
                 session.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
                 if self._failed:
                     session._setupstate.teardown_exact(None)
@@ -542,9 +628,8 @@ class Judging:
 
         try:
             path.write_text(mutant)
-            limit_s = max(LEAST_LIMIT_S, TIMES_LIMIT * sum(seconds for seconds, _ in chosen))
             code = in_child(
-                work, limit_s, self._log, waiting_limit_s=WAITING_LIMIT_S, progress=running
+                work, LEAST_LIMIT_S, self._log, waiting_limit_s=WAITING_LIMIT_S, progress=running
             )
         finally:
             path.write_text(source)
@@ -596,7 +681,8 @@ def judge_share(arguments: argparse.Namespace) -> None:
 
     left = [site for site in chosen[share::num_shares] if site.name not in known]
     judging = Judging(left, traced, log, tell)
-    pytest.main([*QUIET, "-s", "-p", "no:terminalreporter", *TESTS], [judging])
+    files = [str(path.relative_to(ROOT)) for path in test_files()]
+    pytest.main([*QUIET, "-s", "-p", "no:terminalreporter", *files], [judging])
 
 
 def judge_all(arguments: argparse.Namespace) -> None:
