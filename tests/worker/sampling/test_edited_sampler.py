@@ -1,6 +1,8 @@
 """Entries that ask something of their logits: what kernels are handed, step by step, by stand-ins
 for them that choose the likeliest of what is allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,3 +110,103 @@ def test_more_entries_than_a_graph_has_are_sampled_all_the_same(num_entries: int
     assert token_ids.tolist() == [3] * num_entries
     assert plain.memory == (tables, counts)
     assert (sampler._logits is None) == (num_entries > MAX_CAPTURED), "which would take much memory"
+
+
+class StandInGraph:
+    """In place of a CUDA graph: does again what was asked of a sampler while it was captured."""
+
+    captured: "list[StandInGraph]" = []  # noqa: RUF012  of one test
+    capturing: "StandInGraph | None" = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for choose, *arguments in self.calls:
+            choose(*arguments)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandInGraph]:
+    """Those that samplers capture from now on, in order."""
+    choose = EditedSampler._choose
+
+    @contextmanager
+    def capture(graph: StandInGraph, **_: Any) -> Iterator[None]:
+        StandInGraph.capturing = graph
+        yield
+        StandInGraph.capturing = None
+        StandInGraph.captured.append(graph)
+
+    def choose_or_capture(*arguments: Any) -> None:
+        if StandInGraph.capturing is None:
+            choose(*arguments)
+        else:
+            StandInGraph.capturing.calls.append((choose, *arguments))
+
+    monkeypatch.setattr(StandInGraph, "captured", [])
+    monkeypatch.setattr(EditedSampler, "_choose", choose_or_capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandInGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    return StandInGraph.captured
+
+
+def test_a_kind_is_captured_when_it_comes_again_and_when_tables_move(
+    graphs: list[StandInGraph],
+) -> None:
+    rows, plain = make_rows(), Plain()
+    sampler = sampler_of(rows, plain)
+    sampler._captures = True  # as on a GPU
+    counts, old, new = (torch.zeros(1) for _ in range(3))
+
+    def step(num_entries: int, tables: Tensor | None, counts: Tensor | None) -> None:
+        best = len(graphs) + num_entries  # another one than in the step before
+        logits = torch.zeros(9, VOCAB_SIZE)
+        logits[:, best] = 1.0
+        entries = np.zeros((5, num_entries), np.int32)
+        entries[0], entries[4] = np.arange(num_entries), NO_MASK
+        token_ids = torch.full((9,), UNTOUCHED)
+        sampler.sample(logits, token_ids, entries, None, tables=tables, counts=counts)
+        assert token_ids.tolist() == [best] * num_entries + [UNTOUCHED] * (9 - num_entries)
+        memory = plain.memory
+        assert memory[0] is tables and memory[1] is counts
+
+    # Entries, tables, counts, and how many graphs there are then, and replays.
+    for case in [
+        (1, None, counts, 0, 0),  # which compiles
+        (3, None, counts, 1, 1),  # of the same size, padding included
+        (4, None, counts, 1, 2),
+        (4, None, None, 1, 2),
+        (5, None, counts, 1, 2),
+        (8, None, counts, 2, 3),
+        (2, old, counts, 2, 3),
+        (2, old, counts, 3, 4),
+        (2, new, counts, 4, 5),
+        (2, new, counts, 4, 6),
+        (1, None, counts, 4, 7),
+    ]:
+        step(*case[:3])
+        assert (len(graphs), sum(graph.num_replays for graph in graphs)) == case[3:]
+
+
+def test_without_memory_for_graphs_kernels_are_launched(
+    graphs: list[StandInGraph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = sampler_of(make_rows(), Plain())
+    sampler._captures = True
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    logits, token_ids = torch.zeros(2, VOCAB_SIZE), torch.zeros(2, dtype=torch.int64)
+    logits[:, 7] = 1.0
+    entries = np.array([[0], [1], [2], [NO_EDITS], [NO_MASK]], np.int32)
+    for _ in range(3):
+        token_ids[:] = UNTOUCHED
+        sampler.sample(logits, token_ids, entries, None, tables=None, counts=None)
+        assert token_ids.tolist() == [7, UNTOUCHED]
+    assert not graphs and caplog.text.count("no memory for graphs") == 1
