@@ -1,5 +1,6 @@
 """The engine loop: depth, seeds, aborts, and what a request may not ask."""
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -445,6 +446,26 @@ def test_tokens_that_a_grammar_forces_are_the_first_ones_of_an_output() -> None:
             time.sleep(1e-3)
     (sequence,) = outputs.started
     assert len(outputs.token_ids) > 1 and before <= sequence.first_token_at <= time.monotonic()
+
+
+def test_an_output_that_is_forced_to_its_end_leaves_nothing_behind() -> None:
+    """It ends without a result of a step: its number is free, and its deadline is forgotten."""
+    core = make_core(max_inflight_steps=1)
+    ended: list[Sequence] = []
+    for _ in range(3):
+        core.add(0, AddRequest(0, [5], constrained("abcdefghij"), deadline_ms=1e6))
+        while not ended or core.busy:
+            outputs = core.step()
+            ended += [] if outputs is None else outputs.finished
+            if not core.busy:
+                time.sleep(1e-3)
+        assert [decode(tuple(one.token_ids[1:])) for one in ended] == ["abcdefghij"]
+        assert core.sequences == {} and core.next_deadline == math.inf
+        assert core.expire(time.monotonic() + 2e3) == []
+        ended.clear()
+    status = core.status(epoch="", num_clients=0)
+    assert status.num_forced_tokens > 0 and status.num_running == 0
+    assert status.num_free_blocks == status.num_blocks
 
 
 def test_a_listener_is_told_what_becomes_of_every_grammar() -> None:

@@ -10,7 +10,15 @@ from benchmarks.fuzz_grammars import POISONS, SLOW_POISONS, chain, random_plain
 from benchmarks.workloads import ASKS
 from nanovllm.core import grammar_sandbox
 from nanovllm.core.grammar_sandbox import GrammarSandbox
-from nanovllm.core.plain_schema import MAX_ITEMS, MAX_LENGTH, MAX_NUMBER, MAX_VALUES, plain_source
+from nanovllm.core.plain_schema import (
+    COUNTS,
+    MAX_CHARS,
+    MAX_ITEMS,
+    MAX_LENGTH,
+    MAX_NUMBER,
+    MAX_VALUES,
+    plain_source,
+)
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE
 from tests.core.vocabulary import make_compiler, tokenizer_json
@@ -139,6 +147,43 @@ def test_no_poison_is_plain(name: str) -> None:
 )
 def test_what_may_need_more_is_not_plain(schema: dict[str, Any]) -> None:
     assert not plain_source(StructuredOutputsParams(json=schema))
+
+
+def titled(num_chars: int) -> dict[str, Any]:
+    """A schema whose text has so many."""
+    schema = {"title": ""}
+    schema["title"] = "t" * (num_chars - len(str(StructuredOutputsParams(json=schema).json)))
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("largest", "larger"),
+    [
+        ({"json": titled(MAX_CHARS)}, {"json": titled(MAX_CHARS + 1)}),
+        ({"json": nested({}, 7)}, {"json": nested({}, 8)}),
+        (
+            {"json": {"type": "object", "properties": members({}, MAX_VALUES - 1)}},
+            {"json": {"type": "object", "properties": members({}, MAX_VALUES)}},
+        ),
+        (
+            {"json": {"enum": list(range(MAX_VALUES - 1))}},
+            {"json": {"enum": list(range(MAX_VALUES))}},
+        ),
+        ({"choice": ["a" * MAX_CHARS]}, {"choice": ["a" * MAX_CHARS + "b"]}),
+        (
+            {"choice": [*map(str, range(MAX_VALUES))]},
+            {"choice": [*map(str, range(MAX_VALUES + 1))]},
+        ),
+        *(
+            ({"json": {keyword: most}}, {"json": {keyword: most + 1}})
+            for keyword, most in COUNTS.items()
+        ),
+        ({"json": {"minimum": -MAX_NUMBER}}, {"json": {"minimum": -MAX_NUMBER - 1}}),
+    ],
+)
+def test_a_limit_is_the_last_that_is_plain(largest: dict[str, Any], larger: dict[str, Any]) -> None:
+    assert plain_source(StructuredOutputsParams(**largest)) is not None
+    assert plain_source(StructuredOutputsParams(**larger)) is None
 
 
 def test_who_needs_no_trial_is_compiled_at_once(

@@ -426,6 +426,36 @@ async def test_frontends_of_one_core_draw_seeds_of_their_own(address: str) -> No
         assert one is not None and two is not None and one != two
 
 
+@pytest.mark.parametrize(
+    ("settings", "loaded"),
+    [
+        ({"load_format": "dummy"}, ["m"]),
+        ({"load_format": "dummy", "tokenizer": "other"}, ["other"]),
+        ({"load_format": "synthetic"}, []),  # there is no model whose tokenizer it could be
+        ({"load_format": "synthetic", "tokenizer": "other"}, ["other"]),
+        ({"load_format": "synthetic", "tokenizer": "other", "skip_tokenizer_init": True}, []),
+    ],
+)
+async def test_which_tokenizer_is_loaded(
+    address: str,
+    handle: Handle,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    loaded: list[str],
+) -> None:
+    found: list[str] = []
+
+    def load(name: str) -> Any:
+        found.append(name)
+        return byte_tokenizer()
+
+    monkeypatch.setattr(async_llm.Tokenizer, "load", load)
+    with FakeCore(address, silent):
+        async with AsyncLLM("m", **settings) as llm:
+            assert (llm.tokenizer is not None) == bool(loaded)
+    assert found == loaded
+
+
 async def test_a_tokenizer_that_is_named_is_not_loaded_if_none_is_wanted(
     address: str, handle: Handle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

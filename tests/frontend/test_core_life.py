@@ -1,6 +1,7 @@
 """The line to the core: greeting, calls, and that nothing waits for ever when the core dies."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -379,6 +380,26 @@ async def test_a_message_nobody_can_read_ends_the_line(address: str) -> None:
         async with asyncio.timeout(WAIT_S):
             await recorder.dead.wait()
         assert "connection to the core failed" in str(recorder.heard[0])
+        await client.close()
+
+
+async def test_a_watch_that_fails_ends_the_line(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would notice a core's death any more."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no clock")
+
+    monkeypatch.setattr(core_life, "Silence", broken)
+    with FakeCore(address):
+        recorder = Recorder()
+        client = life_of(address, recorder)
+        with contextlib.suppress(EngineDeadError):  # it may have been greeted before
+            await client.connect()
+        async with asyncio.timeout(WAIT_S):
+            await recorder.dead.wait()
+        assert "failed: ZeroDivisionError" in str(recorder.heard[0])
         await client.close()
 
 

@@ -65,6 +65,7 @@ def test_a_core_is_ended_as_gently_as_it_lets_itself_be(
     assert handle.end(timeout_s=WAIT_S if how == "polite" else 0.4) == code
     assert directory.exists(), "it may be started again"
     assert handle.close() == code and not directory.exists()
+    assert handle.close() == code, "once more, and whoever else has tidied up"
 
 
 def test_it_is_started_again_as_it_was(

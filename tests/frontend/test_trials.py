@@ -93,6 +93,25 @@ async def test_who_is_a_suspect_after_a_death_that_the_next_core_knows_of(
             assert second.all_of(DeathsExplained) == []
 
 
+@pytest.mark.parametrize("num_tokens", [0, 2])
+async def test_what_counts_is_how_far_it_has_got_since_it_was_last_sent(
+    address: str, num_tokens: int
+) -> None:
+    """Of two deaths whose cause nobody knows."""
+    async with attached(address) as (llm, first):
+        request = submit(llm)
+        await sent(first, AddRequest)
+        await bring(first, request, 3)
+        first.die()
+        with FakeCore(address, life("two")) as second:
+            assert not (await sent(second, AddRequest)).is_suspect
+            await bring(second, request, num_tokens)
+        with FakeCore(address, life("three")) as third:
+            again = await sent(third, AddRequest)
+            assert again.is_suspect == (num_tokens == 0)
+            assert again.output_token_ids == [65] * (3 + num_tokens)
+
+
 @pytest.mark.parametrize("is_left", [False, True])
 async def test_a_trial_is_over_when_it_has_got_far_enough_or_nobody_waits(
     address: str, is_left: bool

@@ -164,6 +164,34 @@ async def test_logprobs(address: str, stream: bool) -> None:
     assert content[1]["bytes"] == [0xC3] and content[1]["logprob"] == -9999.0
 
 
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER]}], ids=["plain", "parsed"])
+async def test_a_token_without_text_is_an_event_where_tokens_are_asked_for(
+    address: str, fields: dict[str, Any]
+) -> None:
+    """Half a character, or what a parser holds back: when its text comes, others come with it."""
+
+    def answer(message: ToCore) -> Any:
+        if not isinstance(message, AddRequest):
+            yield from silent(message)
+            return
+        for token_id in "aé<tool".encode():
+            scores = {0: TokenLogprobs(token_id, -1.0, 1, [], [])}
+            yield Outputs([message.number], [token_id], scores)
+        yield Outputs(finished=[Finished(message.number, "length", None, 0)])
+
+    tokenizer = tokenizer_with(TOOL_TEMPLATE)
+    async with served(address, roomy(answer), tokenizer=tokenizer) as server:
+        response = await server.chat(stream=True, logprobs=True, return_token_ids=True, **fields)
+    choices = [choice for chunk in events(response) for choice in chunk["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "aé<tool"
+    ids = [i for choice in choices for i in choice.get("token_ids") or ()]
+    assert bytes(ids) == "aé<tool".encode()
+    scored = [
+        one for choice in choices if choice["logprobs"] for one in choice["logprobs"]["content"]
+    ]
+    assert [one["bytes"] for one in scored] == [[i] for i in ids]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_token_ids_are_returned_on_request(address: str, stream: bool) -> None:
     async with served(address, says("abc")) as server:
