@@ -46,15 +46,33 @@ MAX_TESTS, MAX_TESTS_S = 200, 30.0  # per mutant; seconds of CPU time
 UNKNOWN_S = 0.5  # of a test that could not be traced
 QUICK_S = 0.3  # tests that take no longer run before all others
 IN_BROWSERS = ("test_foreign_page.py", "test_lesson.py", "test_page.py", "test_screenshots.py")
-# What runs in processes of its own, and whose tests start those.
-ELSEWHERE = {
-    "body_trial.py": "test_body_trial.py",
-    "command.py": "test_serve.py",
-    "encoding_process.py": "test_prompts.py",
-    "frontends.py": "test_serve.py",
-    "grammar_trial.py": "test_grammar_sandbox.py",
-    "run.py": "test_serve.py",
-    "template_process.py": "test_chat_template.py",
+# Whose tests are in files of other names: by what it is about, and of what runs in processes of its
+# own those that start it.
+TESTS_OF = {
+    "app.py": ("test_api_errors.py",),
+    "bodies.py": ("test_request_fields.py",),
+    "body_trial.py": ("test_body_trial.py",),
+    "command.py": ("test_command.py", "test_serve.py"),
+    "connections.py": ("test_connections.py", "test_connection_bounds.py"),
+    "decoding.py": ("test_api_errors.py", "test_limits.py"),
+    "encoding_process.py": ("test_prompts.py",),
+    "endpoint.py": ("test_api_errors.py",),
+    "frontends.py": ("test_frontends.py", "test_serve.py"),
+    "grammar.py": ("test_grammar.py", "test_matchers.py"),
+    "grammar_source.py": ("test_grammar.py",),
+    "grammar_trial.py": ("test_grammar_sandbox.py",),
+    "json_shape.py": ("test_json_place.py",),
+    "logprobs.py": ("test_completions.py", "test_sampler.py"),
+    "middleware.py": ("test_limits.py", "test_origins.py", "test_api_errors.py"),
+    "reasoning.py": ("test_tool_parsers.py",),
+    "reply_format.py": ("test_tool_parsers.py",),
+    "run.py": ("test_serve.py",),
+    "sampling.py": ("test_request_fields.py",),
+    "sequence.py": ("test_scheduler.py",),
+    "serving.py": ("test_api_errors.py", "test_info.py"),
+    "session.py": ("test_resume.py", "test_trials.py"),
+    "template_process.py": ("test_chat_template.py",),
+    "waiting.py": ("test_admission.py",),
 }
 TRACE_LIMIT_S = 300.0  # of CPU time, for a file of tests
 TRACED_CALLS = 100  # of a function in each test: following every line of loops takes too long
@@ -153,7 +171,8 @@ def mutated(node: ast.AST) -> ast.AST:
 
 
 def walk(tree: ast.Module) -> Iterator[tuple[int, ast.AST, str]]:
-    """(number, node, function) of what runs in functions; texts, types and asserts are left out."""
+    """(number, node, function) of what runs in functions; texts, types and what only asserts (also
+    `strict` of a `zip`) are left out."""
     count = 0
 
     def visit(node: ast.AST, scope: tuple[str, ...], within: str) -> Iterator[Any]:
@@ -171,6 +190,8 @@ def walk(tree: ast.Module) -> Iterator[tuple[int, ast.AST, str]]:
                 yield from visit(node.value, scope, within)
             return
         if isinstance(node, ast.Assert | ast.Raise | ast.JoinedStr) or _is_logging(node):
+            return
+        if isinstance(node, ast.keyword) and node.arg == "strict":
             return
         yield count, node, within
         for child in ast.iter_child_nodes(node):
@@ -520,7 +541,7 @@ def _candidates(
     site: Site, traced: dict[str, Any], items: dict[str, pytest.Item]
 ) -> Iterator[Chosen]:
     name = Path(site.path).name
-    own = (f"/test_{name}", f"/{ELSEWHERE.get(name, f'test_{name}')}")
+    own = tuple(f"/{one}" for one in TESTS_OF.get(name, (f"test_{name}",)))
     wanted = set(range(site.line, site.last_line + 1))
     for file, tests in traced.items():
         is_own = file.endswith(own)

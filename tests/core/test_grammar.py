@@ -167,6 +167,15 @@ def test_many_copies_spend_the_family() -> None:
     assert matcher.family.is_spent
 
 
+def test_a_lexer_whose_first_mask_is_beyond_its_limit_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not when outputs have begun."""
+    monkeypatch.setattr(grammar_source, "MAX_LEXER_STATES", 3)
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex cannot be used: .*states"):
+        compile_(regex="(a|b|c)*(abc|bcd|cde)[a-z]{3,50}")
+
+
 def test_a_lexer_beyond_its_limit_ends_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_source, "MAX_LEXER_STATES", 2000)
     matcher = compile_(regex="(.*a.{50}|[a-z]+@[a-z]+)*")

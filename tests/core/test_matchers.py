@@ -79,14 +79,18 @@ def test_a_slow_one_is_searched_for_after_a_batch_that_took_long(
     def is_searched(batch_s: float, mask_s: float = 0.0) -> bool:
         """Compute a batch that takes so long, and each mask of it, if it is timed, so long."""
         num_timed = count()
-        of_batch, of_mask = iter([0.0, batch_s]), (at for _ in num_timed for at in (0.0, mask_s))
+        of_batch, of_mask = (
+            iter([2.0, 2.0 + batch_s]),
+            (at for _ in num_timed for at in (2.0, 2.0 + mask_s)),
+        )
         clock = SimpleNamespace(perf_counter=lambda: next(of_batch))
         monkeypatch.setattr(grammar_module, "time", clock)
         monkeypatch.setattr(Matcher, "clock", property(lambda self: lambda: next(of_mask)))
         compiler.compute_masks(matchers)
         return next(num_timed) > 0
 
-    edge_s, slow_s, interval = grammar_module.SLOW_S, 2 * grammar_module.SLOW_S, LOOK_INTERVAL
+    edge_s, slow_s, interval = 2**-7, 2**-6, LOOK_INTERVAL
+    monkeypatch.setattr(grammar_module, "SLOW_S", edge_s)  # about as it is, and exact in sums
     assert not is_searched(edge_s)
     assert not is_searched(slow_s), "the batch before was quick enough"
     assert is_searched(slow_s, edge_s) and is_searched(slow_s, slow_s), "until none is slow"
