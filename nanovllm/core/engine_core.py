@@ -104,8 +104,8 @@ class EngineCore:
         self._last_step_s = 0.0
         self.patience = Patience(info, depth=self._max_inflight)
         self._on_long_step = on_long_step
-        self._last_result_at = 0.0
-        self._started_at = self._idle_at = time.monotonic()
+        # Since when there has been work, or the last step has been over: the next one could begin.
+        self._started_at = self._ready_at = time.monotonic()
         self._num_failed_steps = self._num_failed = self._num_timeouts = 0
 
     def listen(self, listener: CoreListener) -> None:
@@ -168,7 +168,7 @@ class EngineCore:
             num_queued_tokens=self.scheduler.num_queued_tokens,
         )
         if not self.busy:
-            self._idle_at = time.monotonic()
+            self._ready_at = time.monotonic()
         tenant = f"client {client_id}" if request.tenant is None else f"tenant {request.tenant}"
         made = Waiting(self._make_sequences(client_id, request), request.priority, tenant)
         wanted = params.structured_outputs
@@ -242,7 +242,7 @@ class EngineCore:
             for listener in self._listeners:
                 listener.on_resume(client_id)
             if not self.busy:
-                self._idle_at = time.monotonic()
+                self._ready_at = time.monotonic()
             self.paused_clients.remove(client_id)
             self.scheduler.resume(client_id)
 
@@ -277,16 +277,19 @@ class EngineCore:
         may_submit = has_submitted and self.unsampled is None
         if not self.inflight or (may_submit and len(self.inflight) < self._max_inflight):
             return early
-        outputs = _joined(early, self._take_result(*self.inflight.popleft()))
+        outputs = self._take_result(*self.inflight.popleft())
+        if early is not None:
+            early.extend(outputs)
+            outputs = early
         if self.unsampled is not None and not self.unsampled.awaits_ids:
-            outputs = _joined(outputs, self._begin_second_half(self.unsampled))
+            return _joined(outputs, self._begin_second_half(self.unsampled))
         return outputs
 
     def _begin_second_half(self, step: ScheduledStep) -> StepOutputs | None:
         """Begin a step's masks, which may depend on the ids that have just come."""
         # They are computed while the caller delivers outputs and takes in requests …
         self._begin_masks(step)
-        is_held = self.pace.next_step_at > self._last_result_at
+        is_held = self.pace.next_step_at > self._ready_at
         if self._masks is None or not self._masks.done() or is_held:
             return None
         # … but for few, which are there: the device would wait for the delivery.
@@ -320,7 +323,7 @@ class EngineCore:
             return self._give_up(step, error)
         self._count_step(step)
         for listener in self._listeners:
-            listener.on_result(step, result, outputs, self._last_result_at)
+            listener.on_result(step, result, outputs, self._ready_at)
         self._settle(outputs)
         return outputs
 
@@ -342,17 +345,19 @@ class EngineCore:
 
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
-        step.num_tokens = sum(step.plan.num_scheduled)
         if self.patience.begin(step.num_tokens):
             self._on_long_step()
         try:
             for listener in self._listeners:
                 listener.on_submit(step)
-            self.inflight.append((step, self._executor.submit(step.plan)))
+            handle = self._executor.submit(step.plan)
+            if not step.constrained:
+                self._executor.sample(step.plan.step, None)
         except Exception as error:
             return self._give_up(step, error, was_submitted=False)
+        self.inflight.append((step, handle))
         if not step.constrained:
-            return self._queue_sampling(step, None)
+            return None
         self.unsampled = step
         if step.awaits_ids:
             return None
@@ -562,8 +567,8 @@ class EngineCore:
 
     def _could_step_since(self, now: float) -> float:
         """Since when there has been work, no step has finished and nobody has held the next."""
-        since, held_until = max(self._last_result_at, self._idle_at), self.pace.next_step_at
-        return since if since >= held_until else min(now, held_until)
+        held_until = self.pace.next_step_at
+        return self._ready_at if self._ready_at >= held_until else min(now, held_until)
 
     def status(self, *, epoch: str, num_clients: int) -> CoreStatus:
         """Counts and counters of this moment."""
@@ -599,9 +604,9 @@ class EngineCore:
 
     def _count_step(self, step: ScheduledStep) -> None:
         now = time.monotonic()
-        self._last_step_s = now - self._last_result_at
-        self.patience.note(now - self._could_step_since(now), step.num_tokens)
-        self._last_result_at = now
+        self._last_step_s = now - self._could_step_since(now)
+        self.patience.note(self._last_step_s, step.num_tokens)
+        self._ready_at = now
         self._num_steps += 1
         if now < self.pace.until:
             self.pace.note_step(now)

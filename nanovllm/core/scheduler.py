@@ -64,6 +64,7 @@ class Scheduler:
         self.paused: list[Sequence] = []  # sorted likewise; preempted before those that run
         self.waiting = WaitingQueue(by_tenant=limits.scheduling_policy == "fair")
         self._at: Sequence | None = None  # the one being planned, to which an error is charged
+        self._may_have_prompts = True  # whether one that runs may have prompt tokens left to run
         self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.num_arrived = 0
         self.num_steps = 0
@@ -146,6 +147,7 @@ class Scheduler:
             self.paused.remove(sequence)
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=BY_ORDER)
+            self._may_have_prompts = True
         self.waiting.unpark(client_id)
 
     # ---- one step
@@ -174,15 +176,28 @@ class Scheduler:
         if self._by_priority:
             self._make_room_for_urgent()
         num_preemptions = self.num_preemptions
-        num_admissible = min(len(self.waiting), len(self.free_rows))
-        step.budget = token_budget(self.limits, self.running, num_admissible=num_admissible)
-        budget = self._schedule_running(step, step.budget)
+        step.budget = self._budget()
+        self._schedule_running(step)
         cause: int | None = None
         if self.waiting:
             # A sequence that this step has preempted would be admitted and preempted again.
             spared = self.num_preemptions != num_preemptions
-            cause = KV if spared else self._admit_waiting(step, budget)
+            cause = KV if spared else self._admit_waiting(step)
         self.waiting.hold_up(cause)
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        num_prompts = 0
+        if self._may_have_prompts:  # to count them costs a step of 256 sequences 10 µs
+            # `has_computed_prompt`, spelled out: as a property it would be 8 µs more.
+            num_prompts = [one.num_computed < one.num_prompt_tokens for one in self.running].count(
+                True
+            )
+            self._may_have_prompts = num_prompts > 0
+        num_prompts += min(len(self.waiting), len(self.free_rows))
+        if num_prompts == 0:
+            return self.limits.max_num_batched_tokens  # the others take what they need
+        return token_budget(self.limits, self.running, num_prompts=num_prompts)
 
     def _unwind(self, step: ScheduledStep) -> None:
         """Undo an unfinished plan: its sequences run again from the start, and the prefixes that it
@@ -248,7 +263,7 @@ class Scheduler:
         samples for `step.sampled[index]`. They are in no plan yet."""
         sequence = step.sampled[index]
         assert sequence.num_pending == 1 and sequence.status is not Status.FINISHED
-        step.forced.add(index)
+        step.forced |= {index}
         sequence.num_pending = 0
         if not sequence.first_token_at:
             sequence.first_token_at = time.monotonic()
@@ -318,8 +333,9 @@ class Scheduler:
 
     # ---- running sequences
 
-    def _schedule_running(self, step: ScheduledStep, budget: int) -> int:
-        """Give each running sequence its tokens, oldest first; returns the budget left."""
+    def _schedule_running(self, step: ScheduledStep) -> None:
+        """Give each running sequence its tokens, oldest first."""
+        budget = step.budget
         cap = self.limits.long_prefill_token_threshold or budget
         awaits_ids = self.limits.awaits_ids
         # Of the sequences that decode, so that every step in flight has some.
@@ -345,7 +361,7 @@ class Scheduler:
                 self._tell_known(step, sequence)
             self._advance(step, sequence, num_new)
             budget -= num_new
-        return budget
+        step.num_tokens = step.budget - budget
 
     def _advance(self, step: ScheduledStep, sequence: Sequence, num_new: int) -> None:
         """Enter `num_new` tokens of `sequence` into the plan and count them as computed."""
@@ -444,8 +460,9 @@ class Scheduler:
         has_room = self._blocks.can_hold(sequence, shared, reserve=len(self.running))
         return shared if has_room else None
 
-    def _admit_waiting(self, step: ScheduledStep, budget: int) -> int | None:
+    def _admit_waiting(self, step: ScheduledStep) -> int | None:
         """Admit while there is room; returns what holds up the rest, if there is one."""
+        budget = step.budget - step.num_tokens
         cap = self.limits.long_prefill_token_threshold or budget
         while sequence := self.waiting.head():
             self._at = sequence
@@ -466,6 +483,7 @@ class Scheduler:
             self._admit(step, sequence, num_cached)
             self._advance(step, sequence, num_new)
             budget -= num_new
+            step.num_tokens += num_new
         return None
 
     def _admit(self, step: ScheduledStep, sequence: Sequence, num_cached: int) -> None:
@@ -473,6 +491,7 @@ class Scheduler:
         sequence.row = self.free_rows.pop()
         sequence.num_unsent = 0  # a new row is told all
         insort(self.running, sequence, key=BY_ORDER)
+        self._may_have_prompts = True
         sequence.status = Status.RUNNING
         if not sequence.started_at:
             sequence.started_at = time.monotonic()
@@ -516,24 +535,21 @@ class Scheduler:
         self._blocks.check_invariants(self.running + self.paused)
 
 
-def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_admissible: int) -> int:
-    """Tokens of the next step. num_admissible: waiting sequences for which there is a row.
+def token_budget(limits: StepLimits, running: Collection[Sequence], *, num_prompts: int) -> int:
+    """Tokens of the next step. num_prompts: sequences with prompt tokens to run, of those that run
+    and of those that wait and can be given a row.
 
     While no sequence decodes, the whole budget is for prompts. A decoding sequence waits for the
     prompts in its step, so the more of them there are for each sequence with a prompt to run, the
     fewer prompt tokens a step takes. The budget is halved, so that steps come in few sizes.
     """
-    most = limits.max_num_batched_tokens
-    # `has_computed_prompt`, spelled out: as a property it costs a step of 256 sequences 8 µs more;
-    # and counted, since to add truth values takes twice as long.
-    num_prompts = [one.num_computed < one.num_prompt_tokens for one in running].count(True)
-    if num_prompts + num_admissible == 0:
-        return most  # no prompt tokens: the others take what they need
-    # The last token of some is sampled, or on its way.
-    num_ended = [one.num_computed >= one.max_total - 1 for one in running].count(True)
-    num_decoding = len(running) - num_prompts - num_ended
-    num_others, for_prompts = num_prompts + num_admissible, most
-    while num_others < num_decoding and for_prompts > limits.mixed_prefill_tokens:
+    # But for those whose last token is sampled, or on its way. To add truth values would take twice
+    # as long.
+    num_decoding = [
+        one.num_prompt_tokens <= one.num_computed < one.max_total - 1 for one in running
+    ].count(True)
+    for_prompts = limits.max_num_batched_tokens
+    while num_prompts < num_decoding and for_prompts > limits.mixed_prefill_tokens:
         for_prompts = max(for_prompts // 2, limits.mixed_prefill_tokens)
-        num_others *= 2
-    return min(most, num_decoding + for_prompts)
+        num_prompts *= 2
+    return min(limits.max_num_batched_tokens, num_decoding + for_prompts)

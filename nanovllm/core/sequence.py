@@ -136,10 +136,10 @@ class ScheduledStep(msgspec.Struct, eq=False):
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
     constrained: list[int]  # indices into `sampled` of those whose masks its second half waits for
-    forced: set[int] = set()  # likewise, of those whose next tokens were
+    forced: frozenset[int] = frozenset()  # likewise, of those whose next tokens were
     # known before it sampled: what it samples for them is dropped
     budget: int = 0  # of tokens
-    num_tokens: int = 0  # that it runs, once it has been submitted
+    num_tokens: int = 0  # that it runs
     submitted_at: float = 0.0  # only while a listener wants to know
 
     @property

@@ -45,7 +45,7 @@ class StepState(msgspec.Struct, array_like=True):
     sequences: list[int]
     sampled: list[int]
     constrained: list[int]
-    forced: set[int]
+    forced: frozenset[int]
 
 
 class CompilingState(msgspec.Struct, array_like=True):

@@ -402,7 +402,7 @@ def keep_what_was_sampled_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     update = Scheduler.update
 
     def broken(self: Scheduler, step: ScheduledStep, result: StepResult) -> object:
-        step.forced.clear()
+        step.forced = frozenset()
         return update(self, step, result)
 
     monkeypatch.setattr(Scheduler, "update", broken)
