@@ -394,7 +394,10 @@ def sample_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A constrained sequence samples only what its grammar allows."""
-    monkeypatch.setattr(EngineCore, "_take_masks", lambda self, step: (None, []))
+    take_masks = EngineCore._take_masks
+    monkeypatch.setattr(
+        EngineCore, "_take_masks", lambda self, step: (None, *take_masks(self, step)[1:])
+    )
 
 
 def keep_what_was_sampled_instead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Grammar, GrammarCompiler
 from nanovllm.core.scheduler import Scheduler
+from nanovllm.core.sequence import ScheduledStep
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.replay.recorder import Masked, Recorder
@@ -78,8 +78,9 @@ def test_another_scheduler_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     simulate(3, tmp_path / "record", monkeypatch)
     schedule_running = Scheduler._schedule_running
 
-    def timid(self: Scheduler, step: Any, budget: int) -> int:
-        return min(schedule_running(self, step, budget), 1)
+    def timid(self: Scheduler, step: ScheduledStep) -> None:
+        schedule_running(self, step)
+        step.num_tokens = max(step.num_tokens, step.budget - 1)  # one is left for those that wait
 
     monkeypatch.setattr(Scheduler, "_schedule_running", timid)
     with pytest.raises(DivergedError, match="differs"):

@@ -91,7 +91,7 @@ class AttentionBackend(Protocol):
         """Shape of the whole cache: [2, layers, blocks, block_size, kv_heads, head_dim]."""
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once per step, before any layer and outside any CUDA graph."""
+        """Once per step, before any layer: what all layers share. Graphs hold it, too."""
 
     def forward(
         self,
