@@ -1,4 +1,4 @@
-"""The seam between the core and the device: five methods, no torch.
+"""The seam between the core and the device: six methods, no torch.
 
 An executor runs plans in submission order; `EngineCore` is its only caller.
 """

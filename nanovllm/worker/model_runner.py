@@ -1,6 +1,6 @@
 """One step, from plan to pending result; orchestration only.
 
-`Worker.execute` calls it with plans in order. On CUDA nothing here waits for the device: work and
+`Worker` calls it with plans in order. On CUDA nothing here waits for the device: work and
 copies are queued on one stream, and `PendingStep.result` waits for that step's event.
 """
 

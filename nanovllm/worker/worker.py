@@ -1,6 +1,7 @@
 """Owns one device: runs plans there, and makes it fit for the next one after a step that failed.
 
-An executor makes one per device and calls `start`, `allocate`, `execute` in plan order, `shutdown`.
+An executor makes one per device and calls `start`, `allocate`, then `submit` and `sample` for each
+plan in turn, and `shutdown`.
 """
 
 import gc

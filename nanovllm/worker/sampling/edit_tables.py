@@ -15,7 +15,6 @@ from torch import Tensor
 from nanovllm.worker.sampling.columns import Int32Array
 from nanovllm.worker.sampling.logits_processors import RowEdits
 
-NUM_HEADER = 8
 NUM_FIELDS = 5  # of an entry
 NO_EDITS = NO_MASK = -1
 LEAST_CAPACITY = 1 << 17
