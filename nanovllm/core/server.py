@@ -189,41 +189,7 @@ class CoreServer:
         try:
             self.on_progress("starting", 0.0)
             executor = make_executor()
-            self._info = executor.start()
-            compiler = make_compiler(self._info) if make_compiler else None
-            loading: threading.Thread | None = None
-            if compiler is not None and self._config.grammar.grammar_preload:
-                loading = threading.Thread(target=_preload, args=[compiler], daemon=True)
-                loading.start()
-            executor.allocate(self._info.num_blocks)
-            if loading is not None:
-                loading.join()
-            core = EngineCore(
-                self._config, executor, self._info, compiler, self._wake, self._forewarn
-            )
-            for make_listener in self._listeners:
-                core.listen(make_listener(core, self._info))
-            viewer = None if self._make_viewer is None else self._make_viewer(core)
-            self._core, self._operations = core, Operations(core, viewer)
-            self._clients.extend_leases(time.monotonic() - self._awake_at)
-            self._awake_at = time.monotonic()
-            # When there will have been nothing to do for a while.
-            self._warm_up_from = self._awake_at + IDLE_BEFORE_WARM_UP_S
-            for client in self._clients:
-                self._answer(client, self._welcome(client))
-            self._flush()
-            with watching_for_stalls(
-                lambda: core.stalled_s,
-                lambda: max(self._config.service.stall_timeout, core.patience.seconds),
-                log=self._stall_log,
-            ):
-                while not self._stopping:
-                    self._turn(core)
-            if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
-                self._exit_code = ExitCode.CUT_SHORT
-            for client in self._clients:
-                self._finish(core.abort_client(client.client_id))
-            self._flush()
+            self._run(self._load(executor, make_compiler))
         except Exception as error:
             self._tell_failure(error)
             raise
@@ -232,6 +198,46 @@ class CoreServer:
                 executor.shutdown()
             self.close()
         return self._exit_code
+
+    def _load(self, executor: Executor, make_compiler: MakeCompiler | None) -> EngineCore:
+        """The core, once its executor can run steps."""
+        self._info = executor.start()
+        compiler = make_compiler(self._info) if make_compiler else None
+        loading: threading.Thread | None = None
+        if compiler is not None and self._config.grammar.grammar_preload:
+            loading = threading.Thread(target=_preload, args=[compiler], daemon=True)
+            loading.start()
+        executor.allocate(self._info.num_blocks)
+        if loading is not None:
+            loading.join()
+        core = EngineCore(self._config, executor, self._info, compiler, self._wake, self._forewarn)
+        for make_listener in self._listeners:
+            core.listen(make_listener(core, self._info))
+        return core
+
+    def _run(self, core: EngineCore) -> None:
+        """Welcome who has waited, go round until stopped, and end what runs then."""
+        viewer = None if self._make_viewer is None else self._make_viewer(core)
+        self._core, self._operations = core, Operations(core, viewer)
+        self._clients.extend_leases(time.monotonic() - self._awake_at)
+        self._awake_at = time.monotonic()
+        # When there will have been nothing to do for a while.
+        self._warm_up_from = self._awake_at + IDLE_BEFORE_WARM_UP_S
+        for client in self._clients:
+            self._answer(client, self._welcome(client))
+        self._flush()
+        with watching_for_stalls(
+            lambda: core.stalled_s,
+            lambda: max(self._config.service.stall_timeout, core.patience.seconds),
+            log=self._stall_log,
+        ):
+            while not self._stopping:
+                self._turn(core)
+        if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
+            self._exit_code = ExitCode.CUT_SHORT
+        for client in self._clients:
+            self._finish(core.abort_client(client.client_id))
+        self._flush()
 
     # ---- the busy loop
 
