@@ -136,10 +136,7 @@ class BlockManager:
         num_needed = self.num_columns_for(num_tokens) * self.num_groups
         if self._sliding:
             num_needed = most_blocks(
-                self.windows,
-                num_tokens,
-                block_size=self.block_size,
-                step_tokens=self._step_tokens,
+                self.windows, num_tokens, block_size=self.block_size, step_tokens=self._step_tokens
             )
         num_held = sum(block_id and self.reference_counts[block_id] > 0 for block_id in shared)
         return num_needed - num_held + reserve <= len(self.free_list)

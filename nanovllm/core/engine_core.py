@@ -356,20 +356,11 @@ class EngineCore:
         except Exception as error:
             return self._give_up(step, error, was_submitted=False)
         self.inflight.append((step, handle))
-        if not step.constrained:
-            return None
-        self.unsampled = step
-        if step.awaits_ids:
-            return None
-        self._begin_masks(step)
-        return self._sample_constrained(step)
-
-    def _queue_sampling(self, step: ScheduledStep, masks: StepMasks | None) -> StepOutputs | None:
-        try:
-            self._executor.sample(step.plan.step, masks)
-        except Exception as error:
-            self.inflight.pop()
-            return self._give_up(step, error, was_submitted=False)
+        if step.constrained:
+            self.unsampled = step
+            if not step.awaits_ids:
+                self._begin_masks(step)
+                return self._sample_constrained(step)
         return None
 
     def _sample_constrained(self, step: ScheduledStep) -> StepOutputs | None:
@@ -379,8 +370,11 @@ class EngineCore:
         self.unsampled = None
         masks, forced, failed = self._take_masks(step)
         early = StepOutputs(failed=failed) if failed else None
-        if (lost := self._queue_sampling(step, masks)) is not None:
-            return _joined(early, lost)
+        try:
+            self._executor.sample(step.plan.step, masks)
+        except Exception as error:
+            self.inflight.pop()
+            return _joined(early, self._give_up(step, error, was_submitted=False))
         return _joined(self._force_tokens(step, forced), early) if forced else early
 
     # ---- structured outputs

@@ -136,8 +136,8 @@ class ScheduledStep(msgspec.Struct, eq=False):
     sequences: list[Sequence]  # one per entry of the plan
     sampled: list[Sequence]  # those it samples for, in the order of plan.sampling
     constrained: list[int]  # indices into `sampled` of those whose masks its second half waits for
-    forced: frozenset[int] = frozenset()  # likewise, of those whose next tokens were
-    # known before it sampled: what it samples for them is dropped
+    # Likewise, of those whose grammar has given them tokens: what is sampled for them is dropped.
+    forced: frozenset[int] = frozenset()
     budget: int = 0  # of tokens
     num_tokens: int = 0  # that it runs
     submitted_at: float = 0.0  # only while a listener wants to know

@@ -1,9 +1,9 @@
 """Forward passes as CUDA graphs: one per bucket of tokens and rows, captured when it comes again.
 
-`ModelRunner` owns one. Eager steps, capture and replay read the same persistent buffers, so a graph
-is only a faster way to say the same; a smaller step is padded with tokens of the padding row.
-Inputs arrive by the plan's one copy; a graph leaves behind a `StepOutput`. Nothing in it depends on
-what rows ask of their sampling, but that they draw or are greedy, and truncate or do not.
+`ModelRunner` owns one `StepGraphs`. Eager steps, capture and replay read the same persistent
+buffers, so a replay computes what the eager step would; smaller steps are padded with tokens of the
+padding row. Plain sampling is part of a graph; what rows ask for besides is done behind it, to the
+`StepOutput` that it leaves.
 """
 
 import logging

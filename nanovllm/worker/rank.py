@@ -44,13 +44,15 @@ class RankWorker(Worker):
         local_rank: int,
         local_size: int,
     ) -> None:
-        spreads, num_stages = (
-            config.parallel.enable_expert_parallel,
-            config.parallel.pipeline_parallel_size,
-        )
-        stage, place = divmod(rank, size // num_stages)
+        num_stages = config.parallel.pipeline_parallel_size
+        stage_size = size // num_stages
+        stage, rank_in_stage = divmod(rank, stage_size)
         parallel = TensorParallel(
-            place, size // num_stages, spreads, stage=stage, num_stages=num_stages
+            rank_in_stage,
+            stage_size,
+            spreads_experts=config.parallel.enable_expert_parallel,
+            stage=stage,
+            num_stages=num_stages,
         )
         super().__init__(config, on_progress, parallel=parallel)
         self._meet = meet
