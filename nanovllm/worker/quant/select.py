@@ -45,7 +45,7 @@ def _packed(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearM
 
 
 def _int8(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
-    return Int8(kept)
+    return Int8.of(kept)
 
 
 def _mxfp4(kept: WeightFormat, linear: Linear, device: torch.device) -> LinearMethod:
@@ -94,5 +94,5 @@ def _what(method: LinearMethod, has_kernels: bool) -> tuple[str, str] | None:
         case Packed():
             return str(method.kept), "kernels that read them packed" if has_kernels else plain
         case Int8():
-            return str(method.kept), plain
+            return "INT8 weights", plain
     return None

@@ -16,7 +16,8 @@ from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import TensorParallel
-from nanovllm.worker.quant.fp8 import E4M3, FP8, QuantizedRows, quantize_rows
+from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 from tests.worker.kernels.triton_device import DEVICE
 
 KERNELS = TritonKernels()

@@ -7,7 +7,8 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant import fp8
-from nanovllm.worker.quant.fp8 import E4M3, FP8, NATIVE_FP8, QuantizedRows, quantize_rows
+from nanovllm.worker.quant.fp8 import E4M3, FP8, NATIVE_FP8, quantize_rows
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 CPU = torch.device("cpu")
 SIZES = torch.logspace(-4, 2, 32)[:, None]  # of rows

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.int8 import Int8, quantize_rows
 from tests.worker.quant.layouts import compressed, integers, write
@@ -41,7 +40,7 @@ def test_stored(strategy: str, tokens: dict[str, Any], tmp_path: Path) -> None:
 def test_product(dtype: torch.dtype, bias: bool) -> None:
     codes, scale = quantize_rows(torch.randn(33, 75) * torch.logspace(-4, 1, 33)[:, None])
     biases = torch.randn(33, dtype=dtype) if bias else None
-    method = Int8(WeightFormat("int8"))
+    method = Int8()
     linear = Linear(codes, biases, {}, 0, method, scale[:, 0])
     x = (torch.randn(5, 75) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
     tokens, token_scale = quantize_rows(x)

@@ -4,10 +4,10 @@
 import triton
 import triton.language as tl
 
-from nanovllm.worker.quant import fp8
+from nanovllm.worker.quant import fp8, scaled_rows
 
 E4M3_MAX = tl.constexpr(fp8.E4M3_MAX)
-LEAST_PEAK = tl.constexpr(fp8.LEAST_PEAK)
+LEAST_PEAK = tl.constexpr(scaled_rows.LEAST_PEAK)
 
 
 @triton.jit

@@ -30,8 +30,9 @@ from nanovllm.worker.kernels.triton.rows import (
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
-from nanovllm.worker.quant.fp8 import Fp8, QuantizedRows
+from nanovllm.worker.quant.fp8 import Fp8
 from nanovllm.worker.quant.packed import Packed
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 
 def weight_of(next_norm: RMSNorm | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant import fp8
-from nanovllm.worker.quant.fp8 import QuantizedRows
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 SILU_BLOCK = 1024
 
