@@ -5,11 +5,18 @@ values are checked by `SamplingParams`, and what only some values of can be hono
 `sampling.py`. Of messages, which clients replay with all that they know of them, the rest is left.
 """
 
-from typing import Annotated, Any, Literal
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from nanovllm.frontend.server.api_errors import (
+    from_decoding,
+    from_value_error,
+    is_of_unknown_field,
+)
 from nanovllm.limits import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARS,
@@ -43,6 +50,11 @@ Text = Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
 RequestId = Annotated[
     str, Meta(min_length=1, max_length=MAX_REQUEST_ID_CHARS, pattern=r"^[ -~]+$(?!\n)")
 ]
+
+
+# Fields whose JSON is the client's own.
+OPAQUE = {"arguments", "chat_template_kwargs", "documents", "json", "parameters", "schema"}
+NO_BODY = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -295,3 +307,48 @@ class PaceBody(Body):
 class DetokenizeBody(Body):
     tokens: Annotated[list[int], Meta(max_length=MAX_DETOKENIZED)]
     model: Name | None = None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def decoded(content: bytes | bytearray, kind: type[B]) -> B:
+    """The body, of which names and types are checked. Raises `ApiError` 400."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except NO_BODY as error:
+        return _decoded_without_nulls(content, kind, error)
+
+
+def _decoded_without_nulls(content: bytes | bytearray, kind: type[B], error: Exception) -> B:
+    """A field that is null asks for nothing, whatever it is called. error: of the whole body."""
+    if isinstance(error, msgspec.ValidationError) and is_of_unknown_field(error):
+        try:
+            pruned = msgspec.json.encode(_without_nulls(msgspec.json.decode(content)))
+            return msgspec.json.decode(pruned, type=kind)
+        except NO_BODY as later:
+            error = later
+    raise from_decoding(error, kind.__struct_fields__) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of fields of ours; null within JSON of the client's own is a value."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: inner if name in OPAQUE else _without_nulls(inner)
+        for name, inner in value.items()
+        if inner is not None
+    }
+
+
+@contextlib.contextmanager
+def blaming(body: Body) -> Iterator[None]:
+    """A `ValueError` inside is the client's mistake: 400, with the field to mend."""
+    try:
+        yield
+    except ValueError as error:
+        names = {"logprobs": "top_logprobs"} if isinstance(body, ChatBody) else {}
+        raise from_value_error(error, body.__struct_fields__, names) from None

@@ -28,10 +28,18 @@ from nanovllm.frontend.server.bodies import (
     GenerationBody,
     PaceBody,
     TokenizeBody,
+    blaming,
+    decoded,
 )
-from nanovllm.frontend.server.decoding import blaming, decoded, excess
 from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
 from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
+from nanovllm.limits import (
+    MAX_JSON_DIGITS,
+    MAX_JSON_EXPONENTS,
+    MAX_JSON_LISTS,
+    MAX_JSON_TEXTS,
+    MAX_JSON_VALUES,
+)
 from nanovllm.protocol.plan import WorkerInfo
 
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.body_trial")
@@ -92,6 +100,30 @@ def check(content: bytes, kind: type[Body], facts: BodyFacts) -> None:
             check_conversation(body)
             if isinstance(body, GenerationBody):
                 chat_params(body, constraint_of(body), defaults)
+
+
+def excess(content: bytes) -> str | None:
+    """What there is too much of to decode, if anything, by the punctuation between texts. Any bytes
+    may be asked about: of what is no JSON, it says something."""
+    unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    num_texts = unescaped.count(b'"') // 2
+    if num_texts > MAX_JSON_TEXTS:
+        return _told(num_texts, MAX_JSON_TEXTS, "names and texts")
+    bare = b"".join(unescaped.split(b'"')[::2])
+    num_values = bare.count(b",")
+    num_digits = len(bare) - len(bare.translate(None, b"0123456789"))
+    num_exponents = bare.count(b"e") + bare.count(b"E") - bare.count(b"true") - bare.count(b"false")
+    counts = (
+        (num_values, MAX_JSON_VALUES, "values"),
+        (bare.count(b"[") + bare.count(b"{"), MAX_JSON_LISTS, "lists and objects"),
+        (num_digits - 8 * num_values, MAX_JSON_DIGITS, "digits beyond eight of each value"),
+        (num_exponents, MAX_JSON_EXPONENTS, "numbers with exponents"),
+    )
+    return next((_told(*one) for one in counts if one[0] > one[1]), None)
+
+
+def _told(count: int, most: int, what: str) -> str:
+    return f"the body holds {count} {what}: at most {most} are allowed"
 
 
 class BodyTrials:

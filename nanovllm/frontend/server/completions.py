@@ -19,8 +19,7 @@ from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.bodies import CompletionBody
-from nanovllm.frontend.server.decoding import blaming
+from nanovllm.frontend.server.bodies import CompletionBody, blaming
 from nanovllm.frontend.server.endpoint import generated, most_tokens, options_of, usage_of
 from nanovllm.frontend.server.logprobs import (
     TextOffsets,

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,14 +14,16 @@ from nanovllm.frontend.inputs import RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.api_keys import CALLER
-from nanovllm.frontend.server.bodies import Body, GenerationBody
-from nanovllm.frontend.server.decoding import blaming, decoded, takes_long
+from nanovllm.frontend.server.bodies import Body, GenerationBody, blaming, decoded
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.responses import EventStream, Whole, until_disconnect
 from nanovllm.frontend.server.sampling import Constraint
 from nanovllm.frontend.server.serving import Options, Serving
+from nanovllm.limits import MAX_JSON_EXPONENTS
 
+LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
+MANY_LISTS = 1024  # lists and objects, which take as long as a hundred bytes each
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
@@ -65,6 +68,24 @@ async def _content(request: Request) -> bytearray:
     async for piece in request.stream():
         content += piece
     return content
+
+
+def takes_long(content: bytes | bytearray) -> bool:
+    """Whether decoding it may hold up streams: it is long, or may hold many lists, or many numbers
+    with exponents."""
+    is_short = len(content) <= MANY_LISTS  # it has no room for many of anything
+    return len(content) > LONG_BODY or (not is_short and _may_hold_many(content))
+
+
+def _may_hold_many(content: bytes | bytearray) -> bool:
+    letters = np.frombuffer(content, np.uint8)  # `bytes.count` is slow for frequent ones
+    lower = letters | 0x20
+    if np.count_nonzero(lower == ord("{")) > MANY_LISTS:  # "[" is that without the bit
+        return True
+    # Numbers that take long have a digit, the letter and three digits.
+    num_exponents = np.count_nonzero(lower == ord("e"))
+    num_digits = np.count_nonzero(letters - np.uint8(ord("0")) < 10)
+    return bool(num_exponents > MAX_JSON_EXPONENTS and num_digits > 4 * MAX_JSON_EXPONENTS)
 
 
 async def generated(

@@ -7,8 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.frontend.server.api_errors import refused
-from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody
-from nanovllm.frontend.server.decoding import blaming
+from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody, blaming
 from nanovllm.frontend.server.endpoint import read, serving_of
 from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, encoded
 from nanovllm.frontend.server.replies import ApiRoot, ModelCard, ModelList, Text, Tokens, Version

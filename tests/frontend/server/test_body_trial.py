@@ -12,7 +12,7 @@ from nanovllm.frontend.server import endpoint
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials, check
-from nanovllm.frontend.server.decoding import LONG_BODY, MANY_LISTS, takes_long
+from nanovllm.frontend.server.endpoint import LONG_BODY, MANY_LISTS, takes_long
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
 from tests.frontend.fake_core import echo

@@ -11,8 +11,7 @@ import pytest
 
 from nanovllm.frontend.server import middleware
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.body_trial import BodyTrials, Refusal, Trial, answer
-from nanovllm.frontend.server.decoding import excess
+from nanovllm.frontend.server.body_trial import BodyTrials, Refusal, Trial, answer, excess
 from nanovllm.frontend.server.middleware import (
     BUDGET_BODIES,
     LARGE_BODY_BYTES,
