@@ -60,6 +60,20 @@ def test_top_k_keeps_all_that_tie_at_the_boundary() -> None:
     assert len(kept(probs)[0]) == SEGMENT
 
 
+@pytest.mark.parametrize("width", [SEGMENT, 2 * SEGMENT, 64 * NUM_CANDIDATES])
+def test_a_nucleus_may_end_anywhere(width: int) -> None:
+    """Also with the last of those that are looked at first, or with the last there is."""
+    edges = {1, 2, NUM_CANDIDATES - 1, NUM_CANDIDATES, NUM_CANDIDATES + 1, width - 1, width}
+    sizes = sorted(size for size in edges if size <= width)
+    row = torch.arange(4 * width, 3 * width, -1, dtype=torch.float64)  # exact, and no two alike
+    mass = row.cumsum(0)
+    top_p = torch.stack([(mass[size - 1] - width) / mass[-1] for size in sizes]).float()
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+    probs = row[order].float().expand(len(sizes), -1).clone()
+    for survivors, size in zip(kept(truncate_top_p(probs, top_p)), sizes, strict=True):
+        assert sorted(order[list(survivors)].tolist()) == list(range(size))
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # nuclei of thousands, hundreds, few tokens
 def test_top_p(spread: float) -> None:
     top_ps = [0.05, 0.5, 0.9, 0.999, 1.0]
