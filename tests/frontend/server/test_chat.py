@@ -1,5 +1,6 @@
 """Chat completions against a scripted core: shapes, streaming, tools and reasoning."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -168,28 +169,39 @@ async def test_logprobs(address: str, stream: bool) -> None:
 async def test_a_token_without_text_is_an_event_where_tokens_are_asked_for(
     address: str, fields: dict[str, Any]
 ) -> None:
-    """Half a character, or what a parser holds back: when its text comes, others come with it."""
+    """Half a character, or what a parser holds back."""
+    wanted = {"stream": True, "logprobs": True, "return_token_ids": True, **fields}
+    body = {"messages": [{"role": "user", "content": "hi"}], **wanted}
+    text, tokenizer = "Aé<tool", tokenizer_with(TOOL_TEMPLATE)
+    choices: list[Any] = []
+    async with (
+        listening(address, roomy(silent), tokenizer=tokenizer) as (url, core, _),
+        httpx.AsyncClient(timeout=WAIT_S) as client,
+    ):
 
-    def answer(message: ToCore) -> Any:
-        if not isinstance(message, AddRequest):
-            yield from silent(message)
-            return
-        for token_id in "aé<tool".encode():
-            scores = {0: TokenLogprobs(token_id, -1.0, 1, [], [])}
-            yield Outputs([message.number], [token_id], scores)
-        yield Outputs(finished=[Finished(message.number, "length", None, 0)])
+        async def push() -> None:
+            number = (await message_of(core, AddRequest)).number
+            for token_id in text.encode():
+                count = len(choices)
+                scores = {0: TokenLogprobs(token_id, -1.0, 1, [], [])}
+                core.push(Outputs([number], [token_id], scores))
+                async with asyncio.timeout(WAIT_S):  # or they might come as one
+                    while len(choices) == count:
+                        await asyncio.sleep(0.002)
+            core.push(Outputs(finished=[Finished(number, "length", None, 0)]))
 
-    tokenizer = tokenizer_with(TOOL_TEMPLATE)
-    async with served(address, roomy(answer), tokenizer=tokenizer) as server:
-        response = await server.chat(stream=True, logprobs=True, return_token_ids=True, **fields)
-    choices = [choice for chunk in events(response) for choice in chunk["choices"]]
-    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "aé<tool"
+        pushing = asyncio.create_task(push())
+        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    choices += json.loads(line[6:])["choices"]
+        await pushing
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == text
     ids = [i for choice in choices for i in choice.get("token_ids") or ()]
-    assert bytes(ids) == "aé<tool".encode()
     scored = [
         one for choice in choices if choice["logprobs"] for one in choice["logprobs"]["content"]
     ]
-    assert [one["bytes"] for one in scored] == [[i] for i in ids]
+    assert bytes(ids) == text.encode() and [one["bytes"] for one in scored] == [[i] for i in ids]
 
 
 @pytest.mark.parametrize("stream", [False, True])
