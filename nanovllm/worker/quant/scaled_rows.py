@@ -1,5 +1,4 @@
-"""Linear layers whose rows have a scale each, as FP8 and INT8 do: one per output channel of the
-weights, and one per token, found as it comes.
+"""What FP8 and INT8 linear layers share: a scale per output channel, and one per token as it comes.
 
 `fp8` and `int8` say which numbers are kept, and who multiplies by them. Whoever multiplies:
 y = (x_q · w_q) · x_scale · w_scale.
@@ -44,6 +43,7 @@ class ScaledRows(ABC):
 
     @classmethod
     def of(cls, kept: WeightFormat) -> Self:
+        """For weights that a checkpoint holds so, or that are quantized as they come."""
         return cls(kept.scales, kept.tokens == "static") if kept.is_stored else cls()
 
     @staticmethod
