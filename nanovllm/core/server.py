@@ -303,9 +303,16 @@ class CoreServer:
             due = min(due, now + BACKLOG_INTERVAL_S)
         timeout_s = max(0.0, due - now)
         may_warm_up = not core.busy and now >= self._warm_up_from
-        if not self._poller.poll(int(timeout_s * 1e3) + 1) and may_warm_up:
+        if not self._poll(int(timeout_s * 1e3) + 1) and may_warm_up:
             self._warm_up(core)
         return time.monotonic() - now - timeout_s
+
+    def _poll(self, timeout_ms: int) -> bool:
+        """Wait until something arrives, or somebody calls `_wake`. Returns whether that was so."""
+        found = [source for source, _ in self._poller.poll(timeout_ms)]
+        if self._wakeup.fileno() in found:
+            self._wakeup.recv(1024)
+        return bool(found)
 
     def _warm_up(self, core: EngineCore) -> None:
         self._clock.pause()
@@ -363,9 +370,6 @@ class CoreServer:
                 self._quarantine.hold(client.client_id, request, self._awake_at)
             else:
                 self._add(client, request)
-        with suppress(BlockingIOError):
-            while self._wakeup.recv(1024):
-                pass
 
     def _receive(self, identity: bytes, frames: list[bytes], key: str | None) -> None:
         client = self._clients.find(identity)
@@ -546,7 +550,7 @@ class CoreServer:
         self._receive_all()  # clients that have just sent Hello are told too
         until = time.monotonic() + GREETING_S
         while not self._clients and (left_s := until - time.monotonic()) > 0:
-            self._poller.poll(math.ceil(left_s * 1e3))
+            self._poll(math.ceil(left_s * 1e3))
             self._receive_all()
         for client in self._clients:
             self._delivery.deliver(client)

@@ -22,6 +22,7 @@ RECEIVE_HIGH_WATER_MARK = 256
 LINGER_MS = 1000  # for messages still queued when the core closes
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 AUTHENTICATOR_TIMEOUT_S = 2.0
+READABLE = int(zmq.POLLIN)
 Sent = Literal["sent", "full", "gone"]
 
 
@@ -64,6 +65,8 @@ class Endpoint:
 
     def receive(self) -> Received | None:
         """Who sent what, or None if nothing has arrived; never blocks."""
+        if not self.socket.get(zmq.EVENTS) & READABLE:  # `Again` would take five times as long
+            return None
         try:
             if self._keys is not None:
                 return _with_key(self.socket.recv_multipart(zmq.NOBLOCK, copy=False))

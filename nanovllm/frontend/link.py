@@ -22,6 +22,7 @@ HIGH_WATER_MARK = 1000
 LINGER_MS = 500
 RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
 TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # for machines that vanish
+READABLE, WRITABLE = int(zmq.POLLIN), int(zmq.POLLOUT)
 BURST = 64  # frames taken before others in the event loop have their turn
 
 
@@ -78,7 +79,7 @@ class Link:
         self._unsent.append(self._encoder.encode(message))
         self._send_all()
         # Sending counts as a look, and may have been the only one at a frame that has come.
-        self._come_back()
+        self._look()
 
     def close(self) -> None:
         """What has been sent has `LINGER_MS` to leave; nothing is received any more."""
@@ -98,10 +99,9 @@ class Link:
         try:
             self._send_all()
             for _ in range(BURST):
-                try:
-                    frame = self._socket.recv(zmq.NOBLOCK)
-                except zmq.Again:
+                if not self._socket.get(zmq.EVENTS) & READABLE:  # `Again` takes five times as long
                     break
+                frame = self._socket.recv(zmq.NOBLOCK)
                 self.last_heard = time.monotonic()
                 message = self._decoder.decode(frame)
                 if type(message) is Outputs:
@@ -112,8 +112,8 @@ class Link:
                     return
             else:
                 self._come_back()
-            if self._unsent and int(self._socket.EVENTS) & (zmq.POLLIN | zmq.POLLOUT):
-                self._come_back()
+            if self._unsent:
+                self._look()
         except Exception as error:
             self._listener.on_failure(error)
 
@@ -138,6 +138,11 @@ class Link:
             except zmq.Again:
                 return
             self._unsent.popleft()
+
+    def _look(self) -> None:
+        """Come back for what is possible already: of that, the descriptor will not tell."""
+        if self._socket.get(zmq.EVENTS) & (READABLE | WRITABLE if self._unsent else READABLE):
+            self._come_back()
 
     def _come_back(self) -> None:
         if self._turn is None:
