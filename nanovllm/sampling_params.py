@@ -7,6 +7,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 import json
 import math
 from collections.abc import Collection, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any, Literal, NoReturn, get_args
 
@@ -195,6 +196,13 @@ class SamplingParams(
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise ValueError("structured_outputs must be a StructuredOutputsParams")
         _check_combinations(self)
+
+    def with_values(self, **fields: Any) -> "SamplingParams":
+        """A copy with these values, which are known to be valid: nothing is checked again."""
+        made = copy(self)
+        for name, value in fields.items():
+            msgspec.structs.force_setattr(made, name, value)
+        return made
 
     @property
     def greedy(self) -> bool:

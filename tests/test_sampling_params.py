@@ -190,3 +190,10 @@ def test_lists_have_limits_that_are_named(fields: dict[str, Any], complaint: str
     with pytest.raises(ValueError, match=complaint):
         SamplingParams(**fields)
     SamplingParams(stop=["x" * 4096], bad_words=["x" * 256] * 1024, allowed_token_ids=[1] * 65_536)
+
+
+def test_other_values_are_those_of_a_copy() -> None:
+    params = SamplingParams(temperature=0.5, stop=["a"])
+    other = params.with_values(seed=3, structured_outputs=None)
+    assert other == SamplingParams(temperature=0.5, stop=["a"], seed=3)
+    assert params.seed is None

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from nanovllm.config import EngineConfig
@@ -183,12 +182,12 @@ class EngineCore:
     def _make_sequences(self, client_id: int, request: AddRequest) -> list[Sequence]:
         params = request.params
         if params.structured_outputs is not None:  # workers get masks instead
-            params = msgspec.structs.replace(params, structured_outputs=None)
+            params = params.with_values(structured_outputs=None)
         sequences: list[Sequence] = []
         seed = params.seed if params.seed is not None else self.seeds.getrandbits(63)
         for index in range(params.n):
             if index == 1 and params.prompt_logprobs is not None:  # the first reports them for all
-                params = msgspec.structs.replace(params, prompt_logprobs=None)
+                params = params.with_values(prompt_logprobs=None)
             sequence = Sequence(
                 client_id,
                 request.number + index,

@@ -60,6 +60,7 @@ class Family:
 
     num_copies: int = 0  # ever made
     failed: bool = False
+    first_mask: Mask | None = None  # of outputs that have not begun, unless a token is forced
     live: WeakSet[Matcher] = field(default_factory=WeakSet)  # those that somebody still holds
 
     @property
@@ -76,7 +77,7 @@ class Matcher:
     """
 
     __slots__ = (
-        *("__weakref__", "_is_suspect", "_matcher", "_slow_s"),
+        *("__weakref__", "_has_begun", "_is_suspect", "_matcher", "_slow_s"),
         *("error", "family", "free_text", "place"),
     )
 
@@ -88,6 +89,7 @@ class Matcher:
         place: Place | None = None,
     ) -> None:
         self._matcher = matcher
+        self._has_begun = False  # it has taken a token in
         self._is_suspect = False  # a call for it has taken long
         self._slow_s = 0.0
         self.family = family
@@ -110,6 +112,7 @@ class Matcher:
                 return True
             self.free_text = None
             return all(map(self.accept, begun))
+        self._has_begun = True
         clock = self.clock
         start = clock()
         goes_on = self._matcher.consume_token(token_id) and not self._matcher.is_stopped()
@@ -141,13 +144,20 @@ class Matcher:
     @property
     def kept_mask(self) -> Mask | None:
         """Of an output that was in the same place before. Nothing is forced there."""
+        if not self._has_begun:
+            return self.family.first_mask
         return None if self.place is None else self.place.kept.get(self.place.key)
 
     def keep_mask(self, mask: Mask) -> None:
         """For others that come to this place. mask: computed just now."""
-        if self.place is None or self.place.key is None or self.error is not None:
+        if self.error is not None:
             return
-        if not self._matcher.compute_ff_bytes():  # else the mask depends on the last token as well
+        if not self._has_begun:
+            if np.bitwise_count(mask.view(np.uint32)).sum() > 1:  # else a token may be forced
+                self.family.first_mask = mask.copy()
+        elif self.place is None or self.place.key is None:
+            return
+        elif not self._matcher.compute_ff_bytes():  # else it depends on the last token as well
             self.place.kept.keep(self.place.key, mask.copy())
 
     @property

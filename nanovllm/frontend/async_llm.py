@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack
 
-import msgspec
-
 from nanovllm.checkpoint.locate import locate
 from nanovllm.config import EngineConfig, section_of
 from nanovllm.frontend.chat_template import Message
@@ -320,7 +318,7 @@ class AsyncLLM:
         check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
-            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
+            params = params.with_values(seed=self._seeds.getrandbits(63))
         bad_words = self.encode_bad_words(tuple(params.bad_words))
         if params.allowed_token_ids is not None:
             check_choice(params, bad_words, self.info.worker)
