@@ -5,26 +5,16 @@
 A fake executor answers at once, so what is timed is schedule + submit + update + sorting outputs to
 clients + encoding them: all the core does in a step. The best of several windows is printed, since
 other programs on the machine only ever add time. Targets: 256 running ≤ 500 µs, 8 running ≤ 40 µs,
-64 constrained ≤ 1 ms.
-The second part times request → first output through both sockets of an idle, real core process: of
-requests that ask for nothing, and of such that bring a grammar, known or new, in turns.
+64 constrained ≤ 1 ms. What a request waits for its first output, `first_output.py` measures.
 """
 
-import argparse
-import asyncio
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from itertools import islice, product
 from string import ascii_lowercase
 
 import msgspec
 import numpy as np
-import uvloop
-from structured import record, text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from workloads import ASKS
 
@@ -32,10 +22,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core.clients import Client
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
-from nanovllm.core.grammar_sandbox import GrammarSandbox
-from nanovllm.core.lifetime import stop_on_signals
 from nanovllm.core.server import CoreServer
-from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.tokenizer import Tokenizer as Tokens
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo
@@ -202,67 +189,7 @@ def schema_step_time(num_running: int, *, num_windows: int = 8) -> tuple[float, 
     return best, best_cpu
 
 
-def person(name: str) -> StructuredOutputsParams:
-    """A schema of ordinary size, of which each name makes another one."""
-    line = record(article=text(15), count={"type": "integer"})
-    age = {"type": "integer", "minimum": 0, "maximum": 120}
-    lines = {"type": "array", "items": line, "minItems": 1, "maxItems": 3}
-    fields = {name: text(30), "age": age, "lines": lines}
-    return StructuredOutputsParams(json=record(**fields))
-
-
-def tree(name: str) -> StructuredOutputsParams:
-    """Its definition refers to itself."""
-    left = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
-    node = record(**{name: {"type": "integer"}, "left": left})
-    return StructuredOutputsParams(json={"$defs": {"node": node}, "$ref": "#/$defs/node"})
-
-
-# What the n-th request of each kind asks for.
-FIRST: dict[str, Callable[[int], StructuredOutputsParams | None]] = {
-    "nothing": lambda n: None,
-    "a schema seen before": lambda n: person("name"),
-    "a new schema": lambda n: person(f"name{n}"),
-    "a new recursive schema": lambda n: tree(f"value{n}"),
-    "a new choice": lambda n: StructuredOutputsParams(choice=["red", "green", f"blue{n}"]),
-    "a new regex": lambda n: StructuredOutputsParams(regex=f"x{n}-[a-z]{{2,15}}@[a-z]{{3,12}}"),
-}
-
-
-async def round_trips(address: str, *, num_rounds: int = 100) -> dict[str, list[float]]:
-    """Seconds from `generate()` to its first output by kind, one request at a time, sorted."""
-    llm = await AsyncLLM.connect(address, skip_tokenizer_init=True)
-    seconds: dict[str, list[float]] = {kind: [] for kind in FIRST}
-    for number, (kind, wanted) in product(range(-3, num_rounds), FIRST.items()):
-        await asyncio.sleep(0.002)  # let the core fall asleep: this is about an idle one
-        params = SamplingParams(max_tokens=1, detokenize=False, structured_outputs=wanted(number))
-        started = time.perf_counter()
-        async for _output in llm.generate({"prompt_token_ids": [5, 6, 7]}, params):
-            break
-        if number >= 0:  # the rounds before have loaded what grammars need
-            seconds[kind].append(time.perf_counter() - started)
-    await llm.close()
-    return {kind: sorted(times) for kind, times in seconds.items()}
-
-
-def serve(address: str) -> None:
-    """A core process without a device, for `round_trips`, with SmolLM2's vocabulary."""
-    server, tokenizer = CoreServer(EngineConfig(), address), Tokens.load("smollm2")
-    stop_on_signals(server.drain, server.stop)
-    with GrammarSandbox(timeout_s=EngineConfig().grammar.grammar_timeout_s) as sandbox:
-        server.run(
-            partial(InstantExecutor, vocab_size=tokenizer.vocab_size),
-            partial(GrammarCompiler, tokenizer.to_json, sandbox=sandbox),
-        )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--serve", metavar="ADDRESS", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(arguments.serve)
-        return
     for num_running in (8, 256):
         for depth in (1, 2):
             seconds = step_time(num_running, depth=depth)
@@ -274,18 +201,6 @@ def main() -> None:
         )
     seconds, cpu = schema_step_time(64)
     print(f"  64 by a JSON schema: {seconds * 1e6:6.1f} µs a step, the loop's own {cpu * 1e6:6.1f}")
-    with tempfile.TemporaryDirectory() as directory:
-        address = f"ipc://{directory}/core.sock"
-        core = subprocess.Popen([sys.executable, __file__, "--serve", address])
-        try:
-            trips = uvloop.run(round_trips(address))
-        finally:
-            core.terminate()
-            core.wait()
-    print("request to first output, both sockets, idle, milliseconds: tenth, half, nine tenths")
-    for kind, times in trips.items():
-        tenths = (times[int(len(times) * share)] * 1e3 for share in (0.1, 0.5, 0.9))
-        print(f"{kind:>24}", *(f"{each:6.2f}" for each in tenths))
 
 
 if __name__ == "__main__":
