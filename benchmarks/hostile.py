@@ -1,13 +1,15 @@
 """What 16 streams notice of hostile bodies and of 2,000 slow connections.
 
     python -m benchmarks.hostile [--connections 2000] [--step-ms 20] [--rounds 8] [--phase-s 5]
+                                 [--connection-rounds 3]
 
 A server of its own (`nanovllm serve`, a synthetic core) answers 16 streams and a probe of
 `/health`, which another process reads and times as long as the program runs. In rounds, in turns,
 they are alone; the bodies of `tests/frontend/server/hostile_bodies.py` are sent, one after the
 other, to their server; and they are sent "elsewhere", to a second server that has no streams: the
-same work of the same processors, which holds up nobody's loop. Then so many connections are opened
-that send nothing, or a part of something. Memory and descriptors are the first server's.
+same work of the same processors, which holds up nobody's loop. Then likewise with so many
+connections that send nothing, or a part of something, until the server has closed them all; the
+time in which most of them open is shown apart. Memory and descriptors are the first server's.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +34,11 @@ from tests.frontend.server.hostile_bodies import Hostile, bodies
 from tests.frontend.vocabulary import save
 
 NUM_STREAMS = 16
-PHASES = ("alone", "bodies", "elsewhere")
+PHASES = ("alone", "here", "elsewhere")
 CLOSED_WITHIN_S = 60.0
+OPENING_S = 2.0
+ALONE_S = 10.0  # about as long as connections are held
+SETTLE_S = 1.0
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 # Nothing at all, part of a header, part of a body, and a header that drips.
 KINDS = (b"", b"GET / HT", HEAD + b"content-length: 900\r\n\r\n{", b"G")
@@ -160,20 +165,37 @@ class Seen(NamedTuple):
         )
 
 
-def report_rounds(rounds: list[dict[str, Seen]]) -> None:
+Marks = list[dict[str, tuple[float, float]]]  # when each phase of each round began and ended
+
+
+def report_rounds(what: str, rounds: list[dict[str, Seen]]) -> None:
     for phase in PHASES:
         parts = [seen[phase] for seen in rounds]
         intervals, probes = (list(chain(*each)) for each in zip(*parts, strict=True))
-        print(f"{phase}: {Seen(intervals, probes)}")
+        print(f"{what}, {phase}: {Seen(intervals, probes)}")
     p99s = [
         {name: percentile(one.intervals, 0.99) for name, one in seen.items()} for seen in rounds
     ]
-    for phase, base in (("bodies", "alone"), ("elsewhere", "alone"), ("bodies", "elsewhere")):
+    for phase, base in (("here", "alone"), ("elsewhere", "alone"), ("here", "elsewhere")):
         ratios = sorted(one[phase] / one[base] for one in p99s)
         print(
-            f"p99 of {phase} by {base}, round by round: median {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{what}: p99 {phase} by {base}, round by round: median "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
+
+
+async def in_turns(
+    num_rounds: int, alone_s: float, attack: Callable[[str], Awaitable[None]]
+) -> Marks:
+    """attack: "here", or "elsewhere"."""
+    marks: Marks = []
+    for number in range(num_rounds):
+        marks.append({})
+        for phase in PHASES[number % 3 :] + PHASES[: number % 3]:
+            began = time.monotonic()
+            await (asyncio.sleep(alone_s) if phase == "alone" else attack(phase))
+            marks[-1][phase] = began, time.monotonic()
+    return marks
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -193,27 +215,29 @@ async def run(arguments: argparse.Namespace) -> None:
         assert watcher.stdout is not None
         await watcher.stdout.readline()
         made = bodies()  # before anything is timed: it takes a while, on a core that streams need
-        await asyncio.sleep(3.0)
-        marks: list[dict[str, tuple[float, float]]] = []
+        ports = {"here": port, "elsewhere": other_port}
         memory, descriptors = [process.memory_info().rss], [process.num_fds()]
         times: list[tuple[str, float]] = []
-        for number in range(arguments.rounds):
-            marks.append({})
-            for phase in PHASES[number % 3 :] + PHASES[: number % 3]:
-                began = time.monotonic()
-                if phase == "alone":
-                    await asyncio.sleep(arguments.phase_s)
-                while time.monotonic() - began < arguments.phase_s:
-                    sent = await send_bodies(port if phase == "bodies" else other_port, made)
-                    times += sent if phase == "bodies" else []
-                marks[-1][phase] = began, time.monotonic()
+        closed_s: list[float] = []
+
+        async def attack_by_bodies(where: str) -> None:
+            until = time.monotonic() + arguments.phase_s
+            while time.monotonic() < until:
+                sent = await send_bodies(ports[where], made)
+                times.extend(sent if where == "here" else [])
             memory.append(process.memory_info().rss)
+
+        async def attack_by_connections(where: str) -> None:
+            took_s = await hold_connections(ports[where], arguments.connections)
+            if where == "here":
+                closed_s.append(took_s)
+                await asyncio.sleep(SETTLE_S)
+                descriptors.append(process.num_fds())
+
+        await asyncio.sleep(3.0)
+        by_bodies = await in_turns(arguments.rounds, arguments.phase_s, attack_by_bodies)
         print("opening connections", file=sys.stderr)
-        opened_at = time.monotonic()
-        closed_s = await hold_connections(port, arguments.connections)
-        held = opened_at, time.monotonic()
-        await asyncio.sleep(2.0)
-        descriptors.append(process.num_fds())
+        by_connections = await in_turns(arguments.connection_rounds, ALONE_S, attack_by_connections)
         print("reading what was seen", file=sys.stderr)
         output, _ = await watcher.communicate(b"")  # the end of its input
     intervals, probes, num_failed = json.loads(output)
@@ -222,16 +246,27 @@ async def run(arguments: argparse.Namespace) -> None:
         parts = ([s for at, s in all_of if start <= at < end] for all_of in (intervals, probes))
         return Seen(*parts)
 
-    report_rounds([{phase: within(*when) for phase, when in one.items()} for one in marks])
-    slowest = sorted(times, key=lambda one: -one[1])[:3]
-    print(f"{len(times)} bodies; the slowest: " + ", ".join(f"{n} {s:.2f} s" for n, s in slowest))
-    print("memory before, and after each round (MB): ", end="")
-    print(", ".join(f"{one / 1e6:.0f}" for one in memory))
-    print(f"connections: {within(*held)}")
-    print(f"{arguments.connections} of them: all closed after {closed_s:.1f} s; ", end="")
-    print(
-        f"descriptors {descriptors[0]} before, {descriptors[1]} after; {num_failed} streams failed"
-    )
+    def seen(marks: Marks, most_s: float = float("inf")) -> list[dict[str, Seen]]:
+        """most_s: of each phase, only so much."""
+        return [
+            {name: within(start, min(end, start + most_s)) for name, (start, end) in one.items()}
+            for one in marks
+        ]
+
+    if by_bodies:
+        report_rounds("bodies", seen(by_bodies))
+        slowest = sorted(times, key=lambda one: -one[1])[:3]
+        print(f"{len(times)} bodies; the slowest: ", end="")
+        print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest))
+        print("memory before, and after each attack (MB): ", end="")
+        print(", ".join(f"{one / 1e6:.0f}" for one in memory))
+    if by_connections:
+        report_rounds("connections", seen(by_connections))
+        report_rounds("connections, as they open", seen(by_connections, OPENING_S))
+        print(f"{arguments.connections} of them: all closed after ", end="")
+        print(", ".join(f"{one:.1f}" for one in closed_s), end=" s; descriptors ")
+        print(f"{descriptors[0]} before, {descriptors[1:]} after")
+    print(f"{num_failed} streams failed")
 
 
 def main() -> None:
@@ -240,6 +275,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--phase-s", type=float, default=5.0)
+    parser.add_argument("--connection-rounds", type=int, default=3)
     parser.add_argument("--watch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     asyncio.run(run(arguments) if arguments.watch is None else watch(arguments.watch))

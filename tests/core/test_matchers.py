@@ -147,7 +147,9 @@ def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
 def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = make_compiler()
     compiler.load()
-    matcher = matcher_of(grammar='start: "ab" | "cd"')  # of which no masks are kept
+    # Of such a grammar, no mask is kept but the first.
+    matcher = matcher_of(grammar='start: "x" ("ab" | "cd")')
+    assert matcher.accept(encode("x")[0])
     batch_s = [0.0, 0.1, 0.0, 0.1, 0.1, 0.0]
     readings = (at for end in batch_s for at in (0.0, 0.0, 0.0, end))  # of a batch, and of a mask
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
