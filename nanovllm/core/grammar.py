@@ -150,14 +150,9 @@ class Matcher:
 
     def keep_mask(self, mask: Mask) -> None:
         """For others that come to this place. mask: computed just now."""
-        if self.error is not None:
+        if self.place is None or self.place.key is None or self.error is not None:
             return
-        if not self._has_begun:
-            if np.bitwise_count(mask.view(np.uint32)).sum() > 1:  # else a token may be forced
-                self.family.first_mask = mask.copy()
-        elif self.place is None or self.place.key is None:
-            return
-        elif not self._matcher.compute_ff_bytes():  # else it depends on the last token as well
+        if self._has_begun and not self._matcher.compute_ff_bytes():  # else the last token counts
             self.place.kept.keep(self.place.key, mask.copy())
 
     @property
@@ -396,7 +391,11 @@ class GrammarCompiler:
         end = source.wanted.after
         after = None if end is None else FreeText(end.encode(), self._tokenizer)
         place = None if place is None else place.copy()
-        return Matcher(make_matcher(self._tokenizer, source), Family(), after, place)
+        matcher, mask = make_matcher(self._tokenizer, source)
+        words = np.frombuffer(mask, np.int32)[: -(-self._tokenizer.vocab_size // 32)]
+        may_force = np.bitwise_count(words.view(np.uint32)).sum() <= 1
+        family = Family(first_mask=None if may_force else words)
+        return Matcher(matcher, family, after, place)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
         """Compute them beside the caller, who must leave the matchers alone until it is done.

@@ -86,8 +86,8 @@ def read(wanted: StructuredOutputsParams) -> Source:
         raise cannot_be_used(wanted, first_line(str(error))) from None
 
 
-def make_matcher(tokenizer: LLTokenizer, source: Source) -> LLMatcher:
-    """At the beginning of an output, its first mask computed, since that builds most of the lexer.
+def make_matcher(tokenizer: LLTokenizer, source: Source) -> tuple[LLMatcher, bytes]:
+    """At the beginning of an output, with its first mask, whose making builds most of the lexer.
 
     Raises `ValueError` naming the field, if nothing can match it or it is beyond the limits.
     """
@@ -96,13 +96,12 @@ def make_matcher(tokenizer: LLTokenizer, source: Source) -> LLMatcher:
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
         matcher = LLMatcher(tokenizer, source.grammar, log_level=LOG_NOTHING, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
             raise ValueError(matcher.get_error())
     except ValueError as error:
         raise cannot_be_used(source.wanted, first_line(str(error))) from None
-    return matcher
+    return matcher, mask
 
 
 def cannot_be_used(wanted: StructuredOutputsParams, why: str) -> ValueError:

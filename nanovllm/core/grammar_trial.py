@@ -82,7 +82,7 @@ def try_out(tokenizer: "LLTokenizer", wanted: StructuredOutputsParams) -> None:
     Raises `ValueError` if it cannot be compiled or its steps take too long. An output that comes to
     an end, or goes wrong, on the way is not the grammar's fault.
     """
-    matcher = make_matcher(tokenizer, read(wanted))
+    matcher, _ = make_matcher(tokenizer, read(wanted))
     rng = random.Random(0)
     start = time.process_time()
     for _ in range(NUM_TOKENS):

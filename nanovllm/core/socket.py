@@ -65,7 +65,7 @@ class Endpoint:
 
     def receive(self) -> Received | None:
         """Who sent what, or None if nothing has arrived; never blocks."""
-        if not self.socket.get(zmq.EVENTS) & READABLE:  # `Again` would take five times as long
+        if not int(self.socket.get(zmq.EVENTS)) & READABLE:  # `Again` would take five times as long
             return None
         try:
             if self._keys is not None:

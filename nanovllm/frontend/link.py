@@ -99,7 +99,8 @@ class Link:
         try:
             self._send_all()
             for _ in range(BURST):
-                if not self._socket.get(zmq.EVENTS) & READABLE:  # `Again` takes five times as long
+                # To be told so by `Again` would take five times as long.
+                if not int(self._socket.get(zmq.EVENTS)) & READABLE:
                     break
                 frame = self._socket.recv(zmq.NOBLOCK)
                 self.last_heard = time.monotonic()
@@ -141,7 +142,7 @@ class Link:
 
     def _look(self) -> None:
         """Come back for what is possible already: of that, the descriptor will not tell."""
-        if self._socket.get(zmq.EVENTS) & (READABLE | WRITABLE if self._unsent else READABLE):
+        if int(self._socket.get(zmq.EVENTS)) & (READABLE | WRITABLE if self._unsent else READABLE):
             self._come_back()
 
     def _come_back(self) -> None:
