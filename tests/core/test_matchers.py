@@ -48,6 +48,13 @@ def encode(text: str) -> list[int]:
     return Tokenizer.from_str(tokenizer_json()).encode(text).ids
 
 
+def matcher_whose_masks_are_not_kept() -> Matcher:
+    """But for the first, which it is beyond."""
+    matcher = matcher_of(grammar='start: "x" ("ab" | "cd")')
+    assert matcher.accept(encode("x")[0])
+    return matcher
+
+
 def allowed(matcher: Matcher) -> list[int]:
     return allowed_ids(COMPILER.compute_masks([matcher])[0].tobytes())
 
@@ -67,6 +74,34 @@ def test_masks_are_rows_of_one_array_that_is_used_again() -> None:
     assert np.array_equal(many, alone * 6)
 
 
+def test_outputs_that_have_not_begun_share_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kind of grammar it is; but not where a token is forced, nor once they have begun."""
+    made: list[Matcher] = []
+    compute = GrammarCompiler._compute_one_by_one
+
+    def note(self: GrammarCompiler, matchers: list[Matcher], begun: list[int]) -> None:
+        made.extend(matchers[index] for index in begun)
+        compute(self, matchers, begun)
+
+    monkeypatch.setattr(GrammarCompiler, "_compute_one_by_one", note)
+    for wanted, is_forced in (
+        ({"grammar": "start: /[a-z]+/ start?"}, False),
+        ({"json": {"type": ["integer", "string"]}}, False),
+        ({"regex": "(fine|good)[!]"}, False),
+        ({"regex": "fine"}, True),
+    ):
+        grammar = grammar_of(**wanted)
+        made.clear()
+        one, begun = grammar.matcher(), grammar.matcher()
+        first = allowed(one)
+        assert made == ([one] if is_forced else [])
+        assert bool(one.forced_tokens(1)) == is_forced and is_forced == (len(first) == 1)
+        one.family.first_mask = None
+        assert allowed(one) == first and made[-1] is one
+        assert begun.accept(first[-1]) or begun.error is None
+        assert begun.kept_mask is None
+
+
 def test_a_slow_one_is_searched_for_after_a_batch_that_took_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -74,7 +109,7 @@ def test_a_slow_one_is_searched_for_after_a_batch_that_took_long(
     repeated soon: many masks take long together."""
     compiler = make_compiler()
     compiler.load()
-    matchers = [matcher_of(grammar='start: "ab" | "cd"') for _ in range(4)]  # no masks are kept
+    matchers = [matcher_whose_masks_are_not_kept() for _ in range(4)]
 
     def is_searched(batch_s: float, mask_s: float = 0.0) -> bool:
         """Compute a batch that takes so long, and each mask of it, if it is timed, so long."""
@@ -147,9 +182,7 @@ def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
 def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = make_compiler()
     compiler.load()
-    # Of such a grammar, no mask is kept but the first.
-    matcher = matcher_of(grammar='start: "x" ("ab" | "cd")')
-    assert matcher.accept(encode("x")[0])
+    matcher = matcher_whose_masks_are_not_kept()
     batch_s = [0.0, 0.1, 0.0, 0.1, 0.1, 0.0]
     readings = (at for end in batch_s for at in (0.0, 0.0, 0.0, end))  # of a batch, and of a mask
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
