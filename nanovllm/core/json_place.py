@@ -15,7 +15,6 @@ MAX_SPELLED = 20  # bytes of what counts by its spelling: longer ones seldom com
 BLANKS = b" \n\r\t"
 # What comes next. FIRST: a value or the end of an array; OPEN: a name or the end of an object.
 VALUE, FIRST, SCALAR, STRING, OPEN, NEXT, NAME, COLON, AFTER = range(9)
-INSIDE = (SCALAR, STRING, NAME)  # elsewhere, blank space changes nothing
 
 
 class JsonPlace:
@@ -63,9 +62,6 @@ class JsonPlace:
         is_between = self._bounds is not BY_SPELLING and not self._text
         if is_between and text.isascii() and b'"' not in text and b"\\" not in text:
             self._count += len(text)  # most tokens
-            return
-        if self._phase not in INSIDE and not text.strip(BLANKS):
-            self._text = (self._text + text)[: MAX_SPELLED + 1]
             return
         for byte in text:
             if self._is_lost:
