@@ -9,8 +9,10 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from nanovllm.checkpoint.locate import locate
 from tests.dense_models import OLD_SPELLING, TINY_DENSE
 from tests.moe_models import TINY_MOE
 
+TESTS = Path(__file__).parent
 # Head sizes that do not follow from the hidden size, grouped queries, windows shorter than prompts.
 SIZES = {
     "vocab_size": 160,
@@ -133,13 +136,68 @@ SLOW = (
 )
 
 
+# Files whose tests compute for long: each test process begins with some, and none ends with one.
+# What starts engines and looks at when they answer is not among them: that is better spread.
+LONG = (
+    "worker/warmup/test_precompile",
+    "worker/attention/test_triton",
+    "worker/models/test_decoder",
+    "e2e/test_parity",
+    "core/test_property",
+)
+
+
+def share() -> tuple[int, int]:
+    """Which of how many test processes this is; the first of one without xdist."""
+    name = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    return int(name.removeprefix("gw")), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Test processes import tests in orders of their own, each from another place of the list on:
+    where tests have never been run each compiles a part of them, and finds the rest compiled."""
+    index, num_processes = share()
+    if num_processes == 1:
+        return
+    roots = [Path(argument.partition("::")[0]) for argument in session.config.args]
+    files = sorted({path.resolve() for root in roots for path in root.rglob("test_*.py")})
+    first = len(files) * index // num_processes
+    for path in files[first:] + files[:first]:
+        # Whatever goes wrong with it is told when it is collected.
+        with suppress(Exception, pytest.skip.Exception):
+            import_module(".".join(path.relative_to(TESTS.parent).with_suffix("").parts))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What reads a real model is slow, too."""
-    tests = Path(__file__).parent
     for item in items:
-        place = str(item.path.relative_to(tests))
-        if place.startswith(SLOW) or item.get_closest_marker("model"):
+        if place_of(item).startswith(SLOW) or item.get_closest_marker("model"):
             item.add_marker("slow")
+    items[:] = dealt(items, share()[1])
+
+
+def place_of(item: pytest.Item) -> str:
+    return str(item.path.relative_to(TESTS))
+
+
+def dealt(items: list[pytest.Item], num_processes: int) -> list[pytest.Item]:
+    """In an order of which xdist gives each process an equal part, one after the other: each begins
+    with long ones. A process that has nothing left takes some from the end of another's part. Tests
+    of one file stay together, save where a part ends."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(place_of(item), []).append(item)
+    long = [place for start in LONG for place in files if place.startswith(start)]
+    parts: list[list[pytest.Item]] = [[] for _ in range(num_processes)]
+    for index, place in enumerate(long):
+        parts[index % num_processes] += files.pop(place)
+    rest = list(chain.from_iterable(files.values()))
+    for index, part in enumerate(parts):
+        num_left = sum(map(len, parts[index:])) + len(rest)
+        num_more = max(0, num_left // (num_processes - index) - len(part))
+        part += rest[:num_more]
+        del rest[:num_more]
+    return list(chain.from_iterable(parts))
 
 
 def pytest_collection_finish() -> None:
