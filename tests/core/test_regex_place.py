@@ -154,3 +154,23 @@ def test_too_many_places_are_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regex_place, "MAX_SIZE", 10)
     known, unknown = keys_after("(ab|ac){2}", "", "a")
     assert known is not None and unknown is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_read"),
+    [
+        ("a" * regex_place.MAX_CHARS, True),
+        ("a" * (regex_place.MAX_CHARS + 1), False),
+        ("\x7f", True),
+        ("\x80", False),
+        ("(" * 8 + "a" + ")" * 8, True),
+        ("(" * 9 + "a" + ")" * 9, False),
+        ("(a", False),
+        ("a)", False),
+        ("", True),
+    ],
+)
+def test_how_long_and_deep_an_expression_of_the_everyday_kind_may_be(
+    pattern: str, is_read: bool
+) -> None:
+    assert (term_of(pattern) is not None) == is_read

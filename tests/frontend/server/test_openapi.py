@@ -58,6 +58,13 @@ async def test_the_document_describes_every_endpoint(address: str) -> None:
     async with listening(address) as (url, _, _s), httpx.AsyncClient(timeout=WAIT_S) as client:
         document = (await client.get(f"{url}/openapi.json")).json()
     assert set(document["paths"]) == {endpoint.path for endpoint in ENDPOINTS}
+    for endpoint in ENDPOINTS:
+        responses = document["paths"][endpoint.path][endpoint.method.lower()]["responses"]
+        kinds = {"application/json"} if endpoint.answer else set()
+        kinds |= {"text/event-stream"} if endpoint.event else set()
+        assert set(responses["200"]["content"]) == (kinds or {"text/plain"}), endpoint.path
+        statuses = {200, endpoint.also or 200, *endpoint.errors}
+        assert set(responses) == set(map(str, statuses)), endpoint.path
     chat = document["paths"]["/v1/chat/completions"]["post"]
     body = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
     fields = document["components"]["schemas"][body]["properties"]
