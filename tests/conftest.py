@@ -98,7 +98,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(2 * len(os.sched_getaffinity(0)), memory_bytes >> 31))
 
 
-# Rooms and files whose tests start processes, run kernels in an interpreter, or search for faults.
+# Rooms and files whose tests start processes, run kernels in an interpreter, or draw at random.
 SLOW = (
     "e2e/",
     "bench/",
@@ -110,7 +110,10 @@ SLOW = (
     "worker/warmup/",
     "worker/attention/test_triton",
     "worker/attention/test_flash",
+    "worker/attention/test_long_kernel",
     "worker/sampling/test_device",
+    "worker/sampling/test_distribution",
+    "worker/test_pipeline",
     "worker/models/test_parallel",
     "worker/models/test_gguf_families",
     "worker/models/test_native",
@@ -119,6 +122,8 @@ SLOW = (
     "checkpoint/test_fetch",
     "core/test_property",
     "core/test_drain",
+    "core/test_fuzz",
+    "core/test_json_place",
     "core/test_grammar_sandbox",
     "frontend/test_core_life",
     "frontend/server/test_connections",
