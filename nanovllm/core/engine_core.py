@@ -311,7 +311,8 @@ class EngineCore:
             return _joined(early, StepOutputs(failed=failed)), False
         if step is None:
             return early, False
-        return _joined(early, self._submit(step)), True
+        lost = self._submit(step)
+        return (lost if early is None else _joined(early, lost)), True
 
     def _take_result(self, step: ScheduledStep, handle: StepHandle) -> StepOutputs:
         """Wait for a step, and take in what came of it."""

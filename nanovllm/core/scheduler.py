@@ -186,7 +186,7 @@ class Scheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step."""
-        num_prompts = min(len(self.waiting), len(self.free_rows))
+        num_prompts = min(len(self.waiting), len(self.free_rows)) if self.free_rows else 0
         if self._may_have_prompts:  # to count them costs a step of 256 sequences 10 µs
             # `has_computed_prompt`, spelled out: as a property it would be 8 µs more.
             have_prompts = [one.num_computed < one.num_prompt_tokens for one in self.running]
