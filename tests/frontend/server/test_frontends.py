@@ -151,8 +151,11 @@ async def test_they_end_with_their_core(tmp_path: Path, monkeypatch: pytest.Monk
 async def test_a_second_signal_makes_them_hurry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those that live: others have died, and come again."""
     run = Run(tmp_path, "stubborn", monkeypatch)
-    await run.begun(2)
+    for victim in await run.begun(2):
+        os.kill(victim, signal.SIGKILL)
+    await run.begun(4)
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.1)
     assert not run.code.done()

@@ -5,8 +5,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+from nanovllm.frontend.server.bodies import ChatBody
 from nanovllm.frontend.server.reasoning import ThinkSplitter
 from nanovllm.frontend.server.reply_format import ReplyFormat
 from nanovllm.frontend.server.settings import ServerSettings
@@ -315,3 +317,36 @@ def test_the_template_tells_the_format(
 def test_whether_an_answer_begins_with_thoughts(parser: str, prompt: str, thinks: bool) -> None:
     form = ReplyFormat.of(None, ServerSettings(reasoning_parser=parser))  # type: ignore[arg-type]
     assert form.thinks_first(prompt) is thinks
+
+
+FORCED = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("reasons", "tool_choice", "thinks_first", "has_reasoning", "has_calls"),
+    [
+        (False, None, False, False, False),
+        (True, None, False, True, False),
+        (False, "auto", False, False, True),
+        (True, "auto", False, True, True),
+        (True, "none", False, True, False),
+        (False, FORCED, False, False, True),
+        (True, FORCED, False, False, True),  # it is JSON from its first character on
+        (True, FORCED, True, True, True),
+    ],
+)
+def test_what_an_answer_is_parsed_for(
+    reasons: bool, tool_choice: Any, thinks_first: bool, has_reasoning: bool, has_calls: bool
+) -> None:
+    mode = "deepseek_r1" if reasons else "none"
+    form = ReplyFormat.of(None, ServerSettings(reasoning_parser=mode, tool_call_parser="hermes"))
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if tool_choice else {}
+    messages = [{"role": "user", "content": "x"}]
+    body = msgspec.convert({"messages": messages, "tool_choice": tool_choice, **tools}, ChatBody)
+    parser = form.make_parser(body, thinks_first=thinks_first)
+    assert (parser is None) == (not has_reasoning and not has_calls)
+    if parser is not None:
+        assert (parser._splitter is not None, parser._tools is not None) == (
+            has_reasoning,
+            has_calls,
+        )
