@@ -7,6 +7,7 @@ for good, or they keep dying, all end.
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ class Frontends:
     def _on_signal(self) -> None:
         if self._stopping.is_set():  # a second one makes them hurry
             for process in self._processes:
-                process.send_signal(signal.SIGTERM)
+                _send(process, signal.SIGTERM)
         self._stopping.set()
 
     async def _keep_one(self, on_ready: Callable[[], None]) -> int:
@@ -132,6 +133,14 @@ class Frontends:
 
     async def _end_when_told(self, process: asyncio.subprocess.Process) -> None:
         await self._stopping.wait()
-        process.send_signal(signal.SIGTERM)
+        _send(process, signal.SIGTERM)
         await asyncio.sleep(self._setup.settings.shutdown_timeout + KILL_AFTER_S)
-        process.kill()
+        _send(process, signal.SIGKILL)
+
+
+def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Unlike `Process.send_signal` does not look whether it has ended: whoever looks takes the exit
+    code, which asyncio would then never learn."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)

@@ -4,6 +4,7 @@ of them, and by which exit code."""
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,15 @@ async def test_all_are_ready_once_and_one_that_is_killed_comes_again(
 async def test_one_that_fails_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, "fails", monkeypatch)
     assert await run.ended() == 3 and run.num_ready == 0
+
+
+def test_a_signal_that_comes_too_late_leaves_the_exit_code_to_asyncio() -> None:
+    ended: Any = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # only looks
+    module._send(ended, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(ended.pid, 0)[1]) == 3
+    module._send(ended, signal.SIGTERM)  # as when asyncio has not told of it yet
+    ended.returncode = 3
 
 
 async def test_those_that_keep_dying_are_given_up(
