@@ -40,6 +40,8 @@ USAGE_ERROR = 2
 READY_LINE = "ready"
 # What a frontend without a core of its own reads of an engine's settings.
 SUPERVISION_FIELDS = frozenset(SupervisionConfig.__struct_fields__)
+# Between collections: objects more than there were, then collections of the younger generation.
+COLLECTOR = 5_000, 20, 100
 # What else concerns a frontend, be the core its own or not.
 OWN_FIELDS = frozenset({"tokenizer", "tokenizer_revision", "skip_tokenizer_init", "log_level"})
 
@@ -227,9 +229,11 @@ async def _run_frontend(setup: FrontendSetup) -> int:
 
 
 def freeze() -> None:
-    """What is there once the engine is open stays: the collector need not look at it again."""
+    """What is there once the engine is open stays: the collector need not look at it again. And at
+    what comes later it looks seldom: amid thousands of connections that stops all streams."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTOR)
 
 
 async def _when(event: asyncio.Event, run: Callable[[], None]) -> None:

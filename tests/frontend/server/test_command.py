@@ -394,8 +394,9 @@ def test_a_server_logs_to_stderr_what_it_does(
 
 def test_what_is_there_at_the_start_is_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    done: list[str] = []
-    calls = {name: lambda name=name: done.append(name) for name in ("collect", "freeze")}
+    done: list[tuple[object, ...]] = []
+    names = "collect", "freeze", "set_threshold"
+    calls = {name: lambda *values, name=name: done.append((name, *values)) for name in names}
     monkeypatch.setattr(run, "gc", SimpleNamespace(**calls))
     run.freeze()
-    assert done == ["collect", "freeze"]
+    assert done == [("collect",), ("freeze",), ("set_threshold", *run.COLLECTOR)]
