@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -303,6 +303,20 @@ def test_a_failed_start_is_told_with_its_cause(address: str, error: Exception, u
     assert "Traceback" in failure.details
 
 
+def losing_its_device(
+    server: CoreServer, make_executor: Callable[[], FakeExecutor]
+) -> threading.Thread:
+    """One in which the server runs, and must end for want of its device."""
+
+    def run() -> None:
+        with pytest.raises(DeviceLostError):
+            server.run(make_executor)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
 def test_who_greets_a_core_that_has_failed_already_is_told_why(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,12 +328,7 @@ def test_who_greets_a_core_that_has_failed_already_is_told_why(
         failing.set()
         raise DeviceLostError("rank 0 was killed", from_outside=True)
 
-    def run() -> None:
-        with pytest.raises(DeviceLostError):
-            server.run(make_executor)
-
-    thread = threading.Thread(target=run)
-    thread.start()
+    thread = losing_its_device(server, make_executor)
     assert failing.wait(WAIT_S)
     time.sleep(0.1)  # without the wait the core would be gone by then
     client = RawClient(address)
@@ -363,12 +372,7 @@ def test_what_waits_when_the_device_is_lost_gets_no_answer_of_its_own(
     executor = LosingDeviceLater()
     server = CoreServer(EngineConfig(), address)
 
-    def run() -> None:
-        with pytest.raises(DeviceLostError):
-            server.run(lambda: executor)
-
-    thread = threading.Thread(target=run)
-    thread.start()
+    thread = losing_its_device(server, lambda: executor)
     client = RawClient(address)
     client.greet()
     client.send(add(0))
@@ -398,12 +402,7 @@ def test_what_has_ended_before_a_failure_is_told_before_it(address: str) -> None
     executor = LosingDeviceSlowly(EngineConfig(), num_blocks=20, max_model_len=64)
     server = CoreServer(EngineConfig(), address)
 
-    def run() -> None:
-        with pytest.raises(DeviceLostError):
-            server.run(lambda: executor)
-
-    thread = threading.Thread(target=run)
-    thread.start()
+    thread = losing_its_device(server, lambda: executor)
     client = RawClient(address)
     client.greet()
     client.send(msgspec.structs.replace(add(0), deadline_ms=1.0))
