@@ -19,6 +19,9 @@ NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 CUDA = pytest.param("cuda", marks=NEEDS_GPU)
+ON_A_CPU_ALONE = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU Triton's kernels take no tensors of the CPU"
+)
 
 
 class Executor(Protocol):

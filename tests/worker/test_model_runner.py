@@ -26,7 +26,14 @@ from tests.worker.fake_model import (
     reference_logits,
 )
 from tests.worker.kernels import triton_device  # noqa: F401  # mends the interpreter
-from tests.worker.planning import CUDA, make_masks, make_plan, make_rows, new_row
+from tests.worker.planning import (
+    CUDA,
+    ON_A_CPU_ALONE,
+    make_masks,
+    make_plan,
+    make_rows,
+    new_row,
+)
 
 PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
@@ -49,7 +56,10 @@ class LargerGraphs(UncapturedGraphs):
         return max(one for one in self.shapes if one.is_decode == shape.is_decode)
 
 
-@pytest.fixture(params=["cpu", "cpu, padded", "cpu, padded more", CUDA])
+PADDED = [pytest.param(name, marks=ON_A_CPU_ALONE) for name in ("cpu, padded", "cpu, padded more")]
+
+
+@pytest.fixture(params=["cpu", *PADDED, CUDA])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where to run; "padded" runs steps in the shapes of CUDA graphs, "more" in larger ones."""
     graphs = LargerGraphs if request.param.endswith("more") else UncapturedGraphs

@@ -1,11 +1,10 @@
 """The small endpoints: models, tokenizing, version, health and metrics."""
 
-from importlib.metadata import version
-
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm import __version__
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody, blaming
 from nanovllm.frontend.server.endpoint import read, serving_of
@@ -88,7 +87,7 @@ async def detokenize(request: Request) -> Response:
 
 async def show_version(request: Request) -> Response:
     """Of nanovllm."""
-    return JsonAnswer(Version(version("nanovllm")))
+    return JsonAnswer(Version(__version__))
 
 
 async def health(request: Request) -> Response:

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm import __version__
 from nanovllm.frontend.server.replies import ErrorReply
 
 REF = "#/components/schemas/{name}"
@@ -116,7 +116,7 @@ def document(endpoints: Sequence[Endpoint], *, has_keys: bool) -> dict[str, Any]
     components: dict[str, Any] = {"schemas": schemas}
     if has_keys:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    info = {"title": "nanovllm", "version": version("nanovllm")}
+    info = {"title": "nanovllm", "version": __version__}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}
 
 

@@ -278,12 +278,16 @@ def some_of(whole: Experts, first: int, end: int) -> Experts:
 def test_half_precision(num_tokens: int, dtype: torch.dtype) -> None:
     spec = spec_of(Router(renormalizes=True))
     experts = make_experts(spec, dtype)
-    hidden, logits = inputs(spec, num_tokens, dtype)
     wide = widened(experts)
-    exact = TorchKernels().experts(hidden.float(), logits.float(), wide)
-    theirs = TorchKernels().experts(hidden, logits, experts).float()
-    found = TritonKernels().experts(hidden, logits, experts).float()
-    assert (found - exact).norm() <= 1.1 * (theirs - exact).norm()
+    errors = torch.zeros(2)
+    for _ in range(8 if num_tokens == 1 else 1):  # the error of a single token is much by chance
+        hidden, logits = inputs(spec, num_tokens, dtype)
+        exact = TorchKernels().experts(hidden.float(), logits.float(), wide)
+        for index, kernels in enumerate((TorchKernels(), TritonKernels())):
+            found = kernels.experts(hidden, logits, experts).float()
+            errors[index] += (found - exact).square().sum().cpu()
+    theirs, ours = errors.sqrt()
+    assert ours <= 1.1 * theirs
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9, 70])

@@ -213,7 +213,7 @@ def test_fp8_products_with_what_surrounds_them(num_tokens: int) -> None:
     found = KERNELS.mlp(Residual(residual.clone()), norm, gate_up, down, next_norm=norm)
     near(found.hidden, total)
     near(KERNELS.norm_linear(found, norm, gate_up),
-         product(normed(total, weight, EPS), gate_up))  # fmt: skip
+         product(normed(found.hidden, weight, EPS), gate_up))  # fmt: skip
 
 
 def test_keys_and_values_of_an_fp8_cache_stay_in_its_range() -> None:

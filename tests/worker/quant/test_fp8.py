@@ -56,6 +56,9 @@ def test_product(dtype: torch.dtype, bias: bool) -> None:
     assert (out - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch multiplies FP8 by rows on a CPU since 2.12"
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_native_product_means_the_same(bias: bool) -> None:
     """torch multiplies so on a CPU as well, only not faster."""

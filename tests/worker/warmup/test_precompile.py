@@ -120,7 +120,7 @@ def test_what_steps_launch_is_compiled_once(cache: Path, monkeypatch: pytest.Mon
 
     # In FP8, what the first steps launch; and where there is the driver's library, to which an
     # empty one is good enough to link, a C compiler makes what launches it.
-    assert not list(cache.glob("*/*.so"))
+    assert triton_precompile.has_driver() or not list(cache.glob("*/*.so"))
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is not None:
         library, source = cache / "driver" / "libcuda.so.1", cache / "empty.c"
