@@ -62,7 +62,7 @@ SHARED = {
 
 # room → what it may import besides itself and SHARED
 ARROWS = {
-    "": {"frontend"},  # nanovllm/__init__.py: the public names
+    "": {"frontend"},  # nanovllm/__init__.py: the public names, and the version
     "__main__": {"cli"},
     "bench": {"frontend"},
     "chat": {"frontend", "terminal"},
@@ -73,7 +73,7 @@ ARROWS = {
     "executor": {"worker"},
     "flags": set(),
     "frontend": set(),
-    "frontend.server": {"flags", "frontend", "watch"},
+    "frontend.server": {"", "flags", "frontend", "watch"},
     "keys": set(),
     "keywords": set(),
     "launch": {
