@@ -16,13 +16,12 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from nanovllm.keys import CoreKeys
+from nanovllm.protocol.sockets import READABLE, notice_lost_machines
 
 SEND_HIGH_WATER_MARK = 32  # messages per client; then outputs are merged
 RECEIVE_HIGH_WATER_MARK = 256
 LINGER_MS = 1000  # for messages still queued when the core closes
-TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # a machine that vanished says nothing
 AUTHENTICATOR_TIMEOUT_S = 2.0
-READABLE = int(zmq.POLLIN)
 Sent = Literal["sent", "full", "gone"]
 
 
@@ -50,8 +49,7 @@ class Endpoint:
         router.set(zmq.MAXMSGSIZE, max_frame_bytes)  # more, and the sender is disconnected
         if address.startswith("tcp:"):
             router.set(zmq.IPV6, 1)
-            router.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
-            router.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+        notice_lost_machines(router, address)
         try:
             if keys is not None:
                 self._authenticator = _require_keys(router, keys)

@@ -17,12 +17,11 @@ from zmq.utils.monitor import parse_monitor_message
 
 from nanovllm.keys import ClientKeys
 from nanovllm.protocol.messages import FromCore, Outputs, ToCore
+from nanovllm.protocol.sockets import READABLE, WRITABLE, notice_lost_machines
 
 HIGH_WATER_MARK = 1000
 LINGER_MS = 500
 RECONNECT_MS, RECONNECT_MAX_MS = 20, 100  # while the core has not bound its address yet
-TCP_HEARTBEAT_MS, TCP_HEARTBEAT_TIMEOUT_MS = 2000, 10_000  # for machines that vanish
-READABLE, WRITABLE = int(zmq.POLLIN), int(zmq.POLLOUT)
 BURST = 64  # frames taken before others in the event loop have their turn
 
 
@@ -158,9 +157,7 @@ def make_dealer(address: str, keys: ClientKeys | None) -> zmq.Socket[bytes]:
     dealer.set(zmq.LINGER, LINGER_MS)
     dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     dealer.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    if address.startswith("tcp:"):
-        dealer.set(zmq.HEARTBEAT_IVL, TCP_HEARTBEAT_MS)
-        dealer.set(zmq.HEARTBEAT_TIMEOUT, TCP_HEARTBEAT_TIMEOUT_MS)
+    notice_lost_machines(dealer, address)
     if keys is not None:
         dealer.set(zmq.CURVE_PUBLICKEY, keys.public.encode())
         dealer.set(zmq.CURVE_SECRETKEY, keys.secret.encode())
