@@ -5,8 +5,6 @@ far above what applications send; none lets one request take memory or time that
 Frontends check before they send, the core before it queues, for those that did not.
 """
 
-from array import array
-from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -51,28 +49,6 @@ def check_count(name: str, count: int, most: int, what: str) -> None:
     """`ValueError` naming the field and its limit. what: of which there are `count`."""
     if count > most:
         raise ValueError(f"{name} holds {count} {what}: at most {most} are allowed")
-
-
-def check_in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
-    """`ValueError` naming the field if one is outside of [0, vocab_size): ids index tables on the
-    device."""
-    if token_ids and not _are_below(vocab_size, token_ids):
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise ValueError(
-            f"{name} holds {wrong}, which is outside the model's vocabulary: "
-            f"token ids are in [0, {vocab_size})"
-        )
-
-
-def _are_below(limit: int, token_ids: Collection[int]) -> bool:
-    """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
-    import numpy as np  # the command line's help does not wait for it
-
-    try:
-        words = array("I", token_ids)
-    except OverflowError:
-        return False
-    return int(np.frombuffer(words, np.uint32).max()) < limit
 
 
 def check_json(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ one is decoded from a socket. Raises `ValueError` naming the field and what it t
 
 import json
 import math
+from array import array
 from collections.abc import Collection, Sequence
 from copy import copy
 from functools import lru_cache
@@ -30,7 +31,6 @@ from nanovllm.limits import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
     check_count,
-    check_in_vocabulary,
 )
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
@@ -245,6 +245,28 @@ class SamplingParams(
         if self.max_tokens is None:
             return max_model_len
         return min(max_model_len, num_prompt_tokens + self.max_tokens)
+
+
+def check_in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """`ValueError` naming the field if one is outside of [0, vocab_size): ids index tables on the
+    device."""
+    if token_ids and not _are_below(vocab_size, token_ids):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise ValueError(
+            f"{name} holds {wrong}, which is outside the model's vocabulary: "
+            f"token ids are in [0, {vocab_size})"
+        )
+
+
+def _are_below(limit: int, token_ids: Collection[int]) -> bool:
+    """Whether all are in [0, limit). Long prompts wait for this: a third of a loop's time."""
+    import numpy as np  # the command line's help does not wait for it
+
+    try:
+        words = array("I", token_ids)
+    except OverflowError:
+        return False
+    return int(np.frombuffer(words, np.uint32).max()) < limit
 
 
 def _check_counts(params: SamplingParams) -> None:

@@ -17,10 +17,10 @@ from nanovllm.limits import (
     MAX_REQUEST_TOKENS,
     MAX_SALT_CHARS,
     check_count,
-    check_in_vocabulary,
 )
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.sampling_params import check_in_vocabulary
 
 MAX_NUMBER = 2**53  # of a sequence; -1 stands for none in answers
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0

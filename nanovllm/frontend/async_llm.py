@@ -22,10 +22,8 @@ from nanovllm.frontend.inputs import (
     Prompt,
     PromptInput,
     RequestOptions,
+    check_call,
     check_choice,
-    check_options,
-    check_params,
-    check_request,
     checked_messages,
     encode_bad_words,
     make_prompt,
@@ -212,6 +210,7 @@ class AsyncLLM:
         core refused it for now), `EngineDeadError`.
         """
         made = self.make_prompt(prompt)
+        check_call(sampling_params, request_id, options)
         return self._stream(self.prepare(made, sampling_params, request_id, **options))
 
     def chat(
@@ -228,6 +227,7 @@ class AsyncLLM:
         variables = dict(options_and_variables)
         options = {name: variables.pop(name) for name in OPTION_NAMES if name in variables}
         made = self.chat_prompt(messages, **variables)
+        check_call(sampling_params, request_id, options)
         return self._stream(self.prepare(made, sampling_params, request_id, **options))
 
     def apply_chat_template(self, messages: list[Message], **template_variables: Any) -> str:
@@ -310,18 +310,25 @@ class AsyncLLM:
         request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Request:
-        """Check everything and give it a number; nothing is sent yet. Raises `ValueError`."""
+        """Check what only the model's facts tell and give it a number; nothing is sent yet.
+
+        The types of what is passed have been checked, by `check_call` or as fields of an HTTP body.
+        Raises `ValueError`.
+        """
         params = self.get_default_sampling_params() if params is None else params
-        check_params(params)
-        if options or request_id is not None:
-            check_options(request_id, options)
-        check_request(prompt, params, self.info.worker, has_tokenizer=self._tokenizer is not None)
+        worker = self.info.worker
+        most, vocab_size = worker.max_model_len, worker.vocab_size
+        params.check_prompt(prompt.token_ids, most=most, vocab_size=vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(
+                "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
+            )
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
             params = params.with_values(seed=self._seeds.getrandbits(63))
         bad_words = self.encode_bad_words(tuple(params.bad_words))
         if params.allowed_token_ids is not None:
-            check_choice(params, bad_words, self.info.worker)
+            check_choice(params, bad_words, worker)
         number, self._next_number = self._next_number, self._next_number + params.n
         message = AddRequest(
             number, prompt.token_ids, params, bad_words_token_ids=bad_words, **options

@@ -124,17 +124,6 @@ def encode_bad_words(words: Sequence[str], need_tokenizer: NeedTokenizer) -> lis
     return made
 
 
-def check_request(
-    prompt: Prompt, params: SamplingParams, info: WorkerInfo, *, has_tokenizer: bool
-) -> None:
-    """What only the model's facts can tell: lengths and token ids."""
-    params.check_prompt(prompt.token_ids, most=info.max_model_len, vocab_size=info.vocab_size)
-    if params.stop and not has_tokenizer:
-        raise ValueError(
-            "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
-        )
-
-
 def check_choice(params: SamplingParams, bad_words: list[list[int]], info: WorkerInfo) -> None:
     """That there is a first token to sample. bad_words: encoded. Raises `ValueError`."""
     if leaves_nothing(params, bad_words_token_ids=bad_words, eos_token_ids=info.eos_token_ids):
@@ -144,16 +133,18 @@ def check_choice(params: SamplingParams, bad_words: list[list[int]], info: Worke
         )
 
 
-def check_params(params: object) -> None:
-    """Raises `ValueError` with the remedy: what is no `SamplingParams`."""
-    if not isinstance(params, SamplingParams):
+def check_call(params: object, request_id: str | None, options: Mapping[str, Any]) -> None:
+    """What else a caller in Python passes: types that the core could not decode, and would answer
+    with a bad frame. params: None stands for the model's own."""
+    if not isinstance(params, SamplingParams | None):
         remedy = ": write SamplingParams(**params)" if isinstance(params, dict) else ""
         kind = type(params).__name__
         raise ValueError(f"sampling_params must be a SamplingParams, not {kind}{remedy}")
+    if options or request_id is not None:
+        _check_options(request_id, options)
 
 
-def check_options(request_id: str | None, options: RequestOptions) -> None:
-    """Types that the core could not decode, and would answer with a bad frame."""
+def _check_options(request_id: str | None, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in OPTION_NAMES:
             raise ValueError(unknown_name("request option", name, OPTION_NAMES))
@@ -168,7 +159,7 @@ def check_options(request_id: str | None, options: RequestOptions) -> None:
     if request_id is not None and not PRINTABLE.fullmatch(request_id):
         raise ValueError(f"request_id must hold printable ASCII only, not {request_id!r}")
     for name in ("deadline_ms", "ttft_deadline_ms"):
-        limit: Any = options.get(name)
+        limit = options.get(name)
         is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
         if limit is not None and not (is_number and 0 < limit < math.inf):
             raise ValueError(f"{name} must be a number of milliseconds above 0, not {limit!r}")

@@ -21,7 +21,7 @@ from nanovllm.frontend.async_llm import AsyncLLM
 from nanovllm.frontend.chat_template import Message
 from nanovllm.frontend.core_life import ProgressCallback
 from nanovllm.frontend.core_process import CoreHandle
-from nanovllm.frontend.inputs import Prompt, PromptInput, check_params
+from nanovllm.frontend.inputs import Prompt, PromptInput, check_call
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.tokenizer import Tokenizer
@@ -155,9 +155,9 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = _one_each("sampling_params", sampling_params, count)
-        for one in params:
-            check_params(one)
         priorities = _one_each("priority", priority, count)
+        for one, rank in zip(params, priorities, strict=True):
+            check_call(one, None, {"priority": rank})
         with tqdm(total=count, desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
             return self._run(self._gather(prompts, params, priorities, bar.update))
 

@@ -134,6 +134,15 @@ async def test_mistakes_are_told_and_nothing_is_sent(
         assert len(core.all_of(AddRequest)) == 1
 
 
+async def test_stop_strings_need_a_tokenizer(address: str) -> None:
+    with FakeCore(address, echo) as core:
+        async with await AsyncLLM.connect(address, skip_tokenizer_init=True) as llm:
+            with pytest.raises(ValueError, match=r"stop strings need a tokenizer.*stop_token_ids"):
+                await last_of(llm.generate([1], SamplingParams(stop="x")))
+            await last_of(llm.generate([1], SamplingParams(stop_token_ids=[2])))
+            assert len(core.all_of(AddRequest)) == 1
+
+
 async def test_a_live_request_id_cannot_be_used_again(address: str) -> None:
     async with attached(address) as (llm, core):
         first = asyncio.create_task(last_of(llm.generate("a", request_id="same")))

@@ -137,7 +137,7 @@ def test_texts_are_encoded_as_they_are_asked_to_be(monkeypatch: pytest.MonkeyPat
 
 def test_bodies_are_checked_behind_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that comes in part is none."""
-    trial = msgspec.msgpack.encode(Trial("CompletionBody", BodyFacts(INFO, None, True)))
+    trial = msgspec.msgpack.encode(Trial("CompletionBody", BodyFacts(INFO, None)))
     program = Program(body_trial, monkeypatch)
     found = program.answers(trial, b'{"prompt": "x"}', trial, b'{"prompt": 1.5}', trial)
     good, bad = (msgspec.msgpack.decode(one, type=Refusal | None) for one in found)

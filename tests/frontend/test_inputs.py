@@ -8,14 +8,13 @@ import pytest
 from nanovllm.frontend import inputs
 from nanovllm.frontend.inputs import (
     Prompt,
-    check_request,
     checked_messages,
     encode_bad_words,
     make_prompt,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.sampling_params import SamplingParams
-from tests.frontend.fake_core import INFO, MAX_MODEL_LEN, VOCAB_SIZE
+from tests.frontend.fake_core import MAX_MODEL_LEN, VOCAB_SIZE
 from tests.frontend.vocabulary import byte_tokenizer
 
 
@@ -87,19 +86,14 @@ def test_what_this_model_cannot_do(
     token_ids: list[int], params: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        check_request(Prompt(None, token_ids), SamplingParams(**params), INFO, has_tokenizer=True)
+        SamplingParams(**params).check_prompt(token_ids, most=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
 
 
 def test_what_fits_or_is_cut_to_what_fits() -> None:
     for params in ({"max_tokens": 4}, {"max_tokens": None}, {"max_tokens": 5000}):
         made = SamplingParams(**params, allowed_token_ids=[0, VOCAB_SIZE - 1])
-        check_request(Prompt(None, [0] * 60), made, INFO, has_tokenizer=True)
-        check_request(Prompt(None, [0] * (MAX_MODEL_LEN - 1)), made, INFO, has_tokenizer=True)
-
-
-def test_stop_strings_need_a_tokenizer() -> None:
-    with pytest.raises(ValueError, match="stop_token_ids"):
-        check_request(Prompt(None, [1]), SamplingParams(stop="x"), INFO, has_tokenizer=False)
+        for num_tokens in (60, MAX_MODEL_LEN - 1):
+            made.check_prompt([0] * num_tokens, most=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
 
 
 def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:

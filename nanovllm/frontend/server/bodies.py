@@ -145,7 +145,7 @@ class GenerationBody(Body):
     structured_outputs: StructuredOutputs | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    priority: int | None = None
+    priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     request_id: RequestId | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     return_token_ids: bool | None = None

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from nanovllm.frontend.child_process import ChildProcess, receive, send
-from nanovllm.frontend.inputs import Prompt, check_request
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import (
     Body,
@@ -31,7 +30,7 @@ from nanovllm.frontend.server.bodies import (
     blaming,
     decoded,
 )
-from nanovllm.frontend.server.prompts import batch_of, check_conversation, refusal_of_length
+from nanovllm.frontend.server.prompts import batch_of, refusal_of_length
 from nanovllm.frontend.server.sampling import chat_params, completion_params, constraint_of
 from nanovllm.limits import (
     MAX_JSON_DIGITS,
@@ -39,6 +38,8 @@ from nanovllm.limits import (
     MAX_JSON_LISTS,
     MAX_JSON_TEXTS,
     MAX_JSON_VALUES,
+    MAX_PROMPT_CHARS,
+    check_count,
 )
 from nanovllm.protocol.plan import WorkerInfo
 
@@ -57,7 +58,6 @@ class BodyFacts(msgspec.Struct, frozen=True):
 
     worker: WorkerInfo
     most_chars: int | None
-    has_tokenizer: bool
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
@@ -94,12 +94,23 @@ def check(content: bytes, kind: type[Body], facts: BodyFacts) -> None:
                 if refusal is not None:
                     raise refusal
             else:
-                prompt = Prompt(None, contents[0])
-                check_request(prompt, params, facts.worker, has_tokenizer=facts.has_tokenizer)
+                most, vocab_size = facts.worker.max_model_len, facts.worker.vocab_size
+                params.check_prompt(contents[0], most=most, vocab_size=vocab_size)
         elif isinstance(body, ChatBody | TokenizeBody):
             check_conversation(body)
             if isinstance(body, GenerationBody):
                 chat_params(body, constraint_of(body), defaults)
+
+
+def check_conversation(body: ChatBody | TokenizeBody) -> None:
+    """That its messages are not too long together. Raises `ValueError`. (Shorter bodies than those
+    that are tried here have no room for so many characters.)"""
+    size = 0
+    for message in body.messages or ():
+        content = message.content or message.refusal or ""
+        parts = [content] if isinstance(content, str) else content
+        size += sum(len(part if isinstance(part, str) else part.text or "") for part in parts)
+    check_count("messages", size, MAX_PROMPT_CHARS, "characters")
 
 
 def excess(content: bytes) -> str | None:

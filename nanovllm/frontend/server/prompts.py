@@ -49,7 +49,6 @@ async def chat_prompt(
     most_tokens: that a model takes, if a longer prompt is of no use.
     """
     messages, variables = template_input(tokenizer, body)
-    check_conversation(body)
     render: Callable[..., str] = Tokenizer.apply_chat_template
     if body.continue_final_message:
         render = _open_ended_prompt
@@ -59,16 +58,6 @@ async def chat_prompt(
         raise refusal
     add = bool(body.add_special_tokens)
     return Prompt(text, await encoded(tokenizer, text, add_special_tokens=add))
-
-
-def check_conversation(body: ChatBody | TokenizeBody) -> None:
-    """That its messages are not too long together. Raises `ValueError`."""
-    size = 0
-    for message in body.messages or ():
-        content = message.content or message.refusal or ""
-        parts = [content] if isinstance(content, str) else content
-        size += sum(len(part if isinstance(part, str) else part.text or "") for part in parts)
-    check_count("messages", size, MAX_PROMPT_CHARS, "characters")
 
 
 async def text_prompts(

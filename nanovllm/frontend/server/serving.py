@@ -172,7 +172,7 @@ class Serving:
         """What large bodies are checked against."""
         tokenizer = self.llm.tokenizer
         most_chars = None if tokenizer is None else tokenizer.most_chars
-        return BodyFacts(self.llm.info.worker, most_chars, tokenizer is not None)
+        return BodyFacts(self.llm.info.worker, most_chars)
 
     @property
     def engine_view(self) -> EngineView | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nanovllm.frontend.server.api_keys import ApiKey, ApiKeys, read_keys
+from nanovllm.limits import MAX_NAME_CHARS
 from nanovllm.protocol.messages import AddRequest
 from tests.frontend.server.served import served
 
@@ -87,3 +88,19 @@ async def test_tenants_and_salts(
             metrics = (await server.client.get("/metrics")).text
             assert 'nanovllm:api_key_requests_total{key="ann"} 1.0' in metrics
     assert "Bearer" not in caplog.text
+
+
+async def test_a_salt_of_the_longest_kind_has_room_for_the_name_of_a_key(
+    address: str, tmp_path: Path
+) -> None:
+    path, salt = str(key_file(tmp_path, "ann A\nbob B")), "s" * MAX_NAME_CHARS
+    async with served(address, api_key_file=path) as server:
+        for status, given in ((200, salt), (400, salt + "s")):
+            answer = await server.client.post(
+                "/v1/completions",
+                headers={"authorization": "Bearer A"},
+                json={"prompt": "hi", "cache_salt": given},
+            )
+            assert answer.status_code == status, answer.text
+        (asked,) = server.core.all_of(AddRequest)
+        assert asked.cache_salt == f"ann\n{salt}"

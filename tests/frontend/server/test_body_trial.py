@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nanovllm.frontend.server import endpoint
+from nanovllm.frontend.server import body_trial, endpoint
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.bodies import ChatBody, CompletionBody
+from nanovllm.frontend.server.bodies import ChatBody, CompletionBody, TokenizeBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials, check
 from nanovllm.frontend.server.endpoint import LONG_BODY, MANY_LISTS, takes_long
 from nanovllm.protocol.messages import AddRequest
@@ -31,7 +31,7 @@ WORKER = WorkerInfo(
     vocab_size=100,
     eos_token_ids=[0],
 )
-FACTS = BodyFacts(WORKER, most_chars=4, has_tokenizer=True)
+FACTS = BodyFacts(WORKER, most_chars=4)
 PAD = b" " * LONG_BODY  # makes a body large, and asks for nothing
 
 
@@ -129,6 +129,21 @@ def test_what_cannot_be_good_does_not(kind: Any, fields: dict[str, Any], told: s
     with pytest.raises(endpoint.ApiError, match=told) as refusal:
         check(body(**fields), kind, FACTS)
     assert refusal.value.status == 400
+
+
+def test_all_messages_together_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their words stand in. A body that is not tried has no room for so many."""
+    assert body_trial.MAX_PROMPT_CHARS > LONG_BODY
+    monkeypatch.setattr(body_trial, "MAX_PROMPT_CHARS", 5)
+    parts = {"role": "user", "content": ["b", {"type": "text", "text": "cd"}, {"type": "x"}]}
+    refusal = {"role": "assistant", "refusal": "e"}
+    fits = [{"role": "user", "content": "a"}, parts, refusal, {"role": "assistant"}]
+    more = [*fits, {"role": "user", "content": "fg"}]
+    for kind in (ChatBody, TokenizeBody):
+        check(body(messages=fits), kind, FACTS)
+        with pytest.raises(ApiError, match="messages holds 7 characters: at most 5") as error:
+            check(body(messages=more), kind, FACTS)
+        assert (error.value.status, error.value.details.param) == (400, "messages")
 
 
 async def test_closing_ends_the_process_and_does_not_wait_for_a_body() -> None:

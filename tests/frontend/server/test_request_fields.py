@@ -257,24 +257,8 @@ def test_what_the_output_cannot_be(fields: dict[str, Any], field: str, words: st
 # ---- prompts
 
 
-@pytest.fixture
-def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_texts_of_a_batch_together_have_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_PROMPT_CHARS", 5)
-
-
-@pytest.mark.usefixtures("short_limit")
-def test_all_messages_together_have_a_length() -> None:
-    """Whatever their words stand in."""
-    parts = {"role": "user", "content": ["b", {"type": "text", "text": "cd"}, {"type": "x"}]}
-    refusal = {"role": "assistant", "refusal": "e"}
-    fits = [{"role": "user", "content": "a"}, parts, refusal, {"role": "assistant"}]
-    prompts.check_conversation(chat(messages=fits))
-    with pytest.raises(ValueError, match="messages holds 7 characters: at most 5"):
-        prompts.check_conversation(chat(messages=[*fits, USER]))
-
-
-@pytest.mark.usefixtures("short_limit")
-def test_all_texts_of_a_batch_together_have_a_length() -> None:
     assert prompts.batch_of(completion(prompt=["abc", [1, 2, 3], "de"])) == (
         ["abc", [1, 2, 3], "de"],
         5,
