@@ -123,8 +123,9 @@ class Deadlines:
 def check_request(request: AddRequest, info: WorkerInfo) -> None:
     """Everything that does not depend on what else runs."""
     params, num_outputs, most = request.params, len(request.output_token_ids), info.max_model_len
-    num_copied = params.n * (len(request.prompt_token_ids) + num_outputs)
-    check_count("prompt_token_ids", num_copied, MAX_REQUEST_TOKENS, "tokens times n")
+    if params.n > 1:  # one alone holds less than max_model_len
+        num_copied = params.n * (len(request.prompt_token_ids) + num_outputs)
+        check_count("prompt_token_ids", num_copied, MAX_REQUEST_TOKENS, "tokens times n")
     params.check_prompt(
         request.prompt_token_ids, num_outputs=num_outputs, most=most, vocab_size=info.vocab_size
     )
