@@ -1,7 +1,7 @@
 """POST /v1/chat/completions.
 
-The whole path of a chat request over HTTP: body → prompt and parameters → `Generation` → message or
-events. Words, reasoning and tool calls are told apart by `reply_format.ReplyParser`.
+The whole path of a chat request over HTTP: body → prompt and parameters → `RequestOutputs` →
+message or events. Words, reasoning and tool calls are told apart by `reply_format.ReplyParser`.
 """
 
 import time
@@ -17,7 +17,14 @@ from starlette.responses import Response
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import ChatBody
-from nanovllm.frontend.server.endpoint import generated, most_tokens, options_of, usage_of
+from nanovllm.frontend.server.endpoint import (
+    TextEvents,
+    event,
+    generated,
+    most_tokens,
+    options_of,
+    usage_of,
+)
 from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.prompts import chat_prompt, truncated
 from nanovllm.frontend.server.reasoning import CLOSE
@@ -37,9 +44,8 @@ from nanovllm.frontend.server.replies import (
     Usage,
 )
 from nanovllm.frontend.server.reply_format import ReplyFormat, ReplyParser
-from nanovllm.frontend.server.responses import TextEvents, event
 from nanovllm.frontend.server.sampling import chat_params, constraint_of
-from nanovllm.frontend.server.serving import Generation, Serving
+from nanovllm.frontend.server.serving import RequestOutputs, Serving
 from nanovllm.frontend.server.tool_parsers.pieces import (
     CallArguments,
     CallBegin,
@@ -74,12 +80,10 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
     if form.keeps_special_tokens and parsers[0] is not None:
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     options = options_of(body, "chatcmpl", headers, constraint)
-    generation = serving.begin(truncated(prompt, body.truncate_prompt_tokens), params, options)
+    outputs = serving.begin(truncated(prompt, body.truncate_prompt_tokens), params, options)
     names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
     choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]
-    return ChatAnswer(
-        options.request_id, serving.model_name, body, generation, choices, form, names
-    )
+    return ChatAnswer(options.request_id, serving.model_name, body, outputs, choices, form, names)
 
 
 @dataclass(slots=True)
@@ -101,7 +105,7 @@ class ChatAnswer:
     request_id: str
     model: str
     body: ChatBody
-    generation: Generation
+    outputs: RequestOutputs
     choices: list[ChoiceState]
     form: ReplyFormat
     names: TokenNames
@@ -111,7 +115,7 @@ class ChatAnswer:
 
     async def whole(self) -> ChatCompletion:
         last: RequestOutput | None = None
-        async for output in self.generation:
+        async for output in self.outputs:
             last = output
         assert last is not None
         prompt_ids, prompt_lps = last.prompt_token_ids, last.prompt_logprobs
@@ -164,7 +168,7 @@ class ChatAnswer:
         with_usage = options is not None and options.include_usage
         usage: MaybeUsage = None if with_usage else UNSET
         last: RequestOutput | None = None
-        async for output in self.generation:
+        async for output in self.outputs:
             last = output
             if continuous:
                 usage = usage_of([output])

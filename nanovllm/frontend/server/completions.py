@@ -20,7 +20,14 @@ from starlette.responses import Response
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import CompletionBody, blaming
-from nanovllm.frontend.server.endpoint import generated, most_tokens, options_of, usage_of
+from nanovllm.frontend.server.endpoint import (
+    TextEvents,
+    event,
+    generated,
+    most_tokens,
+    options_of,
+    usage_of,
+)
 from nanovllm.frontend.server.logprobs import (
     TextOffsets,
     TokenEntry,
@@ -37,9 +44,8 @@ from nanovllm.frontend.server.replies import (
     FinishReasonName,
     Usage,
 )
-from nanovllm.frontend.server.responses import TextEvents, event
 from nanovllm.frontend.server.sampling import completion_params, constraint_of
-from nanovllm.frontend.server.serving import Generation, Serving
+from nanovllm.frontend.server.serving import RequestOutputs, Serving
 
 
 async def completions(request: Request) -> Response:
@@ -56,7 +62,7 @@ async def _prepare(
     tokenizer = serving.llm.tokenizer
     options = options_of(body, "cmpl", headers, constraint)
     texts: list[str | None] = []
-    generations: dict[int, Generation] = {}
+    generations: dict[int, RequestOutputs] = {}
     refusals: dict[int, ApiError] = {}
     most = most_tokens(serving, body)
     for index, prompt in enumerate(await text_prompts(tokenizer, body, most)):
@@ -99,7 +105,7 @@ class CompletionAnswer:
     body: CompletionBody
     texts: list[str | None]
     names: TokenNames
-    generations: dict[int, Generation]
+    generations: dict[int, RequestOutputs]
     refusals: dict[int, ApiError]
     created: int = field(default_factory=lambda: int(time.time()))
     choices: dict[int, ChoiceState] = field(default_factory=dict)
@@ -246,7 +252,7 @@ def _finish_reason(completion: CompletionOutput) -> FinishReasonName | None:
     return reason
 
 
-async def _last(generation: Generation) -> RequestOutput:
+async def _last(generation: RequestOutputs) -> RequestOutput:
     last: RequestOutput | None = None
     async for output in generation:
         last = output
@@ -254,7 +260,7 @@ async def _last(generation: Generation) -> RequestOutput:
     return last
 
 
-async def _gather(generations: Sequence[Generation]) -> list[RequestOutput]:
+async def _gather(generations: Sequence[RequestOutputs]) -> list[RequestOutput]:
     """The last outputs of all; the first failure ends the others."""
     if len(generations) == 1:
         return [await _last(generations[0])]
@@ -266,7 +272,7 @@ async def _gather(generations: Sequence[Generation]) -> list[RequestOutput]:
 
 
 async def _merged(
-    generations: Sequence[Generation],
+    generations: Sequence[RequestOutputs],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of all, each with its index, as they come. The first failure ends all.
 
@@ -278,7 +284,7 @@ async def _merged(
         return
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(maxsize=1)
 
-    async def pump(index: int, generation: Generation) -> None:
+    async def pump(index: int, generation: RequestOutputs) -> None:
         try:
             async for output in generation:
                 await queue.put((index, output))

@@ -14,8 +14,7 @@ from starlette.responses import Response
 from nanovllm.frontend.errors import NotAllowedError
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import PaceBody
-from nanovllm.frontend.server.endpoint import read, serving_of
-from nanovllm.frontend.server.responses import EventStream, JsonAnswer, event
+from nanovllm.frontend.server.endpoint import EventStream, JsonAnswer, event, read, serving_of
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.watch.events import BlockDetails, PaceEvent
 

@@ -7,10 +7,9 @@ from starlette.responses import Response
 from nanovllm import __version__
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import DetokenizeBody, TokenizeBody, blaming
-from nanovllm.frontend.server.endpoint import read, serving_of
+from nanovllm.frontend.server.endpoint import JsonAnswer, read, serving_of
 from nanovllm.frontend.server.prompts import aside_if_long, chat_prompt, encoded
 from nanovllm.frontend.server.replies import ApiRoot, ModelCard, ModelList, Text, Tokens, Version
-from nanovllm.frontend.server.responses import JsonAnswer
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.frontend.tokenizer import Tokenizer
 

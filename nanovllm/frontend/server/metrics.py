@@ -1,12 +1,11 @@
 """Prometheus metrics under vLLM's names, with the prefix `nanovllm:`.
 
 The core's own counters come from its `CoreStatus`, so they are equal from every frontend. What HTTP
-clients saw is measured here, and summed over all processes of `--frontends` by prometheus_client's
-multiprocess mode (`PROMETHEUS_MULTIPROC_DIR`, set before this module is imported).
+clients saw is measured in `serving.py`, and summed over all processes of `--frontends` by
+prometheus_client's multiprocess mode (`PROMETHEUS_MULTIPROC_DIR`, set before this is imported).
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
@@ -20,9 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.protocol.messages import CoreStatus, Welcome
-from nanovllm.sampling_params import SamplingParams
 
 LABELS = ("model_name", "engine")
 TTFT_BUCKETS = (
@@ -157,50 +154,3 @@ class CoreCollector:
 
 def _share_used(status: CoreStatus) -> float:
     return (status.num_blocks - status.num_free_blocks) / max(1, status.num_blocks)
-
-
-class RequestTimes:
-    """Measures one request as its outputs come."""
-
-    __slots__ = ("_inter_token", "_labels", "_last", "_metrics", "_started")
-
-    def __init__(self, metrics: ServerMetrics, model: str) -> None:
-        self._metrics = metrics
-        self._labels = (model, "0")
-        self._inter_token = metrics.inter_token.labels(*self._labels)
-        self._started = time.perf_counter()
-        self._last: float | None = None
-
-    def on_output(self, output: RequestOutput, params: SamplingParams) -> None:
-        """In the order in which the client gets them."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self._inter_token.observe(now - self._last)
-        elif params.output_kind == "delta":
-            self._metrics.ttft.labels(*self._labels).observe(now - self._started)
-        self._last = now
-        if output.finished:
-            self._on_finish(output, params, now - self._started)
-
-    def _on_finish(self, output: RequestOutput, params: SamplingParams, seconds: float) -> None:
-        metrics, labels, times = self._metrics, self._labels, output.metrics
-        if times.first_token_time is not None and times.finished_time is not None:
-            if params.output_kind != "delta":
-                first_s = times.first_token_time - times.arrival_time
-                metrics.ttft.labels(*labels).observe(max(0.0, first_s))
-            num_later = times.num_generation_tokens // params.n - 1
-            if num_later > 0:
-                later_s = times.finished_time - times.first_token_time
-                metrics.per_token.labels(*labels).observe(max(0.0, later_s) / num_later)
-        if times.queued_ms is not None:
-            metrics.queue_time.labels(*labels).observe(times.queued_ms / 1e3)
-        metrics.latency.labels(*labels).observe(seconds)
-        metrics.prompt_tokens.labels(*labels).observe(len(output.prompt_token_ids))
-        metrics.generation_tokens.labels(*labels).observe(times.num_generation_tokens)
-        metrics.params_n.labels(*labels).observe(params.n)
-        if params.max_tokens is not None:
-            metrics.params_max_tokens.labels(*labels).observe(params.max_tokens)
-        metrics.cached.labels(*labels).inc(output.num_cached_tokens or 0)
-        for completion in output.outputs:
-            if completion.finish_reason is not None:
-                metrics.success.labels(*labels, completion.finish_reason).inc()

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -23,7 +23,7 @@ from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_
 from nanovllm.frontend.server.api_keys import ANONYMOUS
 from nanovllm.frontend.server.bodies import GenerationBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials
-from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
+from nanovllm.frontend.server.metrics import ServerMetrics
 from nanovllm.frontend.server.replies import Health
 from nanovllm.frontend.server.reply_format import ReplyFormat
 from nanovllm.frontend.server.settings import ServerSettings
@@ -33,8 +33,9 @@ from nanovllm.watch.events import EngineView
 from nanovllm.watch.feed import EngineFeed
 
 if TYPE_CHECKING:
-    from nanovllm.frontend.server.tracing import RequestSpan, Tracing
+    from nanovllm.frontend.server.tracing import Tracing
 
+RequestOutputs = AsyncIterable[RequestOutput]  # of one request
 Opener = Callable[[ProgressCallback], Awaitable[AsyncLLM]]
 State = Literal["loading", "ready", "draining", "dead"]
 WATCH_INTERVAL_S = 0.25
@@ -221,15 +222,15 @@ class Serving:
         finally:
             self.num_requests -= 1
 
-    def begin(self, prompt: Prompt, params: SamplingParams, options: Options) -> "Generation":
+    def begin(self, prompt: Prompt, params: SamplingParams, options: Options) -> RequestOutputs:
         """Check everything; the request starts when the result is iterated. `ValueError`."""
         llm = self.llm
         request = llm.prepare(prompt, params, options.request_id, **options.how)
         times = RequestTimes(self.metrics, self.model_name)
-        span = None
-        if self.tracing is not None:
-            span = self.tracing.begin(options.request_id, self.model_name, params, options.headers)
-        return Generation(llm, request, times, self._live, span, options.constrained_by)
+        outputs = Generation(llm, request, times, self._live, options.constrained_by)
+        if self.tracing is None:
+            return outputs
+        return self.tracing.traced(outputs, request, self.model_name, options.headers)
 
 
 class Callers:
@@ -260,44 +261,81 @@ class Generation:
 
     _llm: AsyncLLM
     _request: Request
-    _times: RequestTimes
+    _times: "RequestTimes"
     _live: set[str]
-    _span: "RequestSpan | None"
     _constrained_by: str | None = None
 
     async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
         """Raises `ApiError` if the request ends in a way that the client has not asked for."""
         request, output = self._request, None
-        error: BaseException | None = None
         params, request_id = request.params, request.request_id
+        if request_id in self._live:
+            raise refused("request_id", "is in use: choose another, or wait for its answer")
+        self._llm.submit(request)
+        self._live.add(request_id)
         try:
-            if request_id in self._live:
-                raise refused("request_id", "is in use: choose another, or wait for its answer")
-            self._llm.submit(request)
-            self._live.add(request_id)
-            try:
-                while output is None or not output.finished:
-                    output = await request.next_output()
-                    self._times.on_output(output, params)
-                    for completion in output.outputs:
-                        if completion.finish_reason not in ANSWERED:
-                            raise from_finish(str(completion.finish_reason))
-                    yield output
-            finally:
-                self._llm.discard(request)
-                self._live.discard(request_id)
+            while output is None or not output.finished:
+                output = await request.next_output()
+                self._times.on_output(output, params)
+                for completion in output.outputs:
+                    if completion.finish_reason not in ANSWERED:
+                        raise from_finish(str(completion.finish_reason))
+                yield output
         except RequestFailedError as failure:
-            error = failure
             if self._constrained_by is None or failure.cause != "grammar":
                 raise
             # Schemas and grammars are compiled in the core: what is wrong with them comes back so.
             raise from_constraint(str(failure), self._constrained_by) from None
-        except BaseException as caught:
-            error = caught
-            raise
         finally:
-            if self._span is not None:
-                self._span.end(output, error)
+            self._llm.discard(request)
+            self._live.discard(request_id)
+
+
+class RequestTimes:
+    """Measures one request as its outputs come."""
+
+    __slots__ = ("_inter_token", "_labels", "_last", "_metrics", "_started")
+
+    def __init__(self, metrics: ServerMetrics, model: str) -> None:
+        self._metrics = metrics
+        self._labels = (model, "0")
+        self._inter_token = metrics.inter_token.labels(*self._labels)
+        self._started = time.perf_counter()
+        self._last: float | None = None
+
+    def on_output(self, output: RequestOutput, params: SamplingParams) -> None:
+        """In the order in which the client gets them."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._inter_token.observe(now - self._last)
+        elif params.output_kind == "delta":
+            self._metrics.ttft.labels(*self._labels).observe(now - self._started)
+        self._last = now
+        if output.finished:
+            self._on_finish(output, params, now - self._started)
+
+    def _on_finish(self, output: RequestOutput, params: SamplingParams, seconds: float) -> None:
+        metrics, labels, times = self._metrics, self._labels, output.metrics
+        if times.first_token_time is not None and times.finished_time is not None:
+            if params.output_kind != "delta":
+                first_s = times.first_token_time - times.arrival_time
+                metrics.ttft.labels(*labels).observe(max(0.0, first_s))
+            num_later = times.num_generation_tokens // params.n - 1
+            if num_later > 0:
+                later_s = times.finished_time - times.first_token_time
+                metrics.per_token.labels(*labels).observe(max(0.0, later_s) / num_later)
+        if times.queued_ms is not None:
+            metrics.queue_time.labels(*labels).observe(times.queued_ms / 1e3)
+        metrics.latency.labels(*labels).observe(seconds)
+        metrics.prompt_tokens.labels(*labels).observe(len(output.prompt_token_ids))
+        metrics.generation_tokens.labels(*labels).observe(times.num_generation_tokens)
+        metrics.params_n.labels(*labels).observe(params.n)
+        if params.max_tokens is not None:
+            metrics.params_max_tokens.labels(*labels).observe(params.max_tokens)
+        metrics.cached.labels(*labels).inc(output.num_cached_tokens or 0)
+        for completion in output.outputs:
+            if completion.finish_reason is not None:
+                metrics.success.labels(*labels, completion.finish_reason).inc()
 
 
 def read_template(file: str | None) -> str | None:

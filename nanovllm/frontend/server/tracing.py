@@ -7,8 +7,9 @@ background: a collector that is slow or gone delays nobody.
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
@@ -20,6 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nanovllm.frontend.outputs import RequestOutput
+from nanovllm.frontend.request import Request
 from nanovllm.sampling_params import SamplingParams
 
 SPAN_NAME = "llm_request"
@@ -66,6 +68,17 @@ class Tracing:
         )
         return RequestSpan(span)
 
+    def traced(
+        self,
+        outputs: AsyncIterable[RequestOutput],
+        request: Request,
+        model: str,
+        headers: Mapping[str, str],
+    ) -> "TracedOutputs":
+        """The outputs of a request that arrives now. model, headers: see `begin`."""
+        span = self.begin(request.request_id, model, request.params, headers)
+        return TracedOutputs(outputs, span)
+
     async def close(self) -> None:
         """Send what waits, but do not wait for a collector that does not answer."""
         with suppress(TimeoutError):
@@ -89,6 +102,26 @@ class RequestSpan:
         elif error is not None:
             self._span.set_status(Status(StatusCode.ERROR, "aborted: the client has left"))
         self._span.end()
+
+
+@dataclass(slots=True)
+class TracedOutputs:
+    """Outputs of a request, passed on as they come; the span ends as they do."""
+
+    outputs: AsyncIterable[RequestOutput]
+    span: RequestSpan
+
+    async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        last: RequestOutput | None = None
+        error: BaseException | None = None
+        try:
+            async for last in self.outputs:
+                yield last
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.span.end(last, error)
 
 
 def _attributes_of(output: RequestOutput) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from nanovllm.frontend.server import metrics as module
-from nanovllm.frontend.server.metrics import RequestTimes, ServerMetrics
+from nanovllm.frontend.server import serving
+from nanovllm.frontend.server.metrics import ServerMetrics
+from nanovllm.frontend.server.serving import RequestTimes
 from nanovllm.protocol.messages import CoreStatus, FinishReason
 from nanovllm.sampling_params import SamplingParams
 from tests.frontend.fake_core import STATUS, WELCOME
@@ -56,7 +57,7 @@ OF_ANY_KIND: dict[str, tuple[float, float] | float] = {
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_request_is_measured(monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
     clock = SimpleNamespace(now=50.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(serving, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     metrics = ServerMetrics(lambda: None)
     params = SamplingParams(n=2, max_tokens=7, output_kind="delta" if streams else "final_only")
     times = RequestTimes(metrics, "m")

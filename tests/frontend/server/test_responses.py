@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from nanovllm.frontend.server import run
-from nanovllm.frontend.server.responses import until_disconnect
+from nanovllm.frontend.server.endpoint import until_disconnect
 from nanovllm.frontend.server.serving import Serving
 from nanovllm.protocol.messages import Abort, AddRequest, Finished, Outputs
 from tests.frontend.attached import settled
