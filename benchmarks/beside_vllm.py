@@ -68,7 +68,12 @@ MODELS = {
         "qwen3-0.6b",
         30,
         "decode_bs1,decode_bs3,decode_bs8,decode_bs64,pages32,short128,long8,prefill,nano256,"
-        f"skewed600,ask_nobody,{ONE_OF_64},ask_all_penalties,ask_all_bias,ask_all_logprobs,"
+        "skewed600",
+    ),
+    "qwen3-0.6b-asks": Model(
+        "qwen3-0.6b",
+        20,
+        f"ask_nobody,{ONE_OF_64},ask_all_penalties,ask_all_bias,ask_all_logprobs,"
         "ask_all_prompt_logprobs",
     ),
     "qwen3-0.6b-fp8": Model("qwen3-0.6b", 6, "decode_bs1,decode_bs8,pages32,decode_bs64", FP8),

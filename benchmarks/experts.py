@@ -134,11 +134,15 @@ def other_tiles(num_tokens: int, spec: MoE) -> Iterator[tuple[ExpertTile, Expert
     """What might be faster, of the same number of pairs."""
     first, second = tiles_for(num_tokens * spec.top_k / spec.num_experts)  # as of bfloat16
     heights = {first.block_m, max(16, first.block_m // 2), min(128, first.block_m * 2)}
-    for block_m, wide, block_k in product(sorted(heights), (False, True), (64, 128)):
-        warps = 8 if block_m == 128 or wide else 4
-        stages = 3 if block_k == 128 or (wide and block_m == 128) else 4
+    cuts = list(product(sorted(heights), (1.0, 2.0), (64, 128), (4,)))
+    if first.block_m == 16:  # reading weights is all there is: how many bytes are on their way?
+        cuts = list(product((16,), (0.5, 1.0, 2.0), (64, 128, 256), (3, 6)))
+    for block_m, width, block_k, stages in cuts:
+        warps = 8 if block_m == 128 or width == 2.0 else 4
+        if block_m == 128 and (block_k == 128 or width == 2.0):
+            stages = 3
         one, other = (
-            ExpertTile(block_m, tile.block_n * (2 if wide else 1), block_k, warps, stages)
+            ExpertTile(block_m, int(tile.block_n * width), block_k, warps, stages)
             for tile in (first, second)
         )
         stage_bytes = 2 * block_k * (block_m + other.block_n)
