@@ -1,0 +1,676 @@
+"""The four products of all layers in one persistent kernel, beside the engine's kernels (GPU).
+
+    python benchmarks/persistent_chain.py
+
+The chain is that of Qwen3-0.6B in bf16: 28 layers of qkv with its norm, o and residual, gates and
+ups with their norm and SiLU, down and residual. In place of attention, the first numbers of qkv's
+result go to o as they lie. Every way is first compared with float32 torch and with the engine's
+kernels, then timed by replays of a CUDA graph: microseconds a layer. Weights are 880 MB, so
+none comes from the L2 cache. Without a GPU, under TRITON_INTERPRET=1, the kernel is launched once
+a stage with small shapes, which shows that its arithmetic is right.
+
+The persistent kernel: all programs run at once; each makes the same share of every product's
+outputs, and asks for its weights of the next product before it waits for the inputs.
+"""
+# ruff: noqa: C901, N803, N806, PLR0913
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.worker.kernels.base import Residual, Weighed
+from nanovllm.worker.kernels.triton.launch import INTERPRETED
+from nanovllm.worker.kernels.triton.skinny_linear import silu, skinny_add, skinny_linear
+from nanovllm.worker.layers.linear import Linear
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+EPS = 1e-6
+BANDWIDTH = 4.3e12
+MOST_SPINS: tl.constexpr = tl.constexpr(1 << 16)  # of one wait, some 50 ms
+NUM_COMPILERS = 12
+COMPILE_S = 150
+COUNTER_STRIDE: tl.constexpr = tl.constexpr(8)  # 32-bit words: counters of their own sectors
+ALL = ("begin", "qkv", "o", "gate_up", "down", "end")
+BEGIN, QKV, O, GATE_UP, DOWN, END = (tl.constexpr(1 << index) for index in range(6))
+
+
+# ---------------------------------------------------------------- Gluon, or what it means
+
+if INTERPRETED:
+    # Nothing interprets Gluon: its functions by those of Triton that mean the same.
+    from tests.worker.kernels import triton_device  # noqa: F401  # mends the interpreter
+
+    jit = triton.jit
+
+    class gl:  # noqa: N801
+        constexpr, int16, int32, int64 = tl.constexpr, tl.int16, tl.int32, tl.int64
+        bfloat16, float32 = tl.bfloat16, tl.float32
+        load, store, where, program_id = tl.load, tl.store, tl.where, tl.program_id
+        reshape, permute, split, expand_dims = tl.reshape, tl.permute, tl.split, tl.expand_dims
+        atomic_add, thread_barrier = tl.atomic_add, tl.debug_barrier
+        sum, max, exp, rsqrt = tl.sum, tl.max, tl.exp, tl.rsqrt
+
+        @staticmethod
+        def load(*args, **options):
+            return tl.load(*args, **options)
+
+        @staticmethod
+        def arange(first, end, layout):
+            return tl.arange(first, end)
+
+        @staticmethod
+        def zeros(shape, dtype, layout):
+            return tl.zeros(shape, dtype)
+
+        @staticmethod
+        def convert_layout(values, layout):
+            return values
+
+        @staticmethod
+        def BlockedLayout(*facts):  # noqa: N802
+            return None
+
+        NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout
+
+    def mma_v2(a, b, acc, input_precision=None):
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+else:
+    import triton.experimental.gluon.language as gl
+    from triton.experimental import gluon
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+    jit = gluon.jit
+
+
+# ---------------------------------------------------------------- waiting
+
+
+@jit
+def await_counters(counters, target, errors, NUM: tl.constexpr, SPINS: tl.constexpr):
+    """Until each of NUM counters has reached the target; the first NUM threads look at one each."""
+    if SPINS:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred over;
+            .reg .u32 lane, seen, left;
+            .reg .u64 place;
+            mov.u32 $0, 0;
+            mov.u32 lane, %tid.x;
+            setp.ge.u32 over, lane, $3;
+            @over bra DONE;
+            mad.wide.u32 place, lane, $4, $1;
+            mov.u32 left, $5;
+            AGAIN:
+            ld.acquire.gpu.global.u32 seen, [place];
+            sub.u32 seen, seen, $2;
+            setp.ge.s32 over, seen, 0;
+            @over bra DONE;
+            sub.u32 left, left, 1;
+            setp.ne.u32 over, left, 0;
+            @over bra AGAIN;
+            st.global.u32 [$6], 1;
+            DONE:
+            }""",
+            "=r,l,r,r,r,r,l",
+            [counters.to(gl.int64), target, gl.to_tensor(NUM), gl.to_tensor(COUNTER_STRIDE * 4),
+             gl.to_tensor(MOST_SPINS), errors.to(gl.int64)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        gl.thread_barrier()  # what some threads have seen to be there, all may read
+    else:
+        for index in range(NUM):
+            if gl.load(counters + index * COUNTER_STRIDE) - target < 0:
+                gl.store(errors, 1)
+
+
+@jit
+def arrive(counters, GROUP: tl.constexpr):
+    """Count this program, after all that it has stored."""
+    gl.thread_barrier()
+    gl.atomic_add(counters + gl.program_id(0) // GROUP * COUNTER_STRIDE, 1, sem="release")
+
+
+@jit
+def tagged(values, tag, WORD: tl.constexpr):
+    """Words that hold a value and a tag each, written at once."""
+    if WORD == gl.int32:
+        bits = values.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16
+    else:
+        bits = values.to(gl.float32).to(gl.int32, bitcast=True).to(gl.int64) << 32
+    return bits | tag
+
+
+@jit
+def value_of(words):
+    """float32 of tagged words."""
+    if words.dtype == gl.int32:
+        values = (words & -65536).to(gl.float32, bitcast=True)
+    else:
+        values = (words >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+    return values
+
+
+@jit
+def wrong_tags(words, tag):
+    """Zero where all words have the tag."""
+    wrong = ((words ^ tag) & 65535).to(gl.int32)
+    return gl.max(gl.max(gl.max(wrong, 1), 1), 0)
+
+
+@jit
+def publish(buffer, places, values, real, tag, counters, TAGGED: tl.constexpr,
+            GROUP: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """Store outputs, of the model's precision; with the LAST of them, let others know."""
+    if TAGGED:
+        gl.store(buffer + places, tagged(values, tag, buffer.dtype.element_ty), real)
+    else:
+        gl.store(buffer + places, values.to(buffer.dtype.element_ty), real)
+        if LAST:
+            arrive(counters, GROUP)
+
+
+@jit
+def load_inputs(buffer, places, real, TAGGED: tl.constexpr):
+    """Whatever is there, past the L1 cache."""
+    if TAGGED:
+        return gl.load(buffer + places, real, other=0, volatile=True)
+    else:
+        return gl.load(buffer + places, real, other=0.0, cache_modifier=".cg")
+
+
+@jit
+def fetch(buffer, num_inputs, num_rows, tag, target, counters, errors, TILES: tl.constexpr,
+          C: tl.constexpr, WARPS: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
+          SPINS: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
+    """Inputs once they are there: float32, three tiles [WARPS, C / WARPS, 8], the first TILES of
+    which differ. Rows lie one after another."""
+    SHARE: tl.constexpr = C // WARPS
+    slices = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    lanes = gl.arange(0, SHARE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    rows = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    places = rows * num_inputs + (slices * SHARE + lanes)
+    real = (rows < num_rows) & (slices * SHARE + lanes >= 0)
+    if not TAGGED:
+        await_counters(counters, target, errors, NUM, SPINS)
+    a = load_inputs(buffer, places, real, TAGGED)
+    b, c = a, a
+    if TILES > 1:
+        b = load_inputs(buffer, places + C, real, TAGGED)
+    if TILES > 2:
+        c = load_inputs(buffer, places + 2 * C, real, TAGGED)
+    if TAGGED:
+        wanted = gl.where(real, tag, 0)
+        wrong = (a ^ wanted) & 65535
+        if TILES > 1:
+            wrong |= (b ^ wanted) & 65535
+        if TILES > 2:
+            wrong |= (c ^ wanted) & 65535
+        num_wrong = wrong_tags(wrong, 0)
+        left = MOST_SPINS.value if SPINS else 0
+        while (num_wrong != 0) & (left > 0):
+            a = load_inputs(buffer, places, real, TAGGED)
+            wrong = (a ^ wanted) & 65535
+            if TILES > 1:
+                b = load_inputs(buffer, places + C, real, TAGGED)
+                wrong |= (b ^ wanted) & 65535
+            if TILES > 2:
+                c = load_inputs(buffer, places + 2 * C, real, TAGGED)
+                wrong |= (c ^ wanted) & 65535
+            num_wrong = wrong_tags(wrong, 0)
+            left -= 1
+        if num_wrong != 0:
+            gl.store(errors, 1)
+        return value_of(a), value_of(b), value_of(c)
+    else:
+        return a.to(gl.float32), b.to(gl.float32), c.to(gl.float32)
+
+
+# ---------------------------------------------------------------- products
+
+
+@jit
+def load_tile(weight, rows, first, num_inputs, real, C: tl.constexpr, WARPS: tl.constexpr,
+              LAYOUT: tl.constexpr):  # fmt: skip
+    """[WARPS, rows, C / WARPS]: weights of some outputs for C inputs from `first` on. rows: in the
+    layout of the tile's."""
+    SHARE: tl.constexpr = C // WARPS
+    slices = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    lanes = gl.arange(0, SHARE, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    places = rows[None, :, None] * num_inputs + (first + slices * SHARE + lanes)
+    return gl.load(weight + places, (places >= 0) & real, other=0.0)
+
+
+@jit
+def product(w, x, acc, DTYPE: tl.constexpr, X: tl.constexpr):
+    """acc + w · x, each warp's share. w: [WARPS, rows, share]; x: [WARPS, share, 8] float32."""
+    return mma_v2(w, gl.convert_layout(x.to(DTYPE), X), acc)
+
+
+@jit
+def joined(acc, OUT: tl.constexpr):
+    """[rows, 8]: the sum of all warps' shares."""
+    return gl.sum(gl.convert_layout(acc, OUT), 0)
+
+
+@jit
+def norm_scale(x, num_inputs, eps, OUT: tl.constexpr):
+    """[1, 8]: what the norm multiplies each row by. x: [WARPS, share, 8]"""
+    squares = gl.convert_layout(gl.sum(x * x, 1), gl.SliceLayout(1, OUT))
+    return gl.rsqrt(gl.sum(gl.expand_dims(squares, 1), 0) / num_inputs + eps)
+
+
+@jit
+def load_norm(norm, C: tl.constexpr, WARPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """[WARPS, C / WARPS, 1]"""
+    SHARE: tl.constexpr = C // WARPS
+    slices = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    lanes = gl.arange(0, SHARE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    return gl.load(norm + (slices * SHARE + lanes))
+
+
+@jit
+def weighed(x, norm, DTYPE: tl.constexpr):
+    """x times the norm's weight, rounded as the engine's kernels do."""
+    return (x * norm.to(gl.float32)).to(DTYPE).to(gl.float32)
+
+
+@jit
+def gated(pairs, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr):
+    """silu(gate) * up, [R, 8]. pairs: [2 R, 8], gates and ups in turns."""
+    gate, up = gl.split(gl.permute(gl.reshape(pairs, [R, 2, 8]), (0, 2, 1)))
+    gate = gate.to(DTYPE).to(gl.float32)
+    gate = (gate / (1 + gl.exp(-gate))).to(DTYPE).to(gl.float32)
+    return gl.convert_layout((gate * up.to(DTYPE).to(gl.float32)).to(DTYPE), LAYOUT)
+
+
+@jit
+def persistent_kernel(
+    x, out,  # [num_rows, C]
+    qkv_weight,  # [layers, 4 C, C]
+    o_weight,  # [layers, C, 2 C]
+    gate_up_weight,  # [layers, 6 C, C], gates first
+    down_weight,  # [layers, C, 3 C]
+    norms,  # [layers, 2, C]
+    ends, qkvs, mids, acts,  # [num_rows, C, 4 C, C, 3 C]: results of stages, or tagged words
+    counters,  # [4, NUM, COUNTER_STRIDE] int32
+    epochs,  # [programs] int32: how often each program has been launched
+    errors,  # [1] int32
+    first_layer, last_layer, num_layers, num_rows, eps,
+    C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr,
+    TAGGED: tl.constexpr, AHEAD: tl.constexpr, SPINS: tl.constexpr, STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Layers first_layer … last_layer - 1, of each of which the stages in STAGES; up to 8 rows.
+
+    R: a program's share of C outputs. GROUP: programs that share a counter; NUM: counters a stage.
+    AHEAD: 1, weights of the next stage are asked for after this one's outputs are told of; 2:
+    before its inputs are waited for. Each warp multiplies its share of the inputs, by weights that
+    go from memory to the registers where tensor cores take them.
+    """
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    W: tl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    X: tl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    OUT: tl.constexpr = gl.BlockedLayout([WARPS, 2, 1], [1, 8, 4], [1, 1, WARPS], [1, 2, 0])
+    RESULT: tl.constexpr = gl.SliceLayout(0, OUT)
+    OF_W: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, W))
+    dtype: tl.constexpr = out.dtype.element_ty
+    program = gl.program_id(0)
+    epoch = gl.load(epochs + program)
+    rows = gl.arange(0, 8, gl.SliceLayout(0, RESULT))[None, :]
+    some = gl.arange(0, R, gl.SliceLayout(1, RESULT))[:, None]
+    real = (rows < num_rows) & (some >= 0)
+    places = rows * C + program * R + some
+    qkv_some = gl.arange(0, 4 * R, gl.SliceLayout(1, RESULT))[:, None]
+    qkv_real = (rows < num_rows) & (qkv_some >= 0)
+    qkv_places = rows * (4 * C) + program * (4 * R) + qkv_some
+    act_places = rows * (3 * C) + program * (3 * R) + some
+    mine = program * R + gl.arange(0, R, OF_W)
+    qkv_rows = program * (4 * R) + gl.arange(0, 4 * R, OF_W)
+    pairs = gl.arange(0, 2 * R, OF_W)  # gates and ups in turns
+    gate_rows = program * (3 * R) + pairs // 2 + pairs % 2 * (3 * C)
+    end_counters, qkv_counters = counters, counters + NUM * COUNTER_STRIDE
+    mid_counters = qkv_counters + NUM * COUNTER_STRIDE
+    act_counters = mid_counters + NUM * COUNTER_STRIDE
+    if BEGIN & STAGES:
+        residual = gl.load(x + places, real, other=0.0).to(gl.float32)
+    else:
+        residual = gl.load(out + places, real, other=0.0).to(gl.float32)
+    start = first_layer.to(gl.int64)
+    w_qkv = load_tile(qkv_weight + start * (4 * C * C), qkv_rows, 0, C, True, C, WARPS, W)
+    if BEGIN & STAGES:
+        tag = (epoch * (num_layers + 1) + 1) & 65535
+        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, True)
+    for layer in range(first_layer, last_layer):
+        base = (start + (layer - first_layer)) * (C * C)
+        turn = epoch * num_layers + layer + 1  # how often each stage has been made then
+        tag = (epoch * (num_layers + 1) + layer + 1) & 65535
+        next_tag = (tag + 1) & 65535
+        norm = load_norm(norms + layer * (2 * C), C, WARPS, X)
+        if AHEAD == 2:
+            o_a = load_tile(o_weight + base * 2, mine, 0, 2 * C, True, C, WARPS, W)
+            o_b = load_tile(o_weight + base * 2, mine, C, 2 * C, True, C, WARPS, W)
+        if QKV & STAGES:
+            h, _, _ = fetch(ends, C, num_rows, tag, (turn + epoch) * GROUP, end_counters, errors, 1,
+                            C, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            acc = gl.zeros([WARPS, 4 * R, 8], gl.float32, MMA)
+            acc = product(w_qkv, weighed(h, norm, dtype), acc, dtype, X)
+            result = joined(acc, OUT) * norm_scale(h, C, eps, OUT)
+            publish(qkvs, qkv_places, result.to(dtype), qkv_real, next_tag, qkv_counters, TAGGED,
+                    GROUP, True)  # fmt: skip
+        if AHEAD == 1:
+            o_a = load_tile(o_weight + base * 2, mine, 0, 2 * C, True, C, WARPS, W)
+            o_b = load_tile(o_weight + base * 2, mine, C, 2 * C, True, C, WARPS, W)
+        else:
+            g_a = load_tile(gate_up_weight + base * 6, gate_rows, 0, C, True, C, WARPS, W)
+            g_b = load_tile(gate_up_weight + base * 6, gate_rows + R, 0, C, True, C, WARPS, W)
+            g_c = load_tile(gate_up_weight + base * 6, gate_rows + 2 * R, 0, C, True, C, WARPS, W)
+        if O & STAGES:
+            a, b, _ = fetch(qkvs, 2 * C, num_rows, next_tag, turn * GROUP, qkv_counters, errors, 2,
+                            C, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            acc = gl.zeros([WARPS, R, 8], gl.float32, MMA)
+            acc = product(o_b, b, product(o_a, a, acc, dtype, X), dtype, X)
+            added = joined(acc, OUT).to(dtype).to(gl.float32)
+            residual = (residual + added).to(dtype).to(gl.float32)
+            publish(mids, places, residual.to(dtype), real, next_tag, mid_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        norm = load_norm(norms + layer * (2 * C) + C, C, WARPS, X)
+        if AHEAD == 1:
+            g_a = load_tile(gate_up_weight + base * 6, gate_rows, 0, C, True, C, WARPS, W)
+            g_b = load_tile(gate_up_weight + base * 6, gate_rows + R, 0, C, True, C, WARPS, W)
+            g_c = load_tile(gate_up_weight + base * 6, gate_rows + 2 * R, 0, C, True, C, WARPS, W)
+        else:
+            d_a = load_tile(down_weight + base * 3, mine, 0, 3 * C, True, C, WARPS, W)
+            d_b = load_tile(down_weight + base * 3, mine, C, 3 * C, True, C, WARPS, W)
+            d_c = load_tile(down_weight + base * 3, mine, 2 * C, 3 * C, True, C, WARPS, W)
+        if GATE_UP & STAGES:
+            h, _, _ = fetch(mids, C, num_rows, next_tag, turn * GROUP, mid_counters, errors, 1,
+                            C, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            scale = norm_scale(h, C, eps, OUT)
+            h = weighed(h, norm, dtype)
+            zero = gl.zeros([WARPS, 2 * R, 8], gl.float32, MMA)
+            a = gated(joined(product(g_a, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
+            b = gated(joined(product(g_b, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
+            c = gated(joined(product(g_c, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
+            publish(acts, act_places, a, real, next_tag, act_counters, TAGGED, GROUP, False)
+            publish(acts, act_places + R, b, real, next_tag, act_counters, TAGGED, GROUP, False)
+            publish(acts, act_places + 2 * R, c, real, next_tag, act_counters, TAGGED, GROUP, True)
+        if AHEAD == 1:
+            d_a = load_tile(down_weight + base * 3, mine, 0, 3 * C, True, C, WARPS, W)
+            d_b = load_tile(down_weight + base * 3, mine, C, 3 * C, True, C, WARPS, W)
+            d_c = load_tile(down_weight + base * 3, mine, 2 * C, 3 * C, True, C, WARPS, W)
+        else:
+            w_qkv = load_tile(qkv_weight + (base + C * C) * 4, qkv_rows, 0, C,
+                              layer + 1 < last_layer, C, WARPS, W)  # fmt: skip
+        if DOWN & STAGES:
+            a, b, c = fetch(acts, 3 * C, num_rows, next_tag, turn * GROUP, act_counters, errors, 3,
+                            C, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            acc = gl.zeros([WARPS, R, 8], gl.float32, MMA)
+            acc = product(d_b, b, product(d_a, a, acc, dtype, X), dtype, X)
+            added = joined(product(d_c, c, acc, dtype, X), OUT).to(dtype).to(gl.float32)
+            residual = (residual + added).to(dtype).to(gl.float32)
+            publish(ends, places, residual.to(dtype), real, next_tag, end_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        if AHEAD == 1:
+            w_qkv = load_tile(qkv_weight + (base + C * C) * 4, qkv_rows, 0, C,
+                              layer + 1 < last_layer, C, WARPS, W)  # fmt: skip
+    gl.store(out + places, residual.to(dtype), real)
+    if END & STAGES:
+        gl.store(epochs + program, epoch + 1)
+
+
+# ---------------------------------------------------------------- ways to run the chain
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How the persistent kernel is cut, and how its programs wait.
+
+    sync: "counter", one a stage; "8 counters", each of an eighth of the programs; "flags", one a
+    program; "tagged", outputs that say themselves whether they are there.
+    """
+
+    sync: str
+    programs: int = 128
+    warps: int = 8
+    ahead: int = 1
+
+    @property
+    def group(self) -> int:
+        """Programs that share a counter."""
+        return {"8 counters": self.programs // 8, "flags": 1}.get(self.sync, self.programs)
+
+    @property
+    def label(self) -> str:
+        shape = f"{self.programs} programs w{self.warps}"
+        return f"{self.sync}, {shape}, {self.ahead} ahead"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Of all layers, stacked."""
+
+    qkv: Tensor  # [layers, 4 C, C]
+    o: Tensor  # [layers, C, 2 C]
+    gate_up: Tensor  # [layers, 6 C, C]
+    down: Tensor  # [layers, C, 3 C]
+    norms: Tensor  # [layers, 2, C]
+
+    @classmethod
+    def random(cls, num_layers: int, width: int) -> "Weights":
+        def some(outputs: int, inputs: int) -> Tensor:
+            weight = torch.empty(num_layers, outputs, inputs, device=DEVICE, dtype=DTYPE)
+            return weight.normal_().mul_(inputs**-0.5)
+
+        norms = torch.rand(num_layers, 2, width, device=DEVICE).add_(0.5).to(DTYPE)
+        return cls(
+            some(4 * width, width),
+            some(width, 2 * width),
+            some(6 * width, width),
+            some(width, 3 * width),
+            norms,
+        )
+
+    @property
+    def width(self) -> int:
+        return self.norms.shape[2]
+
+
+class Persistent:
+    """The kernel, and the memory by which its programs meet."""
+
+    def __init__(self, weights: Weights, variant: Variant, num_rows: int, num_layers: int) -> None:
+        self.weights, self.variant = weights, variant
+        self.num_rows, self.num_layers = num_rows, num_layers
+        width, programs = weights.width, variant.programs
+        is_tagged = variant.sync == "tagged"
+        word = torch.int32 if DTYPE == torch.bfloat16 else torch.int64
+        self.buffers = [
+            torch.zeros(num_rows, n * width, device=DEVICE, dtype=word if is_tagged else DTYPE)
+            for n in (1, 4, 1, 3)
+        ]
+        num = programs // variant.group
+        self.counters = torch.zeros(4, num, COUNTER_STRIDE.value, device=DEVICE, dtype=torch.int32)
+        self.epochs = torch.zeros(programs, device=DEVICE, dtype=torch.int32)
+        self.errors = torch.zeros(1, device=DEVICE, dtype=torch.int32)
+        self.out = torch.empty(num_rows, width, device=DEVICE, dtype=DTYPE)
+        self.options: dict[str, Any] = {
+            "C": width,
+            "R": width // programs,
+            "GROUP": variant.group,
+            "NUM": num,
+            "TAGGED": is_tagged,
+            "AHEAD": variant.ahead,
+            "SPINS": not INTERPRETED,
+            "WARPS": variant.warps,
+            "num_warps": variant.warps,
+        }
+        if programs > 132:
+            self.options["maxnreg"] = 65536 // (2 * 32 * variant.warps)
+
+    def launch(self, x: Tensor, first: int, last: int, stages: int) -> Any:
+        w = self.weights
+        return persistent_kernel[(self.variant.programs,)](
+            x, self.out, w.qkv, w.o, w.gate_up, w.down, w.norms, *self.buffers, self.counters,
+            self.epochs, self.errors, first, last, self.num_layers, self.num_rows, EPS,
+            STAGES=stages, **self.options,
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One launch; under the interpreter, where programs run one after another, one a stage."""
+        if not INTERPRETED:
+            self.launch(x, 0, self.num_layers, 63)
+            return self.out
+        self.launch(x, 0, 0, BEGIN.value)
+        for layer in range(self.num_layers):
+            for stage in (QKV, O, GATE_UP, DOWN):
+                self.launch(x, layer, layer + 1, stage.value)
+        self.launch(x, 0, 0, END.value)
+        return self.out
+
+    def resources(self) -> str:
+        """Of the compiled kernel. Raises `RuntimeError` if its programs cannot run all at once."""
+        kernel = self.launch(torch.empty_like(self.out), 0, 0, 63)
+        facts = torch.cuda.get_device_properties(DEVICE)
+        threads = 32 * self.variant.warps
+        registers = -(-kernel.n_regs // 8) * 8 * threads
+        shared = kernel.metadata.shared + 1024
+        at_once = facts.multi_processor_count * min(
+            65536 // registers, facts.shared_memory_per_multiprocessor // shared, 2048 // threads
+        )
+        found = f"{kernel.n_regs} registers, {kernel.n_spills} spilled, {shared} B shared"
+        if at_once < self.variant.programs:
+            raise RuntimeError(f"{found}: only {at_once} of {self.variant.programs} at once")
+        return found
+
+
+def engine_chain(weights: Weights, x: Tensor, num_layers: int) -> Tensor:
+    """By the engine's kernels, as its layers call them."""
+    hidden = x
+    norm = weights.norms[0, 0]
+    state = Weighed(x * norm, x.float().square().sum(1, keepdim=True))
+
+    def of(stacked: Tensor, layer: int) -> Linear:
+        return Linear(stacked[layer], None, {}, 0)
+
+    for layer in range(num_layers):
+        qkv = skinny_linear(state.values, of(weights.qkv, layer), norm=(state.squares, EPS))
+        heads = as_heads(qkv, weights.width)
+        residual = skinny_add(
+            heads, of(weights.o, layer), hidden, next_norm=weights.norms[layer, 1]
+        )
+        hidden, state = weighed_residual(residual)
+        act = skinny_linear(
+            state.values, of(weights.gate_up, layer), norm=(state.squares, EPS), gated=True
+        )
+        next_norm = weights.norms[(layer + 1) % num_layers, 0]
+        residual = skinny_add(act, of(weights.down, layer), hidden, next_norm=next_norm)
+        hidden, state = weighed_residual(residual)
+    return hidden
+
+
+def weighed_residual(residual: Residual) -> tuple[Tensor, Weighed]:
+    assert residual.weighed is not None
+    return residual.hidden, residual.weighed
+
+
+def as_heads(qkv: Tensor, width: int) -> Tensor:
+    """What o multiplies: the first numbers of qkv's result as they lie."""
+    return qkv.view(-1)[: len(qkv) * 2 * width].view(len(qkv), 2 * width)
+
+
+def exact_chain(weights: Weights, x: Tensor, num_layers: int) -> Tensor:
+    """In float32."""
+    hidden, width = x.float(), (weights.width,)
+    for layer in range(num_layers):
+        norms = weights.norms[layer].float()
+        qkv = F.rms_norm(hidden, width, norms[0], EPS) @ weights.qkv[layer].float().T
+        hidden = hidden + as_heads(qkv, width[0]) @ weights.o[layer].float().T
+        gate_up = F.rms_norm(hidden, width, norms[1], EPS) @ weights.gate_up[layer].float().T
+        gate, up = gate_up.chunk(2, dim=1)
+        hidden = hidden + (F.silu(gate) * up) @ weights.down[layer].float().T
+    return hidden
+
+
+# ---------------------------------------------------------------- running
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.float() - expected).norm() / expected.norm())
+
+
+def median_time(run: Any, launches: int = 4) -> float:
+    """Seconds of one run, of which a graph holds some: the median of replays."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(33)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    spans = sorted(a.elapsed_time(b) for a, b in pairwise(events))
+    return spans[len(spans) // 2] / launches * 1e-3
+
+
+def variants_for(num_rows: int) -> list[Variant]:
+    found = []
+    for sync in ("counter", "8 counters", "flags", "tagged"):
+        found.append(Variant(sync))
+    return found
+
+
+def check(
+    weights: Weights, variant: Variant, num_rows: int, num_layers: int
+) -> tuple[Persistent, float]:
+    """The way, and its error after some launches. Raises `RuntimeError` if it gave up or is wrong.
+
+    Within what the engine's kernels lose by rounding, and half as much again.
+    """
+    way = Persistent(weights, variant, num_rows, num_layers)
+    error = 0.0
+    for _ in range(3):
+        x = torch.randn(num_rows, weights.width, device=DEVICE).to(DTYPE)
+        expected = exact_chain(weights, x, num_layers)
+        out = way(x).clone()
+        if way.errors.item():
+            raise RuntimeError("a wait has given up")
+        error = relative_error(out, expected)
+        engine = relative_error(engine_chain(weights, x, num_layers), expected)
+        if not error <= 1.5 * engine + 1e-6:
+            raise RuntimeError(f"error {error:.1e}, the engine's {engine:.1e}")
+    return way, error
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    weights = Weights.random(2, 64)
+    for num_rows in (1, 3, 8):
+        for sync in ("counter", "8 counters", "flags", "tagged"):
+            for ahead in (1, 2):
+                variant = Variant(sync, programs=8, warps=2, ahead=ahead)
+                _, error = check(weights, variant, num_rows, 2)
+                print(num_rows, variant.label, error)
+
+
+if __name__ == "__main__":
+    main()
