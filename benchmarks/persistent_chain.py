@@ -62,6 +62,7 @@ if INTERPRETED:
         reshape, permute, split, expand_dims = tl.reshape, tl.permute, tl.split, tl.expand_dims
         atomic_add, thread_barrier = tl.atomic_add, tl.debug_barrier
         sum, max, exp, rsqrt = tl.sum, tl.max, tl.exp, tl.rsqrt
+        static_range = tl.static_range
 
         @staticmethod
         def load(*args, **options):
@@ -92,6 +93,8 @@ else:
     import triton.experimental.gluon.language as gl
     from triton.experimental import gluon
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     jit = gluon.jit
 
@@ -432,6 +435,355 @@ def persistent_kernel(
         gl.store(epochs + program, epoch + 1)
 
 
+# ---------------------------------------------------------------- weights through a ring
+
+
+@jit
+def place_of(program, layer, t, C: tl.constexpr, KIND: tl.constexpr):
+    """Row and first chunk of 64 inputs, in the stacked weights, of the t-th tile of a stage."""
+    if KIND == QKV.value:
+        row, chunk = layer * (4 * C) + program * 32 + t * 8, t * 0
+    elif KIND == GATE_UP.value:  # gates and ups in turns
+        row, chunk = layer * (6 * C) + t % 2 * (3 * C) + program * 24 + t // 2 * 8, t * 0
+    else:
+        row, chunk = layer * C + program * 8, t * (C // 64)
+    return row, chunk
+
+
+@jit
+def fill(weight, ring, ready, free, filled, program, layer, C: tl.constexpr, KIND: tl.constexpr,
+         COUNT: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Have the tiles of a stage brought into the slots that come next."""
+    for t in range(COUNT):
+        slot, turn = (filled + t) % SLOTS, ((filled + t) // SLOTS) & 1
+        row, chunk = place_of(program, layer, t, C, KIND)
+        mbarrier.wait(free.index(slot), turn ^ 1)
+        mbarrier.expect(ready.index(slot), C * 16)
+        tma.async_copy_global_to_shared(weight, [chunk, row, 0], ready.index(slot),
+                                        ring.index(slot))  # fmt: skip
+    return filled + COUNT
+
+
+@jit
+def fill_all(qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, free, program,
+             first_layer, last_layer, C: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """What one warp does beside the others: it is ahead by as much as the ring holds."""
+    filled = first_layer * 0
+    for layer in range(first_layer, last_layer):
+        filled = fill(qkv_weight, ring, ready, free, filled, program, layer, C, QKV.value, 4, SLOTS)
+        filled = fill(o_weight, ring, ready, free, filled, program, layer, C, O.value, 2, SLOTS)
+        filled = fill(gate_up_weight, ring, ready, free, filled, program, layer, C, GATE_UP.value,
+                      6, SLOTS)  # fmt: skip
+        filled = fill(down_weight, ring, ready, free, filled, program, layer, C, DOWN.value, 3,
+                      SLOTS)  # fmt: skip
+
+
+@jit
+def take(weight, ring, ready, free, taken, program, layer, C: tl.constexpr, WARPS: tl.constexpr,
+         KIND: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """A stage's tiles, each in pieces [WARPS, 8, 64], from the ring; without one, from memory."""
+    PIECES: tl.constexpr = C // 64 // WARPS
+    pieces = ()
+    for t in gl.static_range(COUNT):
+        if SLOTS > 0:
+            slot = (taken + t) % SLOTS
+            mbarrier.wait(ready.index(slot), ((taken + t) // SLOTS) & 1)
+            for piece in gl.static_range(PIECES):
+                part = ring.index(slot).slice(piece * WARPS, WARPS, 0)
+                pieces += (part.load(W),)
+        else:
+            row, chunk = place_of(program, layer, program * 0 + t, C, KIND)
+            WIDE: tl.constexpr = C if KIND == QKV.value or KIND == GATE_UP.value else (
+                2 * C if KIND == O.value else 3 * C
+            )  # fmt: skip
+            for piece in gl.static_range(PIECES):
+                lines = tl.arange(0, 8)[None, :, None] * WIDE
+                ks = (tl.arange(0, WARPS)[:, None, None] + piece * WARPS) * 64
+                places = lines + ks + tl.arange(0, 64)[None, None, :]
+                pieces += (tl.load(weight + row.to(tl.int64) * WIDE + chunk * 64 + places),)
+    if SLOTS > 0:
+        gl.thread_barrier()  # all warps have what they need of these slots
+        for t in gl.static_range(COUNT):
+            mbarrier.arrive(free.index((taken + t) % SLOTS), count=1)
+    return pieces
+
+
+@jit
+def load_pieces(buffer, places, real, NUM: tl.constexpr, STEP: tl.constexpr,
+                TAGGED: tl.constexpr):  # fmt: skip
+    pieces = ()
+    for piece in gl.static_range(NUM):
+        pieces += (load_inputs(buffer, places + piece * STEP, real, TAGGED),)
+    return pieces
+
+
+@jit
+def num_wrong_of(pieces, wanted, NUM: tl.constexpr):
+    """Zero where all words have the tags that are wanted."""
+    wrong = (pieces[0] ^ wanted) & 65535
+    for piece in gl.static_range(1, NUM):
+        wrong |= (pieces[piece] ^ wanted) & 65535
+    return wrong_tags(wrong, 0)
+
+
+@jit
+def fetch_pieces(buffer, num_inputs, num_rows, tag, target, counters, errors, NUM: tl.constexpr,
+                 WARPS: tl.constexpr, NUM_COUNTERS: tl.constexpr, TAGGED: tl.constexpr,
+                 SPINS: tl.constexpr, X: tl.constexpr):  # fmt: skip
+    """Inputs once they are there: float32, NUM pieces [WARPS, 64, 8]."""
+    slices = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
+    lanes = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
+    rows = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
+    places = rows * num_inputs + (slices * 64 + lanes)
+    real = (rows < num_rows) & (slices * 64 + lanes >= 0)
+    if TAGGED:
+        wanted = gl.where(real, tag, 0)
+        pieces = load_pieces(buffer, places, real, NUM, WARPS * 64, TAGGED)
+        num_wrong = num_wrong_of(pieces, wanted, NUM)
+        left = MOST_SPINS if SPINS else 0
+        while (num_wrong != 0) & (left > 0):
+            pieces = load_pieces(buffer, places, real, NUM, WARPS * 64, TAGGED)
+            num_wrong = num_wrong_of(pieces, wanted, NUM)
+            left -= 1
+        if num_wrong != 0:
+            gl.store(errors, 1)
+    else:
+        await_counters(counters, target, errors, NUM_COUNTERS, SPINS)
+        pieces = load_pieces(buffer, places, real, NUM, WARPS * 64, TAGGED)
+    values = ()
+    for piece in gl.static_range(NUM):
+        if TAGGED:
+            values += (value_of(pieces[piece]),)
+        else:
+            values += (pieces[piece].to(gl.float32),)
+    return values
+
+
+@jit
+def norm_pieces(norm, C: tl.constexpr, WARPS: tl.constexpr, X: tl.constexpr):
+    """[WARPS, 64, 1] each."""
+    slices = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
+    lanes = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
+    pieces = ()
+    for piece in gl.static_range(C // 64 // WARPS):
+        pieces += (gl.load(norm + (slices * 64 + lanes + piece * WARPS * 64)),)
+    return pieces
+
+
+@jit
+def normed_pieces(pieces, norms, sums, DTYPE: tl.constexpr, NUM: tl.constexpr):
+    """Pieces times the norm's weight, and the sums of squares of each warp's share, left for
+    `scale_of`."""
+    squares = gl.sum(pieces[0] * pieces[0], 1)
+    out = (weighed(pieces[0], norms[0], DTYPE),)
+    for piece in gl.static_range(1, NUM):
+        squares += gl.sum(pieces[piece] * pieces[piece], 1)
+        out += (weighed(pieces[piece], norms[piece], DTYPE),)
+    squares = gl.expand_dims(squares, 1)
+    if sums is not None:
+        sums.store(squares)
+    return out, squares
+
+
+@jit
+def scale_of(squares, sums, num_inputs, eps, OUT: tl.constexpr):
+    """[1, 8]: what the norm multiplies each row by."""
+    if sums is not None:
+        squares = sums.load(OUT)
+    return gl.rsqrt(gl.sum(squares, 0) / num_inputs + eps)
+
+
+@jit
+def multiply(weights, inputs, first, DTYPE: tl.constexpr, NUM: tl.constexpr, WARPS: tl.constexpr,
+             MMA: tl.constexpr, X: tl.constexpr):  # fmt: skip
+    """NUM pieces of weights, from `first` on, times as many of the inputs: [WARPS, 8, 8]."""
+    acc = gl.zeros([WARPS, 8, 8], gl.float32, MMA)
+    for piece in gl.static_range(NUM):
+        acc = product(weights[first + piece], inputs[piece], acc, DTYPE, X)
+    return acc
+
+
+@jit
+def leave(acc, parts, t: tl.constexpr):
+    """Where all warps' shares of 8 outputs meet."""
+    if parts is not None:
+        parts.slice(t * 8, 8, 1).store(acc)
+
+
+@jit
+def met(accs, parts, NUM: tl.constexpr, OUT: tl.constexpr):
+    """[32, 8], or [8, 8] if NUM is one: the sums of all warps' shares."""
+    if parts is not None:
+        if NUM == 1:
+            return gl.sum(parts.slice(0, 8, 1).load(OUT), 0)
+        else:
+            return gl.sum(parts.load(OUT), 0)
+    else:
+        if NUM == 1:
+            return gl.sum(accs[0], 0)
+        else:  # the interpreter's; of three, the last comes twice
+            a, b = gl.sum(accs[0], 0), gl.sum(accs[1], 0)
+            c, d = gl.sum(accs[2], 0), gl.sum(accs[NUM - 1], 0)
+            pairs = tl.join(tl.join(a, c), tl.join(b, d))  # [8, 8, 2, 2]: a b / c d
+            return tl.reshape(tl.permute(pairs, (2, 3, 0, 1)), [32, 8])
+
+
+@jit
+def multiply_all(
+    x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs, mids, acts,
+    counters, epochs, errors, ring, ready, free, parts, ups, sums, program, epoch,
+    first_layer, last_layer, num_layers, num_rows, eps,
+    C: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
+    SPINS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What all warps but one do: as `persistent_kernel`."""
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    W: tl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    X: tl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    OUT: tl.constexpr = gl.BlockedLayout(
+        [WARPS, 1, 1], [1, 32, 1], [1, WARPS // 8, 8], [1, 2, 0]
+    )  # fmt: skip
+    RESULT: tl.constexpr = gl.SliceLayout(0, OUT)
+    PIECES: tl.constexpr = C // 64 // WARPS
+    dtype: tl.constexpr = out.dtype.element_ty
+    rows = gl.arange(0, 8, gl.SliceLayout(0, RESULT))[None, :]
+    some = gl.arange(0, 8, gl.SliceLayout(1, RESULT))[:, None]
+    many = gl.arange(0, 32, gl.SliceLayout(1, RESULT))[:, None]
+    real = (rows < num_rows) & (some >= 0)
+    places = rows * C + program * 8 + some
+    end_counters, qkv_counters = counters, counters + NUM * COUNTER_STRIDE
+    mid_counters = qkv_counters + NUM * COUNTER_STRIDE
+    act_counters = mid_counters + NUM * COUNTER_STRIDE
+    if BEGIN.value & STAGES:
+        residual = gl.load(x + places, real, other=0.0).to(gl.float32)
+        tag = (epoch * (num_layers + 1) + 1) & 65535
+        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, True)
+    else:
+        residual = gl.load(out + places, real, other=0.0).to(gl.float32)
+    taken = first_layer * 0
+    for layer in range(first_layer, last_layer):
+        turn = epoch * num_layers + layer + 1  # how often each stage has been made then
+        tag = (epoch * (num_layers + 1) + layer + 1) & 65535
+        next_tag = (tag + 1) & 65535
+        if QKV.value & STAGES:
+            norm = norm_pieces(norms + layer * (2 * C), C, WARPS, X)
+            w = take(qkv_weight, ring, ready, free, taken, program, layer, C, WARPS, QKV.value, 4,
+                     SLOTS, W)  # fmt: skip
+            h = fetch_pieces(ends, C, num_rows, tag, (turn + epoch) * GROUP, end_counters, errors,
+                             PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            h, squares = normed_pieces(h, norm, sums, dtype, PIECES)
+            accs = ()
+            for t in gl.static_range(4):
+                acc = multiply(w, h, t * PIECES, dtype, PIECES, WARPS, MMA, X)
+                leave(acc, parts, t)
+                accs += (acc,)
+            result = met(accs, parts, 4, OUT) * scale_of(squares, sums, C, eps, OUT)
+            publish(qkvs, rows * (4 * C) + program * 32 + many, result.to(dtype),
+                    (rows < num_rows) & (many >= 0), next_tag, qkv_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        if O.value & STAGES:
+            w = take(o_weight, ring, ready, free, taken + 4, program, layer, C, WARPS, O.value, 2,
+                     SLOTS, W)  # fmt: skip
+            h = fetch_pieces(qkvs, 2 * C, num_rows, next_tag, turn * GROUP, qkv_counters, errors,
+                             2 * PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            acc = multiply(w, h, 0, dtype, 2 * PIECES, WARPS, MMA, X)
+            leave(acc, parts, 0)
+            added = met((acc,), parts, 1, OUT).to(dtype).to(gl.float32)
+            residual = (residual + added).to(dtype).to(gl.float32)
+            publish(mids, places, residual.to(dtype), real, next_tag, mid_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        if GATE_UP.value & STAGES:
+            norm = norm_pieces(norms + layer * (2 * C) + C, C, WARPS, X)
+            w = take(gate_up_weight, ring, ready, free, taken + 6, program, layer, C, WARPS,
+                     GATE_UP.value, 6, SLOTS, W)  # fmt: skip
+            h = fetch_pieces(mids, C, num_rows, next_tag, turn * GROUP, mid_counters, errors,
+                             PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            h, squares = normed_pieces(h, norm, sums, dtype, PIECES)
+            gate_accs, up_accs = (), ()
+            for t in gl.static_range(3):
+                acc = multiply(w, h, 2 * t * PIECES, dtype, PIECES, WARPS, MMA, X)
+                leave(acc, parts, t)
+                gate_accs += (acc,)
+                acc = multiply(w, h, (2 * t + 1) * PIECES, dtype, PIECES, WARPS, MMA, X)
+                leave(acc, ups, t)
+                up_accs += (acc,)
+            scale = scale_of(squares, sums, C, eps, OUT)
+            gate = (met(gate_accs, parts, 3, OUT) * scale).to(dtype).to(gl.float32)
+            up = (met(up_accs, ups, 3, OUT) * scale).to(dtype).to(gl.float32)
+            gate = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
+            publish(acts, rows * (3 * C) + program * 24 + many, (gate * up).to(dtype),
+                    (rows < num_rows) & (many < 24), next_tag, act_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        if DOWN.value & STAGES:
+            w = take(down_weight, ring, ready, free, taken + 12, program, layer, C, WARPS,
+                     DOWN.value, 3, SLOTS, W)  # fmt: skip
+            h = fetch_pieces(acts, 3 * C, num_rows, next_tag, turn * GROUP, act_counters, errors,
+                             3 * PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            acc = multiply(w, h, 0, dtype, 3 * PIECES, WARPS, MMA, X)
+            leave(acc, parts, 0)
+            added = met((acc,), parts, 1, OUT).to(dtype).to(gl.float32)
+            residual = (residual + added).to(dtype).to(gl.float32)
+            publish(ends, places, residual.to(dtype), real, next_tag, end_counters, TAGGED, GROUP,
+                    True)  # fmt: skip
+        taken += 15
+    gl.store(out + places, residual.to(dtype), real)
+    if END.value & STAGES:
+        gl.store(epochs + program, epoch + 1)
+
+
+@jit
+def ring_kernel(
+    x, out,  # as in persistent_kernel, but:
+    qkv_weight, o_weight, gate_up_weight, down_weight,  # descriptors [inputs / 64, layers *
+    # outputs, 64], boxes [C / 64, 8, 64]; without a ring the tensors
+    norms, ends, qkvs, mids, acts, counters, epochs, errors,
+    first_layer, last_layer, num_layers, num_rows, eps,
+    C: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
+    SPINS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """As `persistent_kernel`, with 8 of C outputs a program. Weights come through a ring of SLOTS
+    tiles of 8 outputs and C inputs, which one more warp has filled as far ahead as there is room.
+    """
+    program = gl.program_id(0)
+    epoch = gl.load(epochs + program)
+    if SLOTS > 0:
+        tiles: tl.constexpr = qkv_weight.layout
+        plain: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0])
+        barrier: tl.constexpr = mbarrier.MBarrierLayout()
+        ring = gl.allocate_shared_memory(out.dtype.element_ty, [SLOTS, C // 64, 8, 64], tiles)
+        parts = gl.allocate_shared_memory(gl.float32, [WARPS, 32, 8], plain)
+        ups = gl.allocate_shared_memory(gl.float32, [WARPS, 32, 8], plain)
+        sums = gl.allocate_shared_memory(gl.float32, [WARPS, 1, 8], plain)
+        ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+        free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+        for slot in gl.static_range(SLOTS):
+            mbarrier.init(ready.index(slot), count=1)
+            mbarrier.init(free.index(slot), count=1)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (multiply_all, (
+                    x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs,
+                    mids, acts, counters, epochs, errors, ring, ready, free, parts, ups, sums,
+                    program, epoch, first_layer, last_layer, num_layers, num_rows, eps,
+                    C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS,
+                )),
+                (fill_all, (
+                    qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, free, program,
+                    first_layer, last_layer, C, SLOTS,
+                )),
+            ],
+            [1], [24],
+        )  # fmt: skip
+    else:
+        multiply_all(
+            x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs, mids,
+            acts, counters, epochs, errors, None, None, None, None, None, None, program, epoch,
+            first_layer, last_layer, num_layers, num_rows, eps,
+            C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS,
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- ways to run the chain
 
 
@@ -447,6 +799,8 @@ class Variant:
     programs: int = 128
     warps: int = 8
     ahead: int = 1
+    slots: int = 0  # of the ring; 0: weights go to registers
+    is_ring: bool = False
 
     @property
     def group(self) -> int:
@@ -456,7 +810,8 @@ class Variant:
     @property
     def label(self) -> str:
         shape = f"{self.programs} programs w{self.warps}"
-        return f"{self.sync}, {shape}, {self.ahead} ahead"
+        way = f"ring of {self.slots}" if self.is_ring else f"{self.ahead} ahead"
+        return f"{self.sync}, {shape}, {way}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,11 +873,21 @@ class Persistent:
             "WARPS": variant.warps,
             "num_warps": variant.warps,
         }
-        if programs > 132:
+        if not variant.is_ring and programs > 132:
             self.options["maxnreg"] = 65536 // (2 * 32 * variant.warps)
 
     def launch(self, x: Tensor, first: int, last: int, stages: int) -> Any:
         w = self.weights
+        if self.variant.is_ring:
+            weights = [w.qkv, w.o, w.gate_up, w.down]
+            if self.variant.slots:
+                weights = [in_tiles(weight, w.width) for weight in weights]
+            options = {name: o for name, o in self.options.items() if name not in ("R", "AHEAD")}
+            return ring_kernel[(self.variant.programs,)](
+                x, self.out, *weights, w.norms, *self.buffers, self.counters, self.epochs,
+                self.errors, first, last, self.num_layers, self.num_rows, EPS,
+                STAGES=stages, SLOTS=self.variant.slots, **options,
+            )  # fmt: skip
         return persistent_kernel[(self.variant.programs,)](
             x, self.out, w.qkv, w.o, w.gate_up, w.down, w.norms, *self.buffers, self.counters,
             self.epochs, self.errors, first, last, self.num_layers, self.num_rows, EPS,
@@ -555,6 +920,15 @@ class Persistent:
         if at_once < self.variant.programs:
             raise RuntimeError(f"{found}: only {at_once} of {self.variant.programs} at once")
         return found
+
+
+def in_tiles(weight: Tensor, width: int) -> Any:
+    """For the copy engine: [inputs / 64, layers * outputs, 64], 8 outputs and C inputs a box."""
+    num_inputs = weight.shape[2]
+    chunks = weight.view(-1, num_inputs // 64, 64).transpose(0, 1)
+    return TensorDescriptor.from_tensor(
+        chunks, [width // 64, 8, 64], gl.NVMMASharedLayout(128, 16, 3)
+    )
 
 
 def engine_chain(weights: Weights, x: Tensor, num_layers: int) -> Tensor:
@@ -667,7 +1041,7 @@ def main() -> None:
     for num_rows in (1, 3, 8):
         for sync in ("counter", "8 counters", "flags", "tagged"):
             for ahead in (1, 2):
-                variant = Variant(sync, programs=8, warps=2, ahead=ahead)
+                variant = Variant(sync, programs=8, warps=1, slots=0, is_ring=True)
                 _, error = check(weights, variant, num_rows, 2)
                 print(num_rows, variant.label, error)
 
