@@ -15,12 +15,9 @@ outputs, and asks for its weights of the next product before it waits for the in
 # ruff: noqa: C901, N803, N806, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
-import argparse
 import math
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -40,10 +37,8 @@ DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 EPS = 1e-6
 BANDWIDTH = 4.3e12
 MOST_SPINS: tl.constexpr = tl.constexpr(1 << 16)  # of one wait, some 50 ms
-NUM_COMPILERS = 12
-COMPILE_S = 150
 COUNTER_STRIDE: tl.constexpr = tl.constexpr(8)  # 32-bit words: counters of their own sectors
-ALL = ("begin", "qkv", "o", "gate_up", "down", "end")
+RUNTIME = ("first_layer", "last_layer", "num_layers", "num_rows")
 BEGIN, QKV, O, GATE_UP, DOWN, END = (tl.constexpr(1 << index) for index in range(6))
 
 
@@ -104,8 +99,11 @@ else:
 
 @jit
 def await_counters(counters, target, errors, NUM: tl.constexpr, SPINS: tl.constexpr):
-    """Until each of NUM counters has reached the target; the first NUM threads look at one each."""
-    if SPINS:
+    """Until each of NUM counters has reached the target; the first NUM threads look at one each.
+
+    SPINS: 1; or 0, where what is awaited must be there; or 2, to see what it costs to wait.
+    """
+    if SPINS == 1:
         gl.inline_asm_elementwise(
             """{
             .reg .pred over;
@@ -134,7 +132,7 @@ def await_counters(counters, target, errors, NUM: tl.constexpr, SPINS: tl.conste
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         gl.thread_barrier()  # what some threads have seen to be there, all may read
-    else:
+    elif SPINS == 0:
         for index in range(NUM):
             if gl.load(counters + index * COUNTER_STRIDE) - target < 0:
                 gl.store(errors, 1)
@@ -223,7 +221,7 @@ def fetch(buffer, num_inputs, num_rows, tag, target, counters, errors, TILES: tl
         if TILES > 2:
             wrong |= (c ^ wanted) & 65535
         num_wrong = wrong_tags(wrong, 0)
-        left = MOST_SPINS.value if SPINS else 0
+        left = MOST_SPINS.value if SPINS == 1 else 0
         while (num_wrong != 0) & (left > 0):
             a = load_inputs(buffer, places, real, TAGGED)
             wrong = (a ^ wanted) & 65535
@@ -235,7 +233,7 @@ def fetch(buffer, num_inputs, num_rows, tag, target, counters, errors, TILES: tl
                 wrong |= (c ^ wanted) & 65535
             num_wrong = wrong_tags(wrong, 0)
             left -= 1
-        if num_wrong != 0:
+        if (num_wrong != 0) & (SPINS < 2):
             gl.store(errors, 1)
         return value_of(a), value_of(b), value_of(c)
     else:
@@ -300,7 +298,7 @@ def gated(pairs, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr):
     return gl.convert_layout((gate * up.to(DTYPE).to(gl.float32)).to(DTYPE), LAYOUT)
 
 
-@jit
+@jit(do_not_specialize=RUNTIME)
 def persistent_kernel(
     x, out,  # [num_rows, C]
     qkv_weight,  # [layers, 4 C, C]
@@ -452,11 +450,11 @@ def place_of(program, layer, t, C: tl.constexpr, KIND: tl.constexpr):
 
 @jit
 def fill(weight, ring, ready, free, filled, program, layer, C: tl.constexpr, KIND: tl.constexpr,
-         COUNT: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+         COUNT: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Have the tiles of a stage brought into the slots that come next."""
     for t in range(COUNT):
         slot, turn = (filled + t) % SLOTS, ((filled + t) // SLOTS) & 1
-        row, chunk = place_of(program, layer, t, C, KIND)
+        row, chunk = place_of(program, layer * APART, t, C, KIND)
         mbarrier.wait(free.index(slot), turn ^ 1)
         mbarrier.expect(ready.index(slot), C * 16)
         tma.async_copy_global_to_shared(weight, [chunk, row, 0], ready.index(slot),
@@ -466,16 +464,19 @@ def fill(weight, ring, ready, free, filled, program, layer, C: tl.constexpr, KIN
 
 @jit
 def fill_all(qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, free, program,
-             first_layer, last_layer, C: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+             first_layer, last_layer, C: tl.constexpr, SLOTS: tl.constexpr,
+             APART: tl.constexpr):  # fmt: skip
     """What one warp does beside the others: it is ahead by as much as the ring holds."""
     filled = first_layer * 0
     for layer in range(first_layer, last_layer):
-        filled = fill(qkv_weight, ring, ready, free, filled, program, layer, C, QKV.value, 4, SLOTS)
-        filled = fill(o_weight, ring, ready, free, filled, program, layer, C, O.value, 2, SLOTS)
+        filled = fill(qkv_weight, ring, ready, free, filled, program, layer, C, QKV.value, 4, SLOTS,
+                      APART)  # fmt: skip
+        filled = fill(o_weight, ring, ready, free, filled, program, layer, C, O.value, 2, SLOTS,
+                      APART)  # fmt: skip
         filled = fill(gate_up_weight, ring, ready, free, filled, program, layer, C, GATE_UP.value,
-                      6, SLOTS)  # fmt: skip
+                      6, SLOTS, APART)  # fmt: skip
         filled = fill(down_weight, ring, ready, free, filled, program, layer, C, DOWN.value, 3,
-                      SLOTS)  # fmt: skip
+                      SLOTS, APART)  # fmt: skip
 
 
 @jit
@@ -540,12 +541,12 @@ def fetch_pieces(buffer, num_inputs, num_rows, tag, target, counters, errors, NU
         wanted = gl.where(real, tag, 0)
         pieces = load_pieces(buffer, places, real, NUM, WARPS * 64, TAGGED)
         num_wrong = num_wrong_of(pieces, wanted, NUM)
-        left = MOST_SPINS if SPINS else 0
+        left = MOST_SPINS if SPINS == 1 else 0
         while (num_wrong != 0) & (left > 0):
             pieces = load_pieces(buffer, places, real, NUM, WARPS * 64, TAGGED)
             num_wrong = num_wrong_of(pieces, wanted, NUM)
             left -= 1
-        if num_wrong != 0:
+        if (num_wrong != 0) & (SPINS < 2):
             gl.store(errors, 1)
     else:
         await_counters(counters, target, errors, NUM_COUNTERS, SPINS)
@@ -597,9 +598,10 @@ def scale_of(squares, sums, num_inputs, eps, OUT: tl.constexpr):
 def multiply(weights, inputs, first, DTYPE: tl.constexpr, NUM: tl.constexpr, WARPS: tl.constexpr,
              MMA: tl.constexpr, X: tl.constexpr):  # fmt: skip
     """NUM pieces of weights, from `first` on, times as many of the inputs: [WARPS, 8, 8]."""
-    acc = gl.zeros([WARPS, 8, 8], gl.float32, MMA)
-    for piece in gl.static_range(NUM):
-        acc = product(weights[first + piece], inputs[piece], acc, DTYPE, X)
+    zero = gl.zeros([WARPS, 8, 8], gl.float32, MMA)
+    acc = product(weights[first], inputs[0], zero, DTYPE, X)
+    for piece in gl.static_range(1, NUM):  # apart, since each step of a sum waits for the last
+        acc += product(weights[first + piece], inputs[piece], zero, DTYPE, X)
     return acc
 
 
@@ -731,7 +733,7 @@ def multiply_all(
         gl.store(epochs + program, epoch + 1)
 
 
-@jit
+@jit(do_not_specialize=RUNTIME)
 def ring_kernel(
     x, out,  # as in persistent_kernel, but:
     qkv_weight, o_weight, gate_up_weight, down_weight,  # descriptors [inputs / 64, layers *
@@ -740,9 +742,11 @@ def ring_kernel(
     first_layer, last_layer, num_layers, num_rows, eps,
     C: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
     SPINS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """As `persistent_kernel`, with 8 of C outputs a program. Weights come through a ring of SLOTS
     tiles of 8 outputs and C inputs, which one more warp has filled as far ahead as there is room.
+    APART: 1; or 0, to see the time without memory's: all layers have the first one's weights.
     """
     program = gl.program_id(0)
     epoch = gl.load(epochs + program)
@@ -770,7 +774,7 @@ def ring_kernel(
                 )),
                 (fill_all, (
                     qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, free, program,
-                    first_layer, last_layer, C, SLOTS,
+                    first_layer, last_layer, C, SLOTS, APART,
                 )),
             ],
             [1], [24],
@@ -801,6 +805,7 @@ class Variant:
     ahead: int = 1
     slots: int = 0  # of the ring; 0: weights go to registers
     is_ring: bool = False
+    same_layer: bool = False  # all layers' weights are the first one's
 
     @property
     def group(self) -> int:
@@ -811,7 +816,7 @@ class Variant:
     def label(self) -> str:
         shape = f"{self.programs} programs w{self.warps}"
         way = f"ring of {self.slots}" if self.is_ring else f"{self.ahead} ahead"
-        return f"{self.sync}, {shape}, {way}"
+        return f"{self.sync}, {shape}, {way}{', one layer' * self.same_layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -843,6 +848,11 @@ class Weights:
     def width(self) -> int:
         return self.norms.shape[2]
 
+    @property
+    def bytes_per_layer(self) -> float:
+        tensors = (self.qkv, self.o, self.gate_up, self.down)
+        return sum(one.nbytes for one in tensors) / len(self.norms)
+
 
 class Persistent:
     """The kernel, and the memory by which its programs meet."""
@@ -869,7 +879,7 @@ class Persistent:
             "NUM": num,
             "TAGGED": is_tagged,
             "AHEAD": variant.ahead,
-            "SPINS": not INTERPRETED,
+            "SPINS": 0 if INTERPRETED else 2 if variant.sync == "nobody" else 1,
             "WARPS": variant.warps,
             "num_warps": variant.warps,
         }
@@ -886,7 +896,7 @@ class Persistent:
             return ring_kernel[(self.variant.programs,)](
                 x, self.out, *weights, w.norms, *self.buffers, self.counters, self.epochs,
                 self.errors, first, last, self.num_layers, self.num_rows, EPS,
-                STAGES=stages, SLOTS=self.variant.slots, **options,
+                STAGES=stages, SLOTS=self.variant.slots, APART=int(not self.variant.same_layer), **options,
             )  # fmt: skip
         return persistent_kernel[(self.variant.programs,)](
             x, self.out, w.qkv, w.o, w.gate_up, w.down, w.norms, *self.buffers, self.counters,
@@ -1006,44 +1016,119 @@ def median_time(run: Any, launches: int = 4) -> float:
     return spans[len(spans) // 2] / launches * 1e-3
 
 
-def variants_for(num_rows: int) -> list[Variant]:
-    found = []
-    for sync in ("counter", "8 counters", "flags", "tagged"):
-        found.append(Variant(sync))
-    return found
+RINGS = [
+    Variant(sync, warps=warps, slots=slots, is_ring=True)
+    for warps, slots in ((8, 12), (16, 11))
+    for sync in ("counter", "8 counters", "flags", "tagged")
+]
+REGISTERS = [
+    Variant("counter"),
+    Variant("counter", ahead=2),
+    Variant("counter", warps=16),
+    Variant("counter", programs=256, warps=4),
+    Variant("flags"),
+    Variant("tagged"),
+]
+# Not right, and so not checked: what it takes to read the weights, and what it takes to wait.
+BOUNDS = [
+    Variant("nobody", slots=12, is_ring=True),
+    Variant("counter", slots=12, is_ring=True, same_layer=True),
+    Variant("tagged", slots=12, is_ring=True, same_layer=True),
+]
 
 
-def check(
-    weights: Weights, variant: Variant, num_rows: int, num_layers: int
-) -> tuple[Persistent, float]:
+class Case:
+    """Inputs, and what the chain makes of them."""
+
+    def __init__(self, weights: Weights, num_rows: int, num_layers: int) -> None:
+        self.weights, self.num_rows, self.num_layers = weights, num_rows, num_layers
+        self.x = torch.randn(num_rows, weights.width, device=DEVICE).to(DTYPE)
+        self.expected = exact_chain(weights, self.x, num_layers)
+        self.engine_error = self.error_of(engine_chain(weights, self.x, num_layers))
+
+    def error_of(self, out: Tensor) -> float:
+        return relative_error(out, self.expected)
+
+
+def check(case: Case, variant: Variant) -> tuple[Persistent, float]:
     """The way, and its error after some launches. Raises `RuntimeError` if it gave up or is wrong.
 
     Within what the engine's kernels lose by rounding, and half as much again.
     """
-    way = Persistent(weights, variant, num_rows, num_layers)
-    error = 0.0
+    way = Persistent(case.weights, variant, case.num_rows, case.num_layers)
+    worst = 0.0
     for _ in range(3):
-        x = torch.randn(num_rows, weights.width, device=DEVICE).to(DTYPE)
-        expected = exact_chain(weights, x, num_layers)
-        out = way(x).clone()
+        way.out.fill_(math.nan)
+        error = case.error_of(way(case.x))
         if way.errors.item():
             raise RuntimeError("a wait has given up")
-        error = relative_error(out, expected)
-        engine = relative_error(engine_chain(weights, x, num_layers), expected)
-        if not error <= 1.5 * engine + 1e-6:
-            raise RuntimeError(f"error {error:.1e}, the engine's {engine:.1e}")
-    return way, error
+        if not error <= 1.5 * case.engine_error + 1e-6:
+            raise RuntimeError(f"error {error:.1e}, the engine's {case.engine_error:.1e}")
+        worst = max(worst, error)
+    return way, worst
+
+
+def interpret() -> None:
+    """Small shapes, a launch a stage."""
+    for width, variants in (
+        (64, [Variant(sync, programs=8, warps=2, ahead=ahead)
+              for sync in ("counter", "8 counters", "flags", "tagged") for ahead in (1, 2)]),
+        (128, [Variant(sync, programs=16, warps=1, is_ring=True)
+               for sync in ("counter", "8 counters", "flags", "tagged")]),
+    ):  # fmt: skip
+        weights = Weights.random(2, width)
+        for num_rows in (1, 3, 8):
+            case = Case(weights, num_rows, 2)
+            for variant in variants:
+                _, error = check(case, variant)
+                print(f"{num_rows} rows {variant.label:50} error {error:.1e}", flush=True)
+
+
+def measure(weights: Weights, num_layers: int) -> None:
+    floor = weights.bytes_per_layer / BANDWIDTH
+    lines, failed = [], set()
+    for num_rows in (1, 8):
+        cases = [Case(weights, num_rows, some) for some in (1, num_layers)]
+        x = cases[1].x
+        seconds = median_time(lambda: engine_chain(weights, x, num_layers)) / num_layers
+        lines.append((num_rows, "the engine's kernels", cases[1].engine_error, seconds, ""))
+        print(lines[-1], flush=True)
+        for variant in RINGS + REGISTERS + BOUNDS:
+            if variant.label in failed:
+                continue
+            try:
+                found, error = "", math.nan
+                if variant in BOUNDS:
+                    way = Persistent(weights, variant, num_rows, num_layers)
+                    found = way.resources()
+                else:
+                    found = Persistent(weights, variant, num_rows, 1).resources()
+                    check(cases[0], variant)
+                    way, error = check(cases[1], variant)
+                seconds = median_time(partial(way, x)) / num_layers
+                if way.errors.item():
+                    raise RuntimeError("a wait has given up")
+                lines.append((num_rows, variant.label, error, seconds, found))
+                print(lines[-1], flush=True)
+            except Exception as failure:  # one way must not end the others
+                failed.add(variant.label)
+                note = f"{type(failure).__name__}: {str(failure)[:150]}"
+                lines.append((num_rows, variant.label, math.nan, math.nan, note))
+                print(lines[-1], flush=True)
+                if "CUDA error" in str(failure):
+                    break
+    print(f"\nµs a layer; its bytes at {BANDWIDTH * 1e-12} TB/s take {floor * 1e6:.1f}")
+    for num_rows, label, error, seconds, note in lines:
+        print(f"{num_rows} rows  {label:52} error {error:.1e} {seconds * 1e6:7.2f} µs "
+              f"{floor / seconds:5.2f} of the floor  {note}")  # fmt: skip
 
 
 def main() -> None:
     torch.manual_seed(0)
-    weights = Weights.random(2, 64)
-    for num_rows in (1, 3, 8):
-        for sync in ("counter", "8 counters", "flags", "tagged"):
-            for ahead in (1, 2):
-                variant = Variant(sync, programs=8, warps=1, slots=0, is_ring=True)
-                _, error = check(weights, variant, num_rows, 2)
-                print(num_rows, variant.label, error)
+    if INTERPRETED:
+        interpret()
+    else:
+        measure(Weights.random(28, 1024), 28)
 
 
 if __name__ == "__main__":
