@@ -16,6 +16,12 @@ outputs, and asks for its weights of the next product before it waits for the in
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
 import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -28,18 +34,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.worker.kernels.base import Residual, Weighed
-from nanovllm.worker.kernels.triton.launch import INTERPRETED
-from nanovllm.worker.kernels.triton.skinny_linear import silu, skinny_add, skinny_linear
+from nanovllm.worker.kernels.triton.launch import INTERPRETED, Gpu
+from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
+from nanovllm.worker.warmup.triton_precompile import leave_launches_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 EPS = 1e-6
+NUM_COMPILERS, COMPILE_S, MEASURE_S = 12, 60, 100
 BANDWIDTH = 4.3e12
 MOST_SPINS: tl.constexpr = tl.constexpr(1 << 16)  # of one wait, some 50 ms
 COUNTER_STRIDE: tl.constexpr = tl.constexpr(8)  # 32-bit words: counters of their own sectors
+NUM_EVENTS: tl.constexpr = tl.constexpr(5)
+EVENTS = ("weights are there", "inputs are there", "sums are there", "told of")
 RUNTIME = ("first_layer", "last_layer", "num_layers", "num_rows")
-BEGIN, QKV, O, GATE_UP, DOWN, END = (tl.constexpr(1 << index) for index in range(6))
+BEGIN, QKV, O_PROJ, GATE_UP, DOWN, END = (tl.constexpr(1 << index) for index in range(6))
 
 
 # ---------------------------------------------------------------- Gluon, or what it means
@@ -50,10 +60,10 @@ if INTERPRETED:
 
     jit = triton.jit
 
-    class gl:  # noqa: N801
+    class Meaning:
         constexpr, int16, int32, int64 = tl.constexpr, tl.int16, tl.int32, tl.int64
         bfloat16, float32 = tl.bfloat16, tl.float32
-        load, store, where, program_id = tl.load, tl.store, tl.where, tl.program_id
+        store, where, program_id = tl.store, tl.where, tl.program_id
         reshape, permute, split, expand_dims = tl.reshape, tl.permute, tl.split, tl.expand_dims
         atomic_add, thread_barrier = tl.atomic_add, tl.debug_barrier
         sum, max, exp, rsqrt = tl.sum, tl.max, tl.exp, tl.rsqrt
@@ -81,17 +91,17 @@ if INTERPRETED:
 
         NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout
 
-    def mma_v2(a, b, acc, input_precision=None):
-        return tl.dot(a, b, acc, input_precision="ieee")
+    gl: Any = Meaning
+    mma_v2: Any = partial(tl.dot, input_precision="ieee")
 
 else:
-    import triton.experimental.gluon.language as gl
     from triton.experimental import gluon
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.experimental.gluon import language
+    from triton.experimental.gluon.language.nvidia import ampere
     from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    jit = gluon.jit
+    jit, gl, mma_v2 = gluon.jit, language, ampere.mma_v2
 
 
 # ---------------------------------------------------------------- waiting
@@ -148,7 +158,7 @@ def arrive(counters, GROUP: tl.constexpr):
 @jit
 def tagged(values, tag, WORD: tl.constexpr):
     """Words that hold a value and a tag each, written at once."""
-    if WORD == gl.int32:
+    if gl.int32 == WORD:
         bits = values.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16
     else:
         bits = values.to(gl.float32).to(gl.int32, bitcast=True).to(gl.int64) << 32
@@ -379,7 +389,7 @@ def persistent_kernel(
             g_a = load_tile(gate_up_weight + base * 6, gate_rows, 0, C, True, C, WARPS, W)
             g_b = load_tile(gate_up_weight + base * 6, gate_rows + R, 0, C, True, C, WARPS, W)
             g_c = load_tile(gate_up_weight + base * 6, gate_rows + 2 * R, 0, C, True, C, WARPS, W)
-        if O & STAGES:
+        if O_PROJ & STAGES:
             a, b, _ = fetch(qkvs, 2 * C, num_rows, next_tag, turn * GROUP, qkv_counters, errors, 2,
                             C, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
             acc = gl.zeros([WARPS, R, 8], gl.float32, MMA)
@@ -437,11 +447,20 @@ def persistent_kernel(
 
 
 @jit
+def stamp(times, turn, event, TRACE: tl.constexpr):
+    """Leave the multiprocessor's clock."""
+    if TRACE:
+        clock = gl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=gl.int64,
+                                          is_pure=False, pack=1)  # fmt: skip
+        gl.store(times + (turn * NUM_EVENTS + event), clock)
+
+
+@jit
 def place_of(program, layer, t, C: tl.constexpr, KIND: tl.constexpr):
     """Row and first chunk of 64 inputs, in the stacked weights, of the t-th tile of a stage."""
-    if KIND == QKV.value:
+    if QKV.value == KIND:
         row, chunk = layer * (4 * C) + program * 32 + t * 8, t * 0
-    elif KIND == GATE_UP.value:  # gates and ups in turns
+    elif GATE_UP.value == KIND:  # gates and ups in turns
         row, chunk = layer * (6 * C) + t % 2 * (3 * C) + program * 24 + t // 2 * 8, t * 0
     else:
         row, chunk = layer * C + program * 8, t * (C // 64)
@@ -469,10 +488,10 @@ def fill_all(qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, fre
     """What one warp does beside the others: it is ahead by as much as the ring holds."""
     filled = first_layer * 0
     for layer in range(first_layer, last_layer):
-        filled = fill(qkv_weight, ring, ready, free, filled, program, layer, C, QKV.value, 4, SLOTS,
-                      APART)  # fmt: skip
-        filled = fill(o_weight, ring, ready, free, filled, program, layer, C, O.value, 2, SLOTS,
-                      APART)  # fmt: skip
+        filled = fill(qkv_weight, ring, ready, free, filled, program, layer, C, QKV.value, 4,
+                      SLOTS, APART)  # fmt: skip
+        filled = fill(o_weight, ring, ready, free, filled, program, layer, C, O_PROJ.value, 2,
+                      SLOTS, APART)  # fmt: skip
         filled = fill(gate_up_weight, ring, ready, free, filled, program, layer, C, GATE_UP.value,
                       6, SLOTS, APART)  # fmt: skip
         filled = fill(down_weight, ring, ready, free, filled, program, layer, C, DOWN.value, 3,
@@ -481,7 +500,8 @@ def fill_all(qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, fre
 
 @jit
 def take(weight, ring, ready, free, taken, program, layer, C: tl.constexpr, WARPS: tl.constexpr,
-         KIND: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr, W: tl.constexpr):  # fmt: skip
+         KIND: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+         W: tl.constexpr):  # fmt: skip
     """A stage's tiles, each in pieces [WARPS, 8, 64], from the ring; without one, from memory."""
     PIECES: tl.constexpr = C // 64 // WARPS
     pieces = ()
@@ -494,8 +514,8 @@ def take(weight, ring, ready, free, taken, program, layer, C: tl.constexpr, WARP
                 pieces += (part.load(W),)
         else:
             row, chunk = place_of(program, layer, program * 0 + t, C, KIND)
-            WIDE: tl.constexpr = C if KIND == QKV.value or KIND == GATE_UP.value else (
-                2 * C if KIND == O.value else 3 * C
+            WIDE: tl.constexpr = C if QKV.value == KIND or GATE_UP.value == KIND else (
+                2 * C if O_PROJ.value == KIND else 3 * C
             )  # fmt: skip
             for piece in gl.static_range(PIECES):
                 lines = tl.arange(0, 8)[None, :, None] * WIDE
@@ -633,10 +653,11 @@ def met(accs, parts, NUM: tl.constexpr, OUT: tl.constexpr):
 @jit
 def multiply_all(
     x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs, mids, acts,
-    counters, epochs, errors, ring, ready, free, parts, ups, sums, program, epoch,
+    counters, epochs, errors, times, ring, ready, free, parts, ups, sums, program, epoch,
     first_layer, last_layer, num_layers, num_rows, eps,
     C: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
     SPINS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
+    TRACE: tl.constexpr,
 ):  # fmt: skip
     """What all warps but one do: as `persistent_kernel`."""
     MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -663,16 +684,20 @@ def multiply_all(
     else:
         residual = gl.load(out + places, real, other=0.0).to(gl.float32)
     taken = first_layer * 0
+    stages = times + program * (num_layers * 4 * NUM_EVENTS)
     for layer in range(first_layer, last_layer):
         turn = epoch * num_layers + layer + 1  # how often each stage has been made then
         tag = (epoch * (num_layers + 1) + layer + 1) & 65535
         next_tag = (tag + 1) & 65535
         if QKV.value & STAGES:
+            stamp(stages, layer * 4 + 0, 0, TRACE)
             norm = norm_pieces(norms + layer * (2 * C), C, WARPS, X)
             w = take(qkv_weight, ring, ready, free, taken, program, layer, C, WARPS, QKV.value, 4,
                      SLOTS, W)  # fmt: skip
+            stamp(stages, layer * 4 + 0, 1, TRACE)
             h = fetch_pieces(ends, C, num_rows, tag, (turn + epoch) * GROUP, end_counters, errors,
                              PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            stamp(stages, layer * 4 + 0, 2, TRACE)
             h, squares = normed_pieces(h, norm, sums, dtype, PIECES)
             accs = ()
             for t in gl.static_range(4):
@@ -680,26 +705,36 @@ def multiply_all(
                 leave(acc, parts, t)
                 accs += (acc,)
             result = met(accs, parts, 4, OUT) * scale_of(squares, sums, C, eps, OUT)
+            stamp(stages, layer * 4 + 0, 3, TRACE)
             publish(qkvs, rows * (4 * C) + program * 32 + many, result.to(dtype),
                     (rows < num_rows) & (many >= 0), next_tag, qkv_counters, TAGGED, GROUP,
                     True)  # fmt: skip
-        if O.value & STAGES:
-            w = take(o_weight, ring, ready, free, taken + 4, program, layer, C, WARPS, O.value, 2,
-                     SLOTS, W)  # fmt: skip
+            stamp(stages, layer * 4 + 0, 4, TRACE)
+        if O_PROJ.value & STAGES:
+            stamp(stages, layer * 4 + 1, 0, TRACE)
+            w = take(o_weight, ring, ready, free, taken + 4, program, layer, C, WARPS,
+                     O_PROJ.value, 2, SLOTS, W)  # fmt: skip
+            stamp(stages, layer * 4 + 1, 1, TRACE)
             h = fetch_pieces(qkvs, 2 * C, num_rows, next_tag, turn * GROUP, qkv_counters, errors,
                              2 * PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            stamp(stages, layer * 4 + 1, 2, TRACE)
             acc = multiply(w, h, 0, dtype, 2 * PIECES, WARPS, MMA, X)
             leave(acc, parts, 0)
             added = met((acc,), parts, 1, OUT).to(dtype).to(gl.float32)
             residual = (residual + added).to(dtype).to(gl.float32)
+            stamp(stages, layer * 4 + 1, 3, TRACE)
             publish(mids, places, residual.to(dtype), real, next_tag, mid_counters, TAGGED, GROUP,
                     True)  # fmt: skip
+            stamp(stages, layer * 4 + 1, 4, TRACE)
         if GATE_UP.value & STAGES:
+            stamp(stages, layer * 4 + 2, 0, TRACE)
             norm = norm_pieces(norms + layer * (2 * C) + C, C, WARPS, X)
             w = take(gate_up_weight, ring, ready, free, taken + 6, program, layer, C, WARPS,
                      GATE_UP.value, 6, SLOTS, W)  # fmt: skip
+            stamp(stages, layer * 4 + 2, 1, TRACE)
             h = fetch_pieces(mids, C, num_rows, next_tag, turn * GROUP, mid_counters, errors,
                              PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            stamp(stages, layer * 4 + 2, 2, TRACE)
             h, squares = normed_pieces(h, norm, sums, dtype, PIECES)
             gate_accs, up_accs = (), ()
             for t in gl.static_range(3):
@@ -713,20 +748,27 @@ def multiply_all(
             gate = (met(gate_accs, parts, 3, OUT) * scale).to(dtype).to(gl.float32)
             up = (met(up_accs, ups, 3, OUT) * scale).to(dtype).to(gl.float32)
             gate = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
+            stamp(stages, layer * 4 + 2, 3, TRACE)
             publish(acts, rows * (3 * C) + program * 24 + many, (gate * up).to(dtype),
                     (rows < num_rows) & (many < 24), next_tag, act_counters, TAGGED, GROUP,
                     True)  # fmt: skip
+            stamp(stages, layer * 4 + 2, 4, TRACE)
         if DOWN.value & STAGES:
+            stamp(stages, layer * 4 + 3, 0, TRACE)
             w = take(down_weight, ring, ready, free, taken + 12, program, layer, C, WARPS,
                      DOWN.value, 3, SLOTS, W)  # fmt: skip
+            stamp(stages, layer * 4 + 3, 1, TRACE)
             h = fetch_pieces(acts, 3 * C, num_rows, next_tag, turn * GROUP, act_counters, errors,
                              3 * PIECES, WARPS, NUM, TAGGED, SPINS, X)  # fmt: skip
+            stamp(stages, layer * 4 + 3, 2, TRACE)
             acc = multiply(w, h, 0, dtype, 3 * PIECES, WARPS, MMA, X)
             leave(acc, parts, 0)
             added = met((acc,), parts, 1, OUT).to(dtype).to(gl.float32)
             residual = (residual + added).to(dtype).to(gl.float32)
+            stamp(stages, layer * 4 + 3, 3, TRACE)
             publish(ends, places, residual.to(dtype), real, next_tag, end_counters, TAGGED, GROUP,
                     True)  # fmt: skip
+            stamp(stages, layer * 4 + 3, 4, TRACE)
         taken += 15
     gl.store(out + places, residual.to(dtype), real)
     if END.value & STAGES:
@@ -739,10 +781,11 @@ def ring_kernel(
     qkv_weight, o_weight, gate_up_weight, down_weight,  # descriptors [inputs / 64, layers *
     # outputs, 64], boxes [C / 64, 8, 64]; without a ring the tensors
     norms, ends, qkvs, mids, acts, counters, epochs, errors,
+    times,  # [programs, layers * 4, NUM_EVENTS] int64
     first_layer, last_layer, num_layers, num_rows, eps,
     C: tl.constexpr, GROUP: tl.constexpr, NUM: tl.constexpr, TAGGED: tl.constexpr,
     SPINS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
-    APART: tl.constexpr,
+    APART: tl.constexpr, TRACE: tl.constexpr,
 ):  # fmt: skip
     """As `persistent_kernel`, with 8 of C outputs a program. Weights come through a ring of SLOTS
     tiles of 8 outputs and C inputs, which one more warp has filled as far ahead as there is room.
@@ -768,9 +811,9 @@ def ring_kernel(
             [
                 (multiply_all, (
                     x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs,
-                    mids, acts, counters, epochs, errors, ring, ready, free, parts, ups, sums,
-                    program, epoch, first_layer, last_layer, num_layers, num_rows, eps,
-                    C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS,
+                    mids, acts, counters, epochs, errors, times, ring, ready, free, parts, ups,
+                    sums, program, epoch, first_layer, last_layer, num_layers, num_rows, eps,
+                    C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS, TRACE,
                 )),
                 (fill_all, (
                     qkv_weight, o_weight, gate_up_weight, down_weight, ring, ready, free, program,
@@ -782,9 +825,9 @@ def ring_kernel(
     else:
         multiply_all(
             x, out, qkv_weight, o_weight, gate_up_weight, down_weight, norms, ends, qkvs, mids,
-            acts, counters, epochs, errors, None, None, None, None, None, None, program, epoch,
-            first_layer, last_layer, num_layers, num_rows, eps,
-            C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS,
+            acts, counters, epochs, errors, times, None, None, None, None, None, None, program,
+            epoch, first_layer, last_layer, num_layers, num_rows, eps,
+            C, GROUP, NUM, TAGGED, SPINS, STAGES, WARPS, SLOTS, TRACE,
         )  # fmt: skip
 
 
@@ -806,6 +849,7 @@ class Variant:
     slots: int = 0  # of the ring; 0: weights go to registers
     is_ring: bool = False
     same_layer: bool = False  # all layers' weights are the first one's
+    trace: bool = False  # leave times
 
     @property
     def group(self) -> int:
@@ -815,7 +859,11 @@ class Variant:
     @property
     def label(self) -> str:
         shape = f"{self.programs} programs w{self.warps}"
-        way = f"ring of {self.slots}" if self.is_ring else f"{self.ahead} ahead"
+        way = (
+            f"ring of {self.slots}{', traced' * self.trace}"
+            if self.is_ring
+            else f"{self.ahead} ahead"
+        )
         return f"{self.sync}, {shape}, {way}{', one layer' * self.same_layer}"
 
 
@@ -862,7 +910,7 @@ class Persistent:
         self.num_rows, self.num_layers = num_rows, num_layers
         width, programs = weights.width, variant.programs
         is_tagged = variant.sync == "tagged"
-        word = torch.int32 if DTYPE == torch.bfloat16 else torch.int64
+        word = torch.int32 if torch.bfloat16 == DTYPE else torch.int64
         self.buffers = [
             torch.zeros(num_rows, n * width, device=DEVICE, dtype=word if is_tagged else DTYPE)
             for n in (1, 4, 1, 3)
@@ -871,6 +919,8 @@ class Persistent:
         self.counters = torch.zeros(4, num, COUNTER_STRIDE.value, device=DEVICE, dtype=torch.int32)
         self.epochs = torch.zeros(programs, device=DEVICE, dtype=torch.int32)
         self.errors = torch.zeros(1, device=DEVICE, dtype=torch.int32)
+        shape = programs, num_layers * 4, NUM_EVENTS.value
+        self.times = torch.zeros(shape, device=DEVICE, dtype=torch.int64)
         self.out = torch.empty(num_rows, width, device=DEVICE, dtype=DTYPE)
         self.options: dict[str, Any] = {
             "C": width,
@@ -895,8 +945,9 @@ class Persistent:
             options = {name: o for name, o in self.options.items() if name not in ("R", "AHEAD")}
             return ring_kernel[(self.variant.programs,)](
                 x, self.out, *weights, w.norms, *self.buffers, self.counters, self.epochs,
-                self.errors, first, last, self.num_layers, self.num_rows, EPS,
-                STAGES=stages, SLOTS=self.variant.slots, APART=int(not self.variant.same_layer), **options,
+                self.errors, self.times, first, last, self.num_layers, self.num_rows, EPS,
+                STAGES=stages, SLOTS=self.variant.slots, APART=int(not self.variant.same_layer),
+                TRACE=self.variant.trace, **options,
             )  # fmt: skip
         return persistent_kernel[(self.variant.programs,)](
             x, self.out, w.qkv, w.o, w.gate_up, w.down, w.norms, *self.buffers, self.counters,
@@ -911,16 +962,17 @@ class Persistent:
             return self.out
         self.launch(x, 0, 0, BEGIN.value)
         for layer in range(self.num_layers):
-            for stage in (QKV, O, GATE_UP, DOWN):
+            for stage in (QKV, O_PROJ, GATE_UP, DOWN):
                 self.launch(x, layer, layer + 1, stage.value)
         self.launch(x, 0, 0, END.value)
         return self.out
 
     def resources(self) -> str:
-        """Of the compiled kernel. Raises `RuntimeError` if its programs cannot run all at once."""
+        """Of the compiled kernel, not to be launched again by this object. Raises `RuntimeError` if
+        its programs cannot run all at once."""
         kernel = self.launch(torch.empty_like(self.out), 0, 0, 63)
         facts = torch.cuda.get_device_properties(DEVICE)
-        threads = 32 * self.variant.warps
+        threads = 32 * (self.variant.warps + 4 * self.variant.is_ring)
         registers = -(-kernel.n_regs // 8) * 8 * threads
         shared = kernel.metadata.shared + 1024
         at_once = facts.multi_processor_count * min(
@@ -1035,6 +1087,8 @@ BOUNDS = [
     Variant("counter", slots=12, is_ring=True, same_layer=True),
     Variant("tagged", slots=12, is_ring=True, same_layer=True),
 ]
+TRACED = [Variant(sync, slots=12, is_ring=True, trace=True) for sync in ("counter", "tagged")]
+ALL = RINGS + REGISTERS + BOUNDS + TRACED
 
 
 class Case:
@@ -1068,6 +1122,16 @@ def check(case: Case, variant: Variant) -> tuple[Persistent, float]:
     return way, worst
 
 
+def where_time_goes(way: Persistent) -> str:
+    """Cycles of each part of a stage, the mean over programs and all layers but the first."""
+    times = way.times.view(way.variant.programs, way.num_layers, 4, -1)[:, 1:].double()
+    parts = times.diff(dim=3).mean(dim=(0, 1)).tolist()
+    whole = float((times[:, -1, -1, -1] - times[:, 0, 0, 0]).mean()) / (way.num_layers - 1)
+    stages = zip(("qkv", "o", "gate_up", "down"), parts, strict=True)
+    told = "; ".join(f"{name} {' '.join(f'{n:.0f}' for n in some)}" for name, some in stages)
+    return f"{whole:.0f} cycles a layer, until {', '.join(EVENTS)}: {told}"
+
+
 def interpret() -> None:
     """Small shapes, a launch a stage."""
     for width, variants in (
@@ -1086,28 +1150,30 @@ def interpret() -> None:
 
 def measure(weights: Weights, num_layers: int) -> None:
     floor = weights.bytes_per_layer / BANDWIDTH
-    lines, failed = [], set()
+    lines: list[tuple[int, str, float, float, str]] = []
+    failed = set()
     for num_rows in (1, 8):
         cases = [Case(weights, num_rows, some) for some in (1, num_layers)]
         x = cases[1].x
-        seconds = median_time(lambda: engine_chain(weights, x, num_layers)) / num_layers
+        seconds = median_time(partial(engine_chain, weights, x, num_layers)) / num_layers
         lines.append((num_rows, "the engine's kernels", cases[1].engine_error, seconds, ""))
         print(lines[-1], flush=True)
-        for variant in RINGS + REGISTERS + BOUNDS:
+        for variant in ALL:
             if variant.label in failed:
                 continue
             try:
                 found, error = "", math.nan
+                found = Persistent(weights, variant, num_rows, 1).resources()
                 if variant in BOUNDS:
                     way = Persistent(weights, variant, num_rows, num_layers)
-                    found = way.resources()
                 else:
-                    found = Persistent(weights, variant, num_rows, 1).resources()
                     check(cases[0], variant)
                     way, error = check(cases[1], variant)
                 seconds = median_time(partial(way, x)) / num_layers
                 if way.errors.item():
                     raise RuntimeError("a wait has given up")
+                if variant.trace:
+                    found = where_time_goes(way)
                 lines.append((num_rows, variant.label, error, seconds, found))
                 print(lines[-1], flush=True)
             except Exception as failure:  # one way must not end the others
@@ -1115,20 +1181,63 @@ def measure(weights: Weights, num_layers: int) -> None:
                 note = f"{type(failure).__name__}: {str(failure)[:150]}"
                 lines.append((num_rows, variant.label, math.nan, math.nan, note))
                 print(lines[-1], flush=True)
-                if "CUDA error" in str(failure):
-                    break
+                if "CUDA" in str(failure):  # nothing more runs in this process
+                    report(lines, floor)
+                    return
+    report(lines, floor)
+
+
+def report(lines: list[tuple[int, str, float, float, str]], floor: float) -> None:
+    """floor: seconds that the bytes of a layer take."""
     print(f"\nµs a layer; its bytes at {BANDWIDTH * 1e-12} TB/s take {floor * 1e6:.1f}")
     for num_rows, label, error, seconds, note in lines:
         print(f"{num_rows} rows  {label:52} error {error:.1e} {seconds * 1e6:7.2f} µs "
               f"{floor / seconds:5.2f} of the floor  {note}")  # fmt: skip
 
 
+def compile_share(share: int) -> None:
+    """Into Triton's cache, without a GPU."""
+    leave_launches_out(Gpu((9, 0), 132))
+    weights = Weights.random(1, 1024)
+    jobs: list[Callable[[], object]] = [
+        partial(engine_chain, weights, torch.zeros(rows, 1024, dtype=DTYPE), 1) for rows in (1, 8)
+    ]
+    x = torch.zeros(1, 1024, dtype=DTYPE)
+    jobs += [lambda variant=variant: Persistent(weights, variant, 1, 1)(x) for variant in ALL]
+    for job in jobs[share::NUM_COMPILERS]:
+        job()
+
+
+def compile_all() -> None:
+    command = [sys.executable, __file__, "--compile"]
+    blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen([*command, str(share)], env=blind) for share in range(NUM_COMPILERS)
+    ]
+    end = time.monotonic() + COMPILE_S
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()  # what it has not compiled is compiled where it is launched
+
+
 def main() -> None:
     torch.manual_seed(0)
-    if INTERPRETED:
+    if "--compile" in sys.argv:
+        compile_share(int(sys.argv[2]))
+    elif INTERPRETED:
         interpret()
-    else:
+    elif "--measure" in sys.argv:
         measure(Weights.random(28, 1024), 28)
+    else:
+        began = time.monotonic()
+        compile_all()
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+        # A process of its own can be ended whatever a kernel waits for.
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, __file__, "--measure"], check=False, timeout=MEASURE_S)
+        print(f"in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
