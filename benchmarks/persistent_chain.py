@@ -42,10 +42,10 @@ from nanovllm.worker.warmup.triton_precompile import leave_launches_out
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 EPS = 1e-6
-NUM_COMPILERS, COMPILE_S, MEASURE_S = 12, 60, 100
+NUM_COMPILERS, COMPILE_S, MEASURE_S = 12, 45, 75
 BANDWIDTH = 4.3e12
 MOST_SPINS: tl.constexpr = tl.constexpr(1 << 16)  # of one wait, some 50 ms
-COUNTER_STRIDE: tl.constexpr = tl.constexpr(8)  # 32-bit words: counters of their own sectors
+STAGE_WORDS: tl.constexpr = tl.constexpr(256)  # counters of a stage
 NUM_EVENTS: tl.constexpr = tl.constexpr(5)
 EVENTS = ("weights are there", "inputs are there", "sums are there", "told of")
 RUNTIME = ("first_layer", "last_layer", "num_layers", "num_rows")
@@ -113,6 +113,7 @@ def await_counters(counters, target, errors, NUM: tl.constexpr, SPINS: tl.conste
 
     SPINS: 1; or 0, where what is awaited must be there; or 2, to see what it costs to wait.
     """
+    STRIDE: tl.constexpr = 8 if NUM <= 8 else 1
     if SPINS == 1:
         gl.inline_asm_elementwise(
             """{
@@ -137,22 +138,23 @@ def await_counters(counters, target, errors, NUM: tl.constexpr, SPINS: tl.conste
             DONE:
             }""",
             "=r,l,r,r,r,r,l",
-            [counters.to(gl.int64), target, gl.to_tensor(NUM), gl.to_tensor(COUNTER_STRIDE * 4),
+            [counters.to(gl.int64), target, gl.to_tensor(NUM), gl.to_tensor(STRIDE * 4),
              gl.to_tensor(MOST_SPINS), errors.to(gl.int64)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
         gl.thread_barrier()  # what some threads have seen to be there, all may read
     elif SPINS == 0:
         for index in range(NUM):
-            if gl.load(counters + index * COUNTER_STRIDE) - target < 0:
+            if gl.load(counters + index * STRIDE) - target < 0:
                 gl.store(errors, 1)
 
 
 @jit
-def arrive(counters, GROUP: tl.constexpr):
+def arrive(counters, GROUP: tl.constexpr, NUM: tl.constexpr):
     """Count this program, after all that it has stored."""
+    STRIDE: tl.constexpr = 8 if NUM <= 8 else 1  # few counters have sectors of their own
     gl.thread_barrier()
-    gl.atomic_add(counters + gl.program_id(0) // GROUP * COUNTER_STRIDE, 1, sem="release")
+    gl.atomic_add(counters + gl.program_id(0) // GROUP * STRIDE, 1, sem="release")
 
 
 @jit
@@ -184,14 +186,14 @@ def wrong_tags(words, tag):
 
 @jit
 def publish(buffer, places, values, real, tag, counters, TAGGED: tl.constexpr,
-            GROUP: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+            GROUP: tl.constexpr, NUM: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Store outputs, of the model's precision; with the LAST of them, let others know."""
     if TAGGED:
         gl.store(buffer + places, tagged(values, tag, buffer.dtype.element_ty), real)
     else:
         gl.store(buffer + places, values.to(buffer.dtype.element_ty), real)
         if LAST:
-            arrive(counters, GROUP)
+            arrive(counters, GROUP, NUM)
 
 
 @jit
@@ -317,7 +319,7 @@ def persistent_kernel(
     down_weight,  # [layers, C, 3 C]
     norms,  # [layers, 2, C]
     ends, qkvs, mids, acts,  # [num_rows, C, 4 C, C, 3 C]: results of stages, or tagged words
-    counters,  # [4, NUM, COUNTER_STRIDE] int32
+    counters,  # [4, STAGE_WORDS] int32
     epochs,  # [programs] int32: how often each program has been launched
     errors,  # [1] int32
     first_layer, last_layer, num_layers, num_rows, eps,
@@ -353,9 +355,9 @@ def persistent_kernel(
     qkv_rows = program * (4 * R) + gl.arange(0, 4 * R, OF_W)
     pairs = gl.arange(0, 2 * R, OF_W)  # gates and ups in turns
     gate_rows = program * (3 * R) + pairs // 2 + pairs % 2 * (3 * C)
-    end_counters, qkv_counters = counters, counters + NUM * COUNTER_STRIDE
-    mid_counters = qkv_counters + NUM * COUNTER_STRIDE
-    act_counters = mid_counters + NUM * COUNTER_STRIDE
+    end_counters, qkv_counters = counters, counters + STAGE_WORDS
+    mid_counters = qkv_counters + STAGE_WORDS
+    act_counters = mid_counters + STAGE_WORDS
     if BEGIN & STAGES:
         residual = gl.load(x + places, real, other=0.0).to(gl.float32)
     else:
@@ -364,7 +366,7 @@ def persistent_kernel(
     w_qkv = load_tile(qkv_weight + start * (4 * C * C), qkv_rows, 0, C, True, C, WARPS, W)
     if BEGIN & STAGES:
         tag = (epoch * (num_layers + 1) + 1) & 65535
-        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, True)
+        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, NUM, True)
     for layer in range(first_layer, last_layer):
         base = (start + (layer - first_layer)) * (C * C)
         turn = epoch * num_layers + layer + 1  # how often each stage has been made then
@@ -381,7 +383,7 @@ def persistent_kernel(
             acc = product(w_qkv, weighed(h, norm, dtype), acc, dtype, X)
             result = joined(acc, OUT) * norm_scale(h, C, eps, OUT)
             publish(qkvs, qkv_places, result.to(dtype), qkv_real, next_tag, qkv_counters, TAGGED,
-                    GROUP, True)  # fmt: skip
+                    GROUP, NUM, True)  # fmt: skip
         if AHEAD == 1:
             o_a = load_tile(o_weight + base * 2, mine, 0, 2 * C, True, C, WARPS, W)
             o_b = load_tile(o_weight + base * 2, mine, C, 2 * C, True, C, WARPS, W)
@@ -397,7 +399,7 @@ def persistent_kernel(
             added = joined(acc, OUT).to(dtype).to(gl.float32)
             residual = (residual + added).to(dtype).to(gl.float32)
             publish(mids, places, residual.to(dtype), real, next_tag, mid_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
         norm = load_norm(norms + layer * (2 * C) + C, C, WARPS, X)
         if AHEAD == 1:
             g_a = load_tile(gate_up_weight + base * 6, gate_rows, 0, C, True, C, WARPS, W)
@@ -416,9 +418,13 @@ def persistent_kernel(
             a = gated(joined(product(g_a, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
             b = gated(joined(product(g_b, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
             c = gated(joined(product(g_c, h, zero, dtype, X), OUT) * scale, dtype, RESULT, R)
-            publish(acts, act_places, a, real, next_tag, act_counters, TAGGED, GROUP, False)
-            publish(acts, act_places + R, b, real, next_tag, act_counters, TAGGED, GROUP, False)
-            publish(acts, act_places + 2 * R, c, real, next_tag, act_counters, TAGGED, GROUP, True)
+            publish(acts, act_places, a, real, next_tag, act_counters, TAGGED, GROUP, NUM, False)
+            publish(
+                acts, act_places + R, b, real, next_tag, act_counters, TAGGED, GROUP, NUM, False
+            )
+            publish(
+                acts, act_places + 2 * R, c, real, next_tag, act_counters, TAGGED, GROUP, NUM, True
+            )
         if AHEAD == 1:
             d_a = load_tile(down_weight + base * 3, mine, 0, 3 * C, True, C, WARPS, W)
             d_b = load_tile(down_weight + base * 3, mine, C, 3 * C, True, C, WARPS, W)
@@ -434,7 +440,7 @@ def persistent_kernel(
             added = joined(product(d_c, c, acc, dtype, X), OUT).to(dtype).to(gl.float32)
             residual = (residual + added).to(dtype).to(gl.float32)
             publish(ends, places, residual.to(dtype), real, next_tag, end_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
         if AHEAD == 1:
             w_qkv = load_tile(qkv_weight + (base + C * C) * 4, qkv_rows, 0, C,
                               layer + 1 < last_layer, C, WARPS, W)  # fmt: skip
@@ -674,13 +680,13 @@ def multiply_all(
     many = gl.arange(0, 32, gl.SliceLayout(1, RESULT))[:, None]
     real = (rows < num_rows) & (some >= 0)
     places = rows * C + program * 8 + some
-    end_counters, qkv_counters = counters, counters + NUM * COUNTER_STRIDE
-    mid_counters = qkv_counters + NUM * COUNTER_STRIDE
-    act_counters = mid_counters + NUM * COUNTER_STRIDE
+    end_counters, qkv_counters = counters, counters + STAGE_WORDS
+    mid_counters = qkv_counters + STAGE_WORDS
+    act_counters = mid_counters + STAGE_WORDS
     if BEGIN.value & STAGES:
         residual = gl.load(x + places, real, other=0.0).to(gl.float32)
         tag = (epoch * (num_layers + 1) + 1) & 65535
-        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, True)
+        publish(ends, places, residual.to(dtype), real, tag, end_counters, TAGGED, GROUP, NUM, True)
     else:
         residual = gl.load(out + places, real, other=0.0).to(gl.float32)
     taken = first_layer * 0
@@ -708,7 +714,7 @@ def multiply_all(
             stamp(stages, layer * 4 + 0, 3, TRACE)
             publish(qkvs, rows * (4 * C) + program * 32 + many, result.to(dtype),
                     (rows < num_rows) & (many >= 0), next_tag, qkv_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
             stamp(stages, layer * 4 + 0, 4, TRACE)
         if O_PROJ.value & STAGES:
             stamp(stages, layer * 4 + 1, 0, TRACE)
@@ -724,7 +730,7 @@ def multiply_all(
             residual = (residual + added).to(dtype).to(gl.float32)
             stamp(stages, layer * 4 + 1, 3, TRACE)
             publish(mids, places, residual.to(dtype), real, next_tag, mid_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
             stamp(stages, layer * 4 + 1, 4, TRACE)
         if GATE_UP.value & STAGES:
             stamp(stages, layer * 4 + 2, 0, TRACE)
@@ -751,7 +757,7 @@ def multiply_all(
             stamp(stages, layer * 4 + 2, 3, TRACE)
             publish(acts, rows * (3 * C) + program * 24 + many, (gate * up).to(dtype),
                     (rows < num_rows) & (many < 24), next_tag, act_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
             stamp(stages, layer * 4 + 2, 4, TRACE)
         if DOWN.value & STAGES:
             stamp(stages, layer * 4 + 3, 0, TRACE)
@@ -767,7 +773,7 @@ def multiply_all(
             residual = (residual + added).to(dtype).to(gl.float32)
             stamp(stages, layer * 4 + 3, 3, TRACE)
             publish(ends, places, residual.to(dtype), real, next_tag, end_counters, TAGGED, GROUP,
-                    True)  # fmt: skip
+                    NUM, True)  # fmt: skip
             stamp(stages, layer * 4 + 3, 4, TRACE)
         taken += 15
     gl.store(out + places, residual.to(dtype), real)
@@ -916,7 +922,7 @@ class Persistent:
             for n in (1, 4, 1, 3)
         ]
         num = programs // variant.group
-        self.counters = torch.zeros(4, num, COUNTER_STRIDE.value, device=DEVICE, dtype=torch.int32)
+        self.counters = torch.zeros(4, STAGE_WORDS.value, device=DEVICE, dtype=torch.int32)
         self.epochs = torch.zeros(programs, device=DEVICE, dtype=torch.int32)
         self.errors = torch.zeros(1, device=DEVICE, dtype=torch.int32)
         shape = programs, num_layers * 4, NUM_EVENTS.value
