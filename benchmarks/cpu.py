@@ -12,6 +12,12 @@ is faster with, or a directory of bf16 weights for those who cannot read GGUF fi
 
 Decoding of 1, 8 and 32 sequences is without their prompts and first tokens; `mixed` is all of 32
 requests of 64 to 512 tokens that get 16 to 256 new ones, a third of which begin with the same 256.
+
+    python benchmarks/cpu.py --asks all [--rounds 5]
+
+measures nanovllm alone: 8 and 32 sequences of which one or all ask for something of their sampling
+(`workloads.ASKS`), beside as many that ask for nothing, which are measured right before and after.
+Printed are medians of the ratios; `prompt_logprobs` is of prompts of 512 tokens.
 """
 
 import argparse
@@ -27,6 +33,7 @@ from typing import Any
 
 PROMPT, NEW, PREFILL = 128, 64, 512
 CASES = ("1", "8", "32", "prefill", "mixed")
+ASKED_IN, ASKED_OUT = 16, 64  # tokens of a request that may ask for something
 ENGINES = ("nanovllm", "llama.cpp", "transformers", "vllm")
 STATIC_BATCH = 8  # of transformers, with mixed requests
 
@@ -178,6 +185,68 @@ def vllm(model: str, threads: int) -> Run:
     return run
 
 
+class Asked:
+    """How fast sequences are of which some ask for something."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        from nanovllm import LLM
+
+        self._llm = LLM(model, device="cpu", threads=threads, max_model_len=2048)
+
+    def share(self, name: str, num_asking: int, count: int, turn: int) -> tuple[float, float]:
+        """Of a case its speed, and how many times as fast it is as `count` plain sequences."""
+        self._speed(name, num_asking, count, (turn, "first"), num_out=2)  # compiles a grammar
+        before = self._speed(name, 0, count, (turn, "before"))
+        speed = self._speed(name, num_asking, count, (turn, "asking"))
+        after = self._speed(name, 0, count, (turn, "after"))
+        return speed, 2 * speed / (before + after)
+
+    def _speed(
+        self, name: str, num_asking: int, count: int, seed: object, *, num_out: int = ASKED_OUT
+    ) -> float:
+        """Of new tokens; of prompts' where it is these that are asked about."""
+        from workloads import ASKS
+
+        from nanovllm import SamplingParams
+
+        is_of_prompts = "prompt_logprobs" in ASKS[name]
+        num_in = PREFILL if is_of_prompts else ASKED_IN
+        num_out = 1 if is_of_prompts else num_out
+        plain: dict[str, Any] = {"temperature": 0.8, "max_tokens": num_out, "ignore_eos": True}
+        asking = plain | ASKS[name]
+        if "min_tokens" in asking:
+            asking["min_tokens"] = num_out
+        params = [SamplingParams(**asking)] * num_asking
+        params += [SamplingParams(**plain)] * (count - num_asking)
+        some = prompts(count, num_in, name, num_asking, seed)
+        started = time.perf_counter()
+        outputs = self._llm.generate(some, params)
+        seconds = time.perf_counter() - started
+        if is_of_prompts:
+            return count * num_in / seconds
+        return sum(len(one.token_ids) for output in outputs for one in output.outputs) / seconds
+
+
+def print_asked(model: str, threads: int, names: list[str], num_rounds: int) -> None:
+    """Each figure as it is measured, then a table of medians."""
+    measured, found = Asked(model, threads), {}
+    cases = [(1, 8), (8, 8), (1, 32), (32, 32)]
+    for turn in range(num_rounds):
+        for name in names:
+            for case in cases:
+                speed, share = measured.share(name, *case, turn)
+                found.setdefault((name, *case), []).append((speed, share))
+                print(f"  {name}, {case[0]} of {case[1]}: {speed:.0f}, {share:.2f} x", flush=True)
+    print(f"{os.path.basename(model)}, {threads} threads, medians of {num_rounds} rounds")
+    print(f"{'':18}" + "".join(f"{f'{few} of {all}':>14}" for few, all in cases))
+    for name in names:
+        medians = (
+            [statistics.median(one) for one in zip(*found[name, *case], strict=True)]
+            for case in cases
+        )
+        print(f"{name:18}" + "".join(f"{speed:7.0f} ({x:4.2f})" for speed, x in medians))
+
+
 def bandwidth() -> float:
     """GB/s that one thread reads."""
     import numpy as np
@@ -245,6 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="append", default=[], metavar="ENGINE[@MODEL]=PYTHON")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--asks", nargs="+", metavar="NAME", help="of workloads.ASKS, or `all`")
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -254,6 +324,12 @@ def main() -> None:
         from nanovllm.checkpoint.locate import locate
 
         args.gguf = str(locate("smollm2").path)
+    if args.asks:
+        from workloads import ASKS
+
+        names = list(ASKS) if args.asks == ["all"] else args.asks
+        print_asked(args.gguf, args.threads, names, args.rounds)
+        return
     threads = ["--threads", str(args.threads)]
     peers = {"nanovllm": Peer("nanovllm", sys.executable, ["--gguf", args.gguf, *threads])}
     for asked in args.peer:

@@ -28,7 +28,7 @@ from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
-from nanovllm.worker.sampling.logprobs import PackedLogprobs, joined, pack_logprobs
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, joined
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from nanovllm.worker.stage_link import StageLink
 
@@ -386,7 +386,7 @@ class ModelRunner:
             start = int(staged.host_query_start_loc[entry])
             states = hidden[start : start + end - first]
             wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end]
-            pack = pack_logprobs
+            pack = self._sampler.pack_logprobs
             if self._fused is not None and num_top >= 0:
                 pack = self._fused.pack_logprobs
             parts = [

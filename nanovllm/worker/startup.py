@@ -84,10 +84,12 @@ class Loaded:
         """One with a new KV cache of so many blocks."""
         own = self.model.vocabulary
         vocabulary = None if own.is_whole else own
+        make = self.kernels.row_sampler
+        row_sampler = None if make is None else make(self.rows)
         return ModelRunner(
             self.native or self.model,
             self.attention,
-            sampler=Sampler(self.rows, self.kernels.choose_tokens, vocabulary=vocabulary),
+            sampler=Sampler(self.rows, row_sampler, vocabulary=vocabulary),
             kv_cache=self._kv_cache(num_blocks),
             limits=self.limits,
             fused=self.kernels.fused,

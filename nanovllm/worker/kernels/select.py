@@ -3,7 +3,7 @@
 Modules are imported only when chosen, so a CPU never loads Triton.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Thread
@@ -19,6 +19,7 @@ from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.edit_tables import Entries
 from nanovllm.worker.sampling.logprobs import PackLogprobs
+from nanovllm.worker.sampling.sampler import RowSampler
 
 
 class SampleTokens(Protocol):
@@ -51,20 +52,6 @@ class SampleSlices(Protocol):
         columns: Mapping[str, Tensor],
         seeds: Tensor,
         known: Tensor,
-    ) -> Tensor: ...
-
-
-class ChooseTokens(Protocol):
-    """Part of that: a choice from logits that nothing else is to be done to."""
-
-    def __call__(
-        self,
-        logits: Tensor,
-        *,
-        rows: Tensor,
-        positions: Tensor,
-        columns: Mapping[str, Tensor],
-        seeds: Tensor,
     ) -> Tensor: ...
 
 
@@ -105,7 +92,7 @@ class FusedStep:
 class DeviceKernels:
     """The kernels of one device. Without a fused step plain torch does what it would.
 
-    choose_tokens: the end of plain torch's sampler, where the device has something faster.
+    row_sampler: makes what samples in plain torch's place, where the device has something faster.
     gpu: the facts by which Triton compiles (`launch.Gpu`), where it does. naming: under way
     there, and to be joined before the first launch (`launch.name_kernels_ahead`).
     """
@@ -113,7 +100,7 @@ class DeviceKernels:
     layers: Kernels
     fused: FusedStep | None
     why: str
-    choose_tokens: ChooseTokens | None = None
+    row_sampler: Callable[[RequestRows], RowSampler] | None = None
     gpu: tuple[tuple[int, int], int] | None = None
     naming: Thread | None = None
 
@@ -142,7 +129,7 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
         layers=_load("torch.layer_kernels:TorchKernels")(),
         fused=None,
         why=f"plain torch kernels ({reason})",
-        choose_tokens=_load("native.sampler:sample_tokens") if has_native else None,
+        row_sampler=_load("native.sampler:NativeSampler") if has_native else None,
     )
 
 

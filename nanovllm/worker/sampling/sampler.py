@@ -1,5 +1,5 @@
 """Chooses the next token of every row that samples, in plain torch; `ModelRunner` calls it once per
-step. It is what `device_sampler` means, too.
+step. It is what `device_sampler` and a CPU's `RowSampler` mean, too.
 
 Owns the order of operations, which is vLLM's: raw log-probabilities; allowed ids, bad words,
 min_tokens, logit_bias; what a grammar allows; penalties; greedy choice, or temperature, min-p,
@@ -7,6 +7,7 @@ top-k, top-p and a draw. An operation runs only if some row of the batch asks fo
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import StepMasks
-from nanovllm.worker.kernels.select import ChooseTokens
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
@@ -33,12 +33,14 @@ from nanovllm.worker.sampling.distribution import (
     truncate_top_p,
 )
 from nanovllm.worker.sampling.logits_processors import apply_edits
-from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
+from nanovllm.worker.sampling.logprobs import PackedLogprobs, PackLogprobs, pack_logprobs
 from nanovllm.worker.sampling.penalties import penalize
 from nanovllm.worker.sampling.slices import candidates, join
 
-# Columns that the draw alone reads, and one that the second half of a step does not.
-PLAIN = {"temperature", *TRUNCATIONS, "prompt_logprobs"}
+# Columns that the draw alone reads, and one that the second half of a step does not. Without
+# truncations, no rank needs others' logits.
+UNTRUNCATED = {"temperature", "prompt_logprobs"}
+PLAIN = {*UNTRUNCATED, *TRUNCATIONS}
 IndexArray = npt.NDArray[np.intp]
 
 
@@ -74,35 +76,52 @@ class Sampled:
     num_top_logprobs: list[int]
 
 
+class RowSampler(Protocol):
+    """The same by a device's own code (`native.sampler`), from logits of the whole vocabulary."""
+
+    def sample(
+        self, logits: Tensor, targets: SamplingTargets, masks: StepMasks | None = None
+    ) -> Sampled: ...
+
+    @property
+    def pack_logprobs(self) -> PackLogprobs: ...
+
+
 class Sampler:
-    """Reads `rows`; keeps nothing from step to step."""
+    """Reads `rows`; keeps nothing from step to step.
+
+    pack_logprobs: makes log-probabilities of prompts.
+    """
 
     def __init__(
         self,
         rows: RequestRows,
-        choose_tokens: ChooseTokens | None = None,
+        own: RowSampler | None = None,
         *,
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        """choose_tokens: what chooses from edited logits; plain torch does if there is none.
-        vocabulary: this rank's, if others have other ids."""
+        """own: the device's, of these rows; plain torch samples if there is none. vocabulary: this
+        rank's, if others have other ids."""
         self.rows = rows
         self.vocabulary = vocabulary
-        self._choose_tokens = choose_tokens
+        self.pack_logprobs: PackLogprobs = pack_logprobs if own is None else own.pack_logprobs
+        self._own = own
 
     def sample(
         self, logits: Tensor, targets: SamplingTargets, packed_masks: StepMasks | None = None
     ) -> Sampled:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32; where ranks
         have different ids, those of this rank)."""
-        active = self.rows.active_columns(targets.host_rows)
-        is_plain = packed_masks is None and not self.rows.edits and active <= PLAIN
+        is_unedited = packed_masks is None and not self.rows.edits
         if self.vocabulary is not None:
-            if is_plain and active.isdisjoint(TRUNCATIONS):  # no rank needs others' logits
+            if is_unedited and self.rows.active_columns(targets.host_rows) <= UNTRUNCATED:
                 token_ids = self._choose_among_ranks(logits, targets, self.vocabulary)
                 return Sampled(token_ids, None, [], [])
             logits = self.vocabulary.gather(logits)
-        if is_plain:
+        if self._own is not None:
+            return self._own.sample(logits, targets, packed_masks)
+        active = self.rows.active_columns(targets.host_rows)
+        if is_unedited and active <= PLAIN:
             return Sampled(self._choose(logits, targets, active), None, [], [])
         return self._sample_edited(logits, targets, active, packed_masks)
 
@@ -181,14 +200,6 @@ class Sampler:
 
     def _choose(self, logits: Tensor, targets: SamplingTargets, active: set[str]) -> Tensor:
         """Greedy rows take the largest logit, the others draw. Returns [n] int64."""
-        if self._choose_tokens is not None:
-            return self._choose_tokens(
-                logits,
-                rows=targets.rows,
-                positions=targets.positions,
-                columns=self.rows.columns,
-                seeds=self.rows.seeds,
-            )
         if "temperature" not in active:
             return _argmax(logits)
         drawing = self.rows.host["temperature"][targets.host_rows] > 0

@@ -118,19 +118,39 @@ class DecoderParts(Structure):
     )
 
 
-class Columns(Structure):
+ROW_COLUMNS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("top_k", "logprobs", "num_prompt_tokens"),
+)
+
+
+class Rows(Structure):
     _fields_ = (
-        ("temperature", c_void_p),
-        ("top_p", c_void_p),
-        ("min_p", c_void_p),
-        ("top_k", c_void_p),
+        *((name, c_void_p) for name in ROW_COLUMNS),
         ("seeds", c_void_p),
+        ("tokens", c_void_p),
         ("stride", c_int64),
         ("seed_stride", c_int64),
+        ("token_stride", c_int64),
     )
 
 
-INTERFACE = 2  # of types.h
+LINE_FIELDS = ("table", "mask", "report")  # of `Asks.lines`, 64 bits each
+
+
+class Asks(Structure):
+    _fields_ = (
+        ("lines", c_void_p),
+        ("tables", c_void_p),
+        ("masks", c_void_p),
+        ("mask_bytes", c_int64),
+        ("reports", c_void_p),
+        ("num_top", c_int64),
+    )
+
+
+INTERFACE = 3  # of types.h
 HOW_TO_BUILD = "the set-up built no native kernels: install a C++ compiler and set up again"
 HOW_TO_REBUILD = (
     "the native kernels were built for another version of nanovllm: set up again (`make setup`, or "
@@ -163,8 +183,18 @@ SIGNATURES = {
     ),
     "nv_sample": (
         None,
-        (c_void_p, c_int32, c_int64, c_void_p, c_void_p, POINTER(Columns), c_void_p),
+        (
+            c_void_p,
+            c_int32,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            POINTER(Rows),
+            POINTER(Asks),
+            c_void_p,
+        ),
     ),
+    "nv_report": (None, (c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p)),
     "nv_decoder": (c_void_p, (POINTER(DecoderParts),)),
     "nv_decoder_free": (None, (c_void_p,)),
     "nv_decoder_forward": (

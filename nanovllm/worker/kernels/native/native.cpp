@@ -540,20 +540,57 @@ void nv_attend(const float* queries, int64_t stride, const Heads* heads, const C
     engine().attend(queries, stride, *heads, *cache, *batch, 0, batch->num_tokens, out);
 }
 
-// logits: [num_rows, vocab_size]; rows: where in columns each draws from; out: [num_rows].
-void nv_sample(const float* logits, int num_rows, int64_t vocab_size, const int64_t* rows,
-               const int64_t* positions, const Columns* columns, int64_t* out) {
+// logits: [num_lines, vocab_size], of which those of lines that ask for something may be edited;
+// rows: each line's; positions: of the tokens to be chosen; asks: null if no line asks for what the
+// columns do not say; out: [num_lines].
+void nv_sample(float* logits, int num_lines, int64_t vocab_size, const int64_t* rows,
+               const int64_t* positions, const Rows* records, const Asks* asks, int64_t* out) {
     std::lock_guard<std::mutex> hold(engine().turn);
     Engine& e = engine();
-    e.share(num_rows, 1, [&](int begin, int end, int thread) {
-        float* scratch = (float*)e.scratch[thread].of(sampling_floats(vocab_size) * 4);
+    const Rows& all = *records;
+    e.share(num_lines, 1, [&](int begin, int end, int thread) {
+        float* scratch = (float*)e.scratch[thread].of(wish_floats(vocab_size) * 4);
         for (int64_t i = begin; i < end; i++) {
-            int64_t at = rows[i] * columns->stride;
-            Draw draw{columns->temperature[at], columns->top_p[at],
-                      columns->min_p[at],       columns->top_k[at],
-                      (uint64_t)columns->seeds[rows[i] * columns->seed_stride],
+            int64_t at = rows[i] * all.stride;
+            Draw draw{all.temperature[at], all.top_p[at],
+                      all.min_p[at],       all.top_k[at],
+                      (uint64_t)all.seeds[rows[i] * all.seed_stride],
                       (uint64_t)positions[i]};
-            out[i] = sample(*e.kernels, logits + i * vocab_size, vocab_size, draw, scratch);
+            Wishes wishes{};
+            wishes.repetition = all.repetition[at];
+            wishes.presence = all.presence[at];
+            wishes.frequency = all.frequency[at];
+            wishes.tokens = all.tokens + rows[i] * all.token_stride;
+            wishes.num_tokens = positions[i];
+            wishes.num_prompt_tokens = all.num_prompt_tokens[at];
+            if (asks) {
+                const Line& line = asks->lines[i];
+                wishes.mask_bytes = asks->mask_bytes;
+                wishes.num_top = all.logprobs[at];
+                wishes.report_top = asks->num_top;
+                if (line.table >= 0) wishes.table = asks->tables + line.table;
+                if (line.mask >= 0) wishes.mask = asks->masks + line.mask * asks->mask_bytes;
+                if (line.report >= 0)
+                    wishes.report = asks->reports + line.report * (3 + 2 * asks->num_top);
+            }
+            out[i] = choose_token(*e.kernels, logits + i * vocab_size, vocab_size, draw, wishes,
+                                  scratch);
+        }
+    });
+}
+
+// Log-probabilities of given tokens: reports as those of `Asks`.
+void nv_report(const float* logits, int num_lines, int64_t vocab_size, const int64_t* token_ids,
+               int64_t num_top, int32_t* reports) {
+    std::lock_guard<std::mutex> hold(engine().turn);
+    Engine& e = engine();
+    e.share(num_lines, 1, [&](int begin, int end, int thread) {
+        float* scratch = (float*)e.scratch[thread].of(wish_floats(vocab_size) * 4);
+        Wishes wishes{};
+        wishes.num_top = wishes.report_top = num_top;
+        for (int64_t i = begin; i < end; i++) {
+            wishes.report = reports + i * (3 + 2 * num_top);
+            report(*e.kernels, logits + i * vocab_size, vocab_size, token_ids[i], wishes, scratch);
         }
     });
 }

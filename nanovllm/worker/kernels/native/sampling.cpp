@@ -92,13 +92,13 @@ void keep_from(float floor, float* weights, float* masses, int64_t num_segments)
 
 }  // namespace
 
-int64_t sampling_floats(int64_t vocab_size) {
+int64_t draw_floats(int64_t vocab_size) {
     int64_t num_segments = (vocab_size + SEGMENT - 1) / SEGMENT;
     return num_segments * (SEGMENT + 1);
 }
 
-int64_t sample(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,
-               float* scratch) {
+int64_t draw_token(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,
+                   float* scratch) {
     if (draw.temperature <= 0) return kernels.argmax(logits, vocab_size);
     int64_t num_segments = (vocab_size + SEGMENT - 1) / SEGMENT, size = num_segments * SEGMENT;
     float *weights = scratch, *masses = scratch + size;

@@ -1,6 +1,14 @@
-// The sampler's one pass over a row's logits: how likely each token is, and each segment of them.
+// The sampler's passes over a row's logits: how likely each token is, and each segment of them.
 //
-// Included by kernels.h, once per instruction set; sampling.cpp does what follows.
+// Included by kernels.h, once per instruction set; sampling.cpp and wishes.cpp do what follows.
+
+// Lanes i ... i + 15 of `size` numbers; what lies beyond is -infinity.
+static inline F load_within(const float* x, int64_t size, int64_t i) {
+    if (i + BLOCK <= size) return load(x + i);
+    float rest[BLOCK];
+    for (int lane = 0; lane < BLOCK; lane++) rest[lane] = i + lane < size ? x[i + lane] : -INFINITY;
+    return load(rest);
+}
 
 // weights: e^((x - largest) / temperature), 0 for what is far below, padded with 0 to whole segments.
 // masses: their sum in each segment.
@@ -15,19 +23,39 @@ static void weigh(const float* x, int64_t size, float temperature, float* weight
     for (int64_t begin = 0; begin < size; begin += SEGMENT) {
         F mass = zero();
         for (i = begin; i < begin + SEGMENT; i += BLOCK) {
-            F logits = set1(-INFINITY);
-            if (i + BLOCK <= size) {
-                logits = load(x + i);
-            } else if (i < size) {
-                float rest[BLOCK];
-                for (int lane = 0; lane < BLOCK; lane++)
-                    rest[lane] = i + lane < size ? x[i + lane] : -INFINITY;
-                logits = load(rest);
-            }
-            F weight = max(exp((logits - offset) * sharpness) - nothing, zero());
+            F weight = exp((load_within(x, size, i) - offset) * sharpness);
+            weight = max(weight - nothing, zero());
             store(weights + i, weight);
             mass = mass + weight;
         }
         masses[begin / SEGMENT] = sum(mass);
     }
+}
+
+// The largest logit of each segment.
+static void find_peaks(const float* x, int64_t size, float* peaks) {
+    for (int64_t begin = 0; begin < size; begin += SEGMENT) {
+        F most = set1(-INFINITY);
+        for (int64_t i = begin; i < begin + SEGMENT && i < size; i += BLOCK)
+            most = max(most, load_within(x, size, i));
+        peaks[begin / SEGMENT] = peak(most);
+    }
+}
+
+// The sum of e^(x - largest), and how many are above the chosen one.
+static double compare(const float* x, int64_t size, float largest, float chosen, int64_t* num_above) {
+    const F offset = set1(largest), limit = set1(chosen);
+    double total = 0;
+    int64_t above = 0;
+    for (int64_t begin = 0; begin < size; begin += SEGMENT) {
+        F mass = zero();
+        for (int64_t i = begin; i < begin + SEGMENT && i < size; i += BLOCK) {
+            F logits = load_within(x, size, i);
+            mass = mass + exp(logits - offset);
+            above += num_greater(logits, limit);
+        }
+        total += sum(mass);
+    }
+    *num_above = above;
+    return total;
 }

@@ -40,6 +40,9 @@ static inline F pow2(F n) {  // n: whole numbers, -126 ... 127
 }
 static inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 static inline float peak(F a) { return _mm512_reduce_max_ps(a.v); }
+static inline int num_greater(F a, F b) {
+    return __builtin_popcount(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ));
+}
 static inline F load_bf16(const uint16_t* p) {
     __m256i raw = _mm256_loadu_si256((const __m256i*)p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
@@ -184,6 +187,11 @@ static inline float peak(F x) {
     float most = lanes[0];
     for (int i = 1; i < 8; i++) most = lanes[i] > most ? lanes[i] : most;
     return most;
+}
+static inline int num_greater(F x, F y) {
+    int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ));
+    int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+    return __builtin_popcount((unsigned)(low | high << 8));
 }
 static inline __m256 wide_bf16(__m128i raw) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
@@ -330,6 +338,11 @@ static inline float peak(F a) {
     float most = a.v[0];
     for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
     return most;
+}
+static inline int num_greater(F a, F b) {
+    int count = 0;
+    for (int i = 0; i < 16; i++) count += a.v[i] > b.v[i];
+    return count;
 }
 static inline F load_bf16(const uint16_t* p) { NV_LANES(f32_of_bf16(p[i])); }
 static inline F even_bf16(const uint16_t* p) { NV_LANES(f32_of_bf16(p[2 * i])); }

@@ -7,7 +7,7 @@
 
 // Raised with every change of what crosses: library.py, which has the same number, refuses a library
 // of another, since Python's files may be newer than what the set-up has built.
-#define NV_INTERFACE 2
+#define NV_INTERFACE 3
 
 // Weight types by their ids in GGUF files.
 enum Type { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
@@ -76,12 +76,29 @@ struct DecoderParts {
     Linear head;
 };
 
-// Sampling parameters of rows, each a column of a table, `stride` and `seed_stride` words apart.
-struct Columns {
-    const float *temperature, *top_p, *min_p;
-    const int32_t* top_k;
+// The records of rows (request_rows.py): columns of sampling parameters and counts, `stride` words
+// apart, and tokens, `token_stride` apart. repetition 1, presence 0 and frequency 0 are off.
+struct Rows {
+    const float *temperature, *top_p, *min_p, *repetition, *presence, *frequency;
+    const int32_t *top_k, *logprobs, *num_prompt_tokens;
     const int64_t* seeds;
-    int64_t stride, seed_stride;
+    const int32_t* tokens;
+    int64_t stride, seed_stride, token_stride;
+};
+
+// What some of the lines of a step ask for besides what their rows' columns say; -1 where one does not.
+struct Line {
+    int64_t table;   // where its edits begin in `tables` (edit_tables.py)
+    int64_t mask;    // which of `masks` is its grammar's
+    int64_t report;  // which of `reports` gets its log-probabilities
+};
+struct Asks {
+    const struct Line* lines;  // [num_lines]
+    const int32_t* tables;
+    const uint8_t* masks;  // [..., mask_bytes]: a bit per token
+    int64_t mask_bytes;
+    int32_t* reports;  // [..., 3 + 2 * num_top], as `logprobs.pack_logprobs` has them
+    int64_t num_top;
 };
 
 #ifdef __cplusplus
@@ -116,6 +133,18 @@ struct Draw {
     uint64_t seed, position;
 };
 
+// What one row asks for besides: tables, masks and reports are null where it does not.
+struct Wishes {
+    const int32_t* table;
+    const uint8_t* mask;
+    int64_t mask_bytes;
+    float repetition, presence, frequency;
+    const int32_t* tokens;
+    int64_t num_tokens, num_prompt_tokens;
+    int32_t* report;
+    int64_t num_top, report_top;  // of its own, -1: all; for how many the report has room
+};
+
 struct Kernels {
     const char* name;
     Form (*form)(int type, int num_tokens);
@@ -134,6 +163,8 @@ struct Kernels {
     void (*cap)(float* x, int64_t size, float scale, float softcap);
     int64_t (*argmax)(const float* x, int64_t size);
     void (*weigh)(const float* x, int64_t size, float temperature, float* weights, float* masses);
+    void (*find_peaks)(const float* x, int64_t size, float* peaks);
+    double (*compare)(const float* x, int64_t size, float largest, float chosen, int64_t* num_above);
     void (*widen)(const uint16_t* bf16, int64_t size, float* out);
     void (*narrow)(const float* x, int64_t size, uint16_t* bf16);
 };
@@ -144,9 +175,18 @@ constexpr int64_t ATTENTION_SCRATCH = 256 * 1024;
 // Of pack.cpp: a packed matrix's size; -1 if there is no such type.
 extern "C" int64_t nv_packed_bytes(int type, int rows, int columns);
 
-// Of sampling.cpp: one row's token. scratch: `sampling_floats` of them.
-int64_t sampling_floats(int64_t vocab_size);
-int64_t sample(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,
-               float* scratch);
+// Of sampling.cpp: one row's token. scratch: `draw_floats` of them.
+int64_t draw_floats(int64_t vocab_size);
+int64_t draw_token(const Kernels& kernels, const float* logits, int64_t vocab_size, const Draw& draw,
+                   float* scratch);
+
+// Of wishes.cpp: the same of a row that asks for more. Its logits are edited in place, unless others
+// need them as they were. scratch: `wish_floats` of them.
+int64_t wish_floats(int64_t vocab_size);
+int64_t choose_token(const Kernels& kernels, float* logits, int64_t vocab_size, const Draw& draw,
+                     const Wishes& wishes, float* scratch);
+// Writes the log-probabilities of one row.
+void report(const Kernels& kernels, const float* logits, int64_t vocab_size, int64_t token,
+            const Wishes& wishes, float* scratch);
 
 #endif
