@@ -205,22 +205,25 @@ class Asked:
         self, name: str, num_asking: int, count: int, seed: object, *, num_out: int = ASKED_OUT
     ) -> float:
         """Of new tokens; of prompts' where it is these that are asked about."""
-        from workloads import ASKS
+        from workloads import ASKS, GRAMMARS
 
-        from nanovllm import SamplingParams
+        from nanovllm import SamplingParams, StructuredOutputsParams
 
         is_of_prompts = "prompt_logprobs" in ASKS[name]
         num_in = PREFILL if is_of_prompts else ASKED_IN
         num_out = 1 if is_of_prompts else num_out
         plain: dict[str, Any] = {"temperature": 0.8, "max_tokens": num_out, "ignore_eos": True}
-        asking = plain | ASKS[name]
+        fields = ASKS[name]
+        if not GRAMMARS.isdisjoint(fields):
+            fields = {"structured_outputs": StructuredOutputsParams(**fields)}
+        asking = plain | fields
         if "min_tokens" in asking:
             asking["min_tokens"] = num_out
         params = [SamplingParams(**asking)] * num_asking
         params += [SamplingParams(**plain)] * (count - num_asking)
         some = prompts(count, num_in, name, num_asking, seed)
         started = time.perf_counter()
-        outputs = self._llm.generate(some, params)
+        outputs = self._llm.generate(some, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         if is_of_prompts:
             return count * num_in / seconds

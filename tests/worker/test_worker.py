@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.plan.memory_plan import MemoryPlan
-from nanovllm.protocol.plan import StepFailedError, WorkerInfo
+from nanovllm.protocol.plan import NewRow, StepFailedError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import preflight, request_rows, startup
 from nanovllm.worker.attention.select import BACKENDS
+from nanovllm.worker.kernels.native import library
 from nanovllm.worker.kernels.select import DeviceKernels, select_kernels
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.sampling import sampler
+from nanovllm.worker.sampling import edit_tables, sampler
+from nanovllm.worker.sampling.logits_processors import RowEdits
 from nanovllm.worker.startup import Loaded, Startup
 from nanovllm.worker.warmup.dummy_steps import run_heaviest_step
 from nanovllm.worker.warmup.precompile import Precompiler
@@ -198,19 +201,31 @@ def test_a_step_that_fails_leaves_the_worker_fit_for_the_next(
     worker.shutdown()
 
 
-@pytest.mark.parametrize("place", ["prepare_edits", "apply_edits"])
+def biased_ids(argument: object) -> list[int]:
+    match argument:
+        case NewRow():
+            return list(argument.params.logit_bias)
+        case RowEdits():
+            return argument.biased_ids.tolist()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [(request_rows, "prepare_edits"), (sampler, "apply_edits"), (edit_tables, "pack_edits")],
+)
 def test_a_row_that_cannot_be_sampled_fails_alone(
-    model: str, monkeypatch: pytest.MonkeyPatch, place: str
+    model: str, monkeypatch: pytest.MonkeyPatch, module: ModuleType, place: str
 ) -> None:
-    module = request_rows if place == "prepare_edits" else sampler
+    """When it is admitted, or when it is sampled: by plain torch, or by native code."""
+    if module is sampler:
+        monkeypatch.setattr(library, "unusable", lambda: "not asked for here")
+    elif module is edit_tables and library.unusable() is not None:
+        pytest.skip("no native kernels were built")
     real = getattr(module, place)
 
     def picky(*arguments: Any, **keywords: Any) -> Any:
-        if place == "prepare_edits":
-            ids = list(arguments[0].params.logit_bias)
-        else:
-            ids = arguments[1].biased_ids.tolist()
-        if ids == [13]:
+        if any(biased_ids(argument) == [13] for argument in arguments):
             raise IndexError("no such word")
         return real(*arguments, **keywords)
 

@@ -357,8 +357,8 @@ static void narrow(const float* x, int64_t size, uint16_t* bf16) {
 
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
-    NV_NAME, form,   prepare, linear, scratch_bytes, row,   rms_norm,   gate,    rope,
-    attend,  merge,  cap,     argmax, weigh,         find_peaks, compare, widen, narrow,
+    NV_NAME, form, prepare, linear, scratch_bytes, row,        rms_norm, gate,   rope,  attend,
+    merge,   cap,  argmax,  weigh,  forbid,        find_peaks, compare,  widen,  narrow,
 };
 
 }  // namespace NV_NAMESPACE

@@ -565,7 +565,6 @@ void nv_sample(float* logits, int num_lines, int64_t vocab_size, const int64_t* 
             wishes.num_prompt_tokens = all.num_prompt_tokens[at];
             if (asks) {
                 const Line& line = asks->lines[i];
-                wishes.mask_bytes = asks->mask_bytes;
                 wishes.num_top = all.logprobs[at];
                 wishes.report_top = asks->num_top;
                 if (line.table >= 0) wishes.table = asks->tables + line.table;

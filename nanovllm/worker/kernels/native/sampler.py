@@ -47,6 +47,7 @@ class NativeSampler:
                 words = np.require(mask_words(masks), requirements=["C", "A"])
                 lines[masks.indices, 1] = np.arange(len(words))
                 asks.masks, asks.mask_bytes = words.ctypes.data, words.strides[0]
+                assert 8 * asks.mask_bytes >= logits.shape[1]
             if wanted.size:
                 num_top = self._rows.host["logprobs"][rows[wanted]].tolist()
                 most = _num_listed(-1 if -1 in num_top else max(num_top), logits.shape[1])

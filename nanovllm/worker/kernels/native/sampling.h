@@ -59,3 +59,17 @@ static double compare(const float* x, int64_t size, float largest, float chosen,
     *num_above = above;
     return total;
 }
+
+// Forbids the tokens whose bits are 0. bits: of whole blocks.
+static void forbid(float* x, int64_t size, const uint8_t* bits) {
+    for (int64_t i = 0; i < size; i += BLOCK) {
+        int allowed = bits[i / 8] | bits[i / 8 + 1] << 8;
+        if (allowed == 0xffff) continue;
+        if (i + BLOCK <= size) {
+            store(x + i, where(allowed, load(x + i), set1(-INFINITY)));
+        } else {
+            for (int lane = 0; i + lane < size; lane++)
+                if (!(allowed >> lane & 1)) x[i + lane] = -INFINITY;
+        }
+    }
+}

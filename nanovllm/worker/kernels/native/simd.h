@@ -43,6 +43,9 @@ static inline float peak(F a) { return _mm512_reduce_max_ps(a.v); }
 static inline int num_greater(F a, F b) {
     return __builtin_popcount(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ));
 }
+static inline F where(int lanes, F a, F b) {  // a in the lanes whose bits are 1
+    return {_mm512_mask_mov_ps(b.v, (__mmask16)lanes, a.v)};
+}
 static inline F load_bf16(const uint16_t* p) {
     __m256i raw = _mm256_loadu_si256((const __m256i*)p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
@@ -192,6 +195,14 @@ static inline int num_greater(F x, F y) {
     int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ));
     int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
     return __builtin_popcount((unsigned)(low | high << 8));
+}
+static inline __m256 where(int lanes, __m256 x, __m256 y) {
+    __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i ours = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), each), each);
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(ours));
+}
+static inline F where(int lanes, F x, F y) {  // x in the lanes whose bits are 1
+    return {where(lanes, x.a, y.a), where(lanes >> 8, x.b, y.b)};
 }
 static inline __m256 wide_bf16(__m128i raw) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
@@ -343,6 +354,9 @@ static inline int num_greater(F a, F b) {
     int count = 0;
     for (int i = 0; i < 16; i++) count += a.v[i] > b.v[i];
     return count;
+}
+static inline F where(int lanes, F a, F b) {  // a in the lanes whose bits are 1
+    NV_LANES(lanes >> i & 1 ? a.v[i] : b.v[i]);
 }
 static inline F load_bf16(const uint16_t* p) { NV_LANES(f32_of_bf16(p[i])); }
 static inline F even_bf16(const uint16_t* p) { NV_LANES(f32_of_bf16(p[2 * i])); }

@@ -95,7 +95,7 @@ struct Line {
 struct Asks {
     const struct Line* lines;  // [num_lines]
     const int32_t* tables;
-    const uint8_t* masks;  // [..., mask_bytes]: a bit per token
+    const uint8_t* masks;  // [..., mask_bytes]: a bit per token, of whole words of 32
     int64_t mask_bytes;
     int32_t* reports;  // [..., 3 + 2 * num_top], as `logprobs.pack_logprobs` has them
     int64_t num_top;
@@ -137,7 +137,6 @@ struct Draw {
 struct Wishes {
     const int32_t* table;
     const uint8_t* mask;
-    int64_t mask_bytes;
     float repetition, presence, frequency;
     const int32_t* tokens;
     int64_t num_tokens, num_prompt_tokens;
@@ -163,6 +162,7 @@ struct Kernels {
     void (*cap)(float* x, int64_t size, float scale, float softcap);
     int64_t (*argmax)(const float* x, int64_t size);
     void (*weigh)(const float* x, int64_t size, float temperature, float* weights, float* masses);
+    void (*forbid)(float* x, int64_t size, const uint8_t* bits);
     void (*find_peaks)(const float* x, int64_t size, float* peaks);
     double (*compare)(const float* x, int64_t size, float largest, float chosen, int64_t* num_above);
     void (*widen)(const uint16_t* bf16, int64_t size, float* out);

@@ -16,32 +16,15 @@ constexpr int HEADER = 8;  // words of counts at the beginning of a table
 
 int64_t segments_of(int64_t vocab_size) { return (vocab_size + SEGMENT - 1) / SEGMENT; }
 
-// Forbids the tokens whose bits are 0, or that have none.
-void keep_allowed(float* x, int64_t vocab_size, const uint8_t* bits, int64_t num_bytes) {
-    for (int64_t begin = 0; begin < vocab_size; begin += 64) {
-        uint64_t some = 0;
-        int64_t left = num_bytes - begin / 8;
-        if (left > 0) memcpy(&some, bits + begin / 8, left < 8 ? (size_t)left : 8);
-        int64_t count = std::min<int64_t>(64, vocab_size - begin);
-        if (some == ~0ull) continue;
-        if (some == 0) {
-            for (int64_t i = 0; i < count; i++) x[begin + i] = NEVER;
-        } else {
-            for (int64_t i = 0; i < count; i++)
-                x[begin + i] = some >> i & 1 ? x[begin + i] : NEVER;
-        }
-    }
-}
-
 // A table is what edit_tables.pack_edits has made of a request's edits.
-void apply(float* x, int64_t vocab_size, const Wishes& wishes) {
+void apply(const Kernels& kernels, float* x, int64_t vocab_size, const Wishes& wishes) {
     const int32_t* at = wishes.table;
     int32_t num_allowed = at[0], num_words = at[1], num_early = at[2], min_tokens = at[3];
     int32_t num_biases = at[4], num_word_tokens = at[5];
     int64_t num_outputs = wishes.num_tokens - wishes.num_prompt_tokens;
     const int32_t* end = wishes.tokens + wishes.num_tokens;
     at += HEADER;
-    if (num_allowed) keep_allowed(x, vocab_size, (const uint8_t*)at, 4 * (int64_t)num_allowed);
+    if (num_allowed) kernels.forbid(x, vocab_size, (const uint8_t*)at);
     const int32_t *starts = at + num_allowed, *words = starts + num_words + 1;
     for (int32_t i = 0; i < num_words; i++) {
         const int32_t* word = words + starts[i];
@@ -113,7 +96,8 @@ const uint64_t* likeliest(const float* x, int64_t vocab_size, const float* peaks
         for (int64_t i = 0; i < vocab_size; i++) keys[i] = key_of(x[i], i);
         num_found = vocab_size;
     }
-    std::partial_sort(keys, keys + count, keys + num_found);
+    std::nth_element(keys, keys + count - 1, keys + num_found);
+    std::sort(keys, keys + count);
     return keys;
 }
 
@@ -164,13 +148,13 @@ int64_t choose_token(const Kernels& kernels, float* logits, int64_t vocab_size, 
         x = copy;
         memcpy(x, logits, (size_t)vocab_size * 4);
     }
-    if (wishes.table) apply(x, vocab_size, wishes);
+    if (wishes.table) apply(kernels, x, vocab_size, wishes);
     if (wishes.mask) {
-        keep_allowed(x, vocab_size, wishes.mask, wishes.mask_bytes);
+        kernels.forbid(x, vocab_size, wishes.mask);
         auto is_left = [](float logit) { return logit != NEVER; };
         if (wishes.table && std::none_of(x, x + vocab_size, is_left)) {  // the grammar wins
             memcpy(x, logits, (size_t)vocab_size * 4);
-            keep_allowed(x, vocab_size, wishes.mask, wishes.mask_bytes);
+            kernels.forbid(x, vocab_size, wishes.mask);
         }
     }
     if (penalizes(wishes)) penalize(x, vocab_size, wishes, counts);
