@@ -44,13 +44,13 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._idle: queue.LifoQueue[_Renderer | None] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[ChildProcess | None] = queue.LifoQueue()
         for _ in range(MAX_PROCESSES):
             self._idle.put(None)  # not started
 
     def start(self) -> None:
         """Start a process, so that the first prompt need not wait for it."""
-        with self._renderer():
+        with self._process():
             pass
 
     def render(self, variables: dict[str, Any]) -> str:
@@ -62,8 +62,11 @@ class ChatTemplate:
             frame = msgspec.msgpack.encode(variables)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"messages and variables must be JSON: {error}") from None
-        with self._renderer() as renderer:
-            rendered = renderer.render(frame)
+        with self._process() as process:
+            answer = process.ask(frame)
+        if answer is None:
+            raise ValueError(TOO_LONG)
+        rendered = msgspec.msgpack.decode(answer, type=Rendered)
         if rendered.error is None:
             return rendered.text
         if rendered.is_template_fault:
@@ -71,34 +74,16 @@ class ChatTemplate:
         raise ValueError(f"messages do not suit the model's chat template: {rendered.error}")
 
     @contextmanager
-    def _renderer(self) -> Iterator["_Renderer"]:
-        """One that runs. It is not used again if it fails."""
+    def _process(self) -> Iterator[ChildProcess]:
+        """One that runs and that nobody else asks anything meanwhile."""
         try:
-            renderer = self._idle.get(timeout=TIMEOUT_S)
+            process = self._idle.get(timeout=TIMEOUT_S)
         except queue.Empty:
             raise ValueError("the model's chat template is busy with other prompts") from None
         try:
-            if renderer is None or not renderer.is_alive:
-                renderer = _Renderer(self._source)
-            yield renderer
-        except BaseException:
-            if renderer is not None:
-                renderer.end()
-            renderer = None
-            raise
+            if process is None or not process.is_alive:
+                source = self._source.encode("utf-8", "surrogatepass")
+                process = ChildProcess(PROGRAM, timeout_s=TIMEOUT_S, first=source)
+            yield process
         finally:
-            self._idle.put(renderer)
-
-
-class _Renderer(ChildProcess):
-    """One process. `render` raises `ValueError` if it dies or does not answer in time."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(PROGRAM, timeout_s=TIMEOUT_S)
-        self.send(source.encode("utf-8", "surrogatepass"))
-
-    def render(self, frame: bytes) -> Rendered:
-        answer = self.ask(frame)
-        if answer is None:
-            raise ValueError(TOO_LONG)
-        return msgspec.msgpack.decode(answer, type=Rendered)
+            self._idle.put(process)

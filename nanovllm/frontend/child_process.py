@@ -41,8 +41,11 @@ def _read(channel: socket.socket, count: int) -> bytes | None:
 class ChildProcess:
     """It ends with this object at the latest; `end` kills it. What it prints goes to nobody."""
 
-    def __init__(self, program: Sequence[str], *, timeout_s: float) -> None:
-        """timeout_s: within which it takes something in, and answers."""
+    def __init__(
+        self, program: Sequence[str], *, timeout_s: float, first: bytes | None = None
+    ) -> None:
+        """timeout_s: within which it takes something in, and answers. first: a frame that it does
+        not answer. `OSError` if it is gone at once or does not read that."""
         self._channel, theirs = socket.socketpair()
         self._channel.settimeout(timeout_s)
         with theirs:
@@ -50,23 +53,27 @@ class ChildProcess:
                 program, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
             )
         self.end = weakref.finalize(self, _end, self._process, self._channel)
+        if first is not None:
+            send(self._channel, first)
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def send(self, content: bytes) -> None:
-        """What it does not answer. `OSError` if it is gone or does not read in time."""
-        send(self._channel, content)
-
     def ask(self, *frames: bytes | bytearray) -> bytes | None:
-        """Its answer to them all; None if it is gone, or does not answer in time."""
+        """Its answer to them all; None if it is gone, or does not answer in time. Then it has been
+        ended: it might answer later, whoever asks next."""
+        answer: bytes | None = None
         try:
             for frame in frames:
                 send(self._channel, frame)
-            return receive(self._channel)
+            answer = receive(self._channel)
         except OSError:
-            return None
+            pass
+        finally:
+            if answer is None:
+                self.end()
+        return answer
 
 
 def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:

@@ -37,40 +37,35 @@ class LongTexts:
     def __init__(self, make_json: Callable[[], str]) -> None:
         self._make_json = make_json
         self._turn = asyncio.Lock()
-        self._encoder: _Encoder | None = None
+        self._process: ChildProcess | None = None
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Its ids. Cancelled, the encoding ends as well. `ValueError`: it takes too long."""
         async with self._turn:
             try:
-                if self._encoder is None:
-                    self._encoder = await asyncio.to_thread(_Encoder, self._make_json)
-                return await asyncio.to_thread(
-                    self._encoder.encode, LongText(text, add_special_tokens)
-                )
+                if self._process is None:
+                    self._process = await asyncio.to_thread(self._start)
+                wanted = LongText(text, add_special_tokens)
+                return await asyncio.to_thread(_encode, self._process, wanted)
             except BaseException:
                 self.close()  # which also ends the thread's waiting
                 raise
 
     def close(self) -> None:
         """End the process, if there is one; the next text starts another."""
-        if self._encoder is not None:
-            self._encoder.end()
-        self._encoder = None
+        if self._process is not None:
+            self._process.end()
+        self._process = None
+
+    def _start(self) -> ChildProcess:
+        return ChildProcess(PROGRAM, timeout_s=TIMEOUT_S, first=self._make_json().encode())
 
 
-class _Encoder(ChildProcess):
-    """One process."""
-
-    def __init__(self, make_json: Callable[[], str]) -> None:
-        super().__init__(PROGRAM, timeout_s=TIMEOUT_S)
-        self.send(make_json().encode())
-
-    def encode(self, wanted: LongText) -> list[int]:
-        answer = self.ask(msgspec.msgpack.encode(wanted))
-        if answer is None:
-            raise ValueError(f"prompt: encoding it takes more than {TIMEOUT_S:g} s")
-        return msgspec.msgpack.decode(answer, type=list[int])
+def _encode(process: ChildProcess, wanted: LongText) -> list[int]:
+    answer = process.ask(msgspec.msgpack.encode(wanted))
+    if answer is None:
+        raise ValueError(f"prompt: encoding it takes more than {TIMEOUT_S:g} s")
+    return msgspec.msgpack.decode(answer, type=list[int])
 
 
 def main() -> None:

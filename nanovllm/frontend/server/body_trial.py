@@ -167,7 +167,6 @@ class BodyTrials:
             self._process = ChildProcess(PROGRAM, timeout_s=TIMEOUT_S)
         reply = self._process.ask(trial, content)
         if reply is None:
-            self._process.end()
             raise ApiError(503, "the body could not be checked: send it again", code="overloaded")
         return msgspec.msgpack.decode(reply, type=Refusal | None)
 
