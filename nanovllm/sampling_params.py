@@ -43,12 +43,15 @@ LISTS: dict[str, object] = {
     **{"stop": [], "stop_token_ids": [], "bad_words": []},
     **{"logit_bias": {}, "allowed_token_ids": None},
 }
-# Field → its least and its largest value.
+ABOVE_0 = math.nextafter(0.0, 1.0)
+# Field → its least and its largest value, and what is said of them.
 RANGES = {
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "temperature": (0.0, math.inf),
-    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0, "in [-2, 2]"),
+    "frequency_penalty": (-2.0, 2.0, "in [-2, 2]"),
+    "temperature": (0.0, math.inf, "in [0, inf]"),
+    "min_p": (0.0, 1.0, "in [0, 1]"),
+    "repetition_penalty": (ABOVE_0, math.inf, "above 0"),
+    "top_p": (ABOVE_0, 1.0, "in (0, 1]"),
 }
 INTEGER_RANGES = {
     "n": (1, MAX_N),
@@ -324,14 +327,10 @@ def _canonicalize_lists(params: SamplingParams) -> None:
 
 
 def _check_reals(params: SamplingParams) -> None:
-    for name, (low, high) in RANGES.items():
+    for name, (low, high, wanted) in RANGES.items():
         value = _number(params, name)
         if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], not {value}")
-    if _number(params, "repetition_penalty") <= 0:
-        raise ValueError(f"repetition_penalty must be above 0, not {params.repetition_penalty}")
-    if not 0 < _number(params, "top_p") <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {params.top_p}")
+            raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
 def _check_integers(params: SamplingParams) -> None:

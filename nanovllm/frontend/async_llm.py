@@ -179,7 +179,7 @@ class AsyncLLM:
     def info(self) -> Welcome:
         """What the core said of itself and its model: limits, sizes, choices made."""
         if self._session is None or self._session.line.welcome is None:
-            raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
+            raise _not_started()
         return self._session.line.welcome
 
     @property
@@ -236,12 +236,10 @@ class AsyncLLM:
 
     def make_prompt(self, prompt: PromptInput) -> Prompt:
         """Encode a text, or copy token ids."""
-        self._check_started()
         return make_prompt(prompt, self._need_tokenizer)
 
     def chat_prompt(self, messages: list[Message], **template_variables: Any) -> Prompt:
         """The template writes its special tokens itself, so none are added in encoding."""
-        self._check_started()
         text = self.apply_chat_template(
             checked_messages(messages, self._need_tokenizer), **template_variables
         )
@@ -357,15 +355,10 @@ class AsyncLLM:
 
     # ---- the line to the core
 
-    def _check_started(self) -> None:
-        """Before anything is said of a prompt, for which a tokenizer would be missing."""
-        if self._session is None:
-            raise RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")
-
     @property
     def _running(self) -> Session | Replicas:
-        self._check_started()
-        assert self._session is not None
+        if self._session is None:
+            raise _not_started()
         return self._session
 
     @property
@@ -392,6 +385,8 @@ class AsyncLLM:
         return encode_bad_words(words, self._need_tokenizer)
 
     def _need_tokenizer(self) -> Tokenizer:
+        if self._session is None:
+            raise _not_started()
         if self._tokenizer is None:
             raise ValueError(
                 f"text needs a tokenizer, and there is none ({self._why_no_tokenizer}): "
@@ -422,3 +417,7 @@ class AsyncLLM:
             loop.call_soon_threadsafe(on_progress, phase, progress)
 
         return report
+
+
+def _not_started() -> RuntimeError:
+    return RuntimeError("the engine is not started: use `async with AsyncLLM(...)`")

@@ -6,7 +6,8 @@ what `tokenizers.DecodeStream` makes of the same ids after the same prompt.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from nanovllm.frontend.tokenizer import PieceSpelling, Tokenizer
@@ -213,28 +214,30 @@ class WindowDetokenizer:
 
 
 class DetokenizerFactory:
-    """Makes the detokenizers of one tokenizer; those of one kind share two tables."""
+    """Makes the detokenizers of one tokenizer; those of one kind share a table of its tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._bytes = {
-            skip: TokenBytes(tokenizer, skip_special_tokens=skip) for skip in (False, True)
-        }
-        self._pieces = {
-            skip: TokenPieces(tokenizer, skip_special_tokens=skip) for skip in (False, True)
-        }
+        self._makers = {skip: _maker(tokenizer, skip_special_tokens=skip) for skip in (False, True)}
 
     def make(
         self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool
     ) -> Detokenizer:
         """Of an output that goes on from the prompt."""
-        skip = skip_special_tokens
-        if self.tokenizer.byte_level:
-            return ByteDetokenizer(self._bytes[skip], prompt_token_ids)
-        if self.tokenizer.piece_spelling is not None:
-            spelling = self.tokenizer.piece_spelling
-            return PieceDetokenizer(self._pieces[skip], spelling, prompt_token_ids)
-        return WindowDetokenizer(self.tokenizer, prompt_token_ids, skip_special_tokens=skip)
+        return self._makers[skip_special_tokens](prompt_token_ids)
+
+
+def _maker(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool
+) -> Callable[[Sequence[int]], Detokenizer]:
+    """What makes a detokenizer behind a prompt, of the kind that the vocabulary allows."""
+    skip = skip_special_tokens
+    if tokenizer.byte_level:
+        return partial(ByteDetokenizer, TokenBytes(tokenizer, skip_special_tokens=skip))
+    if tokenizer.piece_spelling is not None:
+        pieces = TokenPieces(tokenizer, skip_special_tokens=skip)
+        return partial(PieceDetokenizer, pieces, tokenizer.piece_spelling)
+    return partial(WindowDetokenizer, tokenizer, skip_special_tokens=skip)
 
 
 class StopStrings:

@@ -73,6 +73,7 @@ class Tokenizer:
 
     vocab_size counts the tokenizer's own entries; a model's embedding table may be padded beyond.
     special_tokens maps "bos_token", "eos_token", … to their text, where the model has them.
+    chat_template, tool_template: the texts of those for conversations without and with tools.
     """
 
     def __init__(
@@ -88,8 +89,7 @@ class Tokenizer:
         self._fast = fast
         if isinstance(chat_template, str):
             chat_template = {DEFAULT_TEMPLATE: chat_template}
-        self._template_sources = dict(chat_template or {})
-        self._templates: dict[str, ChatTemplate] = {}
+        self._set_templates(chat_template or {})
         self._texts: dict[int, str] = {}
         self.special_tokens = special_tokens or {}
         self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
@@ -118,17 +118,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._template_sources)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template's own text: what it mentions tells how the model writes."""
-        return self._template_sources.get(DEFAULT_TEMPLATE)
-
-    @property
-    def tool_template(self) -> str | None:
-        """The text of the template for conversations with tools."""
-        return self._template_sources.get(TOOL_TEMPLATE, self.chat_template)
+        return bool(self._templates)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -231,28 +221,31 @@ class Tokenizer:
 
     def set_chat_template(self, source: str) -> None:
         """Use this one instead of the model's own."""
-        self._template_sources = {DEFAULT_TEMPLATE: source}
-        self._templates = {}
+        self._set_templates({DEFAULT_TEMPLATE: source})
 
     def start_chat_template(self) -> None:
         """If there is one: its process takes a moment to start, for which no prompt waits then."""
-        if DEFAULT_TEMPLATE in self._template_sources:
-            self._find_template(None, has_tools=False).start()
+        if DEFAULT_TEMPLATE in self._templates:
+            self._templates[DEFAULT_TEMPLATE].start()
+
+    def _set_templates(self, sources: Mapping[str, str]) -> None:
+        self._templates = {name: ChatTemplate(source) for name, source in sources.items()}
+        # Their own texts: what they mention tells how the model writes.
+        self.chat_template = sources.get(DEFAULT_TEMPLATE)
+        self.tool_template = sources.get(TOOL_TEMPLATE, self.chat_template)
 
     def _find_template(self, name: str | None, *, has_tools: bool) -> ChatTemplate:
-        sources = self._template_sources
-        if not sources:
+        templates = self._templates
+        if not templates:
             raise ValueError("the model has no chat template: use generate with a plain prompt")
         if name is None:
-            name = TOOL_TEMPLATE if has_tools and TOOL_TEMPLATE in sources else DEFAULT_TEMPLATE
-        if name not in sources:
+            name = TOOL_TEMPLATE if has_tools and TOOL_TEMPLATE in templates else DEFAULT_TEMPLATE
+        if name not in templates:
             raise ValueError(
                 f"chat_template: the model has none of the name {name!r}: "
-                f"name one of {', '.join(sorted(sources))}"
+                f"name one of {', '.join(sorted(templates))}"
             )
-        if name not in self._templates:
-            self._templates[name] = ChatTemplate(sources[name])
-        return self._templates[name]
+        return templates[name]
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

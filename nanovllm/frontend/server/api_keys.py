@@ -12,8 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-CALLER = "caller"  # where a request's state has the name of its key
-ANONYMOUS = ""  # whoever calls a server without keys
+CALLER = "caller"  # where a request's state has the name of its key, if keys are asked for
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 

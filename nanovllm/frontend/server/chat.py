@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import refused
-from nanovllm.frontend.server.bodies import ChatBody
+from nanovllm.frontend.server.bodies import ChatBody, StreamOptions
 from nanovllm.frontend.server.endpoint import (
     TextEvents,
     event,
@@ -73,7 +73,7 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
     form = serving.reply_format
     thinks_first = form.has_reasoning and form.thinks_first(prompt.text or "")
     constraint = constraint_of(body, after=CLOSE if thinks_first else None)
-    params = chat_params(body, constraint, serving.sampling_defaults)
+    params = chat_params(body, constraint, serving.llm.info.worker.sampling_defaults)
     parsers: list[ReplyParser | None] = [None] * params.n
     if body.tools or form.has_reasoning:
         parsers = [form.make_parser(body, thinks_first=thinks_first) for _ in parsers]
@@ -163,18 +163,16 @@ class ChatAnswer:
     # ---- as events
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        continuous = options is not None and options.continuous_usage_stats
-        with_usage = options is not None and options.include_usage
-        usage: MaybeUsage = None if with_usage else UNSET
+        options = self.body.stream_options or StreamOptions()
+        usage: MaybeUsage = None if options.include_usage else UNSET
         last: RequestOutput | None = None
         async for output in self.outputs:
             last = output
-            if continuous:
+            if options.continuous_usage_stats:
                 usage = usage_of([output])
             if events := b"".join(self._events_of(one, usage, output) for one in output.outputs):
                 yield events
-        if with_usage:
+        if options.include_usage:
             common = self.request_id, self.created, self.model
             yield event(ChatCompletionChunk(*common, [], usage=usage_of([last])))
 

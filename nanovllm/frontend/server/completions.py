@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.bodies import CompletionBody, blaming
+from nanovllm.frontend.server.bodies import CompletionBody, StreamOptions, blaming
 from nanovllm.frontend.server.endpoint import (
     TextEvents,
     event,
@@ -58,7 +58,7 @@ async def _prepare(
 ) -> "CompletionAnswer":
     """Everything that can be wrong with a request is found here."""
     constraint = constraint_of(body)
-    params = completion_params(body, constraint, serving.sampling_defaults)
+    params = completion_params(body, constraint, serving.llm.info.worker.sampling_defaults)
     tokenizer = serving.llm.tokenizer
     options = options_of(body, "cmpl", headers, constraint)
     texts: list[str | None] = []
@@ -130,17 +130,15 @@ class CompletionAnswer:
         ]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        continuous = options is not None and options.continuous_usage_stats
-        with_usage = options is not None and options.include_usage
-        usage: Usage | UnsetType | None = None if with_usage else UNSET
+        options = self.body.stream_options or StreamOptions()
+        usage: Usage | UnsetType | None = None if options.include_usage else UNSET
         latest: dict[int, RequestOutput] = {}
         waiting = [event(self._completion([one], usage)) for one in self._refused_choices()]
         indices = list(self.generations)
         async with contextlib.aclosing(_merged([*self.generations.values()])) as outputs:
             async for place, output in outputs:
                 latest[place] = output
-                if continuous:
+                if options.continuous_usage_stats:
                     usage = self._usage(latest.values())
                 events = waiting + [
                     self._event(indices[place], output, completion, usage)
@@ -149,7 +147,7 @@ class CompletionAnswer:
                 waiting = []
                 if events:
                     yield b"".join(events)
-        if with_usage:
+        if options.include_usage:
             yield event(self._completion([], self._usage(latest.values())))
 
     def _event(

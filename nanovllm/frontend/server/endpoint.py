@@ -119,7 +119,8 @@ async def generated(
     body = await read(request, kind)
     if body.model is not None:
         serving.check_model(body.model)
-    serving.callers.apply(body, request.scope["state"][CALLER])
+    if (caller := request.scope.get("state", {}).get(CALLER)) is not None:
+        serving.callers.apply(body, caller)
     answer: Answer | None = None
     async with until_disconnect(request.receive):  # a client that leaves is not served further
         with blaming(body):

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.frontend.server.api_errors import ApiError
-from nanovllm.frontend.server.api_keys import ANONYMOUS, CALLER, ApiKeys
+from nanovllm.frontend.server.api_keys import CALLER, ApiKeys
 from nanovllm.frontend.server.metrics import ServerMetrics
 from nanovllm.frontend.server.settings import LOOPBACK, ServerSettings
 
@@ -62,8 +62,7 @@ class Gate:
             return
         if self._settings.root_path:
             scope = self._below_root(scope)
-        scope.setdefault("state", {})[CALLER] = ANONYMOUS
-        headers, share = Headers(scope=scope), Share(self._budget)
+        headers, incoming = Headers(scope=scope), Incoming(receive, self._budget)
         given_id = headers.get("x-request-id", "")
         request_id = given_id if SAFE_ID.fullmatch(given_id) else secrets.token_hex(16)
         started, status = time.perf_counter(), 0
@@ -83,12 +82,12 @@ class Gate:
             if refusal := self._refusal(scope, headers):
                 await refusal.response()(scope, receive, send_on)
             else:
-                await self._app(scope, self._limited(receive, share), send_on)
+                await self._app(scope, incoming.receive, send_on)
         except ClientDisconnect:
             status = status or CLIENT_LEFT
             await _disconnected(receive)
         finally:
-            share.release()
+            incoming.release()
             self._count(scope, status, time.perf_counter() - started, request_id)
 
     def _below_root(self, scope: Scope) -> Scope:
@@ -110,37 +109,12 @@ class Gate:
             owner = self._keys.owner(headers.get("authorization", ""))
             if owner is None:
                 return _without_key()
-            scope["state"][CALLER] = owner
+            scope.setdefault("state", {})[CALLER] = owner
             self._metrics.by_key.labels(owner).inc()
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
-            return self._too_large()
+        if length.isdigit() and int(length) > self._budget.max_body_bytes:
+            return self._budget.too_large()
         return None
-
-    def _limited(self, receive: Receive, share: "Share") -> Receive:
-        """Bodies are counted as they come. Who goes on receiving after the end of the body, to
-        learn of the client's leaving, has decoded it."""
-        num_bytes, is_whole = 0, False
-
-        async def receive_some() -> Message:
-            nonlocal num_bytes, is_whole
-            if is_whole:
-                share.release()
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                is_whole = not message.get("more_body", False)
-                if num_bytes > self._settings.max_body_bytes:
-                    raise self._too_large()
-                share.hold(num_bytes)
-            return message
-
-        return receive_some
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the body exceeds {self._settings.max_body_bytes} bytes", code="body_too_large"
-        )
 
     def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         path = self._route(scope)
@@ -235,12 +209,17 @@ def _refused(message: str, code: str) -> ApiError:
 
 
 class BodyBudget:
-    """How many bytes of bodies this process holds; `Share` is one request's part of it. What comes
-    beyond the budget is refused for now; small bodies always have room."""
+    """How many bytes of bodies this process holds; `Incoming` is one request's part of it. What
+    comes beyond the budget is refused for now; small bodies always have room."""
 
     def __init__(self, max_body_bytes: int) -> None:
+        self.max_body_bytes = max_body_bytes
         self._num_free = BUDGET_BODIES * max_body_bytes
         self._trim: asyncio.TimerHandle | None = None
+
+    def too_large(self) -> ApiError:
+        """What is said of a body that is larger than one may be."""
+        return ApiError(413, f"the body exceeds {self.max_body_bytes} bytes", code="body_too_large")
 
     def take(self, num_bytes: int) -> None:
         """Raises `ApiError` 503 if they are not there."""
@@ -258,18 +237,30 @@ class BodyBudget:
         asyncio.get_running_loop().run_in_executor(None, _return_free_memory)
 
 
-class Share:
-    """What one request holds: nothing while its body is small."""
+class Incoming:
+    """One request's body as it comes in. It holds none of the budget while it is small."""
 
-    def __init__(self, budget: BodyBudget) -> None:
+    def __init__(self, receive: Receive, budget: BodyBudget) -> None:
+        self._receive = receive
         self._budget = budget
-        self._num_held = 0
+        self._num_bytes = self._num_held = 0
+        self._is_whole = False
 
-    def hold(self, num_bytes: int) -> None:
-        """All of its body so far. Raises `ApiError` 503."""
-        if num_bytes > SMALL_BODY_BYTES:
-            self._budget.take(num_bytes - self._num_held)
-            self._num_held = num_bytes
+    async def receive(self) -> Message:
+        """The server's next message. Who goes on receiving after the end of the body, to learn of
+        the client's leaving, has decoded it. Raises `ApiError` 413, 503."""
+        if self._is_whole:
+            self.release()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._num_bytes += len(message.get("body", b""))
+            self._is_whole = not message.get("more_body", False)
+            if self._num_bytes > self._budget.max_body_bytes:
+                raise self._budget.too_large()
+            if self._num_bytes > SMALL_BODY_BYTES:
+                self._budget.take(self._num_bytes - self._num_held)
+                self._num_held = self._num_bytes
+        return message
 
     def release(self) -> None:
         """The body has been decoded, or nobody waits for it any more."""

@@ -100,7 +100,11 @@ def constraint_of(body: GenerationBody, *, after: str | None = None) -> Constrai
     choice = body.tool_choice if isinstance(body, ChatBody) else None
     if body.structured_outputs is None and body.response_format is None and choice is None:
         return None
-    asked = _constraints(body)
+    return _the_one(_constraints(body), after)
+
+
+def _the_one(asked: dict[str, tuple[str, dict[str, Any]]], after: str | None) -> Constraint | None:
+    """Of what `_constraints` has found."""
     if len(asked) > 1:
         first, second = list(asked)[:2]
         raise refused(second, f"cannot be combined with {first}")

@@ -20,7 +20,6 @@ from nanovllm.frontend.inputs import Prompt, RequestOptions
 from nanovllm.frontend.outputs import RequestOutput
 from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
-from nanovllm.frontend.server.api_keys import ANONYMOUS
 from nanovllm.frontend.server.bodies import GenerationBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials
 from nanovllm.frontend.server.metrics import ServerMetrics
@@ -164,11 +163,6 @@ class Serving:
         return [self.model_name, *self.llm.info.other_served_names]
 
     @property
-    def sampling_defaults(self) -> dict[str, int | float]:
-        """Of fields that requests leave out, as the model wants them."""
-        return self.llm.info.worker.sampling_defaults
-
-    @property
     def body_facts(self) -> BodyFacts:
         """What large bodies are checked against."""
         tokenizer = self.llm.tokenizer
@@ -247,8 +241,6 @@ class Callers:
 
     def apply(self, body: GenerationBody, caller: str) -> None:
         """caller: the name of the key. Its holder cannot choose another's tenant or salt."""
-        if caller == ANONYMOUS:
-            return
         if self._are_several:
             body.user = caller
         if self._isolate:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from starlette.types import Message
 
 from nanovllm.frontend.server import middleware
 from nanovllm.frontend.server.api_errors import ApiError
@@ -17,7 +18,7 @@ from nanovllm.frontend.server.middleware import (
     LARGE_BODY_BYTES,
     SMALL_BODY_BYTES,
     BodyBudget,
-    Share,
+    Incoming,
 )
 from nanovllm.limits import (
     MAX_JSON_DIGITS,
@@ -142,23 +143,58 @@ async def test_bodies_that_were_refused_on_their_way_hold_nothing_of_the_budget(
         assert answer.status_code == 200, answer.text
 
 
-def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
+def incoming(budget: BodyBudget, *sizes: int) -> Incoming:
+    """A body that comes in pieces, after each of which it has so many bytes."""
+    ends = iter(sizes)
+    starts = iter((0, *sizes))
+
+    async def receive() -> Message:
+        body = b" " * (next(ends) - next(starts))
+        return {"type": "http.request", "body": body, "more_body": True}
+
+    return Incoming(receive, budget)
+
+
+async def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
     most = SMALL_BODY_BYTES + 10_000
     budget = BodyBudget(most)
-    shares = [Share(budget) for _ in range(BUDGET_BODIES)]
-    for share in shares:  # all of it, piece by piece
-        for num_bytes in (SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1, most):
-            share.hold(num_bytes)
-    late = Share(budget)
-    late.hold(SMALL_BODY_BYTES)
+    sizes = (SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1, most)
+    bodies = [incoming(budget, *sizes) for _ in range(BUDGET_BODIES)]
+    for body in bodies:  # all of it, piece by piece
+        for _ in sizes:
+            await body.receive()
+    late, later = incoming(budget, SMALL_BODY_BYTES, SMALL_BODY_BYTES + 1), incoming(budget, most)
+    await late.receive()
     with pytest.raises(ApiError) as refusal:
-        late.hold(SMALL_BODY_BYTES + 1)
+        await late.receive()
     assert (refusal.value.status, refusal.value.details.code) == (503, "overloaded")
     for _ in range(2):
-        shares[0].release()  # what is given back is given back once
-    late.hold(most)
+        bodies[0].release()  # what is given back is given back once
+    await later.receive()
     with pytest.raises(ApiError):
-        Share(budget).hold(SMALL_BODY_BYTES + 1)
+        await incoming(budget, SMALL_BODY_BYTES + 1).receive()
+
+
+async def test_a_body_that_has_been_decoded_is_given_back_while_its_answer_is_awaited() -> None:
+    most = SMALL_BODY_BYTES + 1
+    budget = BodyBudget(most)
+    messages: list[Message] = [
+        {"type": "http.request", "body": b" " * most, "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    body = Incoming(receive, budget)
+    await body.receive()
+    others = [incoming(budget, most) for _ in range(BUDGET_BODIES)]
+    for other in others[1:]:
+        await other.receive()
+    with pytest.raises(ApiError):
+        await incoming(budget, most).receive()
+    assert (await body.receive())["type"] == "http.disconnect"
+    await others[0].receive()
 
 
 async def test_memory_of_large_bodies_is_returned_once_they_have_gone(
