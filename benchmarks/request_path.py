@@ -3,9 +3,10 @@
     python benchmarks/request_path.py [--model smollm2] [--functions]
 
 Counted are one greedy `AsyncLLM.generate` of 4 tokens, and one chat stream over HTTP, on a CPU:
-frontend, core and worker together, each as it is when it has run the same request before. Lines
-are those of whole functions, comments and docstrings included, each once. Clocks stand still
-meanwhile, so that heartbeats and what else runs now and then on its own is left out.
+frontend, core and worker together, each as it is when it has run the same request before, up to
+where the core waits for the next one. Lines are those of whole functions, comments and docstrings
+included, each once. Clocks stand still meanwhile, so that heartbeats and what else runs now and
+then on its own is left out.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.core import server as core_server
 from nanovllm.core.server import CoreServer
 from nanovllm.frontend import core_life
+from nanovllm.frontend.server import serving
 from nanovllm.frontend.server.run import bind
 from nanovllm.frontend.server.run import serve as run_server
 from nanovllm.frontend.server.settings import ServerSettings
@@ -41,6 +43,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 NUM_TOKENS = 4
 NEVER_S = 3600.0
 NUM_REQUESTS = 5  # what runs for each of them is counted
+SETTLE_S = 0.1  # after a request, until everything waits for the next one
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 ONE_PROMPT = "The capital of France is"
 
@@ -66,6 +69,7 @@ class Tracer:
         for number in range(2 + NUM_REQUESTS):
             self._codes = set()
             await request(number)
+            await asyncio.sleep(SETTLE_S)
             found.append({one for code in self._codes.copy() if (one := function_of(code))})
         return set.intersection(*found[2:])
 
@@ -108,12 +112,19 @@ def room_of(file: str) -> str:
 
 @contextmanager
 def clocks_standing_still() -> Iterator[None]:
-    before = core_life.WATCH_INTERVAL_S, core_server.PULSE_INTERVAL_S
-    core_life.WATCH_INTERVAL_S = core_server.PULSE_INTERVAL_S = NEVER_S
+    clocks = (
+        (core_life, "WATCH_INTERVAL_S"),
+        (core_server, "PULSE_INTERVAL_S"),
+        (serving, "WATCH_INTERVAL_S"),
+    )
+    before = [getattr(module, name) for module, name in clocks]
+    for module, name in clocks:
+        setattr(module, name, NEVER_S)
     try:
         yield
     finally:
-        core_life.WATCH_INTERVAL_S, core_server.PULSE_INTERVAL_S = before
+        for (module, name), interval_s in zip(clocks, before, strict=True):
+            setattr(module, name, interval_s)
 
 
 @asynccontextmanager

@@ -41,6 +41,7 @@ from nanovllm.protocol.watch import BlockContents, Observation, Observe, ShowBlo
 from nanovllm.sampling_params import SamplingParams
 
 NUM_BAD_WORDS_KEPT = 8
+NO_STOPS = "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
 
 
 class AsyncLLM:
@@ -318,9 +319,7 @@ class AsyncLLM:
         most, vocab_size = worker.max_model_len, worker.vocab_size
         params.check_prompt(prompt.token_ids, most=most, vocab_size=vocab_size)
         if params.stop and self._tokenizer is None:
-            raise ValueError(
-                "stop strings need a tokenizer, and none is loaded: use stop_token_ids instead"
-            )
+            raise ValueError(NO_STOPS)
         if params.seed is None and not params.greedy:
             # Drawn here and not by the core, so that any other core can continue the request.
             params = params.with_values(seed=self._seeds.getrandbits(63))

@@ -52,14 +52,11 @@ class ByteDetokenizer:
     def __init__(self, pieces: TokenBytes, prompt_token_ids: Sequence[int] = ()) -> None:
         self._pieces = pieces
         self._unfinished = b""
-        num_bytes = 0
-        for index in range(len(prompt_token_ids) - 1, -1, -1):
-            num_bytes += len(pieces[prompt_token_ids[index]])
-            if num_bytes >= MAX_CHARACTER_BYTES:
-                self.feed(prompt_token_ids[index:])
-                break
-        else:
-            self.feed(prompt_token_ids)
+        start, num_bytes = len(prompt_token_ids), 0
+        while start and num_bytes < MAX_CHARACTER_BYTES:
+            start -= 1
+            num_bytes += len(pieces[prompt_token_ids[start]])
+        self.feed(prompt_token_ids[start:])
 
     def feed(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces

@@ -61,8 +61,7 @@ class Completion:
             prompt, skips = request.message.prompt_token_ids, params.skip_special_tokens
             detokenizer = detokenizers.make(prompt, skip_special_tokens=skips)
         if params.stop:
-            cuts_after = params.include_stop_str_in_output
-            stops = StopStrings(params.stop, include_in_output=cuts_after)
+            stops = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
         made = cls(request, index, detokenizer, stops)
         if params.logprobs is not None:
             made.logprobs, made.cumulative_logprob = [], 0.0

@@ -70,10 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused_at or self.transport.is_closing():
-            self._num_ignored_bytes += len(data)
-            if self._num_ignored_bytes > MAX_IGNORED_BYTES:
-                self.transport.abort()
-            return
+            return self._ignore(data)
         if not self._headers_since and not self._body_since:
             self._headers_since = time.monotonic()
         view = memoryview(data)
@@ -86,6 +83,11 @@ class HttpProtocol(HttpToolsProtocol):
                 return
             if self._num_header_bytes >= MAX_HEADER_BYTES:
                 self._refuse_headers()
+
+    def _ignore(self, data: bytes) -> None:
+        self._num_ignored_bytes += len(data)
+        if self._num_ignored_bytes > MAX_IGNORED_BYTES:
+            self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -63,6 +63,7 @@ class Gate:
         if self._settings.root_path:
             scope = self._below_root(scope)
         headers, incoming = Headers(scope=scope), Incoming(receive, self._budget)
+        route: str = scope["path"].removeprefix(self._settings.root_path)
         given_id = headers.get("x-request-id", "")
         request_id = given_id if SAFE_ID.fullmatch(given_id) else secrets.token_hex(16)
         started, status = time.perf_counter(), 0
@@ -79,7 +80,7 @@ class Gate:
                 raise ClientDisconnect from error
 
         try:
-            if refusal := self._refusal(scope, headers):
+            if refusal := self._refusal(scope, route, headers):
                 await refusal.response()(scope, receive, send_on)
             else:
                 await self._app(scope, incoming.receive, send_on)
@@ -88,7 +89,10 @@ class Gate:
             await _disconnected(receive)
         finally:
             incoming.release()
-            self._count(scope, status, time.perf_counter() - started, request_id)
+            shown = route if route in self._paths else "other"
+            self._metrics.http.labels(scope["method"], shown, str(status)).inc()
+            if self._settings.access_log:
+                _log(scope, status, time.perf_counter() - started, request_id)
 
     def _below_root(self, scope: Scope) -> Scope:
         """A proxy may cut the prefix off or leave it; below, it always stands before the path."""
@@ -98,14 +102,10 @@ class Gate:
             path = root + path
         return {**scope, "root_path": root, "path": path}
 
-    def _route(self, scope: Scope) -> str:
-        path: str = scope["path"]
-        return path.removeprefix(self._settings.root_path)
-
-    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+    def _refusal(self, scope: Scope, route: str, headers: Headers) -> ApiError | None:
         if (foreign := self._origins.refusal(headers)) is not None:
             return foreign
-        if self._keys is not None and self._route(scope) not in self._open:
+        if self._keys is not None and route not in self._open:
             owner = self._keys.owner(headers.get("authorization", ""))
             if owner is None:
                 return _without_key()
@@ -116,15 +116,12 @@ class Gate:
             return self._budget.too_large()
         return None
 
-    def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        path = self._route(scope)
-        shown = path if path in self._paths else "other"
-        self._metrics.http.labels(scope["method"], shown, str(status)).inc()
-        if self._settings.access_log:
-            took = f"{seconds * 1e3:.1f} ms"
-            # As it was sent: decoded, it could hold line ends and forge further lines.
-            raw = scope.get("raw_path", b"").decode("ascii", "replace")
-            logger.info("%s %s → %s, %s, %s", scope["method"], raw, status, took, request_id)
+
+def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    took = f"{seconds * 1e3:.1f} ms"
+    # As it was sent: decoded, it could hold line ends and forge further lines.
+    raw = scope.get("raw_path", b"").decode("ascii", "replace")
+    logger.info("%s %s → %s, %s, %s", scope["method"], raw, status, took, request_id)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -160,17 +157,10 @@ class Origins:
         if self._trusts_proxies:
             host = headers.get("x-forwarded-host", host).lower()
         if hosts and self._hosts is not None and _without_port(host) not in self._hosts:
-            return _refused(
-                f"this server is not called {_without_port(host)!r}: allow that name with "
-                "--allowed-hosts",
-                "host_refused",
-            )
+            return _unknown_name(_without_port(host))
         origin = headers.get("origin")
         if origin is not None and not self._is_allowed(origin, host):
-            return _refused(
-                f"pages of {origin!r} may not call this server: allow them with --allowed-origins",
-                "origin_refused",
-            )
+            return _foreign_page(origin)
         if origin is None and _is_embedded(headers):
             return _refused("this may not be embedded in a page of another site", "origin_refused")
         return None
@@ -202,6 +192,16 @@ def _without_key() -> ApiError:
         code="invalid_api_key",
         headers={"www-authenticate": "Bearer"},
     )
+
+
+def _unknown_name(name: str) -> ApiError:
+    message = f"this server is not called {name!r}: allow that name with --allowed-hosts"
+    return _refused(message, "host_refused")
+
+
+def _foreign_page(origin: str) -> ApiError:
+    message = f"pages of {origin!r} may not call this server: allow them with --allowed-origins"
+    return _refused(message, "origin_refused")
 
 
 def _refused(message: str, code: str) -> ApiError:
