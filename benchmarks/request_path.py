@@ -43,7 +43,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 NUM_TOKENS = 4
 NEVER_S = 3600.0
 NUM_REQUESTS = 5  # what runs for each of them is counted
-SETTLE_S = 0.1  # after a request, until everything waits for the next one
+SETTLE_S = 0.05  # after a request, until everything waits for the next one
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 ONE_PROMPT = "The capital of France is"
 
