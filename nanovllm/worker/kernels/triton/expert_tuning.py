@@ -21,8 +21,8 @@ def tiles_for(
     """Of gate and up, and of down; both of the same blocks of pairs. bits: of a weight.
 
     Up to some 64 pairs an expert its weights are what takes time, and several programs share a
-    multiprocessor; then products are. Many pairs and weights of 4 bits: as measured on an H200 with
-    Qwen3-30B-A3B and gpt-oss-20b (benchmarks/experts.py). Of weights of 8 bits few tokens take
+    multiprocessor; then products are. Few and many pairs, and weights of 4 bits: as measured on an
+    H200 with Qwen3-30B-A3B and gpt-oss-20b (benchmarks/experts.py). Of weights of 8 bits few tokens take
     twice as many inputs at a time, to read as long pieces of rows; not yet measured. has_room: a
     program may have 200 KiB of shared memory, as on Hopper and later; an Ada has 99.
     """
@@ -30,6 +30,8 @@ def tiles_for(
         return _tiles_of_4_bits(pairs_per_expert, has_room=has_room)
     block_k = 128 if bits == 8 else 64
     if pairs_per_expert <= 12:
+        if bits == 16 and has_room:
+            return ExpertTile(16, 64, 128, 4, 5), ExpertTile(16, 128, 128, 4, 5)
         return ExpertTile(16, 64, block_k, 4, 4), ExpertTile(16, 128, block_k, 4, 4)
     if pairs_per_expert <= 24:
         return ExpertTile(32, 64, block_k, 4, 4), ExpertTile(32, 128, block_k, 4, 4)
