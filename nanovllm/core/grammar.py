@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -27,7 +26,17 @@ from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.grammar_source import Source, first_line, make_matcher, make_tokenizer, read
 from nanovllm.core.json_place import JsonPlace
 from nanovllm.core.json_shape import Shape, shape_of
-from nanovllm.core.kept_masks import KeptMasks, Mask, Place, TextPlace
+from nanovllm.core.kept_masks import (
+    END,
+    FREE_LINE,
+    Kept,
+    KeptMasks,
+    Mask,
+    Place,
+    State,
+    TextPlace,
+    Vocabulary,
+)
 from nanovllm.core.plain_schema import plain_source
 from nanovllm.core.regex_place import RegexMasks, RegexPlace, term_of
 from nanovllm.protocol.plan import WorkerInfo
@@ -43,9 +52,8 @@ MAX_LEXERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # of one grammar: each 
 COPIES_PER_LEXER = 8  # live ones of a grammar, until it has as many lexers as it may
 FEW = 4  # matchers whose masks are not worth waking other threads for
 LOOK_FIRST = 2 * COPIES_PER_LEXER  # fewer are asked what they force before their masks are made
-Indexed = list[tuple[int, "Matcher"]]
-NONE_FORCED: Mapping[int, list[int]] = MappingProxyType({})
 MAX_FORCED = 64  # tokens that a grammar forces which are looked for at a time
+MAX_OWED = 2_048  # tokens of which llguidance is told later: 1 µs each
 WORTH_A_THREAD_S = 3e-4  # masks that take longer are computed beside the loop: it costs 70 µs
 SLOW_S = 0.01  # a mask or a token accepted that takes longer is held against its output …
 LOOK_INTERVAL = 16  # batches from one search for slow ones that found none to the next
@@ -58,9 +66,9 @@ class Family:
     that one's masks are quick where another has been, its limits as well, and a lock: of one family
     only one mask is computed at a time."""
 
+    known: KeptMasks  # of the grammar
     num_copies: int = 0  # ever made
     failed: bool = False
-    first_mask: Mask | None = None  # of outputs that have not begun, unless a token is forced
     live: WeakSet[Matcher] = field(default_factory=WeakSet)  # those that somebody still holds
 
     @property
@@ -72,29 +80,30 @@ class Family:
 class Matcher:
     """Where one output is in its grammar. Once ended, by whatever reason, it stays so.
 
-    free_text: what comes before the grammar begins; None from then on. place: by which masks are
-    kept, if they are.
+    Where others have been before, its tokens are only noted down, and llguidance takes them in when
+    there is something to ask of it.
+
+    free_text: what comes before the grammar begins; None from then on. state: where it is, if that
+    is known; else place may come to a state again.
     """
 
     __slots__ = (
-        *("__weakref__", "_has_begun", "_is_suspect", "_matcher", "_slow_s"),
-        *("error", "family", "free_text", "place"),
+        *("__weakref__", "_is_suspect", "_matcher", "_owed", "_slow_s", "_ways"),
+        *("error", "family", "free_text", "place", "state"),
     )
 
     def __init__(
-        self,
-        matcher: LLMatcher,
-        family: Family,
-        free_text: FreeText | None = None,
-        place: Place | None = None,
+        self, matcher: LLMatcher, family: Family, free_text: FreeText | None = None
     ) -> None:
         self._matcher = matcher
-        self._has_begun = False  # it has taken a token in
+        self._owed: list[int] = []  # tokens that it has not been told of
+        self._ways = family.known.vocabulary.ways
         self._is_suspect = False  # a call for it has taken long
         self._slow_s = 0.0
         self.family = family
         self.free_text = free_text
-        self.place = place
+        self.state: State | None = family.known.first if free_text is None else None
+        self.place: Place | None = None
         self.error: str | None = None  # why it cannot go on; None unless something went wrong
 
     @property
@@ -102,27 +111,74 @@ class Matcher:
         """Whether it cannot go on: it came to a dead end, or exceeded a limit."""
         return self.error is not None
 
+    def follow(self, token_id: int) -> bool:
+        """Go on by one token, if it is known that it may and where it leads; else nothing has
+        happened. Most tokens pass here."""
+        state = self.state
+        if state is None or len(self._owed) >= MAX_OWED:
+            return False
+        to = state.next.get(token_id) or state.next.get(self._ways[token_id])
+        if to is None and state.place is not None:
+            to = state.place.kept.find(state, token_id)
+        if to is None or to is END:
+            return False
+        self._owed.append(token_id)
+        self.state = to
+        return True
+
     def accept(self, token_id: int) -> bool:
         """Go on by one token. False if the output ends with it, by grammar or by `error`."""
-        if self.error is not None:
+        if self.follow(token_id):
+            return True
+        if self.state is not None and self.state.next.get(token_id) is END:
+            self._owed.append(token_id)
+            self.state = None
             return False
-        if self.free_text is not None:
+        if self.error is None and self.free_text is not None:
             begun = self.free_text.take(token_id)
             if begun is None:
                 return True
-            self.free_text = None
+            self.free_text, self.state = None, self.family.known.first
             return all(map(self.accept, begun))
-        self._has_begun = True
+        self.catch_up()
+        if self.error is not None:
+            return False
         clock = self.clock
         start = clock()
         goes_on = self._matcher.consume_token(token_id) and not self._matcher.is_stopped()
-        if goes_on and self.place is not None:
-            self.place.take(token_id)
+        if goes_on:
+            self._arrive(token_id)
         self.note_time(clock() - start)
         if goes_on:
             return self.error is None
         self.note_error()
+        if self.state is not None and self.state.place is not None:
+            self.state.place.kept.lead(self.state, token_id, END, is_forced=True)
+            self.state = None
         return False
+
+    def _arrive(self, token_id: int) -> None:
+        """Find out where a token has led."""
+        state, place = self.state, self.place
+        self.state = self.place = None
+        if state is not None:
+            place = None if state.place is None else state.place.copy()
+        if place is not None:
+            place.take(token_id)
+            is_forced = place.exact is not None and bool(self._matcher.compute_ff_bytes())
+            self.state = place.kept.arrive(state, token_id, place, is_forced=is_forced)
+            self.place = place if self.state is None else None
+
+    def catch_up(self) -> None:
+        """Have llguidance take in what has been noted down."""
+        if not self._owed:
+            return
+        clock = self.clock
+        start = clock()
+        owed, self._owed = self._owed, []
+        self._matcher.consume_tokens(owed)
+        self.note_time(clock() - start)
+        self.note_error()
 
     def forced_tokens(self, most: int) -> list[int]:
         """The next tokens, up to `most`, if the grammar leaves one way to go on; often none.
@@ -132,6 +188,7 @@ class Matcher:
         fast-forward tokens). There are some where, and only where, the mask has one bit. Nothing is
         taken in: `accept` each, as if it had been sampled.
         """
+        self.catch_up()
         if self.error is not None or self.free_text is not None or most <= 0:
             return []
         clock = self.clock
@@ -142,23 +199,21 @@ class Matcher:
         return [] if self.error is not None else token_ids[:most]
 
     @property
-    def kept_mask(self) -> Mask | None:
-        """Of an output that was in the same place before. Nothing is forced there."""
-        if not self._has_begun:
-            return self.family.first_mask
-        return None if self.place is None else self.place.kept.get(self.place.key)
+    def may_be_forced(self) -> bool:
+        """Whether it is not known that there are no tokens which must come next."""
+        return self.state is None or self.state.forced != []
 
-    def keep_mask(self, mask: Mask) -> None:
-        """For others that come to this place. mask: computed just now."""
-        if self.place is None or self.place.key is None or self.error is not None:
-            return
-        if self._has_begun and not self._matcher.compute_ff_bytes():  # else the last token counts
-            self.place.kept.keep(self.place.key, mask.copy())
+    def note_forced(self, token_ids: list[int]) -> None:
+        """For others that come to its state: what must come next there."""
+        if self.state is not None and self.state.forced is None:
+            length = len(self._matcher.compute_ff_bytes())
+            self.family.known.note_forced(self.state, token_ids, num_bytes=length)
 
     @property
     def has_forced_text(self) -> bool:
         """Whether the grammar leaves one next byte: `forced_tokens` finds none without. It takes a
         thirtieth of what they take."""
+        self.catch_up()
         if self.error is not None or self.free_text is not None:
             return False
         return bool(self._matcher.compute_ff_bytes())
@@ -179,11 +234,14 @@ class Matcher:
             return
         self._slow_s += seconds
         if self._slow_s > MAX_SLOW_S and self.error is None:
-            self.error = (
+            self._fail(
                 f"following its grammar has held others up for {self._slow_s:.1f} s: simplify it "
                 "(make it less ambiguous, with fewer alternatives and optional parts)"
             )
-            self.family.failed = True
+
+    def _fail(self, why: str) -> None:
+        self.error, self.state, self.place = why, None, None
+        self.family.failed = True
 
     def replay(self, token_ids: list[int]) -> None:
         """Take in tokens generated before. `ValueError` if they are not the begin of an output."""
@@ -196,16 +254,16 @@ class Matcher:
         """Another one at the same place."""
         self.family.num_copies += 1
         free_text = None if self.free_text is None else self.free_text.copy()
-        place = None if self.place is None else self.place.copy()
-        copy = Matcher(self._matcher.deep_copy(), self.family, free_text, place)
+        copy = Matcher(self._matcher.deep_copy(), self.family, free_text)
+        copy.place = None if self.place is None else self.place.copy()
+        copy.state, copy._owed = self.state, self._owed.copy()
         self.family.live.add(copy)
         return copy
 
     def note_error(self) -> None:
         """Take over what llguidance says has gone wrong, if anything has."""
         if self.error is None and self._matcher.is_error():
-            self.error = first_line(self._matcher.get_error())
-            self.family.failed = True
+            self._fail(first_line(self._matcher.get_error()))
 
 
 class Grammar:
@@ -280,6 +338,13 @@ class Masks(NamedTuple):
     forced: dict[int, list[int]]
 
 
+class Gathered(NamedTuple):
+    """Masks of which some, those with the indices `new`, are still to be computed."""
+
+    masks: Masks
+    new: list[int]
+
+
 class MasksUnderWay(Protocol):
     """What a `Future` of masks is asked."""
 
@@ -324,11 +389,10 @@ class GrammarCompiler:
         self._eos_token_ids = info.eos_token_ids
         self._sandbox = sandbox
         self._tokenizer: LLTokenizer | None = None
-        self._spelling: list[bytes] = []  # of each token
-        self._longest = 0  # bytes of one
         self._executors: list[LLExecutor] = []  # of one thread each
         self._lock = threading.Lock()
-        self._words = self._free_words = np.empty((0, 0), np.int32)  # the masks computed last
+        self.vocabulary = Vocabulary([], np.zeros(1, np.int32))  # until it is loaded
+        self._words = np.empty((0, 0), np.int32)  # the masks gathered last
         self._address = 0  # of them in memory
         self._last_s = self._lasting_s = 0.0  # what they took; the less of that and of those before
         self._looks_for_slow_ones = False  # it was long, and it is not known which
@@ -352,8 +416,11 @@ class GrammarCompiler:
             if self._sandbox is not None:
                 self._sandbox.set_up(text, vocab_size=size, eos_token_ids=eos)
             tokenizer = make_tokenizer(text, vocab_size=size, eos_token_ids=eos)
-            self._spelling = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-            self._longest = max(map(len, self._spelling))
+            spelling = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+            special = {*filter(tokenizer.is_special_token, range(len(spelling)))}
+            special.update(self._eos_token_ids, tokenizer.eos_tokens)
+            free = self._all_but_eos(-(-tokenizer.vocab_size // 32))
+            self.vocabulary = Vocabulary(spelling, free, frozenset(special))
             self._executors = [LLExecutor(num_threads=1) for _ in range(MAX_LEXERS)]
             self._tokenizer = tokenizer
 
@@ -371,111 +438,182 @@ class GrammarCompiler:
                 self._sandbox.try_out(wanted)
             source = source or read(wanted)
             place = self._first_place(source)
-        return Grammar(partial(self._make_first, source, place))
+        known = KeptMasks(self.vocabulary) if place is None else place.kept
+        known.begin(place)
+        return Grammar(partial(self._make_first, source, known))
 
     def _first_place(self, source: Source) -> Place | None:
         """By which masks are kept, if they can be."""
         if source.schema is not None:
             root = shape_of(source)
-            return None if root is None else JsonPlace(Shape(self._spelling, self._longest, root))
+            return None if root is None else JsonPlace(Shape(self.vocabulary, root))
         if source.wanted.choice is not None:
-            return TextPlace(KeptMasks(self._spelling, self._longest))
+            return TextPlace(KeptMasks(self.vocabulary))
         pattern = source.wanted.regex
         term = None if pattern is None else term_of(pattern)
         if term is None:
             return None
-        return RegexPlace(RegexMasks(self._spelling, self._longest, term))
+        return RegexPlace(RegexMasks(self.vocabulary, term))
 
-    def _make_first(self, source: Source, place: Place | None) -> Matcher:
+    def _make_first(self, source: Source, known: KeptMasks) -> Matcher:
         assert self._tokenizer is not None
         end = source.wanted.after
         after = None if end is None else FreeText(end.encode(), self._tokenizer)
-        place = None if place is None else place.copy()
         matcher, mask = make_matcher(self._tokenizer, source)
         words = np.frombuffer(mask, np.int32)[: -(-self._tokenizer.vocab_size // 32)]
-        may_force = np.bitwise_count(words.view(np.uint32)).sum() <= 1
-        family = Family(first_mask=None if may_force else words)
-        return Matcher(matcher, family, after, place)
+        first = known.first
+        if first.forced is None and np.bitwise_count(words.view(np.uint32)).sum() > 1:
+            first.kept.spare, first.forced = words, []  # nothing is forced
+        return Matcher(matcher, Family(known), after)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
         """Compute them beside the caller, who must leave the matchers alone until it is done.
 
         What takes too little to be worth a thread is done when this returns.
         """
-        new = [each for each in enumerate(matchers) if each[1].kept_mask is None]
-        if not new or self._lasting_s < WORTH_A_THREAD_S:
+        begun = self._gather(matchers)
+        if not begun.new:
+            return MasksAtHand(begun.masks)
+        if self._lasting_s < WORTH_A_THREAD_S:
             try:
-                return MasksAtHand(self._compute(matchers, new))
+                return MasksAtHand(self._complete(matchers, begun))
             except Exception as error:
                 failed: Future[Masks] = Future()
                 failed.set_exception(error)
                 return failed
         has_begun = threading.Lock()
         has_begun.acquire()
-        masks = self._beside.submit(self._compute_beside, matchers, new, has_begun)
+        masks = self._beside.submit(self._complete_beside, matchers, begun, has_begun)
         # Python's lock is handed over here: else the thread would wait for it for milliseconds.
         has_begun.acquire()
         return masks
 
-    def _compute_beside(
-        self, matchers: Sequence[Matcher], new: Indexed, has_begun: threading.Lock
+    def _complete_beside(
+        self, matchers: Sequence[Matcher], begun: Gathered, has_begun: threading.Lock
     ) -> Masks:
         has_begun.release()
-        return self._compute(matchers, new)
+        return self._complete(matchers, begun)
 
-    def _compute(self, matchers: Sequence[Matcher], new: Indexed) -> Masks:
-        """new: those whose masks are not kept; nothing is forced for the others. What they force is
-        looked for first, since a mask of one bit need not be computed then. Of many, masks come
-        first: threads make them without Python's lock, so that fewer are asked with it."""
-        if len(new) < LOOK_FIRST:
-            forced = find_forced(new)
-            return Masks(self.compute_masks(matchers, forced), forced)
-        words = self.compute_masks(matchers)
-        single = (each for each in new if np.count_nonzero(words[each[0]]) == 1)
-        return Masks(words, find_forced(single))
-
-    def compute_masks(
-        self, matchers: Sequence[Matcher], forced: Mapping[int, list[int]] = NONE_FORCED
-    ) -> Words:
+    def compute_masks(self, matchers: Sequence[Matcher]) -> Words:
         """For each, the ids that may come next. The next call writes over it.
 
-        forced: what is known of some already, by their indices.
-        Many are computed by several threads, without Python's lock. A matcher that exceeds its
-        limits, or its time, has its `error` set: its row is of no use.
+        A matcher that exceeds its limits, or its time, has its `error` set: its row is of no use.
         """
+        begun = self._gather(matchers)
+        return (self._complete(matchers, begun) if begun.new else begun.masks).words
+
+    def _gather(self, matchers: Sequence[Matcher]) -> Gathered:
+        """Those that are kept: most, where a grammar has been used for a while."""
         assert self._tokenizer is not None
-        start = time.perf_counter()
         if len(self._words) < len(matchers):
-            num_words = -(-self._tokenizer.vocab_size // 32)
+            num_words = self.vocabulary.words.shape[1]
             self._words = np.empty((2 * len(matchers), num_words), np.int32)
             self._address = self._words.ctypes.data
-            self._free_words = self._all_but_eos(num_words)
-        words = self._words[: len(matchers)]
-        begun: list[int] = []
+        lines, new, forced = list[int](), list[int](), dict[int, list[int]]()
         for index, matcher in enumerate(matchers):
-            if matcher.free_text is not None or matcher.error is not None:
-                words[index] = self._free_words
-            elif index in forced:
-                token_id = forced[index][0]
-                words[index] = 0
-                words[index].view(np.uint32)[token_id >> 5] = 1 << (token_id & 31)
-            elif (kept := matcher.kept_mask) is not None:
-                words[index] = kept
+            state = matcher.state
+            if state is not None and (line := state.kept.line) >= 0:
+                lines.append(line)
+                if state.forced:
+                    forced[index] = state.forced
+                continue
+            lines.append(FREE_LINE)
+            if matcher.free_text is None and matcher.error is None:
+                new.append(index)
+        words = self._words[: len(matchers)]
+        # Not by the mode "raise", which would copy once more.
+        np.take(self.vocabulary.words, lines, axis=0, out=words, mode="clip")
+        return Gathered(Masks(words[:, : -(-self._vocab_size // 32)], forced), new)
+
+    def _complete(self, matchers: Sequence[Matcher], begun: Gathered) -> Masks:
+        """With those that are not kept. Each is computed once, for whoever is in the same state."""
+        leaders: dict[Kept, int] = {}
+        followers = list[tuple[int, int]]()
+        others = list[int]()
+        for index in begun.new:
+            state = matchers[index].state
+            leader = index if state is None else leaders.setdefault(state.kept, index)
+            if leader == index:
+                others.append(index)
             else:
-                begun.append(index)
-        if len(begun) < FEW or self._looks_for_slow_ones:
-            self._compute_one_by_one(matchers, begun)
+                followers.append((index, leader))
+        self._compute(matchers, others, begun.masks.forced)
+        left = [index for index, leader in followers if matchers[leader].error is not None]
+        if left:
+            self._compute(matchers, left, begun.masks.forced)
+        for index, leader in followers:
+            if index not in left:
+                self._words[index] = self._words[leader]
+                if leader in begun.masks.forced:
+                    begun.masks.forced[index] = begun.masks.forced[leader]
+        return begun.masks
+
+    def _compute(
+        self, matchers: Sequence[Matcher], new: list[int], forced: dict[int, list[int]]
+    ) -> None:
+        """Those of `new`, and what they force. That is looked for first, since a mask of one bit
+        need not be computed then. Of many, masks come first: threads make them without Python's
+        lock, so that fewer are asked with it.
+
+        Many are computed by several threads.
+        """
+        start = time.perf_counter()
+        for index in new:
+            matchers[index].catch_up()
+        comes_first = len(new) < LOOK_FIRST
+        if comes_first:
+            self._note_forced(matchers, new, forced)
+        rest = []
+        for index in new:
+            if (mask := self._known_mask(matchers[index], forced.get(index))) is None:
+                rest.append(index)
+            else:
+                self._words[index] = mask
+        if len(rest) < FEW or self._looks_for_slow_ones:
+            self._compute_one_by_one(matchers, rest)
         else:
-            self._share_out(matchers, begun)
-        for index in begun:
+            self._share_out(matchers, rest)
+        for index in rest:
             matchers[index].note_error()
-            matchers[index].keep_mask(words[index])
-        if begun:
+        if not comes_first:
+            self._note_forced(matchers, new, forced, has_masks=True)
+        for index in new:
+            self._keep(matchers[index], self._words[index])
+        if rest:
             before_s, self._last_s = self._last_s, time.perf_counter() - start
             self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
         self._num_until_look = max(0, self._num_until_look - 1)
         self._looks_for_slow_ones = self._last_s > SLOW_S and self._num_until_look == 0
-        return words[:, : -(-self._vocab_size // 32)]
+
+    def _note_forced(
+        self,
+        matchers: Sequence[Matcher],
+        new: list[int],
+        forced: dict[int, list[int]],
+        *,
+        has_masks: bool = False,
+    ) -> None:
+        """Look for tokens that must come next. has_masks: it is known where these have one bit."""
+        asked = [(index, one) for index in new if (one := matchers[index]).may_be_forced]
+        few = (e for e in asked if not has_masks or np.count_nonzero(self._words[e[0]]) == 1)
+        forced |= find_forced(few)
+        for index, matcher in asked:
+            matcher.note_forced(forced.get(index, []))
+
+    def _known_mask(self, matcher: Matcher, forced: list[int] | None) -> Mask | None:
+        """Of one whose forced tokens are known, if that makes its mask known."""
+        kept = None if matcher.state is None else matcher.state.kept
+        if kept is not None and kept.spare is not None:
+            return kept.spare
+        if forced:
+            kept = self.vocabulary.single(forced[0])
+        return None if kept is None or kept.line < 0 else self.vocabulary.words[kept.line]
+
+    def _keep(self, matcher: Matcher, mask: Mask) -> None:
+        """For others that come to its state. mask: computed just now."""
+        state = matcher.state
+        if state is not None and state.kept.line < 0:
+            self.vocabulary.keep(state.kept, mask, matcher.family.known.mine)
 
     def _compute_one_by_one(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
         address, row_bytes, slowest_s = self._address, self._words.strides[0], 0.0

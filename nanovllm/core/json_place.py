@@ -39,31 +39,49 @@ class JsonPlace:
 
     def copy(self) -> "JsonPlace":
         """Another one at the same place."""
-        copy = JsonPlace(self.kept)
-        for name in JsonPlace.__slots__:
-            setattr(copy, name, getattr(self, name))
-        copy._open = self._open.copy()
+        copy: JsonPlace = object.__new__(JsonPlace)
+        copy.kept, copy._open, copy._path = self.kept, self._open.copy(), self._path
+        copy._phase, copy._value, copy._text = self._phase, self._value, self._text
+        copy._bounds, copy._count, copy._key = self._bounds, self._count, self._key
+        copy._escaped, copy._is_lost = self._escaped, self._is_lost
         return copy
 
     @property
     def key(self) -> Hashable:
         """What the mask depends on; None: it is not known."""
-        if self._key is None and not self._is_lost and len(self._text) <= MAX_SPELLED:
+        is_known = len(self._text) <= MAX_SPELLED or self._phase == NAME  # of a few, or one byte
+        if self._key is None and not self._is_lost and is_known:
             here: Hashable = self._text
             if self._bounds is not BY_SPELLING:
-                here = (_distance(self._bounds, self._count, self.kept.longest), self._text)
+                here = (
+                    _distance(self._bounds, self._count, self.kept.vocabulary.longest),
+                    self._text,
+                )
             self._key = (self._path, self._phase, here)
         return self._key
+
+    @property
+    def exact(self) -> Hashable:
+        """What all that may follow depends on; None: it is not known."""
+        if self.key is None:
+            return None
+        at = [(one, one.far(i) if isinstance(one, Items) else i) for one, i in self._open]
+        (least, most), count = self._bounds, self._count
+        return (*at, self._phase, self._text, count if most is not None else min(count, least))
+
+    def num_plain(self, token_id: int) -> int:
+        """Characters of a token within a string of which only their number counts; else 0."""
+        if self._bounds is BY_SPELLING or self._text:
+            return 0
+        return -(self.kept.vocabulary.ways[token_id] or 0)
 
     def take(self, token_id: int) -> None:
         """Go on by a token that has been accepted."""
         self._key = None
-        text = self.kept.spelling[token_id]
-        is_between = self._bounds is not BY_SPELLING and not self._text
-        if is_between and text.isascii() and b'"' not in text and b"\\" not in text:
-            self._count += len(text)  # most tokens
+        if num_plain := self.num_plain(token_id):
+            self._count += num_plain  # most tokens
             return
-        for byte in text:
+        for byte in self.kept.vocabulary.spelling[token_id]:
             if self._is_lost:
                 return
             self._step(byte)
@@ -163,7 +181,7 @@ class JsonPlace:
 
     def _item(self, items: Items, index: int) -> tuple[Any, ...]:
         """What counts of its number."""
-        far = self.kept.longest
+        far = self.kept.vocabulary.longest
         return (min(index, len(items.first)), *_distance(items.bounds, index, far))
 
 

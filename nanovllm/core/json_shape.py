@@ -54,6 +54,11 @@ class Items:
     def value(self, index: int) -> "Value | None":
         return self.first[index] if index < len(self.first) else self.others
 
+    def far(self, index: int) -> int:
+        """The same, or one behind which all are alike."""
+        least, most = self.bounds
+        return index if most is not None else min(index, max(least, len(self.first)))
+
 
 @dataclass(slots=True, eq=False)
 class Value:

@@ -245,7 +245,7 @@ class RegexMasks(KeptMasks):
             self.numbers[term] = len(self.terms)
             self.terms.append(term)
             self.keys.append(
-                self.clipped.setdefault(_clipped(term, self.longest), len(self.clipped))
+                self.clipped.setdefault(_clipped(term, self.vocabulary.longest), len(self.clipped))
             )
         return self.numbers[term]
 
@@ -283,10 +283,19 @@ class RegexPlace:
         """What the mask depends on; None: it is not known."""
         return None if self._number is None else self.kept.keys[self._number]
 
+    @property
+    def exact(self) -> Hashable:
+        """What remains to be matched."""
+        return self._number
+
+    def num_plain(self, token_id: int) -> int:
+        """See `Place`."""
+        return 0
+
     def take(self, token_id: int) -> None:
         """Go on by a token that has been accepted."""
         number, steps = self._number, self.kept.steps
-        for byte in self.kept.spelling[token_id]:
+        for byte in self.kept.vocabulary.spelling[token_id]:
             if number is None:
                 break
             known = steps.get((number, byte), -1)

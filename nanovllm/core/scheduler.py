@@ -235,7 +235,8 @@ class Scheduler:
             num_known = len(known)
             # Most tokens end nothing: a call for each of them would take 5 % of the step's time.
             may_end = num_known >= sequence.max_total or token_id in sequence.stop_ids
-            may_end = may_end or sequence.matcher is not None
+            matcher = sequence.matcher
+            may_end = may_end or (matcher is not None and not matcher.follow(token_id))
             if may_end and self._is_over(sequence, token_id, outputs):
                 continue
             if num_known >= sequence.next_registration <= sequence.num_computed:

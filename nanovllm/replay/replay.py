@@ -265,6 +265,9 @@ class ReplayedMatcher(Matcher):
         num_left, error = self._tape.ended.get(self.key, (0, None))
         return error is not None and not num_left
 
+    def follow(self, token_id: int) -> bool:
+        return False
+
     def accept(self, token_id: int) -> bool:
         ending = self._tape.ended.get(self.key)
         if ending is None:

@@ -1,19 +1,22 @@
 """Places in JSON: masks are equal where keys are, and are kept by them."""
 
+from collections import deque
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from nanovllm.core import grammar as grammar_module
 from nanovllm.core import kept_masks
 from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.grammar_source import read
 from nanovllm.core.json_place import MAX_DEPTH
 from nanovllm.core.json_shape import shape_of
-from nanovllm.core.kept_masks import KeptMasks
+from nanovllm.core.kept_masks import FREE_LINE, Kept, Vocabulary
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
+from tests.core.places import kept_mask, place_of, unkept
 from tests.core.vocabulary import make_compiler, tokenizer_json
 
 COMPILER = make_compiler()
@@ -83,11 +86,12 @@ def test_where_keys_are_equal_masks_are(name: str) -> None:
     assert has_shape(SCHEMAS[name])
     first = compile_(SCHEMAS[name])
     masks: dict[Any, tuple[bool, bytes]] = {}
+    ways: dict[tuple[Any, int], Any] = {}  # where a token leads from an exact place
     num_again = 0
     for _ in range(NUM_WALKS):
         matcher = first.copy()
-        place, matcher.place = matcher.place, None
-        assert place is not None
+        place = place_of(matcher).copy()
+        unkept(matcher)
         for _ in range(MAX_TOKENS):
             mask, is_forced = mask_of(matcher), matcher.has_forced_text
             assert matcher.error is None
@@ -96,10 +100,14 @@ def test_where_keys_are_equal_masks_are(name: str) -> None:
                 # The mask of a token that is forced depends on the token before.
                 assert masks.setdefault(place.key, (is_forced, mask))[0] == is_forced
                 assert is_forced or masks[place.key][1] == mask
-            token_id = pick(mask, rng)
-            if not matcher.accept(token_id):
-                break
+            token_id, before = pick(mask, rng), place.exact
+            goes_on = matcher.accept(token_id)
             place.take(token_id)
+            if before is not None:
+                way = before, token_id
+                assert ways.setdefault(way, goes_on and place.exact) == (goes_on and place.exact)
+            if not goes_on:
+                break
     assert num_again > NUM_WALKS
 
 
@@ -108,43 +116,50 @@ def test_kept_masks_serve_other_outputs() -> None:
     one, other = first.copy(), first.copy()
     for token_id in encode('{"a":"ab'):
         one.accept(token_id)
-    assert one.kept_mask is None
+    assert kept_mask(one, COMPILER) is None
     mask = mask_of(one)
     for token_id in encode('{"a": "c\\n'):
         other.accept(token_id)
-    assert other.kept_mask is not None and other.kept_mask.tobytes() == mask
-    assert mask_of(other) == mask
+    assert kept_mask(other, COMPILER) == mask == mask_of(other)
     other.accept(encode("c")[0])
-    assert other.kept_mask is None and mask_of(other) != mask
+    assert kept_mask(other, COMPILER) is None and mask_of(other) != mask
 
 
-def test_nothing_is_kept_where_a_token_is_forced() -> None:
-    matcher = compile_(record(name={"type": "null"}))
-    for token_id in encode('{"'):
-        matcher.accept(token_id)
-    mask_of(matcher)
-    assert matcher.kept_mask is None and matcher.has_forced_text
+def test_what_is_kept_where_a_text_is_forced_is_for_those_with_the_same_last_token() -> None:
+    first = compile_(record(ab={"type": "null"}))
+    one, other, third = first.copy(), first.copy(), first.copy()
+    for matcher, text in ((one, '{"a'), (other, '{ "a'), (third, "{")):
+        for token_id in encode(text):
+            assert matcher.accept(token_id)
+    mask = mask_of(one)
+    assert one.state is not None and one.state.forced and one.has_forced_text
+    assert kept_mask(other, COMPILER) == mask == mask_of(unkept(one.copy()))
+    assert len(allowed_ids(mask)) == 1 and len(allowed_ids(mask_of(third))) > 1
 
 
-def test_masks_of_many_are_the_same_with_kept_ones_among_them() -> None:
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_masks_of_many_are_the_same_with_kept_ones_among_them(name: str) -> None:
+    """And so are their ends. Those that are not followed ask llguidance at every step."""
     rng = np.random.default_rng(0)
-    first = compile_(SCHEMAS["nested"])
-    matchers = [first.copy() for _ in range(24)]
-    plain = [first.copy() for _ in matchers]
-    for one in plain:
-        one.place = None
-    for _ in range(40):
-        masks = COMPILER.begin_masks(matchers).result()
-        rows = [row.tobytes() for row in masks.words]
-        unkept = COMPILER.begin_masks(plain).result()
-        assert rows == [row.tobytes() for row in unkept.words] and masks.forced == unkept.forced
-        token_ids = [pick(mask, rng) for mask in rows]
-        going = [
-            one.accept(token_id) and other.accept(token_id)
-            for one, other, token_id in zip(matchers, plain, token_ids, strict=True)
-        ]
-        matchers = [one for one, goes_on in zip(matchers, going, strict=True) if goes_on]
-        plain = [one for one, goes_on in zip(plain, going, strict=True) if goes_on]
+    first = compile_(SCHEMAS[name])
+    for _ in range(3):
+        matchers = [first.copy() for _ in range(24)]
+        plain = [unkept(first.copy()) for _ in matchers]
+        for _ in range(40):
+            masks = COMPILER.begin_masks(matchers).result()
+            rows, forced = [row.tobytes() for row in masks.words], masks.forced
+            unkept_masks = COMPILER.begin_masks(plain).result()
+            assert rows == [row.tobytes() for row in unkept_masks.words]
+            assert forced == unkept_masks.forced
+            token_ids = [pick(mask, rng) for mask in rows]
+            going = [one.accept(i) for one, i in zip(matchers, token_ids, strict=True)]
+            assert going == [one.accept(i) for one, i in zip(plain, token_ids, strict=True)]
+            matchers = [one for one, goes_on in zip(matchers, going, strict=True) if goes_on]
+            plain = [one for one, goes_on in zip(plain, going, strict=True) if goes_on]
+            if not matchers:
+                break
+            # A copy of one in the middle, of which llguidance has yet to hear, goes on as it does.
+            assert mask_of(unkept(matchers[0].copy())) == mask_of(plain[0])
 
 
 @pytest.mark.parametrize(
@@ -177,13 +192,72 @@ def test_what_is_deep_has_no_key_and_what_is_kept_is_bounded(
     matcher = compile_(SCHEMAS["any"])
     for token_id in encode('{"a":' + "[" * (MAX_DEPTH + 2)):
         assert matcher.accept(token_id)
-    assert matcher.place is not None and matcher.place.key is None
-    assert mask_of(matcher) and matcher.kept_mask is None
-    monkeypatch.setattr(kept_masks, "MAX_BYTES", 100)
-    kept = KeptMasks([], 1)
-    for key in range(20):
-        kept.keep(key, np.zeros(10, np.int32))
-    assert [key for key in range(20) if kept.get(key) is not None] == [17, 18, 19]
+    assert place_of(matcher).key is None and place_of(matcher).exact is None
+    assert mask_of(matcher) and kept_mask(matcher, COMPILER) is None
+    monkeypatch.setattr(kept_masks, "MAX_BYTES", 640)
+    lines = Vocabulary([], np.full(10, -1, np.int32))
+    assert len(lines.words) == 16
+    mine, other = deque[Kept](), deque[Kept]()
+    kept = [Kept() for _ in range(20)]
+    for number, one in enumerate(kept):
+        lines.keep(one, np.full(10, number, np.int32), mine)
+    assert [one.line >= 0 for one in kept] == 16 * [False] + 4 * [True], "a quarter of the lines"
+    assert [lines.words[one.line, 0] for one in kept[16:]] == [16, 17, 18, 19]
+    for _ in range(9):
+        for _ in range(4):
+            lines.keep(Kept(), np.zeros(10, np.int32), other)
+        other.clear()
+    assert all(one.line < 0 for one in kept), "others have taken the place of the oldest"
+    assert (lines.words[FREE_LINE] == -1).all()
+
+
+@pytest.mark.parametrize(("name", "most"), [("MAX_STATES", 5), ("MAX_TRANSITIONS", 5)])
+def test_what_is_known_of_a_grammar_is_bounded(
+    name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been forgotten is found out again."""
+    monkeypatch.setattr(kept_masks, name, most)
+    rng = np.random.default_rng(0)
+    first = compile_(SCHEMAS["nested"])
+    known, num_ways = place_of(first).kept, kept_masks.MAX_TRANSITIONS
+    for _ in range(20):
+        one, other = first.copy(), unkept(first.copy())
+        for _ in range(40):
+            mask = mask_of(one)
+            assert mask == mask_of(other)
+            token_id = pick(mask, rng)
+            if not (one.accept(token_id) and other.accept(token_id)):
+                break
+            assert len(known._states) <= kept_masks.MAX_STATES + 1
+            assert sum(len(state.next) for state in known._states.values()) <= num_ways
+
+
+def test_tokens_of_which_llguidance_has_yet_to_hear_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_OWED", 4)
+    first = compile_({"type": "string"})
+    text = encode('"' + 12 * "a")
+    for _ in range(2):
+        matcher, nums = first.copy(), list[int]()
+        for token_id in text:
+            mask_of(matcher)
+            assert matcher.accept(token_id)
+            nums.append(len(matcher._owed))
+    assert nums == [1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert mask_of(unkept(matcher.copy())) == mask_of(matcher)
+
+
+def test_an_end_is_never_followed() -> None:
+    """It may be in the mask, and its token may have a text."""
+    first = compile_({"type": "integer"})
+    for _ in range(2):
+        matcher = first.copy()
+        for token_id in encode("12"):
+            mask_of(matcher)
+            assert matcher.accept(token_id)
+        assert allowed_ids(mask_of(matcher))[0] == 0 and not matcher.follow(0)
+        assert not matcher.accept(0) and matcher.error is None
 
 
 def test_a_copy_goes_its_own_way() -> None:
@@ -191,14 +265,13 @@ def test_a_copy_goes_its_own_way() -> None:
     for token_id in encode('{"a":[{"c":"a'):
         first.accept(token_id)
     second = first.copy()
-    assert first.place is not None and second.place is not None
-    assert first.place.key == second.place.key
+    assert place_of(first).key == place_of(second).key
     for token_id in encode('"},'):
         second.accept(token_id)
-    assert first.place.key != second.place.key
+    assert place_of(first).key != place_of(second).key
     for token_id in encode('"},'):
         first.accept(token_id)
-    assert first.place.key == second.place.key
+    assert first.state is second.state is not None
 
 
 @pytest.mark.parametrize(
@@ -215,8 +288,7 @@ def test_a_copy_goes_its_own_way() -> None:
     ],
 )
 def test_what_is_not_expected_has_no_key_from_there_on(name: str, known: str, unknown: str) -> None:
-    place = compile_(SCHEMAS[name]).place
-    assert place is not None
+    place = place_of(compile_(SCHEMAS[name])).copy()
     for token_id in encode(known):
         place.take(token_id)
         assert place.key is not None

@@ -29,6 +29,7 @@ from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import VOCAB_SIZE, FakeExecutor, allowed_ids
+from tests.core.places import kept_mask, unkept
 from tests.core.vocabulary import decode, make_compiler, tokenizer_json
 from tests.waiting import WAIT_S
 
@@ -75,7 +76,7 @@ def test_masks_are_rows_of_one_array_that_is_used_again() -> None:
 
 
 def test_outputs_that_have_not_begun_share_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever kind of grammar it is; but not where a token is forced, nor once they have begun."""
+    """Whatever kind of grammar it is; but not once they have begun."""
     made: list[Matcher] = []
     compute = GrammarCompiler._compute_one_by_one
 
@@ -94,12 +95,14 @@ def test_outputs_that_have_not_begun_share_their_mask(monkeypatch: pytest.Monkey
         made.clear()
         one, begun = grammar.matcher(), grammar.matcher()
         first = allowed(one)
-        assert made == ([one] if is_forced else [])
+        assert made == [], "it is known, or a token is forced"
         assert bool(one.forced_tokens(1)) == is_forced and is_forced == (len(first) == 1)
-        one.family.first_mask = None
-        assert allowed(one) == first and made[-1] is one
+        first_kept = one.family.known.first.kept
+        first_kept.line, first_kept.spare, one.family.known.first.forced = -1, None, None
+        assert allowed(one) == first and made == ([] if is_forced else [one])
+        assert kept_mask(begun, COMPILER) == COMPILER.compute_masks([one])[0].tobytes()
         assert begun.accept(first[-1]) or begun.error is None
-        assert begun.kept_mask is None
+        assert kept_mask(begun, COMPILER) is None
 
 
 def test_a_slow_one_is_searched_for_after_a_batch_that_took_long(
@@ -161,7 +164,7 @@ def test_masks_are_begun_beside_the_loop_or_at_once(
     monkeypatch.setattr(grammar_module, "WORTH_A_THREAD_S", worth)
     monkeypatch.setattr(grammar_module, "LOOK_FIRST", look_first)
     matchers = [matcher_of(regex="the end"), *(matcher_of(regex=f"[a-{x}]+") for x in "cegik")]
-    COMPILER.compute_masks(matchers)
+    COMPILER.compute_masks(list(map(unkept, matchers)))
     begun = COMPILER.begin_masks(matchers)
     assert isinstance(begun, MasksAtHand) == bool(worth)
     words, forced = begun.result()
@@ -173,10 +176,24 @@ def test_masks_are_begun_beside_the_loop_or_at_once(
 
 @pytest.mark.parametrize("token_id", [0, 31, 32, 63, VOCAB_SIZE - 1])
 def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
+    lines = make_compiler_with_lines().vocabulary
+    one = lines.single(token_id)
+    assert lines.single(token_id) is one
+    assert allowed_ids(lines.words[one.line].tobytes()) == [token_id]
+
+
+def test_a_token_that_must_come_next_needs_no_mask() -> None:
     matchers = [matcher_of(regex="[ab]c"), matcher_of(regex="a")]
-    other = allowed(matchers[0])
-    words = COMPILER.compute_masks(matchers, {1: [token_id, 5]})
-    assert [allowed_ids(row.tobytes()) for row in words] == [other, [token_id]]
+    other, (a,) = allowed(matchers[0]), encode("a")
+    for _ in range(2):
+        words = COMPILER.compute_masks(matchers)
+        assert [allowed_ids(row.tobytes()) for row in words] == [other, [a]]
+
+
+def make_compiler_with_lines() -> GrammarCompiler:
+    compiler = make_compiler()
+    compiler.load()
+    return compiler
 
 
 def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,13 +219,12 @@ def test_what_goes_wrong_beside_the_loop_is_told_where_masks_are_taken(
     def fail(*_: object) -> None:
         raise RuntimeError("no masks today")
 
-    compiler = make_compiler()
-    compiler.compute_masks([compiler.compile(StructuredOutputsParams(regex="a+")).matcher()])
-    monkeypatch.setattr(compiler, "compute_masks", fail)
+    matcher = matcher_whose_masks_are_not_kept()
+    monkeypatch.setattr(COMPILER, "_compute", fail)
     for worth in (0.0, 1e9):
         monkeypatch.setattr(grammar_module, "WORTH_A_THREAD_S", worth)
         with pytest.raises(RuntimeError, match="no masks today"):
-            compiler.begin_masks([]).result()
+            COMPILER.begin_masks([matcher]).result()
 
 
 # ---- several lexers
@@ -228,7 +244,7 @@ def test_a_grammar_that_many_use_gets_more_lexers(monkeypatch: pytest.MonkeyPatc
     grammar.add_lexer()
     more = [grammar.matcher() for _ in range(10 * COPIES_PER_LEXER)]
     assert len({id(one.family) for one in more}) == 3 and not grammar.wants_lexer()
-    masks = COMPILER.compute_masks([first[0], second[0], more[0]])
+    masks = COMPILER.compute_masks(list(map(unkept, (first[0], second[0], more[0]))))
     assert len({row.tobytes() for row in masks}) == 1
     for one in more:
         one.family.failed = one.family is not first[0].family
@@ -263,7 +279,7 @@ def test_masks_of_several_lexers_are_what_one_thread_computes(
     ]
     grammars[0].add_lexer()
     grammars += [compiler.compile(StructuredOutputsParams(regex=f"c{{{n}}}a")) for n in (1, 2, 3)]
-    matchers = [grammars[index % 5].matcher() for index in range(20)]
+    matchers = [unkept(grammars[index % 5].matcher()) for index in range(20)]
     assert len({one.family for one in matchers}) == 6, "more than there are threads"
     for step in range(3):
         together = compiler.compute_masks(matchers).copy()

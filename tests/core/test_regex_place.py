@@ -12,6 +12,7 @@ from nanovllm.core.kept_masks import MAX_TEXT_BYTES
 from nanovllm.core.regex_place import RegexPlace, term_of
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
+from tests.core.places import kept_mask, place_of, unkept
 from tests.core.test_json_place import encode
 from tests.core.vocabulary import make_compiler
 
@@ -35,8 +36,9 @@ def keys_after(pattern: str, *texts: str) -> list[Any]:
     for text in texts:
         matcher = first.copy()
         assert all(map(matcher.accept, encode(text)))
-        assert isinstance(matcher.place, RegexPlace)
-        keys.append(matcher.place.key)
+        place = place_of(matcher)
+        assert isinstance(place, RegexPlace)
+        keys.append(place.key)
     return keys
 
 
@@ -62,11 +64,12 @@ def test_where_keys_are_equal_masks_are(pattern: str | list[str]) -> None:
     rng = np.random.default_rng(0)
     first = matcher_of(pattern)
     masks: dict[Any, tuple[bool, bytes]] = {}
+    ways: dict[tuple[Any, int], Any] = {}  # where a token leads from an exact place
     num_again = 0
     for _ in range(40):
         matcher = first.copy()
-        place, matcher.place = matcher.place, None
-        assert place is not None
+        place = place_of(matcher).copy()
+        unkept(matcher)
         for _ in range(60):
             mask, is_forced = mask_of(matcher), matcher.has_forced_text
             assert matcher.error is None
@@ -75,24 +78,52 @@ def test_where_keys_are_equal_masks_are(pattern: str | list[str]) -> None:
                 assert masks.setdefault(place.key, (is_forced, mask))[0] == is_forced
                 assert is_forced or masks[place.key][1] == mask
             token_id = int(rng.choice(allowed_ids(mask)))
-            if not matcher.accept(token_id):
-                break
+            before, goes_on = place.exact, matcher.accept(token_id)
             place.take(token_id)
+            if before is not None:
+                way = before, token_id
+                assert ways.setdefault(way, goes_on and place.exact) == (goes_on and place.exact)
+            if not goes_on:
+                break
     assert num_again > 40
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_outputs_that_are_followed_have_the_masks_and_ends_of_others(
+    pattern: str | list[str],
+) -> None:
+    rng = np.random.default_rng(1)
+    first = matcher_of(pattern)
+    for _ in range(3):
+        pairs = [(first.copy(), unkept(first.copy())) for _ in range(12)]
+        for _ in range(50):
+            masks = COMPILER.begin_masks([one for one, _ in pairs]).result()
+            rows, forced = [row.tobytes() for row in masks.words], masks.forced
+            others = COMPILER.begin_masks([other for _, other in pairs]).result()
+            assert rows == [row.tobytes() for row in others.words] and forced == others.forced
+            left = []
+            for (one, other), row in zip(pairs, rows, strict=True):
+                token_id = int(rng.choice(allowed_ids(row)))
+                goes_on = one.accept(token_id)
+                assert other.accept(token_id) == goes_on and one.error is other.error is None
+                left += [(one, other)] if goes_on else []
+            pairs = left
+            if not pairs:
+                break
 
 
 def test_of_a_choice_all_its_text_counts_while_it_is_short() -> None:
     first = matcher_of(["red", "green", "a" * 2 * MAX_TEXT_BYTES])
     one, other = first.copy(), first.copy()
     mask = mask_of(one)
-    assert other.kept_mask is not None and other.kept_mask.tobytes() == mask
+    assert kept_mask(other, COMPILER) == mask
     one.accept(encode("r")[0])
-    assert other.kept_mask is not None and one.kept_mask is None
+    assert kept_mask(other, COMPILER) == mask and kept_mask(one, COMPILER) is None
     for token_id in encode("a" * MAX_TEXT_BYTES):
         assert other.accept(token_id)
-    assert other.place is not None and other.place.key == b"a" * MAX_TEXT_BYTES
+    assert place_of(other).key == b"a" * MAX_TEXT_BYTES
     other.accept(encode("a")[0])
-    assert other.place.key is None
+    assert place_of(other).key is None
 
 
 def test_what_remains_is_what_counts() -> None:
@@ -115,7 +146,7 @@ def test_kept_masks_serve_other_outputs() -> None:
     mask = mask_of(one)
     for token_id in encode("uvw"):
         other.accept(token_id)
-    assert other.kept_mask is not None and other.kept_mask.tobytes() == mask
+    assert kept_mask(other, COMPILER) == mask
 
 
 @pytest.mark.parametrize(
