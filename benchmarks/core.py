@@ -5,9 +5,14 @@
 A fake executor answers at once, so what is timed is schedule + submit + update + sorting outputs to
 clients + encoding them: all the core does in a step. The best of several windows is printed, since
 other programs on the machine only ever add time. Targets: 256 running ≤ 500 µs, 8 running ≤ 40 µs,
-64 constrained ≤ 1 ms. What a request waits for its first output, `first_output.py` measures.
+64 constrained ≤ 1 ms. Of JSON there are two lines: random tokens, of which hardly any has been met
+before, and texts that no output has had before, but spelled as a model spells them: what a server
+that has its grammars for a while mostly does. What a request waits for its first output,
+`first_output.py` measures.
 """
 
+import json
+import random
 import tempfile
 import time
 from itertools import islice, product
@@ -96,6 +101,28 @@ class PickingExecutor(InstantExecutor):
         self.spent_cpu_s += time.thread_time() - started_cpu
 
 
+class WritingExecutor(InstantExecutor):
+    """Samples the texts, as ids, that it is given for each prompt, which its first id tells."""
+
+    def __init__(self, texts: dict[int, list[int]], *, vocab_size: int) -> None:
+        super().__init__(vocab_size=vocab_size, max_model_len=100_000, num_blocks=500_000)
+        self._texts = texts
+        self._rows: dict[int, tuple[int, list[int]]] = {}  # length of the prompt, and what follows
+
+    def submit(self, plan: StepPlan) -> "InstantHandle":
+        for new in plan.new_rows:
+            self._rows[new.row] = new.num_prompt_tokens, self._texts[new.token_ids[0]]
+        token_ids = []
+        for entry in plan.sampling:
+            num_prompt_tokens, text = self._rows[plan.rows[entry]]
+            at = plan.num_computed[entry] + plan.num_scheduled[entry] - num_prompt_tokens
+            token_ids.append(text[at])
+        return InstantHandle(StepResult(plan.step, token_ids))
+
+    def sample(self, step: int, masks: StepMasks | None) -> None:
+        pass
+
+
 class InstantHandle:
     def __init__(self, result: StepResult) -> None:
         self._result = result
@@ -165,21 +192,11 @@ def schema_step_time(num_running: int, *, num_windows: int = 8) -> tuple[float, 
     """Seconds per step of sequences that write JSON by SmolLM2's vocabulary, and CPU seconds of the
     loop's own thread in it: masks are computed by others. What picks tokens is taken off."""
     tokenizer = Tokens.load("smollm2")
-    config = EngineConfig.from_kwargs(max_num_seqs=num_running, max_inflight_steps=2)
     executor = PickingExecutor(
         vocab_size=tokenizer.vocab_size, max_model_len=100_000, num_blocks=500_000
     )
-    info = executor.start()
-    core = EngineCore(config, executor, info, GrammarCompiler(tokenizer.to_json, info))
-    server = CoreServer(config, f"ipc://{tempfile.mkdtemp()}/core.sock")
-    client = server._clients.attach(b"client", time.monotonic())
+    core, server, client = writing_records(executor, tokenizer, num_running)
     encoder = msgspec.msgpack.Encoder()
-    wanted = StructuredOutputsParams(json=RECORDS)
-    params = SamplingParams(max_tokens=None, ignore_eos=True, structured_outputs=wanted)
-    for number in range(num_running):
-        core.add(client.client_id, AddRequest(number, list(range(1, 100)), params))
-    while core.status(epoch="", num_clients=1).num_running < num_running:
-        core.step()
     best = best_cpu = float("inf")
     for _ in range(num_windows):
         spent, spent_cpu, cpu = executor.spent_s, executor.spent_cpu_s, time.thread_time()
@@ -187,6 +204,76 @@ def schema_step_time(num_running: int, *, num_windows: int = 8) -> tuple[float, 
         cpu = time.thread_time() - cpu - (executor.spent_cpu_s - spent_cpu)
         best, best_cpu = min(best, seconds), min(best_cpu, cpu / 40)
     return best, best_cpu
+
+
+def writing_records(
+    executor: InstantExecutor, tokenizer: Tokens, num_running: int
+) -> tuple[EngineCore, CoreServer, Client]:
+    """With so many outputs of `RECORDS` that run."""
+    config = EngineConfig.from_kwargs(max_num_seqs=num_running, max_inflight_steps=2)
+    info = executor.start()
+    core = EngineCore(config, executor, info, GrammarCompiler(tokenizer.to_json, info))
+    server = CoreServer(config, f"ipc://{tempfile.mkdtemp()}/core.sock")
+    client = server._clients.attach(b"client", time.monotonic())
+    wanted = StructuredOutputsParams(json=RECORDS)
+    params = SamplingParams(max_tokens=None, ignore_eos=True, structured_outputs=wanted)
+    for number in range(num_running):
+        core.add(client.client_id, AddRequest(number, [number, *range(1, 99)], params))
+    while core.status(epoch="", num_clients=1).num_running < num_running:
+        core.step()
+    return core, server, client
+
+
+def records(rng: random.Random, count: int) -> str:
+    """The begin of an output of `RECORDS`, with words and blanks as a small model writes them."""
+    parts = [
+        "ka",
+        "mi",
+        "ton",
+        "er",
+        "lan",
+        "s",
+        "or",
+        "The ",
+        "New ",
+        "ing",
+        " 19",
+        "é",
+        "\\n",
+        "-",
+    ]
+
+    def text(most: int) -> str:
+        return json.dumps("".join(rng.choices(parts, k=rng.randint(1, most))), ensure_ascii=False)
+
+    found = []
+    for _ in range(count):
+        blank, indent = rng.choice(["", " "]), rng.choice(["", " ", "\n", "\n    ", "\n" + 8 * " "])
+        tags = f",{blank}".join(text(4) for _ in range(rng.randint(2, 5)))
+        members = {
+            **{"name": text(9), "city": text(9), "age": str(rng.randint(0, 120))},
+            **{"tags": f"[{tags}]", "married": rng.choice(["true", "false"])},
+        }
+        spelled = (f"{indent}{json.dumps(key)}:{blank}{one}" for key, one in members.items())
+        found.append(f"{{{','.join(spelled)}{indent}}}")
+    return f"[{', '.join(found)}"
+
+
+def text_step_time(num_running: int, *, num_windows: int = 12) -> tuple[float, float]:
+    """Seconds per step of sequences that write JSON which a model might write, the best and the
+    median; the first windows, in which most is new, are not counted."""
+    tokenizer, rng, num_steps = Tokens.load("smollm2"), random.Random(0), 100
+    texts = {}
+    for number in range(num_running):
+        texts[number] = tokenizer.encode(records(rng, num_windows * num_steps // 40))
+        assert len(texts[number]) > (num_windows + 1) * num_steps
+    executor = WritingExecutor(texts, vocab_size=tokenizer.vocab_size)
+    core, server, client = writing_records(executor, tokenizer, num_running)
+    encoder = msgspec.msgpack.Encoder()
+    windows = [timed(core, server, client, encoder, num_steps) for _ in range(num_windows)]
+    assert core.num_unfinished == num_running, "all texts are as the schema has it"
+    windows = sorted(windows[num_windows // 3 :])
+    return windows[0], windows[len(windows) // 2]
 
 
 def main() -> None:
@@ -201,6 +288,8 @@ def main() -> None:
         )
     seconds, cpu = schema_step_time(64)
     print(f"  64 by a JSON schema: {seconds * 1e6:6.1f} µs a step, the loop's own {cpu * 1e6:6.1f}")
+    best, median = text_step_time(64)
+    print(f"  64 that write JSON texts: {best * 1e6:6.1f} µs a step, median {median * 1e6:6.1f}")
 
 
 if __name__ == "__main__":
