@@ -1,6 +1,6 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,gated,layer,fp8,…]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,gated,layer,gemma,fp8,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
@@ -38,12 +38,13 @@ from nanovllm.worker.attention.triton.attention_tuning import (
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix, slots_of
 from nanovllm.worker.kernels.base import Residual
+from nanovllm.worker.kernels.torch.layer_kernels import gated as gated_by_torch
 from nanovllm.worker.kernels.triton import fused_sampler, products
 from nanovllm.worker.kernels.triton import skinny_linear as linear_kernels
 from nanovllm.worker.kernels.triton.gated_linear import CHOSEN, GatedTile, gated_linear
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for
-from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and_mul_fp8
+from nanovllm.worker.kernels.triton.rows import act_and_mul, act_and_mul_fp8, quantize
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
@@ -83,13 +84,16 @@ def randn(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def attention_spec(
-    heads: tuple[int, int], block_size: int, kv_dtype: torch.dtype | None = None
+    heads: tuple[int, int],
+    block_size: int,
+    kv_dtype: torch.dtype | None = None,
+    head_dim: int = 128,
 ) -> AttentionSpec:
     return AttentionSpec(
         num_heads=heads[0],
         num_kv_heads=heads[1],
-        head_dim=128,
-        scale=128**-0.5,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
         block_size=block_size,
         sliding_window=None,
         dtype=BF16,
@@ -105,9 +109,11 @@ def attention_inputs(
     heads: tuple[int, int],
     block_size: int,
     kv_dtype: torch.dtype | None = None,
+    head_dim: int = 128,
 ) -> tuple[AttentionSpec, ForwardBatch, Tensor, Tensor]:
-    """Rows on scattered blocks; as many layers as make the keys and values 200 MB."""
-    spec = attention_spec(heads, block_size, kv_dtype)
+    """Rows on scattered blocks; as many layers as make the keys and values 200 MB. Norms of heads
+    have been there: to repeat them changes nothing."""
+    spec = attention_spec(heads, block_size, kv_dtype, head_dim)
     num_rows, width = len(seq_lens), -(-max(seq_lens) // block_size)
     blocks = torch.randperm(num_rows * width, device=CUDA, dtype=torch.int32) + 1
     starts = torch.tensor([0, *query_lens], device=CUDA).cumsum(0).int()
@@ -128,14 +134,17 @@ def attention_inputs(
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
     )
-    layer_bytes = (num_rows * width + 1) * block_size * heads[1] * 256 * spec.cache_dtype.itemsize
+    block_bytes = block_size * heads[1] * 2 * head_dim * spec.cache_dtype.itemsize
+    layer_bytes = (num_rows * width + 1) * block_bytes
     layers = min(max(2, math.ceil(2e8 / layer_bytes)), 28)
     shape = TritonAttention.kv_shape(spec, num_layers=layers, num_blocks=num_rows * width + 1)
-    cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_().to(spec.cache_dtype)
-    qkv = randn(batch.num_tokens, (heads[0] + 2 * heads[1]) * 128)
+    cache = torch.empty(shape, device=CUDA, dtype=BF16).normal_()
+    cache = F.rms_norm(cache, (head_dim,)).to(spec.cache_dtype)
+    qkv = F.rms_norm(randn(batch.num_tokens, heads[0] + 2 * heads[1], head_dim), (head_dim,))
+    qkv = qkv.flatten(1)
     # New keys and values lie in qkv as they do in the last layer's cache.
     new = cache[:, -1].to(BF16).flatten(1, 2)[:, slots]  # torch may not index FP8
-    qkv[:, heads[0] * 128 :] = new.transpose(0, 1).flatten(1)
+    qkv[:, heads[0] * head_dim :] = new.transpose(0, 1).flatten(1)
     return spec, batch, qkv, cache
 
 
@@ -144,7 +153,7 @@ def attention_error(
 ) -> float:
     """Of the last layer's result, the worst of some rows, at most 64 queries each."""
     spec, batch, qkv, cache = inputs
-    query = qkv.view(batch.num_tokens, -1, 128)[:, : spec.num_heads]
+    query = qkv.view(batch.num_tokens, -1, spec.head_dim)[:, : spec.num_heads]
     starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     errors = []
     apart = batch.num_rows // 2 if batch.max_query_len > 1 else max(1, batch.num_rows // 32)
@@ -170,7 +179,8 @@ class Rotated(Rotary):
     """Keys are rotated already, and the cache is full."""
 
     def apply(self, qkv: Tensor, batch: ForwardBatch, layer_cache: Tensor) -> Tensor:
-        return qkv.view(batch.num_tokens, -1, 128)[:, : -2 * layer_cache.shape[3]]
+        heads = qkv.view(batch.num_tokens, -1, layer_cache.shape[4])
+        return heads[:, : -2 * layer_cache.shape[3]]
 
 
 def build_attention(
@@ -191,9 +201,10 @@ def build_attention(
             prefix = SharedPrefix(num_keys, torch.zeros(1, dtype=torch.int32, device=CUDA))
             batch = replace(batch, prefix=prefix)
     backend = backend_class(spec, tuning)
-    cos_sin = torch.cat((torch.ones(65536, 64), torch.zeros(65536, 64)), dim=1).to(CUDA)
+    cos_sin = torch.ones(65536, spec.head_dim, device=CUDA)
+    cos_sin[:, spec.head_dim // 2 :] = 0
     decodes = batch.max_query_len == 1 and batch.prefix is None
-    ones = torch.ones(128, device=CUDA, dtype=BF16)
+    ones = torch.ones(spec.head_dim, device=CUDA, dtype=BF16)
     norm = HeadNorms(ones, ones, 1e-6) if rotates else None
     rotary = (Rotary if decodes or rotates else Rotated)(KERNELS, cos_sin, norm)  # angles of zero
 
@@ -355,13 +366,14 @@ def build_linear(tile: Tile | None, num_tokens: int, name: str, size: tuple[int,
         if residual is not None:
             return torch.addmm(residual, x, linear.weight.t())
         out = linear(x if norm is None else KERNELS.rms_norm(x, RMSNorm(*norm)))
-        return silu_and_mul(out) if gated else out
+        return act_and_mul(out, "silu") if gated else out
 
     def ours(linear: Linear) -> Tensor:
         if residual is not None:
             return skinny_add(x, linear, residual, next_norm=next_norm, tile=tile).hidden
         scale = norm and (squares, norm[1])
-        return skinny_linear(values, linear, norm=scale, gated=gated, tile=tile)
+        gate = "silu" if gated else None
+        return skinny_linear(values, linear, norm=scale, gate=gate, tile=tile)
 
     multiply = cublas if tile is None else ours
 
@@ -453,7 +465,7 @@ def build_gated(tile: GatedTile | None, num_tokens: int, size: tuple[int, int]):
     def run() -> Tensor:
         for index, linear in enumerate(linears):
             x = xs[index % len(xs)]
-            out = gated_linear(x, linear, tile=tile) if tile else silu_and_mul(linear(x))
+            out = gated_linear(x, linear, tile=tile) if tile else act_and_mul(linear(x), "silu")
         return out
 
     def error() -> float:
@@ -470,7 +482,7 @@ def gated_cases() -> Iterator[Case]:
     ):
         shape, work = f"m{num_tokens} {size[0]}×{size[1]}", 2 * num_tokens * size[0] * size[1]
         for tile in (None, *GATED_TILES):
-            label = "cuBLAS, silu_and_mul"
+            label = "cuBLAS, act_and_mul"
             if tile is not None:
                 label = f"{tile.block_m}×{tile.block_n}×{tile.block_k} s{tile.stages} w{tile.warps}"
                 label += f" p{tile.programs_per_sm or '-'}"
@@ -527,7 +539,7 @@ def build_layer(num_tokens: int, choice: Choice | None):
             heads = qkv.view(-1)[:num_heads].view(num_tokens, 2048)
             residual = residual.addmm_(heads, layer["o"].weight.t())
             inner = layer["gate_up"](KERNELS.rms_norm(residual, norm))
-            residual = residual.addmm_(silu_and_mul(inner), layer["down"].weight.t())
+            residual = residual.addmm_(act_and_mul(inner, "silu"), layer["down"].weight.t())
         return residual
 
     def chosen(layers: list[dict[str, Linear]]) -> Tensor:
@@ -647,6 +659,127 @@ FEW_WAYS = {
 }
 
 
+# ---------------------------------------------------------------- Gemma 3 4B
+
+GEMMA3_4B = {
+    "qkv": (4096, 2560), "o": (2560, 2048), "gate_up": (20480, 2560), "down": (2560, 10240),
+    "lm_head": (262144, 2560),
+}  # fmt: skip
+GELU = partial(F.gelu, approximate="tanh")
+
+
+def build_gelu(way: str | Tile | GatedTile, num_tokens: int):
+    """gelu(gate) * up of the product: by torch, by a kernel behind it, or within it."""
+    size = GEMMA3_4B["gate_up"]
+    linears = [Linear(weight, None, {}, 0) for weight in weights_of(*size)]
+    x = randn(num_tokens, size[1])
+
+    def one(linear: Linear) -> Tensor:
+        if isinstance(way, Tile):
+            return skinny_linear(x, linear, gate="gelu_tanh", tile=way)
+        if isinstance(way, GatedTile):
+            return gated_linear(x, linear, "gelu_tanh", tile=way)
+        found = None
+        if way == "as chosen":
+            found = GATED_PRODUCT(Residual(x), None, linear, "gelu_tanh")
+        if found is not None:
+            return found
+        product = KERNELS.norm_linear(Residual(x), None, linear)
+        return (gated_by_torch if way == "torch" else act_and_mul)(product, "gelu_tanh")
+
+    def error() -> float:
+        gate, up = (x.double() @ linears[-1].weight.double().T).chunk(2, dim=1)
+        return relative_error(one(linears[-1]), GELU(gate) * up)
+
+    return (lambda: [one(linear) for linear in linears]), len(linears), error
+
+
+GATED_PRODUCT = products.PlainProducts().gated
+
+
+def build_norms(fused: bool, num_tokens: int):
+    """residual + norm(product), and the next norm of that."""
+    copies = max(2, min(28, int(2e8 // (num_tokens * 4 * 2560))))
+    parts, streams = randn(2, copies, num_tokens, 2560)
+    norms = [RMSNorm(torch.rand(2560, device=CUDA) + 0.5, 1e-6) for _ in range(2)]
+
+    def one(product: Tensor, residual: Tensor) -> Tensor:
+        if fused:
+            found = KERNELS.add(product, residual, post_norm=norms[0], next_norm=norms[1]).normed
+            assert found is not None
+            return found
+        return KERNELS.rms_norm(residual.add_(KERNELS.rms_norm(product, norms[0])), norms[1])
+
+    def error() -> float:
+        product, total = (t[0].double() for t in (parts, streams))
+        weights = [norm.weight.double() for norm in norms]
+        total = total + F.rms_norm(product, (2560,), weights[0], 1e-6)
+        return relative_error(
+            one(parts[0], streams[0].clone()), F.rms_norm(total, (2560,), weights[1], 1e-6)
+        )
+
+    return (lambda: [one(parts[i], streams[i]) for i in range(copies)]), copies, error
+
+
+def gemma_decode_cases() -> Iterator[Case]:
+    heads, spec = (8, 4), attention_spec((8, 4), 16, None, 256)
+    chosen = tuning_for(spec)
+    for rows, length in ((1, 384), (8, 384), (64, 384), (128, 704)):
+        variants = {"apart, as it was": replace(chosen, few=None, programs_per_sm=6)}
+        for keys, stages, warps, programs in ((32, 2, 4, 2), (16, 2, 4, 3), (64, 2, 4, 2)):
+            few = Fitting(Tiling(keys, stages, warps, tma=False), programs, programs)
+            if rows * heads[1] <= 132 * programs:
+                label = f"fused n{keys} s{stages} w{warps} p{programs}"
+                variants[label] = replace(chosen, few=few)
+        streams = ((32, 3, 4, 2), (32, 2, 4, 3), (16, 3, 4, 3), (16, 4, 4, 3), (16, 4, 2, 4))
+        for keys, stages, warps, programs in streams if rows >= 64 else ():
+            decode = Tiling(keys, stages, warps, tma=False)
+            label = f"apart n{keys} s{stages} w{warps} p{programs}"
+            variants[label] = replace(chosen, few=None, decode=decode, programs_per_sm=programs)
+        args = (1,) * rows, (length,) * rows, heads, 16, None, 256
+        for label, tuning in variants.items():
+            build = partial(build_attention, tuning, *args, rotates=True)
+            num_bytes = rows * length * heads[1] * 1024
+            yield Case("gemma", f"decode {rows}×{length} h8/4", label, num_bytes, 0, build)
+
+
+def gemma_gate_cases() -> Iterator[Case]:
+    size = GEMMA3_4B["gate_up"]
+    for num_tokens in (1, 8, 32, 64, 8192):
+        ways: dict[str, str | Tile | GatedTile] = {
+            name: name for name in ("torch", "kernel", "as chosen")
+        }
+        if num_tokens in (32, 64):
+            for tile in (Tile(64, 128, 20, 4, 3), Tile(32, 128, 20, 4, 4), Tile(64, 64, 40, 4, 4)):
+                ways[describe(tile)] = tile
+        if num_tokens > 64:
+            for wide in (CHOSEN, GatedTile(128, 128, 64, 4, 8), GatedTile(256, 64, 64, 4, 8)):
+                ways[f"{wide.block_m}×{wide.block_n} s{wide.stages}"] = wide
+        work = 2 * num_tokens * size[0] * size[1] if num_tokens > 64 else 0
+        for label, way in ways.items():
+            build = partial(build_gelu, way, num_tokens)
+            num_bytes = size[0] * size[1] * 2
+            yield Case("gemma", f"gates of {num_tokens}", label, num_bytes, work, build)
+
+
+def gemma_cases() -> Iterator[Case]:
+    yield from gemma_decode_cases()
+    yield from gemma_gate_cases()
+    for num_tokens in (1, 64, 8192):
+        for label, fused in (("apart", False), ("fused", True)):
+            build = partial(build_norms, fused, num_tokens)
+            yield Case("gemma", f"norms of {num_tokens}", label, num_tokens * 20480, 0, build)
+    for name, size in GEMMA3_4B.items():
+        choose = linear_kernels.tile_for(1, size[0] // (1 + (name == "gate_up")), size[1],
+                                         gated=name == "gate_up")  # fmt: skip
+        cuts = ((8, 1024, 8), (8, 1024, 4), (16, 512, 8), (16, 512, 4), (4, 2048, 4), (4, 4096, 8))
+        others = [Tile(n, k, -(-size[1] // k), warps) for n, k, warps in cuts]
+        for tile in dict.fromkeys((choose, *others)):
+            build = partial(build_linear, tile, 1, name, size)
+            label = describe(tile) + " chosen" * (tile == choose)
+            yield Case("gemma", f"m1 {name}", label, size[0] * size[1] * 2, 0, build)
+
+
 # ---------------------------------------------------------------- FP8
 
 
@@ -667,7 +800,7 @@ def build_fp8(how: str | Tile, num_tokens: int, name: str, size: tuple[int, int]
 
     def one(linear: Linear) -> Tensor:
         if isinstance(how, Tile):
-            return skinny_linear(x, linear, gated=gated, tile=how)
+            return skinny_linear(x, linear, gate="silu" if gated else None, tile=how)
         tokens = quantized if how == "alone" else quantize(x)
         return NATIVE_FP8.multiply(linear, tokens, BF16)
 
@@ -740,8 +873,8 @@ def build_quantizing(name: str, num_tokens: int):
             lambda: quantize(hidden, RMSNorm(factors, 1e-6)),
             lambda: F.rms_norm(hidden.double(), (4096,), factors.double(), 1e-6),
         ),
-        "silu_and_mul, quantize": (
-            lambda: silu_and_mul_fp8(gate_up),
+        "act_and_mul, quantize": (
+            lambda: act_and_mul_fp8(gate_up, "silu"),
             lambda: F.silu(gate_up[:, :12288].double()) * gate_up[:, 12288:].double(),
         ),
     }
@@ -763,7 +896,7 @@ FP8_STREAMS = ((32, 2, 2, 5), (32, 3, 2, 6), (64, 2, 2, 3), (64, 2, 2, 4), (64, 
 
 def fp8_cases() -> Iterator[Case]:
     token_bytes = {"quantize": 3 * 4096, "norm, quantize": 3 * 4096}
-    token_bytes["silu_and_mul, quantize"] = 5 * 12288
+    token_bytes["act_and_mul, quantize"] = 5 * 12288
     for name, num_tokens in product(token_bytes, (64, 256, 8192)):
         build = partial(build_quantizing, name, num_tokens)
         yield Case("fp8", f"{num_tokens} tokens", name, token_bytes[name] * num_tokens, 0, build)
@@ -814,7 +947,7 @@ def build_elementwise(name: str, num_tokens: int):
 
     runs = {
         "rms_norm": (lambda i: KERNELS.rms_norm(hidden[i], RMSNorm(factors, 1e-6)), copies),
-        "silu_and_mul": (lambda i: silu_and_mul(gate_up[i]), len(gate_up)),
+        "act_and_mul": (lambda i: act_and_mul(gate_up[i], "silu"), len(gate_up)),
         "rope_and_cache": (lambda i: rope(qkv[i]), len(qkv)),
         "rope_and_cache of keys": (lambda i: rope(qkv[i, :, 2048:]), len(qkv)),
     }  # fmt: skip
@@ -823,7 +956,7 @@ def build_elementwise(name: str, num_tokens: int):
 
 
 def elementwise_cases() -> Iterator[Case]:
-    token_bytes = {"rms_norm": 4096, "silu_and_mul": 18432, "rope_and_cache": 18432}
+    token_bytes = {"rms_norm": 4096, "act_and_mul": 18432, "rope_and_cache": 18432}
     token_bytes["rope_and_cache of keys"] = 10240
     for name, num_tokens in product(token_bytes, (1, 256, 8192, 16384)):
         build = partial(build_elementwise, name, num_tokens)
@@ -940,6 +1073,7 @@ def all_cases(groups: list[str]) -> list[Case]:
         gated_cases,
         layer_cases,
         model_cases,
+        gemma_cases,
         fp8_cases,
         sampler_cases,
     )
@@ -970,8 +1104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--only",
-        default="elementwise,decode,prefix,prefill,long,layer,model,linear,large,gated,fp8few,"
-        "fp8,sampler",
+        default="elementwise,decode,prefix,prefill,long,layer,model,linear,large,gated,gemma,"
+        "fp8few,fp8,sampler",
     )
     parser.add_argument("--shard", type=int)
     parser.add_argument("--compile", action="store_true", help="only fill Triton's cache")

@@ -29,6 +29,7 @@ from packed_products import (
 )
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.triton.packed_linear import PackedTile, packed_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.packed import Packed
@@ -69,6 +70,10 @@ class Case:
                     stages = 6 if block_m <= 32 else 4
                     yield PackedTile(block_n, 128, warps, splits, stages, block_m)
 
+    @property
+    def gate(self) -> Activation | None:
+        return "silu" if self.gated else None
+
     def tiles(self) -> Iterator[PackedTile]:
         yield from self.vectors() if self.rows == 1 else self.matrices()
 
@@ -87,7 +92,7 @@ def check(case: Case, x: Tensor, layer: Linear, part: int) -> None:
     """Compiles one of NUM_COMPILERS parts of the tiles, and tells of wrong ones."""
     for turn, tile in enumerate(case.tiles()):
         if turn % NUM_COMPILERS == part:
-            out = packed_linear(x, layer, gated=case.gated, tile=tile)
+            out = packed_linear(x, layer, gate=case.gate, tile=tile)
             error = error_of(out, x, layer, gated=case.gated)
             if not error < MAX_ERROR:
                 print(f"WRONG {error:.1e}: {case} {tile}", flush=True)
@@ -98,7 +103,7 @@ def measure(name: str, case: Case, x: Tensor, layers: list[Linear], base: float)
     found = []
     for tile in case.tiles():
         each = microseconds(
-            lambda one, tile=tile: packed_linear(x, one, gated=case.gated, tile=tile),  # type: ignore[misc]
+            lambda one, tile=tile: packed_linear(x, one, gate=case.gate, tile=tile),  # type: ignore[misc]
             layers,
         )
         found.append((each, tile))

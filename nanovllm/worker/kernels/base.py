@@ -25,7 +25,9 @@ class Residual(NamedTuple):
     """What the decoder's blocks read and add to."""
 
     hidden: Tensor  # [num_tokens, hidden_size]
-    weighed: Weighed | None = None  # for the norm that comes next, if who added to it did so
+    # For the norm that comes next, if who added to it did so: weighed, or what it makes of hidden.
+    weighed: Weighed | None = None
+    normed: Tensor | None = None  # [num_tokens, hidden_size]
 
 
 class Kernels(Protocol):
@@ -35,7 +37,7 @@ class Kernels(Protocol):
     may depends on the layer: a product that is only this rank's share of a sum is reduced before
     anything is added, and a norm behind the product (post_norm) comes before the residual. None
     stands for a norm that is not there; next_norm is the one that comes next, by which a result
-    may be `Weighed`.
+    may be `Weighed`, or normed already.
     """
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
@@ -76,7 +78,12 @@ class Kernels(Protocol):
         overwritten."""
 
     def add(
-        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+        self,
+        product: Tensor,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Residual:
         """residual + post_norm(product), perhaps written over either."""
 

@@ -99,7 +99,7 @@ class DecoderLayer:
         assert isinstance(self.mlp, DenseBlock)
         # Attention may write over its residual, and the MLP has yet to read it.
         attended = self.attention.forward(
-            Residual(residual.hidden.clone(), residual.weighed),
+            residual._replace(hidden=residual.hidden.clone()),
             batch=batch,
             layer_cache=layer_cache,
             next_norm=None,

@@ -47,7 +47,7 @@ class DenseAndExpertsBlock:
         mixed = self._parallel.reduce(kernels.experts(taken, logits, self.experts))
         both = kernels.rms_norm(dense, self._own["dense_post_norm"])
         both = both.add_(kernels.rms_norm(mixed, self._own["experts_post_norm"]))
-        return kernels.add(both, hidden, post_norm=self.norms.post)
+        return kernels.add(both, hidden, post_norm=self.norms.post, next_norm=next_norm)
 
     def linears(self) -> Iterator[Linear]:
         yield from self.dense.linears()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.gated_linear import GatedTile, can_gate, gated_linear
@@ -10,6 +11,7 @@ from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import E4M3, FP8
+from tests.worker.kernels.gating import ACTIVATIONS
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.warmup.compiling import run_compiling
 
@@ -21,17 +23,21 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("num_tokens", "num_outputs"), [(70, 40), (9, 96), (300, 4)])
-def test_gated_linear(num_tokens: int, num_outputs: int, tile: GatedTile) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_linear(
+    num_tokens: int, num_outputs: int, tile: GatedTile, activation: Activation
+) -> None:
     """Tiles that hang over, and more groups of rows than one."""
     x, weight = torch.randn(num_tokens, 84, device=DEVICE), torch.randn(2 * num_outputs, 84)
     linear = Linear(weight.to(DEVICE), None, {}, 0)
     gate, up = (x.double() @ linear.weight.double().T).chunk(2, dim=1)
-    expected = gate * gate.sigmoid() * up
-    out = gated_linear(x, linear, tile=tile)
+    expected = ACTIVATIONS[activation](gate) * up
+    out = gated_linear(x, linear, activation, tile=tile)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_an_mlp_of_many_tokens() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_mlp_of_many_tokens(activation: Activation) -> None:
     """In half precision, rounded where plain torch rounds."""
     residual = torch.randn(1100, 64, device=DEVICE, dtype=torch.float16)
     norm = RMSNorm(torch.rand(64, device=DEVICE, dtype=torch.float16) + 0.5, 1e-6)
@@ -41,7 +47,14 @@ def test_an_mlp_of_many_tokens() -> None:
     )
     assert can_gate(residual, gate_up)
     out, expected = (
-        kernels.mlp(Residual(residual.clone()), norm, gate_up, down, next_norm=norm).hidden
+        kernels.mlp(
+            Residual(residual.clone()),
+            norm,
+            gate_up,
+            down,
+            activation=activation,
+            next_norm=norm,
+        ).hidden
         for kernels in (TritonKernels(), TorchKernels())
     )
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=4e-3)

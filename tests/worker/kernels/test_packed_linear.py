@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import GGUF_FORMATS, WeightFormat, choose_scheme
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.packed_linear import (
@@ -21,6 +22,7 @@ from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.packed import Packed, PackedWeight, pack_nibbles
 from nanovllm.worker.quant.rounding import Rounded
 from tests.worker.attention.decoding import Driver
+from tests.worker.kernels.gating import ACTIVATIONS
 from tests.worker.kernels.test_skinny_linear import rms_normed
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.quant.layouts import FORMATS, write
@@ -115,19 +117,20 @@ def test_many_tokens(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", ["4 bits, zeros", "8 bits"])
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
-def test_gated(kind: str, num_tokens: int, tile: PackedTile) -> None:
+@pytest.mark.parametrize("gate_by", ACTIVATIONS)
+def test_gated(kind: str, num_tokens: int, tile: PackedTile, gate_by: Activation) -> None:
     linear = packed(kind, 64, (80, 192), bias=True)
     x = torch.randn(num_tokens, 192, device=DEVICE)
     assert linear.bias is not None
     gate, up = (x.double() @ meaning(linear).T + linear.bias).chunk(2, dim=1)
-    out = packed_linear(x, linear, gated=True, tile=tile)
-    assert_near(out, gate * gate.sigmoid() * up)
+    out = packed_linear(x, linear, gate=gate_by, tile=tile)
+    assert_near(out, ACTIVATIONS[gate_by](gate) * up)
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gate_by", [None, *ACTIVATIONS])
 def test_one_product_weighs_the_stream_for_the_next(
-    num_tokens: int, tile: PackedTile, gated: bool
+    num_tokens: int, tile: PackedTile, gate_by: Activation | None
 ) -> None:
     x, residual = torch.randn(num_tokens, 224, device=DEVICE).split((160, 64), 1)
     x, residual, factors = x.contiguous(), residual.contiguous(), torch.randn(64, device=DEVICE)
@@ -137,12 +140,12 @@ def test_one_product_weighs_the_stream_for_the_next(
     values, squares = added.weighed
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
-    out = packed_linear(values, out_of, norm=(squares, 1e-6), gated=gated, tile=tile)
+    out = packed_linear(values, out_of, norm=(squares, 1e-6), gate=gate_by, tile=tile)
     hidden = residual.double() + x.double() @ meaning(into).T
     expected = rms_normed(hidden, factors.double(), 1e-6) @ meaning(out_of).T
-    if gated:
+    if gate_by is not None:
         gate, up = expected.chunk(2, dim=1)
-        expected = gate * gate.sigmoid() * up
+        expected = ACTIVATIONS[gate_by](gate) * up
     assert_near(out, expected, 2 * TOLERANCE)
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for, tile_for
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
+from tests.worker.kernels.gating import ACTIVATIONS
 from tests.worker.kernels.triton_device import DEVICE
 
 VECTOR_TILES = [Tile(8, 64, 3, warps=4), Tile(16, 256, 1, warps=4)]
@@ -45,18 +47,19 @@ def test_linear(num_tokens: int, tile: Tile, extras: bool) -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
-def test_gated(num_tokens: int, tile: Tile) -> None:
+@pytest.mark.parametrize("gate_by", ACTIVATIONS)
+def test_gated(num_tokens: int, tile: Tile, gate_by: Activation) -> None:
     x, weight = torch.randn(num_tokens, 160, device=DEVICE), torch.randn(80, 160, device=DEVICE)
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
-    expected = gate * gate.sigmoid() * up
-    out = skinny_linear(x, Linear(weight, None, {}, 0), gated=True, tile=tile)
+    expected = ACTIVATIONS[gate_by](gate) * up
+    out = skinny_linear(x, Linear(weight, None, {}, 0), gate=gate_by, tile=tile)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gate_by", [None, *ACTIVATIONS])
 def test_one_product_weighs_the_stream_for_the_next(
-    num_tokens: int, tile: Tile, gated: bool
+    num_tokens: int, tile: Tile, gate_by: Activation | None
 ) -> None:
     """Into a residual of a size that no tile divides, and out of it through a norm."""
     x, residual = torch.randn(num_tokens, 200, device=DEVICE).split((160, 40), 1)
@@ -68,12 +71,12 @@ def test_one_product_weighs_the_stream_for_the_next(
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
     linear = Linear(out_of, None, {}, 0)
-    out = skinny_linear(values, linear, norm=(squares, 1e-6), gated=gated, tile=tile)
+    out = skinny_linear(values, linear, norm=(squares, 1e-6), gate=gate_by, tile=tile)
     hidden = residual.double() + x.double() @ into.double().T
     expected = rms_normed(hidden, factors.double(), 1e-6) @ out_of.double().T
-    if gated:
+    if gate_by is not None:
         gate, up = expected.chunk(2, dim=1)
-        expected = gate * gate.sigmoid() * up
+        expected = ACTIVATIONS[gate_by](gate) * up
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -99,7 +102,7 @@ def test_inputs_that_no_tile_divides(num_tokens: int, num_inputs: int) -> None:
     assert (out - expected).norm() < tolerance * expected.norm()
     gate, up = product.to(x.dtype).chunk(2, dim=1)  # rounded as models round them
     expected = silu(gate) * up
-    out = skinny_linear(x, linear, gated=True)
+    out = skinny_linear(x, linear, gate="silu")
     assert (out - expected).norm() < tolerance * expected.norm()
 
 
@@ -164,13 +167,14 @@ def test_fp8_weights(num_tokens: int, num_inputs: int) -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "tile"), CASES)
-def test_fp8_gated(num_tokens: int, tile: Tile) -> None:
+@pytest.mark.parametrize("gate_by", ACTIVATIONS)
+def test_fp8_gated(num_tokens: int, tile: Tile, gate_by: Activation) -> None:
     linear, x = fp8_linear(80, 160, bias=True), torch.randn(num_tokens, 160, device=DEVICE)
     assert linear.bias is not None
     product = as_multiplied(x, tile) @ widened(linear).T + linear.bias.double()
     gate, up = product.chunk(2, dim=1)
-    out = skinny_linear(x, linear, gated=True, tile=tile)
-    expected = gate * gate.sigmoid() * up
+    out = skinny_linear(x, linear, gate=gate_by, tile=tile)
+    expected = ACTIVATIONS[gate_by](gate) * up
     assert (out - expected).norm() < tolerance_of(num_tokens) * expected.norm()
 
 

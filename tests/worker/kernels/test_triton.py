@@ -1,27 +1,25 @@
 """The fused elementwise kernels against their definitions in float64."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Kernels, Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.kernels.triton.rows import quantize, silu_and_mul, silu_and_mul_fp8
+from nanovllm.worker.kernels.triton.rows import act_and_mul, act_and_mul_fp8, quantize
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import TensorParallel
 from nanovllm.worker.quant.fp8 import E4M3, FP8, quantize_rows
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
+from tests.worker.kernels.gating import ACTIVATIONS
 from tests.worker.kernels.triton_device import DEVICE
 
 KERNELS = TritonKernels()
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 EPS = 1e-5
 
 
@@ -99,7 +97,7 @@ class Twins(TensorParallel):
 @pytest.mark.parametrize("kernels", [KERNELS, TorchKernels()], ids=["triton", "torch"])
 @pytest.mark.parametrize("behind", [False, True], ids=["pre-norm", "post-norm"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_comes_between_a_product_and_the_residual(
     kernels: Kernels, behind: bool, num_ranks: int, activation: Activation
 ) -> None:
@@ -129,12 +127,44 @@ def test_what_comes_between_a_product_and_the_residual(
             post_norm=post_norm,
             next_norm=norm,
         )
-        close(found.hidden, residual.double() + added)
+        total = residual.double() + added
+        after = normed(total, factors, EPS) @ gate_up.weight.double().T
+        close(found.hidden, total)
+        close(kernels.norm_linear(found, norm, gate_up), after)
         found = kernels.linear_add(
             inner.float(), down, residual.clone(), post_norm=post_norm, next_norm=norm
         )
-        close(found.hidden, residual.double() + added)
+        close(found.hidden, total)
+        close(kernels.norm_linear(found, norm, gate_up), after)
         assert found.weighed is None or (num_ranks == 1 and not behind)
+        assert (found.normed is not None) == (behind and kernels is KERNELS)
+
+
+@pytest.mark.parametrize("size", [64, 600])
+@pytest.mark.parametrize("centers", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("rounds_last", [False, True])
+@pytest.mark.parametrize("has_next", [False, True])
+def test_norms_between_a_product_and_the_next(
+    size: int, centers: bool, rounds_last: bool, has_next: bool
+) -> None:
+    """In half precision, rounded where plain torch rounds."""
+    product, residual = torch.randn(2, 3, size, device=DEVICE).half()
+    weights = torch.rand(2, size, device=DEVICE) + 0.5
+    weights = weights if rounds_last else weights.half()
+    post, after = (RMSNorm(weight, EPS, centers) for weight in weights)
+    exact = TorchKernels()
+    expected = exact.add(product.clone(), residual.clone(), post_norm=post).hidden
+    found = KERNELS.add(product, residual, post_norm=post, next_norm=after if has_next else None)
+    assert found.hidden is residual
+    assert (found.hidden != expected).double().mean() < 0.01  # on the border between two
+    torch.testing.assert_close(found.hidden, expected, rtol=2e-3, atol=2e-3)
+    if has_next:
+        assert found.normed is not None
+        expected = exact.rms_norm(found.hidden, after)
+        assert (found.normed != expected).double().mean() < 0.01
+        torch.testing.assert_close(found.normed, expected, rtol=2e-3, atol=2e-3)
+    else:
+        assert found.normed is None
 
 
 @pytest.mark.parametrize("kernels", [KERNELS, TorchKernels()], ids=["triton", "torch"])
@@ -149,10 +179,13 @@ def test_a_weight_in_fp32_is_multiplied_before_rounding(kernels: Kernels) -> Non
 
 
 @pytest.mark.parametrize("size", [96, 1536])
-def test_silu_and_mul(size: int) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_act_and_mul(size: int, activation: Activation) -> None:
+    """Of large gates, too."""
     gate_up = torch.randn(3, 2 * size, device=DEVICE)
+    gate_up[0, :size] *= 20
     gate, up = gate_up.double().chunk(2, dim=-1)
-    close(silu_and_mul(gate_up), gate * gate.sigmoid() * up)
+    close(act_and_mul(gate_up, activation), ACTIVATIONS[activation](gate) * up)
 
 
 def assert_same_rows(rows: QuantizedRows, expected: QuantizedRows) -> None:
@@ -166,7 +199,8 @@ def assert_same_rows(rows: QuantizedRows, expected: QuantizedRows) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 1536])
-def test_quantized_rows(size: int) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_quantized_rows(size: int, activation: Activation) -> None:
     hidden, weight = torch.randn(3, size, device=DEVICE), torch.randn(size, device=DEVICE)
     hidden[1] *= 1000
     hidden[2] = 0
@@ -175,7 +209,8 @@ def test_quantized_rows(size: int) -> None:
     assert_same_rows(quantize(hidden, RMSNorm(weight, EPS)), expected)
     gate_up = torch.randn(3, 2 * size, device=DEVICE)
     gate, up = gate_up.chunk(2, dim=-1)
-    assert_same_rows(silu_and_mul_fp8(gate_up), quantize_rows(gate * gate.sigmoid() * up))
+    expected = quantize_rows(ACTIVATIONS[activation](gate) * up)
+    assert_same_rows(act_and_mul_fp8(gate_up, activation), expected)
 
 
 def fp8_linear(num_outputs: int, num_inputs: int) -> Linear:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import triton
 from triton import knobs
@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.attention.triton import long_kernel
 from nanovllm.worker.attention.triton.attention_tuning import Long
 from nanovllm.worker.kernels.triton import (
@@ -156,15 +157,16 @@ def gated() -> dict[str, dict[str, int]]:
         "out_desc": [tile.block_m, tile.block_n],
     }
     return {
-        dtype: usage(
+        f"{dtype} {activation}": usage(
             gated_linear._gated_kernel,
             {name: f"tensordesc<{dtype}{box}>" for name, box in boxes.items()}
             | {"num_tokens": "i32", "num_outputs": "i32"},
-            blocks | {"K": 1024, "GROUP": 8, "PDL": True},
+            blocks | {"K": 1024, "GROUP": 8, "ACTIVATION": activation, "PDL": True},
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
         for dtype in ("bf16", "fp16")
+        for activation in get_args(Activation)
     }
 
 

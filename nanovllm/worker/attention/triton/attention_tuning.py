@@ -104,7 +104,9 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     if spec.head_dim > 128:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
         decode = Tiling(keys=32, stages=3, warps=4, tma=False)
-        return Tuning(decode, prefill, queries=128, copies_own=can_copy)
+        fused = Tiling(keys=32, stages=2, warps=4, tma=False)
+        few = Fitting(fused, programs_per_sm=2, cut_per_sm=2)
+        return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)
     # Two stages, so that the tiles of two programs fit in a multiprocessor's shared memory, too.
     prefill = Tiling(
         keys=64,

@@ -126,8 +126,10 @@ def _decode_item(
                    GROUP, BLOCK_D, BLOCK_G, SLOTS)  # fmt: skip
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
+            AT_ONCE: tl.constexpr = min(64, 8192 // BLOCK_D)  # noqa: N806  # what registers hold
             join(out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, 0,
-                 sinks, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, SINKS, 64)  # fmt: skip
+                 sinks, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, SINKS,
+                 AT_ONCE)  # fmt: skip
             tl.store(arrivals + row_head, 0)
 
 

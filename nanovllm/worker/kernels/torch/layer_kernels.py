@@ -63,7 +63,12 @@ class TorchKernels:
         return gated(gate_up, activation)
 
     def add(
-        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+        self,
+        product: Tensor,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Residual:
         if post_norm is not None:
             product = self.rms_norm(product, post_norm)

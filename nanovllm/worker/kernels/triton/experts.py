@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.worker.kernels.triton.activations import activated
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.expert_routing import Routed, Sorted, route, sort_by_expert
 from nanovllm.worker.kernels.triton.expert_tuning import ExpertTile, tiles_for
 from nanovllm.worker.kernels.triton.launch import INTERPRETED as _INTERPRETED
 from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, launch_options
 from nanovllm.worker.kernels.triton.packed_linear import halves_joined
-from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
 
@@ -53,11 +53,9 @@ def _activated(gate, up, dtype, GATING: tl.constexpr):
         gate = tl.minimum(gate, GATING.limit)
         gate = gate / (1 + tl.exp(-GATING.alpha * gate))
         up = tl.minimum(tl.maximum(up, -GATING.limit), GATING.limit) + 1
-    elif GATING.activation == "silu":
-        gate = silu(gate)
     else:
-        cubic = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        gate = gate / (1 + tl.exp(-2 * cubic))  # 1 + tanh(x) is 2 * sigmoid(2 x)
+        ACTIVATION: tl.constexpr = GATING.activation  # noqa: N806
+        gate = activated(gate, ACTIVATION)
     return gate.to(dtype).to(tl.float32) * up
 
 

@@ -1,4 +1,4 @@
-"""The gated product of many tokens, silu(gate) * up, whose halves never go to memory.
+"""The gated product of many tokens, activation(gate) * up, whose halves never go to memory.
 
 `TritonKernels.mlp` calls `gated_linear` where it `can_gate`. A program takes tile after tile, as
 in Triton's tutorial on persistent matmuls: while it gates and stores one, the copy engine (TMA)
@@ -16,12 +16,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.checkpoint.spec import Activation
+from nanovllm.worker.kernels.triton.activations import activated
 from nanovllm.worker.kernels.triton.launch import (
     has_tensor_memory_accelerator,
     launch_options,
     num_multiprocessors,
 )
-from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.linear import Linear
 
 MIN_TOKENS = 1024
@@ -59,7 +60,7 @@ def _gated_kernel(
     out_desc,  # [num_tokens, num_outputs], boxes [BLOCK_M, BLOCK_N]
     num_tokens, num_outputs,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gates and ups of a tile are one product, side by side in one accumulator."""
     if PDL:
@@ -77,7 +78,7 @@ def _gated_kernel(
         both = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N]), [0, 2, 1])
         gate, up = tl.split(both)
         dtype = x_desc.dtype
-        gate = silu(gate.to(dtype).to(tl.float32)).to(dtype)  # rounded, as silu alone would be
+        gate = activated(gate.to(dtype).to(tl.float32), ACTIVATION).to(dtype)  # as it alone rounds
         out_desc.store([token, output], gate * up.to(dtype))
 
 
@@ -94,8 +95,10 @@ def can_gate(x: Tensor, linear: Linear) -> bool:
     return can and len(x) >= MIN_TOKENS
 
 
-def gated_linear(x: Tensor, linear: Linear, *, tile: GatedTile | None = None) -> Tensor:
-    """silu(gate) * up, [num_tokens, num_outputs], of the layer's outputs: gates, then ups.
+def gated_linear(
+    x: Tensor, linear: Linear, activation: Activation = "silu", *, tile: GatedTile | None = None
+) -> Tensor:
+    """activation(gate) * up, [num_tokens, num_outputs], of the layer's outputs: gates, then ups.
 
     x: [num_tokens, num_inputs].
     """
@@ -115,6 +118,7 @@ def gated_linear(x: Tensor, linear: Linear, *, tile: GatedTile | None = None) ->
         TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]),
         num_tokens, num_outputs,
         K=num_inputs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=8,
+        ACTIVATION=activation,
         num_stages=tile.stages, num_warps=tile.warps, **launch_options(x.device),
     )  # fmt: skip
     return out

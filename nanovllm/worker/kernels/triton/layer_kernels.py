@@ -16,12 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import QKNorm, Residual, Weighed
 from nanovllm.worker.kernels.torch.experts import mix_experts
-from nanovllm.worker.kernels.torch.layer_kernels import gated
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
 from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.kernels.triton.products import products_of, weight_of
-from nanovllm.worker.kernels.triton.rows import rms_norm, silu_and_mul
+from nanovllm.worker.kernels.triton.rows import act_and_mul, add_normed, rms_norm
 from nanovllm.worker.kernels.triton.skinny_linear import can_weigh
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
@@ -139,7 +138,7 @@ class TritonKernels:
         return rms_norm(hidden, norm)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
-        return products_of(linear).norm_linear(residual, norm, linear)
+        return products_of(linear).norm_linear(*_left_to_norm(residual, norm), linear)
 
     def linear_add(
         self,
@@ -156,7 +155,7 @@ class TritonKernels:
             product = products.multiply(hidden, linear)
             return self.reduce_add(product, residual, linear.parallel, **norms)
         if post_norm is not None:
-            return self.add(products.multiply(hidden, linear), residual, post_norm=post_norm)
+            return self.add(products.multiply(hidden, linear), residual, **norms)
         return products.linear_add(hidden, linear, residual, next_norm)
 
     def mlp(
@@ -171,23 +170,31 @@ class TritonKernels:
         next_norm: RMSNorm | None = None,
     ) -> Residual:
         hidden, products = residual.hidden, products_of(gate_up)
-        inner = products.gated(residual, norm, gate_up) if activation == "silu" else None
+        residual, norm = _left_to_norm(residual, norm)
+        inner = products.gated(residual, norm, gate_up, activation)
         if inner is None:
             product = products.norm_linear(residual, norm, gate_up)
-            if activation == "silu" and not down.is_partial and post_norm is None:
-                return products_of(down).gated_linear_add(product, down, hidden, next_norm)
+            if not down.is_partial and post_norm is None:
+                return products_of(down).gated_linear_add(
+                    product, activation, down, hidden, next_norm
+                )
             inner = self.activate(product, activation)
         return self.linear_add(inner, down, hidden, post_norm=post_norm, next_norm=next_norm)
 
     def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        return silu_and_mul(gate_up) if activation == "silu" else gated(gate_up, activation)
+        return act_and_mul(gate_up, activation)
 
     def add(
-        self, product: Tensor, residual: Tensor, *, post_norm: RMSNorm | None = None
+        self,
+        product: Tensor,
+        residual: Tensor,
+        *,
+        post_norm: RMSNorm | None = None,
+        next_norm: RMSNorm | None = None,
     ) -> Residual:
-        if post_norm is not None:
-            product = rms_norm(product, post_norm)
-        return Residual(residual.add_(product))
+        if post_norm is None:
+            return Residual(residual.add_(product))
+        return Residual(residual, normed=add_normed(product, residual, post_norm, next_norm))
 
     def reduce_add(
         self,
@@ -204,7 +211,8 @@ class TritonKernels:
             if found is not None:
                 hidden, weighed = found
                 return Residual(hidden, None if weighed is None else Weighed(*weighed))
-        return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
+        product = parallel.reduce(partial)
+        return self.add(product, residual, post_norm=post_norm, next_norm=next_norm)
 
     def experts(
         self, hidden: Tensor, logits: Tensor, experts: Experts, *, residual: Tensor | None = None
@@ -251,3 +259,8 @@ class TritonKernels:
             **launch_options(qkv.device),
         )
         return qkv.view(num_tokens, num_all, head_dim)[:, :num_heads]
+
+
+def _left_to_norm(residual: Residual, norm: RMSNorm | None) -> tuple[Residual, RMSNorm | None]:
+    """What a product takes, and the norm of it that nobody has seen to yet."""
+    return (residual, norm) if residual.normed is None else (Residual(residual.normed), None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton.e4m3 import widened
 from nanovllm.worker.kernels.triton.launch import (
@@ -350,7 +351,7 @@ def _dot_row(tile, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
 @triton.jit
 def _packed_vector_kernel(
     x,  # [K]
-    codes,  # [rows, bytes]: num_outputs rows; if GATED gates, then as many ups
+    codes,  # [rows, bytes]: num_outputs rows; if GATE gates, then as many ups
     scale,  # [rows, groups]
     zero,  # like scale, or None
     shift,  # like scale, or None
@@ -359,7 +360,7 @@ def _packed_vector_kernel(
     num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     MIDDLE: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: products and sums in fp32, without tensor cores."""
     if PDL:
@@ -373,7 +374,7 @@ def _packed_vector_kernel(
     outputs = first + tl.arange(0, BLOCK_N)
     # Rows past the gates are ups, and past those nothing is stored.
     tiles = _load_rows(weight, first, 0, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
-    if GATED:
+    if GATE is not None:
         ups = _load_rows(weight, first + num_outputs, 0, 2 * num_outputs, K, BITS, GROUP,
                          BLOCK_N, BLOCK_K)  # fmt: skip
     if PDL:
@@ -385,13 +386,13 @@ def _packed_vector_kernel(
     acc = tl.zeros([BLOCK_N], tl.float32)
     up = acc
     acc = _dot_rows(acc, tiles, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
-    if GATED:
+    if GATE is not None:
         up = _dot_rows(up, ups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         more = _load_rows(weight, first, k, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
         inputs = _load_inputs(x, k, K, BITS, LANES, NUM_GROUPS)
         acc = _dot_rows(acc, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
-        if GATED:
+        if GATE is not None:
             more = _load_rows(weight, first + num_outputs, k, 2 * num_outputs, K, BITS, GROUP,
                               BLOCK_N, BLOCK_K)  # fmt: skip
             up = _dot_rows(up, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
@@ -399,7 +400,7 @@ def _packed_vector_kernel(
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
-           tokens, outputs, 1, num_outputs, GATED)  # fmt: skip
+           tokens, outputs, 1, num_outputs, GATE)  # fmt: skip
 
 
 @triton.jit
@@ -442,7 +443,7 @@ def _packed_matrix_kernel(
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     MIDDLE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr, SWAPS: tl.constexpr,
     NUM_TILES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     if PDL:
@@ -458,7 +459,7 @@ def _packed_matrix_kernel(
     ups = rows + num_outputs
     groups = _load_scales(weight, rows[:, None], real[:, None], first, K, GROUP, BLOCK_K)
     up_groups = groups
-    if GATED:
+    if GATE is not None:
         up_groups = _load_scales(weight, ups[:, None], real[:, None], first, K, GROUP, BLOCK_K)
     if PDL:
         gdc_wait()
@@ -478,7 +479,7 @@ def _packed_matrix_kernel(
         acc = _add_dot(acc, tile, groups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, BASE, FAST,
                        SWAPS)  # fmt: skip
         groups = more
-        if GATED:
+        if GATE is not None:
             tile = _load_codes(codes, ups, real, k, K, BITS, BLOCK_K)
             more = _load_scales(weight, ups[:, None], real[:, None], k + BLOCK_K, K, GROUP, BLOCK_K)
             up = _add_dot(up, tile, up_groups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, BASE,
@@ -490,7 +491,7 @@ def _packed_matrix_kernel(
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
                  partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
-                 BLOCK_N, GATED)  # fmt: skip
+                 BLOCK_N, GATE)  # fmt: skip
 
 
 @triton.jit
@@ -635,7 +636,7 @@ def _packed_group_kernel(
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BASE: tl.constexpr, FAST: tl.constexpr, NUM_TILES: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_packed_matrix_kernel`, of tiles that lie within a group, and without shifts."""
     if PDL:
@@ -651,7 +652,7 @@ def _packed_group_kernel(
     LESS: tl.constexpr = -(BASE + MIDDLE)  # noqa: N806
     group = _load_group(scale, zero, rows, real, first, K, GROUP, MIDDLE)
     up_group = group
-    if GATED:
+    if GATE is not None:
         up_group = _load_group(scale, zero, ups, real, first, K, GROUP, MIDDLE)
     if PDL:
         gdc_wait()
@@ -674,18 +675,18 @@ def _packed_group_kernel(
             sums = _sums_of(low_x, high_x, BLOCK_N, BITS)
         acc = _add_group(acc, tile, group, sums, low_x, high_x, BITS, LESS, FAST, HAS_ZERO)
         group = next_group
-        if GATED:
+        if GATE is not None:
             tile = _load_codes(codes, ups, real, k, K, BITS, BLOCK_K)
             next_group = _load_group(scale, zero, ups, real, k + BLOCK_K, K, GROUP, MIDDLE)
             up = _add_group(up, tile, up_group, sums, low_x, high_x, BITS, LESS, FAST, HAS_ZERO)
             up_group = next_group
     acc = tl.trans(acc)
-    up = tl.trans(up) if GATED else acc
+    up = acc if GATE is None else tl.trans(up)
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
                  partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
-                 BLOCK_N, GATED)  # fmt: skip
+                 BLOCK_N, GATE)  # fmt: skip
 
 
 @triton.jit
@@ -812,11 +813,11 @@ def packed_linear(
     linear: Linear,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
+    gate: Activation | None = None,
     tile: PackedTile | None = None,
 ) -> Tensor:
     """As `skinny_linear`, for any number of tokens. x: inputs as columns of the weight lie."""
-    return _launch(x, linear, None, norm=norm, next_norm=None, gated=gated, tile=tile).hidden
+    return _launch(x, linear, None, norm=norm, next_norm=None, gate=gate, tile=tile).hidden
 
 
 def packed_add(
@@ -830,7 +831,7 @@ def packed_add(
     """As `skinny_add`, for any number of tokens."""
     if not can_weigh(x):
         next_norm = None
-    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gated=False, tile=tile)
+    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gate=None, tile=tile)
 
 
 def fewest_unpacked(weight: PackedWeight) -> int:
@@ -898,12 +899,13 @@ def _launch(
     *,
     norm: tuple[Tensor, float] | None,
     next_norm: Tensor | None,
-    gated: bool,
+    gate: Activation | None,
     tile: PackedTile | None,
 ) -> Residual:
     """Either product, in new memory."""
     weight = cast(Packed, linear.method).weight
     num_tokens, num_inputs = x.shape
+    gated = gate is not None
     num_outputs = len(weight.codes) // 2 if gated else len(weight.codes)
     assert weight.codes.is_contiguous() and weight.scale.is_contiguous()
     tile = tile or tile_for(num_tokens, num_outputs, weight, gated=gated, itemsize=x.itemsize)
@@ -913,7 +915,7 @@ def _launch(
     )  # fmt: skip
     tensors = (*_pointers(weight), *tensors)
     options |= _format(weight) | {
-        "GATED": gated, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "GATE": gate, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "num_warps": tile.warps,
     }  # fmt: skip
     if num_tokens == 1 and tile.block_m == 1:

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
 from nanovllm.worker.kernels.triton.launch import converts_fp8
@@ -21,12 +22,7 @@ from nanovllm.worker.kernels.triton.packed_linear import (
     packed_linear,
     unpacked,
 )
-from nanovllm.worker.kernels.triton.rows import (
-    quantize,
-    rms_norm,
-    silu_and_mul,
-    silu_and_mul_fp8,
-)
+from nanovllm.worker.kernels.triton.rows import act_and_mul, act_and_mul_fp8, quantize, rms_norm
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
@@ -49,7 +45,7 @@ class FusedProduct(Protocol):
         linear: Linear,
         *,
         norm: tuple[Tensor, float] | None = None,
-        gated: bool = False,
+        gate: Activation | None = None,
     ) -> Tensor: ...
 
 
@@ -68,8 +64,10 @@ class Products:
         """As `Kernels.norm_linear`."""
         return self.multiply(_normed(residual, norm), linear)
 
-    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
-        """silu(gate) * up, whose halves never go to memory; None: not here, or not faster."""
+    def gated(
+        self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
+    ) -> Tensor | None:
+        """activation(gate) * up, whose halves never go to memory; None: not here, or not faster."""
         return None
 
     def linear_add(
@@ -79,10 +77,15 @@ class Products:
         return Residual(residual.add_(self.multiply(x, linear)))
 
     def gated_linear_add(
-        self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+        self,
+        gate_up: Tensor,
+        activation: Activation,
+        linear: Linear,
+        residual: Tensor,
+        next_norm: RMSNorm | None,
     ) -> Residual:
-        """residual + linear(silu(gate) * up)."""
-        return self.linear_add(silu_and_mul(gate_up), linear, residual, next_norm)
+        """residual + linear(activation(gate) * up)."""
+        return self.linear_add(act_and_mul(gate_up, activation), linear, residual, next_norm)
 
 
 class SkinnyProducts(Products):
@@ -101,12 +104,14 @@ class SkinnyProducts(Products):
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         if self.is_skinny(residual.hidden, linear):
-            return _skinny(residual, norm, linear, gated=False)
+            return _skinny(residual, norm, linear)
         return self.wide(residual.hidden, linear, norm)
 
-    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+    def gated(
+        self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
+    ) -> Tensor | None:
         if self.is_skinny(residual.hidden, linear, gated=True):
-            return _skinny(residual, norm, linear, gated=True)
+            return _skinny(residual, norm, linear, activation)
         return None
 
     def linear_add(
@@ -127,10 +132,12 @@ class PlainProducts(SkinnyProducts):
     def is_skinny(self, x: Tensor, linear: Linear, *, gated: bool = False) -> bool:
         return x.dtype == linear.weight.dtype and super().is_skinny(x, linear, gated=gated)
 
-    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
-        few = super().gated(residual, norm, linear)
+    def gated(
+        self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
+    ) -> Tensor | None:
+        few = super().gated(residual, norm, linear, activation)
         if few is None and can_gate(residual.hidden, linear):
-            return gated_linear(_normed(residual, norm), linear)
+            return gated_linear(_normed(residual, norm), linear, activation)
         return few
 
     def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Residual:
@@ -153,12 +160,14 @@ class PackedProducts(Products):
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         if self._is_fused(residual.hidden, linear):
-            return _skinny(residual, norm, linear, gated=False, product=packed_linear)
+            return _skinny(residual, norm, linear, product=packed_linear)
         return super().norm_linear(residual, norm, linear)
 
-    def gated(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor | None:
+    def gated(
+        self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
+    ) -> Tensor | None:
         if self._is_fused(residual.hidden, linear):
-            return _skinny(residual, norm, linear, gated=True, product=packed_linear)
+            return _skinny(residual, norm, linear, activation, product=packed_linear)
         return None
 
     def linear_add(
@@ -188,11 +197,16 @@ class Fp8Products(SkinnyProducts):
         return _multiply_fp8(linear, quantize(x, norm), x)
 
     def gated_linear_add(
-        self, gate_up: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+        self,
+        gate_up: Tensor,
+        activation: Activation,
+        linear: Linear,
+        residual: Tensor,
+        next_norm: RMSNorm | None,
     ) -> Residual:
         if self.is_skinny(residual, linear):
-            return super().gated_linear_add(gate_up, linear, residual, next_norm)
-        product = _multiply_fp8(linear, silu_and_mul_fp8(gate_up), residual)
+            return super().gated_linear_add(gate_up, activation, linear, residual, next_norm)
+        product = _multiply_fp8(linear, act_and_mul_fp8(gate_up, activation), residual)
         return Residual(residual.add_(product))
 
 
@@ -218,15 +232,15 @@ def _skinny(
     residual: Residual,
     norm: RMSNorm | None,
     linear: Linear,
+    gate: Activation | None = None,
     *,
-    gated: bool,
     product: FusedProduct = skinny_linear,
 ) -> Tensor:
     """Norm and product of a few tokens; in one kernel if the residual comes weighed."""
     if norm is None or residual.weighed is None:
-        return product(_normed(residual, norm), linear, gated=gated)
+        return product(_normed(residual, norm), linear, gate=gate)
     values, squares = residual.weighed
-    return product(values, linear, norm=(squares, norm.eps), gated=gated)
+    return product(values, linear, norm=(squares, norm.eps), gate=gate)
 
 
 def _packed(linear: Linear) -> Packed:

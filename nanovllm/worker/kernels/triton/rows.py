@@ -1,4 +1,4 @@
-"""What is done to each token's row by itself: norms, SiLU · mul, and quantizing it to e4m3.
+"""What is done to each token's row by itself: norms, gates, and quantizing it to e4m3.
 
 `products` and `layer_kernels` call these around products. Every kernel computes in fp32 and rounds
 where plain torch in the model's dtype would have to store, so both mean the same numbers.
@@ -12,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.checkpoint.spec import Activation
+from nanovllm.worker.kernels.triton.activations import activated
 from nanovllm.worker.kernels.triton.e4m3 import quantized
 from nanovllm.worker.kernels.triton.launch import launch_options
-from nanovllm.worker.kernels.triton.skinny_linear import silu
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
-SILU_BLOCK = 1024
+GATE_BLOCK = 1024
 
 
 @triton.jit
@@ -29,6 +30,19 @@ def _store_row(row, columns, inside, out, out_scale, token, size, QUANTIZE: tl.c
         row, scale = quantized(row)
         tl.store(out_scale + token + tl.arange(0, 1), scale)
     tl.store(out + token * size + columns, row, inside)
+
+
+@triton.jit
+def _normed(x, weight, factors, inside, eps, size, CENTERS: tl.constexpr):
+    """A token's row, [BLOCK], in the precision it has. factors: the loaded weight, fp32."""
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if CENTERS:
+        x = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    if weight.dtype.element_ty == dtype:
+        x = x.to(dtype).to(tl.float32)  # rounded before the weight, as Llama's norms are
+    return (x * factors).to(dtype)
 
 
 @triton.jit
@@ -56,24 +70,48 @@ def _rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     x = tl.load(hidden + token * size + columns, inside, other=0.0)
     if NORM:
-        dtype = x.dtype
-        x = x.to(tl.float32)
-        if CENTERS:
-            x = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
-        x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-        if weight.dtype.element_ty == dtype:
-            x = x.to(dtype).to(tl.float32)  # rounded before the weight, as Llama's norms are
-        x = (x * factors).to(dtype)
+        x = _normed(x, weight, factors, inside, eps, size, CENTERS)
     _store_row(x, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 
 @triton.jit
-def _silu_and_mul_kernel(
+def _add_normed_kernel(
+    product,  # [num_tokens, size]
+    residual,  # like product; the sum is written over it
+    weight,  # [size], of the product's norm
+    next_weight,  # [size], of the norm that comes next; perhaps None, like next_out
+    next_out,  # like product
+    eps, next_eps, size,
+    BLOCK: tl.constexpr, CENTERS: tl.constexpr, NEXT_CENTERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program per token: residual + norm(product), and what the next norm makes of it."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    factors = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    if next_weight is not None:
+        next_factors = tl.load(next_weight + columns, inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    places = tl.program_id(0).to(tl.int64) * size + columns
+    x = tl.load(product + places, inside, other=0.0)
+    before = tl.load(residual + places, inside, other=0.0).to(tl.float32)
+    x = _normed(x, weight, factors, inside, eps, size, CENTERS)
+    x = (x.to(tl.float32) + before).to(residual.dtype.element_ty)
+    tl.store(residual + places, x, inside)
+    if next_weight is not None:
+        x = _normed(x, next_weight, next_factors, inside, next_eps, size, NEXT_CENTERS)
+        tl.store(next_out + places, x, inside)
+
+
+@triton.jit
+def _act_and_mul_kernel(
     gate_up,  # [num_tokens, 2 * size]
     out,  # [num_tokens, size]; e4m3 if QUANTIZE
     out_scale,  # [num_tokens] fp32, if QUANTIZE
     size,
     BLOCK: tl.constexpr,  # all of size, if QUANTIZE
+    ACTIVATION: tl.constexpr,
     QUANTIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -85,7 +123,7 @@ def _silu_and_mul_kernel(
     inside = columns < size
     gate = tl.load(gate_up + token * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (token * 2 + 1) * size + columns, inside, other=0.0)
-    gate = silu(gate).to(up.dtype)  # rounded, as silu alone would be
+    gate = activated(gate, ACTIVATION).to(up.dtype)  # rounded, as it alone would be
     _store_row(gate * up, columns, inside, out, out_scale, token, size, QUANTIZE)
 
 
@@ -96,6 +134,24 @@ def rms_norm(hidden: Tensor, norm: RMSNorm) -> Tensor:
     return out
 
 
+def add_normed(
+    product: Tensor, residual: Tensor, norm: RMSNorm, next_norm: RMSNorm | None
+) -> Tensor | None:
+    """Adds norm(product) to the residual, in place; both [num_tokens, size], contiguous. Returns
+    what the norm that comes next makes of the sum, in new memory."""
+    num_tokens, size = product.shape
+    assert product.is_contiguous() and residual.is_contiguous()
+    out = None if next_norm is None else torch.empty_like(residual)
+    block = triton.next_power_of_2(size)
+    _add_normed_kernel[(num_tokens,)](
+        product, residual, norm.weight, None if next_norm is None else next_norm.weight, out,
+        norm.eps, 0.0 if next_norm is None else next_norm.eps, size,
+        BLOCK=block, CENTERS=norm.centers, NEXT_CENTERS=next_norm is not None and next_norm.centers,
+        num_warps=_warps(block), **launch_options(product.device),
+    )  # fmt: skip
+    return out
+
+
 def quantize(hidden: Tensor, norm: RMSNorm | None = None) -> QuantizedRows:
     """As `quant.fp8.quantize_rows`, of norm(hidden) if there is one."""
     rows = _empty_rows(hidden, hidden.shape[1])
@@ -103,18 +159,18 @@ def quantize(hidden: Tensor, norm: RMSNorm | None = None) -> QuantizedRows:
     return rows
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [num_tokens, 2 * size], gates first. Returns new memory."""
+def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up of [num_tokens, 2 * size], gates first. Returns new memory."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _launch_silu(gate_up, QuantizedRows(out, out), block=SILU_BLOCK)
+    _launch_gate(gate_up, activation, QuantizedRows(out, out), block=GATE_BLOCK)
     return out
 
 
-def silu_and_mul_fp8(gate_up: Tensor) -> QuantizedRows:
-    """`silu_and_mul`, quantized per token; a program takes a whole row to know its peak."""
+def act_and_mul_fp8(gate_up: Tensor, activation: Activation) -> QuantizedRows:
+    """`act_and_mul`, quantized per token; a program takes a whole row to know its peak."""
     size = gate_up.shape[1] // 2
     rows = _empty_rows(gate_up, size)
-    _launch_silu(gate_up, rows, block=triton.next_power_of_2(size))
+    _launch_gate(gate_up, activation, rows, block=triton.next_power_of_2(size))
     return rows
 
 
@@ -141,11 +197,13 @@ def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: RMSNorm | None) ->
     )  # fmt: skip
 
 
-def _launch_silu(gate_up: Tensor, out: QuantizedRows, *, block: int) -> None:
+def _launch_gate(
+    gate_up: Tensor, activation: Activation, out: QuantizedRows, *, block: int
+) -> None:
     num_tokens, size = out.values.shape
     assert gate_up.is_contiguous()
-    _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
+    _act_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
         gate_up, *out, size,
-        BLOCK=block, QUANTIZE=out.values.dtype == fp8.E4M3,
+        BLOCK=block, ACTIVATION=activation, QUANTIZE=out.values.dtype == fp8.E4M3,
         num_warps=_warps(block), **launch_options(gate_up.device),
     )  # fmt: skip

@@ -16,7 +16,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual, Weighed
+from nanovllm.worker.kernels.triton.activations import activated
 from nanovllm.worker.kernels.triton.e4m3 import quantized
 from nanovllm.worker.kernels.triton.launch import MAX_ARRIVALS, arrival_counters, launch_options
 from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
@@ -26,13 +28,8 @@ MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
 
 
 @triton.jit
-def silu(x):
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
 def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
-           tokens, outputs, num_tokens, num_outputs, GATED: tl.constexpr):  # fmt: skip
+           tokens, outputs, num_tokens, num_outputs, GATE: tl.constexpr):  # fmt: skip
     """Scale, bias, gate and residual, then the store; and what the next norm needs, if it is known.
 
     acc, up: [tokens, outputs].
@@ -44,14 +41,14 @@ def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, sq
     outputs = outputs[None, :]
     if channel_scale is not None:
         acc *= tl.load(channel_scale + outputs, inside, other=0.0)
-        if GATED:
+        if GATE is not None:
             up *= tl.load(channel_scale + num_outputs + outputs, inside, other=0.0)
     if bias is not None:
         acc += tl.load(bias + outputs, inside, other=0.0)
-        if GATED:
+        if GATE is not None:
             up += tl.load(bias + num_outputs + outputs, inside, other=0.0)
-    if GATED:
-        acc = silu(acc.to(dtype).to(tl.float32)).to(dtype).to(tl.float32) * up.to(dtype)
+    if GATE is not None:
+        acc = activated(acc.to(dtype).to(tl.float32), GATE).to(dtype).to(tl.float32) * up.to(dtype)
     if residual is not None:
         acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
     acc = acc.to(dtype)
@@ -82,9 +79,9 @@ def scaled_by_norm(acc, up, squares, K: tl.constexpr, eps):
 @triton.jit
 def _vector_kernel(
     x,  # [K]
-    weight,  # [num_outputs, K]; if GATED [2 * num_outputs, K], gates first
+    weight,  # [num_outputs, K]; if GATE [2 * num_outputs, K], gates first
     channel_scale,  # fp32, of each row of weight; like all that follow up to `out` perhaps None
-    bias,  # [num_outputs], twice as many if GATED
+    bias,  # [num_outputs], twice as many if GATE
     residual,  # [num_outputs]
     squares,  # [PARTS] fp32: of the residual, whose product with a norm's weight x is
     next_weight,  # [num_outputs], of the norm that comes next
@@ -93,7 +90,7 @@ def _vector_kernel(
     next_squares,  # [programs] fp32
     num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: products and sums in fp32, without tensor cores."""
     if PDL:
@@ -104,7 +101,7 @@ def _vector_kernel(
     rows = weight + outputs.to(tl.int64)[:, None] * K
     up_offset = num_outputs.to(tl.int64) * K
     w = tl.load(rows + columns, real & (columns < K), other=0.0)
-    if GATED:
+    if GATE is not None:
         up_w = tl.load(rows + up_offset + columns, real & (columns < K), other=0.0)
     if PDL:
         gdc_wait()
@@ -114,20 +111,20 @@ def _vector_kernel(
     inputs = tl.load(x + columns, columns < K, other=0.0).to(tl.float32)[None, :]
     acc = w.to(tl.float32) * inputs
     up = acc
-    if GATED:
+    if GATE is not None:
         up = up_w.to(tl.float32) * inputs
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         ks = start + columns
         inputs = tl.load(x + ks, ks < K, other=0.0).to(tl.float32)[None, :]
         acc += tl.load(rows + ks, real & (ks < K), other=0.0).to(tl.float32) * inputs
-        if GATED:
+        if GATE is not None:
             up_w = tl.load(rows + up_offset + ks, real & (ks < K), other=0.0)
             up += up_w.to(tl.float32) * inputs
     acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
-            tokens, outputs, 1, num_outputs, GATED)  # fmt: skip
+            tokens, outputs, 1, num_outputs, GATE)  # fmt: skip
 
 
 @triton.jit
@@ -142,53 +139,53 @@ def _matrix_kernel(
     out,  # [num_tokens, num_outputs]
     weighed,  # [num_tokens, num_outputs]
     next_squares,  # [num_tokens, programs along the outputs]
-    partial,  # [tiles, 2 if GATED, splits, BLOCK_M * BLOCK_N] fp32
+    partial,  # [tiles, 2 if GATE, splits, BLOCK_M * BLOCK_N] fp32
     arrivals,  # [tiles] int32, zero before and after
     num_tokens, num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr,
+    GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens a program; programs of one output tile share out K, the last one adds up."""
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc, up = _products(
         x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps, K, PARTS, NUM_TILES,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATED, PDL,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATE, PDL,
     )  # fmt: skip
     finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
                  partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
-                 BLOCK_N, GATED)  # fmt: skip
+                 BLOCK_N, GATE)  # fmt: skip
 
 
 @triton.jit
 def finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
                  partial, arrivals, tokens, outputs, num_tokens, num_outputs,
                  SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 GATED: tl.constexpr):  # fmt: skip
+                 GATE: tl.constexpr):  # fmt: skip
     """`finish` of what all programs of an output tile have, by the last of them to arrive."""
     if SPLITS == 1:
         finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
-                tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
+                tokens, outputs, num_tokens, num_outputs, GATE)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
         lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         present = (tokens < num_tokens)[:, None]
         tile_id = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        parts = partial + tile_id * (SPLITS * PART * (2 if GATED else 1))
+        parts = partial + tile_id * (SPLITS * PART * (1 if GATE is None else 2))
         mine = parts + tl.program_id(1) * PART
         tl.store(mine + lanes, acc, present)
-        if GATED:
+        if GATE is not None:
             tl.store(mine + SPLITS * PART + lanes, up, present)
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         arrival = arrivals + tile_id
         if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
             acc = sum_parts(parts, lanes, present, SPLITS, PART)
             up = acc
-            if GATED:
+            if GATE is not None:
                 up = sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
             finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
-                    next_squares, tokens, outputs, num_tokens, num_outputs, GATED)  # fmt: skip
+                    next_squares, tokens, outputs, num_tokens, num_outputs, GATE)  # fmt: skip
             tl.store(arrival, 0)
 
 
@@ -196,16 +193,16 @@ def finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weigh
 def _products(
     x_desc, weight_desc, squares, tokens, num_tokens, num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of outputs over its share of the inputs, and of their ups if GATED."""
+    """This program's tile of outputs over its share of the inputs, and of their ups if GATE."""
     if PDL:
         gdc_launch_dependents()
     output, token = tl.program_id(0) * BLOCK_N, tl.program_id(2) * BLOCK_M
     first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
     w = weight_desc.load([output, first])
-    if GATED:
+    if GATE is not None:
         up_w = weight_desc.load([num_outputs + output, first])
     if PDL:
         gdc_wait()
@@ -214,13 +211,13 @@ def _products(
     x, scale = _multiplicand(x_desc.load([token, first]), w.dtype)
     acc = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, w)
     up = acc
-    if GATED:
+    if GATE is not None:
         up = _add_product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x, scale, up_w)
     for tile in tl.range(1, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
         x, scale = _multiplicand(x_desc.load([token, k]), w.dtype)
         acc = _add_product(acc, x, scale, weight_desc.load([output, k]))
-        if GATED:
+        if GATE is not None:
             up = _add_product(up, x, scale, weight_desc.load([num_outputs + output, k]))
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
@@ -262,7 +259,7 @@ def skinny_linear(
     linear: Linear,
     *,
     norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
+    gate: Activation | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """linear(x) for up to 128 tokens, [num_tokens, num_outputs].
@@ -270,10 +267,10 @@ def skinny_linear(
     x: [num_tokens, num_inputs]. Weights may be FP8 with their scales; several tokens are quantized
     then, each with a scale for every tile of inputs.
     norm: squares and eps, if x is the values of a `Weighed` residual: its scale goes to the result.
-    gated: the layer's outputs are gates, then ups, and the result is silu(gate) * up. Sums are
+    gate: the layer's outputs are gates, then ups, and the result is gate(gates) * ups. Sums are
     fp32 in an order fixed by the shapes.
     """
-    return _launch(x, linear, None, norm=norm, next_norm=None, gated=gated, tile=tile).hidden
+    return _launch(x, linear, None, norm=norm, next_norm=None, gate=gate, tile=tile).hidden
 
 
 def skinny_add(
@@ -288,7 +285,7 @@ def skinny_add(
     where it `can_weigh`."""
     if not can_weigh(x):
         next_norm = None
-    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gated=False, tile=tile)
+    return _launch(x, linear, residual, norm=None, next_norm=next_norm, gate=None, tile=tile)
 
 
 def can_weigh(x: Tensor) -> bool:
@@ -352,12 +349,13 @@ def _launch(
     *,
     norm: tuple[Tensor, float] | None,
     next_norm: Tensor | None,
-    gated: bool,
+    gate: Activation | None,
     tile: Tile | None,
 ) -> Residual:
     """Either product, in new memory."""
     weight = linear.weight
     num_tokens, num_inputs = x.shape
+    gated = gate is not None
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert num_tokens <= MAX_TOKENS and weight.is_contiguous()
     choose = tile_for if linear.scale is None else fp8_tile_for
@@ -367,7 +365,7 @@ def _launch(
         next_norm=next_norm,
     )  # fmt: skip
     options |= {
-        "GATED": gated, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "GATE": gate, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "num_warps": tile.warps,
     }  # fmt: skip
     if num_tokens == 1:
