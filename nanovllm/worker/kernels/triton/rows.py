@@ -40,7 +40,7 @@ def _normed(x, weight, factors, inside, eps, size, CENTERS: tl.constexpr):
     if CENTERS:
         x = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
     x *= tl.rsqrt(tl.sum(x * x, 0) / size + eps)
-    if weight.dtype.element_ty == dtype:
+    if weight.dtype.element_ty == dtype and not CENTERS:
         x = x.to(dtype).to(tl.float32)  # rounded before the weight, as Llama's norms are
     return (x * factors).to(dtype)
 
