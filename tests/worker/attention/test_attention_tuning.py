@@ -1,5 +1,7 @@
 """How attention's kernels are cut, which needs no kernel to be known."""
 
+from dataclasses import replace
+
 from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling
 
 TILING = Tiling(keys=32, stages=2, warps=2, tma=False)
@@ -11,6 +13,14 @@ def test_few_rows_are_cut_to_fill_the_device() -> None:
     fitting = Fitting(TILING, programs_per_sm=6, cut_per_sm=4)
     cuts = {rows: fitting.most_splits(rows, 132 / 8) for rows in (1, 8, 16, 24, 32, 40, 64, 80)}
     assert cuts == {1: 66, 8: 66, 16: 66, 24: 99, 32: 66, 40: 99, 64: 66, 80: 99}
+
+
+def test_several_rows_may_have_tiles_of_their_own() -> None:
+    wide = replace(TILING, keys=64)
+    fitting = Fitting(TILING, programs_per_sm=2)
+    assert fitting.tiling_for(1) == fitting.tiling_for(64) == TILING
+    fitting = replace(fitting, several=wide)
+    assert [fitting.tiling_for(rows) for rows in (1, 4, 5, 64)] == [TILING, TILING, wide, wide]
 
 
 def test_rows_are_never_fewer_than_their_pieces() -> None:

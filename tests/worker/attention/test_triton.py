@@ -76,6 +76,17 @@ def test_chosen_tuning_of_the_widest_heads() -> None:
     check(spec, [1, 9], [40, 21], tuning_for(spec))
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("seq_lens", [[140], [140, 30, 1, 64, 90]], ids=["one row", "several"])
+def test_heads_of_256_decode_in_one_kernel(seq_lens: list[int], window: int | None) -> None:
+    """Several rows by tiles of 64 keys, as on Hopper."""
+    spec = replace(SPEC, head_dim=256, num_heads=4, dtype=torch.float16, sliding_window=window)
+    tuning = tuning_for(spec)
+    assert tuning.few is not None
+    few = replace(tuning.few, several=replace(tuning.few.tiling, keys=64))
+    check(spec, [1] * len(seq_lens), seq_lens, replace(tuning, few=few))
+
+
 def test_more_rows_than_programs() -> None:
     """Nor does one program plan them all."""
     check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])

@@ -63,6 +63,25 @@ def test_groups_of_layers_have_tables_of_their_own() -> None:
     assert expected.of_group(1).slot_mapping[:6].tolist() == [19, 0, 1, 2, 3, 20]
 
 
+@pytest.mark.parametrize("num_tokens", [4, 7])
+def test_groups_may_have_blocks_of_several_sizes(num_tokens: int) -> None:
+    """Each looks up its own table, of its own width, in one launch; padding behind a step."""
+    rows = make_rows(device=str(DEVICE), blocks=(1, 2, 1))
+    block_ids = [9, 4, 8, 7, 5, 3, 1, 2, 6, 10, 11, 12]
+    new_rows = [new_row(6, [3] * 11, block_ids=block_ids), new_row(1, [7], block_ids=[13] * 4)]
+    staging = staging_of(rows, make_plan(0, [(6, 10, 1), (1, 0, 1)], new_rows=new_rows))
+    got, expected = both(staging.view(num_tokens, 4, max_seq_len=24, shares_prefix=False), rows)
+    assert len(got.others) == 2
+    for group, size in enumerate(rows.block_sizes):
+        mine, meant = got.of_group(group), expected.of_group(group)
+        for name in TENSORS:
+            assert getattr(mine, name).tolist() == getattr(meant, name).tolist(), name
+        assert mine.block_tables.shape == meant.block_tables.shape
+        for row, seq_len in enumerate(meant.seq_lens.tolist()):
+            reached = -(-seq_len // size)
+            assert torch.equal(mine.block_tables[row, :reached], meant.block_tables[row, :reached])
+
+
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(14, 3), (16, 4), (300, 8), (18, 3)])
 def test_step_with_prompts(num_tokens: int, num_rows: int) -> None:
     rows = make_rows(device=str(DEVICE))

@@ -124,6 +124,21 @@ def test_small_layers_are_cut_as_measured() -> None:
     assert tile_for(64, 3072, 1024, gated=True) == Tile(32, 128, 8, 4, 5)
 
 
+def test_layers_of_2560_inputs_are_cut_as_measured() -> None:
+    """Gemma-3-4B's, beside Qwen3's, whose tiles they must not change."""
+    assert tile_for(1, 10240, 2560, gated=True) == Tile(16, 512, 5, 8)
+    assert tile_for(1, 4096, 2560, gated=False) == Tile(8, 1024, 3, 4)
+    assert tile_for(1, 262144, 2560, gated=False) == Tile(4, 2048, 2, 8)
+    assert tile_for(1, 2560, 2048, gated=False) == Tile(4, 2048, 1, 8)
+    assert tile_for(1, 2560, 10240, gated=False) == Tile(4, 2048, 5, 4)
+    assert tile_for(32, 10240, 2560, gated=True) == Tile(64, 64, 40, 4, 4)
+    assert tile_for(64, 10240, 2560, gated=True) == Tile(64, 128, 20, 4, 3)
+    assert tile_for(1, 3072, 1024, gated=True) == Tile(8, 1024, 1, 8)
+    assert tile_for(1, 1024, 3072, gated=False) == Tile(4, 2048, 2, 8)
+    assert tile_for(1, 12288, 4096, gated=True) == Tile(4, 2048, 2, 8)
+    assert tile_for(32, 12288, 4096, gated=True) == Tile(64, 128, 32, 4, 3)
+
+
 def fp8_linear(num_outputs: int, num_inputs: int, *, bias: bool = False) -> Linear:
     """Rows of very different sizes."""
     sizes = torch.logspace(-3, 1, num_outputs, device=DEVICE)[:, None]

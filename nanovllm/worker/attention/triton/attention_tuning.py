@@ -1,6 +1,6 @@
 """Tiles and cuts of the attention kernels, as measured; `backend` launches by them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ import triton
 
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, is_hopper
+
+MAX_FEWEST = 4  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,17 @@ class Fitting:
 
     One fused kernel does it all. Rows are cut up as long as that makes no more than `cut_per_sm`
     programs, where it comes near that many: fewer than fit, so that the product behind them finds
-    room to fetch its weights.
+    room to fetch its weights. several: for more than MAX_FEWEST rows, if not the same tiles.
     """
 
     tiling: Tiling
     programs_per_sm: int
     cut_per_sm: int = 4
+    several: Tiling | None = None
+
+    def tiling_for(self, num_rows: int) -> Tiling:
+        """Of a step of so many rows."""
+        return self.tiling if self.several is None or num_rows <= MAX_FEWEST else self.several
 
     def most_splits(self, num_rows: int, sms_per_head: float) -> int:
         """Of all rows together; rows of one length then keep most of the device busy.
@@ -89,7 +96,8 @@ class Tuning:
 
 
 def tuning_for(spec: AttentionSpec) -> Tuning:
-    """Measured on an H100 and an H200 with head_dim 128 (benchmarks/gpu_kernels.py)."""
+    """Measured on an H100 and an H200 with head_dim 128, on an H200 how few rows decode with 256
+    (benchmarks/gpu_kernels.py)."""
     head_bytes = spec.head_dim * spec.cache_dtype.itemsize
     can_copy = (
         has_tensor_memory_accelerator(spec.device)
@@ -105,7 +113,10 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         prefill = Tiling(keys=32, stages=3, warps=8, tma=False)
         decode = Tiling(keys=32, stages=3, warps=4, tma=False)
         fused = Tiling(keys=32, stages=2, warps=4, tma=False)
-        few = Fitting(fused, programs_per_sm=2, cut_per_sm=2)
+        # Two of 64 keys ask for 128 KiB of shared memory, which few devices have.
+        has_room = is_hopper(spec.device) and spec.dtype == spec.cache_dtype != torch.float32
+        several = replace(fused, keys=64) if has_room else None
+        few = Fitting(fused, programs_per_sm=2, cut_per_sm=2, several=several)
         return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)
     # Two stages, so that the tiles of two programs fit in a multiprocessor's shared memory, too.
     prefill = Tiling(

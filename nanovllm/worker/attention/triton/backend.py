@@ -191,7 +191,7 @@ class TritonAttention:
                 batch.num_rows,
                 self._most_splits(fitting, batch.num_rows),
                 **shape,
-                BLOCK_N=fitting.tiling.keys,
+                BLOCK_N=fitting.tiling_for(batch.num_rows).keys,
             )
             return
         stream_plan_kernel[grid](
@@ -359,10 +359,11 @@ class TritonAttention:
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
         norm, most = rotary.qk_norm, self._most_splits(fitting, batch.num_rows)
         num_splits = min(batch.num_rows * tuning.max_splits, most)
+        tiling = fitting.tiling_for(batch.num_rows)
         decode_kernel[(num_splits * spec.num_kv_heads,)](
             qkv,
             qkv.stride(0),
-            *self._keys_and_values(layer_cache, fitting.tiling),
+            *self._keys_and_values(layer_cache, tiling),
             out,
             *scratch.partials,
             scratch.arrivals,
@@ -384,7 +385,7 @@ class TritonAttention:
             SLOTS=self._slots,
             NORM=norm is not None,
             SINKS=sinks is not None,
-            **fitting.tiling.options,
+            **tiling.options,
             **self._options,
         )
 

@@ -15,75 +15,92 @@ from nanovllm.worker.request_rows import RequestRows
 BLOCK = 128  # tokens of a program, or words of a block table at once
 
 
+@triton.jit
+def _num_ended(tokens, starts, num_rows, halvings):
+    """How many entries end at or before each of the tokens."""
+    low, high = tokens * 0, tokens * 0 + num_rows
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        after = tl.load(starts + middle + 1, low < high, other=0) <= tokens
+        low, high = (
+            tl.where(after & (low < high), middle + 1, low),
+            tl.where(after, high, middle),
+        )
+    return low
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "halvings"])
 def _expand_kernel(
     rows,  # [num_rows + 1] int32, the last one the padding row's
     num_computed,  # like rows
     starts,  # first token of each, and behind the last; if DECODES that of num_rows
     token_ids,  # [rows of the device, …] int32
-    tables,  # likewise: block tables
-    stride,  # of both
+    tables,  # of each group of layers likewise: block tables
+    stride,  # of all
     input_ids,  # [num_tokens] int64, out, like the next two
-    positions, slot_mapping,
+    positions,
+    slot_mappings,  # of each group
     seq_lens,  # [num_rows] int32, out
-    block_tables,  # [num_rows, width] int32, out as far as a row's keys reach
-    num_rows, num_tokens, width,
+    block_tables,  # of each group [num_rows, width] int32, out as far as a row's keys reach
+    num_rows, num_tokens,
+    widths,  # of each group
     halvings,  # that find one of num_rows
-    BLOCK_SIZE: tl.constexpr, DECODES: tl.constexpr, NOWHERE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZES: tl.constexpr,  # of each group
+    DECODES: tl.constexpr, NOWHERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first programs take a row each, the others BLOCK tokens each."""
-    program = tl.program_id(0)
+    """The first programs take a row each, the others BLOCK tokens each; every group has its own,
+    and the first one's write what all groups have in common."""
+    program, group = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, BLOCK)
     if program < num_rows:
-        table = tables + tl.load(rows + program).to(tl.int64) * stride
+        begin = tl.load(rows + program).to(tl.int64) * stride
         num_new = tl.load(starts + program + 1) - tl.load(starts + program)
         seq_len = tl.load(num_computed + program) + num_new
-        tl.store(seq_lens + program, seq_len)
-        for first in range(0, tl.cdiv(seq_len, BLOCK_SIZE), BLOCK):
-            places = first + lanes
-            blocks = tl.load(table + places, places < width)
-            tl.store(block_tables + program * width + places, blocks, places < width)
+        if group == 0:
+            tl.store(seq_lens + program, seq_len)
+        for each in tl.static_range(len(BLOCK_SIZES)):
+            if group == each:
+                table, width = tables[each] + begin, widths[each]
+                for first in range(0, tl.cdiv(seq_len, BLOCK_SIZES[each]), BLOCK):
+                    places = first + lanes
+                    blocks = tl.load(table + places, places < width)
+                    tl.store(block_tables[each] + program * width + places, blocks, places < width)
     else:
         tokens = (program - num_rows) * BLOCK + lanes
         inside = tokens < num_tokens
         entries = tl.minimum(tokens, num_rows - 1)
-        if not DECODES:  # how many entries end at or before a token
-            low, high = tokens * 0, tokens * 0 + num_rows
-            for _ in range(halvings):
-                middle = (low + high) // 2
-                after = tl.load(starts + middle + 1, low < high, other=0) <= tokens
-                low, high = (
-                    tl.where(after & (low < high), middle + 1, low),
-                    tl.where(after, high, middle),
-                )
-            entries = low
+        if not DECODES:
+            entries = _num_ended(tokens, starts, num_rows, halvings)
         real = entries < num_rows
         row = tl.load(rows + entries).to(tl.int64)
         offsets = tokens - tl.load(starts + entries) + tl.load(num_computed + entries)
         places = tl.where(real & inside, offsets, 0)
-        blocks = tl.load(tables + row * stride + places // BLOCK_SIZE)
-        slots = tl.where(real, blocks * BLOCK_SIZE + places % BLOCK_SIZE, NOWHERE)
-        tl.store(
-            input_ids + tokens, tl.load(token_ids + row * stride + places).to(tl.int64), inside
-        )
-        tl.store(positions + tokens, places.to(tl.int64), inside)
-        tl.store(slot_mapping + tokens, slots.to(tl.int64), inside)
+        if group == 0:
+            ids = tl.load(token_ids + row * stride + places)
+            tl.store(input_ids + tokens, ids.to(tl.int64), inside)
+            tl.store(positions + tokens, places.to(tl.int64), inside)
+        for each in tl.static_range(len(BLOCK_SIZES)):
+            if group == each:
+                SIZE: tl.constexpr = BLOCK_SIZES[each]  # noqa: N806
+                blocks = tl.load(tables[each] + row * stride + places // SIZE)
+                slots = tl.where(real, blocks * SIZE + places % SIZE, NOWHERE)
+                tl.store(slot_mappings[each] + tokens, slots.to(tl.int64), inside)
 
 
 def expand_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """`forward_batch.expand_view`, but for words of block tables beyond a row's keys."""
     batch = batch_of_view(staged, rows)
     num_rows, num_tokens = batch.num_rows, batch.num_tokens
-    # Each further group of layers is a launch that writes all but its own tables once more.
-    batches, sizes = (batch, *batch.others), rows.block_sizes
-    for one, table, size in zip(batches, rows.block_tables, sizes, strict=True):
-        assert table.stride() == rows.token_ids.stride()
-        _expand_kernel[(num_rows + triton.cdiv(num_tokens, BLOCK),)](
-            staged.rows, staged.num_computed, staged.query_start_loc,
-            rows.token_ids, table, rows.token_ids.stride(0),
-            one.input_ids, one.positions, one.slot_mapping, one.seq_lens, one.block_tables,
-            num_rows, num_tokens, one.block_tables.shape[1], num_rows.bit_length(),
-            BLOCK_SIZE=size, DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
-            BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    batches, tables = (batch, *batch.others), tuple(rows.block_tables)
+    assert all(table.stride() == rows.token_ids.stride() for table in tables)
+    _expand_kernel[(num_rows + triton.cdiv(num_tokens, BLOCK), len(batches))](
+        staged.rows, staged.num_computed, staged.query_start_loc,
+        rows.token_ids, tables, rows.token_ids.stride(0),
+        batch.input_ids, batch.positions, tuple(one.slot_mapping for one in batches),
+        batch.seq_lens, tuple(one.block_tables for one in batches),
+        num_rows, num_tokens, tuple(one.block_tables.shape[1] for one in batches),
+        num_rows.bit_length(),
+        BLOCK_SIZES=tuple(rows.block_sizes), DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     return batch
