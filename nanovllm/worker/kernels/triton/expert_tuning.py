@@ -22,9 +22,9 @@ def tiles_for(
 
     Up to some 64 pairs an expert its weights are what takes time, and several programs share a
     multiprocessor; then products are. Few and many pairs, and weights of 4 bits: as measured on an
-    H200 with Qwen3-30B-A3B and gpt-oss-20b (benchmarks/experts.py). Of weights of 8 bits few tokens take
-    twice as many inputs at a time, to read as long pieces of rows; not yet measured. has_room: a
-    program may have 200 KiB of shared memory, as on Hopper and later; an Ada has 99.
+    H200 with Qwen3-30B-A3B and gpt-oss-20b (benchmarks/experts.py). Of weights of 8 bits few tokens
+    take twice as many inputs at a time, to read as long pieces of rows; not yet measured. has_room:
+    a program may have 200 KiB of shared memory, as on Hopper and later; an Ada has 99.
     """
     if bits == 4:
         return _tiles_of_4_bits(pairs_per_expert, has_room=has_room)
