@@ -5,7 +5,7 @@ and the head stay as they are. No torch.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NoReturn
 
 from msgspec import Struct
@@ -26,6 +26,7 @@ INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
 SCALE_BYTES = 2
 SUPER_GROUP = 256
+MOST_COPIED = 2**23  # FP8 weights of a layer: few are read in less time than kernels take to follow
 
 Method = Literal["fp8", "int8", "packed", "mxfp4"]
 Scales = Literal["tensor", "channel", "group", "block"]
@@ -194,15 +195,37 @@ def scheme_for(
     return scheme
 
 
-def bytes_per_linear_weight(spec: DecoderSpec, scheme: Scheme | None, *, value_bytes: int) -> float:
-    """Average over the linear layers. value_bytes: of a number that is not quantized."""
+def is_copied(kept: WeightFormat | None, parts: Iterable[str], num_weights: int) -> bool:
+    """Whether a GPU that multiplies FP8 also keeps a layer's weights unquantized, for few tokens.
+
+    parts: of which the layer consists; num_weights: that one rank holds. Experts are many.
+    """
+    is_single = not any(part.startswith("expert_") for part in parts)
+    return kept is not None and kept.method == "fp8" and is_single and num_weights < MOST_COPIED
+
+
+def bytes_per_linear_weight(
+    spec: DecoderSpec,
+    scheme: Scheme | None,
+    *,
+    value_bytes: int,
+    num_ranks: int = 1,
+    copies: bool = False,
+) -> float:
+    """Average over the linear layers. value_bytes: of a number that is not quantized. copies:
+    whether those are kept that `is_copied` tells of, by each of so many ranks."""
     if scheme is None:
         return value_bytes
     num_weights = num_bytes = 0.0
     for index, layer in enumerate(spec.layers):
-        for part in linear_parts(layer, spec.hidden_size):
+        parts = list(linear_parts(layer, spec.hidden_size))
+        for part in parts:
             kept = scheme.format_of(spec.names.safetensors[part.name].format(index, 0))
             each = value_bytes if kept is None else kept.bytes_per_weight
+            merged = [other for other in parts if other.layer == part.layer]
+            num_merged = sum(other.num_weights for other in merged)
+            if copies and is_copied(kept, [part.name], num_merged // num_ranks):
+                each += value_bytes
             num_weights += part.num_weights
             num_bytes += part.num_weights * each
     return num_bytes / num_weights

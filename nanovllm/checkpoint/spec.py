@@ -264,6 +264,10 @@ class DecoderSpec(Struct, frozen=True, kw_only=True):
         return replace(self, layers=tuple(layers))
 
 
+MERGED = {"q": "qkv", "k": "qkv", "v": "qkv"} | dict.fromkeys(("gate", "up"), "gate_up")
+MERGED |= dict.fromkeys(("shared_gate", "shared_up"), "shared_gate_up")
+
+
 class LinearPart(NamedTuple):
     """A matrix of a layer as checkpoints have it, or as many of them as there are experts."""
 
@@ -277,6 +281,11 @@ class LinearPart(NamedTuple):
     @property
     def num_weights(self) -> int:
         return self.copies * self.outputs * self.inputs
+
+    @property
+    def layer(self) -> str:
+        """Parts that are multiplied as one are of the same."""
+        return MERGED.get(self.name, self.name)
 
 
 def linear_parts(layer: LayerSpec, hidden: int) -> Iterator[LinearPart]:

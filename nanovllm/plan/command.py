@@ -84,7 +84,13 @@ def make_plan(config: EngineConfig, machine: Machine) -> MemoryPlan:
         machine=machine,
         precision=Precision.of(
             dtype,
-            linear_bytes=bytes_per_linear_weight(spec, scheme, value_bytes=VALUE_BYTES[dtype]),
+            linear_bytes=bytes_per_linear_weight(
+                spec,
+                scheme,
+                value_bytes=VALUE_BYTES[dtype],
+                num_ranks=num_ranks,
+                copies=machine.is_gpu and dtype == "bfloat16",
+            ),
             fp8_cache=config.cache.kv_cache_dtype != "auto"
             or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
         ),

@@ -16,6 +16,7 @@ from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_me
 from nanovllm.plan.precision import Precision
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.parallel import SINGLE, TensorParallel
+from nanovllm.worker.quant.fp8 import has_native_fp8
 
 
 def plan_memory(
@@ -52,12 +53,20 @@ def plan_memory(
     return plan
 
 
-def precision_of(spec: DecoderSpec, scheme: Scheme | None, attention: AttentionSpec) -> Precision:
-    """What weights and keys take once `scheme` has been applied."""
+def precision_of(
+    spec: DecoderSpec, scheme: Scheme | None, attention: AttentionSpec, *, num_ranks: int = 1
+) -> Precision:
+    """What weights and keys take once `scheme` has been applied, by each of so many ranks."""
     value_bytes = attention.dtype.itemsize
     return Precision.of(
         str(attention.dtype).removeprefix("torch."),
-        linear_bytes=bytes_per_linear_weight(spec, scheme, value_bytes=value_bytes),
+        linear_bytes=bytes_per_linear_weight(
+            spec,
+            scheme,
+            value_bytes=value_bytes,
+            num_ranks=num_ranks,
+            copies=has_native_fp8(attention.device) and attention.dtype == torch.bfloat16,
+        ),
         fp8_cache=attention.cache_dtype != attention.dtype,
     )
 

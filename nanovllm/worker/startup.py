@@ -163,7 +163,12 @@ class Startup:
             self._config,
             choice.size,
             device=self.device,
-            precision=precision_of(choice.spec, choice.scheme, choice.attention.spec),
+            precision=precision_of(
+                choice.spec,
+                choice.scheme,
+                choice.attention.spec,
+                num_ranks=self._parallel.size,
+            ),
             max_model_len=choice.spec.max_position_embeddings,
             parallel=self._parallel,
             layout=choice.layout,

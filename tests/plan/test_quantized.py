@@ -6,7 +6,12 @@ import pytest
 
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.model_size import read_model_size
-from nanovllm.checkpoint.quantization import bytes_per_linear_weight, choose_scheme
+from nanovllm.checkpoint.quantization import (
+    WeightFormat,
+    bytes_per_linear_weight,
+    choose_scheme,
+    is_copied,
+)
 from nanovllm.config import EngineConfig
 from nanovllm.plan.command import choose_machine, make_plan
 from tests.worker.quant.layouts import FORMATS, write
@@ -51,3 +56,31 @@ def test_the_plan_of_a_packed_checkpoint_counts_all_its_weights(tmp_path: Path) 
         assert other.weight_bytes[group] == pytest.approx(one.weight_bytes[group] * ratio, rel=1e-3)
     for group in ("embedding", "head", "norms"):
         assert other.weight_bytes[group] == one.weight_bytes[group]
+
+
+@pytest.mark.parametrize(("gpu_dtype", "each"), [("bfloat16", 3), ("float16", 1)])
+def test_the_plan_counts_unquantized_copies_of_small_fp8_layers(
+    gpu_dtype: str, each: int, tmp_path: Path
+) -> None:
+    """Where FP8 is multiplied as it is: bfloat16 on a GPU. A large layer has none."""
+    plain = wider("llama", tmp_path)
+    config = EngineConfig.from_kwargs(
+        model=str(plain), device="cuda", dtype=gpu_dtype, quantization="fp8"
+    )
+    plan = make_plan(config, choose_machine(config, gpu="H100", gpu_memory=None))
+    for group in ("attention", "mlp"):
+        assert plan.weight_bytes[group] == each * plan.size.parameters[group]
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "parts", "expected"),
+    [
+        (2**23 - 1, ["gate", "up"], True),
+        (2**23, ["gate", "up"], False),
+        (2**20, ["expert_down"], False),
+    ],
+)
+def test_which_layers_are_copied(num_weights: int, parts: list[str], expected: bool) -> None:
+    assert is_copied(WeightFormat("fp8"), parts, num_weights) is expected
+    assert not is_copied(WeightFormat("int8"), parts, num_weights)
+    assert not is_copied(None, parts, num_weights)

@@ -19,6 +19,7 @@ class Weighed(NamedTuple):
 
     values: Tensor  # [num_tokens, hidden_size]: the residual times the norm's weight
     squares: Tensor  # [num_tokens, num_parts] fp32, whose sums are those of the residual's squares
+    scale: Tensor | None = None  # [num_groups, num_tokens] fp32: of values that are quantized
 
 
 class Residual(NamedTuple):

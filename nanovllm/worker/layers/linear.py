@@ -135,6 +135,7 @@ class Linear:
     shard_axis: Literal[0, 1]
     method: LinearMethod = UNQUANTIZED
     scale: Tensor | None = None  # of weights that `method` keeps quantized; by channel: [outputs]
+    copy: "Linear | None" = None  # the same unquantized, if `method` keeps both: for few tokens
     taken: Cut | None = None
     parallel: TensorParallel = SINGLE
 

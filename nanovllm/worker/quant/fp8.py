@@ -4,13 +4,16 @@ Chosen by `method_for`; fused kernels hand their own quantized tokens to `multip
 Micikevicius et al., "FP8 formats for deep learning", 2022.
 """
 
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.quantization import WeightFormat
-from nanovllm.worker.layers.linear import Linear
+from nanovllm.checkpoint.quantization import WeightFormat, is_copied
+from nanovllm.worker.layers.linear import UNQUANTIZED, Linear, WeightSlot
 from nanovllm.worker.quant.scaled_rows import LEAST_PEAK, QuantizedRows, ScaledRows
 
 KIND = "fp8"  # by which kernels know these weights
@@ -27,6 +30,13 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     return QuantizedRows((wide / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale)
 
 
+class QuantizedGroups(NamedTuple):
+    """Rows whose numbers share a scale in groups, each of as many as the next."""
+
+    values: Tensor  # [n, size], e4m3
+    scale: Tensor  # [num_groups, n] fp32
+
+
 class Fp8(ScaledRows):
     """In plain torch, on any device: weights take half the memory, and no less time."""
 
@@ -35,8 +45,36 @@ class Fp8(ScaledRows):
     quantize = staticmethod(quantize_rows)
 
 
+@dataclass(frozen=True, slots=True)
 class NativeFp8(Fp8):
-    """By the tensor cores of Ada, Hopper and later, in bfloat16: up to twice as fast."""
+    """By the tensor cores of Ada, Hopper and later, in bfloat16: up to twice as fast.
+
+    is_copied: weights are kept in bfloat16, too, dequantized (`Linear.copy`). Of a small layer, a
+    few tokens take the time that kernels need to follow each other and not that of reading, and
+    tokens that need not be quantized take the least.
+    """
+
+    is_copied: bool = False
+
+    def create(self, linear: Linear, device: torch.device) -> None:
+        dtype = linear.weight.dtype
+        super(NativeFp8, self).create(linear, device)
+        if self.is_copied:
+            weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
+            linear.copy = replace(linear, weight=weight, scale=None, method=UNQUANTIZED)
+
+    def slots(self, linear: Linear) -> Iterator[WeightSlot]:
+        rows_of = {part: rows for part, _, rows in linear.rows()}
+        for slot in super(NativeFp8, self).slots(linear):
+            if linear.copy is not None and slot.kind in ("weight", "weight_scale"):
+                put = partial(_put_both, slot, linear, rows_of[slot.part])
+                slot = replace(slot, put=put)
+            yield slot
+
+    def tensors(self, linear: Linear) -> Iterator[Tensor]:
+        yield from super(NativeFp8, self).tensors(linear)
+        if linear.copy is not None:
+            yield linear.copy.weight
 
     def multiply(self, linear: Linear, tokens: QuantizedRows, dtype: torch.dtype) -> Tensor:
         assert linear.scale is not None
@@ -49,6 +87,17 @@ class NativeFp8(Fp8):
             out_dtype=dtype,
             use_fast_accum=True,
         )
+
+
+def _put_both(slot: WeightSlot, linear: Linear, part: slice, values: Tensor, rows: slice) -> None:
+    """Weights of a part, or their scales, as `slot` has them, and what they mean in the copy.
+
+    Which of the two comes last makes it right.
+    """
+    slot.write(values, rows)
+    assert linear.copy is not None and linear.scale is not None
+    weight, scale = linear.weight[part][rows], linear.scale[part][rows]
+    linear.copy.weight[part][rows] = weight.float() * scale[:, None]
 
 
 FP8, NATIVE_FP8 = Fp8(), NativeFp8()
@@ -68,4 +117,7 @@ def method_for(kept: WeightFormat, linear: Linear, device: torch.device) -> Fp8:
         and linear.weight.dtype == torch.bfloat16
         and all(size % ALIGNMENT == 0 for size in linear.weight.shape)
     )
-    return (NativeFp8 if can_multiply else Fp8).of(kept)
+    if not can_multiply:
+        return Fp8.of(kept)
+    copied = is_copied(kept, linear.parts, linear.weight.numel())
+    return replace(NativeFp8.of(kept), is_copied=copied)

@@ -42,6 +42,7 @@ from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.quant import fp8
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampler
 from nanovllm.worker.warmup.dummy_steps import KINDS, heaviest_steps, run_step
@@ -74,6 +75,7 @@ class Target:
 def leave_launches_out(gpu: launch.Gpu) -> None:
     """From now on in this process: kernels are compiled for that GPU, and none runs."""
     launch.stand_in(gpu)
+    fp8.has_native_fp8 = lambda device: gpu.capability >= fp8.NATIVE_CAPABILITY
     triton.runtime.driver.set_active(Target(gpu.capability))
     run = JITFunction.run
 

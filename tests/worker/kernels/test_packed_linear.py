@@ -137,7 +137,7 @@ def test_one_product_weighs_the_stream_for_the_next(
     into, out_of = packed("4 bits", 32, (64, 160)), packed("8 bits", 32, (80, 64))
     added = packed_add(x, into, residual, next_norm=factors, tile=tile)
     assert added.weighed is not None
-    values, squares = added.weighed
+    values, squares, _ = added.weighed
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
     out = packed_linear(values, out_of, norm=(squares, 1e-6), gate=gate_by, tile=tile)

@@ -67,7 +67,7 @@ def test_one_product_weighs_the_stream_for_the_next(
     into, out_of = torch.randn(40, 160, device=DEVICE), torch.randn(80, 40, device=DEVICE)
     added = skinny_add(x, Linear(into, None, {}, 0), residual, next_norm=factors, tile=tile)
     assert added.weighed is not None
-    values, squares = added.weighed
+    values, squares, _ = added.weighed
     torch.testing.assert_close(values, added.hidden * factors, rtol=0, atol=0)
     torch.testing.assert_close(squares.sum(1), added.hidden.square().sum(1))
     linear = Linear(out_of, None, {}, 0)
@@ -201,7 +201,7 @@ def test_fp8_weights_between_streams(num_tokens: int) -> None:
     x, residual, factors = x.contiguous(), residual.contiguous(), torch.randn(48, device=DEVICE)
     added = skinny_add(x, into, residual, next_norm=factors)
     assert added.weighed is not None
-    values, squares = added.weighed
+    values, squares, _ = added.weighed
     out = skinny_linear(values, out_of, norm=(squares, 1e-6))
     first, second = (
         fp8_tile_for(num_tokens, *shape, gated=False) for shape in ((48, 160), (40, 48))

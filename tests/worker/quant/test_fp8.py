@@ -7,7 +7,7 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant import fp8
-from nanovllm.worker.quant.fp8 import E4M3, FP8, NATIVE_FP8, quantize_rows
+from nanovllm.worker.quant.fp8 import E4M3, FP8, NATIVE_FP8, Fp8, NativeFp8, quantize_rows
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 CPU = torch.device("cpu")
@@ -87,9 +87,41 @@ def test_native_where_it_can_be(
     )
     linear.method = fp8.method_for(WeightFormat("fp8"), linear, CPU)
     linear.method.create(linear, CPU)
-    assert linear.method == (NATIVE_FP8 if is_native else FP8)
-    assert type(linear.method) is type(NATIVE_FP8 if is_native else FP8)
+    assert linear.method == (NativeFp8(is_copied=True) if is_native else FP8)
+    assert type(linear.method) is (NativeFp8 if is_native else Fp8)
     assert linear.weight.device == CPU and linear.weight.dtype == E4M3
     assert linear.scale is not None and linear.scale.shape == (32,)
     assert linear.bias is not None and linear.bias.dtype == dtype
     assert (linear.bias == 0).all()
+
+
+@pytest.mark.parametrize("part", ["down", "expert_down"])
+@pytest.mark.parametrize("num_outputs", [4096, 8192])
+def test_which_layers_are_copied(
+    monkeypatch: pytest.MonkeyPatch, part: str, num_outputs: int
+) -> None:
+    """Small ones, and none of experts, which are many."""
+    monkeypatch.setattr(fp8, "has_native_fp8", lambda device: True)
+    linear = Linear.empty(
+        1024, {part: num_outputs}, bias=False, shard_axis=1, dtype=torch.bfloat16,
+        device=torch.device("meta"),
+    )  # fmt: skip
+    method = fp8.method_for(WeightFormat("fp8"), linear, CPU)
+    is_copied = part == "down" and num_outputs == 4096
+    assert method == NativeFp8(is_copied=is_copied)
+
+
+def test_a_copy_means_the_weights_whichever_comes_last() -> None:
+    linear = Linear.empty(
+        48, {"gate": 16, "up": 32}, bias=False, shard_axis=0, dtype=torch.bfloat16,
+        device=torch.device("meta"),
+    )  # fmt: skip
+    linear.method = NativeFp8("channel", is_copied=True)
+    linear.method.create(linear, CPU)
+    rows = quantize_rows(torch.randn(48, 48) * SIZES.repeat(2, 1)[:48])
+    values = {"gate": slice(0, 16), "up": slice(16, 48)}
+    for slot in reversed(list(linear.method.slots(linear))):
+        tensor = rows.values if slot.kind == "weight" else rows.scale
+        slot.write(tensor[values[slot.part]])
+    assert linear.copy is not None
+    assert torch.equal(linear.copy.weight, meant(rows).bfloat16())

@@ -17,6 +17,7 @@ from nanovllm.worker.attention.select import attention_specs, select_attention
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.layers.linear import UNQUANTIZED
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.quant import fp8
 from nanovllm.worker.quant.fp8 import E4M3, FP8, Fp8, quantize_rows
 from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.weights import load_weights
@@ -30,16 +31,20 @@ Build = Callable[[str], Path]
 
 
 def load(
-    checkpoint: Checkpoint, *, scheme: Scheme | None, load_format: LoadFormat = "auto"
+    checkpoint: Checkpoint,
+    *,
+    scheme: Scheme | None,
+    load_format: LoadFormat = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     spec = spec_from_config(checkpoint.config())
-    specs = attention_specs(spec, block_size=16, dtype=torch.float32, device=CPU)
+    specs = attention_specs(spec, block_size=16, dtype=dtype, device=CPU)
     attention, _ = select_attention("auto", specs)
     model = Decoder(
         spec,
         kernels=TorchKernels(),
         attention=attention,
-        dtype=torch.float32,
+        dtype=dtype,
         device=CPU,
         scheme=scheme,
     )
@@ -142,6 +147,29 @@ def test_dummy_is_the_unquantized_dummy_quantized(tiny_checkpoint: Build) -> Non
         plain = load(checkpoint, scheme=None, load_format="dummy")
         quantized = load(checkpoint, scheme=Scheme.at_load("fp8"), load_format="dummy")
     assert_means(quantized, rounded(meaning(plain)))
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor", None])
+def test_small_layers_are_kept_in_both_forms(
+    strategy: str | None, tiny_checkpoint: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU multiplies FP8 itself; None: quantized as they come."""
+    monkeypatch.setattr(fp8, "has_native_fp8", lambda device: True)
+    monkeypatch.setattr("nanovllm.worker.weights.PIECE_VALUES", 700)
+    path = tiny_checkpoint("qwen2")
+    if strategy is not None:
+        write_compressed(path, tmp_path, strategy=strategy)
+        path = tmp_path
+    checkpoint = Checkpoint(path, "safetensors")
+    scheme = choose_scheme("fp8", checkpoint.config())
+    model = load(checkpoint, scheme=scheme, dtype=torch.bfloat16)
+    for linear in (linear for layer in model.layers for linear in layer.linears()):
+        assert linear.copy is not None and linear.copy.method is UNQUANTIZED
+        assert linear.copy.bias is linear.bias and linear.copy.scale is None
+        wide = dequantized(linear.weight, linear.scale)
+        assert torch.equal(linear.copy.weight, wide.bfloat16())
+        taken = sum(tensor.numel() for tensor in linear.method.tensors(linear))
+        assert taken == 2 * linear.weight.numel() + len(linear.weight)
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])

@@ -25,8 +25,10 @@ from nanovllm.worker.attention.triton import long_kernel
 from nanovllm.worker.attention.triton.attention_tuning import Long
 from nanovllm.worker.kernels.triton import (
     edit_logits,
+    fp8_linear,
     fused_sampler,
     gated_linear,
+    linear_tuning,
     token_logprobs,
 )
 
@@ -170,6 +172,40 @@ def gated() -> dict[str, dict[str, int]]:
     }
 
 
+def grouped() -> dict[str, dict[str, int]]:
+    """As `fp8_linear` launches it for the layers of Qwen3-8B."""
+    pointers = dict.fromkeys(("x_scale", "channel_scale", "squares", "next_squares"), "*fp32")
+    pointers |= dict.fromkeys(("group_scale", "partial"), "*fp32")
+    pointers |= {"weight": "*fp8e4nv", "weighed": "*fp8e4nv", "arrivals": "*i32"}
+    numbers = {"num_tokens": "i32", "num_outputs": "i32", "eps": "fp32"}
+    surroundings: dict[str, dict[str, str]] = {
+        "qkv": {"out": "*bf16"},
+        "down": {"out": "*bf16", "residual": "*bf16", "next_weight": "*bf16"},
+        "gate_up": {"out": "*fp8e4nv"},
+    }
+    sizes = {"qkv": (6144, 4096), "down": (4096, 12288), "gate_up": (12288, 4096)}
+    unused = {"qkv": ("weighed", "group_scale", "next_squares"), "down": ("squares",)}
+    unused["gate_up"] = ("weighed", "next_squares")
+    found = {}
+    for name, (num_outputs, num_inputs) in sizes.items():
+        gated = name == "gate_up"
+        tile = linear_tuning.fp8_group_tile_for(num_outputs, num_inputs, gated=gated)
+        block_m, splits = fp8_linear.BLOCK_M, -(-num_inputs // (tile.block_k * tile.num_tiles))
+        boxes = {"x_desc": [block_m, tile.block_k], "weight_desc": [tile.block_n, tile.block_k]}
+        types = {key: f"tensordesc<fp8e4nv{box}>" for key, box in boxes.items()}
+        types |= {key: kind for key, kind in pointers.items() if key not in unused[name]}
+        constants = {"K": num_inputs, "PARTS": num_inputs // 128, "NUM_TILES": tile.num_tiles}
+        constants |= {"SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": tile.block_n}
+        constants |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages, "AHEAD": fp8_linear.AHEAD}
+        found[name] = usage(
+            fp8_linear._group_kernel,
+            types | surroundings[name] | numbers,
+            constants | {"GATE": "silu" if gated else None, "PDL": True},
+            num_warps=tile.warps,
+        )
+    return found
+
+
 def long() -> dict[str, dict[str, int]]:
     """As `TritonAttention` launches it for models with the heads of Qwen3-0.6B and 8B."""
     tile, layout = Long(), long_kernel.TILE_LAYOUT.value
@@ -196,7 +232,7 @@ def long() -> dict[str, dict[str, int]]:
     }
 
 
-CASES = {"sampler": sampler, "asking": asking, "gated": gated, "long": long}
+CASES = {"sampler": sampler, "asking": asking, "gated": gated, "grouped": grouped, "long": long}
 
 if __name__ == "__main__":
     print(json.dumps(CASES[sys.argv[1]]()))

@@ -19,7 +19,7 @@ from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
 from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
 from nanovllm.worker.kernels.triton.launch import launch_options
-from nanovllm.worker.kernels.triton.products import products_of, weight_of
+from nanovllm.worker.kernels.triton.products import form_for, products_of, weight_of
 from nanovllm.worker.kernels.triton.rows import act_and_mul, add_normed, rms_norm
 from nanovllm.worker.kernels.triton.skinny_linear import can_weigh
 from nanovllm.worker.layers.linear import Linear
@@ -138,6 +138,7 @@ class TritonKernels:
         return rms_norm(hidden, norm)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        linear = form_for(len(residual.hidden), linear)
         return products_of(linear).norm_linear(*_left_to_norm(residual, norm), linear)
 
     def linear_add(
@@ -149,6 +150,7 @@ class TritonKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Residual:
+        linear = form_for(len(hidden), linear)
         products = products_of(linear)
         norms = {"post_norm": post_norm, "next_norm": next_norm}
         if linear.is_partial:
@@ -169,12 +171,19 @@ class TritonKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Residual:
-        hidden, products = residual.hidden, products_of(gate_up)
+        hidden = residual.hidden
+        gate_up, down = form_for(len(hidden), gate_up), form_for(len(hidden), down)
+        products = products_of(gate_up)
         residual, norm = _left_to_norm(residual, norm)
+        is_plain = not down.is_partial and post_norm is None
+        if is_plain and (
+            whole := products.mlp(residual, norm, gate_up, activation, down, hidden, next_norm)
+        ):
+            return whole
         inner = products.gated(residual, norm, gate_up, activation)
         if inner is None:
             product = products.norm_linear(residual, norm, gate_up)
-            if not down.is_partial and post_norm is None:
+            if is_plain:
                 return products_of(down).gated_linear_add(
                     product, activation, down, hidden, next_norm
                 )

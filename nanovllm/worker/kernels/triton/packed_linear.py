@@ -399,7 +399,7 @@ def _packed_vector_kernel(
     acc, up = acc[None, :], up[None, :]
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
-    finish(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
+    finish(acc, up, None, bias, residual, next_weight, out, weighed, next_squares, None,
            tokens, outputs, 1, num_outputs, GATE)  # fmt: skip
 
 
@@ -490,7 +490,7 @@ def _packed_matrix_kernel(
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
-                 partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
+                 None, partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
                  BLOCK_N, GATE)  # fmt: skip
 
 
@@ -685,7 +685,7 @@ def _packed_group_kernel(
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
     finish_split(acc, up, None, bias, residual, next_weight, out, weighed, next_squares,
-                 partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
+                 None, partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
                  BLOCK_N, GATE)  # fmt: skip
 
 

@@ -12,9 +12,16 @@ from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual
+from nanovllm.worker.kernels.triton.fp8_linear import (
+    GROUP,
+    can_group,
+    group_add,
+    group_gated,
+    group_linear,
+)
 from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
 from nanovllm.worker.kernels.triton.launch import converts_fp8
-from nanovllm.worker.kernels.triton.linear_tuning import beats_cublas
+from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, are_grouped, beats_cublas
 from nanovllm.worker.kernels.triton.packed_linear import (
     can_multiply,
     fewest_unpacked,
@@ -22,11 +29,17 @@ from nanovllm.worker.kernels.triton.packed_linear import (
     packed_linear,
     unpacked,
 )
-from nanovllm.worker.kernels.triton.rows import act_and_mul, act_and_mul_fp8, quantize, rms_norm
+from nanovllm.worker.kernels.triton.rows import (
+    act_and_mul,
+    act_and_mul_fp8,
+    quantize,
+    quantize_groups,
+    rms_norm,
+)
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
-from nanovllm.worker.quant.fp8 import Fp8
+from nanovllm.worker.quant.fp8 import Fp8, QuantizedGroups
 from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
@@ -68,6 +81,22 @@ class Products:
         self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
     ) -> Tensor | None:
         """activation(gate) * up, whose halves never go to memory; None: not here, or not faster."""
+        return None
+
+    def mlp(
+        self,
+        residual: Residual,
+        norm: RMSNorm | None,
+        gate_up: Linear,
+        activation: Activation,
+        down: Linear,
+        hidden: Tensor,
+        next_norm: RMSNorm | None,
+    ) -> Residual | None:
+        """hidden + down(activation(gate) * up), if these two have a way of their own between them.
+
+        residual, norm: what is multiplied, as of `norm_linear`.
+        """
         return None
 
     def linear_add(
@@ -188,10 +217,46 @@ class PackedProducts(Products):
 
 
 class Fp8Products(SkinnyProducts):
-    """Of e4m3 weights: tokens are quantized by our own product, or by the kernel before cuBLAS."""
+    """Of e4m3 weights. Tokens are quantized once: by the product before or, where cuBLAS or
+    something else comes before, by a kernel of their own; a handful of them by our own product."""
 
     def serves(self, linear: Linear) -> bool:
         return converts_fp8(linear.weight.device)
+
+    def multiply(self, x: Tensor, linear: Linear) -> Tensor:
+        if self.is_grouped(x, linear):
+            return group_linear(quantize_groups(x, GROUP), linear, x.dtype)
+        return super().multiply(x, linear)
+
+    def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if self.is_grouped(residual.hidden, linear):
+            x, scale = _grouped(residual, norm)
+            return group_linear(x, linear, residual.hidden.dtype, norm=scale)
+        return super().norm_linear(residual, norm, linear)
+
+    def linear_add(
+        self, x: Tensor, linear: Linear, residual: Tensor, next_norm: RMSNorm | None
+    ) -> Residual:
+        if self.is_grouped(x, linear):
+            tokens = quantize_groups(x, GROUP)
+            return group_add(tokens, linear, residual, next_norm=weight_of(next_norm))
+        return super().linear_add(x, linear, residual, next_norm)
+
+    def mlp(
+        self,
+        residual: Residual,
+        norm: RMSNorm | None,
+        gate_up: Linear,
+        activation: Activation,
+        down: Linear,
+        hidden: Tensor,
+        next_norm: RMSNorm | None,
+    ) -> Residual | None:
+        if not all(self.is_grouped(residual.hidden, linear) for linear in (gate_up, down)):
+            return None
+        x, scale = _grouped(residual, norm)
+        inner = group_gated(x, gate_up, activation, norm=scale)
+        return group_add(inner, down, hidden, next_norm=weight_of(next_norm))
 
     def wide(self, x: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
         return _multiply_fp8(linear, quantize(x, norm), x)
@@ -204,10 +269,14 @@ class Fp8Products(SkinnyProducts):
         residual: Tensor,
         next_norm: RMSNorm | None,
     ) -> Residual:
-        if self.is_skinny(residual, linear):
+        if self.is_skinny(residual, linear) or self.is_grouped(residual, linear):
             return super().gated_linear_add(gate_up, activation, linear, residual, next_norm)
         product = _multiply_fp8(linear, act_and_mul_fp8(gate_up, activation), residual)
         return Residual(residual.add_(product))
+
+    def is_grouped(self, x: Tensor, linear: Linear) -> bool:
+        """Whether the product of tokens quantized in groups is the fastest one."""
+        return can_group(linear) and are_grouped(len(x), linear.weight)
 
 
 ANY = Products()
@@ -224,8 +293,26 @@ def products_of(linear: Linear) -> Products:
     return found if found.serves(linear) else ANY
 
 
+def form_for(num_tokens: int, linear: Linear) -> Linear:
+    """The layer, or its unquantized copy where that is there and faster."""
+    if linear.copy is not None and num_tokens <= MAX_TOKENS:
+        return linear.copy
+    return linear
+
+
 def _normed(residual: Residual, norm: RMSNorm | None) -> Tensor:
     return residual.hidden if norm is None else rms_norm(residual.hidden, norm)
+
+
+def _grouped(
+    residual: Residual, norm: RMSNorm | None
+) -> tuple[QuantizedGroups, tuple[Tensor, float] | None]:
+    """A residual's rows, normed, but for the norm's scale if they came weighed and quantized."""
+    weighed = residual.weighed
+    if norm is None or weighed is None or weighed.scale is None:
+        return quantize_groups(residual.hidden, GROUP, norm), None
+    x = QuantizedGroups(weighed.values, weighed.scale)
+    return x, (weighed.squares, norm.eps)
 
 
 def _skinny(
@@ -237,10 +324,10 @@ def _skinny(
     product: FusedProduct = skinny_linear,
 ) -> Tensor:
     """Norm and product of a few tokens; in one kernel if the residual comes weighed."""
-    if norm is None or residual.weighed is None:
+    weighed = residual.weighed
+    if norm is None or weighed is None or weighed.scale is not None:
         return product(_normed(residual, norm), linear, gate=gate)
-    values, squares = residual.weighed
-    return product(values, linear, norm=(squares, norm.eps), gate=gate)
+    return product(weighed.values, linear, norm=(weighed.squares, norm.eps), gate=gate)
 
 
 def _packed(linear: Linear) -> Packed:

@@ -18,17 +18,22 @@ from nanovllm.worker.kernels.triton.e4m3 import quantized
 from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant import fp8
+from nanovllm.worker.quant.fp8 import QuantizedGroups
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 GATE_BLOCK = 1024
 
 
 @triton.jit
-def _store_row(row, columns, inside, out, out_scale, token, size, QUANTIZE: tl.constexpr):
-    """A token's row, [BLOCK] in the precision it has; if asked for, quantized to e4m3."""
-    if QUANTIZE:
-        row, scale = quantized(row)
-        tl.store(out_scale + token + tl.arange(0, 1), scale)
+def _store_row(row, columns, inside, out, out_scale, token, size, BLOCK: tl.constexpr,
+               GROUP: tl.constexpr):  # fmt: skip
+    """A token's row, [BLOCK] in the precision it has, or in e4m3 with a scale for each GROUP."""
+    if GROUP > 0:
+        row, scale = quantized(tl.reshape(row, [BLOCK // GROUP, GROUP]))
+        row = tl.reshape(row, [BLOCK])
+        groups = tl.arange(0, BLOCK // GROUP)[:, None]
+        scales = out_scale + groups * tl.num_programs(0) + token
+        tl.store(scales, scale, groups * GROUP < size)
     tl.store(out + token * size + columns, row, inside)
 
 
@@ -49,14 +54,14 @@ def _normed(x, weight, factors, inside, eps, size, CENTERS: tl.constexpr):
 def _rows_kernel(
     hidden,  # [num_tokens, size]
     weight,  # [size]
-    out,  # like hidden; e4m3 if QUANTIZE
-    out_scale,  # [num_tokens] fp32, if QUANTIZE
+    out,  # like hidden; e4m3 if quantized
+    out_scale,  # [groups, num_tokens] fp32, if quantized
     eps,
     size,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     CENTERS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program per token: norm, quantize, or both."""
@@ -71,7 +76,7 @@ def _rows_kernel(
     x = tl.load(hidden + token * size + columns, inside, other=0.0)
     if NORM:
         x = _normed(x, weight, factors, inside, eps, size, CENTERS)
-    _store_row(x, columns, inside, out, out_scale, token, size, QUANTIZE)
+    _store_row(x, columns, inside, out, out_scale, token, size, BLOCK, GROUP)
 
 
 @triton.jit
@@ -107,12 +112,12 @@ def _add_normed_kernel(
 @triton.jit
 def _act_and_mul_kernel(
     gate_up,  # [num_tokens, 2 * size]
-    out,  # [num_tokens, size]; e4m3 if QUANTIZE
-    out_scale,  # [num_tokens] fp32, if QUANTIZE
+    out,  # [num_tokens, size]; e4m3 if quantized
+    out_scale,  # [num_tokens] fp32, if quantized
     size,
-    BLOCK: tl.constexpr,  # all of size, if QUANTIZE
+    BLOCK: tl.constexpr,  # all of size, if quantized
     ACTIVATION: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -124,7 +129,7 @@ def _act_and_mul_kernel(
     gate = tl.load(gate_up + token * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (token * 2 + 1) * size + columns, inside, other=0.0)
     gate = activated(gate, ACTIVATION).to(up.dtype)  # rounded, as it alone would be
-    _store_row(gate * up, columns, inside, out, out_scale, token, size, QUANTIZE)
+    _store_row(gate * up, columns, inside, out, out_scale, token, size, BLOCK, GROUP)
 
 
 def rms_norm(hidden: Tensor, norm: RMSNorm) -> Tensor:
@@ -159,6 +164,16 @@ def quantize(hidden: Tensor, norm: RMSNorm | None = None) -> QuantizedRows:
     return rows
 
 
+def quantize_groups(hidden: Tensor, group: int, norm: RMSNorm | None = None) -> QuantizedGroups:
+    """The same with a scale for each `group` of a token's numbers."""
+    num_tokens, size = hidden.shape
+    assert size % group == 0
+    scale = hidden.new_empty(size // group, num_tokens, dtype=torch.float32)
+    groups = QuantizedGroups(hidden.new_empty(num_tokens, size, dtype=fp8.E4M3), scale)
+    _launch_rows(hidden, groups, norm=norm, group=group)
+    return groups
+
+
 def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     """activation(gate) * up of [num_tokens, 2 * size], gates first. Returns new memory."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
@@ -183,8 +198,14 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)  # 8 elements (16 bytes) a thread and load
 
 
-def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: RMSNorm | None) -> None:
-    """Norm and quantize, whichever `norm` and the type of `out` ask for."""
+def _launch_rows(
+    hidden: Tensor,
+    out: QuantizedRows | QuantizedGroups,
+    *,
+    norm: RMSNorm | None,
+    group: int | None = None,
+) -> None:
+    """Norm and quantize, whichever `norm` and the type of `out` ask for. group: whole rows."""
     num_tokens, size = hidden.shape
     assert hidden.is_contiguous()
     weight, eps = (hidden, 0.0) if norm is None else (norm.weight, norm.eps)
@@ -192,7 +213,7 @@ def _launch_rows(hidden: Tensor, out: QuantizedRows, *, norm: RMSNorm | None) ->
     _rows_kernel[(num_tokens,)](
         hidden, weight, *out, eps, size,
         BLOCK=block, NORM=norm is not None, CENTERS=norm is not None and norm.centers,
-        QUANTIZE=out.values.dtype == fp8.E4M3,
+        GROUP=(group or block) if out.values.dtype == fp8.E4M3 else 0,
         num_warps=_warps(block), **launch_options(hidden.device),
     )  # fmt: skip
 
@@ -204,6 +225,7 @@ def _launch_gate(
     assert gate_up.is_contiguous()
     _act_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
         gate_up, *out, size,
-        BLOCK=block, ACTIVATION=activation, QUANTIZE=out.values.dtype == fp8.E4M3,
+        BLOCK=block, ACTIVATION=activation,
+        GROUP=block if out.values.dtype == fp8.E4M3 else 0,
         num_warps=_warps(block), **launch_options(gate_up.device),
     )  # fmt: skip

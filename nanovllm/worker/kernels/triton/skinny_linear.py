@@ -28,11 +28,12 @@ MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
 
 
 @triton.jit
-def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,
-           tokens, outputs, num_tokens, num_outputs, GATE: tl.constexpr):  # fmt: skip
+def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, squares,  # noqa: C901
+           group_scale, tokens, outputs, num_tokens, num_outputs, GATE: tl.constexpr):  # fmt: skip
     """Scale, bias, gate and residual, then the store; and what the next norm needs, if it is known.
 
-    acc, up: [tokens, outputs].
+    acc, up: [tokens, outputs]. With `group_scale` what the next product reads (weighed, or out if
+    there is none) is e4m3, and these outputs of a token share a scale.
     """
     dtype = out.dtype.element_ty
     inside = (outputs < num_outputs)[None, :]
@@ -48,17 +49,36 @@ def finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, sq
         if GATE is not None:
             up += tl.load(bias + num_outputs + outputs, inside, other=0.0)
     if GATE is not None:
-        acc = activated(acc.to(dtype).to(tl.float32), GATE).to(dtype).to(tl.float32) * up.to(dtype)
+        if group_scale is None:
+            acc = activated(acc.to(dtype).to(tl.float32), GATE).to(dtype).to(tl.float32)
+            acc *= up.to(dtype)
+        else:
+            acc = activated(acc, GATE) * up
     if residual is not None:
         acc = acc.to(dtype).to(tl.float32) + tl.load(residual + places, real, other=0.0)
-    acc = acc.to(dtype)
-    tl.store(out + places, acc, real)
+    if GATE is not None and group_scale is not None:
+        _store_group(acc, out, group_scale, places, real, tokens, num_tokens)
+    else:
+        acc = acc.to(dtype)
+        tl.store(out + places, acc, real)
     if next_weight is not None:
         wide = acc.to(tl.float32)  # zero where no outputs are
         factors = tl.load(next_weight + outputs, inside, other=0.0).to(tl.float32)
-        tl.store(weighed + places, (wide * factors).to(dtype), real)
+        if group_scale is None:
+            tl.store(weighed + places, (wide * factors).to(dtype), real)
+        else:
+            _store_group(wide * factors, weighed, group_scale, places, real, tokens, num_tokens)
         mine = tokens * tl.num_programs(0) + tl.program_id(0)
         tl.store(squares + mine, tl.sum(wide * wide, 1), tokens < num_tokens)
+
+
+@triton.jit
+def _store_group(wide, out, group_scale, places, real, tokens, num_tokens):
+    """A program's outputs in e4m3, and the scale of each token's."""
+    values, scale = quantized(wide)
+    tl.store(out + places, values, real)
+    scales = group_scale + tl.program_id(0) * num_tokens + tokens[:, None]
+    tl.store(scales, scale, (tokens < num_tokens)[:, None])
 
 
 @triton.jit
@@ -123,7 +143,7 @@ def _vector_kernel(
     acc, up = tl.sum(acc, 1)[None, :], tl.sum(up, 1)[None, :]
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
-    finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
+    finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares, None,
             tokens, outputs, 1, num_outputs, GATE)  # fmt: skip
 
 
@@ -154,19 +174,19 @@ def _matrix_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GATE, PDL,
     )  # fmt: skip
     finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
-                 partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
+                 None, partial, arrivals, tokens, outputs, num_tokens, num_outputs, SPLITS, BLOCK_M,
                  BLOCK_N, GATE)  # fmt: skip
 
 
 @triton.jit
 def finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
-                 partial, arrivals, tokens, outputs, num_tokens, num_outputs,
+                 group_scale, partial, arrivals, tokens, outputs, num_tokens, num_outputs,
                  SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  GATE: tl.constexpr):  # fmt: skip
     """`finish` of what all programs of an output tile have, by the last of them to arrive."""
     if SPLITS == 1:
         finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed, next_squares,
-                tokens, outputs, num_tokens, num_outputs, GATE)  # fmt: skip
+                group_scale, tokens, outputs, num_tokens, num_outputs, GATE)  # fmt: skip
     else:
         PART: tl.constexpr = BLOCK_M * BLOCK_N  # noqa: N806
         lanes = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -185,7 +205,8 @@ def finish_split(acc, up, channel_scale, bias, residual, next_weight, out, weigh
             if GATE is not None:
                 up = sum_parts(parts + SPLITS * PART, lanes, present, SPLITS, PART)
             finish(acc, up, channel_scale, bias, residual, next_weight, out, weighed,
-                    next_squares, tokens, outputs, num_tokens, num_outputs, GATE)  # fmt: skip
+                    next_squares, group_scale, tokens, outputs, num_tokens, num_outputs,
+                    GATE)  # fmt: skip
             tl.store(arrival, 0)
 
 
@@ -335,7 +356,7 @@ def operands(
     num_n = triton.cdiv(num_outputs, block_n)
     squares, eps = norm or (None, 0.0)
     out = empty_residual(x, num_outputs, num_parts=None if next_norm is None else num_n)
-    left = out.weighed or (None, None)
+    left = (out.weighed or (None, None))[:2]
     tensors = (linear.bias, residual, squares, next_norm, out.hidden, *left)
     parts = 0 if squares is None else squares.shape[1]
     options = {"K": x.shape[1], "PARTS": parts, **launch_options(x.device)}
