@@ -1,11 +1,13 @@
 """A child process that answers frames, for code that is untrusted, slow or cannot be interrupted.
 
 `ChatTemplate`, `LongTexts` and `BodyTrials` keep some. The child's standard input is a socket, from
-which it takes frames with `receive`, and answers with `send`. A frame is a length of four bytes and
-the content.
+which it takes frames with `receive`, and answers with `send`: its `parent`. A frame is a length of
+four bytes and the content.
 """
 
 import contextlib
+import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -74,6 +76,14 @@ class ChildProcess:
             if answer is None:
                 self.end()
         return answer
+
+
+def parent() -> socket.socket:
+    """In the child: the way to who has started it. Ctrl-C is the parent's affair, and no file is
+    left of a child that is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return socket.socket(fileno=0)
 
 
 def _end(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:

@@ -6,16 +6,13 @@ socket: first comes the tokenizer as JSON, then a text at a time; each is answer
 
 import asyncio
 import contextlib
-import resource
-import signal
-import socket
 import sys
 from collections.abc import Callable
 
 import msgspec
 from tokenizers import Tokenizer as FastTokenizer
 
-from nanovllm.frontend.child_process import ChildProcess, receive, send
+from nanovllm.frontend.child_process import ChildProcess, parent, receive, send
 
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.encoding_process")
 TIMEOUT_S = 120.0  # the longest text that a server takes needs some seconds
@@ -70,9 +67,7 @@ def _encode(process: ChildProcess, wanted: LongText) -> list[int]:
 
 def main() -> None:
     """Serve until the other side closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    channel = socket.socket(fileno=0)
+    channel = parent()
     with contextlib.suppress(ConnectionError):
         content = receive(channel)
         if content is None:

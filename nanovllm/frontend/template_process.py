@@ -9,8 +9,6 @@ within limits on memory and processor time.
 import contextlib
 import json
 import resource
-import signal
-import socket
 import time
 from datetime import datetime
 from typing import Any, NoReturn
@@ -22,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nanovllm.frontend.child_process import receive, send
+from nanovllm.frontend.child_process import parent, receive, send
 
 MAX_MEMORY_BYTES = 1 << 30
 MAX_CPU_S = 2  # of one prompt; thousands of messages take tenths
@@ -93,10 +91,8 @@ def _grant_time() -> None:
 
 def main() -> None:
     """Serve until the other side closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    channel = parent()
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    channel = socket.socket(fileno=0)
     with contextlib.suppress(ConnectionError):
         source = receive(channel)
         if source is None:

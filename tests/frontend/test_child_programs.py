@@ -1,5 +1,6 @@
 """The programs behind `ChildProcess`, run here: what each limits itself to, and answers."""
 
+import itertools
 import json
 import resource
 import signal
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from tokenizers import processors
 
-from nanovllm.frontend import encoding_process, template_process
+from nanovllm.frontend import child_process, encoding_process, template_process
 from nanovllm.frontend.child_process import receive, send
 from nanovllm.frontend.encoding_process import LongText
 from nanovllm.frontend.server import body_trial
@@ -45,9 +46,9 @@ class Program:
             "os": SimpleNamespace(nice=lambda by: self._note("nice", by)),
             "gc": SimpleNamespace(freeze=lambda: self._note("freeze")),
         }
-        for name, stub in stubs.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, stub)
+        for one, name in itertools.product((module, child_process), stubs):
+            if hasattr(one, name):
+                monkeypatch.setattr(one, name, stubs[name])
 
     def _note(self, *what: Any) -> None:
         self.done.append(what)
@@ -68,7 +69,7 @@ class Program:
 
 IGNORES_CTRL_C = (signal.SIGINT, signal.SIG_IGN)
 NO_CORE = (resource.RLIMIT_CORE, (0, 0))
-TEMPLATE_LIMITS = [IGNORES_CTRL_C, (resource.RLIMIT_AS, (MAX_MEMORY_BYTES,) * 2), NO_CORE]
+TEMPLATE_LIMITS = [IGNORES_CTRL_C, NO_CORE, (resource.RLIMIT_AS, (MAX_MEMORY_BYTES,) * 2)]
 CPU = (resource.RLIMIT_CPU, (3 + 1 + 2, 99))
 
 

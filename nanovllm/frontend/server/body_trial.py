@@ -9,15 +9,12 @@ import asyncio
 import contextlib
 import gc
 import os
-import resource
-import signal
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from nanovllm.frontend.child_process import ChildProcess, receive, send
+from nanovllm.frontend.child_process import ChildProcess, parent, receive, send
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import (
     Body,
@@ -181,11 +178,9 @@ def answer(content: bytes, trial: Trial) -> Refusal | None:
 
 def main() -> None:
     """Serve until the other side closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    channel = parent()
     os.nice(NICENESS)
     gc.freeze()
-    channel = socket.socket(fileno=0)
     with contextlib.suppress(ConnectionError):
         while (frame := receive(channel)) is not None and (content := receive(channel)) is not None:
             trial = msgspec.msgpack.decode(frame, type=Trial)

@@ -21,6 +21,7 @@ from nanovllm.frontend.server.endpoint import (
     TextEvents,
     event,
     generated,
+    last_of,
     most_tokens,
     options_of,
     usage_of,
@@ -114,10 +115,7 @@ class ChatAnswer:
     # ---- whole
 
     async def whole(self) -> ChatCompletion:
-        last: RequestOutput | None = None
-        async for output in self.outputs:
-            last = output
-        assert last is not None
+        last = await last_of(self.outputs)
         prompt_ids, prompt_lps = last.prompt_token_ids, last.prompt_logprobs
         return ChatCompletion(
             id=self.request_id,

@@ -24,6 +24,7 @@ from nanovllm.frontend.server.endpoint import (
     TextEvents,
     event,
     generated,
+    last_of,
     most_tokens,
     options_of,
     usage_of,
@@ -250,19 +251,11 @@ def _finish_reason(completion: CompletionOutput) -> FinishReasonName | None:
     return reason
 
 
-async def _last(generation: RequestOutputs) -> RequestOutput:
-    last: RequestOutput | None = None
-    async for output in generation:
-        last = output
-    assert last is not None
-    return last
-
-
 async def _gather(generations: Sequence[RequestOutputs]) -> list[RequestOutput]:
     """The last outputs of all; the first failure ends the others."""
     if len(generations) == 1:
-        return [await _last(generations[0])]
-    tasks = [asyncio.ensure_future(_last(generation)) for generation in generations]
+        return [await last_of(generations[0])]
+    tasks = [asyncio.ensure_future(last_of(generation)) for generation in generations]
     try:
         return await asyncio.gather(*tasks)
     finally:

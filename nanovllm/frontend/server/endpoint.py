@@ -27,7 +27,7 @@ from nanovllm.frontend.server.bodies import Body, GenerationBody, blaming, decod
 from nanovllm.frontend.server.prompts import aside_if_long
 from nanovllm.frontend.server.replies import PromptTokensDetails, Usage
 from nanovllm.frontend.server.sampling import Constraint
-from nanovllm.frontend.server.serving import Options, Serving
+from nanovllm.frontend.server.serving import Options, RequestOutputs, Serving
 from nanovllm.limits import MAX_JSON_EXPONENTS
 
 LONG_BODY = 1 << 16  # bytes: up to half a millisecond to decode
@@ -154,6 +154,15 @@ def options_of(
         "ttft_deadline_ms": body.ttft_deadline_ms,
     }
     return Options(request_id, how, headers, None if constraint is None else constraint.field)
+
+
+async def last_of(outputs: RequestOutputs) -> RequestOutput:
+    """Of a request that is run to its end."""
+    last: RequestOutput | None = None
+    async for output in outputs:
+        last = output
+    assert last is not None
+    return last
 
 
 def usage_of(outputs: Iterable[RequestOutput | None]) -> Usage:

@@ -21,8 +21,9 @@ from nanovllm.frontend.core_process import start_cores
 from nanovllm.frontend.replicas import Lines
 from nanovllm.frontend.server.run import READY_LINE, FrontendSetup
 from nanovllm.frontend.session import Session
+from nanovllm.frontend.supervisor import RestartBudget
 
-MAX_RESTARTS, RESTART_WINDOW_S = 5, 60.0
+MAX_RESTARTS = 5  # of all of them together, within a minute
 KILL_AFTER_S = 10.0  # beyond the drain
 PROGRAM = (sys.executable, "-m", "nanovllm.frontend.server.run")
 
@@ -61,7 +62,7 @@ class Frontends:
         self._processes: set[asyncio.subprocess.Process] = set()
         assert setup.settings.frontends is not None
         self._num_frontends = self._num_unready = setup.settings.frontends
-        self._restarts: list[float] = []
+        self._budget = RestartBudget(MAX_RESTARTS)
         self._core_is_dead = False
 
     async def run(self, on_ready: Callable[[], None]) -> int:
@@ -97,16 +98,11 @@ class Frontends:
             code = await self._run_one(on_ready)
             if self._stopping.is_set():
                 return max(code, int(self._core_is_dead))
-            if code > 0 or not self._may_restart():
+            if code > 0 or self._budget.take(time.monotonic()) is None:
                 print(f"nanovllm: a frontend ended with code {code}", file=sys.stderr)
                 self._stopping.set()
                 return max(code, 1)
             print(f"nanovllm: a frontend was ended by signal {-code}: again", file=sys.stderr)
-
-    def _may_restart(self) -> bool:
-        now = time.monotonic()
-        self._restarts = [at for at in self._restarts if now - at < RESTART_WINDOW_S] + [now]
-        return len(self._restarts) <= MAX_RESTARTS
 
     async def _run_one(self, on_ready: Callable[[], None]) -> int:
         process = await asyncio.create_subprocess_exec(

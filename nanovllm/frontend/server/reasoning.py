@@ -47,17 +47,12 @@ class ThinkSplitter:
             self._part, self._blank = "answer", False
 
     def _reason(self) -> list[Piece]:
-        found = self._scan.find(self._held)
-        if found is None:
-            certain = self._held[: self._scan.num_certain(self._held)].rstrip()
-            rest = self._held[len(certain) :]
-        else:
-            certain = self._held[: found[0]].rstrip()
-            rest = self._held[found[0] + len(CLOSE) :]
-        self._held = rest
+        text, rest, marker = self._scan.cut(self._held)
+        certain = text.rstrip()
+        self._held = rest if marker is not None else text[len(certain) :] + rest
         words = certain.lstrip() if self._blank else certain
         pieces: list[Piece] = [Reasoning(words)] if words else []
         self._blank = self._blank and not words
-        if found is not None:
+        if marker is not None:
             self._part, self._blank = "answer", True
         return pieces

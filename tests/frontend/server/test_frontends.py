@@ -120,16 +120,6 @@ async def test_those_that_keep_dying_are_given_up(
     assert "ended with code -9" in told
 
 
-def test_deaths_long_ago_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
-    setup = FrontendSetup.of(ServerSettings(frontends=2), "ipc://x", {})
-    frontends = Frontends(setup, {}, core=None)
-    assert [frontends._may_restart() for _ in range(6)] == [True] * 5 + [False]
-    now += module.RESTART_WINDOW_S
-    assert frontends._may_restart()
-
-
 async def test_the_cores_of_all_frontends_end_with_their_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

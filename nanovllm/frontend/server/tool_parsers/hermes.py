@@ -45,14 +45,9 @@ class HermesParser:
         return self._call.finish() if self._call.begun else [Content(OPEN + self._call.raw + held)]
 
     def _outside(self) -> list[Piece]:
-        found = self._opening.find(self._held)
-        if found is None:
-            certain = self._opening.num_certain(self._held)
-            text, self._held = self._held[:certain], self._held[certain:]
-            return self._words.say(text)
-        start, marker = found
-        text, self._held = self._held[:start], self._held[start + len(marker) :]
-        self._in_tags, self._call = True, None
+        text, self._held, marker = self._opening.cut(self._held)
+        if marker is not None:
+            self._in_tags, self._call = True, None
         return self._words.say(text)
 
     def _choose(self) -> None:
@@ -70,11 +65,9 @@ class HermesParser:
                 self._in_tags, self._call = False, None
                 return self._words.say(OPEN + call.raw)
             return pieces
-        found = self._ending.find(self._held)
-        if found is None:
-            self._held = self._held[self._ending.num_certain(self._held) :]
-            return []
-        start, marker = found
-        skip = start + (len(marker) if marker == CLOSE else 0)
-        self._in_tags, self._call, self._held = False, None, self._held[skip:]
+        _, self._held, marker = self._ending.cut(self._held)
+        if marker is not None:
+            self._in_tags, self._call = False, None
+        if marker == OPEN:  # of the next call
+            self._held = OPEN + self._held
         return []

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from nanovllm.frontend.server.tool_parsers.json_calls import BLANK, JsonCall
-from nanovllm.frontend.server.tool_parsers.pieces import Content, MarkerScan, Piece
+from nanovllm.frontend.server.tool_parsers.pieces import Content, Piece
 
 PYTHON_TAG = "<|python_tag|>"
 
@@ -14,7 +14,6 @@ class Llama3Parser:
     def __init__(self, known: Collection[str]) -> None:
         self._known = known
         self._held = ""
-        self._tag = MarkerScan(PYTHON_TAG)
         self._call: JsonCall | None = None
         self._is_text = False
         self._num_calls = 0

@@ -61,11 +61,8 @@ class MistralParser:
         return [CallBegin(found[1]), CallArguments(NO_ARGUMENTS)]
 
     def _outside(self) -> list[Piece]:
-        found = self._scan.find(self._held)
-        certain = self._scan.num_certain(self._held) if found is None else found[0]
-        text, self._held = self._held[:certain], self._held[certain:]
-        if found is not None:
-            self._held = self._held[len(MARKER) :]
+        text, self._held, marker = self._scan.cut(self._held)
+        if marker is not None:
             self._marked, self._array, self._arguments = True, None, None
         return self._words.say(text)
 

@@ -51,12 +51,17 @@ class MarkerScan:
         self._markers = markers
         self._longest = max(map(len, markers)) - 1
 
-    def find(self, text: str) -> tuple[int, str] | None:
-        """(start, marker) of the first one in `text`."""
+    def cut(self, text: str) -> tuple[str, str, str | None]:
+        """What of `text` is before the first marker, what is behind it, and that marker. If there
+        is none: what cannot be the beginning of one, what may be, and None."""
         found = [(start, marker) for marker in self._markers if (start := text.find(marker)) >= 0]
-        return min(found) if found else None
+        if found:
+            start, marker = min(found)
+            return text[:start], text[start + len(marker) :], marker
+        certain = self._num_certain(text)
+        return text[:certain], text[certain:], None
 
-    def num_certain(self, text: str) -> int:
+    def _num_certain(self, text: str) -> int:
         """How much of `text`, which holds no marker, cannot be the beginning of one."""
         for length in range(min(self._longest, len(text)), 0, -1):
             end = text[-length:]
