@@ -232,7 +232,8 @@ class RegexMasks(KeptMasks):
     keys: list[int] = field(default_factory=list)  # of each
     clipped: dict[Term, int] = field(default_factory=dict)  # what keys stand for
     numbers: dict[Term, int] = field(default_factory=dict)
-    steps: dict[tuple[int, int], int | None] = field(default_factory=dict)  # by byte
+    steps: list[dict[int, int | None]] = field(default_factory=list)  # from each, by byte
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.number(self.root)
@@ -244,6 +245,7 @@ class RegexMasks(KeptMasks):
                 raise _NoTermError
             self.numbers[term] = len(self.terms)
             self.terms.append(term)
+            self.steps.append({})
             self.keys.append(
                 self.clipped.setdefault(_clipped(term, self.vocabulary.longest), len(self.clipped))
             )
@@ -251,15 +253,17 @@ class RegexMasks(KeptMasks):
 
     def step(self, number: int, byte: int) -> int | None:
         """The place behind a byte; None if it is not known."""
-        if (number, byte) not in self.steps:
-            if len(self.steps) >= MAX_STEPS:
+        known = self.steps[number]
+        if byte not in known:
+            if self.num_steps >= MAX_STEPS:
                 return None
+            self.num_steps += 1
             try:
                 term = _derivative(self.terms[number], byte)
-                self.steps[number, byte] = None if term is None else self.number(term)
+                known[byte] = None if term is None else self.number(term)
             except _NoTermError:
-                self.steps[number, byte] = None
-        return self.steps[number, byte]
+                known[byte] = None
+        return known[byte]
 
 
 class RegexPlace:
@@ -274,8 +278,8 @@ class RegexPlace:
 
     def copy(self) -> "RegexPlace":
         """Another one at the same place."""
-        copy = RegexPlace(self.kept)
-        copy._number = self._number
+        copy: RegexPlace = object.__new__(RegexPlace)  # without what `__init__` sets
+        copy.kept, copy._number = self.kept, self._number
         return copy
 
     @property
@@ -298,6 +302,6 @@ class RegexPlace:
         for byte in self.kept.vocabulary.spelling[token_id]:
             if number is None:
                 break
-            known = steps.get((number, byte), -1)
-            number = self.kept.step(number, byte) if known == -1 else known
+            known = steps[number].get(byte)
+            number = self.kept.step(number, byte) if known is None else known
         self._number = number
