@@ -38,7 +38,7 @@ from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
 from nanovllm.worker.warmup.triton_precompile import has_driver, leave_launches_out
 
-NUM_COMPILERS = 12
+NUM_COMPILERS = 14
 COMPILING_S, MOST_S = 45, 100  # of compiling ahead, and of everything, whatever hangs
 DEVICE, HOPPER = "cuda", Gpu((9, 0), 132)
 KERNELS = TritonKernels()

@@ -17,7 +17,7 @@ import msgspec
 
 from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout, most_blocks, token_size
 from nanovllm.checkpoint.model_size import ModelSize
-from nanovllm.checkpoint.quantization import AT_LOAD
+from nanovllm.checkpoint.quantization import AT_LOAD, Scheme, bytes_per_linear_weight
 from nanovllm.checkpoint.spec import (
     DecoderSpec,
     Dense,
@@ -370,14 +370,24 @@ def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
     if not plan.machine.is_gpu:
         return
     kv = replace(plan.precision, kv_bytes=1)
-    if plan.precision.linear_bytes < plan.precision.value_bytes:  # by its checkpoint, or asked for
+    if plan.precision.linear_bytes != plan.precision.value_bytes:  # by its checkpoint, or asked for
         yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
         return
-    weights = replace(plan.precision, linear_bytes=AT_LOAD["fp8"].bytes_per_weight)
-    yield "quantization=fp8", replace(plan, precision=weights)
+    linear_bytes = bytes_per_linear_weight(
+        plan.spec,
+        Scheme.at_load("fp8"),
+        value_bytes=plan.precision.value_bytes,
+        num_ranks=plan.num_ranks,
+        copies=plan.precision.dtype == "bfloat16",
+    )
+    weights = replace(plan.precision, linear_bytes=linear_bytes)
+    is_less = linear_bytes < plan.precision.value_bytes  # copies of small layers may outweigh it
+    if is_less:
+        yield "quantization=fp8", replace(plan, precision=weights)
     yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
-    both = replace(weights, kv_bytes=1)
-    yield "quantization=fp8 and kv_cache_dtype=fp8", replace(plan, precision=both)
+    if is_less:
+        both = replace(weights, kv_bytes=1)
+        yield "quantization=fp8 and kv_cache_dtype=fp8", replace(plan, precision=both)
     weights = replace(plan.precision, linear_bytes=AT_LOAD["int4"].bytes_per_weight)
     yield "quantization=int4", replace(plan, precision=weights)
 

@@ -270,3 +270,35 @@ def test_says_what_would_fit(memory_bytes: int, cache: dict[str, int], most: int
 def test_cpu_budget_is_bounded() -> None:
     assert cpu_memory_budget(-1) == 0
     assert 0 < cpu_memory_budget(free_memory()) <= CPU_MAX_BYTES
+
+
+SMALL = spec_from_config(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "vocab_size": 151936,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+)
+
+
+def test_fp8_is_no_remedy_where_copies_outweigh_it() -> None:
+    """Of Qwen3-0.6B every layer is kept in bfloat16, too; neither for it as it is, nor in FP8."""
+    small = ModelSize(spec=SMALL, parameters=count_parameters(SMALL), source="config.json")
+    for linear_bytes in (2, 3):
+        precision = Precision.of("bfloat16", linear_bytes=linear_bytes)
+        found = [
+            text
+            for gib in (3, 5, 7)
+            for text in remedies(make_plan(gib, size=small, precision=precision))
+        ]
+        assert any("kv_cache_dtype=fp8" in text for text in found)
+        assert not any("quantization=fp8" in text for text in found)
+        assert any("quantization=int4" in text for text in found) == (linear_bytes == 2)
