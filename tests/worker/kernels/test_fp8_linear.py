@@ -89,11 +89,11 @@ def near(out: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
 
 def as_exact(groups: QuantizedGroups, expected: Tensor) -> None:
     """They mean what the expected numbers are quantized to, but for a few on the border between
-    two."""
+    two; more of them where sums have the 14 bits that Hopper's tensor cores keep of FP8's."""
     assert groups.values.dtype == E4M3
     wanted = quantize_groups(expected.float(), GROUP)
     torch.testing.assert_close(groups.scale, wanted.scale, rtol=1e-2, atol=1e-12)
-    near(meant(groups), meant(wanted), 5e-3)
+    near(meant(groups), meant(wanted), 1e-2 if DEVICE.type == "cuda" else 5e-3)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -181,7 +181,7 @@ def test_a_layer_of_grouped_products(monkeypatch: pytest.MonkeyPatch, num_tokens
 )  # fmt: skip
 def test_which_products_are_grouped(num_tokens: int, num_weights: int, expected: bool) -> None:
     """As measured: more than what products quantize themselves, few enough to beat cuBLAS."""
-    weight = torch.empty(num_weights // 128, 128, dtype=E4M3)
+    weight = torch.empty(num_weights // 128, 128, dtype=E4M3, device=DEVICE)
     assert linear_tuning.are_grouped(num_tokens, weight) is expected
 
 
@@ -197,7 +197,7 @@ def test_few_tokens_take_the_unquantized_copy() -> None:
     for linear in (gate_up, down):
         weight = widened(linear).float()
         linear.copy = replace(linear, weight=weight, scale=None, method=UNQUANTIZED)
-    for num_tokens in (1, 5, 128):
+    for num_tokens in (2, 5, 128):
         residual, hidden = torch.randn(2, num_tokens, 64, device=DEVICE)
         wide = product(normed(residual, norm), gate_up)
         near(KERNELS.norm_linear(Residual(residual), norm, gate_up), wide, 1e-6)
@@ -206,7 +206,8 @@ def test_few_tokens_take_the_unquantized_copy() -> None:
              residual.double() + product(hidden, down), 1e-6)  # fmt: skip
         total = residual.double() + product(gated(wide), down)
         near(KERNELS.mlp(Residual(residual.clone()), norm, gate_up, down).hidden, total, 1e-6)
-    assert form_for(128, down) is down.copy and form_for(129, down) is down
+    assert form_for(2, down) is form_for(128, down) is down.copy
+    assert form_for(1, down) is form_for(129, down) is down
 
 
 def test_its_tiles_fit_a_multiprocessor_and_spill_nothing() -> None:
