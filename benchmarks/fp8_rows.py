@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from gpu_kernels import median_time
 from torch import Tensor
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction
@@ -212,25 +212,6 @@ def compile_all() -> None:
 # ---------------------------------------------------------------- measuring
 
 
-def microseconds(run: Callable[[], object], times: int) -> float:
-    """Of one time: the median of graph replays."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    spans = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return statistics.median(spans) / times * 1e3
-
-
 Table = dict[tuple[str, int], dict[str, float]]
 
 
@@ -247,7 +228,7 @@ def measure(label: str, model: Model, table: Table) -> None:
             take(way)
             found = chain(model, layers[:1], start, norm).float() - start.float()
             error = float((found - wanted).norm() / wanted.norm())
-            time_us = microseconds(partial(chain, model, layers, start, norm), len(layers))
+            time_us = median_time(partial(chain, model, layers, start, norm), len(layers)) * 1e6
             is_right = error < MAX_ERROR[way]
             table.setdefault((label, rows), {})[way] = time_us if is_right else math.nan
             print(f"{label:5} {rows:5} {way:7} {time_us:8.2f} µs  error {error:.1e}"
