@@ -35,15 +35,16 @@ def neighbours(count: int) -> Iterator[None]:
 def generate(model: Path, stderr: int) -> "subprocess.CompletedProcess[str]":
     flags = ("--model", str(model), "--temperature", "0", "--max-tokens", "64")
     command = [sys.executable, "-m", "nanovllm", "generate", *flags, PROMPT]
-    return subprocess.run(
+    done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
         timeout=4 * WAIT_S,
-        check=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done
 
 
 @pytest.mark.model
