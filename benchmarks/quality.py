@@ -1,23 +1,29 @@
 """What quantized weights cost in quality: next-token distributions over real text, against bf16's.
 
     python benchmarks/quality.py [--model smollm2] [--texts 8] [--tokens 256] [--tokens-per-step N]
-        [--variants int4 q4_k …] [--files GGUF …]
+        [--variants int4 q4_k …] [--files GGUF …] [--llama-python PYTHON]
 
 The text is Python's own language reference, which comes with every Python. Prints, per variant, the
-bytes per weight of a layer, the mean, median, 99th percentile and largest KL(reference ‖ variant)
-per token in nats, how often both think the same token likeliest, and the variant's perplexity. The
-weights of each variant are rounded from the reference's: Q4_K and Q8_0 as llama.cpp lays them out,
-each group from its least to its greatest number. float32 shows how far bf16 itself is from exact
-arithmetic, and "tokens as they are" what the kernel for one token does on a GPU: FP8 weights times
-activations that are not quantized. On a CPU the variants "native" are steps of the C++ kernels: of
-the weights as a GGUF file stores them, widened to bfloat16, or rounded at load (`--dtype float32`
-compares them with exact arithmetic). `--files` are GGUF files of the same model,
-each as stored.
+bytes per weight of the layers' matrices, the mean, median, 99th percentile and largest
+KL(reference ‖ variant) per token in nats, how often both think the same token likeliest, and the
+variant's perplexity. The weights of each variant are rounded from the reference's: Q4_K and Q8_0 as
+llama.cpp lays them out, each group from its least to its greatest number; MXFP4 as its
+specification has it, which engines else serve for experts alone. float32 shows how far bf16 itself
+is from exact arithmetic, and "tokens as they are" what the kernel for one token does on a GPU: FP8
+weights times activations that are not quantized. "Calibrated" caches have scales as checkpoints
+bring them: each layer's largest key and value over as many other chapters, by e4m3's largest
+number. On a CPU the variants "native" are steps of the C++ kernels: of the weights as a GGUF file
+stores them, widened to bfloat16, or rounded at load (`--dtype float32` compares them with exact
+arithmetic). `--files` are GGUF files of the same model, each as stored, natively
+(`quality_files.py` makes some); with `--llama-python`, an interpreter that has llama-cpp-python,
+llama.cpp's perplexity stands beside theirs and, if it is a GGUF file, the reference's.
 """
 
 import argparse
+import math
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +32,7 @@ from pydoc_data.topics import topics
 import torch
 import torch.nn.functional as F  # noqa: N812
 from msgspec.structs import replace
+from quality_files import ask_llama
 from torch import Tensor
 
 from nanovllm.checkpoint.facts import spec_from_config
@@ -33,6 +40,7 @@ from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.quantization import (
     AT_LOAD,
     GGUF_FORMATS,
+    MXFP4,
     SUPER_GROUP,
     Rule,
     Scheme,
@@ -48,11 +56,13 @@ from nanovllm.worker.kernels.select import select_kernels
 from nanovllm.worker.kv_cache import allocate
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.model_runner import Model
+from nanovllm.worker.models.blocks import CacheScales
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.models.native import NativeDecoder, take_as_stored
 from nanovllm.worker.parallel import Cut
 from nanovllm.worker.quant.fp8 import Fp8
 from nanovllm.worker.quant.packed import Packed
+from nanovllm.worker.quant.rounding import E4M3_MAX
 from nanovllm.worker.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -66,6 +76,7 @@ class Variant:
     dtype: str
     kept: WeightFormat | None = None
     kv_cache_dtype: KVCacheDType = "auto"
+    is_calibrated: bool = False  # of an FP8 cache
     quantizes_tokens: bool = True
     is_native: bool = False
     as_stored: bool = False  # of a GGUF file, by native steps
@@ -155,13 +166,17 @@ class Scorer:
             prepacks=not variant.is_native,
         )
         self._step: Model = self._model
-        self.bytes_per_weight = dtype.itemsize
+        self.bytes_per_weight: float = dtype.itemsize
         if variant.kept is not None:
             self.bytes_per_weight = variant.kept.bytes_per_weight
+        if variant.as_stored:
+            tensors = checkpoint.gguf.tensors.items()
+            stored = [one for name, one in tensors if "blk." in name and len(one.shape) == 2]
+            num_weights = sum(math.prod(one.shape) for one in stored)
+            self.bytes_per_weight = sum(one.raw.nbytes for one in stored) / num_weights
         if variant.is_native:
             native.use(native.choose_isa(), num_threads=num_usable_cores())
-            self._step = step = NativeDecoder(self._model)
-            self.bytes_per_weight = step.weight_bytes / self._model.num_parameters
+            self._step = NativeDecoder(self._model)
         if not variant.quantizes_tokens:
             for linear in self._model.linears():
                 linear.method = linear.method if linear.scale is None else Widened()
@@ -179,6 +194,20 @@ class Scorer:
             residual = self._step.forward(batch, self._cache)
             results.append(self._step.raw_logits(residual).cpu())
         return torch.cat(results)
+
+    def peaks(self) -> Tensor:
+        """The largest magnitudes that the cache holds, [2, num_layers]: keys', then values'."""
+        return self._cache.float().abs().flatten(2).amax(-1)
+
+    def calibrate(self, peaks: Tensor) -> None:
+        """Scale the FP8 cache by what `peaks` said of the reference's."""
+        for index, layer in enumerate(self._model.layers):
+            attention, scales = layer.attention, CacheScales()
+            for slot, peak in zip(scales.slots(index), peaks[:, index], strict=True):
+                assert slot.put is not None
+                slot.put(peak[None] / E4M3_MAX, slice(0, 1))
+            attention.scales = scales
+            attention.settle()
 
     def _batch(self, token_ids: list[int], start: int) -> ForwardBatch:
         count, end = len(token_ids), start + len(token_ids)
@@ -199,12 +228,19 @@ class Scorer:
         )
 
 
-def real_texts(model: str, *, num_texts: int, num_tokens: int) -> list[list[int]]:
-    """The beginnings of long chapters of the language reference, from all over it."""
+def real_texts(
+    model: str, *, num_texts: int, num_tokens: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The beginnings of long chapters of the language reference, from all over it, and of as many
+    others to calibrate by."""
     tokenizer = Tokenizer.load(model)
     chapters = [topics[name] for name in sorted(topics) if len(topics[name]) > 6 * num_tokens]
-    chosen = chapters[:: max(1, len(chapters) // num_texts)][:num_texts]
-    return [tokenizer.encode(text)[:num_tokens] for text in chosen]
+    apart = max(1, len(chapters) // num_texts)
+    chosen, others = (
+        [tokenizer.encode(text)[:num_tokens] for text in chapters[first::apart][:num_texts]]
+        for first in (0, apart // 2)
+    )
+    return chosen, others
 
 
 def report(
@@ -213,8 +249,10 @@ def report(
     found: list[Tensor],
     reference: list[Tensor],
     texts: list[list[int]],
+    peer: float | None,
 ) -> None:
-    """One line: `found` and `reference` are the logits of each text."""
+    """One line: `found` and `reference` are the logits of each text; peer: llama.cpp's
+    perplexity."""
     divergences, agreements, losses = [], [], []
     for ours, theirs, token_ids in zip(found, reference, texts, strict=True):
         log_q = ours.float().log_softmax(-1)
@@ -226,9 +264,24 @@ def report(
     perplexity = torch.cat(losses).mean().exp()
     print(
         f"{name:24} {bytes_per_weight:6.3f} {kl.mean():9.5f} {kl.median():9.5f} "
-        f"{kl.quantile(0.99):9.5f} {kl.max():9.5f} {agrees:9.2%} {perplexity:11.3f}",
+        f"{kl.quantile(0.99):9.5f} {kl.max():9.5f} {agrees:9.2%} {perplexity:11.3f}"
+        + ("" if peer is None else f" {peer:10.3f}"),
         flush=True,
     )
+
+
+def peers_of(
+    python: str | None, model: str, files: list[str], texts: list[list[int]]
+) -> dict[str, float]:
+    """llama.cpp's perplexity of each file, and of the model if it is one; {} without a `python`."""
+    if python is None:
+        return {}
+    paths = {file: file for file in files}
+    if (checkpoint := locate(model)).format == "gguf":
+        paths[model] = str(checkpoint.path)
+    answer = ask_llama(python, {"score": [*paths.values()], "texts": texts})
+    print(f"llama.cpp of llama-cpp-python {answer['version']}", file=sys.stderr)
+    return dict(zip(paths, answer["perplexities"], strict=True))
 
 
 def main() -> None:
@@ -240,8 +293,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="names of some; default: all")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the reference")
     parser.add_argument("--files", nargs="+", default=[], help="of the same model, natively")
+    parser.add_argument("--llama-python", metavar="PYTHON", help="one that has llama-cpp-python")
     arguments = parser.parse_args()
-    texts = real_texts(arguments.model, num_texts=arguments.texts, num_tokens=arguments.tokens)
+    sizes = {"num_texts": arguments.texts, "num_tokens": arguments.tokens}
+    texts, others = real_texts(arguments.model, **sizes)
     step = arguments.tokens_per_step or arguments.tokens
     dtype = arguments.dtype
     fp8, small = AT_LOAD["fp8"], {"group": 32}
@@ -255,8 +310,11 @@ def main() -> None:
         Variant("int4", dtype, AT_LOAD["int4"]),
         Variant("int4, groups of 32", dtype, replace(AT_LOAD["int4"], **small)),
         Variant("q4_k", dtype, replace(GGUF_FORMATS["Q4_K"], layout=None, unit=1)),
+        Variant("mxfp4", dtype, replace(MXFP4, layout=None)),
         Variant("fp8 KV", dtype, kv_cache_dtype="fp8"),
+        Variant("fp8 KV, calibrated", dtype, kv_cache_dtype="fp8", is_calibrated=True),
         Variant("fp8 and fp8 KV", dtype, fp8, kv_cache_dtype="fp8"),
+        Variant("the same, calibrated", dtype, fp8, kv_cache_dtype="fp8", is_calibrated=True),
     ]
     if native.unusable() is None and choose_device("auto").type == "cpu":
         half = partial(Variant, dtype="bfloat16", is_native=True)
@@ -276,18 +334,28 @@ def main() -> None:
     )
     print(
         f"{'':24} {'bytes':>6} {'mean KL':>9} {'median':>9} {'99 %':>9} {'max':>9} {'agree':>9} "
-        "perplexity"
+        "perplexity" + ("" if arguments.llama_python is None else "  llama.cpp")
     )
+    peers = peers_of(arguments.llama_python, arguments.model, arguments.files, texts)
     reference: list[Tensor] = []
+    peaks: Tensor | None = None
     runs = [(arguments.model, variant) for variant in variants]
     for file in arguments.files:
         name = os.path.basename(file)
         runs.append((file, Variant(name, "bfloat16", is_native=True, as_stored=True)))
     for model, variant in runs:
         scorer = Scorer(model, variant, num_tokens=arguments.tokens)
+        if peaks is None:
+            for token_ids in others:
+                scorer.logits(token_ids, step)
+                found = scorer.peaks()
+                peaks = found if peaks is None else peaks.maximum(found)
+        if variant.is_calibrated:
+            scorer.calibrate(peaks)
         logits = [scorer.logits(token_ids, step) for token_ids in texts]
+        peer = peers.get(model) if variant.as_stored or not reference else None
         reference = reference or logits
-        report(variant.name, scorer.bytes_per_weight, logits, reference, texts)
+        report(variant.name, scorer.bytes_per_weight, logits, reference, texts, peer)
 
 
 if __name__ == "__main__":
