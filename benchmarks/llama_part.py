@@ -11,20 +11,16 @@ by itself; nothing is put before them.
 import ctypes
 import json
 import math
-import os
 import sys
 
 import llama_cpp as lib
 import numpy as np
-
-THREADS = len(os.sched_getaffinity(0))
 
 
 def quantize(source: str, target: str, name: str) -> None:
     """name: of a file type, as llama.cpp's header has it after LLAMA_FTYPE_MOSTLY_."""
     params = lib.llama_model_quantize_default_params()
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name}")
-    params.nthread = THREADS
     if lib.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp could not make {target}")
 
@@ -37,7 +33,7 @@ def perplexity(file: str, texts: list[list[int]]) -> float:
     vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     params = lib.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = max(map(len, texts))
-    params.n_threads = params.n_threads_batch = THREADS
+    params.n_threads = params.n_threads_batch = 1  # more of them spin while others compute
     context = lib.llama_init_from_model(model, params)
     losses: list[float] = []
     for token_ids in texts:

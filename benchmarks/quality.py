@@ -23,7 +23,6 @@ import argparse
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -270,18 +269,13 @@ def report(
     )
 
 
-def peers_of(
-    python: str | None, model: str, files: list[str], texts: list[list[int]]
-) -> dict[str, float]:
-    """llama.cpp's perplexity of each file, and of the model if it is one; {} without a `python`."""
-    if python is None:
-        return {}
-    paths = {file: file for file in files}
-    if (checkpoint := locate(model)).format == "gguf":
-        paths[model] = str(checkpoint.path)
-    answer = ask_llama(python, {"score": [*paths.values()], "texts": texts})
-    print(f"llama.cpp of llama-cpp-python {answer['version']}", file=sys.stderr)
-    return dict(zip(paths, answer["perplexities"], strict=True))
+def peer_perplexity(python: str | None, model: str, texts: list[list[int]]) -> float | None:
+    """llama.cpp's of the same file; None without an interpreter, or if the model is no GGUF."""
+    checkpoint = locate(model)
+    if python is None or checkpoint.format != "gguf":
+        return None
+    found = ask_llama(python, {"score": [str(checkpoint.path)], "texts": texts})
+    return float(found["perplexities"][0])
 
 
 def main() -> None:
@@ -336,7 +330,6 @@ def main() -> None:
         f"{'':24} {'bytes':>6} {'mean KL':>9} {'median':>9} {'99 %':>9} {'max':>9} {'agree':>9} "
         "perplexity" + ("" if arguments.llama_python is None else "  llama.cpp")
     )
-    peers = peers_of(arguments.llama_python, arguments.model, arguments.files, texts)
     reference: list[Tensor] = []
     peaks: Tensor | None = None
     runs = [(arguments.model, variant) for variant in variants]
@@ -353,7 +346,9 @@ def main() -> None:
         if variant.is_calibrated:
             scorer.calibrate(peaks)
         logits = [scorer.logits(token_ids, step) for token_ids in texts]
-        peer = peers.get(model) if variant.as_stored or not reference else None
+        peer = None
+        if variant.as_stored or not reference:
+            peer = peer_perplexity(arguments.llama_python, model, texts)
         reference = reference or logits
         report(variant.name, scorer.bytes_per_weight, logits, reference, texts, peer)
 

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--model", default="smollm2", help="a GGUF file of architecture llama")
     parser.add_argument("--llama-python", required=True, metavar="PYTHON")
-    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0"])
+    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     whole = arguments.directory / "F32.gguf"
