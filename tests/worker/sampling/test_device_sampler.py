@@ -24,7 +24,15 @@ from nanovllm.worker.sampling.columns import COLUMNS, NEUTRAL
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from tests.worker.kernels.triton_device import DEVICE
-from tests.worker.planning import EOS, VOCAB_SIZE, make_masks, make_plan, make_rows, new_row
+from tests.worker.planning import (
+    EOS,
+    VOCAB_SIZE,
+    make_masks,
+    make_plan,
+    make_rows,
+    new_row,
+    rows_with_biases,
+)
 from tests.worker.warmup.compiling import run_compiling
 
 FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_logprobs)
@@ -281,11 +289,7 @@ def test_tables_survive_the_move_to_new_memory(
     monkeypatch.setattr(edit_tables, "LEAST_CAPACITY", 64)
     pair = Pair()
     for turn in range(6):
-        for row in range(8):
-            if turn == 0 or row % 3 == turn % 3:
-                bias = {(row + turn * 20 + i) % VOCAB_SIZE: 10.0 + i for i in range(turn + 1)}
-                params = SamplingParams(temperature=0.0, logit_bias=bias if row else {})
-                pair.admit(new_row(row, [1], params))
+        pair.admit(*rows_with_biases(turn, vocab_size=VOCAB_SIZE))
         pair.step(list(range(8)), logits)
 
 

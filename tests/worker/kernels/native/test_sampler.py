@@ -21,7 +21,7 @@ from nanovllm.worker.sampling.columns import COLUMNS
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, pack_logprobs
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from tests.worker.kernels.test_fused_sampler import plain
-from tests.worker.planning import EOS, make_plan, new_row
+from tests.worker.planning import EOS, make_plan, new_row, rows_with_biases
 from tests.worker.sampling.test_device_sampler import DRAWS, EDITS, PENALTIES, WORDS
 
 DRAWN_BY = ("temperature", "top_k", "top_p", "min_p")
@@ -273,11 +273,7 @@ def test_tables_survive_the_move_to_new_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(edit_tables, "LEAST_CAPACITY", 64)
     pair = Pair()
     for turn in range(6):
-        for row in range(8):
-            if turn == 0 or row % 3 == turn % 3:
-                bias = {(row + turn * 20 + i) % VOCAB_SIZE: 10.0 + i for i in range(turn + 1)}
-                params = SamplingParams(temperature=0.0, logit_bias=bias if row else {})
-                pair.admit(new_row(row, [1], params))
+        pair.admit(*rows_with_biases(turn, vocab_size=VOCAB_SIZE))
         pair.step(list(range(8)), random_logits(8))
 
 
