@@ -12,11 +12,12 @@ spread; the checkpoint of --real, too, where it is named) on several ranks besid
 Where they differ, how far the token taken lies behind the best that one rank would have taken after
 the same tokens, in nats (two tokens of bf16 may tie). `speed`: Qwen3-0.6B and -8B by their shapes,
 with random weights: decoding 1, 8 and 64 sequences, and a prompt; ratios are to one rank. `faults`:
-a rank is killed amid 64 streams: how many end with the ids of an undisturbed run, and how long they
-paused. `reduce`: all-reduce by NCCL in a CUDA graph, torch's one-shot over symmetric memory and the
-engine's own, also with what follows a sum; over gloo on a CPU. `starts`: a long run of steps, then
-an engine is started and closed many times, its graphs with it (three minutes on two GPUs). `plan`:
-a plan's way to 2, 4 and 8 ranks that compute nothing, and its result's way back.
+a rank is killed amid 64 streams: how many end with the ids of an undisturbed run, how long they
+paused, and when the core was where in its way back. `reduce`: all-reduce by NCCL in a CUDA graph,
+torch's one-shot over symmetric memory and the engine's own, also with what follows a sum; over gloo
+on a CPU. `starts`: a long run of steps, then an engine is started and closed many times, its graphs
+with it (three minutes on two GPUs). `plan`: a plan's way to 2, 4 and 8 ranks that compute nothing,
+and its result's way back.
 Each engine has processes of its own. No part begins after --seconds; what was left out is told.
 """
 
@@ -31,16 +32,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.executor.group import GroupExecutor
 from nanovllm.executor.rank_process import DEFAULT_ENVIRONMENT
+from nanovllm.frontend.core_life import CoreLife
+from nanovllm.frontend.core_process import CoreHandle
+from nanovllm.protocol.messages import FromCore
 from nanovllm.protocol.plan import StepPlan
 
 MODELS = Path(__file__).resolve().parent / "models"
@@ -302,23 +308,32 @@ async def kill_a_rank(bench: Bench, model: str, size: Ranks) -> None:
     count, num_new = (6, 60) if bench.is_cpu else (64, 400)
     asked = prompts(count, 40, turn=3, vocab_size=500)
     settings = bench.settings(size, load_format="dummy", skip_tokenizer_init=True)
-    started = time.monotonic()
-    async with AsyncLLM(model, **settings) as llm:
-        start_s = time.monotonic() - started
-        await stream_all(llm, asked, num_new)  # compiles, captures
-        undisturbed, _ = await stream_all(llm, asked, num_new)
-        again, _ = await stream_all(llm, asked, num_new)
-        core = llm._handles[0].process.pid
-        ranks = ranks_of(core)
-        streams = asyncio.create_task(stream_all(llm, asked, num_new))
-        await asyncio.sleep(0.3)
-        killed_at = time.monotonic()
-        os.kill(ranks[-1], signal.SIGKILL)
-        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-            await asyncio.sleep(0.005)
-        ended_s = time.monotonic() - killed_at
-        resumed, pause_s = await streams
-        left = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    for what in ("first start", "start"):  # the first may compile
+        async with timed(AsyncLLM(model, **settings)) as (llm, start_s, way):
+            began = time.monotonic()
+            arrivals = Arrivals(count)
+            await stream_all(llm, asked, num_new, arrivals)
+            bench.say(what, ranks=str(size), way=since(way[0][0], way))
+            bench.say(f"streams after the {what}", arrived=arrivals.told(began))
+            if what == "first start":
+                continue
+            undisturbed, _ = await stream_all(llm, asked, num_new)
+            again, _ = await stream_all(llm, asked, num_new)
+            ranks = ranks_of(llm._handles[0].process.pid)
+            arrivals = Arrivals(count)
+            streams = asyncio.create_task(stream_all(llm, asked, num_new, arrivals))
+            await asyncio.sleep(0.3)
+            killed_at = time.monotonic()
+            way.clear()
+            arrivals.forget()
+            os.kill(ranks[-1], signal.SIGKILL)
+            while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+                await asyncio.sleep(0.005)
+            ended_s = time.monotonic() - killed_at
+            resumed, pause_s = await streams
+            left = [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+            bench.say("restart", ranks=str(size), way=since(killed_at, way))
+            bench.say("streams after the restart", arrived=arrivals.told(killed_at))
     bench.say(
         "faults",
         ranks=str(size),
@@ -335,8 +350,94 @@ async def kill_a_rank(bench: Bench, model: str, size: Ranks) -> None:
         raise AssertionError("streams that were resumed got other ids")
 
 
+Way = list[tuple[float, str]]
+
+
+@asynccontextmanager
+async def timed(llm: AsyncLLM) -> AsyncIterator[tuple[AsyncLLM, float, Way]]:
+    """The engine, started; how long that took; and when its core was begun with, ended and heard
+    of, on the monotonic clock, from now on."""
+    way: Way = []
+
+    def note(what: str) -> None:
+        if not way or way[-1][1] != what:
+            way.append((time.monotonic(), what))
+
+    hear, end, restart = CoreLife.on_message, CoreHandle.end, CoreHandle.restart
+
+    def on_message(life: CoreLife, message: FromCore) -> None:
+        name = type(message).__name__
+        if name in ("Loading", "Welcome", "CoreFailed"):
+            note(getattr(message, "phase", name))
+        hear(life, message)
+
+    def noting_end(handle: CoreHandle, timeout_s: float = 10.0) -> int:
+        note("ending the core")
+        return end(handle, timeout_s)
+
+    def noting_restart(handle: CoreHandle) -> None:
+        note("starting a core")
+        restart(handle)
+
+    changed = [
+        patch.object(CoreLife, "on_message", on_message),
+        patch.object(CoreHandle, "end", noting_end),
+        patch.object(CoreHandle, "restart", noting_restart),
+    ]
+    with ExitStack() as stack:
+        for one in changed:
+            stack.enter_context(one)
+        note("begun")
+        async with llm:
+            yield llm, time.monotonic() - way[0][0], way
+
+
+def since(start: float, way: Way) -> dict[str, float]:
+    """Seconds from then to each; of what occurs again, the first."""
+    first: dict[str, float] = {}
+    for at, what in way:
+        first.setdefault(what, round(at - start, 2))
+    return first
+
+
+class Arrivals:
+    """When each stream first got tokens, and when any did."""
+
+    def __init__(self, num_streams: int) -> None:
+        self._num_streams = num_streams
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again."""
+        self._first: dict[int, float] = {}
+        self._all: list[float] = []
+
+    def note(self, stream: int) -> None:
+        """It has got some."""
+        now = time.monotonic()
+        self._first.setdefault(stream, now)
+        if not self._all or now - self._all[-1] > 1e-3:
+            self._all.append(now)
+
+    def told(self, since: float) -> dict[str, Any]:
+        """The first and last stream's first ones, in seconds, and the longest gaps between any:
+        when they ended, and how long they were."""
+        first = sorted(at - since for at in self._first.values())
+        gaps = sorted(((b - a, b - since) for a, b in pairwise(self._all)), reverse=True)[:12]
+        return {
+            "first_s": round(first[0], 3),
+            "last_s": round(first[-1], 3),
+            "gaps_until_s": {round(at, 3): round(gap, 3) for gap, at in sorted(gaps, key=at_end)},
+        }
+
+
+def at_end(gap: tuple[float, float]) -> float:
+    """When it ended."""
+    return gap[1]
+
+
 async def stream_all(
-    llm: AsyncLLM, asked: list[list[int]], num_new: int
+    llm: AsyncLLM, asked: list[list[int]], num_new: int, arrivals: Arrivals | None = None
 ) -> tuple[list[list[int]], float]:
     """Ids of each stream, every second one drawn by a seed, and the longest wait of any."""
 
@@ -354,6 +455,8 @@ async def stream_all(
             now = time.monotonic()
             pause_s, last = max(pause_s, now - last), now
             ids += output.outputs[0].token_ids
+            if arrivals is not None:
+                arrivals.note(index)
         return ids, pause_s
 
     results = await asyncio.gather(*(one(index) for index in range(len(asked))))
