@@ -15,10 +15,11 @@ with random weights: decoding 1, 8 and 64 sequences, and a prompt; ratios are to
 a rank is killed amid 64 streams: how many end with the ids of an undisturbed run, how long they
 paused, and when the core was where in its way back. `reduce`: all-reduce by NCCL in a CUDA graph,
 torch's one-shot over symmetric memory and the engine's own, also with what follows a sum; over gloo
-on a CPU. `starts`: a long run of steps, then an engine is started and closed many times, its graphs
-with it (three minutes on two GPUs). `plan`: a plan's way to 2, 4 and 8 ranks that compute nothing,
-and its result's way back.
-Each engine has processes of its own. No part begins after --seconds; what was left out is told.
+on a CPU. `steps`: 10,000 steps of one sequence, none of which may hang. `starts`: an engine is
+started and closed 20 times, its graphs with it (two minutes on two GPUs). `plan`: a plan's way to
+2, 4 and 8 ranks that compute nothing, and its result's way back.
+Each engine has processes of its own. No part begins after --seconds; what was left out is told. A
+part that hangs is ended after --part-seconds, and what it has found by then was told as it came.
 """
 
 import argparse
@@ -82,9 +83,10 @@ EXPERTS: dict[str, Any] = {
     "mlp_only_layers": [],
 }
 SMALLER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-PARTS = ("ids", "speed", "faults", "reduce", "starts", "plan")
+PARTS = ("ids", "speed", "faults", "reduce", "steps", "starts", "plan")
 NUM_PLANS = 2000
 NUM_STARTS, NUM_STEPS = 20, 10_000
+CLOSING_S = 10  # of what did not end in time
 REDUCED_KIB = (4, 64, 512, 8192)
 
 
@@ -136,12 +138,16 @@ class Bench:
             self.say("left out", what=name)
             return
         started = time.monotonic()
+        signal.signal(signal.SIGALRM, _end_part)
+        signal.alarm(self.arguments.part_seconds)
         try:
             part()
         except Exception as error:
             self.failed = True
             traceback.print_exc()
             self.say("failed", what=name, error=f"{type(error).__name__}: {error}")
+        finally:
+            signal.alarm(0)
         print(f"# {name}: {time.monotonic() - started:.1f} s", flush=True)
 
     def random_model(self, kind: str) -> str:
@@ -177,6 +183,13 @@ class Bench:
         with LLM(model, **self.settings(size, **more)) as llm:
             self.say("start", model=Path(model).name, ranks=str(size), s=_rounded(started))
             yield llm
+
+
+def _end_part(number: int, frame: object) -> None:
+    """What is closed now may hang, too: a second time nothing is waited for."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(CLOSING_S)
+    raise TimeoutError("did not end in time")
 
 
 def _rounded(since: float) -> float:
@@ -609,25 +622,40 @@ def _time_reduce(run: Callable[[], Any], *, on_gpu: bool) -> float:
     return round((time.perf_counter() - started) / num * 1e6, 1)
 
 
-# ---- starts and ends
+# ---- long lives and short ones
 
 
-def start_often(bench: Bench, model: str, size: Ranks) -> None:
-    """Whether graphs are captured and destroyed cleanly, and steps do not hang."""
-    num_starts, num_steps = (2, 200) if bench.is_cpu else (NUM_STARTS, NUM_STEPS)
-    length = 32
+def run_long(bench: Bench, model: str, size: Ranks) -> None:
+    """Whether all of many steps end; tells how many there were every second or so."""
+    num_steps, length = 200 if bench.is_cpu else NUM_STEPS, 32
     settings = bench.settings(
         size, load_format="dummy", skip_tokenizer_init=True, max_model_len=num_steps + length
     )
-    asked = prompts(4, length, turn=5, vocab_size=500)
+    params = SamplingParams(
+        temperature=0, max_tokens=num_steps, ignore_eos=True, output_kind="delta"
+    )
+
+    async def run() -> None:
+        async with AsyncLLM(model, **settings) as llm:
+            steps, told, started = 0, 0.0, time.monotonic()
+            asked = prompts(1, length, turn=5, vocab_size=500)[0]
+            async for output in llm.generate(asked, params):
+                steps += len(output.outputs[0].token_ids)
+                if output.finished or time.monotonic() > told + 2:
+                    told = time.monotonic()
+                    bench.say("steps", ranks=str(size), steps=steps, s=_rounded(started))
+        if steps < num_steps:
+            raise AssertionError(f"{steps} of {num_steps} steps")
+
+    asyncio.run(run())
+
+
+def start_often(bench: Bench, model: str, size: Ranks) -> None:
+    """Whether graphs are captured and destroyed cleanly."""
+    num_starts = 2 if bench.is_cpu else NUM_STARTS
+    settings = bench.settings(size, load_format="dummy", skip_tokenizer_init=True)
+    asked = prompts(4, 32, turn=5, vocab_size=500)
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    with LLM(model, **settings) as llm:
-        long = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
-        started = time.monotonic()
-        num_ids = len(_ids(llm, asked[:1], long)[0])
-        bench.say("steps", ranks=str(size), steps=num_ids, s=_rounded(started))
-    if num_ids < num_steps:
-        raise AssertionError(f"{num_ids} of {num_steps} steps")
     found: list[list[list[int]]] = []
     times: list[float] = []
     for number in range(num_starts):
@@ -693,6 +721,7 @@ def run_parts(bench: Bench, wanted: list[str], sizes: list[Ranks]) -> None:
     others: dict[str, Callable[[], None]] = {
         "faults": lambda: asyncio.run(kill_a_rank(bench, small, sizes[0])),
         "reduce": partial(measure_reduce, bench, sizes[0].each),
+        "steps": partial(run_long, bench, small, sizes[0]),
         "starts": partial(start_often, bench, small, sizes[0]),
     }
     for name, part in others.items():
@@ -710,6 +739,7 @@ def main() -> None:
     parser.add_argument("--models", default="8b,0.6b", help="of the speed part")
     parser.add_argument("--real", help="a checkpoint whose ids are compared, too")
     parser.add_argument("--seconds", type=float, default=150.0, help="when no part begins any more")
+    parser.add_argument("--part-seconds", type=int, default=180, help="when a part is ended")
     parser.add_argument("--reduce-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
