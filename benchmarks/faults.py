@@ -440,9 +440,10 @@ class Heard:
                 await asyncio.sleep(0.01)
 
     def restore(self) -> str:
-        """Write to stderr again; returns the last lines heard."""
+        """Write to stderr again; returns the last lines heard, but for Ray's."""
         os.dup2(self._own, 2)
-        return "".join(line for _, line in self._lines[-60:])
+        own = [(at, line) for at, line in self._lines if "(raylet)" not in line]
+        return "".join(f"{at:.3f} {line}" for at, line in own[-80:])
 
 
 class TwoNodes:
@@ -635,9 +636,14 @@ class RankFaults:
                 await asyncio.sleep(0.01)
             return time.monotonic()
 
-        async with asyncio.timeout(REPORT_S):
-            told = self._heard.after(happened_at, f"{cause}.*; starting it again")
-            told_at, gone_at = await asyncio.gather(told, all_gone())
+        try:
+            async with asyncio.timeout(REPORT_S):
+                told = self._heard.after(happened_at, f"{cause}.*; starting it again")
+                told_at, gone_at = await asyncio.gather(told, all_gone())
+        except TimeoutError:
+            left = [pid for pid in ranks if _lives(pid)]
+            text = f"{fault} at {happened_at:.3f}: no word of {cause!r}, or still there: {left}"
+            raise AssertionError(text) from None
         self.seen.append(Seen(fault, told_at - happened_at, gone_at - happened_at))
 
     async def _happened(self) -> tuple[float, int]:

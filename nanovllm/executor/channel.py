@@ -7,7 +7,6 @@ in a poll of its own, in which it also sees that the other end has gone.
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from errno import EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 
 HEADER = struct.Struct("<I")
@@ -74,10 +73,12 @@ class Channel:
         if self._lifeline is None or self._num_asked == MOST_ASKED:
             return
         self._num_asked += 1
-        with suppress(OSError):  # `receive` tells
+        try:
             self._lifeline.send(ASK)
             if self._num_asked in (1, MOST_ASKED):
                 self._demand_confirmation(self._num_asked == 1)
+        except OSError as error:  # told once, here or to `receive`, which sees that it has ended
+            self._note(error)
 
     def receive(self) -> Iterator[bytes]:
         """The frames that have arrived whole. Raises `ChannelClosedError` behind the last one."""
@@ -121,7 +122,7 @@ class Channel:
         return not said
 
     def _note(self, error: OSError) -> None:
-        self.is_out_of_reach = error.errno in OUT_OF_REACH
+        self.is_out_of_reach |= error.errno in OUT_OF_REACH  # what follows are errors of its end
 
     def _demand_confirmation(self, is_soon: bool) -> None:
         """Or leave it to the patience of `reception.KEEP_ALIVE`, as where nothing is asked."""

@@ -206,11 +206,11 @@ class GroupExecutor:
     def _received(self, what: str) -> Iterator[list[tuple[StartedRank, FromRank]]]:
         """What ranks say, again and again, for as long as the caller waits for more. what: it waits
         for, to be told if a signal has stopped a rank."""
-        started, told = time.monotonic(), False
+        started, told = time.monotonic(), set[str]()
         while True:
             yield self._receive(WATCH_S)
-            if not told and time.monotonic() - started > TELL_STOPPED_AFTER_S:
-                told = self._tell_stopped(what)
+            if time.monotonic() - started > TELL_STOPPED_AFTER_S:
+                self._tell_stopped(what, told)
 
     def _receive(self, timeout_s: float) -> list[tuple[StartedRank, FromRank]]:
         """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
@@ -279,11 +279,11 @@ class GroupExecutor:
             rank.wait(max(0.0, until - time.monotonic()))
         return self._lost
 
-    def _tell_stopped(self, what: str) -> bool:
-        stopped = [str(rank) for rank in self._ranks if rank.is_stopped]
-        if stopped:
-            LOG.warning("%s waits for %s, stopped by a signal", what, ", ".join(stopped))
-        return bool(stopped)
+    def _tell_stopped(self, what: str, told: set[str]) -> None:
+        """told: takes up which ranks it has been said of."""
+        if stopped := {str(rank) for rank in self._ranks if rank.is_stopped} - told:
+            told |= stopped
+            LOG.warning("%s waits for %s, stopped by a signal", what, ", ".join(sorted(stopped)))
 
 
 class GroupStep:

@@ -45,6 +45,7 @@ from nanovllm.protocol.group import (
     WarmUp,
 )
 from nanovllm.protocol.plan import StepHandle, StepPlan
+from nanovllm.worker.warmup import driver
 
 TELL_EVERY_S = 0.1
 OWNER_GRACE_S = 1.0  # in which a rank that waits for others ends by itself after its owner
@@ -139,7 +140,9 @@ class Rank:
             from nanovllm.executor.synthetic import SyntheticExecutor
 
             return SyntheticExecutor(self._config, self._on_progress)
-        from nanovllm.worker.rank import RankWorker
+        if driver.is_likely(self._config.model.device):
+            driver.wake(self._seat.local_rank)
+        from nanovllm.worker.rank import RankWorker  # loads torch, which takes seconds
 
         size = self._config.parallel.num_ranks
         return RankWorker(

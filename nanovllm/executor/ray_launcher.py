@@ -6,6 +6,7 @@ the core to each rank, as frames of `channel`.
 """
 
 import logging
+import math
 import os
 import select
 import signal
@@ -40,6 +41,7 @@ from nanovllm.protocol.plan import DeviceLostError, ProgressCallback
 
 START_S = 120.0  # for all actors to start, and once more for their ranks to connect
 LOOK_S = 0.1  # between two looks at what is waited for
+FRESH_S = 0.5  # between two looks at whether a rank is stopped: more, and they are of two waits
 GONE_S = 5.0  # for a rank to end that has been killed, or its host is out of reach
 
 
@@ -272,11 +274,16 @@ class RayRank:
         self._agent = agent
         self._lifeline = lifeline
         self._asked: Any = None  # whether it is stopped, not answered yet
+        self._looked_at = -math.inf
         self._has_ended = False
 
     @property
     def is_stopped(self) -> bool:
-        """What its actor has said of it, which is asked once more."""
+        """What its actor has said of it since the last look, which is asked once more. What was
+        said in an earlier wait is of that time."""
+        looked_at, self._looked_at = self._looked_at, time.monotonic()
+        if self._looked_at - looked_at > FRESH_S:
+            self._asked = None
         answered = False
         if self._asked is not None:
             if not ray.wait([self._asked], timeout=0)[0]:

@@ -4,10 +4,12 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.engine_core import EngineCore
@@ -17,16 +19,19 @@ from nanovllm.executor.inline import inline_executor
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import DeviceLostError, WorkerInfo
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.worker import Worker
 from tests.conftest import save_tiny
+from tests.core.fake_executor import VOCAB_SIZE
 from tests.e2e.processes import alive, rank_children
+from tests.executor.lives import ALONE, OWN_EOS, Layout, Life, Model
 from tests.executor.test_inline import generate
 from tests.worker.planning import make_masks, make_plan, new_row, run_step
 from tests.worker.quant.layouts import FORMATS, write
 from tests.worker.quant.test_layouts import WIDE
 
+BLOCK_SIZE = 4
 NUM_BLOCKS = 18  # few: sequences are preempted
-NUM_LIVES = 3  # of each model; seeds are fixed
+NUM_LIVES = 2  # of each kind and model; seeds are fixed
+NUM_REQUESTS = 6  # of a life of the property test
 KINDS = [
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -35,10 +40,6 @@ KINDS = [
     {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
     {"temperature": 1.0, "logit_bias": {5: 2.0, 130: 3.0}, "min_tokens": 2},
 ]
-
-
-# One rank, several, and what both say of themselves.
-Engines = tuple[Worker, GroupExecutor, WorkerInfo]
 
 
 def config_of(model: str, size: int = 1, **settings: Any) -> EngineConfig:
@@ -55,43 +56,57 @@ def begin(executor: Executor) -> WorkerInfo:
     return info
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("qwen3_moe", 2, {}),
-        ("olmoe_renormalized", 2, {"enable_expert_parallel": True}),
-        ("olmo2", 4, {}),
-        ("llama3", 1, {"pipeline_parallel_size": 3, "quantization": "int8"}),
-        ("phi3", 2, {"pipeline_parallel_size": 2}),
-    ],
-    ids=lambda p: f"{p[0]}-{p[1]}x{p[2].get('pipeline_parallel_size', 1)}",
-)
+ENGINES: list[tuple[str, str, dict[str, Any]]] = [
+    ("qwen3_moe", "2", {}),
+    ("olmoe_renormalized", "2e", {}),
+    ("olmo2", "4", {}),
+    ("llama3", "1x3", {"quantization": "int8"}),
+    ("phi3", "2x2", {}),
+]
+FEW_IDS = "olmo2"  # so few that of 4 ranks two have none
+
+
+@dataclass
+class Engines:
+    """One rank and several, of the same model."""
+
+    alone: Model
+    ranks: Model
+
+    @property
+    def each(self) -> list[tuple[Executor, WorkerInfo]]:
+        return [one.with_blocks(BLOCK_SIZE) for one in (self.alone, self.ranks)]
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda one: "-".join(one[:2]))
 def engines(
     request: pytest.FixtureRequest,
     tiny_checkpoint: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engines]:
-    """One rank and several, of the same model. Of 4 ranks two have the same KV head; of 5 experts
-    that are spread the second rank has three; of stages the last has a tied head. What is fused in
-    Phi-3's files is packed besides: ranks of stages cut each part along its groups."""
-    name, size, settings = request.param
-    model = str(tiny_checkpoint(name))
+    """Of 4 ranks two have the same KV head; of 5 experts that are spread the second rank has three;
+    of stages the last has a tied head. What is fused in Phi-3's files is packed besides: ranks of
+    stages cut each part along its groups."""
+    name, text, settings = request.param
+    layout, path = Layout.of(text), tmp_path_factory.mktemp("model")
+    if name == FEW_IDS:
+        path = tiny_checkpoint(name)
+    else:
+        wide = WIDE if name == "phi3" else {}
+        save_tiny(name, path, vocab_size=VOCAB_SIZE, **OWN_EOS, **wide)
     if name == "phi3":
-        wide = save_tiny(name, tmp_path_factory.mktemp("wide"), **WIDE)
         packed = tmp_path_factory.mktemp("packed")
-        write(wide, packed, *FORMATS["gptq 4 16"])
-        model = str(packed)
+        write(path, packed, *FORMATS["gptq 4 16"])
+        path = packed
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    alike = {"quantization": settings.get("quantization")}
-    alone = inline_executor(config_of(model, **alike), lambda *_: None)
-    several = config_of(model, size, **settings)
-    group = GroupExecutor(several, lambda *_: None)
-    one, many = begin(alone), begin(group)
+    alone = Model(str(path), ALONE, {**settings, "compare_ranks": False})
+    engines = Engines(alone, Model(str(path), layout, settings))
+    (_, one), (_, many) = engines.each
     assert (many.num_blocks, many.kv_windows) == (one.num_blocks, one.kv_windows)
-    assert f"{several.parallel.num_ranks} ranks" in many.notes[0]
-    yield alone, group, many
-    alone.shutdown()
-    group.shutdown()
+    assert f"{layout.each * layout.stages} ranks" in many.notes[0]
+    yield engines
+    engines.alone.end()
+    engines.ranks.end()
 
 
 def live(
@@ -144,21 +159,41 @@ def numbers(got: dict[int, list[Any]]) -> dict[int, list[Any]]:
 def test_random_lives_get_the_ids_of_one_rank(engines: Engines) -> None:
     """Chunks, prefixes, preemption, every kind of sampling; each step's ids are compared across
     ranks, too."""
-    alone, group, info = engines
+    stages = engines.ranks.layout.stages
+    configs = config_of(""), config_of("", pipeline_parallel_size=stages)
     preempted: list[int] = []
     for seed in range(NUM_LIVES):
-        expected = live(alone, config_of(""), info, seed, preempted)
-        found = live(group, group._config, info, seed, preempted)
+        expected, found = (
+            live(executor, config, replace(info, num_blocks=NUM_BLOCKS), seed, preempted)
+            for (executor, info), config in zip(engines.each, configs, strict=True)
+        )
         assert expected == numbers(found), f"seed {seed}"
     assert sum(preempted), "lives must preempt to mean something"
 
 
+def test_lives_of_the_property_test_get_the_ids_of_one_rank(engines: Engines) -> None:
+    """With grammars, forks, aborts and pauses, and limits of every size."""
+    (_, info), _ = engines.each
+    lives = range(NUM_LIVES) if info.vocab_size == VOCAB_SIZE else ()  # else grammars know more ids
+    num_forced = 0
+    for seed in lives:
+        expected, found = (
+            Life(seed, one, engines.ranks.layout.stages, (BLOCK_SIZE,))
+            for one in (engines.alone, engines.ranks)
+        )
+        expected.run(NUM_REQUESTS)
+        found.run(NUM_REQUESTS)
+        assert (found.got, found.finished) == (expected.got, expected.finished), f"seed {seed}"
+        num_forced += found.num_forced
+    assert num_forced or not lives, "grammars must force tokens to mean something"
+
+
 def test_masks_reach_all_ranks(engines: Engines) -> None:
     results: list[list[int]] = []
-    for executor in engines[:2]:
+    for executor, info in engines.each:
         plan = make_plan(0, [(1, 0, 5)], new_rows=[new_row(1, [5, 6, 7, 8, 9], block_ids=[1, 2])])
-        step = run_step(executor, plan, make_masks({0: [77, 131]}))
-        results.append(step.result().token_ids)
+        masks = make_masks({0: [77, 131]}, vocab_size=info.vocab_size)
+        results.append(run_step(executor, plan, masks).result().token_ids)
     assert results[0] == results[1]
     assert results[0][0] in (77, 131)
 

@@ -130,6 +130,35 @@ def test_a_stopped_rank_is_told_of_and_waited_for(
     assert f"{waiting} waits for rank {rank} (pid {stopped}), stopped by a signal" in wakes.told
 
 
+def test_each_stopped_rank_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is stopped while another is waited for."""
+    monkeypatch.setattr(group_module, "TELL_STOPPED_AFTER_S", 0.1)
+    group = synthetic()
+    told: list[str] = []
+
+    class StopsTheOther(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+            first, second = pids_of(group)
+            if len(told) == 1:
+                os.kill(second, signal.SIGSTOP)
+            else:
+                for pid in (first, second):
+                    os.kill(pid, signal.SIGCONT)
+
+    handler = StopsTheOther()
+    group_module.LOG.addHandler(handler)
+    try:
+        begin(group)
+        ranks = [str(rank) for rank in group._ranks]
+        os.kill(pids_of(group)[0], signal.SIGSTOP)
+        assert len(run_step(group, PLAN).result().token_ids) == 1
+    finally:
+        group_module.LOG.removeHandler(handler)
+        group.shutdown()
+    assert told == [f"step 0 waits for {rank}, stopped by a signal" for rank in ranks]
+
+
 def sends_at_birth(monkeypatch: pytest.MonkeyPatch, victim: int, sent: signal.Signals) -> None:
     """Have one rank get a signal before it can do anything."""
     spawn = RankProcess.spawn

@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from errno import EPIPE, ETIMEDOUT
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -114,6 +116,41 @@ def test_who_does_not_answer_is_not_asked_for_ever(
     assert list(channel.receive()) == []
     channel.ask()
     assert silent.recv(99) == channel_module.ASK
+
+
+class Vanished(socket.socket):
+    """The system says once that the other host is out of reach, to whoever calls it next."""
+
+    def __init__(self) -> None:
+        ours, self._theirs = socket.socketpair()
+        super().__init__(fileno=ours.detach())
+        self._error: int | None = ETIMEDOUT
+
+    def _call(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise OSError(error, "told once")
+
+    def send(self, *_: Any) -> int:
+        self._call()
+        raise BrokenPipeError(EPIPE, "told from then on")
+
+    def recv(self, *_: Any) -> bytes:
+        self._call()
+        return b""
+
+
+@pytest.mark.parametrize("asks_first", [False, True])
+def test_a_host_that_has_vanished_is_known_by_whatever_is_told_of_it(asks_first: bool) -> None:
+    """The next question may be told instead of who takes in what has arrived."""
+    frames, theirs = socket.socketpair()
+    lifeline = Vanished()
+    with closing(Channel(frames, lifeline)) as channel, theirs, lifeline._theirs:
+        for _ in range(2 * asks_first):
+            channel.ask()
+        with pytest.raises(ChannelClosedError):
+            list(channel.receive())
+        assert channel.is_out_of_reach
 
 
 def test_only_while_something_is_asked_it_has_to_be_confirmed_soon(reception: Reception) -> None:

@@ -1,6 +1,8 @@
 """A worker that is one of several does nothing of its own accord that the others might not."""
 
+import socket
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,13 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.executor.channel import Channel
+from nanovllm.executor.rank import Rank
+from nanovllm.executor.rank_process import Seat
 from nanovllm.worker import worker as worker_module
 from nanovllm.worker.parallel import TensorParallel
 from nanovllm.worker.rank import take_device
+from nanovllm.worker.warmup import driver
 from nanovllm.worker.warmup.precompile import Precompiler
 from nanovllm.worker.worker import Worker
 from tests.worker.models.test_parallel import Meeting, Thread
@@ -58,3 +64,15 @@ def test_too_few_gpus_are_told_with_the_fields_that_ask_for_more(
     named = f"{' and '.join(sizes)}: {num_ranks} ranks need a GPU each, and 1 is visible: use 1"
     with pytest.raises(ValueError, match=named):
         take_device(config, 0, num_ranks)
+
+
+def test_a_rank_has_its_own_gpu_woken_while_it_loads_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[int] = []
+    monkeypatch.setattr(driver, "is_likely", lambda device: device == "auto")
+    monkeypatch.setattr(driver, "wake", woken.append)
+    for device in ("auto", "cpu"):
+        ours, theirs = socket.socketpair()
+        config = EngineConfig.from_kwargs(model="m", device=device, tensor_parallel_size=4)
+        with theirs, closing(Channel(ours)) as channel:
+            Rank(config, Seat(rank=3, local_rank=1, local_size=2), channel)._make_executor()
+    assert woken == [1]

@@ -20,22 +20,22 @@ def is_likely(device: Device) -> bool:
     return device != "cpu" and not hidden and any(Path(sign).exists() for sign in SIGNS)
 
 
-def wake() -> Thread:
-    """Have the driver make the context in which torch will use the first GPU; returns at once.
+def wake(number: int = 0) -> Thread:
+    """Have the driver make the context in which torch will use that GPU; returns at once.
 
     Else torch has it made when it first asks for anything, and waits for it.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does, which would be too late
-    thread = Thread(target=_make_context, name="waking the GPU", daemon=True)
+    thread = Thread(target=_make_context, args=(number,), name="waking the GPU", daemon=True)
     thread.start()
     return thread
 
 
-def _make_context() -> None:
+def _make_context(number: int) -> None:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), number) == 0:
         cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

@@ -17,10 +17,13 @@ class Library:
     def __init__(self, num_devices: int) -> None:
         self._num_devices = num_devices
         self.calls: list[str] = []
+        self.number: object = None  # of the device that was asked for
 
     def __getattr__(self, name: str) -> object:
-        def call(*_: object) -> int:
+        def call(*arguments: object) -> int:
             self.calls.append(name)
+            if name == "cuDeviceGet":
+                self.number = arguments[-1]
             return 0 if self._num_devices else 100
 
         return call
@@ -45,8 +48,9 @@ def test_waking_makes_a_context_if_there_is_a_gpu(monkeypatch: pytest.MonkeyPatc
     ):
         library = Library(num_devices)
         monkeypatch.setattr(ctypes, "CDLL", lambda name, library=library: library)
-        driver.wake().join(TIMEOUT_S)
+        driver.wake(3).join(TIMEOUT_S)
         assert library.calls == calls
+        assert library.number == (3 if num_devices else None)
 
 
 def test_waking_without_a_driver_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
