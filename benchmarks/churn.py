@@ -65,6 +65,9 @@ class PositionExecutor:
     def warm_up(self) -> bool:
         return False
 
+    def check(self) -> None:
+        pass
+
     def submit(self, plan: StepPlan) -> "PositionHandle":
         ends = [plan.num_computed[entry] + plan.num_scheduled[entry] for entry in plan.sampling]
         return PositionHandle(StepResult(plan.step, ends))

@@ -67,6 +67,9 @@ class InstantExecutor:
     def warm_up(self) -> bool:
         return False
 
+    def check(self) -> None:
+        pass
+
     def submit(self, plan: StepPlan) -> "InstantHandle":
         self._result = StepResult(plan.step, [7] * len(plan.sampling))
         return InstantHandle(self._result)

@@ -14,11 +14,11 @@ clients' streams do not notice killed ones, and nothing of these is left in the 
 or descriptor of theirs; clients report a core that stands still within 2 s, and no other.
 
 With --ranks, a rank of one core is killed, stopped or made to raise instead, at a random moment of
-its start, in its warm-up or amid a step, so many times each, while streams run or wait (with --ray
-its actor and a node are killed as well, or a node, in a network namespace of its own, does not
-answer any more). Targets: the frontend's log names rank and cause within
-2 s; a rank that is stopped is named and waited for, and nothing is killed; all streams end with the
-ids of an undisturbed run; no process, directory, socket or shared memory is left.
+its start, in its warm-up or amid a step, so many times each, while streams run or wait; and killed
+while nobody asks for anything. (With --ray its actor and a node are killed as well, or a node, in a
+network namespace of its own, does not answer any more.) Targets: the frontend's log names rank and
+cause within 2 s; a rank that is stopped is named and waited for, and nothing is killed; all streams
+end with the ids of an undisturbed run; no process, directory, socket or shared memory is left.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from nanovllm.protocol.messages import CoreStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # tests import this file as one of a package
-from tensor_parallel import DENSE, SMALLER, Ranks, prompts, stream_all  # noqa: E402
+from tensor_parallel import DENSE, SMALLER, Arrivals, Ranks, prompts, stream_all  # noqa: E402
 
 ENOUGH_S = 120.0  # for a client to finish, whatever happens
 MAX_GROWTH_BYTES = 4 * 2**20
@@ -397,7 +397,7 @@ ENDS |= {"vanish": "is out of reach: its host does not answer"}
 # raise, since it would be taken for their cause.
 ROUND = (
     *("step kill", "start raise", "start kill", "warm-up kill", "warm-up raise"),
-    *("-", "step raise", "start stop", "step stop", "warm-up stop", "-"),
+    *("-", "step raise", "start stop", "step stop", "warm-up stop", "-", "idle kill"),
 )
 RAY_ROUND = ("step actor", "-", "step node", "-")
 VANISHING_ROUND = ("step vanish", "-")
@@ -562,6 +562,7 @@ class RankFaults:
         self._start_s = 0.0  # what the first rank took, when there was no fault
         self._expected: list[list[int]] = []
         self._streams: asyncio.Task[tuple[list[list[int]], float]] | None = None
+        self._arrivals = Arrivals(NUM_STREAMS)
         self.seen: list[Seen] = []
         self.num_equal = 0
 
@@ -582,6 +583,8 @@ class RankFaults:
                 await self._await_streams()
             elif fault in ("step node", "step vanish"):
                 await self._kill_node(fault)
+            elif fault == "idle kill":
+                await self._kill_idle(fault)
             else:
                 self._num_faults += 1
                 await self._one(fault, self._num_faults % self._num_ranks)
@@ -616,11 +619,20 @@ class RankFaults:
         os.kill(pid, signal.SIGCONT)
         self.seen.append(Seen(fault, told_at - happened_at, None))
 
+    async def _kill_idle(self, fault: str) -> None:
+        """A rank, while nobody asks for anything; nobody has to, for the group to come back."""
+        await self._await_streams()
+        ranks, happened_at = self._ranks(), time.monotonic()
+        os.kill(self._rng.choice(ranks), signal.SIGKILL)
+        await self._see_end(fault, rf"rank \d+ .*{ENDS['kill']}", happened_at, ranks)
+        await self._heard.after(happened_at, "the core is back")
+
     async def _kill_node(self, fault: str) -> None:
         """The second one, on which the last rank is; it comes back."""
         assert self._nodes is not None
+        await self._await_streams()
         self._begin_streams()
-        while (await self._llm.stats()).num_running < NUM_STREAMS:
+        while self._arrivals.num_begun < NUM_STREAMS:
             await asyncio.sleep(0.01)
         ranks, happened_at = self._ranks(), time.monotonic()
         killing = asyncio.create_task(asyncio.to_thread(self._nodes.kill_second))
@@ -670,7 +682,9 @@ class RankFaults:
             self._streams = asyncio.create_task(self._stream())
 
     async def _stream(self) -> tuple[list[list[int]], float]:
-        return await stream_all(self._llm, prompts(NUM_STREAMS, 40, turn=3, vocab_size=500), 150)
+        self._arrivals.forget()
+        asked = prompts(NUM_STREAMS, 40, turn=3, vocab_size=500)
+        return await stream_all(self._llm, asked, 150, self._arrivals)
 
     async def _await_streams(self) -> None:
         if self._streams is None:

@@ -432,6 +432,11 @@ class Arrivals:
         if not self._all or now - self._all[-1] > 1e-3:
             self._all.append(now)
 
+    @property
+    def num_begun(self) -> int:
+        """How many streams have got any."""
+        return len(self._first)
+
     def told(self, since: float) -> dict[str, Any]:
         """The first and last stream's first ones, in seconds, and the longest gaps between any:
         when they ended, and how long they were."""

@@ -69,7 +69,7 @@ class EngineCore:
     ) -> None:
         limits = config.limits(info.device)
         self._max_inflight = limits.max_inflight_steps
-        self._executor = executor
+        self.executor = executor  # which others may have warm up, or check, while not `busy`
         self._info = info
         self.blocks = BlockManager(
             num_blocks=info.num_blocks,
@@ -338,11 +338,6 @@ class EngineCore:
             assert sequence.failure is not None
             self._fail([sequence], sequence.failure)
 
-    def warm_up(self) -> bool:
-        """While not `busy`: let the executor warm up for a moment. Returns whether there is more
-        to be gained so."""
-        return self._executor.warm_up()
-
     def _submit(self, step: ScheduledStep) -> StepOutputs | None:
         """Send a step off; returns its failure, if that is what came of it."""
         if self.patience.begin(step.num_tokens):
@@ -350,9 +345,9 @@ class EngineCore:
         try:
             for listener in self._listeners:
                 listener.on_submit(step)
-            handle = self._executor.submit(step.plan)
+            handle = self.executor.submit(step.plan)
             if not step.constrained:
-                self._executor.sample(step.plan.step, None)
+                self.executor.sample(step.plan.step, None)
         except Exception as error:
             return self._give_up(step, error, was_submitted=False)
         self.inflight.append((step, handle))
@@ -371,7 +366,7 @@ class EngineCore:
         masks, forced, failed = self._take_masks(step)
         early = StepOutputs(failed=failed) if failed else None
         try:
-            self._executor.sample(step.plan.step, masks)
+            self.executor.sample(step.plan.step, masks)
         except Exception as error:
             self.inflight.pop()
             return _joined(early, self._give_up(step, error, was_submitted=False))

@@ -247,6 +247,8 @@ class CoreServer:
         late_s = now - self._awake_at
         if now >= min(self._pulse_due, self._warm_up_from):
             self._pulse_due = now + PULSE_INTERVAL_S
+            if not core.busy:  # else a step tells
+                core.executor.check()
             self._send_pulse(core, now)
         if not core.may_step(now) and not self._intake:
             late_s += self._wait(core, now)
@@ -316,7 +318,7 @@ class CoreServer:
 
     def _warm_up(self, core: EngineCore) -> None:
         self._clock.pause()
-        if not core.warm_up():
+        if not core.executor.warm_up():
             self._warm_up_from = math.inf
         self._clock.resume()
 

@@ -1,4 +1,4 @@
-"""The seam between the core and the device: six methods, no torch.
+"""The seam between the core and the device: seven methods, no torch.
 
 An executor runs plans in submission order; `EngineCore` is its only caller.
 """
@@ -41,6 +41,10 @@ class Executor(Protocol):
     def warm_up(self) -> bool:
         """Use a moment in which no step is under way: compile or capture what steps to come will
         want. Returns whether there is more to do so; raises `DeviceLostError`."""
+
+    def check(self) -> None:
+        """Now and then, while no step is under way: raises `DeviceLostError` if the device is gone,
+        as far as that can be told at once."""
 
     def shutdown(self) -> None:
         """Free the device. Safe to call twice, and after a failed start."""

@@ -147,6 +147,10 @@ class GroupExecutor:
                 break
         return any(answers)  # stages may have kinds of their own
 
+    def check(self) -> None:
+        """Whether all ranks live, between steps, when none has anything to say."""
+        self._hear(0.0)
+
     def wait_for(self, step: int) -> StepResult:
         """The result of a step whose halves have been sent. Raises `DeviceLostError`."""
         parallel = self._config.parallel
@@ -213,15 +217,19 @@ class GroupExecutor:
                 self._tell_stopped(what, told)
 
     def _receive(self, timeout_s: float) -> list[tuple[StartedRank, FromRank]]:
+        """`_hear`, by who waits for ranks: their hosts are asked whether they are there."""
+        if time.monotonic() > self._ask_at:
+            self._ask_at = time.monotonic() + WATCH_S
+            for rank in self._ranks:
+                rank.channel.ask()
+        return self._hear(timeout_s)
+
+    def _hear(self, timeout_s: float) -> list[tuple[StartedRank, FromRank]]:
         """What ranks say, as soon as there is any. Raises if one has failed or is dead."""
         if self._lost is not None:
             raise self._lost
         received: list[tuple[StartedRank, FromRank]] = []
         failed: dict[int, RankFailed | None] = {}
-        if time.monotonic() > self._ask_at:
-            self._ask_at = time.monotonic() + WATCH_S
-            for rank in self._ranks:
-                rank.channel.ask()
         for rank in self._ready(timeout_s):
             received += self._take(rank, failed)
         if failed:

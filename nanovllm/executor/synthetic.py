@@ -111,6 +111,9 @@ class SyntheticExecutor:
         """Nothing gets faster by practice."""
         return False
 
+    def check(self) -> None:
+        """There is no device."""
+
     def shutdown(self) -> None:
         """Nothing to free."""
 

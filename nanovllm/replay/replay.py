@@ -160,6 +160,9 @@ class Replay:
     def warm_up(self) -> bool:
         return False
 
+    def check(self) -> None:
+        pass
+
     def result(self) -> StepResult:
         then = self._tape.expect(Returned)
         self._tape.ended = {key: (0, error) for key, error in then.ended}

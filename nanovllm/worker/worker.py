@@ -151,6 +151,9 @@ class Worker:
             logger.warning("a warm-up step failed, and is the last one", exc_info=error)
             return False
 
+    def check(self) -> None:
+        """A device without a step cannot be asked cheaply; the next step tells."""
+
     def _recover(self, error: Exception) -> Exception:
         """Make ready for the next step after one that raised; returns what that means."""
         if self._device.type == "cuda":

@@ -142,6 +142,9 @@ class FakeExecutor:
     def warm_up(self) -> bool:
         return False
 
+    def check(self) -> None:
+        """There is no device."""
+
     def submit(self, plan: StepPlan) -> FakeHandle:
         assert len(plan.rows) == len(set(plan.rows)) <= self._max_seqs
         assert 0 < sum(plan.num_scheduled) <= self._budget

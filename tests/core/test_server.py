@@ -349,6 +349,17 @@ def test_a_lost_device_ends_the_core_and_is_told_with_its_cause(
     assert failure.from_outside is from_outside
 
 
+class LosingIdleDevice(FakeExecutor):
+    def check(self) -> None:
+        raise DeviceLostError("the device is gone", from_outside=True)
+
+
+def test_an_idle_core_ends_without_a_request_that_would_miss_the_device(address: str) -> None:
+    executor = LosingIdleDevice(EngineConfig(), num_blocks=20, max_model_len=64)
+    failure = failure_of(address, executor, DeviceLostError)
+    assert failure.message == "the device is gone" and failure.from_outside
+
+
 class LosingDeviceLater(LosingDevice):
     """When a test says so: what it has sent by then waits in the core's socket."""
 

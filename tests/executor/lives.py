@@ -71,6 +71,9 @@ class Part:
     def warm_up(self) -> bool:
         return False
 
+    def check(self) -> None:
+        """The next step tells."""
+
     def shutdown(self) -> None:
         """The whole stays."""
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -83,6 +84,17 @@ def test_a_rank_killed_between_steps_is_noticed_by_the_next(group: GroupExecutor
     os.kill(pids_of(group)[1], signal.SIGKILL)
     with pytest.raises(DeviceLostError, match=r"rank 1 .*SIGKILL"):
         run_step(group, PLAN).result()
+
+
+def test_a_rank_killed_between_steps_is_noticed_by_who_checks(group: GroupExecutor) -> None:
+    group.check()
+    assert run_step(group, PLAN).result() == StepResult(0, ANY)
+    group.check()
+    os.kill(pids_of(group)[1], signal.SIGKILL)
+    with pytest.raises(DeviceLostError, match=r"rank 1 .*SIGKILL"):
+        wait_until(lambda: group.check(), timeout_s=WAIT_S, what="the group ends")
+    with pytest.raises(DeviceLostError, match=r"rank 1 "):
+        group.check()
 
 
 def test_a_rank_that_raises_ends_the_group_with_what_it_raised(group: GroupExecutor) -> None:

@@ -103,6 +103,9 @@ class LocalStages:
     def warm_up(self) -> bool:
         return all([worker.warm_up() for worker in self.workers])
 
+    def check(self) -> None:
+        """All are in this process."""
+
     def shutdown(self) -> None:
         for worker in self.workers:
             worker.shutdown()
