@@ -36,13 +36,11 @@ from tests.core.fake_executor import VOCAB_SIZE  # noqa: E402
 from tests.core.test_property import Simulation  # noqa: E402
 from tests.executor.lives import ALONE, OWN_EOS, SYNTHETIC, Layout, Life, Model  # noqa: E402
 from tests.moe_models import TINY_MOE  # noqa: E402
+from tests.worker.models.test_parallel import WIDE  # noqa: E402
 from tests.worker.quant.layouts import FORMATS, write  # noqa: E402
 
 TELL_EVERY = 50  # lives
 MANY = 50  # lives, of which it pays to start executors with blocks of other sizes, too
-# Halves are whole groups and blocks, and heads turn whole.
-WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
-WIDE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 FILES = ("awq 16", "gptq 4 ordered", "gptq 8 16", "compressed 4 16 zeros", "fp8 blocks 16")
 FILES += ("compressed fp8 channel, plain tokens",)
 

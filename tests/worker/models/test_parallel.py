@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,19 @@ from torch import Tensor
 from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.num_ranks import check_num_ranks, possible_num_ranks
-from nanovllm.checkpoint.quantization import Scheme
+from nanovllm.checkpoint.quantization import Scheme, choose_scheme
 from nanovllm.worker.parallel import SEGMENT, Cut, TensorParallel
-from tests.conftest import TINY
+from tests.conftest import TINY, save_tiny
 from tests.moe_models import TINY_MOE
 from tests.worker.attention.decoding import Driver
+from tests.worker.quant.layouts import FORMATS, write
 
 # Whose experts are spread over how many ranks; of mixtral_one there are 3.
 SPREAD = [(name, 2) for name in (*TINY_MOE, "gemma4_moe")]
 SPREAD += [("mixtral", 4), ("gpt_oss", 4), ("glm4_moe", 4)]
+# Halves are whole groups and blocks, and heads turn whole.
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
+WIDE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 PROMPT = torch.randint(3, 160, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -94,6 +99,35 @@ def test_quantized_weights_are_cut(tiny_checkpoint: Callable[[str], Path]) -> No
     (whole,) = logits_of_ranks(checkpoint, 1, scheme)
     for logits in logits_of_ranks(checkpoint, 2, scheme):
         assert (logits - exact).norm() < 1.2 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])  # Phi-3's files are fused, too
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("awq 16", "gptq 4 16", "gptq 8 16", "compressed 4 16 zeros", "fp8 blocks 16"),
+        "compressed fp8 channel, plain tokens",
+    ],
+)
+def test_quantized_files_are_cut_along_their_groups(name: str, file: str, tmp_path: Path) -> None:
+    """What each rank has of them means what it means for one."""
+    (packed := tmp_path / "packed").mkdir()
+    write(save_tiny(name, tmp_path / "plain", **WIDE), packed, *FORMATS[file])
+    checkpoint = Checkpoint(packed, "safetensors")
+    scheme = choose_scheme(None, checkpoint.config())
+    assert scheme is not None
+    (expected,) = logits_of_ranks(checkpoint, 1, scheme)
+    for logits in logits_of_ranks(checkpoint, 2, scheme):
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
+
+
+def test_ordered_inputs_are_not_cut(tmp_path: Path) -> None:
+    """Of a group a rank would have some, and which, no share says."""
+    write(save_tiny("llama", tmp_path / "plain", **WIDE), tmp_path, *FORMATS["gptq 4 ordered"])
+    checkpoint = Checkpoint(tmp_path, "safetensors")
+    scheme = choose_scheme(None, checkpoint.config())
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: .*\(desc_act\) .*: use 1"):
+        Driver.load(checkpoint, parallel=TensorParallel(0, 2), scheme=scheme)
 
 
 @pytest.mark.parametrize(("name", "size"), SPREAD)
