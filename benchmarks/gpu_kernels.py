@@ -620,7 +620,7 @@ def build_model(tuning: Tuning | None, policy: str, rows: int, length: int):
     def run() -> Tensor:
         products.beats_cublas = POLICIES[policy]
         backend.prepare(batch)
-        residual = Residual(F.embedding(batch.input_ids, model.embedding))
+        residual = Residual(F.embedding(batch.input_ids, model.embedding.weight))
         for layer, layer_cache in zip(model.layers, caches, strict=True):
             layer.attention.backend = backend
             norm = layer.attention.norms.pre  # as good as the next layer's

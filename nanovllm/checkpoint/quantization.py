@@ -1,11 +1,11 @@
 """Which weights of a checkpoint are kept quantized, and how: by the user's wish or its own config.
 
-The memory plan and the worker ask. A format's arithmetic is a file in `worker/quant`; embeddings
-and the head stay as they are. No torch.
+The memory plan and the worker ask. A format's arithmetic is a file in `worker/quant`; of a GGUF
+file the embedding and the head are kept so, too, of others they stay as they are. No torch.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 from msgspec import Struct
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from nanovllm.checkpoint.damage import blaming
 from nanovllm.checkpoint.locate import Checkpoint
-from nanovllm.checkpoint.spec import DecoderSpec, linear_parts
+from nanovllm.checkpoint.spec import DecoderSpec, WeightGroup, linear_parts
 from nanovllm.config import Quantization
 
 SUPPORTED = (
@@ -26,6 +26,7 @@ INT8 = {"type": "int", "num_bits": 8, "symmetric": True}
 ANY_LINEAR = "Linear"
 SCALE_BYTES = 2
 SUPER_GROUP = 256
+ENDS: dict[str, WeightGroup] = {"embedding": "embedding", "lm_head": "head"}
 MOST_COPIED = 2**23  # FP8 weights of a layer: few are read in less time than kernels take to follow
 
 Method = Literal["fp8", "int8", "packed", "mxfp4"]
@@ -147,6 +148,11 @@ class Scheme(Struct, frozen=True):
                 return rule.format
         return next((rule.format for rule in self.rules if ANY_LINEAR in rule.targets), None)
 
+    def format_of_end(self, module: str) -> WeightFormat | None:
+        """Of the embedding or the head, which only a rule that names it quantizes."""
+        named = (rule.format for rule in self.rules if module in rule.targets)
+        return next(named, None)
+
     def format_of_all(self, modules: list[str]) -> WeightFormat | None:
         """Of the modules of one merged layer.
 
@@ -229,6 +235,22 @@ def bytes_per_linear_weight(
             num_weights += part.num_weights
             num_bytes += part.num_weights * each
     return num_bytes / num_weights
+
+
+def bytes_per_end_weight(
+    spec: DecoderSpec, scheme: Scheme | None, *, value_bytes: int
+) -> dict[WeightGroup, float]:
+    """Of the embedding and of the head. What a layer has of an embedding of its own is not
+    quantized."""
+    sizes: dict[WeightGroup, float] = dict.fromkeys(ENDS.values(), value_bytes)
+    for part, group in ENDS.items():
+        module = spec.names.safetensors[part]
+        kept = None if scheme is None else scheme.format_of_end(module)
+        if kept is not None:
+            sizes[group] = kept.bytes_per_weight
+    own, of_layers = spec.hidden_size, spec.num_layers * spec.input_size
+    sizes["embedding"] = (own * sizes["embedding"] + of_layers * value_bytes) / (own + of_layers)
+    return sizes
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -472,31 +494,43 @@ ROUNDED = WeightFormat("packed", "group", bits=8, group=32)
 
 
 def _gguf(checkpoint: Checkpoint, spec: DecoderSpec, *, experts_only: bool) -> Scheme | None:
-    """What the matrices of a file's layers are kept as; None if none is quantized. Experts come
-    dequantized but for MXFP4, and so does what lies in one tensor with others."""
-    tensors, names = checkpoint.gguf.tensors, spec.names
+    """What the matrices of a file's layers, its embedding and its head are kept as; None if none is
+    quantized. Experts come dequantized but for MXFP4, and so does what lies in one tensor with
+    others."""
+    tensors = checkpoint.gguf.tensors
     targets: dict[WeightFormat, list[str]] = {}
-    for index, layer in enumerate(spec.layers):
-        for part in linear_parts(layer, spec.hidden_size):
-            name = names.gguf[part.name]
-            tensor = tensors.get(f"{name.format(index)}.weight")
-            is_shared = list(names.gguf.values()).count(name) > 1
-            if tensor is None or is_shared or part.name == "router":
-                continue
-            if part.copies > 1:
-                if tensor.type.name == "MXFP4":
-                    each = names.safetensors[part.name].format(index, "EXPERT")
-                    pattern = re.escape(each).replace("EXPERT", r"\d+")
-                    targets.setdefault(MXFP4_OF_GGUF, []).append(f"re:{pattern}$")
-                continue
-            if experts_only:
-                continue
-            if tensor.type.name not in UNQUANTIZED_TYPES:
-                kept = GGUF_FORMATS.get(tensor.type.name, ROUNDED)
-                module = names.safetensors[part.name].format(index)
-                targets.setdefault(kept, []).append(module)
+    for name, module, is_expert in _modules_of_gguf(spec):
+        tensor = tensors.get(f"{name}.weight")
+        if tensor is None:
+            continue
+        if is_expert:
+            kept = MXFP4_OF_GGUF if tensor.type.name == "MXFP4" else None
+        elif experts_only or tensor.type.name in UNQUANTIZED_TYPES:
+            kept = None
+        else:
+            kept = GGUF_FORMATS.get(tensor.type.name, ROUNDED)
+        if kept is not None:
+            targets.setdefault(kept, []).append(module)
     rules = tuple(Rule(kept, tuple(modules)) for kept, modules in targets.items())
     return Scheme(rules) if rules else None
+
+
+def _modules_of_gguf(spec: DecoderSpec) -> Iterator[tuple[str, str, bool]]:
+    """Of what may be kept as stored: a file's name, the target of a rule, and whether these are a
+    layer's experts."""
+    names = spec.names
+    for index, layer in enumerate(spec.layers):
+        for part in linear_parts(layer, spec.hidden_size):
+            name, module = names.gguf[part.name], names.safetensors[part.name]
+            if part.name == "router" or list(names.gguf.values()).count(name) > 1:
+                continue
+            if part.copies > 1:
+                each = re.escape(module.format(index, "EXPERT")).replace("EXPERT", r"\d+")
+                yield name.format(index), f"re:{each}$", True
+            else:
+                yield name.format(index), module.format(index), False
+    for end in ENDS:
+        yield names.gguf[end], names.safetensors[end], False
 
 
 def _joined(formats: list[WeightFormat | None]) -> WeightFormat | None:

@@ -16,7 +16,11 @@ from rich.table import Table
 from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
-from nanovllm.checkpoint.quantization import bytes_per_linear_weight, scheme_for
+from nanovllm.checkpoint.quantization import (
+    bytes_per_end_weight,
+    bytes_per_linear_weight,
+    scheme_for,
+)
 from nanovllm.checkpoint.stages import stages_of
 from nanovllm.config import EngineConfig, unknown_name
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan, explain, free_memory
@@ -91,6 +95,7 @@ def make_plan(config: EngineConfig, machine: Machine) -> MemoryPlan:
                 num_ranks=num_ranks,
                 copies=machine.is_gpu and dtype == "bfloat16",
             ),
+            end_bytes=bytes_per_end_weight(spec, scheme, value_bytes=VALUE_BYTES[dtype]),
             fp8_cache=config.cache.kv_cache_dtype != "auto"
             or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
         ),

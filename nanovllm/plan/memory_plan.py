@@ -36,7 +36,6 @@ NUM_RESERVED = 1  # block 0, which padding reads and writes
 CPU_MAX_BYTES = 4 * GIB
 CPU_SHARE_OF_FREE = 0.25
 CPU_FIRST_BYTES = 128 * 2**20  # of KV, or as much as the weights take: what prefixes may fill
-QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
 # A sampled row at its heaviest. On a GPU: logits as the model has them, edited ones in fp32, and
 # counts. In plain torch: logits, a raw copy, a penalized copy and counts, in fp32.
 GPU_BYTES_PER_LOGIT = 10
@@ -112,10 +111,8 @@ class MemoryPlan:
         """Of each group of weights."""
         sizes: dict[WeightGroup, int] = {}
         for group, count in self._parameters.items():
-            quantizable = group in QUANTIZABLE
-            each = self.precision.linear_bytes if quantizable else self.precision.value_bytes
             shared = 1 if group == "norms" else self.num_ranks
-            sizes[group] = int(count * each) // shared
+            sizes[group] = int(count * self.precision.bytes_per_weight(group)) // shared
         if self.spreads_experts:
             over = sum(
                 count * self.most_experts(mixture) // mixture.num_experts - count // self.num_ranks

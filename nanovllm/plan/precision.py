@@ -3,37 +3,54 @@
 Whoever asks says what the device can do: the worker asks torch, `nanovllm plan` the system.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from nanovllm.checkpoint.spec import WeightGroup
 from nanovllm.config import DType
 
 OTHER_NAMES = {"float": "float32", "half": "float16"}  # vLLM's
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What values are stored in. linear_bytes: of a weight of a quantizable layer, on average."""
+    """What values are stored in. linear_bytes: of a weight of a quantizable layer, on average;
+    end_bytes: of the embedding and the head, where it is not that of values."""
 
     dtype: str
     linear_bytes: float
     kv_bytes: float
+    end_bytes: Mapping[WeightGroup, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, dtype: str, *, linear_bytes: float | None = None, fp8_cache: bool = False
+        cls,
+        dtype: str,
+        *,
+        linear_bytes: float | None = None,
+        end_bytes: Mapping[WeightGroup, float] | None = None,
+        fp8_cache: bool = False,
     ) -> "Precision":
-        """linear_bytes: None if weights are not quantized."""
+        """linear_bytes, end_bytes: None if those weights are not quantized."""
         value_bytes = VALUE_BYTES[dtype]
         return cls(
             dtype=dtype,
             linear_bytes=value_bytes if linear_bytes is None else linear_bytes,
             kv_bytes=1 if fp8_cache else value_bytes,
+            end_bytes=end_bytes or {},
         )
 
     @property
     def value_bytes(self) -> int:
         return VALUE_BYTES[self.dtype]
+
+    def bytes_per_weight(self, group: WeightGroup) -> float:
+        """On average."""
+        if group in QUANTIZABLE:
+            return self.linear_bytes
+        return self.end_bytes.get(group, self.value_bytes)
 
 
 def dtype_for(

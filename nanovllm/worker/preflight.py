@@ -8,7 +8,11 @@ import torch
 
 from nanovllm.checkpoint.kv_layout import KVLayout, kv_layout
 from nanovllm.checkpoint.model_size import ModelSize
-from nanovllm.checkpoint.quantization import Scheme, bytes_per_linear_weight
+from nanovllm.checkpoint.quantization import (
+    Scheme,
+    bytes_per_end_weight,
+    bytes_per_linear_weight,
+)
 from nanovllm.checkpoint.spec import DecoderSpec
 from nanovllm.checkpoint.stages import stages_of
 from nanovllm.config import EngineConfig
@@ -67,6 +71,7 @@ def precision_of(
             num_ranks=num_ranks,
             copies=has_native_fp8(attention.device) and attention.dtype == torch.bfloat16,
         ),
+        end_bytes=bytes_per_end_weight(spec, scheme, value_bytes=value_bytes),
         fp8_cache=attention.cache_dtype != attention.dtype,
     )
 

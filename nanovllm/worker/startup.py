@@ -373,8 +373,8 @@ class Startup:
             step = NativeDecoder(model)
             self._memory_bytes["weights"] = step.weight_bytes
             return dataclasses.replace(loaded, native=step)
-        linears = (linear.method.tensors(linear) for linear in model.linears())
-        held = (model.embedding, *chain.from_iterable(linears))
+        linears = (model.embedding, *model.linears())
+        held = chain.from_iterable(linear.method.tensors(linear) for linear in linears)
         sizes = {id(weight): weight.numel() * weight.element_size() for weight in held}
         self._memory_bytes["weights"] = sum(sizes.values())
         return loaded

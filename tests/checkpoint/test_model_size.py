@@ -42,7 +42,7 @@ def test_counts_what_is_built(tiny_checkpoint: Callable[[str], Path], name: str)
     slots += [
         slot for i, one in enumerate(model.layers) if one.input for slot in one.input.slots(i)
     ]
-    embedding = model.embedding.numel()
+    embedding = model.embedding.weight.numel()
     if model.layer_inputs is not None:
         embedding += model.layer_inputs.embedding.numel()
         slots += model.layer_inputs.projection.slots(None)

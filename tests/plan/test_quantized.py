@@ -1,8 +1,10 @@
 """What `nanovllm plan` foresees of quantized checkpoints is what their weights take."""
 
+import math
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.model_size import read_model_size
@@ -16,7 +18,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.plan.command import choose_machine, make_plan
 from tests.worker.quant.layouts import FORMATS, write
 from tests.worker.quant.test_layouts import load
-from tests.worker.test_weights import wider
+from tests.worker.test_weights import as_gguf, wider
 
 UNCOUNTED = 0.1  # scales of whole outputs, which are 64 wide here; of blocks, their type
 
@@ -56,6 +58,21 @@ def test_the_plan_of_a_packed_checkpoint_counts_all_its_weights(tmp_path: Path) 
         assert other.weight_bytes[group] == pytest.approx(one.weight_bytes[group] * ratio, rel=1e-3)
     for group in ("embedding", "head", "norms"):
         assert other.weight_bytes[group] == one.weight_bytes[group]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_the_plan_of_a_file_counts_what_it_holds(name: str, family: str, tmp_path: Path) -> None:
+    """On a GPU, where all of it is kept as it is stored: by its header alone."""
+    (source := tmp_path / "plain").mkdir()
+    path, kind = tmp_path / "m.gguf", GGMLQuantizationType[name]
+    checkpoint, _ = as_gguf(wider(family, source), path, architecture=family, kind=kind)
+    config = EngineConfig.from_kwargs(model=str(path), device="cuda", dtype="bfloat16")
+    plan = make_plan(config, choose_machine(config, gpu="H100", gpu_memory=None))
+    tensors = checkpoint.gguf.tensors
+    matrices = sum(one.raw.nbytes for one in tensors.values() if len(one.shape) > 1)
+    vectors = sum(math.prod(one.shape) for one in tensors.values() if len(one.shape) == 1)
+    assert sum(plan.weight_bytes.values()) == pytest.approx(matrices + 2 * vectors, rel=2e-2)
 
 
 @pytest.mark.parametrize(("gpu_dtype", "each"), [("bfloat16", 3), ("float16", 1)])

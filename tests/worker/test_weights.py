@@ -228,7 +228,7 @@ def test_tied_head_and_derived_tensors_are_passed_over(editable: Edit) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
 
     model = load(editable(add))
-    assert model.lm_head.weight is model.embedding
+    assert model.lm_head.weight is model.embedding.weight
 
 
 WRONG: dict[str, tuple[Callable[[TensorFile], Any], str]] = {
@@ -485,8 +485,8 @@ def test_dummy_is_seeded(tiny_checkpoint: Build) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("qwen3"), "safetensors")
     one, same, other = (load(checkpoint, load_format="dummy", seed=seed) for seed in (1, 1, 2))
     assert_equal(parameters(one), parameters(same))
-    assert not torch.equal(one.embedding, other.embedding)
-    assert 0.018 < one.embedding.std() < 0.022 and one.embedding.mean().abs() < 0.002
+    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+    assert 0.018 < one.embedding.weight.std() < 0.022 and one.embedding.weight.mean().abs() < 0.002
     assert (one.final_norm.weight == 1).all()
     for slot in one.slots():
         if slot.part in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
@@ -523,13 +523,13 @@ def test_prepacking_changes_no_result(
     if not can_prepack(dtype, CPU):
         pytest.skip(f"oneDNN does not multiply {dtype} on this CPU")
     model = load(Checkpoint(tiny_checkpoint(name), "safetensors"), dtype=dtype)
-    embedding = model.embedding.clone()
+    embedding = model.embedding.weight.clone()
     inputs = {n: torch.randn(n, 48).to(dtype) for n in (1, 8, 33)}
     qkv = model.layers[0].attention.qkv
     before = {n: (qkv(x), model.compute_logits(Residual(x))) for n, x in inputs.items()}
     prepack(model.linears())
     assert isinstance(model.lm_head.method, Prepacked)
-    assert torch.equal(model.embedding, embedding), "the embedding lives on"
+    assert torch.equal(model.embedding.weight, embedding), "the embedding lives on"
     for n, x in inputs.items():
         after = qkv(x), model.compute_logits(Residual(x))
         for ours, plain in zip(after, before[n], strict=True):

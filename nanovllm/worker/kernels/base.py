@@ -44,6 +44,9 @@ class Kernels(Protocol):
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """hidden: [num_tokens, size], kept. Returns new memory. A layer norm if norm.centers."""
 
+    def lookup(self, places: Tensor, table: Linear) -> Tensor:
+        """The weights of some outputs, [n, inputs], new memory. places: [n] int64."""
+
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         """linear(norm(residual)), new memory; residual is kept."""
 

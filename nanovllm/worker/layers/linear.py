@@ -7,7 +7,7 @@ quantized weights are in `quant`; models only call the layer.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -95,6 +95,13 @@ class LinearMethod(Protocol):
         """x: [n, in_features]. Returns new memory, [n, out_features]."""
 
 
+class TableMethod(LinearMethod, Protocol):
+    """A form that an embedding may be kept in, too."""
+
+    def lookup(self, linear: "Linear", places: Tensor) -> Tensor:
+        """As `Linear.lookup`."""
+
+
 class Unquantized:
     """The weight as it is, [out_features, in_features]."""
 
@@ -115,6 +122,9 @@ class Unquantized:
 
     def apply(self, linear: "Linear", x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)
+
+    def lookup(self, linear: "Linear", places: Tensor) -> Tensor:
+        return F.embedding(places, linear.weight)
 
 
 UNQUANTIZED = Unquantized()
@@ -166,6 +176,11 @@ class Linear:
     def partial(self, x: Tensor) -> Tensor:
         """What this rank has of the product."""
         return self.method.apply(self, x)
+
+    def lookup(self, places: Tensor) -> Tensor:
+        """The weights of some outputs, [n, inputs], in the model's precision and in new memory;
+        places: [n] int64. The layer's method must be a `TableMethod`."""
+        return cast(TableMethod, self.method).lookup(self, places)
 
     @property
     def is_partial(self) -> bool:

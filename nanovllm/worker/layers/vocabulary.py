@@ -1,14 +1,17 @@
 """The two ends of a model: ids become vectors, and vectors logits. Ranks hold different ids.
 
-`Decoder` owns one. A tied head multiplies by the embedding's own rows.
+`Decoder` owns one. Embedding and head are linear layers with an output for each id; a tied head is
+the embedding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.parallel import Cut, TensorParallel
 
 
@@ -23,16 +26,21 @@ class Vocabulary:
     def of(cls, size: int, parallel: TensorParallel) -> "Vocabulary":
         return cls(parallel, parallel.share_vocabulary(size))
 
-    def embed(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
-        """token_ids: [n]; embedding: [ids of this rank, hidden_size]. Returns the vectors on every
-        rank, [n, hidden_size], new memory: one rank has each, and the others add zeros."""
+    def embed(
+        self, token_ids: Tensor, table: Linear, lookup: Callable[[Tensor, Linear], Tensor]
+    ) -> Tensor:
+        """token_ids: [n]; table: the vectors of this rank's ids. lookup: as `Kernels.lookup`.
+        Returns the vectors on every rank, [n, hidden_size], new memory: one rank has each, and the
+        others add zeros."""
         if self.cut.is_whole:
-            return F.embedding(token_ids, embedding)
+            return lookup(token_ids, table)
         if not self.cut.size:
-            return self.parallel.reduce(embedding.new_zeros(len(token_ids), embedding.shape[1]))
+            size, dtype = table.weight.shape[1], table.weight.dtype
+            zeros = torch.zeros(len(token_ids), size, dtype=dtype, device=token_ids.device)
+            return self.parallel.reduce(zeros)
         places = token_ids - self.cut.start
         is_elsewhere = (places < 0) | (places >= self.cut.size)
-        vectors = F.embedding(places.masked_fill_(is_elsewhere, 0), embedding)
+        vectors = lookup(places.masked_fill_(is_elsewhere, 0), table)
         return self.parallel.reduce(vectors.masked_fill_(is_elsewhere[:, None], 0))
 
     @property

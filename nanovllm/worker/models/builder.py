@@ -66,6 +66,15 @@ class Builder:
         cuts = {part: Cut.all_of(size) for part, size in parts.items()}
         return self._made(self._unmade(taken, cuts, axis=1, module=module, bias=bias))
 
+    def vocabulary(self, part: str, own: Cut) -> Linear:
+        """The embedding or the head: a layer with an output for each id; own: this rank's ids."""
+        whole = Cut.all_of(self.spec.hidden_size)
+        linear = self._bare(whole, {part: own}, axis=0, bias=False)
+        if own.size and self.scheme is not None:
+            kept = self.scheme.format_of_end(self.spec.names.safetensors[part])
+            linear.method = method_for(kept, linear, self.device)
+        return self._made(linear)
+
     def router(self, inputs: int, spec: MoE) -> Linear:
         """Whole on every rank, and never quantized: what it picks decides about all the rest. In
         fp32 where sigmoids are compared, as transformers does."""
@@ -141,18 +150,23 @@ class Builder:
         module: tuple[int, ...],
         bias: bool,
     ) -> Linear:
-        """A layer without memory: nothing is ever allocated in a form that it will not be kept in.
-
-        module: the layer's index, and the expert's if it is one.
-        """
-        linear = Linear.empty(
-            inputs, parts, bias=bias, shard_axis=axis, dtype=self.dtype, device=NOWHERE
-        )
+        """`_bare`, to be kept as its scheme says. module: the layer's index, and the expert's if it
+        is one."""
+        linear = self._bare(inputs, parts, axis=axis, bias=bias)
         linear.parallel = self.parallel
         names = [self.spec.names.safetensors[part].format(*module) for part in parts]
         kept = None if self.scheme is None else self.scheme.format_of_all(names)
         linear.method = method_for(kept, linear, self.device)
         return linear
+
+    def _bare(
+        self, inputs: Cut, parts: dict[str, Cut], *, axis: Literal[0, 1], bias: bool
+    ) -> Linear:
+        """A layer without memory: nothing is ever allocated in a form that it will not be kept
+        in."""
+        return Linear.empty(
+            inputs, parts, bias=bias, shard_axis=axis, dtype=self.dtype, device=NOWHERE
+        )
 
     def norm(self, size: int, spec: Norm) -> RMSNorm:
         return RMSNorm.empty(size, spec, dtype=self.dtype, device=self.device)

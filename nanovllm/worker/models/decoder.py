@@ -5,13 +5,12 @@ Built by `startup` from a `DecoderSpec`, run by `model_runner`. It knows no phas
 device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.kv_layout import KVLayout, undivided
 from nanovllm.checkpoint.quantization import Scheme
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec, MoE, count_parameters
@@ -25,7 +24,7 @@ from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.models.blocks import AttentionBlock, DenseBlock, ExpertsBlock, rounded
 from nanovllm.worker.models.builder import Builder
 from nanovllm.worker.models.gemma4_blocks import DenseAndExpertsBlock, LayerInput, LayerInputs
-from nanovllm.worker.parallel import SINGLE, Cut, TensorParallel
+from nanovllm.worker.parallel import SINGLE, TensorParallel
 from nanovllm.worker.stage_link import StageLink
 
 
@@ -160,10 +159,10 @@ class Decoder:
             parallel=parallel,
         )
         self.vocabulary = Vocabulary.of(spec.vocab_size, parallel)
-        holds_embedding = self.stage.holds_embedding(spec)
-        shape = self.vocabulary.cut.size if holds_embedding else 0, spec.hidden_size
-        self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        self.embedding_keeper: Callable[[GGUFTensor], None] | None = None
+        own = self.vocabulary.cut
+        none = own._replace(size=0)
+        embedded = own if self.stage.holds_embedding(spec) else none
+        self.embedding = build.vocabulary("embedding", embedded)
         tables = build.rotary_tables()
         self.layers: list[DecoderLayer] = []
         for index in self.stage.layers:
@@ -175,11 +174,10 @@ class Decoder:
             self.layers.append(made)
         self.layer_inputs = LayerInputs(build, self.stage) if spec.input_size else None
         self.final_norm = build.norm(spec.hidden_size, spec.norm)
-        head, own = self.embedding, self.vocabulary.cut
-        if not (self.stage.is_last and spec.tied_embeddings):
-            own = own if self.stage.is_last else own._replace(size=0)
-            head = torch.empty(own.size, spec.hidden_size, dtype=dtype, device=device)
-        self.lm_head = Linear(head, None, {"lm_head": own}, shard_axis=0)
+        if self.stage.is_last and spec.tied_embeddings:
+            self.lm_head = replace(self.embedding, parts={"lm_head": own})
+        else:
+            self.lm_head = build.vocabulary("lm_head", own if self.stage.is_last else none)
         self.num_parameters = sum(count_parameters(spec).values())
 
     def lay_out(self, layout: KVLayout) -> None:
@@ -223,7 +221,7 @@ class Decoder:
         return residual
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        hidden = self.vocabulary.embed(token_ids, self.embedding)
+        hidden = self.vocabulary.embed(token_ids, self.embedding, self._kernels.lookup)
         if self.spec.embedding_multiplier != 1.0:
             hidden *= rounded(self.spec.embedding_multiplier, hidden.dtype)
         return hidden
@@ -261,9 +259,7 @@ class Decoder:
     def slots(self) -> Iterator[WeightSlot]:
         """Every piece that a checkpoint must bring, and where it goes. A tied head brings none."""
         if self.stage.holds_embedding(self.spec):
-            piece = self.vocabulary.cut, Cut.all_of(self.spec.hidden_size)
-            embedding = WeightSlot("embedding", "weight", self.embedding, piece)
-            yield replace(embedding, keep=self.embedding_keeper)
+            yield from self.embedding.slots(None)
         for index, layer in enumerate(self.layers, self.stage.first):
             yield from layer.slots(index)
         if self.layer_inputs is not None:

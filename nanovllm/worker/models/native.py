@@ -17,18 +17,16 @@ from nanovllm.worker.attention.native import NativeAttention, describe_batch, de
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.native import library as native
-from nanovllm.worker.kernels.native.packed import Packed, pack_bfloat16
+from nanovllm.worker.kernels.native.packed import Packed
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.models.blocks import rounded
 from nanovllm.worker.models.decoder import Decoder, DecoderLayer
 from nanovllm.worker.quant.gguf import (
     PackedLinear,
-    PartKeeper,
     keep_as_stored,
     lay_out_packed,
     pack_linear,
-    without_memory,
 )
 from nanovllm.worker.quant.packed import Packed as PackedMethod
 
@@ -65,10 +63,8 @@ def _odd(layer: LayerSpec) -> str | None:
 
 def take_as_stored(model: Decoder) -> None:
     """Have a model that was just built keep what a GGUF file brings as it is stored."""
-    for linear in model.linears():
+    for linear in (model.embedding, *model.linears()):
         keep_as_stored(linear, model.device)
-    model.embedding_keeper = PartKeeper({}, "embedding")
-    model.embedding = without_memory(model.embedding)
 
 
 class NativeDecoder:
@@ -81,14 +77,13 @@ class NativeDecoder:
 
     def __init__(self, model: Decoder) -> None:
         self._hidden_size, self._vocab_size = model.spec.hidden_size, model.spec.vocab_size
-        embedding = self._embedding = _pack_embedding(model)
+        _lay_out(model.embedding)
+        embedding = self._embedding = _parts(model.embedding)["embedding"]
         if model.spec.tied_embeddings:
             model.lm_head.method = PackedLinear({"lm_head": embedding})
+            model.lm_head.weight = model.embedding.weight
         for linear in model.linears():
-            if linear.method is UNQUANTIZED:
-                pack_linear(linear)
-            elif isinstance(linear.method, PackedMethod):
-                lay_out_packed(linear, linear.method.weight)
+            _lay_out(linear)
         self._kept: list[Tensor | PackedLinear] = []  # what addresses point into
         self._num_groups = len(model.layout.groups)
         eps = model.spec.norm.eps
@@ -213,13 +208,14 @@ class NativeDecoder:
         return wide.data_ptr()
 
 
-def _pack_embedding(model: Decoder) -> Packed:
-    """The embedding as it was kept, or laid out now."""
-    keeper = model.embedding_keeper
-    if isinstance(keeper, PartKeeper):
-        return keeper.parts[keeper.part]
-    packed = pack_bfloat16(model.embedding)
-    model.embedding = without_memory(model.embedding)
-    if model.spec.tied_embeddings:
-        model.lm_head.weight = model.embedding
-    return packed
+def _lay_out(linear: Linear) -> None:
+    """For the native products, unless it is kept so already."""
+    if linear.method is UNQUANTIZED:
+        pack_linear(linear)
+    elif isinstance(linear.method, PackedMethod):
+        lay_out_packed(linear, linear.method.weight)
+
+
+def _parts(linear: Linear) -> dict[str, Packed]:
+    assert isinstance(linear.method, PackedLinear)
+    return linear.method.parts

@@ -85,8 +85,8 @@ class PackedWeight:
     def bits(self) -> int:
         return 4 if self.codes.dtype == torch.uint8 else 8
 
-    def rows(self, rows: slice) -> "PackedWeight":
-        """A view of some outputs."""
+    def rows(self, rows: slice | Tensor) -> "PackedWeight":
+        """Some outputs: a view, or a copy of those that are listed."""
         tensors = {
             name: None if tensor is None else tensor[rows] for name, tensor in self._named().items()
         }
@@ -224,6 +224,9 @@ class Packed:
             bias = None if linear.bias is None else linear.bias[rows]
             out[:, rows] = F.linear(x, weight.rows(rows).dequantize().to(x.dtype), bias)
         return out
+
+    def lookup(self, linear: Linear, places: Tensor) -> Tensor:
+        return self.weight.rows(places).dequantize().to(linear.weight.dtype)
 
     def ordered(self, x: Tensor) -> Tensor:
         """Inputs as the columns of the weight have them."""

@@ -4,16 +4,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
-from nanovllm.checkpoint.quantization import GGUF_FORMATS, WeightFormat, choose_scheme
+from nanovllm.checkpoint.quantization import (
+    GGUF_FORMATS,
+    Scheme,
+    WeightFormat,
+    choose_scheme,
+    scheme_for,
+)
 from nanovllm.checkpoint.spec import Activation
+from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.kernels.triton import products
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.packed_linear import (
     PackedTile,
     can_multiply,
+    fewest_unpacked,
     packed_add,
     packed_linear,
     unpacked,
@@ -27,7 +38,7 @@ from tests.worker.kernels.test_skinny_linear import rms_normed
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.quant.layouts import FORMATS, write
 from tests.worker.quant.test_gguf_blocks import keep, random_tensor
-from tests.worker.test_weights import wider
+from tests.worker.test_weights import as_gguf, wider
 
 KINDS = {
     "4 bits": {"bits": 4},
@@ -73,9 +84,13 @@ def packed(kind: str, group: int, shape: tuple[int, int], *, bias: bool = False)
     return Linear(torch.empty(shape, device="meta"), biases, {}, 0, method)
 
 
-def meaning(linear: Linear) -> Tensor:
+def weight_of(linear: Linear) -> PackedWeight:
     assert isinstance(linear.method, Packed)
-    return linear.method.weight.dequantize().double()
+    return linear.method.weight
+
+
+def meaning(linear: Linear) -> Tensor:
+    return weight_of(linear).dequantize().double()
 
 
 def assert_near(out: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -159,6 +174,31 @@ def test_unpacked_is_what_torch_makes_of_it(kind: str, dtype: torch.dtype) -> No
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_vectors_are_looked_up_in_packed_rows(kind: str, dtype: torch.dtype) -> None:
+    """As of an embedding: ids in any order, some of them twice."""
+    table = packed(kind, 32, (50, 330 if kind.startswith("8") else 320))
+    table.weight = torch.empty(table.weight.shape, dtype=dtype, device="meta")
+    for num_ids in (1, 7, 64):
+        ids = torch.randint(0, 50, (num_ids,), device=DEVICE)
+        expected = meaning(table)[ids].to(dtype)
+        torch.testing.assert_close(TritonKernels().lookup(ids, table), expected, rtol=0, atol=0)
+        torch.testing.assert_close(TorchKernels().lookup(ids, table), expected, rtol=0, atol=0)
+
+
+def test_a_head_is_unpacked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows, as where log-probabilities of prompts are asked for."""
+    monkeypatch.setattr(products, "MOST_UNPACKED", 192 * products.SEGMENT + 1)
+    for bias in (False, True):
+        head = packed("8 bits, shifts", 32, (300, 192), bias=bias)
+        x = torch.randn(fewest_unpacked(weight_of(head)) + 3, 192, device=DEVICE)
+        expected = x.double() @ meaning(head).T
+        if head.bias is not None:
+            expected += head.bias
+        assert_near(TritonKernels().norm_linear(Residual(x), None, head), expected)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("num_tokens", [1, 6, 100])
 def test_half_precision(dtype: torch.dtype, num_tokens: int) -> None:
@@ -182,6 +222,21 @@ def test_blocks_of_gguf(name: str, num_tokens: int) -> None:
     )
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="kernels are compiled for a GPU, drivers use none")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0"])
+def test_a_file_with_its_embedding_and_head_as_they_are_stored(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    (source := tmp_path / "plain").mkdir()
+    kind = GGMLQuantizationType[name]
+    checkpoint, _ = as_gguf(
+        wider(family, source), tmp_path / "m.gguf", architecture=family, kind=kind
+    )
+    scheme = scheme_for(checkpoint, spec_from_config(checkpoint.config()), None, is_gpu=True)
+    compare_kernels(checkpoint, scheme)
+
+
 def test_groups_that_kernels_do_not_read() -> None:
     for group, can in ((16, False), (96, False), (32, True), (0, True)):
         weight = packed("4 bits", group, (8, 192)).method.weight  # type: ignore[attr-defined]
@@ -194,12 +249,15 @@ LAYOUTS = ["awq 32", "gptq 4 ordered", "gptq 8 all inputs", "fp8 blocks 32", "aw
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="kernels are compiled for a GPU, drivers use none")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_model_of_packed_weights(name: str, tmp_path: Path) -> None:
-    """Steps of many tokens, of a few and of one, with norms, gates and residuals in the products;
-    groups of 16 are torch's."""
+    """With norms, gates and residuals in the products; groups of 16 are torch's."""
     (source := tmp_path / "plain").mkdir()
     write(wider("qwen2", source), tmp_path, *FORMATS[name])
     checkpoint = Checkpoint(tmp_path, "safetensors")
-    scheme = choose_scheme(None, checkpoint.config())
+    compare_kernels(checkpoint, choose_scheme(None, checkpoint.config()))
+
+
+def compare_kernels(checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+    """Steps of many tokens, of a few and of one, by torch and by Triton."""
     ids = torch.randint(3, 160, (80,), generator=torch.Generator().manual_seed(4)).tolist()
     logits = []
     for kernels in (TorchKernels(), TritonKernels()):

@@ -19,6 +19,7 @@ from nanovllm.checkpoint.quantization import (
     ROUNDED,
     Scheme,
     WeightFormat,
+    bytes_per_end_weight,
     bytes_per_linear_weight,
     scheme_for,
 )
@@ -28,6 +29,7 @@ from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.quant.select import method_for
 from nanovllm.worker.weights import Place, _stored_piece
 from tests.worker.attention.decoding import Driver
+from tests.worker.models.test_parallel import logits_of_ranks
 from tests.worker.quant.test_layouts import greedy, loaded
 from tests.worker.test_weights import as_gguf, wider
 
@@ -134,8 +136,17 @@ def test_a_file_is_kept_as_it_is_stored(name: str, family: str, tmp_path: Path) 
     for key, values in found.items():
         assert torch.equal(values, expected[key]), key
     assert greedy(driver) == greedy(Driver.load(checkpoint))
+    model, counts = driver.model, read_model_size(checkpoint).parameters
+    ends = [("model.embed_tokens.weight", "embedding", model.embedding)]
+    assert (model.lm_head.method is model.embedding.method) == spec.tied_embeddings
+    if not spec.tied_embeddings:
+        ends.append(("lm_head.weight", "head", model.lm_head))
+    each = bytes_per_end_weight(spec, scheme, value_bytes=2)
+    for key, group, linear in ends:
+        assert torch.equal(dequantized(linear), expected[key])
+        taken = sum(tensor.nbytes for tensor in linear.method.tensors(linear))
+        assert taken == each[group] * counts[group]  # type: ignore[index]
     planned = bytes_per_linear_weight(spec, scheme, value_bytes=2)
-    counts = read_model_size(checkpoint).parameters
     planned *= (
         counts["attention"]
         + counts["mlp"]
@@ -209,6 +220,22 @@ def test_two_ranks_hold_a_file_between_them(tmp_path: Path) -> None:
     # The second rank's 48 inputs begin within a block of 32.
     assert not isinstance(down.method, Packed)
     assert down.weight.shape == (64, 48)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_ids_as_they_are_stored(size: int, family: str, tmp_path: Path) -> None:
+    """Of four ranks two have no ids."""
+    (source := tmp_path / "plain").mkdir()
+    checkpoint, _ = as_gguf(
+        wider(family, source), tmp_path / "m.gguf", architecture=family, kind=Type.Q8_0
+    )
+    scheme = scheme_for(checkpoint, spec_from_config(checkpoint.config()), None, is_gpu=True)
+    (expected,) = logits_of_ranks(checkpoint, 1)
+    found = logits_of_ranks(checkpoint, size, scheme)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
+    assert all(torch.equal(logits, found[0]) for logits in found)
 
 
 def test_a_checkpoint_of_another_format_is_not_asked(tiny_checkpoint: Any) -> None:

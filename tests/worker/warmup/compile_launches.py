@@ -187,7 +187,8 @@ def main() -> None:
     packed = make_runner(Scheme.at_load("int4"))
     run_steps(packed, PLAIN, (1, 1), (8, 1), (NUM_ROWS, 1), (2, 600))
     for kept in (AT_LOAD["int8"], GGUF_FORMATS["Q4_K"], GGUF_FORMATS["Q6_K"]):
-        run_steps(make_runner(Scheme((Rule(kept),))), PLAIN, (1, 1), (8, 1))
+        rules = Rule(kept), Rule(kept, ("model.embed_tokens",))  # which is the head, too
+        run_steps(make_runner(Scheme(rules)), PLAIN, (1, 1), (8, 1))
     for spec, scheme in ((MOE_SPEC, None), (MOE_SPEC, Scheme.at_load("fp8")), (OSS_SPEC, MXFP4)):
         experts = make_runner(scheme, spec=spec)
         run_steps(experts, PLAIN, (1, 1), (8, 1), (100, 1), (2, 60))

@@ -31,6 +31,9 @@ class TorchKernels:
             return norm.scale(wide, wide.square().mean(-1, keepdim=True)).to(hidden.dtype)
         return norm.scale(hidden, wide.square().mean(-1, keepdim=True))
 
+    def lookup(self, places: Tensor, table: Linear) -> Tensor:
+        return table.lookup(places)
+
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         return linear(residual.hidden if norm is None else self.rms_norm(residual.hidden, norm))
 

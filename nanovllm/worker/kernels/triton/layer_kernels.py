@@ -137,6 +137,9 @@ class TritonKernels:
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
         return rms_norm(hidden, norm)
 
+    def lookup(self, places: Tensor, table: Linear) -> Tensor:
+        return products_of(table).lookup(places, table)
+
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         linear = form_for(len(residual.hidden), linear)
         return products_of(linear).norm_linear(*_left_to_norm(residual, norm), linear)

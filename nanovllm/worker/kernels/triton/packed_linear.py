@@ -692,8 +692,9 @@ def _packed_group_kernel(
 @triton.jit
 def _unpack_kernel(
     codes, scale, zero, shift, super_scale, super_shift,  # as in _packed_vector_kernel
-    out,  # [num_outputs, K]
-    num_outputs,
+    places,  # [num_rows] int64, which outputs are wanted; None: all
+    out,  # [num_rows, K]
+    num_outputs, num_rows,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MIDDLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -703,7 +704,10 @@ def _unpack_kernel(
         gdc_wait()  # what reads `out` may still run
     HAS_ZERO: tl.constexpr = zero is not None  # noqa: N806
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = rows
+    if places is not None:
+        outputs = tl.load(places + rows, rows < num_rows, other=0)
     k = tl.program_id(1) * BLOCK_K
     weight = (codes, scale, zero, shift, super_scale, super_shift)
     dtype = out.dtype.element_ty
@@ -711,16 +715,16 @@ def _unpack_kernel(
         weight, outputs, k, num_outputs, K, BITS, GROUP, BLOCK_K
     )
     columns = _columns(k, BITS, BLOCK_K)[None, :]
-    places = out + outputs.to(tl.int64)[:, None] * K + columns
-    real = (outputs < num_outputs)[:, None]
+    targets = out + rows.to(tl.int64)[:, None] * K + columns
+    real = (rows < num_rows)[:, None]
     if BITS == 4:
         low = _unpack(loaded & 15, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, dtype)
-        tl.store(places, low, real & (columns < K))
+        tl.store(targets, low, real & (columns < K))
         high = _unpack(loaded >> 4, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, dtype)
-        tl.store(places + 16, high, real & (columns + 16 < K))
+        tl.store(targets + 16, high, real & (columns + 16 < K))
     else:
         low = _unpack(loaded, scales, zeros, shifts, HAS_ZERO, HAS_SHIFT, MIDDLE, dtype)
-        tl.store(places, low, real & (columns < K))
+        tl.store(targets, low, real & (columns < K))
 
 
 def can_multiply(weight: PackedWeight) -> bool:
@@ -839,15 +843,16 @@ def fewest_unpacked(weight: PackedWeight) -> int:
     return 129 if _has_whole_groups(weight) and _scales_weights_quickly(weight) else 65
 
 
-def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The matrix in new memory, [outputs, inputs]."""
-    outputs, inputs = len(weight.codes), weight.inputs
-    out = torch.empty(outputs, inputs, dtype=dtype, device=weight.codes.device)
-    block_n, block_k = 16, 256
-    _unpack_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(inputs, block_k))](
-        *_pointers(weight), out, outputs,
-        K=inputs, BLOCK_N=block_n, BLOCK_K=block_k, **_format(weight),
-        num_warps=4, **launch_options(out.device),
+def unpacked(weight: PackedWeight, dtype: torch.dtype, *, places: Tensor | None = None) -> Tensor:
+    """The matrix in new memory, [outputs, inputs]; of the outputs in `places` [n] alone, if these
+    are given, by an ordinary launch."""
+    num_rows, inputs = len(weight.codes if places is None else places), weight.inputs
+    out = torch.empty(num_rows, inputs, dtype=dtype, device=weight.codes.device)
+    block_n, block_k = 16 if places is None else 4, 256
+    options = launch_options(out.device) if places is None else {"PDL": False}
+    _unpack_kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(inputs, block_k))](
+        *_pointers(weight), places, out, len(weight.codes), num_rows,
+        K=inputs, BLOCK_N=block_n, BLOCK_K=block_k, **_format(weight), num_warps=4, **options,
     )  # fmt: skip
     return out
 

@@ -7,6 +7,7 @@ the name of its method (`LinearMethod.kind`).
 
 from typing import Protocol, cast
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -43,6 +44,9 @@ from nanovllm.worker.quant.fp8 import Fp8, QuantizedGroups
 from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
+MOST_UNPACKED = 2**27  # weights at a time: a head may have several times as many
+SEGMENT = 128  # outputs, of which any number begin where memory is aligned
+
 
 def weight_of(next_norm: RMSNorm | None) -> Tensor | None:
     """What the residual is weighed by for the norm that comes next, if that divides and no more."""
@@ -72,6 +76,10 @@ class Products:
     def multiply(self, x: Tensor, linear: Linear) -> Tensor:
         """linear(x), of this rank alone."""
         return linear.method.apply(linear, x)
+
+    def lookup(self, places: Tensor, table: Linear) -> Tensor:
+        """As `Kernels.lookup`, by an ordinary launch (`TritonAttention.prepare`)."""
+        return table.lookup(places)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         """As `Kernels.norm_linear`."""
@@ -185,7 +193,18 @@ class PackedProducts(Products):
         x = _packed(linear).ordered(x)
         if self._are_few(x, linear):
             return packed_linear(x, linear)
-        return F.linear(x, unpacked(_packed(linear).weight, x.dtype), linear.bias)
+        weight, num_outputs = _packed(linear).weight, len(linear.weight)
+        step = MOST_UNPACKED // weight.inputs // SEGMENT * SEGMENT
+        if num_outputs <= step:
+            return F.linear(x, unpacked(weight, x.dtype), linear.bias)
+        out = x.new_empty(len(x), num_outputs)
+        for start in range(0, num_outputs, step):
+            rows = slice(start, min(start + step, num_outputs))
+            torch.mm(x, unpacked(weight.rows(rows), x.dtype).t(), out=out[:, rows])
+        return out if linear.bias is None else out.add_(linear.bias)
+
+    def lookup(self, places: Tensor, table: Linear) -> Tensor:
+        return unpacked(_packed(table).weight, table.weight.dtype, places=places)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         if self._is_fused(residual.hidden, linear):
