@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
 from nanovllm.worker.quant.compressed_tensors import scale_slot
-from nanovllm.worker.quant.packed import Packed, per, unpack_words
+from nanovllm.worker.quant.packed import Packed, per, pieces, unpack_words, within
 
 PER_WORD = 8
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of eight outputs in their word
@@ -30,8 +30,10 @@ class Awq:
         nothing, note = linear.weight.new_empty(0), str(method.kept)
 
         def put_codes(values: Tensor, _: slice) -> None:
-            codes = unpack_outputs(values.to(weight.codes.device))
-            method.put_codes(part, rows, codes)
+            for piece in pieces(cut.size, inputs.size, unit=PER_WORD):
+                words = slice(piece.start // PER_WORD, piece.stop // PER_WORD)
+                codes = unpack_outputs(values[:, words].to(weight.codes.device))
+                method.put_codes(part, within(rows, piece), codes)
 
         def put_zero(values: Tensor, _: slice) -> None:
             weight.set_zero(rows, unpack_outputs(values))

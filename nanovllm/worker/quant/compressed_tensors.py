@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import Packed, per, signed, unpack_words
+from nanovllm.worker.quant.packed import Packed, per, pieces, signed, unpack_words, within
 
 E4M3 = torch.float8_e4m3fn
 
@@ -28,8 +28,10 @@ class PackQuantized:
         nothing = linear.weight.new_empty(0)
 
         def put_codes(words: Tensor, _: slice) -> None:
-            codes = unpack_words(words.to(weight.codes.device), kept.bits, 1, inputs.size)
-            method.put_codes(part, rows, signed(codes, kept.bits))
+            for piece in pieces(cut.size, inputs.size):
+                own = words[piece].to(weight.codes.device)
+                codes = unpack_words(own, kept.bits, 1, inputs.size)
+                method.put_codes(part, within(rows, piece), signed(codes, kept.bits))
 
         def put_zero(words: Tensor, _: slice) -> None:
             codes = unpack_words(words.to(weight.codes.device), kept.bits, 0, cut.size)

@@ -6,7 +6,8 @@ with a scale for each 32 values, or, many at once on a CPU with AMX, to bfloat16
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from nanovllm.checkpoint.quantization import Scheme, WeightFormat
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, can_pack, pack_bfloat16, pack_gguf
 from nanovllm.worker.layers.linear import Linear, WeightSlot
-from nanovllm.worker.quant.packed import UNIT, PackedWeight
+from nanovllm.worker.quant.packed import UNIT, PackedWeight, pieces
 
 Q4_0, Q4_1, Q8_0 = 2, 3, 8  # types as GGUF numbers them
 
@@ -38,7 +39,7 @@ class PackedLinear:
 
     def slots(self, linear: Linear) -> Iterator[WeightSlot]:
         for part, cut, rows in linear.rows():
-            keep = PartKeeper(self.parts, part)
+            keep = partial(_keep, self.parts, part)
             target, piece = linear.weight[rows], (cut, linear.inputs)
             yield WeightSlot(part, "weight", target, piece, keep=keep)
             yield from linear.bias_slots(part, cut, rows)
@@ -64,15 +65,8 @@ class PackedLinear:
         return self._described
 
 
-@dataclass(frozen=True, slots=True)
-class PartKeeper:
-    """Packs one tensor into `parts` (a `WeightSlot.keep`)."""
-
-    parts: dict[str, Packed]
-    part: str
-
-    def __call__(self, tensor: GGUFTensor) -> None:
-        self.parts[self.part] = pack_tensor(tensor)
+def _keep(parts: dict[str, Packed], part: str, tensor: GGUFTensor) -> None:
+    parts[part] = pack_tensor(tensor)
 
 
 def pack_tensor(tensor: GGUFTensor) -> Packed:
@@ -80,7 +74,11 @@ def pack_tensor(tensor: GGUFTensor) -> Packed:
     columns = tensor.shape[-1]
     if can_pack(int(tensor.type), columns) and tensor.type.name != "BF16":
         return pack_gguf(tensor.raw, int(tensor.type), columns=columns, name=tensor.name)
-    return pack_bfloat16(torch.from_numpy(tensor.dequantize()).bfloat16())
+    plain = torch.empty(tensor.shape, dtype=torch.bfloat16)
+    for piece in pieces(*tensor.shape):
+        some = replace(tensor, raw=tensor.raw[piece], shape=(piece.stop - piece.start, columns))
+        plain[piece] = torch.from_numpy(some.dequantize())
+    return pack_bfloat16(plain)
 
 
 def keep_as_stored(linear: Linear, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.quantization import GGUF_FORMATS, SUPER_GROUP, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import MIDDLE, Packed
+from nanovllm.worker.quant.packed import MIDDLE, Packed, pieces, within
 
 # What the codes of IQ4_NL stand for.
 IQ4_NL = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
@@ -45,10 +45,15 @@ class Gguf:
 
 
 def _keep(method: Packed, part: str, rows: slice, tensor: GGUFTensor) -> None:
+    for piece in pieces(*tensor.shape):
+        raw = torch.from_numpy(np.array(tensor.raw[piece]))
+        _keep_rows(method, part, within(rows, piece), raw, name=tensor.type.name)
+
+
+def _keep_rows(method: Packed, part: str, rows: slice, raw: Tensor, *, name: str) -> None:
+    """raw: [some rows, bytes]; name: their type's."""
     kept, weight = method.kept, method.weight
-    raw = torch.from_numpy(np.array(tensor.raw)).to(weight.codes.device)
-    stored = GGUF_FORMATS[tensor.type.name]
-    blocks = fitted(READERS[tensor.type.name](raw), stored, kept)
+    blocks = fitted(READERS[name](raw.to(weight.codes.device)), GGUF_FORMATS[name], kept)
     for numbers in (blocks.scale, blocks.shift, blocks.super_scale, blocks.super_shift):
         if numbers is not None and not numbers.isfinite().all():
             raise ValueError("is damaged: it holds scales that are no numbers: fetch it again")

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
 from nanovllm.worker.quant.compressed_tensors import order_slot, scale_slot
-from nanovllm.worker.quant.packed import Packed, per, signed, unpack_words
+from nanovllm.worker.quant.packed import Packed, per, pieces, signed, unpack_words, within
 
 
 class Gptq:
@@ -34,8 +34,10 @@ class Gptq:
         nothing, note = linear.weight.new_empty(0), str(kept)
 
         def put_codes(words: Tensor, _: slice) -> None:
-            codes = unpack_words(words.to(weight.codes.device), bits, 0, inputs.size)
-            method.put_codes(part, rows, signed(codes, bits).t())
+            for piece in pieces(cut.size, inputs.size):
+                own = words[:, piece].to(weight.codes.device)
+                codes = unpack_words(own, bits, 0, inputs.size)
+                method.put_codes(part, within(rows, piece), signed(codes, bits).t())
 
         def put_zero(words: Tensor, _: slice) -> None:
             codes = unpack_words(words.to(weight.codes.device), bits, 1, cut.size)

@@ -22,6 +22,7 @@ UNIT = 32  # inputs of 4 bits that are laid out together: the halves of 16 bytes
 HALF = UNIT // 2
 MIDDLE = 8  # the zero of 4-bit codes that have none of their own
 PIECE_VALUES = 2**24  # of a weight that are unpacked at a time
+LOADED_VALUES = 2**22  # that are converted at a time, which takes some bytes of each
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -257,11 +258,25 @@ class Packed:
         if not torch.equal(order, straight):
             if not self.kept.is_reordered:
                 raise ValueError("orders inputs, of which its config does not tell (desc_act)")
-            codes = weight.rows(rows).codes
-            columns = unpack_nibbles(codes, weight.inputs) if weight.bits == 4 else codes
-            self.put_codes(part, rows, columns[:, order])
+            for piece in pieces(rows.stop - rows.start, weight.inputs):
+                own = within(rows, piece)
+                codes = weight.codes[own]
+                columns = unpack_nibbles(codes, weight.inputs) if weight.bits == 4 else codes
+                self.put_codes(part, own, columns[:, order])
             self.order = order
         self.orders[part] = order
+
+
+def pieces(num_rows: int, num_columns: int, *, unit: int = 1) -> Iterator[slice]:
+    """All rows, a multiple of `unit` at a time, so that converting a weight takes little memory."""
+    step = max(1, LOADED_VALUES // (unit * max(1, num_columns))) * unit
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def within(rows: slice, piece: slice) -> slice:
+    """A piece of these rows, counted from the first of all."""
+    return slice(rows.start + piece.start, rows.start + piece.stop)
 
 
 def per(cut: Cut, count: int, what: str) -> Cut:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import Packed, PackedWeight
+from nanovllm.worker.quant.packed import Packed, PackedWeight, pieces
 
 SMALL_GROUP = 32
 LEAST_SCALE = 2.0**-24  # in float16, too, it is not zero
@@ -42,12 +42,14 @@ class Rounded:
 def _put(method: Packed, part: str, first: int, values: Tensor, rows: slice) -> None:
     """values: of some outputs of the part, which begins at the layer's output `first`."""
     weight, start = method.weight, first + (rows.start or 0)
-    target = slice(start, start + len(values))
-    codes, scale, zero = round_to_nearest(values.to(weight.codes.device), weight, method.dtype)
-    weight.set_scale(target, scale)
-    if zero is not None:
-        weight.set_zero(target, zero)
-    method.put_codes(part, target, codes)
+    for piece in pieces(*values.shape):
+        target = slice(start + piece.start, start + piece.stop)
+        own = values[piece].to(weight.codes.device)
+        codes, scale, zero = round_to_nearest(own, weight, method.dtype)
+        weight.set_scale(target, scale)
+        if zero is not None:
+            weight.set_zero(target, zero)
+        method.put_codes(part, target, codes)
 
 
 def round_to_nearest(

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import Scales, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
+from nanovllm.worker.quant.packed import pieces
 
 LEAST_PEAK = 1e-12  # of a row: one of zeros has a scale, too
 
@@ -92,9 +93,11 @@ class ScaledRows(ABC):
 
     def _put_quantized(self, weight: Tensor, scale: Tensor, values: Tensor, rows: slice) -> None:
         """On the device of the weight."""
-        quantized = self.quantize(values.to(weight.device))
-        weight[rows].copy_(quantized.values)
-        scale[rows].copy_(quantized.scale.squeeze(-1))
+        weight, scale = weight[rows], scale[rows]
+        for piece in pieces(*values.shape):
+            quantized = self.quantize(values[piece].to(weight.device))
+            weight[piece].copy_(quantized.values)
+            scale[piece].copy_(quantized.scale.squeeze(-1))
 
 
 def _scale_slots(stored: Scales, part: str, cut: Cut, scale: Tensor) -> Iterator[WeightSlot]:

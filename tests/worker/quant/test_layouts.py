@@ -12,6 +12,7 @@ from torch import Tensor
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import choose_scheme
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.quant import packed
 from nanovllm.worker.quant.packed import Packed
 from tests.conftest import save_tiny
 from tests.worker.attention.decoding import Driver
@@ -61,6 +62,17 @@ def test_weights_are_bit_for_bit_what_their_package_makes_of_them(
     found = loaded(load(tmp_path).model)
     assert found.keys() == {key for key in expected if key.endswith("_proj.weight")}
     for key, values in found.items():
+        assert torch.equal(values.to(expected[key].dtype), expected[key]), key
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_that_are_converted_in_pieces(
+    name: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows at a time, as those of large tensors are, so that loading takes little memory."""
+    expected = write(plain, tmp_path, *FORMATS[name])
+    monkeypatch.setattr(packed, "LOADED_VALUES", 700)
+    for key, values in loaded(load(tmp_path).model).items():
         assert torch.equal(values.to(expected[key].dtype), expected[key]), key
 
 
