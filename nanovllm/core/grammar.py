@@ -24,21 +24,22 @@ import numpy.typing as npt
 from nanovllm.core.free_text import FreeText
 from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.grammar_source import Source, first_line, make_matcher, make_tokenizer, read
-from nanovllm.core.json_place import JsonPlace
-from nanovllm.core.json_shape import Shape, shape_of
+from nanovllm.core.json_place import JsonMasks
+from nanovllm.core.json_shape import shape_of
 from nanovllm.core.kept_masks import (
     END,
     FREE_LINE,
+    Context,
     Kept,
     KeptMasks,
     Mask,
-    Place,
+    Node,
     State,
-    TextPlace,
+    TextMasks,
     Vocabulary,
 )
 from nanovllm.core.plain_schema import plain_source
-from nanovllm.core.regex_place import RegexMasks, RegexPlace, term_of
+from nanovllm.core.regex_place import RegexMasks, term_of
 from nanovllm.protocol.plan import WorkerInfo
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -83,13 +84,14 @@ class Matcher:
     Where others have been before, its tokens are only noted down, and llguidance takes them in when
     there is something to ask of it.
 
-    free_text: what comes before the grammar begins; None from then on. state: where it is, if that
-    is known; else place may come to a state again.
+    free_text: what comes before the grammar begins; None from then on. state: where it is in its
+    context, if that is known; else it may come from node to a state again. context: None if it
+    cannot be followed any more.
     """
 
     __slots__ = (
         *("__weakref__", "_is_suspect", "_matcher", "_owed", "_slow_s", "_ways"),
-        *("error", "family", "free_text", "place", "state"),
+        *("context", "error", "family", "free_text", "node", "state"),
     )
 
     def __init__(
@@ -102,8 +104,9 @@ class Matcher:
         self._slow_s = 0.0
         self.family = family
         self.free_text = free_text
+        self.context: Context | None = family.known.root
+        self.node: Node = family.known.first.node
         self.state: State | None = family.known.first if free_text is None else None
-        self.place: Place | None = None
         self.error: str | None = None  # why it cannot go on; None unless something went wrong
 
     @property
@@ -114,13 +117,16 @@ class Matcher:
     def follow(self, token_id: int) -> bool:
         """Go on by one token, if it is known that it may and where it leads; else nothing has
         happened. Most tokens pass here."""
-        state = self.state
-        if state is None or len(self._owed) >= MAX_OWED:
+        state, context = self.state, self.context
+        if state is None or context is None or len(self._owed) >= MAX_OWED:
             return False
         to = state.next.get(token_id) or state.next.get(self._ways[token_id])
-        if to is None and state.place is not None:
-            to = state.place.kept.find(state, token_id)
-        if to is None or to is END:
+        if to is None:
+            found = self.family.known.find(context, state, token_id)
+            if found is None:
+                return False
+            self.context, to = found
+        elif to is END:
             return False
         self._owed.append(token_id)
         self.state = to
@@ -152,22 +158,27 @@ class Matcher:
         if goes_on:
             return self.error is None
         self.note_error()
-        if self.state is not None and self.state.place is not None:
-            self.state.place.kept.lead(self.state, token_id, END, is_forced=True)
+        if self.state is not None:
+            self.family.known.lead(self.state, token_id, END)
             self.state = None
         return False
 
     def _arrive(self, token_id: int) -> None:
         """Find out where a token has led."""
-        state, place = self.state, self.place
-        self.state = self.place = None
-        if state is not None:
-            place = None if state.place is None else state.place.copy()
-        if place is not None:
-            place.take(token_id)
-            is_forced = place.exact is not None and bool(self._matcher.compute_ff_bytes())
-            self.state = place.kept.arrive(state, token_id, place, is_forced=is_forced)
-            self.place = place if self.state is None else None
+        known, state, context = self.family.known, self.state, self.context
+        self.state = None
+        if context is None:
+            return
+        found = known.walk(context, self.node if state is None else state.node, token_id)
+        if found is None:
+            self.context = None
+            return
+        self.context, self.node = found
+        if self.node.key is not None:
+            is_forced = bool(self._matcher.compute_ff_bytes())
+            self.state = known.arrive(*found, token_id, is_forced=is_forced)
+            if state is not None and context is self.context:
+                known.lead(state, token_id, self.state)
 
     def catch_up(self) -> None:
         """Have llguidance take in what has been noted down."""
@@ -205,9 +216,9 @@ class Matcher:
 
     def note_forced(self, token_ids: list[int]) -> None:
         """For others that come to its state: what must come next there."""
-        if self.state is not None and self.state.forced is None:
+        if self.state is not None and self.context is not None and self.state.forced is None:
             length = len(self._matcher.compute_ff_bytes())
-            self.family.known.note_forced(self.state, token_ids, num_bytes=length)
+            self.family.known.note_forced(self.context, self.state, token_ids, num_bytes=length)
 
     @property
     def has_forced_text(self) -> bool:
@@ -240,7 +251,7 @@ class Matcher:
             )
 
     def _fail(self, why: str) -> None:
-        self.error, self.state, self.place = why, None, None
+        self.error, self.state, self.context = why, None, None
         self.family.failed = True
 
     def replay(self, token_ids: list[int]) -> None:
@@ -255,8 +266,8 @@ class Matcher:
         self.family.num_copies += 1
         free_text = None if self.free_text is None else self.free_text.copy()
         copy = Matcher(self._matcher.deep_copy(), self.family, free_text)
-        copy.place = None if self.place is None else self.place.copy()
-        copy.state, copy._owed = self.state, self._owed.copy()
+        copy.context, copy.node, copy.state = self.context, self.node, self.state
+        copy._owed = self._owed.copy()
         self.family.live.add(copy)
         return copy
 
@@ -432,28 +443,24 @@ class GrammarCompiler:
         self.load()
         assert self._tokenizer is not None
         source = plain_source(wanted)
-        place = None if source is None else self._first_place(source)
-        if source is None or place is None:  # alternatives that only their content tells apart
+        known = None if source is None else self._known(source)
+        if source is None or known is None:  # alternatives that only their content tells apart
             if self._sandbox is not None:
                 self._sandbox.try_out(wanted)
             source = source or read(wanted)
-            place = self._first_place(source)
-        known = KeptMasks(self.vocabulary) if place is None else place.kept
-        known.begin(place)
+            known = self._known(source) or KeptMasks(self.vocabulary)
         return Grammar(partial(self._make_first, source, known))
 
-    def _first_place(self, source: Source) -> Place | None:
-        """By which masks are kept, if they can be."""
+    def _known(self, source: Source) -> KeptMasks | None:
+        """Of its outputs, if they can be followed."""
         if source.schema is not None:
             root = shape_of(source)
-            return None if root is None else JsonPlace(Shape(self.vocabulary, root))
+            return None if root is None else JsonMasks(self.vocabulary, root)
         if source.wanted.choice is not None:
-            return TextPlace(KeptMasks(self.vocabulary))
+            return TextMasks(self.vocabulary)
         pattern = source.wanted.regex
         term = None if pattern is None else term_of(pattern)
-        if term is None:
-            return None
-        return RegexPlace(RegexMasks(self.vocabulary, term))
+        return None if term is None else RegexMasks(self.vocabulary, term)
 
     def _make_first(self, source: Source, known: KeptMasks) -> Matcher:
         assert self._tokenizer is not None

@@ -1,188 +1,144 @@
-"""Where an output is in its JSON schema, as a key: where keys are equal, so are the masks.
+"""Where an output is in its JSON schema: what `kept_masks` must know to keep masks by it.
 
 llguidance does not tell its state, and a mask within a string of bounded length takes it half a
-millisecond. A `JsonPlace` follows one output by the shape of its schema, for `Matcher`, which keeps
-masks by its key. It has none where something is unexpected, or far inside of containers.
+millisecond. `JsonMasks` follows outputs by the shape of their schema. A node is the phase of what
+is written and how it has begun, a context the containers around it. Outputs get lost where
+something is unexpected, or far inside of containers.
 """
 
 from collections.abc import Hashable
 from typing import Any
 
-from nanovllm.core.json_shape import BY_SPELLING, FREE, Bounds, Items, Members, Shape, Value
+from nanovllm.core.json_shape import BY_SPELLING, FREE, Bounds, Items, Members, Value
+from nanovllm.core.kept_masks import Context, KeptMasks, Node, Vocabulary
 
-MAX_DEPTH = 32  # of containers; what is deeper has no key
+MAX_DEPTH = 32  # of containers; what is deeper is not known
 MAX_SPELLED = 20  # bytes of what counts by its spelling: longer ones seldom come again
 BLANKS = b" \n\r\t"
 # What comes next. FIRST: a value or the end of an array; OPEN: a name or the end of an object.
 VALUE, FIRST, SCALAR, STRING, OPEN, NEXT, NAME, COLON, AFTER = range(9)
+# First bytes of characters behind which the same may follow, by the first of them.
+ALIKE = bytes.maketrans(
+    bytes((*range(0xC2, 0xE0), *range(0xE1, 0xED), 0xEE, 0xEF, *range(0xF1, 0xF4))),
+    30 * b"\xc2" + 14 * b"\xe1" + 3 * b"\xf1",
+)
+# What a node is: its phase, the bounds of a string, its whole characters, what it or the phase has
+# begun with (unless by spelling: one character only), and whether the next character is escaped.
+Spot = tuple[int, Bounds, int, bytes, bool]
+# What a context is: the one around it, a container in that, and at which of its values.
+Around = tuple[Context, Members | Items, int]
 
 
-class JsonPlace:
-    """At the beginning of an output of `shape`."""
+class JsonMasks(KeptMasks):
+    """Of one schema."""
 
-    __slots__ = (
-        *("_bounds", "_count", "_escaped", "_is_lost", "_key", "_open", "_path", "_phase"),
-        *("_text", "_value", "kept"),
-    )
+    def __init__(self, vocabulary: Vocabulary, root: Value) -> None:
+        """root: what an output is."""
+        self._value = root
+        super().__init__(vocabulary, _at(VALUE))
 
-    def __init__(self, shape: Shape) -> None:
-        self.kept = shape
-        self._open: list[tuple[Members | Items, int]] = []  # containers, and at which of its values
-        self._path: tuple[Hashable, ...] = ()  # the same, as far as it counts
-        self._phase = VALUE
-        self._value: Value | None = shape.root  # which comes next
-        self._text = b""  # what the phase has begun with, or blank space
-        self._bounds = BY_SPELLING  # of a string; unless by spelling, `_text` is one character only
-        self._count = 0  # its whole characters
-        self._escaped = self._is_lost = False
-        self._key: Hashable = None
-
-    def copy(self) -> "JsonPlace":
-        """Another one at the same place."""
-        copy: JsonPlace = object.__new__(JsonPlace)
-        copy.kept, copy._open, copy._path = self.kept, self._open.copy(), self._path
-        copy._phase, copy._value, copy._text = self._phase, self._value, self._text
-        copy._bounds, copy._count, copy._key = self._bounds, self._count, self._key
-        copy._escaped, copy._is_lost = self._escaped, self._is_lost
-        return copy
-
-    @property
-    def key(self) -> Hashable:
-        """What the mask depends on; None: it is not known."""
-        is_known = len(self._text) <= MAX_SPELLED or self._phase == NAME  # of a few, or one byte
-        if self._key is None and not self._is_lost and is_known:
-            here: Hashable = self._text
-            if self._bounds is not BY_SPELLING:
-                here = (
-                    _distance(self._bounds, self._count, self.kept.vocabulary.longest),
-                    self._text,
-                )
-            self._key = (self._path, self._phase, here)
-        return self._key
-
-    @property
-    def exact(self) -> Hashable:
-        """What all that may follow depends on; None: it is not known."""
-        if self.key is None:
+    def key(self, what: Spot) -> Hashable:
+        """See `KeptMasks`."""
+        phase, bounds, count, text, _ = what
+        if len(text) > MAX_SPELLED and phase != NAME:
             return None
-        at = [(one, one.far(i) if isinstance(one, Items) else i) for one, i in self._open]
-        (least, most), count = self._bounds, self._count
-        return (*at, self._phase, self._text, count if most is not None else min(count, least))
+        if bounds == BY_SPELLING:
+            return phase, text
+        return phase, text, _distance(bounds, count, self.vocabulary.longest)
 
-    def num_plain(self, token_id: int) -> int:
-        """Characters of a token within a string of which only their number counts; else 0."""
-        if self._bounds is BY_SPELLING or self._text:
-            return 0
-        return -(self.kept.vocabulary.ways[token_id] or 0)
+    def counts(self, what: Spot) -> bool:
+        """See `KeptMasks`."""
+        return what[1] != BY_SPELLING and not what[3]
 
-    def take(self, token_id: int) -> None:
-        """Go on by a token that has been accepted."""
-        self._key = None
-        if num_plain := self.num_plain(token_id):
-            self._count += num_plain  # most tokens
-            return
-        for byte in self.kept.vocabulary.spelling[token_id]:
-            if self._is_lost:
-                return
-            self._step(byte)
+    def context_key(self, what: Around | None) -> tuple[Hashable, ...]:
+        """The path to a value, as far as it counts."""
+        if what is None:
+            return ()
+        around, container, index = what
+        if isinstance(container, Members):
+            return (around.key, index)
+        distance = _distance(container.bounds, index, self.vocabulary.longest)
+        return (around.key, min(index, len(container.first)), distance)
 
-    def _step(self, byte: int) -> None:
-        phase = self._phase
+    def inside(self, node: Node, byte: int) -> Node | None:
+        """See `KeptMasks`."""
+        phase, bounds, count, text, is_escaped = node.what
         if phase in (STRING, NAME):
-            self._go_on_string(byte)
-        elif phase == SCALAR:
-            if byte in b",]}" or byte in BLANKS:
-                self._enter(AFTER)
-                self._step(byte)
-            else:
-                self._spell(byte)
-        elif byte in BLANKS:
-            self._spell(byte)
-        elif phase in (VALUE, FIRST) and not (byte == ord("]") and phase == FIRST):
-            self._begin_value(byte)
-        elif byte == ord('"') and phase in (OPEN, NEXT):
-            members = self._open[-1][0]
-            free = isinstance(members, Members) and members.names is None
-            self._enter(NAME, bounds=FREE if free else BY_SPELLING)
-        elif byte == ord(":") and phase == COLON:
-            self._enter(VALUE, self._value)
-        elif byte == ord(",") and phase == AFTER and self._open:
-            self._go_on()
-        elif byte in b"]}" and phase in (AFTER, FIRST, OPEN) and self._open:
-            self._open.pop()
-            self._path = self._path[:-1]
-            self._enter(AFTER)
-        else:
-            self._is_lost = True
+            if byte == ord('"') and not is_escaped:
+                return self.node(_at(AFTER)) if phase == STRING else None
+            is_escaped = byte == ord("\\") and not is_escaped
+        elif phase == SCALAR and (byte in b",]}" or byte in BLANKS):
+            return self.inside(self.node(_at(AFTER)), byte)
+        elif phase != SCALAR and byte not in BLANKS:
+            return self.node(_at(VALUE)) if phase == COLON and byte == ord(":") else None
+        if phase == NAME or len(text) <= MAX_SPELLED:  # a longer text has no key
+            text += bytes((byte,))
+        if bounds != BY_SPELLING and not (text := _begun(text)):
+            least, most = bounds
+            count = count + 1 if most is not None else min(count + 1, least)
+        return self.node((phase, bounds, count, text, is_escaped))
 
-    def _spell(self, byte: int) -> None:
-        if self._phase == NAME or len(self._text) <= MAX_SPELLED:  # a longer text has no key
-            self._text += bytes((byte,))
+    def across(self, context: Context, node: Node, byte: int) -> tuple[Context, Node] | None:
+        """See `KeptMasks`."""
+        phase, around = node.what[0], context.what
+        if phase in (VALUE, FIRST) and not (byte == ord("]") and phase == FIRST):
+            return self._begin_value(context, byte)
+        if around is None:
+            return None  # nothing is behind the whole
+        outer, container, index = around
+        if byte == ord('"') and phase in (OPEN, NEXT):
+            bounds = FREE if container.names is None else BY_SPELLING
+            return context, self.node(_at(NAME, bounds))
+        if byte == ord('"') and phase == NAME:
+            index = 0 if container.names is None else container.names.get(node.what[3])
+            return None if index is None else self._enter(outer, container, index, COLON)
+        if byte == ord(",") and phase in (SCALAR, AFTER):
+            if isinstance(container, Members):
+                return context, self.node(_at(NEXT))
+            return self._enter(outer, container, container.far(index + 1), VALUE)
+        if byte in b"]}" and phase in (SCALAR, AFTER, FIRST, OPEN):
+            return outer, self.node(_at(AFTER))
+        return None
+
+    def _begin_value(self, context: Context, byte: int) -> tuple[Context, Node] | None:
+        value = self._value
+        if context.what is not None:
+            _, container, index = context.what
+            value = container.value(index)
+        if value is None or _depth(context) > MAX_DEPTH:
+            return None
+        if byte not in b'"{[':
+            return context, self.node(_at(SCALAR, text=bytes((byte,))))
+        if byte == ord('"') and value.string is not None:
+            return context, self.node(_at(STRING, value.string))
+        if byte == ord("{") and value.members is not None:
+            return self._enter(context, value.members, -1, OPEN)
+        if byte == ord("[") and value.items is not None:
+            return self._enter(context, value.items, value.items.far(0), FIRST)
+        return None
 
     def _enter(
-        self, phase: int, value: Value | None = None, *, bounds: Bounds = BY_SPELLING
-    ) -> None:
-        self._phase, self._value, self._bounds = phase, value, bounds
-        self._text, self._count = b"", 0
+        self, around: Context, container: Members | Items, index: int, phase: int
+    ) -> tuple[Context, Node]:
+        return self.context((around, container, index)), self.node(_at(phase))
 
-    def _begin_value(self, byte: int) -> None:
-        value = self._value
-        if value is None or len(self._open) > MAX_DEPTH:
-            self._is_lost = True
-        elif byte not in b'"{[':
-            self._enter(SCALAR)
-            self._text = bytes((byte,))
-        elif byte == ord('"') and value.string is not None:
-            self._enter(STRING, bounds=value.string)
-        elif byte == ord("{") and value.members is not None:
-            self._open.append((value.members, -1))
-            self._path += (-1,)
-            self._enter(OPEN)
-        elif byte == ord("[") and value.items is not None:
-            self._open.append((value.items, 0))
-            self._path += (self._item(value.items, 0),)
-            self._enter(FIRST, value.items.value(0))
-        else:
-            self._is_lost = True
 
-    def _go_on_string(self, byte: int) -> None:
-        if byte == ord('"') and not self._escaped:
-            if self._phase == NAME:
-                self._end_name()
-            else:
-                self._enter(AFTER)
-            return
-        self._escaped = byte == ord("\\") and not self._escaped
-        self._spell(byte)
-        if self._bounds is not BY_SPELLING and len(self._text) >= _num_bytes(self._text):
-            self._text = b""
-            self._count += 1
+def _at(phase: int, bounds: Bounds = BY_SPELLING, text: bytes = b"") -> Spot:
+    """At its begin."""
+    return phase, bounds, 0, text, False
 
-    def _end_name(self) -> None:
-        members = self._open[-1][0]
-        assert isinstance(members, Members)
-        index = 0 if members.names is None else members.names.get(self._text)
-        if index is None:
-            self._is_lost = True
-            return
-        self._open[-1] = (members, index)
-        self._path = (*self._path[:-1], index)
-        self._enter(COLON, members.values[index])
 
-    def _go_on(self) -> None:
-        """After a comma."""
-        container, index = self._open[-1]
-        if isinstance(container, Members):
-            self._enter(NEXT)
-            return
-        self._open[-1] = (container, index + 1)
-        self._path = (*self._path[:-1], self._item(container, index + 1))
-        self._enter(VALUE, container.value(index + 1))
+def _depth(context: Context) -> int:
+    return 0 if context.what is None else 1 + _depth(context.what[0])
 
-    def _item(self, items: Items, index: int) -> tuple[Any, ...]:
-        """What counts of its number."""
-        far = self.kept.vocabulary.longest
-        return (min(index, len(items.first)), *_distance(items.bounds, index, far))
+
+def _begun(text: bytes) -> bytes:
+    """A character, or an escape, of which all that may follow depends on this; b"" if it is whole.
+    Of UTF-8 few first bytes differ in what may follow; later only how many bytes are to come."""
+    num_left = _num_bytes(text) - len(text)
+    if num_left == 0 or text[0] < 0x80:
+        return text if num_left else b""
+    return text.translate(ALIKE) if len(text) == 1 else (b"\xc2", b"\xe1")[num_left - 1]
 
 
 def _distance(bounds: Bounds, count: int, far: int) -> tuple[int, int | None]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from nanovllm.core.grammar_source import Source
 from nanovllm.core.json_schema import resolve
-from nanovllm.core.kept_masks import KeptMasks
 
 # Not said of outputs, or only where something refers to it.
 ASIDE = frozenset(
@@ -42,6 +41,9 @@ class Members:
     names: dict[bytes, int] | None
     values: "list[Value]"
 
+    def value(self, index: int) -> "Value":
+        return self.values[index]
+
 
 @dataclass(slots=True, eq=False)
 class Items:
@@ -68,13 +70,6 @@ class Value:
     items: Items | None = None
     string: Bounds | None = None  # of its characters; None: it is no string
     choices: "list[Value]" = field(default_factory=list)  # it is one of these
-
-
-@dataclass(slots=True, eq=False)
-class Shape(KeptMasks):
-    """Of one schema. root: what an output is."""
-
-    root: Value
 
 
 def shape_of(source: Source) -> Value | None:

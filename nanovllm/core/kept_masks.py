@@ -1,15 +1,15 @@
-"""Masks of one grammar, by where outputs are in it: for whoever comes to a place next.
+"""Masks of one grammar, by where outputs are in it: for whoever comes there next.
 
 `Matcher` goes from one `State` to the next and `GrammarCompiler` gathers their masks. llguidance
-does not tell its state, so where an output is must be found out beside it: `json_place` does so for
-schemas, `regex_place` for regular expressions; of a choice, all of its text counts.
+does not tell its state, so where an output is must be found out beside it, byte by byte: by a
+pushdown automaton that is made as outputs pass. `json_place` knows that of schemas, `regex_place`
+that of regular expressions; of a choice, all of its text counts.
 """
 
 import re
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ import numpy.typing as npt
 MAX_BYTES = 64 << 20  # of the masks of all grammars
 MAX_LINES = 16_384  # of them
 SHARE = 4  # of one grammar: no more of the lines than one of so many
-MAX_STATES = 8_000  # of one grammar: under 1 kB each …
-MAX_TRANSITIONS = 50_000  # … and from one to another: 100 bytes each
+MAX_SIZE = 150_000  # of what is known of one grammar, in units of 100 bytes or less: a way …
+NODE_SIZE, CONTEXT_SIZE, STATE_SIZE = 6, 6, 4  # … is one
 MAX_TEXT_BYTES = 256  # of an output of which all counts; what is longer has no key
 FREE_LINE = 0  # the mask of an output whose grammar has not begun
 NO_TOKEN = -1
@@ -98,193 +98,249 @@ class Vocabulary:
         return bool(self._bytes[line * self._line_bytes + (token_id >> 3)] >> (token_id & 7) & 1)
 
 
-class State:
-    """One place in a grammar, where outputs have been, and where tokens have led from it.
+class Node:
+    """Where an output is in what it writes just now, whatever that is part of.
 
-    place: None if it cannot be followed from here. kept: its mask. forced: the tokens that must
-    come next, often none; None while that is not known, nor the mask. last: the token that led
-    here, where that counts. next: by a token, or by minus the number of its characters where
-    nothing else counts.
+    what: as its grammar has it. key: what of it masks depend on; None: they are not known here.
+    counts: of characters that stand for themselves only the number counts, here and behind them.
+    after: by a byte, where it leads whatever is around.
     """
 
-    __slots__ = ("forced", "kept", "last", "next", "place")
+    __slots__ = ("after", "counts", "key", "what")
+
+    def __init__(self, what: Any, key: Hashable, *, counts: bool) -> None:
+        self.what = what
+        self.key = key
+        self.counts = counts
+        self.after: dict[int, Node] = {}
+
+
+class Context:
+    """What is around. It and a node are all that what may follow depends on.
+
+    what, key: as of a node. states: those in contexts with this key. turns: by a node and a byte,
+    where that leads from here, if it depends on what is around.
+    """
+
+    __slots__ = ("key", "states", "turns", "what")
+
+    def __init__(self, what: Any, key: Hashable, states: "dict[Hashable, State]") -> None:
+        self.what = what
+        self.key = key
+        self.states = states
+        self.turns: dict[tuple[Node, int], tuple[Context, Node]] = {}
+
+
+class State:
+    """A node in contexts of one key, behind a token: where outputs have been.
+
+    kept: its mask. forced: the tokens that must come next, often none; None while that is not
+    known, nor the mask. last: the token that led here, if some text must follow: then it counts,
+    and this is a state of one context. next: where tokens lead that do not lead out of the context,
+    by token, or by minus the number of its characters where nothing else counts.
+    """
+
+    __slots__ = ("forced", "kept", "last", "next", "node")
 
     def __init__(
-        self, place: "Place | None", kept: Kept, forced: list[int] | None, last: int = NO_TOKEN
+        self, node: Node, kept: Kept, forced: list[int] | None, last: int = NO_TOKEN
     ) -> None:
-        self.place = place
+        self.node = node
         self.kept = kept
         self.forced = forced
         self.last = last
         self.next: dict[int | None, State] = {}
 
 
-END = State(None, Kept(), None)  # where a token leads that ends the output
+NOWHERE = Node(None, None, counts=False)
+END = State(NOWHERE, Kept(), None)  # where a token leads that ends the output
 
 
-@dataclass(slots=True, eq=False)
 class KeptMasks:
-    """What is known of one grammar.
+    """What is known of one grammar. Of one of this class it is the first mask: its outputs cannot
+    be followed.
 
     Where keys are equal, masks are, and whether a text must follow. Where it must, what masks are
     depends on the last token, too, unless llguidance finds no tokens that it must be.
     """
 
-    vocabulary: Vocabulary
-    mine: deque[Kept] = field(default_factory=deque, init=False)  # those in lines, oldest first
-    _free: dict[Hashable, Kept] = field(
-        default_factory=dict, init=False
-    )  # by key: none must follow
-    _bound: dict[Hashable, Kept] = field(default_factory=dict, init=False)  # by key: some text must
-    _forced: dict[tuple[Hashable, int], tuple[Kept, list[int]]] = field(
-        default_factory=dict, init=False
-    )  # by such a key and the last token
-    _states: dict[Hashable, State] = field(default_factory=dict, init=False)  # by `Place.exact`
-    _num_transitions: int = field(default=0, init=False)
+    def __init__(self, vocabulary: Vocabulary, what: Any = None) -> None:
+        """what: the node where all outputs begin."""
+        self.vocabulary = vocabulary
+        self.mine = deque[Kept]()  # those in lines, oldest first
+        self._nodes: dict[Any, Node] = {}
+        self._contexts: dict[Any, Context] = {}
+        self._states: dict[Hashable, dict[Hashable, State]] = {}  # by the keys of contexts
+        self._free: dict[Hashable, Kept] = {}  # by key: no text must follow
+        self._bound: dict[Hashable, Kept] = {}  # by key: some text must
+        # By such a key and the last token.
+        self._forced: dict[tuple[Hashable, int], tuple[Kept, list[int]]] = {}
+        self._size = 0
+        self.root = self.context(None)
+        self.first = State(self.node(what), Kept(), None)
 
-    @property
-    def first(self) -> State:
-        """Where all outputs begin."""
-        return self._states[FIRST]
+    # ---- what each kind of grammar knows
 
-    def begin(self, place: "Place | None") -> None:
-        """place: of outputs that have not begun; None if they cannot be followed."""
-        self._states[FIRST] = State(place, Kept(), None)
+    def inside(self, node: Node, byte: int) -> Node | None:
+        """Where a byte leads whatever is around; None if that counts, or it is not known."""
+        return None
 
-    def arrive(
-        self, state: State | None, token_id: int, place: "Place", *, is_forced: bool
-    ) -> State | None:
-        """Where an output is that has gone on by a token; None if that is not known. It goes on.
+    def across(self, context: Context, node: Node, byte: int) -> tuple[Context, Node] | None:
+        """Where it leads if what is around counts; None if it is not known."""
+        return None
 
-        state: where it came from, if known. place: behind the token, for the state to have.
-        is_forced: whether some text must follow.
-        """
-        if place.exact is None:
-            return None
-        key = place.key
-        if len(self._free) + len(self._bound) >= MAX_STATES:
-            self._states, self._free, self._bound, self._forced = self._cut(), {}, {}, {}
-        (self._bound if is_forced else self._free).setdefault(key, Kept())
-        found = self._state_at(place, key, token_id, is_forced=is_forced)
-        if state is not None:
-            self.lead(state, token_id, found, is_forced=is_forced)
+    def key(self, what: Any) -> Hashable:
+        """Of a node."""
+        return None
+
+    def counts(self, what: Any) -> bool:
+        """Of a node."""
+        return False
+
+    def context_key(self, what: Any) -> Hashable:
+        """Of a context."""
+        return None
+
+    # ---- the automaton
+
+    def node(self, what: Any) -> Node:
+        """The one that is this."""
+        found = self._nodes.get(what)
+        if found is None:
+            self._size += NODE_SIZE
+            found = self._nodes[what] = Node(what, self.key(what), counts=self.counts(what))
         return found
 
-    def find(self, state: State, token_id: int) -> State | None:
+    def context(self, what: Any) -> Context:
+        """The one that is this; None is around the whole output."""
+        found = self._contexts.get(what)
+        if found is None:
+            self._size += CONTEXT_SIZE
+            key = self.context_key(what)
+            found = Context(what, key, self._states.setdefault(key, {}))
+            self._contexts[what] = found
+        return found
+
+    def walk(self, context: Context, node: Node, token_id: int) -> tuple[Context, Node] | None:
+        """Where a token leads; None if that is not known."""
+        if self._size > MAX_SIZE:
+            self._forget()
+        for byte in self.vocabulary.spelling[token_id]:
+            to = node.after.get(byte)
+            if to is None:
+                turn = context.turns.get((node, byte)) or self._step(context, node, byte)
+                if turn is None:
+                    return None
+                context, to = turn
+            node = to
+        return context, node
+
+    def _step(self, context: Context, node: Node, byte: int) -> tuple[Context, Node] | None:
+        """One of `walk`, for the first time."""
+        self._size += 1
+        to = self.inside(node, byte)
+        if to is not None:
+            node.after[byte] = to
+            return context, to
+        turn = self.across(context, node, byte)
+        if turn is not None:
+            context.turns[node, byte] = turn
+        return turn
+
+    def _forget(self) -> None:
+        """Begin anew: outputs find no way on from where they are but to what is found out again."""
+        for node in self._nodes.values():
+            node.after.clear()
+        for context in self._contexts.values():
+            context.turns.clear()
+        for states in self._states.values():
+            for state in states.values():
+                state.next.clear()
+            states.clear()
+        self.first.next.clear()
+        for known in (self._nodes, self._contexts, self._free, self._bound, self._forced):
+            known.clear()
+        self._states.clear()
+        self._size = 0
+
+    # ---- states
+
+    def find(
+        self, context: Context, state: State, token_id: int
+    ) -> tuple[Context, State] | None:
         """Where a token leads that has not been taken there before; None if it may not come there,
         or nobody has been where as much may follow."""
-        if state.place is None or not self.vocabulary.allows(state.kept, token_id):
+        if not self.vocabulary.allows(state.kept, token_id):
             return None
-        place = state.place.copy()
-        place.take(token_id)
-        key = place.key
-        is_forced = key in self._bound
-        if place.exact is None or not (is_forced or key in self._free):
+        found = self.walk(context, state.node, token_id)
+        if found is None:
             return None
-        found = self._state_at(place, key, token_id, is_forced=is_forced)
-        self.lead(state, token_id, found, is_forced=is_forced)
-        return found
+        to = self._state_at(*found, token_id)
+        if to is None:
+            return None
+        if found[0] is context:
+            self.lead(state, token_id, to)
+        return found[0], to
 
-    def _state_at(self, place: "Place", key: Hashable, token_id: int, *, is_forced: bool) -> State:
-        way: Hashable = (place.exact, token_id) if is_forced else place.exact
-        found = self._states.get(way)
-        if found is not None:
+    def arrive(
+        self, context: Context, node: Node, token_id: int, *, is_forced: bool
+    ) -> State:
+        """The state of an output that has come by a token to where masks have a key. is_forced:
+        whether some text must follow."""
+        known = self._bound if is_forced else self._free
+        known.setdefault((context.key, node.key), Kept())
+        state = self._state_at(context, node, token_id)
+        assert state is not None
+        return state
+
+    def _state_at(self, context: Context, node: Node, token_id: int) -> State | None:
+        states = context.states
+        found = states.get(node) or states.get((context, node, token_id))
+        if found is not None or node.key is None:
             return found
-        if len(self._states) >= MAX_STATES:
-            self._states = self._cut()
-        if not is_forced:
-            found = State(place, self._free[key], [])
-        elif (known := self._forced.get((key, token_id))) is not None:
-            found = State(place, *known, token_id)
-        else:
-            found = State(place, Kept(), None, token_id)
-        self._states[way] = found
+        key = context.key, node.key
+        if (kept := self._free.get(key)) is not None:
+            found = states[node] = State(node, kept, [])
+        elif key in self._bound:
+            kept, forced = self._forced.get((key, token_id)) or (Kept(), None)
+            found = states[context, node, token_id] = State(node, kept, forced, token_id)
+        self._size += STATE_SIZE
         return found
 
-    def note_forced(self, state: State, token_ids: list[int], *, num_bytes: int) -> None:
+    def lead(self, state: State, token_id: int, to: State) -> None:
+        """Note where a token leads, within one context."""
+        if to.last == NO_TOKEN or state.last != NO_TOKEN:
+            self._size += 1
+            is_counted = state.node.counts and to.last == NO_TOKEN
+            state.next[(self.vocabulary.ways[token_id] if is_counted else None) or token_id] = to
+
+    def note_forced(
+        self, context: Context, state: State, token_ids: list[int], *, num_bytes: int
+    ) -> None:
         """What must come next in a state of which that was not known. num_bytes: of the text that
         must; if it is long, what keys do not tell counts as well."""
         state.forced = token_ids
         if token_ids:
             state.kept = self.vocabulary.single(token_ids[0])
-        if state.place is None or state.last == NO_TOKEN or num_bytes >= self.vocabulary.longest:
+        if state.last == NO_TOKEN or num_bytes >= self.vocabulary.longest:
             return
-        key = state.place.key
+        key = context.key, state.node.key
         if not token_ids:
             state.kept = self._bound.setdefault(key, state.kept)
-        if len(self._forced) >= MAX_TRANSITIONS:
-            self._forced.clear()
+        self._size += STATE_SIZE
         self._forced[key, state.last] = state.kept, token_ids
 
-    def lead(self, state: State, token_id: int, to: State, *, is_forced: bool) -> None:
-        """Note where a token leads. is_forced: by itself, and not by its length alone."""
-        if self._num_transitions >= MAX_TRANSITIONS:
-            self._cut()
-        self._num_transitions += 1
-        length = 0 if is_forced or state.place is None else state.place.num_plain(token_id)
-        state.next[-length or token_id] = to
 
-    def _cut(self) -> dict[Hashable, State]:
-        """Forget where tokens lead. Returns the first state, to begin anew with: outputs in others
-        find no way on from there but to new ones."""
-        self._num_transitions = 0
-        for state in self._states.values():
-            state.next.clear()
-        return {FIRST: self.first}
+class TextMasks(KeptMasks):
+    """Of a choice of texts: a node is all that has been written."""
 
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary, b"")
 
-FIRST = "first"  # the key of the state where outputs begin
+    def key(self, what: bytes) -> Hashable:
+        """See `KeptMasks`."""
+        return what if len(what) <= MAX_TEXT_BYTES else None
 
-
-class Place(Protocol):
-    """Where one output is."""
-
-    @property
-    def kept(self) -> KeptMasks: ...
-
-    @property
-    def key(self) -> Hashable:
-        """Where it is equal, so are masks, but where a text is forced. None: it is not known."""
-
-    @property
-    def exact(self) -> Hashable:
-        """Where it is equal, so is all that may follow. None: it is not known."""
-
-    def num_plain(self, token_id: int) -> int:
-        """Characters of a token of which only their number counts here; 0 if more does."""
-
-    def take(self, token_id: int) -> None:
-        """Go on by a token that has been accepted."""
-
-    def copy(self) -> Self:
-        """Another one at the same place."""
-
-
-class TextPlace:
-    """At the beginning of an output that is one of several texts."""
-
-    __slots__ = ("_text", "kept")
-
-    def __init__(self, kept: KeptMasks, text: bytes = b"") -> None:
-        self.kept = kept
-        self._text = text
-
-    @property
-    def key(self) -> Hashable:
-        """See `Place`."""
-        return self._text if len(self._text) <= MAX_TEXT_BYTES else None
-
-    exact = key
-
-    def num_plain(self, token_id: int) -> int:
-        """See `Place`."""
-        return 0
-
-    def take(self, token_id: int) -> None:
-        """Go on by a token that has been accepted."""
-        if len(self._text) <= MAX_TEXT_BYTES:
-            self._text += self.kept.vocabulary.spelling[token_id]
-
-    def copy(self) -> "TextPlace":
-        """Another one at the same place."""
-        return TextPlace(self.kept, self._text)
+    def inside(self, node: Node, byte: int) -> Node:
+        """See `KeptMasks`."""
+        return node if node.key is None else self.node(node.what + bytes((byte,)))

@@ -1,16 +1,14 @@
 """Where an output is in its regular expression: `json_place` for requests with `regex`.
 
 `term_of` reads expressions of an everyday kind: characters of ASCII, classes, groups, alternatives,
-counts. A `RegexPlace` takes Brzozowski's derivative by each character: what remains to be matched.
+counts. `RegexMasks` takes Brzozowski's derivative by each character: what remains to be matched.
 Places are equal where that is, and counts farther away than a token reaches make no difference.
 """
 
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nanovllm.core.kept_masks import KeptMasks
+from nanovllm.core.kept_masks import KeptMasks, Node, Vocabulary
 
 # A term is what remains: ("class", bits), ("seq", terms), ("or", terms) or ("times", term, m, n).
 Term = tuple[Any, ...]
@@ -18,8 +16,7 @@ NOTHING: Final[Term] = ("seq", ())  # is left to be matched
 MAX_CHARS = 200  # of an expression
 MAX_TERMS = 16  # alternatives at one place
 MAX_SIZE = 400  # of what remains at one place: terms in terms
-MAX_PLACES = 8_000  # of one expression
-MAX_STEPS = 200_000  # from one to another
+MAX_STEPS = 200_000  # derivatives of one expression
 ASCII = (1 << 128) - 1
 ANY_BUT_NEWLINE = ASCII & ~(1 << ord("\n"))
 
@@ -223,85 +220,25 @@ def _clipped(term: Term, far: int) -> Term:
     return term
 
 
-@dataclass(slots=True, eq=False)
 class RegexMasks(KeptMasks):
-    """Of one expression. Places are numbers; what leads from one to another is found once."""
+    """Of one expression. A node is what remains. Outputs get lost by a character that is not of
+    ASCII, and among too many alternatives."""
 
-    root: Term
-    terms: list[Term] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)  # of each
-    clipped: dict[Term, int] = field(default_factory=dict)  # what keys stand for
-    numbers: dict[Term, int] = field(default_factory=dict)
-    steps: list[dict[int, int | None]] = field(default_factory=list)  # from each, by byte
-    num_steps: int = 0
+    def __init__(self, vocabulary: Vocabulary, root: Term) -> None:
+        self._num_steps = 0
+        super().__init__(vocabulary, root)
 
-    def __post_init__(self) -> None:
-        self.number(self.root)
+    def key(self, what: Term) -> Term:
+        """See `KeptMasks`."""
+        return _clipped(what, self.vocabulary.longest)
 
-    def number(self, term: Term) -> int:
-        """Of the place where this remains."""
-        if term not in self.numbers:
-            if len(self.terms) >= MAX_PLACES or _size(term) > MAX_SIZE:
-                raise _NoTermError
-            self.numbers[term] = len(self.terms)
-            self.terms.append(term)
-            self.steps.append({})
-            self.keys.append(
-                self.clipped.setdefault(_clipped(term, self.vocabulary.longest), len(self.clipped))
-            )
-        return self.numbers[term]
-
-    def step(self, number: int, byte: int) -> int | None:
-        """The place behind a byte; None if it is not known."""
-        known = self.steps[number]
-        if byte not in known:
-            if self.num_steps >= MAX_STEPS:
-                return None
-            self.num_steps += 1
-            try:
-                term = _derivative(self.terms[number], byte)
-                known[byte] = None if term is None else self.number(term)
-            except _NoTermError:
-                known[byte] = None
-        return known[byte]
-
-
-class RegexPlace:
-    """At the beginning of an output. It gets lost by a character that is not of ASCII, and among
-    too many alternatives."""
-
-    __slots__ = ("_number", "kept")
-
-    def __init__(self, kept: RegexMasks) -> None:
-        self.kept = kept
-        self._number: int | None = 0
-
-    def copy(self) -> "RegexPlace":
-        """Another one at the same place."""
-        copy: RegexPlace = object.__new__(RegexPlace)  # without what `__init__` sets
-        copy.kept, copy._number = self.kept, self._number
-        return copy
-
-    @property
-    def key(self) -> Hashable:
-        """What the mask depends on; None: it is not known."""
-        return None if self._number is None else self.kept.keys[self._number]
-
-    @property
-    def exact(self) -> Hashable:
-        """What remains to be matched."""
-        return self._number
-
-    def num_plain(self, token_id: int) -> int:
-        """See `Place`."""
-        return 0
-
-    def take(self, token_id: int) -> None:
-        """Go on by a token that has been accepted."""
-        number, steps = self._number, self.kept.steps
-        for byte in self.kept.vocabulary.spelling[token_id]:
-            if number is None:
-                break
-            known = steps[number].get(byte)
-            number = self.kept.step(number, byte) if known is None else known
-        self._number = number
+    def inside(self, node: Node, byte: int) -> Node | None:
+        """See `KeptMasks`."""
+        self._num_steps += 1
+        if self._num_steps > MAX_STEPS:
+            return None
+        try:
+            term = _derivative(node.what, byte)
+        except _NoTermError:
+            return None
+        return None if term is None or _size(term) > MAX_SIZE else self.node(term)

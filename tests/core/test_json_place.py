@@ -1,6 +1,7 @@
 """Places in JSON: masks are equal where keys are, and are kept by them."""
 
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from nanovllm.core.grammar import GrammarCompiler, Matcher
 from nanovllm.core.grammar_source import read
 from nanovllm.core.json_place import MAX_DEPTH
 from nanovllm.core.json_shape import shape_of
-from nanovllm.core.kept_masks import FREE_LINE, Kept, Vocabulary
+from nanovllm.core.kept_masks import (
+    CONTEXT_SIZE,
+    FREE_LINE,
+    NODE_SIZE,
+    STATE_SIZE,
+    Kept,
+    Vocabulary,
+)
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
 from tests.core.places import kept_mask, place_of, unkept
@@ -90,7 +98,7 @@ def test_where_keys_are_equal_masks_are(name: str) -> None:
     num_again = 0
     for _ in range(NUM_WALKS):
         matcher = first.copy()
-        place = place_of(matcher).copy()
+        place = place_of(matcher)
         unkept(matcher)
         for _ in range(MAX_TOKENS):
             mask, is_forced = mask_of(matcher), matcher.has_forced_text
@@ -211,25 +219,34 @@ def test_what_is_deep_has_no_key_and_what_is_kept_is_bounded(
     assert (lines.words[FREE_LINE] == -1).all()
 
 
-@pytest.mark.parametrize(("name", "most"), [("MAX_STATES", 5), ("MAX_TRANSITIONS", 5)])
-def test_what_is_known_of_a_grammar_is_bounded(
-    name: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What has been forgotten is found out again."""
-    monkeypatch.setattr(kept_masks, name, most)
+def test_what_is_known_of_a_grammar_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been forgotten is found out again, by outputs that go on as well."""
+    most, at_once, sizes = 300, 400, list[int]()
+    monkeypatch.setattr(kept_masks, "MAX_SIZE", most)
     rng = np.random.default_rng(0)
-    first = compile_(SCHEMAS["nested"])
-    known, num_ways = place_of(first).kept, kept_masks.MAX_TRANSITIONS
-    for _ in range(20):
-        one, other = first.copy(), unkept(first.copy())
-        for _ in range(40):
-            mask = mask_of(one)
-            assert mask == mask_of(other)
-            token_id = pick(mask, rng)
-            if not (one.accept(token_id) and other.accept(token_id)):
-                break
-            assert len(known._states) <= kept_masks.MAX_STATES + 1
-            assert sum(len(state.next) for state in known._states.values()) <= num_ways
+    for name in ("nested", "optional", "any"):
+        first = compile_(SCHEMAS[name])
+        known = first.family.known
+        for _ in range(20):
+            pairs = [(first.copy(), unkept(first.copy())) for _ in range(4)]
+            for _ in range(40):
+                left = []
+                for one, other in pairs:
+                    mask = mask_of(one)
+                    assert mask == mask_of(other)
+                    token_id = pick(mask, rng)
+                    goes_on = one.accept(token_id)
+                    assert other.accept(token_id) == goes_on
+                    left += [(one, other)] if goes_on else []
+                    sizes.append(known._size)
+                    counted = len(known._nodes) * NODE_SIZE + len(known._contexts) * CONTEXT_SIZE
+                    states = [one for some in known._states.values() for one in some.values()]
+                    counted += len(states) * STATE_SIZE + sum(len(one.next) for one in states)
+                    counted += sum(len(one.after) for one in known._nodes.values())
+                    counted += sum(len(one.turns) for one in known._contexts.values())
+                    assert counted <= known._size <= most + at_once
+                pairs = left
+    assert any(later < earlier for earlier, later in pairwise(sizes))
 
 
 def test_tokens_of_which_llguidance_has_yet_to_hear_are_bounded(
@@ -288,7 +305,7 @@ def test_a_copy_goes_its_own_way() -> None:
     ],
 )
 def test_what_is_not_expected_has_no_key_from_there_on(name: str, known: str, unknown: str) -> None:
-    place = place_of(compile_(SCHEMAS[name])).copy()
+    place = place_of(compile_(SCHEMAS[name]))
     for token_id in encode(known):
         place.take(token_id)
         assert place.key is not None
