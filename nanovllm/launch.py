@@ -5,6 +5,7 @@ operator runs one that many clients share. Only this module knows every room of 
 """
 
 import argparse
+import gc
 import logging
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import msgspec
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import GrammarSandbox
 from nanovllm.core.lifetime import ExitCode, stop_on_signals, watch_owner
@@ -60,6 +62,13 @@ def life_file(address: str) -> Path:
     return state_directory() / f"{quote(place, safe='')}.life"
 
 
+def make_viewer(core: EngineCore) -> Observer:
+    """When the core has loaded. What is there by then stays, libraries most of all: to look at it
+    again would take Python's collector a tenth of a second, in which no step begins."""
+    gc.freeze()
+    return Observer(core)
+
+
 def core_main(argv: list[str] | None = None) -> int:
     """Run a core in this process until it is told to stop. Returns the exit code (`ExitCode`)."""
     arguments = make_parser().parse_args(argv)
@@ -81,7 +90,7 @@ def core_main(argv: list[str] | None = None) -> int:
             config,
             arguments.address,
             keys=keys,
-            make_viewer=Observer,
+            make_viewer=make_viewer,
             listeners=listeners,
             # An owner's stderr may be a terminal on which somebody reads answers.
             stall_log=None if arguments.owner_fd is None else state_directory() / "stalls.log",

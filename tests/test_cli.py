@@ -1,6 +1,7 @@
 """The commands against a scripted engine: what is asked of it, printed where, and answered how."""
 
 import asyncio
+import gc
 import io
 import logging
 import os
@@ -19,10 +20,14 @@ import pytest
 
 from nanovllm import __version__, cli, launch
 from nanovllm.bench.load import ClientsLoad
+from nanovllm.config import EngineConfig
+from nanovllm.core.engine_core import EngineCore
+from nanovllm.executor.synthetic import SyntheticExecutor
 from nanovllm.frontend.errors import EngineDeadError, RequestFailedError
 from nanovllm.frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.terminal import _are_one_file
+from nanovllm.watch.observer import Observer
 
 WAITS_FOREVER = "wait"  # a prompt whose answer begins and never ends
 
@@ -200,6 +205,18 @@ def test_a_core_logs_what_was_asked_for_or_what_its_reader_needs(
     monkeypatch.setattr(logging, "basicConfig", lambda *, level, format: levels.append(level))
     assert launch.core_main(words) == 2, "at that address nothing can be bound"
     assert levels == [level]
+
+
+def test_the_collector_leaves_alone_what_a_core_has_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would stop the loop for a tenth of a second."""
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    config = EngineConfig()
+    executor = SyntheticExecutor(config, lambda phase, progress: None)
+    core = EngineCore(config, executor, executor.start())
+    assert isinstance(launch.make_viewer(core), Observer) and frozen == [True]
 
 
 def test_only_what_goes_to_one_place_is_one(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ something is unexpected, or far inside of containers.
 """
 
 from collections.abc import Hashable
-from typing import Any
 
 from nanovllm.core.json_shape import BY_SPELLING, FREE, Bounds, Items, Members, Value
 from nanovllm.core.kept_masks import Context, KeptMasks, Node, Vocabulary

@@ -265,9 +265,7 @@ class KeptMasks:
 
     # ---- states
 
-    def find(
-        self, context: Context, state: State, token_id: int
-    ) -> tuple[Context, State] | None:
+    def find(self, context: Context, state: State, token_id: int) -> tuple[Context, State] | None:
         """Where a token leads that has not been taken there before; None if it may not come there,
         or nobody has been where as much may follow."""
         if not self.vocabulary.allows(state.kept, token_id):
@@ -282,9 +280,7 @@ class KeptMasks:
             self.lead(state, token_id, to)
         return found[0], to
 
-    def arrive(
-        self, context: Context, node: Node, token_id: int, *, is_forced: bool
-    ) -> State:
+    def arrive(self, context: Context, node: Node, token_id: int, *, is_forced: bool) -> State:
         """The state of an output that has come by a token to where masks have a key. is_forced:
         whether some text must follow."""
         known = self._bound if is_forced else self._free

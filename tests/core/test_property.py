@@ -16,7 +16,7 @@ from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
-from nanovllm.core.regex_place import RegexPlace
+from nanovllm.core.regex_place import RegexMasks
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import ScheduledStep, Sequence, Status
 from nanovllm.core.waiting import WaitingQueue
@@ -416,9 +416,9 @@ def forget_to_tell_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_tell_known", lambda step, sequence: None)
 
 
-def share_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are kept by where the sequence itself is."""
-    monkeypatch.setattr(RegexPlace, "copy", lambda self: self)
+def take_places_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept mask is given where the same may follow, and nowhere else."""
+    monkeypatch.setattr(RegexMasks, "key", lambda self, what: 0)
 
 
 def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
         keep_what_was_sampled_instead,
         forget_to_tell_rows,
         share_one_matcher,
-        share_one_place,
+        take_places_for_one,
         keep_results_of_the_finished,
         readmit_early,
         register_uncomputed_blocks,
