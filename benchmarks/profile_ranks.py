@@ -34,7 +34,7 @@ NUM_KERNELS = 14  # told of each case
 BLOCK_SIZE = 16
 # Parts of kernels' names; the first kind that has one in a name is that kernel's.
 KINDS = {
-    "sums": ("nccl", "_reduce_kernel", "_meet_kernel", "_scattered", "Memcpy PtoP", "symm"),
+    "sums": ("nccl", "_reduce_kernel", "_add_rows_kernel"),
     "attention": (
         "flash", "prefill_kernel", "long_kernel", "decode_kernel", "stream_kernel",
         "combine_kernel", "shared_prefix_kernel", "plan_kernel", "rope",

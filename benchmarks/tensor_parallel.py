@@ -35,6 +35,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -86,8 +87,10 @@ SMALLER = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head
 PARTS = ("ids", "speed", "faults", "reduce", "steps", "starts", "plan")
 NUM_PLANS = 2000
 NUM_STARTS, NUM_STEPS = 20, 10_000
+REDUCING_S = 60  # of all ranks alone
 CLOSING_S = 10  # of what did not end in time
-REDUCED_KIB = (4, 64, 512, 8192)
+REDUCED_KIB = (4, 8, 64, 512, 8192)
+ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of 4,096 columns each
 
 
 def prompts(count: int, length: int, *, turn: int, vocab_size: int) -> list[list[int]]:
@@ -207,8 +210,9 @@ def check_ids(
     if not real:
         more["load_format"] = "dummy"
     vocab_size = 512 if bench.is_cpu or real else 4096
-    count, num_new = (4, 16) if bench.is_cpu else (16, 48)
-    asked = prompts(count, 40, turn=1, vocab_size=vocab_size)
+    # Of so many tokens that their sums go every way there is.
+    count, length, num_new = (4, 40, 16) if bench.is_cpu else (16, 140, 48)
+    asked = prompts(count, length, turn=1, vocab_size=vocab_size)
     kinds = {
         "greedy": SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True),
         "seeded": SamplingParams(temperature=1, seed=5, max_tokens=num_new, ignore_eos=True),
@@ -252,7 +256,9 @@ def _largest_gap(llm: LLM, asked: list[list[int]], ids: list[list[int]]) -> floa
         together, llm.generate(together, params, use_tqdm=False), strict=True
     ):
         assert output.prompt_logprobs is not None
-        for token_id, found in list(zip(prompt, output.prompt_logprobs, strict=True))[40:]:
+        for token_id, found in list(zip(prompt, output.prompt_logprobs, strict=True))[
+            len(asked[0]) :
+        ]:
             assert found is not None
             best = max(one.logprob for one in found.values())
             worst = max(worst, best - found[token_id].logprob)
@@ -508,17 +514,22 @@ def measure_reduce(bench: Bench, size: int) -> None:
             )
             for rank in range(size)
         ]
-        try:
-            output, _ = programs[0].communicate(timeout=60)
+        until = time.monotonic() + REDUCING_S
+        try:  # one that fails leaves the others waiting
+            while programs[0].poll() is None and time.monotonic() < until:
+                if any(program.poll() for program in programs):
+                    break
+                time.sleep(0.05)
         finally:
             for program in programs:
                 program.kill()
                 program.wait()
+        output, _ = programs[0].communicate()
     for line in output.splitlines():
         if line.startswith("{"):
             bench.say("reduce", ranks=size, **json.loads(line))
-    if not any(one["part"] == "reduce" for one in bench.found):
-        raise AssertionError("no rank has said anything")
+    if programs[0].returncode:
+        raise AssertionError("a rank has failed, or waited for one that has")
 
 
 def reduce_rank(rank: int, size: int, device: str, store: str) -> None:
@@ -549,7 +560,97 @@ def reduce_rank(rank: int, size: int, device: str, store: str) -> None:
         took = {kind: _time_reduce(run, on_gpu=on_gpu) for kind, run in kinds.items()}
         if rank == 0:
             print(json.dumps({"kib": kib, "us": took}), flush=True)
+    if on_gpu:
+        by_rows = _open_rows(rank, size, place)
+        _check_rows(by_rows, rank, size, place)
+        for num_rows in ROWS:
+            ways = _ways_of_rows(by_rows, rank, size, num_rows)
+            took = {kind: _time_reduce(run, on_gpu=True) for kind, run in ways.items()}
+            if rank == 0:
+                print(json.dumps({"rows": num_rows, "us": took}), flush=True)
     distributed.barrier()
+
+
+def _open_rows(rank: int, size: int, device: Any) -> Any:
+    import torch
+
+    from nanovllm.worker.kernels.triton.row_exchange import RowExchange
+
+    like = torch.empty(4096, dtype=torch.bfloat16, device=device)
+    return RowExchange.open(rank, size, like, max_tokens=max(ROWS), fewest=1)
+
+
+def _check_rows(by_rows: Any, rank: int, size: int, device: Any) -> None:
+    """Layers of random rows many times over, of sizes in turns, against those of one place."""
+    import torch
+
+    from nanovllm.worker.kernels.triton.rows import rms_norm
+    from nanovllm.worker.layers.norm import RMSNorm
+
+    random = torch.Generator().manual_seed(7)
+    for turn in range(60):
+        num_rows = (257, 2500, 64, 1024, 131, 4001, 2, 2048)[turn % 8]
+        parts = torch.randn(size + 1, num_rows, 4096, generator=random).to(device, torch.bfloat16)
+        norm = RMSNorm(parts[size, 0].contiguous() + 1, 1e-6)
+        expected = (parts[:size].float().sum(0).bfloat16() + parts[size]).contiguous()
+        own = by_rows.share(rank, num_rows)
+        residual = parts[size, own].clone()
+        for tokens, out in by_rows.places(num_rows):
+            out.copy_(parts[rank, tokens])
+        normed = by_rows.add_normed(residual, norm, num_rows)
+        assert torch.equal(residual, expected[own]), turn
+        torch.testing.assert_close(normed, rms_norm(expected, norm))
+
+
+def _ways_of_rows(
+    by_rows: Any, rank: int, size: int, num_rows: int
+) -> dict[str, Callable[[], Any]]:
+    """A product of as many inputs as Qwen3-8B's MLP has, then sum, residual and norm; and alone."""
+    import torch
+    from torch import distributed
+
+    from nanovllm.worker.kernels.triton.rows import rms_norm
+    from nanovllm.worker.layers.norm import RMSNorm
+
+    device = by_rows.like.device
+    inputs = torch.randn(num_rows, 12288 // size, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(4096, 12288 // size, device=device, dtype=torch.bfloat16).t()
+    residual = torch.zeros(num_rows, 4096, device=device, dtype=torch.bfloat16)
+    own = residual[by_rows.share(rank, num_rows)].clone()
+    norm = RMSNorm(torch.ones_like(residual[0]), 1e-6)
+    product = torch.zeros_like(residual)
+
+    def reduce() -> None:
+        distributed.all_reduce(product)
+        rms_norm(residual.add_(product), norm)
+
+    def multiply(rows: Any) -> None:
+        for tokens, out in rows.places(num_rows):
+            torch.mm(inputs[tokens], weight, out=out)
+
+    def add(rows: Any) -> None:
+        rows.add_normed(own, norm, num_rows)
+
+    def multiply_whole() -> None:
+        torch.mm(inputs, weight, out=product)
+
+    def in_turn(*ways: Callable[[], None]) -> None:
+        for way in ways:
+            way()
+
+    found = {
+        "product": multiply_whole,
+        "product, nccl, add, norm": partial(in_turn, multiply_whole, reduce),
+        "nccl, add, norm": reduce,
+    }
+    for name, split_from in {"read": num_rows, "sent": 1}.items():
+        rows = replace(by_rows, split_from=split_from)
+        found |= {
+            f"product, {name}": partial(in_turn, partial(multiply, rows), partial(add, rows)),
+            name: partial(add, rows),
+            f"{name}, 256 programs": partial(add, replace(rows, num_programs=256)),
+        }
+    return found
 
 
 def _open_exchange(rank: int, size: int, device: Any) -> Any:
@@ -562,6 +663,9 @@ def _check_exchange(direct: Any, rank: int, size: int, device: Any) -> None:
     """Sums of random rows many times over, of sizes in turns, against those made at one place."""
     import torch
 
+    from nanovllm.worker.kernels.triton.rows import rms_norm
+    from nanovllm.worker.layers.norm import RMSNorm
+
     random = torch.Generator().manual_seed(7)
     for turn in range(200):
         shape = (1 + 7 * turn % 64, (512, 4096, 1000)[turn % 3])
@@ -572,9 +676,14 @@ def _check_exchange(direct: Any, rank: int, size: int, device: Any) -> None:
         else:
             expected += parts[size]
             weight = parts[size + 1, 0].contiguous()
+            again = parts[size].clone()
             found, (weighed, squares) = direct.reduce_add(parts[rank], parts[size], weight)
             assert torch.equal(weighed, found * weight), turn
             torch.testing.assert_close(squares.sum(1), found.float().square().sum(1))
+            norm = RMSNorm(weight, 1e-6)
+            normed = direct.reduce_normed(parts[rank], again, norm)
+            assert torch.equal(again, expected), turn
+            torch.testing.assert_close(normed, rms_norm(expected, norm))
         assert torch.equal(found, expected), turn
 
 
@@ -584,6 +693,7 @@ def _direct(direct: Any, values: Any) -> dict[str, Callable[[], Any]]:
     import torch
     from torch import distributed
 
+    from nanovllm.worker.kernels.triton import exchange
     from nanovllm.worker.kernels.triton.rows import rms_norm
     from nanovllm.worker.layers.norm import RMSNorm
 
@@ -594,11 +704,21 @@ def _direct(direct: Any, values: Any) -> dict[str, Callable[[], Any]]:
         distributed.all_reduce(rows)
         rms_norm(residual.add_(rows), RMSNorm(weight, 1e-6))
 
-    return {
+    def by_blocks(block: int) -> None:
+        exchange.MIN_BLOCK = block
+        direct.reduce_add(rows, residual, weight)
+        exchange.MIN_BLOCK = usual
+
+    usual, norm = exchange.MIN_BLOCK, RMSNorm(weight, 1e-6)
+    found: dict[str, Callable[[], Any]] = {
         "direct": lambda: direct.reduce(values),
         "nccl, add, norm": by_nccl,
         "direct, add, norm": lambda: direct.reduce_add(rows, residual, weight),
+        "direct, add, normed": lambda: direct.reduce_normed(rows, residual, norm),
     }
+    for block in (256, 512, 2048) if values.nbytes <= exchange.WORDED_BYTES else ():
+        found[f"in blocks of {block}"] = partial(by_blocks, block)
+    return found
 
 
 def _one_shot(like: Any) -> Callable[[], Any]:

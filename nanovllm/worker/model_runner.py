@@ -314,7 +314,11 @@ class ModelRunner:
             batch.received = self._link.received[: batch.num_tokens].clone()
         hidden = None
         if variant.keeps_hidden:
-            residual = self._model.forward(batch, self._kv_cache)
+            every = None
+            if self._vocabulary is not None and self._link is None:
+                # By number, as ranks may else share them out.
+                every = torch.arange(batch.num_tokens, device=self._device)
+            residual = self._model.forward(batch, self._kv_cache, wanted=every)
             hidden = residual.hidden
             if not self._samples:
                 row_ids = row_ids[:0]

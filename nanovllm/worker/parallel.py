@@ -4,10 +4,14 @@ Carried by linear layers, the vocabulary, and whoever sizes attention. Every ran
 `reduce` and `gather` in the same order, and gets the same bits.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from nanovllm.worker.layers.norm import RMSNorm
 
 SEGMENT = 128  # ids that stay on one rank: those that enter the race of sampling as one
 
@@ -33,8 +37,8 @@ class Cut(NamedTuple):
 
 
 class Exchange(Protocol):
-    """A faster way for small sums than the group's (`kernels.triton.exchange`). Both methods
-    return None for what is too large; all ranks decide alike."""
+    """A faster way for small sums than the group's (`kernels.triton.exchange`). Its sums are None
+    of what is too large; all ranks decide alike."""
 
     def reduce(self, partial: Tensor) -> Tensor | None:
         """The sum of what all ranks hold."""
@@ -44,6 +48,32 @@ class Exchange(Protocol):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
         """residual + the sum, written over residual; and if the norm is known that comes next, the
         parts of a `kernels.base.Weighed`."""
+
+    def reduce_normed(self, partial: Tensor, residual: Tensor, norm: "RMSNorm") -> Tensor | None:
+        """The same, and what the norm makes of it, [num_tokens, hidden_size]."""
+
+    def for_rows(self, like: Tensor, max_tokens: int) -> "RowExchange | None":
+        """What is faster where sums are larger, if there is something; all ranks call it. like: a
+        token's row. max_tokens: of a step."""
+
+
+class RowExchange(Protocol):
+    """A way for sums of many tokens, after which each rank has the residual of its share of them,
+    and what a norm makes of all (`kernels.triton.row_exchange`)."""
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether so many go this way; all ranks decide alike."""
+
+    def share(self, rank: int, num_tokens: int) -> slice:
+        """Which of the tokens are that rank's."""
+
+    def places(self, num_tokens: int) -> Iterable[tuple[slice, Tensor]]:
+        """Tokens, and where this rank's products of them are to be written, [tokens, columns]."""
+
+    def add_normed(self, residual: Tensor, norm: "RMSNorm", num_tokens: int) -> Tensor:
+        """Adds what all ranks have written to its `places` to this rank's rows of the residual, in
+        place. Returns what the norm makes of the rows of all, [num_tokens, columns], in memory that
+        the next call writes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +88,7 @@ class TensorParallel:
     spreads_experts: bool = False
     group: distributed.ProcessGroup | None = None
     exchange: Exchange | None = None
+    rows: RowExchange | None = None
     stage: int = 0
     num_stages: int = 1
 
@@ -124,6 +155,16 @@ class TensorParallel:
             distributed.all_reduce(partial, group=self.group)
         return partial
 
+    def rows_of(self, hidden: Tensor, wanted: Tensor, num_tokens: int) -> Tensor:
+        """hidden[wanted] of all `num_tokens`, new memory, on every rank; hidden: of all, or of this
+        rank's share."""
+        if self.rows is None or len(hidden) == num_tokens:
+            return hidden[wanted]
+        if not len(hidden):
+            return self.reduce(hidden.new_zeros(len(wanted), hidden.shape[1]))
+        own = self.rows.share(self.rank, num_tokens)
+        return self.reduce(own_rows(wanted, own, hidden.__getitem__))
+
     def gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, [size, *part.shape]: all are of one shape."""
         if self.size == 1:
@@ -132,6 +173,16 @@ class TensorParallel:
         parts = part.new_zeros(self.size, *part.shape)
         parts[self.rank] = part
         return self.reduce(parts)
+
+
+def own_rows(places: Tensor, held: slice, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows of a table of which this rank holds some, not none; zeros for all others.
+
+    places: [n] int64, in the whole table. look_up: rows by their places among those that are held.
+    Returns new memory, [n, columns].
+    """
+    inside = places.clamp(held.start, held.stop - 1)
+    return look_up(inside - held.start).masked_fill_((places != inside)[:, None], 0)
 
 
 SINGLE = TensorParallel()

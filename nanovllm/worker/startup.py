@@ -261,7 +261,13 @@ class Startup:
 
     def _build(self, choice: Choice) -> Loaded:
         """The model with memory for its weights, and the record of its rows."""
-        kernels, attention = choice.kernels, choice.attention
+        kernels, attention, parallel = choice.kernels, choice.attention, self._parallel
+        if parallel.exchange is not None and kernels.fused is not None:
+            like = torch.empty(
+                choice.spec.hidden_size, dtype=attention.spec.dtype, device=self.device
+            )
+            shared = parallel.exchange.for_rows(like, self._limits.max_num_batched_tokens)
+            parallel = dataclasses.replace(parallel, rows=shared)
         model = Decoder(
             choice.spec,
             kernels=kernels.layers,
@@ -269,7 +275,7 @@ class Startup:
             dtype=attention.spec.dtype,
             device=self.device,
             scheme=choice.scheme,
-            parallel=self._parallel,
+            parallel=parallel,
         )
         model.lay_out(choice.layout)
         if not self._parallel.is_only_stage:

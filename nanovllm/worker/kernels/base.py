@@ -3,6 +3,7 @@
 One object, chosen once at start (`select`) and handed to every layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -23,7 +24,8 @@ class Weighed(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """What the decoder's blocks read and add to."""
+    """What the decoder's blocks read and add to. Where `TensorParallel.rows` takes a step's sums,
+    hidden are the rows of this rank's share of the tokens, and normed is there, of all."""
 
     hidden: Tensor  # [num_tokens, hidden_size]
     # For the norm that comes next, if who added to it did so: weighed, or what it makes of hidden.
@@ -38,7 +40,8 @@ class Kernels(Protocol):
     may depends on the layer: a product that is only this rank's share of a sum is reduced before
     anything is added, and a norm behind the product (post_norm) comes before the residual. None
     stands for a norm that is not there; next_norm is the one that comes next, by which a result
-    may be `Weighed`, or normed already.
+    may be `Weighed`, or normed already. If the residual that is added to has fewer rows than there
+    are tokens, they are this rank's share; then there is a next norm, and no other.
     """
 
     def rms_norm(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
@@ -135,6 +138,26 @@ class Kernels(Protocol):
         head_dim], in the memory of qkv; there, too, lie keys and values, as whoever reads them
         from the cache finds them.
         """
+
+
+def add_rows(
+    x: Tensor,
+    write: Callable[[Tensor, Tensor], None],
+    residual: Tensor,
+    parallel: TensorParallel,
+    next_norm: RMSNorm | None,
+) -> Residual:
+    """What adds to a residual of which this rank has its share. write(x, out): makes this rank's
+    part of the sum, of some tokens. x: what it makes it of, of all."""
+    assert parallel.rows is not None and next_norm is not None
+    for tokens, out in parallel.rows.places(len(x)):
+        write(x[tokens], out)
+    return Residual(residual, normed=parallel.rows.add_normed(residual, next_norm, len(x)))
+
+
+def copied(partial: Tensor, out: Tensor) -> None:
+    """`add_rows`' write, of what is already a part of the sum."""
+    out.copy_(partial)
 
 
 class QKNorm(Protocol):

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear
-from nanovllm.worker.parallel import Cut, TensorParallel
+from nanovllm.worker.parallel import Cut, TensorParallel, own_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +30,24 @@ class Vocabulary:
         self, token_ids: Tensor, table: Linear, lookup: Callable[[Tensor, Linear], Tensor]
     ) -> Tensor:
         """token_ids: [n]; table: the vectors of this rank's ids. lookup: as `Kernels.lookup`.
-        Returns the vectors on every rank, [n, hidden_size], new memory: one rank has each, and the
-        others add zeros."""
-        if self.cut.is_whole:
+        Returns the vectors on every rank, [n, hidden_size], new memory."""
+        if self.is_whole:
             return lookup(token_ids, table)
+        return self.parallel.reduce(self.own_part(token_ids, table, lookup))
+
+    def own_part(
+        self, token_ids: Tensor, table: Linear, lookup: Callable[[Tensor, Linear], Tensor]
+    ) -> Tensor:
+        """What of `embed` this rank has: one rank has each vector, and the others add zeros."""
         if not self.cut.size:
             size, dtype = table.weight.shape[1], table.weight.dtype
-            zeros = torch.zeros(len(token_ids), size, dtype=dtype, device=token_ids.device)
-            return self.parallel.reduce(zeros)
-        places = token_ids - self.cut.start
-        is_elsewhere = (places < 0) | (places >= self.cut.size)
-        vectors = lookup(places.masked_fill_(is_elsewhere, 0), table)
-        return self.parallel.reduce(vectors.masked_fill_(is_elsewhere[:, None], 0))
+            return torch.zeros(len(token_ids), size, dtype=dtype, device=token_ids.device)
+        return own_rows(token_ids, self.cut.slice, lambda places: lookup(places, table))
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank has all ids."""
-        return self.cut.is_whole
+        """Whether there is no other rank with ids."""
+        return self.parallel.size == 1
 
     def gather(self, logits: Tensor) -> Tensor:
         """logits: [n, ids of this rank]. Returns those of all ids, on every rank."""

@@ -170,7 +170,8 @@ class AttentionBlock:
             attended = attended.mul_(self.scales.value)
         hidden = residual.hidden
         if wanted is not None:
-            attended, hidden = attended[wanted], hidden[wanted]
+            hidden = self._parallel.rows_of(hidden, wanted, len(attended))
+            attended = attended[wanted]
         return self._kernels.linear_add(
             attended.flatten(1), self.o, hidden, post_norm=self.norms.post, next_norm=next_norm
         )
@@ -301,7 +302,9 @@ class ExpertsBlock:
 
     def forward(self, residual: Residual, *, next_norm: RMSNorm | None) -> Residual:
         kernels, hidden = self._kernels, residual.hidden
-        if self.norms.pre is not None:
+        if residual.normed is not None:
+            hidden = residual.normed
+        elif self.norms.pre is not None:
             hidden = kernels.rms_norm(hidden, self.norms.pre)
         routed = Residual(hidden.to(self.router.weight.dtype))
         logits = kernels.norm_linear(routed, None, self.router)

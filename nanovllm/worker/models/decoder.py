@@ -122,6 +122,12 @@ class DecoderLayer:
             yield WeightSlot.of_whole("layer_scale", "", self.scale, layer)
 
 
+def _adds_plainly(layer: LayerSpec) -> bool:
+    """Whether all that is done to the residual is to norm it and to add to it."""
+    is_plain = layer.pre_norm and not layer.post_norm and not layer.parallel
+    return is_plain and layer.experts is None and not layer.input_size and not layer.scaled
+
+
 class Decoder:
     """Embedding, layers, final norm and head; of a stage of a pipeline, its layers, and what of the
     rest it needs. Weights are unset until `weights.load_weights`.
@@ -142,6 +148,9 @@ class Decoder:
     ) -> None:
         """scheme: what is kept quantized. Raises `ValueError` for sizes that ranks cannot share."""
         self.spec = spec
+        self._parallel = parallel
+        # Whether residuals may be shared out, which nobody but blocks that add to them reads then.
+        self._shares_rows = parallel.rows is not None and all(map(_adds_plainly, spec.layers))
         self.dtype = dtype
         self.device = device
         self.attention = attention
@@ -193,15 +202,18 @@ class Decoder:
 
         kv_cache: [2, layers of a block, num_blocks, block_size, num_kv_heads, head_dim], in the
         shape of any kind of layer. wanted: [n] int64, the tokens that are asked for; None: all.
-        Returns what the last layer leaves of them.
+        Returns what the last layer leaves of them; if all are asked for, perhaps only normed.
         """
-        hidden, inputs = batch.received, list[Tensor | None]([None] * len(self.layers))
-        if hidden is None or self.layer_inputs is not None:
-            embedded = self._embed(batch.input_ids)
-            hidden = embedded if hidden is None else hidden
-            if self.layer_inputs is not None:
-                inputs = list(self.layer_inputs.of(batch.input_ids, embedded).unbind(1))
-        residual = Residual(hidden)
+        inputs = list[Tensor | None]([None] * len(self.layers))
+        residual = self._shared_out(batch.input_ids)
+        if residual is None:
+            hidden = batch.received
+            if hidden is None or self.layer_inputs is not None:
+                embedded = self._embed(batch.input_ids)
+                hidden = embedded if hidden is None else hidden
+                if self.layer_inputs is not None:
+                    inputs = list(self.layer_inputs.of(batch.input_ids, embedded).unbind(1))
+            residual = Residual(hidden)
         # What the next stage begins with is not normed ahead here.
         final_norm = self.final_norm if self.stage.is_last else None
         norms = [*(layer.attention.norms.pre for layer in self.layers[1:]), final_norm]
@@ -220,11 +232,24 @@ class Decoder:
             )
         return residual
 
+    def _shared_out(self, token_ids: Tensor) -> Residual | None:
+        """What the first layer takes, if ranks share out its rows."""
+        rows, norm = self._parallel.rows, self.layers[0].attention.norms.pre
+        if rows is None or not self._shares_rows or not rows.takes(len(token_ids)):
+            return None
+        part = self.vocabulary.own_part(token_ids, self.embedding, self._kernels.lookup)
+        part = self._multiplied(part)
+        own = torch.zeros_like(part[rows.share(self._parallel.rank, len(part))])
+        return self._kernels.reduce_add(part, own, self._parallel, next_norm=norm)
+
     def _embed(self, token_ids: Tensor) -> Tensor:
-        hidden = self.vocabulary.embed(token_ids, self.embedding, self._kernels.lookup)
+        embedded = self.vocabulary.embed(token_ids, self.embedding, self._kernels.lookup)
+        return self._multiplied(embedded)
+
+    def _multiplied(self, embedded: Tensor) -> Tensor:
         if self.spec.embedding_multiplier != 1.0:
-            hidden *= rounded(self.spec.embedding_multiplier, hidden.dtype)
-        return hidden
+            embedded *= rounded(self.spec.embedding_multiplier, embedded.dtype)
+        return embedded
 
     def compute_logits(self, residual: Residual) -> Tensor:
         """residual: of n tokens, from `forward`. Returns new memory, [n, vocab_size] float32."""

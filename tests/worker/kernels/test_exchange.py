@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.kernels.base import Residual
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton.exchange import MAX_PROGRAMS, Exchange, num_bytes
-from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.kernels.triton.skinny_linear import MAX_WEIGHED_TOKENS
+from nanovllm.worker.kernels.triton.layer_kernels import WEIGHED_SUMS, TritonKernels
+from nanovllm.worker.kernels.triton.row_exchange import MOST_TOKENS, RowExchange
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import TensorParallel
 
 WAIT_S = 600.0  # only a fault takes that long: interpreters import torch, and go through loops
-# In turns, so that programs meet regions that others have written to: rows, columns.
-SHAPES = ((1, 64), (3, 1500), (1, 2100), (2, 64), (70, 16), (1, 5))
+# In turns, so that programs meet regions that others have written to: rows, columns. All but the
+# largest are sent in words.
+SHAPES = ((1, 64), (3, 1500), (1, 2100), (5, 4000), (2, 64), (70, 16), (20, 24), (1, 5))
+NUM_TURNS = 3 * len(SHAPES)  # each plain, with a residual, and with a norm as well
 
 
 def shares(turn: int, size: int) -> Tensor:
@@ -31,7 +34,7 @@ def shares(turn: int, size: int) -> Tensor:
 
 def opened(rank: int, memories: list[Tensor], epoch: int = 0) -> Exchange:
     addresses = torch.tensor([memory.data_ptr() for memory in memories])
-    epochs = torch.full((MAX_PROGRAMS,), epoch, dtype=torch.int32)
+    epochs = torch.full((2, MAX_PROGRAMS), epoch, dtype=torch.int32)
     return Exchange(rank, addresses, epochs, memories)
 
 
@@ -42,7 +45,7 @@ def run_rank(rank: int, memories: list[Tensor], epoch: int, answer: Any) -> None
     size = len(memories)
     parallel = TensorParallel(rank, size, exchange=opened(rank, memories, epoch))
     found: list[Tensor] = []
-    for turn in range(2 * len(SHAPES)):
+    for turn in range(NUM_TURNS):
         parts = shares(turn, size)
         if turn % 3 == 0:
             found.append(parallel.reduce(parts[rank].clone()))
@@ -57,6 +60,8 @@ def run_rank(rank: int, memories: list[Tensor], epoch: int, answer: Any) -> None
 
 
 def flat(residual: Residual) -> list[Tensor]:
+    if residual.normed is not None:
+        return [residual.hidden, residual.normed]
     if residual.weighed is None:
         return [residual.hidden]
     return [residual.hidden, residual.weighed.values, residual.weighed.squares.sum(1)]
@@ -64,7 +69,7 @@ def flat(residual: Residual) -> list[Tensor]:
 
 def expected(size: int) -> list[Tensor]:
     found = []
-    for turn in range(2 * len(SHAPES)):
+    for turn in range(NUM_TURNS):
         parts = shares(turn, size)
         total = parts[0].clone()
         for rank in range(1, size):
@@ -74,7 +79,9 @@ def expected(size: int) -> list[Tensor]:
             continue
         total += parts[size]
         found.append(total)
-        if turn % 3 == 1 and len(total) <= MAX_WEIGHED_TOKENS:
+        if turn % 3 == 1 and WEIGHED_SUMS < len(total) <= MAX_PROGRAMS:
+            found.append(TorchKernels().rms_norm(total, RMSNorm(parts[size, 0] + 1, 1e-6)))
+        elif turn % 3 == 1 and len(total) <= MAX_PROGRAMS:
             found += [total * (parts[size, 0] + 1), total.square().sum(1)]
     return found
 
@@ -131,3 +138,19 @@ def test_what_is_too_large_goes_another_way(
     exchange = opened(0, [torch.zeros(8), torch.zeros(8)])
     assert ask(exchange, torch.zeros(MAX_PROGRAMS + 1, 8192)) is None
     assert ask(replace(exchange, most_bytes=64), torch.zeros(1, 17)) is None
+
+
+def test_where_larger_sums_go_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind those that go this way; nowhere, if rows cannot be moved by 16 bytes or NCCL's sums
+    of half a megabyte are faster."""
+
+    def open_rows(rank: int, size: int, like: Tensor, **limits: int) -> tuple[int, int, int]:
+        return (size, *limits.values())
+
+    monkeypatch.setattr(RowExchange, "open", open_rows)
+    exchange = replace(opened(1, [torch.zeros(8), torch.zeros(8)]), most_bytes=2**19)
+    assert exchange.for_rows(torch.empty(4096, dtype=torch.bfloat16), 8192) == (2, 8192, 65)
+    assert exchange.for_rows(torch.empty(4096), 10**6) == (2, MOST_TOKENS, 33)
+    assert exchange.for_rows(torch.empty(4095, dtype=torch.bfloat16), 8192) is None
+    slower = replace(exchange, most_bytes=2**16)
+    assert slower.for_rows(torch.empty(4096, dtype=torch.bfloat16), 8192) is None

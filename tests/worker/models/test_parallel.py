@@ -1,7 +1,7 @@
 """Ranks that share a model between them: each reads its slices, and sums meet where they must."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +16,9 @@ from nanovllm.checkpoint.facts import spec_from_config
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.num_ranks import check_num_ranks, possible_num_ranks
 from nanovllm.checkpoint.quantization import Scheme, choose_scheme
-from nanovllm.worker.parallel import SEGMENT, Cut, TensorParallel
+from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
+from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.parallel import SEGMENT, SINGLE, Cut, TensorParallel
 from tests.conftest import TINY, save_tiny
 from tests.moe_models import TINY_MOE
 from tests.worker.attention.decoding import Driver
@@ -28,6 +30,8 @@ SPREAD += [("mixtral", 4), ("gpt_oss", 4), ("glm4_moe", 4)]
 # Halves are whole groups and blocks, and heads turn whole.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
 WIDE |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+# To their residual than to add to it.
+DO_MORE = ("olmo2", "olmo3", "gemma", "cohere", "glm4")
 PROMPT = torch.randint(3, 160, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -57,18 +61,53 @@ class Thread(TensorParallel):
         return self.meeting.stack(self.rank, partial).sum(0)
 
 
+@dataclass
+class Rows:
+    """Sums of 4 tokens or more by rows, as threads make them."""
+
+    rank: int
+    meeting: Meeting
+    num_columns: int
+    partial: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_sums: int = 0
+
+    def takes(self, num_tokens: int) -> bool:
+        return num_tokens >= 4
+
+    def share(self, rank: int, num_tokens: int) -> slice:
+        each = -(-num_tokens // self.meeting.size)
+        return slice(min(rank * each, num_tokens), min((rank + 1) * each, num_tokens))
+
+    def places(self, num_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """In two pieces."""
+        self.partial = torch.full((num_tokens, self.num_columns), torch.nan)
+        for tokens in (slice(0, 3), slice(3, num_tokens)):
+            yield tokens, self.partial[tokens]
+
+    def add_normed(self, residual: Tensor, norm: RMSNorm, num_tokens: int) -> Tensor:
+        self.num_sums += 1
+        total = self.meeting.stack(self.rank, self.partial).sum(0)
+        own = self.share(self.rank, num_tokens)
+        assert len(residual) == own.stop - own.start
+        residual += total[own]
+        whole = torch.zeros_like(total)
+        whole[own] = TorchKernels().rms_norm(residual, norm)
+        return self.meeting.stack(self.rank, whole).sum(0)
+
+
 def logits_of_ranks(
     checkpoint: Checkpoint,
     size: int,
     scheme: Scheme | None = None,
     *,
     spreads_experts: bool = False,
+    rows: Sequence[Rows | None] = (None,) * 4,
 ) -> list[Tensor]:
     """Each rank's logits of the prompt, in chunks of 9 and one token at last."""
     meeting = Meeting(size)
 
     def run(rank: int) -> Tensor:
-        parallel = Thread(rank, size, spreads_experts, meeting=meeting)
+        parallel = Thread(rank, size, spreads_experts, rows=rows[rank], meeting=meeting)
         driver = Driver.load(checkpoint, parallel=parallel, scheme=scheme)
         chunks = PROMPT[:9], PROMPT[9:18], PROMPT[18:22], PROMPT[22:]
         return torch.cat([driver.run({"a": chunk})["a"] for chunk in chunks])
@@ -89,6 +128,44 @@ def test_ranks_compute_what_one_does(
     for logits in found:
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
     assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ranks_with_rows_of_their_own(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Models that do more to their residual than to add to it go on as before."""
+    checkpoint = Checkpoint(tiny_checkpoint(name), "safetensors")
+    spec = spec_from_config(checkpoint.config())
+    (expected,) = logits_of_ranks(checkpoint, 1)
+    meeting = Meeting(2)
+    rows = [Rows(rank, meeting, spec.hidden_size) for rank in range(2)]
+    found = logits_of_ranks(checkpoint, 2, rows=rows)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
+    # One of the embedding, two of each layer, in three of the four steps.
+    adds_only = name in TINY_MOE or not name.startswith(DO_MORE)
+    num_sums = adds_only * 3 * (1 + 2 * len(spec.layers))
+    assert [one.num_sums for one in rows] == [num_sums] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt_oss"])
+def test_tokens_that_are_asked_for_come_from_the_rank_that_has_them(
+    name: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint(name), "safetensors")
+    hidden_size = spec_from_config(checkpoint.config()).hidden_size
+    meeting, wanted = Meeting(4), torch.tensor([8, 0, 3, 3])
+
+    def run(rank: int) -> Tensor:
+        rows = Rows(rank, meeting, hidden_size)
+        parallel = SINGLE if rank == 4 else Thread(rank, 4, rows=rows, meeting=meeting)
+        driver = Driver.load(checkpoint, parallel=parallel)
+        some = driver.run_batch({"a": PROMPT[:9]}, wanted=wanted)
+        return torch.cat([some, driver.run_batch({"b": PROMPT[:9]}, wanted=torch.arange(9))])
+
+    with ThreadPoolExecutor(5) as threads:
+        *found, expected = threads.map(run, range(5))
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=3e-5)
 
 
 def test_quantized_weights_are_cut(tiny_checkpoint: Callable[[str], Path]) -> None:

@@ -32,8 +32,11 @@ from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton import expand_batch
+from nanovllm.worker.kernels.triton.exchange import Exchange
 from nanovllm.worker.kernels.triton.gated_linear import MIN_TOKENS
 from nanovllm.worker.kernels.triton.launch import Gpu
+from nanovllm.worker.kernels.triton.row_exchange import RowExchange, bytes_of
+from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.warmup import dummy_steps
@@ -173,6 +176,23 @@ def run_mlp(runner: ModelRunner, *, num_tokens: int) -> None:
     mlp.forward(residual, next_norm=mlp.norms.pre)
 
 
+def run_sums() -> None:
+    """Of two ranks, few tokens and many."""
+    addresses, epochs = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int32)
+    for num_tokens in (1, 8, 64):
+        partial = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+        exchange = Exchange(0, addresses, epochs, None)
+        exchange.reduce(partial)
+        exchange.reduce_add(partial, torch.zeros_like(partial), partial[0])
+        exchange.reduce_normed(partial, torch.zeros_like(partial), RMSNorm(partial[0], 1e-6))
+    like = torch.zeros(4096, dtype=torch.bfloat16)
+    memories = [torch.zeros(bytes_of(2, like, 4096), dtype=torch.uint8) for _ in range(2)]
+    rows = RowExchange.over(0, memories, like, max_tokens=4096, fewest=64)
+    for num_tokens in (70, 4096):
+        residual = torch.zeros(num_tokens // 2, 4096, dtype=torch.bfloat16)
+        rows.add_normed(residual, RMSNorm(like, 1e-6), num_tokens)
+
+
 @torch.inference_mode()
 def main() -> None:
     found = compile_instead_of_launching()
@@ -195,6 +215,7 @@ def main() -> None:
     capped = make_runner(spec=CAPPED_SPEC)
     run_steps(capped, PLAIN, (1, 1), (8, 1), (NUM_ROWS, 1), (2, 60))
     run_sharing_step(capped)
+    run_sums()
     print(json.dumps(found))
 
 

@@ -29,6 +29,8 @@ LAUNCHED = {
     "_vector_down_kernel",
     "_grouped_kernel",
     "_combine_kernel",
+    "_reduce_kernel",
+    "_add_rows_kernel",
     "segments_kernel",
     "_choose_kernel",
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import QKNorm, Residual
+from nanovllm.worker.kernels.base import QKNorm, Residual, add_rows, copied
 from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.moe import Experts
@@ -35,6 +35,8 @@ class TorchKernels:
         return table.lookup(places)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        if residual.normed is not None:
+            return linear(residual.normed)
         return linear(residual.hidden if norm is None else self.rms_norm(residual.hidden, norm))
 
     def linear_add(
@@ -46,6 +48,10 @@ class TorchKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Residual:
+        if len(residual) < len(hidden):
+            return self.reduce_add(
+                linear.partial(hidden), residual, linear.parallel, next_norm=next_norm
+            )
         return self.add(linear(hidden), residual, post_norm=post_norm)
 
     def mlp(
@@ -60,7 +66,9 @@ class TorchKernels:
         next_norm: RMSNorm | None = None,
     ) -> Residual:
         inner = self.activate(self.norm_linear(residual, norm, gate_up), activation)
-        return self.linear_add(inner, down, residual.hidden, post_norm=post_norm)
+        return self.linear_add(
+            inner, down, residual.hidden, post_norm=post_norm, next_norm=next_norm
+        )
 
     def activate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return gated(gate_up, activation)
@@ -86,6 +94,8 @@ class TorchKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Residual:
+        if len(residual) < len(partial):
+            return add_rows(partial, copied, residual, parallel, next_norm)
         return self.add(parallel.reduce(partial), residual, post_norm=post_norm)
 
     def experts(

@@ -1,8 +1,10 @@
 """Sums over GPUs of one host in one kernel: every rank writes its share into the others' memory.
 
 `worker.rank` opens one where it measures better than NCCL, for small messages. A program sends a
-piece of a row, raises a flag, waits for the flags of its peers, and adds up in the order of ranks,
-so that all get the same bits. It may add the residual, too, and leave what the next norm needs.
+piece of a row, waits for those of its peers, and adds up in the order of ranks, so that all get the
+same bits. It may add the residual, too, and leave what the next norm needs. The smallest messages
+tell by themselves that they are there: each number is sent in a word with the launch's own number,
+as NCCL's LL protocol does. Behind larger ones a flag is raised, when all of the message has come.
 All ranks launch the same kernels in the same order.
 """
 # ruff: noqa: C901, N803, PLR0913
@@ -18,11 +20,16 @@ from torch import Tensor, distributed
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton.launch import launch_options
+from nanovllm.worker.kernels.triton.row_exchange import MOST_TOKENS, RowExchange
+from nanovllm.worker.kernels.triton.rows import normed_row, num_warps_for
+from nanovllm.worker.layers.norm import RMSNorm
 
 # All programs of a launch wait for those of other ranks, and so must run at once on any GPU.
 MAX_PROGRAMS = 64
 SLOT_BYTES = 16384  # what a program sends at most
+WORDED_BYTES = 2**16  # of the largest message that is sent in words
 MIN_BLOCK = 1024
+ROWS_FROM_BYTES = 2**19  # the least sum that may go by rows
 
 
 @triton.jit
@@ -32,24 +39,42 @@ def _at(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _words(numbers, epoch):
+    """Each number with the launch's own, which come together or not at all: [n] int64."""
+    if numbers.dtype.primitive_bitwidth == 16:
+        bits = numbers.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    else:
+        bits = numbers.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return bits | (epoch.to(tl.int64) << 32)
+
+
+@triton.jit
+def _numbers(words, DTYPE: tl.constexpr):
+    """Those in words, fp32."""
+    bits = words.to(tl.int16) if DTYPE.primitive_bitwidth == 16 else words.to(tl.int32)
+    return bits.to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _reduce_kernel(
     partial,  # [num_rows, num_columns]
     residual,  # the same, or None: nothing is added
     next_weight,  # [num_columns], of the norm that comes next, or None
     out,  # like partial
-    weighed,  # like partial: out times next_weight
-    squares,  # [num_rows, programs per row] fp32
+    weighed,  # like partial: out times next_weight, or normed
+    squares,  # [num_rows, programs per row] fp32; None: a program has all of a row, and norms it
     addresses,  # [SIZE] int64: where each rank's memory lies, as this rank sees it
-    epochs,  # [MAX_PROGRAMS] int32: how often each program has been launched
-    num_columns,
+    epochs,  # [MAX_PROGRAMS] int32: how often each program has been launched, in words or not
+    eps, num_columns,
     RANK: tl.constexpr, SIZE: tl.constexpr, NUM_SLOTS: tl.constexpr, SLOT: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WORDED: tl.constexpr, CENTERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program per BLOCK columns of a row.
 
-    A rank's memory: flags, [NUM_SLOTS, SIZE] int32, by who sent; then [2, SIZE, NUM_SLOTS] slots.
+    A rank's memory: flags, [NUM_SLOTS, SIZE] int32, by who sent; then [2, SIZE, NUM_SLOTS] slots,
+    and as many again for what is sent in words.
     A program uses the two halves in turns. A peer may be a launch ahead, and then writes into the
-    other half; two it cannot be, as it waits for a flag that this program's next launch raises.
+    other half; two it cannot be, as it waits for what this program's next launch sends.
     """
     if PDL:
         gdc_launch_dependents()
@@ -62,28 +87,38 @@ def _reduce_kernel(
     places = tl.program_id(0) * num_columns + columns
     mine = tl.load(partial + places, inside, other=0.0)
     epoch = tl.load(epochs + program) + 1
-    half = NUM_SLOTS * SIZE * 4 + (epoch & 1).to(tl.int64) * SIZE * NUM_SLOTS * SLOT
+    half = NUM_SLOTS * SIZE * 4 + ((epoch & 1) + 2 * WORDED).to(tl.int64) * SIZE * NUM_SLOTS * SLOT
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             slot = tl.load(addresses + peer) + half + (RANK * NUM_SLOTS + program) * SLOT
-            tl.store(_at(slot, dtype) + lanes, mine, inside)
-    tl.debug_barrier()  # the flag is raised by one thread, behind what all have written
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            flag = tl.load(addresses + peer) + (program * SIZE + RANK) * 4
-            tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+            if WORDED:
+                tl.store(_at(slot, tl.int64) + lanes, _words(mine, epoch), inside)
+            else:
+                tl.store(_at(slot, dtype) + lanes, mine, inside)
+    if not WORDED:
+        tl.debug_barrier()  # the flag is raised by one thread, behind what all have written
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                flag = tl.load(addresses + peer) + (program * SIZE + RANK) * 4
+                flag = flag.to(tl.pointer_type(tl.int32))
+                tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
     own = tl.load(addresses + RANK)
     total = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(SIZE):
+        slot = own + half + (peer * NUM_SLOTS + program) * SLOT
         if peer == RANK:
             total += mine.to(tl.float32)
+        elif WORDED:
+            words = tl.load(_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
+            while tl.max((inside & ((words >> 32).to(tl.int32) != epoch)).to(tl.int32), 0) > 0:
+                words = tl.load(_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
+            total += _numbers(words, dtype)
         else:
             flag = (own + (program * SIZE + peer) * 4).to(tl.pointer_type(tl.int32))
             # A difference, since epochs run over.
             while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
                 pass
             tl.debug_barrier()
-            slot = own + half + (peer * NUM_SLOTS + program) * SLOT
             theirs = tl.load(_at(slot, dtype) + lanes, inside, other=0.0, volatile=True)
             total += theirs.to(tl.float32)
     tl.store(epochs + program, epoch)
@@ -93,10 +128,14 @@ def _reduce_kernel(
         total = (total.to(tl.float32) + base).to(dtype)
     tl.store(out + places, total, inside)
     if next_weight is not None:
-        wide = total.to(tl.float32)  # zero where there are no columns
         factors = tl.load(next_weight + columns, inside, other=0.0).to(tl.float32)
-        tl.store(weighed + places, (wide * factors).to(dtype), inside)
-        tl.store(squares + program, tl.sum(wide * wide, 0))
+        if squares is None:
+            total = normed_row(total, next_weight, factors, inside, eps, num_columns, CENTERS)
+            tl.store(weighed + places, total, inside)
+        else:
+            wide = total.to(tl.float32)  # zero where there are no columns
+            tl.store(weighed + places, (wide * factors).to(dtype), inside)
+            tl.store(squares + program, tl.sum(wide * wide, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +147,7 @@ class Exchange:
 
     rank: int
     addresses: Tensor  # [size] int64
-    epochs: Tensor  # [MAX_PROGRAMS] int32, on the device
+    epochs: Tensor  # [2, MAX_PROGRAMS] int32, on the device: of what is sent with flags, in words
     memory: Any
     most_bytes: int = MAX_PROGRAMS * SLOT_BYTES
 
@@ -126,7 +165,7 @@ class Exchange:
         torch.cuda.synchronize(device)
         distributed.barrier()  # nobody sends before all flags are down
         addresses = torch.tensor(mapped.buffer_ptrs, dtype=torch.int64, device=device)
-        epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        epochs = torch.zeros(2, MAX_PROGRAMS, dtype=torch.int32, device=device)
         return cls(rank, addresses, epochs, (memory, mapped))
 
     def reduce(self, partial: Tensor) -> Tensor | None:
@@ -153,6 +192,28 @@ class Exchange:
         self._launch(partial, block, residual, next_weight, weighed, squares)
         return residual, (weighed, squares)
 
+    def reduce_normed(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | None:
+        """The same, and what the norm makes of it: [num_tokens, hidden_size]."""
+        block = triton.next_power_of_2(partial.shape[1])
+        fits = len(partial) <= MAX_PROGRAMS and block * partial.itemsize <= SLOT_BYTES
+        if not fits or self._block_of(partial, *partial.shape) is None:
+            return None
+        normed = torch.empty_like(partial)
+        self._launch(partial, block, residual, norm.weight, normed, norm=norm)
+        return normed
+
+    def for_rows(self, like: Tensor, max_tokens: int) -> RowExchange | None:
+        """Where rows can be moved by 16 bytes, and smaller sums are not slower than NCCL's."""
+        if self.most_bytes < ROWS_FROM_BYTES or like.nbytes % 16:
+            return None
+        return RowExchange.open(
+            self.rank,
+            len(self.addresses),
+            like,
+            max_tokens=min(max_tokens, MOST_TOKENS),
+            fewest=self.most_bytes // like.nbytes + 1,
+        )
+
     def _block_of(self, partial: Tensor, num_rows: int, num_columns: int) -> int | None:
         """As few columns a program as leave no more programs than may wait together."""
         if partial.nbytes > self.most_bytes or not partial.is_contiguous() or not num_rows:
@@ -170,19 +231,23 @@ class Exchange:
         next_weight: Tensor | None = None,
         weighed: Tensor | None = None,
         squares: Tensor | None = None,
+        *,
+        norm: RMSNorm | None = None,
     ) -> Tensor:
         num_rows, num_columns = partial.shape
         assert residual is None or residual.is_contiguous()
         out = torch.empty_like(partial) if residual is None else residual
+        is_worded = partial.nbytes <= WORDED_BYTES and 8 * block <= SLOT_BYTES
         _reduce_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            partial, residual, next_weight, out, weighed, squares, self.addresses, self.epochs,
-            num_columns,
+            partial, residual, next_weight, out, weighed, squares, self.addresses,
+            self.epochs[int(is_worded)], 0.0 if norm is None else norm.eps, num_columns,
             RANK=self.rank, SIZE=len(self.addresses), NUM_SLOTS=MAX_PROGRAMS, SLOT=SLOT_BYTES,
-            BLOCK=block, num_warps=min(max(block // 256, 1), 16), **launch_options(partial.device),
+            BLOCK=block, WORDED=is_worded, CENTERS=norm is not None and norm.centers,
+            num_warps=num_warps_for(block), **launch_options(partial.device),
         )  # fmt: skip
         return out
 
 
 def num_bytes(size: int) -> int:
-    """Of each rank's memory: its flags, and slots for what all send, twice."""
-    return MAX_PROGRAMS * size * 4 + 2 * size * MAX_PROGRAMS * SLOT_BYTES
+    """Of each rank's memory: its flags, and slots for what all send, twice, in words or not."""
+    return MAX_PROGRAMS * size * 4 + 4 * size * MAX_PROGRAMS * SLOT_BYTES

@@ -6,6 +6,7 @@ plain torch in the model's dtype would have to store, so both backends mean the 
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 
+from functools import partial
 from typing import ClassVar
 
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.base import QKNorm, Residual, Weighed
+from nanovllm.worker.kernels.base import QKNorm, Residual, Weighed, add_rows, copied
 from nanovllm.worker.kernels.torch.experts import mix_experts
 from nanovllm.worker.kernels.triton.e4m3 import narrowed
 from nanovllm.worker.kernels.triton.experts import STACKED_KINDS, fused_experts
@@ -28,6 +29,7 @@ from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import TensorParallel
 
 ROPE_HEADS = 8  # heads per program
+WEIGHED_SUMS = 16  # tokens, whose products take the rest of a norm along; cuBLAS does not
 
 
 @triton.jit
@@ -141,8 +143,9 @@ class TritonKernels:
         return products_of(table).lookup(places, table)
 
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
+        residual, norm = _left_to_norm(residual, norm)
         linear = form_for(len(residual.hidden), linear)
-        return products_of(linear).norm_linear(*_left_to_norm(residual, norm), linear)
+        return products_of(linear).norm_linear(residual, norm, linear)
 
     def linear_add(
         self,
@@ -156,6 +159,9 @@ class TritonKernels:
         linear = form_for(len(hidden), linear)
         products = products_of(linear)
         norms = {"post_norm": post_norm, "next_norm": next_norm}
+        if len(residual) < len(hidden):
+            write = partial(products.multiply_into, linear)
+            return add_rows(hidden, write, residual, linear.parallel, next_norm)
         if linear.is_partial:
             product = products.multiply(hidden, linear)
             return self.reduce_add(product, residual, linear.parallel, **norms)
@@ -175,9 +181,10 @@ class TritonKernels:
         next_norm: RMSNorm | None = None,
     ) -> Residual:
         hidden = residual.hidden
-        gate_up, down = form_for(len(hidden), gate_up), form_for(len(hidden), down)
-        products = products_of(gate_up)
         residual, norm = _left_to_norm(residual, norm)
+        num_tokens = len(residual.hidden)
+        gate_up, down = form_for(num_tokens, gate_up), form_for(num_tokens, down)
+        products = products_of(gate_up)
         is_plain = not down.is_partial and post_norm is None
         if is_plain and (
             whole := products.mlp(residual, norm, gate_up, activation, down, hidden, next_norm)
@@ -217,7 +224,13 @@ class TritonKernels:
         post_norm: RMSNorm | None = None,
         next_norm: RMSNorm | None = None,
     ) -> Residual:
+        if len(residual) < len(partial):
+            return add_rows(partial, copied, residual, parallel, next_norm)
         if post_norm is None and parallel.exchange is not None:
+            if next_norm is not None and len(partial) > WEIGHED_SUMS:
+                normed = parallel.exchange.reduce_normed(partial, residual, next_norm)
+                if normed is not None:
+                    return Residual(residual, normed=normed)
             weight = weight_of(next_norm) if can_weigh(partial) else None
             found = parallel.exchange.reduce_add(partial, residual, weight)
             if found is not None:

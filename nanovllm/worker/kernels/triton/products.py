@@ -81,6 +81,10 @@ class Products:
         """As `Kernels.lookup`, by an ordinary launch (`TritonAttention.prepare`)."""
         return table.lookup(places)
 
+    def multiply_into(self, linear: Linear, x: Tensor, out: Tensor) -> None:
+        """The same, written to `out`, which may lie in another GPU's memory."""
+        out.copy_(self.multiply(x, linear))
+
     def norm_linear(self, residual: Residual, norm: RMSNorm | None, linear: Linear) -> Tensor:
         """As `Kernels.norm_linear`."""
         return self.multiply(_normed(residual, norm), linear)
@@ -181,6 +185,12 @@ class PlainProducts(SkinnyProducts):
         if linear.bias is None:
             return Residual(residual.addmm_(x, linear.weight.t()))
         return super().wide_add(x, linear, residual)
+
+    def multiply_into(self, linear: Linear, x: Tensor, out: Tensor) -> None:
+        if linear.bias is None and x.dtype == out.dtype and not self.is_skinny(x, linear):
+            torch.mm(x, linear.weight.t(), out=out)
+        else:
+            super().multiply_into(linear, x, out)
 
 
 class PackedProducts(Products):

@@ -38,7 +38,7 @@ def _store_row(row, columns, inside, out, out_scale, token, size, BLOCK: tl.cons
 
 
 @triton.jit
-def _normed(x, weight, factors, inside, eps, size, CENTERS: tl.constexpr):
+def normed_row(x, weight, factors, inside, eps, size, CENTERS: tl.constexpr):
     """A token's row, [BLOCK], in the precision it has. factors: the loaded weight, fp32."""
     dtype = x.dtype
     x = x.to(tl.float32)
@@ -75,7 +75,7 @@ def _rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     x = tl.load(hidden + token * size + columns, inside, other=0.0)
     if NORM:
-        x = _normed(x, weight, factors, inside, eps, size, CENTERS)
+        x = normed_row(x, weight, factors, inside, eps, size, CENTERS)
     _store_row(x, columns, inside, out, out_scale, token, size, BLOCK, GROUP)
 
 
@@ -101,11 +101,11 @@ def _add_normed_kernel(
     places = tl.program_id(0).to(tl.int64) * size + columns
     x = tl.load(product + places, inside, other=0.0)
     before = tl.load(residual + places, inside, other=0.0).to(tl.float32)
-    x = _normed(x, weight, factors, inside, eps, size, CENTERS)
+    x = normed_row(x, weight, factors, inside, eps, size, CENTERS)
     x = (x.to(tl.float32) + before).to(residual.dtype.element_ty)
     tl.store(residual + places, x, inside)
     if next_weight is not None:
-        x = _normed(x, next_weight, next_factors, inside, next_eps, size, NEXT_CENTERS)
+        x = normed_row(x, next_weight, next_factors, inside, next_eps, size, NEXT_CENTERS)
         tl.store(next_out + places, x, inside)
 
 
@@ -152,7 +152,7 @@ def add_normed(
         product, residual, norm.weight, None if next_norm is None else next_norm.weight, out,
         norm.eps, 0.0 if next_norm is None else next_norm.eps, size,
         BLOCK=block, CENTERS=norm.centers, NEXT_CENTERS=next_norm is not None and next_norm.centers,
-        num_warps=_warps(block), **launch_options(product.device),
+        num_warps=num_warps_for(block), **launch_options(product.device),
     )  # fmt: skip
     return out
 
@@ -194,7 +194,7 @@ def _empty_rows(like: Tensor, size: int) -> QuantizedRows:
     return QuantizedRows(values, like.new_empty(len(like), 1, dtype=torch.float32))
 
 
-def _warps(block: int) -> int:
+def num_warps_for(block: int) -> int:
     return min(max(block // 256, 1), 16)  # 8 elements (16 bytes) a thread and load
 
 
@@ -214,7 +214,7 @@ def _launch_rows(
         hidden, weight, *out, eps, size,
         BLOCK=block, NORM=norm is not None, CENTERS=norm is not None and norm.centers,
         GROUP=(group or block) if out.values.dtype == fp8.E4M3 else 0,
-        num_warps=_warps(block), **launch_options(hidden.device),
+        num_warps=num_warps_for(block), **launch_options(hidden.device),
     )  # fmt: skip
 
 
@@ -227,5 +227,5 @@ def _launch_gate(
         gate_up, *out, size,
         BLOCK=block, ACTIVATION=activation,
         GROUP=block if out.values.dtype == fp8.E4M3 else 0,
-        num_warps=_warps(block), **launch_options(gate_up.device),
+        num_warps=num_warps_for(block), **launch_options(gate_up.device),
     )  # fmt: skip
