@@ -1,10 +1,9 @@
 """Sums over GPUs of one host in one kernel: every rank writes its share into the others' memory.
 
 `worker.rank` opens one where it measures better than NCCL, for small messages. A program sends a
-piece of a row, waits for those of its peers, and adds up in the order of ranks, so that all get the
-same bits. It may add the residual, too, and leave what the next norm needs. The smallest messages
-tell by themselves that they are there: each number is sent in a word with the launch's own number,
-as NCCL's LL protocol does. Behind larger ones a flag is raised, when all of the message has come.
+piece of a row, waits for its peers', and adds up in the order of ranks, so that all get the same
+bits; it may add the residual and leave what the next norm needs. Small messages are sent in words
+that hold the launch's number, too, as by NCCL's LL protocol; behind others a flag is raised.
 All ranks launch the same kernels in the same order.
 """
 # ruff: noqa: C901, N803, PLR0913
