@@ -1,10 +1,9 @@
 """Sums over GPUs of one host in one kernel: every rank writes its share into the others' memory.
 
-`worker.rank` opens one where it measures better than NCCL, for small messages. A program sends a
-piece of a row, waits for its peers', and adds up in the order of ranks, so that all get the same
-bits; it may add the residual and leave what the next norm needs. Behind a message a flag is raised;
-small ones are sent in words that hold the launch's number, as by NCCL's LL protocol. All ranks
-launch the same kernels in the same order.
+`worker.rank` opens one where it measures better than NCCL. A program sends a piece of a row, waits
+for its peers', and adds up in the order of ranks, so that all get the same bits. Behind a message a
+flag is raised; small ones are sent in words that hold the launch's number, as by NCCL's LL
+protocol. All ranks launch the same kernels in the same order.
 """
 # ruff: noqa: C901, N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
