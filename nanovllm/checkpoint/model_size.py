@@ -21,6 +21,7 @@ from nanovllm.checkpoint.weight_files import indexed_files, weight_files
 from nanovllm.checkpoint.weight_names import WeightNames, tensor_name
 
 COMPARED_BYTES = 2**24  # at a time
+NATIVE_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # of GGUF
 MAX_HEADER_BYTES = 2**28  # of a safetensors file; what is larger is no header
 GROUPS: dict[str, WeightGroup] = {
     "embedding": "embedding",
@@ -40,12 +41,14 @@ GROUPS: dict[str, WeightGroup] = {
 class ModelSize:
     """What memory depends on. parameters: how many of each group; a tied head has none.
 
-    source: where the parameters were counted, for whoever wants to know.
+    source: where the parameters were counted, for whoever wants to know. stored_bytes: of a GGUF
+    file, what each group takes where native kernels keep it as it is.
     """
 
     spec: DecoderSpec
     parameters: dict[WeightGroup, int]
     source: str
+    stored_bytes: dict[WeightGroup, int] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -54,7 +57,7 @@ class ModelSize:
 
 def read_model_size(checkpoint: Checkpoint) -> ModelSize:
     """The size of a checkpoint. Raises `ValueError` naming what is missing or damaged."""
-    shapes = list(_tensor_shapes(checkpoint))
+    shapes = dict(_tensor_shapes(checkpoint))
     config = checkpoint.config()
     spec = spec_from_config(config)
     if spec.tied_embeddings and _stores_another_head(checkpoint, spec):
@@ -63,7 +66,24 @@ def read_model_size(checkpoint: Checkpoint) -> ModelSize:
         return ModelSize(spec=spec, parameters=count_parameters(spec), source="config.json")
     is_gguf = checkpoint.format == "gguf"
     names = spec.names.gguf if is_gguf else spec.names.safetensors
-    return ModelSize(spec=spec, parameters=_count(shapes, names, spec), source="the files' headers")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return ModelSize(
+        spec=spec,
+        parameters=_count(sizes, names, spec),
+        source="the files' headers",
+        stored_bytes=_count(_kept_bytes(checkpoint), names, spec) if is_gguf else None,
+    )
+
+
+def _kept_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Of each tensor of a GGUF file, as native kernels keep it: what they do not multiply by, in
+    half precision."""
+    return {
+        name: tensor.raw.nbytes
+        if tensor.type.name in NATIVE_TYPES or len(tensor.shape) == 1
+        else 2 * math.prod(tensor.shape)
+        for name, tensor in checkpoint.gguf.tensors.items()
+    }
 
 
 def _stores_another_head(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
@@ -114,9 +134,9 @@ def _stored(directory: Path, names: WeightNames, wanted: str) -> _Stored | None:
 
 
 def _count(
-    shapes: list[tuple[str, tuple[int, ...]]], names: dict[str, str], spec: DecoderSpec
+    sizes: dict[str, int], names: dict[str, str], spec: DecoderSpec
 ) -> dict[WeightGroup, int]:
-    """What the model takes of the files: scales, for one, are no parameters."""
+    """What the model takes of the files: scales, for one, are no parameters. sizes: of tensors."""
     counts: dict[WeightGroup, int] = dict.fromkeys(count_parameters(spec), 0)
     groups = {
         tensor_name(name, kind): GROUPS.get(part, "norms")
@@ -125,14 +145,14 @@ def _count(
         # a tied head is perhaps stored though the embedding serves
         if part != "lm_head" or not spec.tied_embeddings
     }
-    for stored, shape in shapes:
+    for stored, size in sizes.items():
         name = spec.names.known(stored)
         if name is None:
             continue
         whole = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
         group = groups.get(whole)
         if group is not None:
-            counts[group] += math.prod(shape)
+            counts[group] += size
     return counts
 
 

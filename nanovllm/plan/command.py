@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nanovllm.checkpoint import native_steps
 from nanovllm.checkpoint.locate import locate
 from nanovllm.checkpoint.model_size import read_model_size
 from nanovllm.checkpoint.num_ranks import check_num_ranks
@@ -98,6 +99,10 @@ def make_plan(config: EngineConfig, machine: Machine) -> MemoryPlan:
             end_bytes=bytes_per_end_weight(spec, scheme, value_bytes=VALUE_BYTES[dtype]),
             fp8_cache=config.cache.kv_cache_dtype != "auto"
             or (machine.is_gpu and scheme is not None and scheme.has_kv_scales),
+            is_native=not machine.is_gpu
+            and dtype == "bfloat16"
+            and num_ranks == num_stages == 1
+            and native_steps.unsupported(spec) is None,
         ),
         cache=config.cache,
         limits=config.limits("cuda" if machine.is_gpu else "cpu"),

@@ -119,8 +119,11 @@ class MemoryPlan:
                 for mixture, count in expert_weights(self._own)
             )
             sizes["mlp"] += int(over * self.precision.linear_bytes)
+        if self.precision.is_native:
+            stored, is_plain = self.size.stored_bytes, not self.precision.is_quantized
+            return dict(stored) if stored is not None and is_plain else sizes
         if not self.machine.is_gpu and self.spec.tied_embeddings and self._samples:
-            sizes["head"] = sizes["embedding"]  # a CPU multiplies by a copy in a layout of its own
+            sizes["head"] = sizes["embedding"]  # torch multiplies by a copy in oneDNN's layout
         return sizes
 
     def most_experts(self, mixture: MoE) -> int:
@@ -367,7 +370,7 @@ def _quantized(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
     if not plan.machine.is_gpu:
         return
     kv = replace(plan.precision, kv_bytes=1)
-    if plan.precision.linear_bytes != plan.precision.value_bytes:  # by its checkpoint, or asked for
+    if plan.precision.is_quantized:  # by its checkpoint, or asked for
         yield "kv_cache_dtype=fp8", replace(plan, precision=kv)
         return
     linear_bytes = bytes_per_linear_weight(

@@ -17,12 +17,16 @@ QUANTIZABLE: tuple[WeightGroup, ...] = ("attention", "mlp")
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """What values are stored in. linear_bytes: of a weight of a quantizable layer, on average;
-    end_bytes: of the embedding and the head, where it is not that of values."""
+    end_bytes: of the embedding and the head, where it is not that of values. is_native: whether
+    steps are native calls of a CPU, which keep one copy of a tied head, and of a GGUF file what no
+    scheme quantizes as it is stored.
+    """
 
     dtype: str
     linear_bytes: float
     kv_bytes: float
     end_bytes: Mapping[WeightGroup, float] = field(default_factory=dict)
+    is_native: bool = False
 
     @classmethod
     def of(
@@ -32,6 +36,7 @@ class Precision:
         linear_bytes: float | None = None,
         end_bytes: Mapping[WeightGroup, float] | None = None,
         fp8_cache: bool = False,
+        is_native: bool = False,
     ) -> "Precision":
         """linear_bytes, end_bytes: None if those weights are not quantized."""
         value_bytes = VALUE_BYTES[dtype]
@@ -40,11 +45,17 @@ class Precision:
             linear_bytes=value_bytes if linear_bytes is None else linear_bytes,
             kv_bytes=1 if fp8_cache else value_bytes,
             end_bytes=end_bytes or {},
+            is_native=is_native,
         )
 
     @property
     def value_bytes(self) -> int:
         return VALUE_BYTES[self.dtype]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights of linear layers are."""
+        return self.linear_bytes != self.value_bytes
 
     def bytes_per_weight(self, group: WeightGroup) -> float:
         """On average."""

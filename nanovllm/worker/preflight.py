@@ -58,9 +58,15 @@ def plan_memory(
 
 
 def precision_of(
-    spec: DecoderSpec, scheme: Scheme | None, attention: AttentionSpec, *, num_ranks: int = 1
+    spec: DecoderSpec,
+    scheme: Scheme | None,
+    attention: AttentionSpec,
+    *,
+    num_ranks: int = 1,
+    is_native: bool = False,
 ) -> Precision:
-    """What weights and keys take once `scheme` has been applied, by each of so many ranks."""
+    """What weights and keys take once `scheme` has been applied, by each of so many ranks.
+    is_native: as of `Precision`."""
     value_bytes = attention.dtype.itemsize
     return Precision.of(
         str(attention.dtype).removeprefix("torch."),
@@ -73,6 +79,7 @@ def precision_of(
         ),
         end_bytes=bytes_per_end_weight(spec, scheme, value_bytes=value_bytes),
         fp8_cache=attention.cache_dtype != attention.dtype,
+        is_native=is_native,
     )
 
 

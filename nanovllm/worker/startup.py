@@ -168,6 +168,7 @@ class Startup:
                 choice.scheme,
                 choice.attention.spec,
                 num_ranks=self._parallel.size,
+                is_native=choice.is_native,
             ),
             max_model_len=choice.spec.max_position_embeddings,
             parallel=self._parallel,
@@ -280,9 +281,7 @@ class Startup:
         model.lay_out(choice.layout)
         if not self._parallel.is_only_stage:
             model.link = self._link_of(model)
-        takes_file = self._config.model.load_format in ("auto", "gguf")
-        takes_file = takes_file and choice.scheme is None
-        if choice.is_native and choice.checkpoint.format == "gguf" and takes_file:
+        if choice.is_native:
             take_as_stored(model)
         rows = RequestRows(
             num_rows=self._config.scheduler.max_num_seqs,

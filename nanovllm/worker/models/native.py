@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from nanovllm.checkpoint import native_steps
 from nanovllm.checkpoint.spec import DecoderSpec, Dense, LayerSpec
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.native import NativeAttention, describe_batch, describe_cache
@@ -37,34 +38,15 @@ def unsupported(spec: DecoderSpec, attention: ModelAttention) -> str | None:
         return f"{attention.spec.dtype} is computed as torch does"
     if not all(isinstance(attention.of(kind), NativeAttention) for kind in spec.attentions):
         return "attention is not native"
-    if len({(kind.num_kv_heads, kind.head_dim) for kind in spec.attentions}) > 1:
-        return "keys of layers differ in size"
-    if any(layer.norm.eps != spec.norm.eps for layer in spec.layers):
-        return "norms differ in what they add"
-    if spec.hidden_size % native.TILE:
-        return f"hidden_size {spec.hidden_size} is no multiple of {native.TILE}"
-    odd = (_odd(layer) for layer in spec.layers)
-    return next((reason for reason in odd if reason is not None), None)
-
-
-def _odd(layer: LayerSpec) -> str | None:
-    attention = layer.attention
-    if not isinstance(layer.mlp, Dense) or layer.experts is not None:
-        return "a layer has experts"
-    if layer.parallel or layer.norm.centers:
-        return "attention and MLP are side by side, or norms take off means"
-    if attention.v_norm or layer.keys_of is not None or layer.input_size or layer.scaled:
-        return "layers have values that are normed, keys of others, inputs or scales of their own"
-    heads = attention.num_heads * attention.head_dim
-    if layer.mlp.intermediate_size % native.TILE or heads % native.TILE:
-        return f"a width is no multiple of {native.TILE}"
-    return None
+    return native_steps.unsupported(spec)
 
 
 def take_as_stored(model: Decoder) -> None:
-    """Have a model that was just built keep what a GGUF file brings as it is stored."""
+    """Have a model that was just built lay out its weights as they are read, those of GGUF files as
+    they are stored: so no other copy of them is ever there."""
     for linear in (model.embedding, *model.linears()):
-        keep_as_stored(linear, model.device)
+        if linear.method is UNQUANTIZED:
+            keep_as_stored(linear, model.device)
 
 
 class NativeDecoder:

@@ -39,9 +39,9 @@ class PackedLinear:
 
     def slots(self, linear: Linear) -> Iterator[WeightSlot]:
         for part, cut, rows in linear.rows():
-            keep = partial(_keep, self.parts, part)
+            put, keep = partial(_put, self.parts, part), partial(_keep, self.parts, part)
             target, piece = linear.weight[rows], (cut, linear.inputs)
-            yield WeightSlot(part, "weight", target, piece, keep=keep)
+            yield WeightSlot(part, "weight", target, piece, put=put, keep=keep)
             yield from linear.bias_slots(part, cut, rows)
 
     def tensors(self, linear: Linear) -> Iterator[Tensor]:
@@ -63,6 +63,10 @@ class PackedLinear:
             bias = None if self._bias is None else self._bias.data_ptr()
             self._described = native.Linear(tuple(matrices), len(matrices), rows, bias)
         return self._described
+
+
+def _put(parts: dict[str, Packed], part: str, values: Tensor, rows: slice) -> None:
+    parts[part] = pack_bfloat16(values.bfloat16())  # the whole of it
 
 
 def _keep(parts: dict[str, Packed], part: str, tensor: GGUFTensor) -> None:

@@ -259,8 +259,7 @@ class Packed:
             if not self.kept.is_reordered:
                 raise ValueError("orders inputs, of which its config does not tell (desc_act)")
             for piece in pieces(rows.stop - rows.start, weight.inputs):
-                own = within(rows, piece)
-                codes = weight.codes[own]
+                codes = weight.codes[own := within(rows, piece)]
                 columns = unpack_nibbles(codes, weight.inputs) if weight.bits == 4 else codes
                 self.put_codes(part, own, columns[:, order])
             self.order = order

@@ -90,7 +90,7 @@ class Loaded:
         model.lay_out(kv_layout(spec))
         if is_native:
             assert unsupported(spec, self.attention) is None
-        if is_native and checkpoint.format == "gguf" and scheme is None:
+        if is_native:
             take_as_stored(model)
         load_weights(
             model,

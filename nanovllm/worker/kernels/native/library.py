@@ -14,7 +14,6 @@ from pathlib import Path
 ISA_VARIABLE = "NANOVLLM_CPU_ISA"  # an instruction set instead of the best that the CPU has
 MODULE = "nanovllm.worker.kernels.native._native"
 BLOCK = 16  # rows that are laid out together; every width is a multiple
-TILE = 32  # columns that share a scale; those of weights are a multiple
 ACTIVATIONS = "silu", "gelu_tanh"  # by their numbers there
 BF16 = 30  # the type of weights that are not quantized; the others are GGUF's
 

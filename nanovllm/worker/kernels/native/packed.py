@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.worker.kernels.native.library import BF16, TILE, Matrix, library
+from nanovllm.checkpoint.native_steps import TILE
+from nanovllm.worker.kernels.native.library import BF16, Matrix, library
 
 ALIGNMENT = 64  # bytes; of a vector
 
