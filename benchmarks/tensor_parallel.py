@@ -716,7 +716,7 @@ def _direct(direct: Any, values: Any) -> dict[str, Callable[[], Any]]:
         "direct, add, norm": lambda: direct.reduce_add(rows, residual, weight),
         "direct, add, normed": lambda: direct.reduce_normed(rows, residual, norm),
     }
-    for block in (256, 512, 2048) if values.nbytes <= exchange.WORDED_BYTES else ():
+    for block in (512, 1024, 2048) if values.nbytes <= exchange.WORDED_BYTES else ():
         found[f"in blocks of {block}"] = partial(by_blocks, block)
     return found
 

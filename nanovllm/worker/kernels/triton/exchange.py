@@ -26,7 +26,7 @@ from nanovllm.worker.layers.norm import RMSNorm
 MAX_PROGRAMS = 64
 SLOT_BYTES = 16384  # what a program sends at most
 WORDED_BYTES = 2**16  # of the largest message that is sent in words
-MIN_BLOCK = 1024
+MIN_BLOCK = 256  # a warp: nothing is waited for within a program
 ROWS_FROM_BYTES = 2**19  # the least sum that may go by rows
 
 
