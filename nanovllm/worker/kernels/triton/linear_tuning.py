@@ -63,20 +63,10 @@ def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool)
     """Measured on an H100 and an H200 with the layers of Qwen3-0.6B and 8B, of 8B's halves that two
     ranks share, and of Gemma-3-4B, which has 2,560 inputs (gpu_kernels.py)."""
     if num_tokens == 1:
-        if num_inputs == 2560 and gated:  # tiles of 2,048 would leave much of the second one empty
-            return Tile(16, 512, 5, warps=8)
-        if num_inputs == 2560 and num_outputs <= 6144:
-            return Tile(8, 1024, 3, warps=4)
-        if num_inputs == 4096 and gated and num_outputs <= 6144:  # half a layer of 8B
-            return Tile(4, 4096, 1, warps=8)
-        if num_inputs == 2048 and num_outputs >= 4096 and not gated:
-            return Tile(4, 1024, 2, warps=4)
-        block_k = 1024 if num_inputs <= 1024 else 2048
-        warps = 8 if num_inputs <= 4096 else 4
-        return Tile(8192 // block_k, block_k, -(-num_inputs // block_k), warps)
+        return _tile_for_one(num_outputs, num_inputs, gated=gated)
     if num_tokens > 16:
         return _tile_for_many(num_tokens, num_outputs, num_inputs, gated=gated)
-    if num_inputs == 4096 and 2**23 <= num_outputs * num_inputs:  # halves of layers of 8B
+    if num_inputs == 4096 and num_outputs * num_inputs >= 2**23:  # halves of layers of 8B
         if gated and num_outputs <= 6144:
             return Tile(32, 512, 2, warps=4, stages=3)
         if not gated and num_outputs <= 3072:
@@ -90,6 +80,21 @@ def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool)
     if num_inputs <= 1024:
         return Tile(32, 512 if gated else 1024, 1, warps=4, stages=2)
     return Tile(64, 512, 1, warps=4, stages=2)
+
+
+def _tile_for_one(num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
+    """Of a single token."""
+    if num_inputs == 2560 and gated:  # tiles of 2,048 would leave much of the second one empty
+        return Tile(16, 512, 5, warps=8)
+    if num_inputs == 2560 and num_outputs <= 6144:
+        return Tile(8, 1024, 3, warps=4)
+    if num_inputs == 4096 and gated and num_outputs <= 6144:  # half a layer of 8B
+        return Tile(4, 4096, 1, warps=8)
+    if num_inputs == 2048 and num_outputs >= 4096 and not gated:
+        return Tile(4, 1024, 2, warps=4)
+    block_k = 1024 if num_inputs <= 1024 else 2048
+    warps = 8 if num_inputs <= 4096 else 4
+    return Tile(8192 // block_k, block_k, -(-num_inputs // block_k), warps)
 
 
 def _tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
