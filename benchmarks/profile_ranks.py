@@ -143,6 +143,9 @@ def profile_case(worker: "Worker", case: Case) -> dict[str, Any]:
 
 def run_rank(arguments: argparse.Namespace, cases: list[Case], meeting: Path) -> None:
     """One rank of all; the first one prints a line per case."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     from nanovllm.worker.rank import RankWorker
     from nanovllm.worker.worker import Worker
 
@@ -178,6 +181,11 @@ def run_rank(arguments: argparse.Namespace, cases: list[Case], meeting: Path) ->
     worker.allocate(min(info.num_blocks, arguments.blocks))
     if rank == 0:
         print(json.dumps({"notes": info.notes}), flush=True)
+    if torch.cuda.is_available():
+        with profile(
+            activities=[ProfilerActivity.CUDA]
+        ):  # the first takes seconds, more on some ranks
+            torch.cuda.synchronize()
     for case in cases:
         found = profile_case(worker, case)
         if rank == 0:
