@@ -236,10 +236,10 @@ def stream_tunings(chosen: Tuning) -> Iterator[tuple[str, Tuning]]:
     for (keys, stages, warps), counts in STREAMS.items():
         for programs in counts:
             tiling = Tiling(keys, stages, warps, tma=False)
-            tuning = replace(chosen, decode=tiling, programs_per_sm=programs, few=None)
+            tuning = replace(chosen, decode=tiling, programs_per_sm=programs, few=())
             yield f"n{keys} s{stages} w{warps} p{programs}", tuning
     tiling = Tiling(16, 4, 1, tma=True)
-    yield "n16 s4 w1 p7 TMA", replace(chosen, decode=tiling, programs_per_sm=7, few=None)
+    yield "n16 s4 w1 p7 TMA", replace(chosen, decode=tiling, programs_per_sm=7, few=())
 
 
 STREAMS = {
@@ -282,7 +282,7 @@ def decode_cases() -> Iterator[Case]:
         variants = [("chosen", chosen)]
         if len(lengths) <= 80:
             for programs in (4, 5, 6):
-                fused = replace(chosen, few=Fitting(Tiling(32, 2, 2, tma=False), programs))
+                fused = replace(chosen, few=(Fitting(Tiling(32, 2, 2, tma=False), programs),))
                 variants.append((f"fused, if all fit, p{programs}", fused))
         if group == "long" or (len(lengths), lengths[0], heads) not in few:
             variants += stream_tunings(chosen)
@@ -680,9 +680,9 @@ def model_cases() -> Iterator[Case]:
 
 
 FEW_WAYS = {
-    "n64 s2 w4 p2": Fitting(Tiling(64, 2, 4, tma=False), 2),
-    "n32 s3 w2 p4": Fitting(Tiling(32, 3, 2, tma=False), 4),
-    "apart": None,
+    "n64 s2 w4 p2": (Fitting(Tiling(64, 2, 4, tma=False), 2),),
+    "n32 s3 w2 p4": (Fitting(Tiling(32, 3, 2, tma=False), 4),),
+    "apart": (),
 }
 
 
@@ -752,9 +752,9 @@ def gemma_decode_cases() -> Iterator[Case]:
     heads, spec = (8, 4), attention_spec((8, 4), 16, None, 256)
     chosen = tuning_for(spec)
     for rows, length in ((1, 384), (8, 384), (64, 384), (128, 704)):
-        variants = {"apart, as it was": replace(chosen, few=None, programs_per_sm=6)}
+        variants = {"apart, as it was": replace(chosen, few=(), programs_per_sm=6)}
         for keys, stages, warps, programs in ((32, 2, 4, 2), (16, 2, 4, 3), (64, 2, 4, 2)):
-            few = Fitting(Tiling(keys, stages, warps, tma=False), programs, programs)
+            few = (Fitting(Tiling(keys, stages, warps, tma=False), programs, programs),)
             if rows * heads[1] <= 132 * programs:
                 label = f"fused n{keys} s{stages} w{warps} p{programs}"
                 variants[label] = replace(chosen, few=few)
@@ -762,7 +762,7 @@ def gemma_decode_cases() -> Iterator[Case]:
         for keys, stages, warps, programs in streams if rows >= 64 else ():
             decode = Tiling(keys, stages, warps, tma=False)
             label = f"apart n{keys} s{stages} w{warps} p{programs}"
-            variants[label] = replace(chosen, few=None, decode=decode, programs_per_sm=programs)
+            variants[label] = replace(chosen, few=(), decode=decode, programs_per_sm=programs)
         args = (1,) * rows, (length,) * rows, heads, 16, None, 256
         for label, tuning in variants.items():
             build = partial(build_attention, tuning, *args, rotates=True)
@@ -936,7 +936,7 @@ def fp8_cases() -> Iterator[Case]:
             for keys, stages, warps, programs in FP8_STREAMS:
                 tuning = replace(
                     chosen, decode=Tiling(keys, stages, warps, tma=False),
-                    programs_per_sm=programs, few=None,
+                    programs_per_sm=programs, few=(),
                 )  # fmt: skip
                 ways.append((E4M3, tuning, f"n{keys} s{stages} w{warps} p{programs}"))
         for dtype, tuning, way in ways:

@@ -33,14 +33,14 @@ TUNING = Tuning(
     min_range=32,
     max_splits=4,
 )
-FUSED_TUNING = replace(TUNING, few=Fitting(TUNING.decode, 14))
+FUSED_TUNING = replace(TUNING, few=(Fitting(TUNING.decode, 14),))
 TMA_TUNING = replace(
     TUNING,
     decode=replace(TUNING.decode, tma=True),
     prefill=replace(TUNING.prefill, tma=True),
     copies_own=True,
 )
-FUSED_TMA_TUNING = replace(FUSED_TUNING, few=Fitting(TMA_TUNING.decode, 14))
+FUSED_TMA_TUNING = replace(FUSED_TUNING, few=(Fitting(TMA_TUNING.decode, 14),))
 TUNINGS = {
     "gather": TUNING,
     "tma": TMA_TUNING,

@@ -15,12 +15,12 @@ def test_few_rows_are_cut_to_fill_the_device() -> None:
     assert cuts == {1: 66, 8: 66, 16: 66, 24: 99, 32: 66, 40: 99, 64: 66, 80: 99}
 
 
-def test_several_rows_may_have_tiles_of_their_own() -> None:
-    wide = replace(TILING, keys=64)
+def test_rows_fit_as_far_as_programs_and_their_limit_go() -> None:
     fitting = Fitting(TILING, programs_per_sm=2)
-    assert fitting.tiling_for(1) == fitting.tiling_for(64) == TILING
-    fitting = replace(fitting, several=wide)
-    assert [fitting.tiling_for(rows) for rows in (1, 4, 5, 64)] == [TILING, TILING, wide, wide]
+    assert [fitting.fits(rows, 132 / 8) for rows in (1, 33, 34)] == [True, True, False]
+    fitting = replace(fitting, max_rows=4)
+    assert [fitting.fits(rows, 132 / 8) for rows in (1, 4, 5)] == [True, True, False]
+    assert [fitting.fits(rows, 1.5) for rows in (3, 4)] == [True, False]
 
 
 def test_rows_are_never_fewer_than_their_pieces() -> None:

@@ -82,9 +82,9 @@ def test_heads_of_256_decode_in_one_kernel(seq_lens: list[int], window: int | No
     """Several rows by tiles of 64 keys, as on Hopper."""
     spec = replace(SPEC, head_dim=256, num_heads=4, dtype=torch.float16, sliding_window=window)
     tuning = tuning_for(spec)
-    assert tuning.few is not None
-    few = replace(tuning.few, several=replace(tuning.few.tiling, keys=64))
-    check(spec, [1] * len(seq_lens), seq_lens, replace(tuning, few=few))
+    few = replace(tuning.few[0], max_rows=4)
+    several = replace(few, tiling=replace(few.tiling, keys=64), max_rows=None)
+    check(spec, [1] * len(seq_lens), seq_lens, replace(tuning, few=(few, several)))
 
 
 def test_more_rows_than_programs() -> None:

@@ -9,8 +9,6 @@ import triton
 from nanovllm.worker.attention.base import AttentionSpec
 from nanovllm.worker.kernels.triton.launch import has_tensor_memory_accelerator, is_hopper
 
-MAX_FEWEST = 4  # rows
-
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -44,23 +42,21 @@ class Fitting:
 
     One fused kernel does it all. Rows are cut up as long as that makes no more than `cut_per_sm`
     programs, where it comes near that many: fewer than fit, so that the product behind them finds
-    room to fetch its weights. several: for more than MAX_FEWEST rows, if not the same tiles.
+    room to fetch its weights. max_rows: None, as many as fit.
     """
 
     tiling: Tiling
     programs_per_sm: int
     cut_per_sm: int = 4
-    several: Tiling | None = None
+    max_rows: int | None = None
 
-    def tiling_for(self, num_rows: int) -> Tiling:
-        """Of a step of so many rows."""
-        return self.tiling if self.several is None or num_rows <= MAX_FEWEST else self.several
+    def fits(self, num_rows: int, sms_per_head: float) -> bool:
+        """sms_per_head: multiprocessors for each KV head."""
+        most = self.programs_per_sm * sms_per_head
+        return num_rows <= (most if self.max_rows is None else min(most, self.max_rows))
 
     def most_splits(self, num_rows: int, sms_per_head: float) -> int:
-        """Of all rows together; rows of one length then keep most of the device busy.
-
-        sms_per_head: multiprocessors for each KV head.
-        """
+        """Of all rows together; rows of one length then keep most of the device busy."""
         few, most = (int(n * sms_per_head) for n in (self.cut_per_sm, self.programs_per_sm))
         return few if few // num_rows * num_rows >= 0.75 * few else max(num_rows, most)
 
@@ -83,7 +79,7 @@ class Tuning:
     prefill: Tiling
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
-    few: Fitting | None = None
+    few: tuple[Fitting, ...] = ()  # the first that fits
     long: Long | None = None
     programs_per_sm: int = 6  # that share the tiles of many decoding rows
     min_range: int = 128  # keys, for one of them
@@ -115,9 +111,11 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         fused = Tiling(keys=32, stages=2, warps=4, tma=False)
         # Two of 64 keys ask for 128 KiB of shared memory, which few devices have.
         has_room = is_hopper(spec.device) and spec.dtype == spec.cache_dtype != torch.float32
-        several = replace(fused, keys=64) if has_room else None
-        few = Fitting(fused, programs_per_sm=2, cut_per_sm=2, several=several)
-        return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=few)
+        fittings = [Fitting(fused, programs_per_sm=2, cut_per_sm=2)]
+        if has_room:
+            several = replace(fittings[0], tiling=replace(fused, keys=64))
+            fittings = [replace(fittings[0], max_rows=4), several]
+        return Tuning(decode, prefill, queries=128, copies_own=can_copy, few=tuple(fittings))
     # Two stages, so that the tiles of two programs fit in a multiprocessor's shared memory, too.
     prefill = Tiling(
         keys=64,
@@ -130,12 +128,16 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     widens = spec.cache_dtype != spec.dtype
     streaming = Tiling(keys=64, stages=2, warps=2, tma=False)
     fused = streaming if widens else Tiling(keys=32, stages=2, warps=2, tma=False)
+    few: tuple[Fitting, ...] = (Fitting(fused, programs_per_sm=4 if widens else 6),)
+    if not widens and spec.num_heads <= 2 * spec.num_kv_heads:
+        # Six fit indeed, as larger groups leave no registers for, and are best for more rows.
+        few = (replace(few[0], max_rows=4), replace(few[0], cut_per_sm=6))
     return Tuning(
         streaming,
         prefill,
         queries=128,
         copies_own=can_copy,
-        few=Fitting(fused, programs_per_sm=4 if widens else 6),
+        few=few,
         long=Long() if can_attend_long(spec) else None,
         programs_per_sm=4,
     )

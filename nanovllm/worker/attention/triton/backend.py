@@ -156,15 +156,14 @@ class TritonAttention:
 
     def _fitting(self, batch: ForwardBatch) -> Fitting | None:
         """How one kernel does it all, if all rows fit."""
-        fitting = self._tuning.few
-        if fitting is None or batch.max_query_len > 1 or batch.prefix is not None:
+        if batch.max_query_len > 1 or batch.prefix is not None:
             return None
-        needed = batch.num_rows * self._spec.num_kv_heads
-        return fitting if needed <= self._num_programs(fitting.programs_per_sm) else None
+        num_rows, sms_per_head = batch.num_rows, self._sms_per_head
+        return next((some for some in self._tuning.few if some.fits(num_rows, sms_per_head)), None)
 
-    def _most_splits(self, fitting: Fitting, num_rows: int) -> int:
-        num_multiprocessors = self._num_programs(1)
-        return fitting.most_splits(num_rows, num_multiprocessors / self._spec.num_kv_heads)
+    @property
+    def _sms_per_head(self) -> float:
+        return self._num_programs(1) / self._spec.num_kv_heads
 
     @property
     def _num_ranges(self) -> int:
@@ -189,9 +188,9 @@ class TritonAttention:
                 scratch.work,
                 scratch.num_work,
                 batch.num_rows,
-                self._most_splits(fitting, batch.num_rows),
+                fitting.most_splits(batch.num_rows, self._sms_per_head),
                 **shape,
-                BLOCK_N=fitting.tiling_for(batch.num_rows).keys,
+                BLOCK_N=fitting.tiling.keys,
             )
             return
         stream_plan_kernel[grid](
@@ -357,9 +356,9 @@ class TritonAttention:
     ) -> None:
         """A few rows: all in one kernel. qkv: as the product left it."""
         spec, scratch, tuning = self._spec, self._scratch_for(batch.num_rows), self._tuning
-        norm, most = rotary.qk_norm, self._most_splits(fitting, batch.num_rows)
+        norm, most = rotary.qk_norm, fitting.most_splits(batch.num_rows, self._sms_per_head)
         num_splits = min(batch.num_rows * tuning.max_splits, most)
-        tiling = fitting.tiling_for(batch.num_rows)
+        tiling = fitting.tiling
         decode_kernel[(num_splits * spec.num_kv_heads,)](
             qkv,
             qkv.stride(0),

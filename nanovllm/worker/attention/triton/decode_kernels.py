@@ -16,9 +16,11 @@ from nanovllm.worker.attention.triton.decode_plan import RECORD
 from nanovllm.worker.attention.triton.prefill_kernels import (
     FLOOR,
     absorb,
+    blocks_of,
     capped,
     key_and_value,
     products,
+    vectors_in,
     with_sinks,
 )
 from nanovllm.worker.kernels.triton.e4m3 import multiplied_as, narrowed
@@ -55,30 +57,36 @@ def decode_kernel(
     begin, end = tl.load(record + 3), tl.load(record + 4)
     token, position = tl.load(record + 5).to(tl.int64), tl.load(record + 6)
     if item < tl.load(num_work) * KV_HEADS:
-        _decode_item(
-            qkv + token * qkv_stride, keys, values, out, partial_out, partial_max, partial_sum,
-            arrivals, block_tables + row * table_stride, item % KV_HEADS,
-            row, split, num_splits, begin, end, token, position, scale, cache, value_offset,
-            cos_sin, q_weight, k_weight, eps, sinks, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D,
-            BLOCK_SIZE, WINDOW, SOFTCAP, SINKS, BLOCK_G, MAX_SPLITS, SLOTS, BLOCK_N, TMA, NORM, PDL,
+        kv_head = item % KV_HEADS
+        acc, peak, total = _attend(
+            qkv + token * qkv_stride, keys, values, block_tables + row * table_stride, kv_head,
+            begin, end, position, scale, cache, value_offset, cos_sin, q_weight, k_weight, eps,
+            KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFTCAP, BLOCK_G, BLOCK_N, TMA,
+            NORM, PDL,
+        )  # fmt: skip
+        _finish(
+            acc, peak, total, out + token * (KV_HEADS * GROUP * HEAD_DIM), partial_out,
+            partial_max, partial_sum, arrivals, kv_head, row, split, num_splits, sinks, KV_HEADS,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_SPLITS, SLOTS, SINKS,
         )  # fmt: skip
     elif PDL:
         gdc_wait()
 
 
 @triton.jit
-def _decode_item(
-    qkv, keys, values, out, partial_out, partial_max, partial_sum, arrivals,
-    block_table, kv_head, row, split, num_splits, begin, end, token, position, scale,
-    cache, value_offset, cos_sin, q_weight, k_weight, eps, sinks,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    BLOCK_G: tl.constexpr, MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+def _attend(
+    qkv, keys, values, block_table, kv_head, begin, end, position, scale,
+    cache, value_offset, cos_sin, q_weight, k_weight, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Into `out` if the split is all there is. qkv: of this token."""
-    heads = tl.arange(0, BLOCK_G)
-    lanes = tl.arange(0, BLOCK_D)
+    """To keys begin … end: a result that is not divided yet [BLOCK_G, BLOCK_D], its peak and total
+    [BLOCK_G]. Lines of queries beyond the group repeat it. qkv: of this token.
+    """
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+    lanes, members = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, MEMBERS)[:, None]
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     peak, total = tl.full([BLOCK_G], FLOOR, tl.float32), tl.zeros([BLOCK_G], tl.float32)
     first = tl.maximum(position + 1 - WINDOW, 0)
@@ -89,44 +97,65 @@ def _decode_item(
     k, v = key_and_value(keys, values, block_table, begin, tl.maximum(cached_end, begin + 1),
                          kv_head, DTYPE, KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D,
                          BLOCK_N, TMA)  # fmt: skip
-    cos, sin = _angles(cos_sin, position, HEAD_DIM, BLOCK_D)
+    blocks = blocks_of(block_table, tl.minimum(begin + BLOCK_N, end - 1), end, BLOCK_SIZE, BLOCK_N,
+                       TMA)  # fmt: skip
+    cos, sin = _angles(cos_sin, position, lanes, HEAD_DIM)
+    q_factors, k_factors = _factors(q_weight, k_weight, lanes, HEAD_DIM, NORM)
     block = tl.load(block_table + position // BLOCK_SIZE).to(tl.int64)
     if PDL:
         gdc_wait()
-    q, new_k, new_v = _rotate_row(
-        qkv, kv_head, cos, sin, q_weight, k_weight, eps,
-        KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, NORM, cache.dtype.element_ty,
-    )  # fmt: skip
-    q = q.to(DTYPE)
+    query, key, new_v = _load_row(qkv, kv_head, end > position, members, lanes, KV_HEADS, GROUP,
+                                  HEAD_DIM)  # fmt: skip
+    q = _rotated(query, cos, sin, q_weight, q_factors, eps, HEAD_DIM, NORM)
+    q = tl.broadcast_to(q[None, :, :], [BLOCK_G // MEMBERS, MEMBERS, BLOCK_D])
+    q = tl.reshape(q, [BLOCK_G, BLOCK_D]).to(DTYPE)
     if end > position:
+        new_k = _rotated(key, cos, sin, k_weight, k_factors, eps, HEAD_DIM, NORM)
+        # As the cache will have them, since later steps read from there.
+        new_k = narrowed(new_k, cache.dtype.element_ty).to(qkv.dtype.element_ty)
+        new_v = narrowed(new_v, cache.dtype.element_ty).to(qkv.dtype.element_ty)
         slot = (block * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head
-        _keep(cache + slot * HEAD_DIM, value_offset, new_k, new_v, HEAD_DIM, BLOCK_D)
-        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        _keep(cache + slot * HEAD_DIM + lanes, value_offset, new_k, new_v, lanes < HEAD_DIM)
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1)
         peak = capped(score, scale, SOFTCAP) * scale
         total = tl.full([BLOCK_G], 1.0, tl.float32)
-        acc += new_v.to(tl.float32)[None, :]
+        acc += new_v.to(tl.float32)
     acc, peak, total = absorb_tile(q, k, v, begin, cached_end, first, scale, acc, peak, total,
                                    BLOCK_N, WINDOW, SOFTCAP)  # fmt: skip
     for start in tl.range(begin + BLOCK_N, cached_end, BLOCK_N):
-        k, v = key_and_value(
-            keys, values, block_table, start, cached_end, kv_head, DTYPE,
-            KV_HEADS * HEAD_DIM, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
-        )  # fmt: skip
+        k, v = vectors_in(blocks, keys, values, start, end, kv_head, DTYPE, KV_HEADS * HEAD_DIM,
+                          BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, TMA)  # fmt: skip
+        # Where the next tile lies is known a tile ahead.
+        blocks = blocks_of(block_table, tl.minimum(start + BLOCK_N, end - 1), end, BLOCK_SIZE,
+                           BLOCK_N, TMA)  # fmt: skip
         acc, peak, total = absorb_tile(q, k, v, start, cached_end, first, scale, acc, peak, total,
                                        BLOCK_N, WINDOW, SOFTCAP)  # fmt: skip
-    out_row = out + token * (KV_HEADS * GROUP * HEAD_DIM)
+    return acc, peak, total
+
+
+@triton.jit
+def _finish(
+    acc, peak, total, out_row, partial_out, partial_max, partial_sum, arrivals,
+    kv_head, row, split, num_splits, sinks, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SLOTS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Into `out_row` if the split is all there is; else the last one to arrive joins all parts."""
+    heads, lanes = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     if num_splits == 0:
         real = (heads < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
         places = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + lanes[None, :]
         total = with_sinks(total, peak, sinks, kv_head * GROUP + heads, heads < GROUP, SINKS)
-        tl.store(out_row + places, (acc / total[:, None]).to(out.dtype.element_ty), real)
+        tl.store(out_row + places, (acc / total[:, None]).to(out_row.dtype.element_ty), real)
     else:
         row_head = row * KV_HEADS + kv_head
         leave_part(acc, peak, total, partial_out, partial_max, partial_sum, row_head, split,
                    GROUP, BLOCK_D, BLOCK_G, SLOTS)  # fmt: skip
         tl.debug_barrier()  # all threads' parts are written before one thread says so
         if tl.atomic_add(arrivals + row_head, 1, sem="acq_rel") == num_splits - 1:
-            AT_ONCE: tl.constexpr = min(64, 8192 // BLOCK_D)  # noqa: N806  # what registers hold
+            MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
+            # What registers hold; 16 of each head are as many as there mostly are.
+            AT_ONCE: tl.constexpr = min(64, 8192 // BLOCK_D, 16 * MEMBERS)  # noqa: N806
             join(out_row, kv_head, partial_out, partial_max, partial_sum, row_head, num_splits, 0,
                  sinks, GROUP, HEAD_DIM, BLOCK_D, MAX_SPLITS, SLOTS, False, SINKS,
                  AT_ONCE)  # fmt: skip
@@ -134,12 +163,11 @@ def _decode_item(
 
 
 @triton.jit
-def _keep(place, value_offset, key, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _keep(places, value_offset, key, value, real):
     """Cache a key, and its value `value_offset` elements behind."""
-    lanes = tl.arange(0, BLOCK_D)
-    dtype = place.dtype.element_ty
-    tl.store(place + lanes, narrowed(key, dtype), lanes < HEAD_DIM)
-    tl.store(place + value_offset + lanes, narrowed(value, dtype), lanes < HEAD_DIM)
+    dtype = places.dtype.element_ty
+    tl.store(places, narrowed(key, dtype), real)
+    tl.store(places + value_offset, narrowed(value, dtype), real)
 
 
 @triton.jit
@@ -170,65 +198,71 @@ def absorb_tile(q, k, v, start, end, first, scale, acc, peak, total, BLOCK_N: tl
 
 
 @triton.jit
-def _angles(cos_sin, position, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cosines and signed sines for a head that lies at a position, [1, BLOCK_D] each."""
+def _angles(cos_sin, position, lanes, HEAD_DIM: tl.constexpr):
+    """Cosines and signed sines for a head that lies at a position, in the shape of `lanes`."""
     HALF: tl.constexpr = HEAD_DIM // 2  # noqa: N806
-    lanes = tl.arange(0, BLOCK_D)
     places = (
         cos_sin + position.to(tl.int64) * HEAD_DIM + tl.where(lanes < HALF, lanes, lanes - HALF)
     )
     cos = tl.load(places, lanes < HEAD_DIM, other=0.0)
     sin = tl.load(places + HALF, lanes < HEAD_DIM, other=0.0)
-    return cos[None, :], tl.where(lanes < HALF, -sin, sin)[None, :]
+    return cos, tl.where(lanes < HALF, -sin, sin)
 
 
 @triton.jit
-def _rotate_row(
-    qkv, kv_head, cos, sin, q_weight, k_weight, eps,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, NORM: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
-    """Queries of the group [BLOCK_G, BLOCK_D], rotated, and the new key and value [BLOCK_D].
-
-    Rounds where `Kernels.rope_and_cache` does, and as the cache (of type KEPT) will, as later steps
-    read from there. Lines of queries beyond the group repeat it.
-    """
-    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)  # noqa: N806
-    lanes = tl.arange(0, BLOCK_D)
-    members = tl.arange(0, MEMBERS)
-    sources = qkv + (kv_head * GROUP + members)[:, None] * HEAD_DIM
-    q = _rotate(sources, (members < GROUP)[:, None], cos, sin, q_weight, eps, HEAD_DIM, BLOCK_D,
-                NORM)  # fmt: skip
-    q = tl.broadcast_to(q[None, :, :], [BLOCK_G // MEMBERS, MEMBERS, BLOCK_D])
-    key = qkv + (KV_HEADS * GROUP + kv_head + tl.arange(0, 1))[:, None] * HEAD_DIM
-    new_k = _rotate(key, tl.full([1, 1], 1, tl.int1), cos, sin, k_weight, eps, HEAD_DIM, BLOCK_D,
-                    NORM)  # fmt: skip
-    value = qkv + (KV_HEADS * (GROUP + 1) + kv_head) * HEAD_DIM + lanes
-    new_v = tl.load(value, lanes < HEAD_DIM, other=0.0)
-    new_k = narrowed(tl.reshape(new_k, [BLOCK_D]), KEPT).to(q.dtype)
-    return tl.reshape(q, [BLOCK_G, BLOCK_D]), new_k, narrowed(new_v, KEPT).to(q.dtype)
+def _others(lanes, HEAD_DIM: tl.constexpr):
+    """The lane that each is rotated with (neox halves)."""
+    return tl.where(lanes < HEAD_DIM // 2, lanes + HEAD_DIM // 2, lanes - HEAD_DIM // 2)
 
 
 @triton.jit
-def _rotate(sources, real, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-            NORM: tl.constexpr):  # fmt: skip
-    """Heads that start at `sources` [n, 1]: normed if asked for, and rotated (neox halves)."""
-    dtype = sources.dtype.element_ty
-    lanes = tl.arange(0, BLOCK_D)
-    others = tl.where(lanes < HEAD_DIM // 2, lanes + HEAD_DIM // 2, lanes - HEAD_DIM // 2)
-    inside = lanes < HEAD_DIM
-    real = real & inside[None, :]
-    x = tl.load(sources + lanes[None, :], real, other=0.0).to(tl.float32)
-    other = tl.load(sources + others[None, :], real, other=0.0).to(tl.float32)
+def _factors(q_weight, k_weight, lanes, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
+    """Of the norms of queries and keys: the weights of lanes and of those they are rotated with."""
+    q_factors, k_factors = (lanes, lanes), (lanes, lanes)
     if NORM:
-        norm = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
-        factors = tl.load(weight + lanes, inside, other=0.0).to(tl.float32)[None, :]
-        other_factors = tl.load(weight + others, inside, other=0.0).to(tl.float32)[None, :]
+        inside, others = lanes < HEAD_DIM, _others(lanes, HEAD_DIM)
+        q_factors = (tl.load(q_weight + lanes, inside, other=0.0),
+                     tl.load(q_weight + others, inside, other=0.0))  # fmt: skip
+        k_factors = (tl.load(k_weight + lanes, inside, other=0.0),
+                     tl.load(k_weight + others, inside, other=0.0))  # fmt: skip
+    return q_factors, k_factors
+
+
+@triton.jit
+def _load_row(qkv, kv_head, has_new, members, lanes, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+              HEAD_DIM: tl.constexpr):  # fmt: skip
+    """Queries of the group, the key and the value; of queries and key also the lanes that theirs
+    are rotated with. All are asked for before any is looked at, since each takes as long to come
+    as all. Key and value only if this split `has_new` ones.
+
+    members: [MEMBERS, 1]; lanes: [1, BLOCK_D].
+    """
+    one = tl.arange(0, 1)[:, None]
+    inside, others = lanes < HEAD_DIM, _others(lanes, HEAD_DIM)
+    queries = qkv + (kv_head * GROUP + members) * HEAD_DIM
+    real = (members < GROUP) & inside
+    key = qkv + (KV_HEADS * GROUP + kv_head + one) * HEAD_DIM
+    inside &= one < has_new.to(tl.int32)
+    query = tl.load(queries + lanes, real, other=0.0), tl.load(queries + others, real, other=0.0)
+    new_k = tl.load(key + lanes, inside, other=0.0), tl.load(key + others, inside, other=0.0)
+    new_v = tl.load(key + KV_HEADS * HEAD_DIM + lanes, inside, other=0.0)
+    return query, new_k, new_v
+
+
+@triton.jit
+def _rotated(head, cos, sin, weight, factors, eps, HEAD_DIM: tl.constexpr,
+             NORM: tl.constexpr):  # fmt: skip
+    """Heads [n, BLOCK_D], normed if asked for and rotated. Rounds where `Kernels.rope_and_cache`
+    does. head, factors: of lanes, and of those they are rotated with."""
+    dtype = head[0].dtype
+    x, other = head[0].to(tl.float32), head[1].to(tl.float32)
+    if NORM:
+        norm = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / HEAD_DIM + eps)
         x, other = x * norm, other * norm
         if weight.dtype.element_ty == dtype:  # rounded before the weight, as Llama's norms are
             x, other = x.to(dtype).to(tl.float32), other.to(dtype).to(tl.float32)
-        x = (x * factors).to(dtype).to(tl.float32)
-        other = (other * other_factors).to(dtype).to(tl.float32)
+        x = (x * factors[0].to(tl.float32)).to(dtype).to(tl.float32)
+        other = (other * factors[1].to(tl.float32)).to(dtype).to(tl.float32)
     return (x * cos + other * sin).to(dtype)
 
 
