@@ -37,10 +37,15 @@ def engine(num_replicas: int, **more: Any) -> AsyncLLM:
     return AsyncLLM("synthetic", **settings | more)
 
 
-async def ids_of(llm: AsyncLLM, prompt: list[int], params: SamplingParams) -> list[int]:
+async def ids_of(
+    llm: AsyncLLM, prompt: list[int], params: SamplingParams, begun: set[int] | None = None
+) -> list[int]:
+    """begun: takes up the seeds of requests that have got a token."""
     ids: list[int] = []
     async for output in llm.generate(prompt, params):
         ids = output.outputs[0].token_ids
+        if begun is not None and params.seed is not None:
+            begun.add(params.seed)
     return ids
 
 
@@ -94,16 +99,18 @@ async def report_death(num_tokens: int, times: int) -> None:
     ]
     asked = [random_ids(random.Random(number), 100) for number in range(NUM_STREAMS)]
 
-    async def all_ids(llm: AsyncLLM) -> list[list[int]]:
-        return await asyncio.gather(*map(ids_of, [llm] * NUM_STREAMS, asked, params))
+    async def all_ids(llm: AsyncLLM, begun: set[int]) -> list[list[int]]:
+        streams = zip(asked, params, strict=True)
+        return await asyncio.gather(*(ids_of(llm, *stream, begun) for stream in streams))
 
     async with engine(1) as llm:
-        expected = await all_ids(llm)
+        expected = await all_ids(llm, set())
     num_equal = 0
     async with engine(NUM_REPLICAS, max_core_restarts=10**6) as llm:
         for number in range(times):
-            streams = asyncio.create_task(all_ids(llm))
-            while (await llm.stats()).num_running < NUM_STREAMS:
+            begun: set[int] = set()
+            streams = asyncio.create_task(all_ids(llm, begun))
+            while len(begun) < NUM_STREAMS:
                 await asyncio.sleep(0.01)
             os.kill(llm._handles[number % NUM_REPLICAS].process.pid, signal.SIGKILL)
             num_equal += sum(a == b for a, b in zip(await streams, expected, strict=True))
