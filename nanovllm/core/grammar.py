@@ -37,6 +37,7 @@ from nanovllm.core.kept_masks import (
     State,
     TextMasks,
     Vocabulary,
+    single,
 )
 from nanovllm.core.plain_schema import plain_source
 from nanovllm.core.regex_place import RegexMasks, term_of
@@ -175,8 +176,7 @@ class Matcher:
             return
         self.context, self.node = found
         if self.node.key is not None:
-            is_forced = bool(self._matcher.compute_ff_bytes())
-            self.state = known.arrive(*found, token_id, is_forced=is_forced)
+            self.state = known.arrive(*found)
             if state is not None and context is self.context:
                 known.lead(state, token_id, self.state)
 
@@ -212,11 +212,11 @@ class Matcher:
     @property
     def may_be_forced(self) -> bool:
         """Whether it is not known that there are no tokens which must come next."""
-        return self.state is None or self.state.forced != []
+        return self.state is None or self.state.kept.forced != []
 
     def note_forced(self, token_ids: list[int]) -> None:
         """For others that come to its state: what must come next there."""
-        if self.state is not None and self.context is not None and self.state.forced is None:
+        if self.state and self.context and self.state.kept.forced is None:
             length = len(self._matcher.compute_ff_bytes())
             self.family.known.note_forced(self.context, self.state, token_ids, num_bytes=length)
 
@@ -468,9 +468,9 @@ class GrammarCompiler:
         after = None if end is None else FreeText(end.encode(), self._tokenizer)
         matcher, mask = make_matcher(self._tokenizer, source)
         words = np.frombuffer(mask, np.int32)[: -(-self._tokenizer.vocab_size // 32)]
-        first = known.first
+        first = known.first.kept
         if first.forced is None and np.bitwise_count(words.view(np.uint32)).sum() > 1:
-            first.kept.spare, first.forced = words, []  # nothing is forced
+            first.spare, first.forced = words, []  # nothing is forced
         return Matcher(matcher, Family(known), after)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
@@ -521,8 +521,8 @@ class GrammarCompiler:
             state = matcher.state
             if state is not None and (line := state.kept.line) >= 0:
                 lines.append(line)
-                if state.forced:
-                    forced[index] = state.forced
+                if state.kept.forced:
+                    forced[index] = state.kept.forced
                 continue
             lines.append(FREE_LINE)
             if matcher.free_text is None and matcher.error is None:
@@ -533,7 +533,8 @@ class GrammarCompiler:
         return Gathered(Masks(words[:, : -(-self._vocab_size // 32)], forced), new)
 
     def _complete(self, matchers: Sequence[Matcher], begun: Gathered) -> Masks:
-        """With those that are not kept. Each is computed once, for whoever is in the same state."""
+        """With those that are not kept. Each is computed once, for whoever is where its key is, but
+        for those that force tokens: how many, keys need not tell."""
         leaders: dict[Kept, int] = {}
         followers = list[tuple[int, int]]()
         others = list[int]()
@@ -544,15 +545,14 @@ class GrammarCompiler:
                 others.append(index)
             else:
                 followers.append((index, leader))
-        self._compute(matchers, others, begun.masks.forced)
-        left = [index for index, leader in followers if matchers[leader].error is not None]
+        forced = begun.masks.forced
+        self._compute(matchers, others, forced)
+        left = [i for i, leader in followers if matchers[leader].error or leader in forced]
         if left:
-            self._compute(matchers, left, begun.masks.forced)
+            self._compute(matchers, left, forced)
         for index, leader in followers:
             if index not in left:
                 self._words[index] = self._words[leader]
-                if leader in begun.masks.forced:
-                    begun.masks.forced[index] = begun.masks.forced[leader]
         return begun.masks
 
     def _compute(
@@ -609,18 +609,15 @@ class GrammarCompiler:
 
     def _known_mask(self, matcher: Matcher, forced: list[int] | None) -> Mask | None:
         """Of one whose forced tokens are known, if that makes its mask known."""
-        kept = None if matcher.state is None else matcher.state.kept
-        if kept is not None and kept.spare is not None:
-            return kept.spare
-        if forced:
-            kept = self.vocabulary.single(forced[0])
-        return None if kept is None or kept.line < 0 else self.vocabulary.words[kept.line]
+        if matcher.state is not None and matcher.state.kept.spare is not None:
+            return matcher.state.kept.spare
+        return single(forced[0], self._words.shape[1]) if forced else None
 
     def _keep(self, matcher: Matcher, mask: Mask) -> None:
         """For others that come to its state. mask: computed just now."""
-        state = matcher.state
-        if state is not None and state.kept.line < 0:
-            self.vocabulary.keep(state.kept, mask, matcher.family.known.mine)
+        kept = None if matcher.state is None else matcher.state.kept
+        if kept is not None and kept.line < 0 and kept.forced is not None:
+            self.vocabulary.keep(kept, mask, matcher.family.known.mine)
 
     def _compute_one_by_one(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
         address, row_bytes, slowest_s = self._address, self._words.strides[0], 0.0

@@ -49,15 +49,17 @@ class JsonMasks(KeptMasks):
         """See `KeptMasks`."""
         return what[1] != BY_SPELLING and not what[3]
 
-    def context_key(self, what: Around | None) -> tuple[Hashable, ...]:
+    def context_key(self, what: Around | None) -> tuple[Hashable, bool]:
         """The path to a value, as far as it counts."""
         if what is None:
-            return ()
+            return None, True
         around, container, index = what
         if isinstance(container, Members):
-            return (around.key, index)
-        distance = _distance(container.bounds, index, self.vocabulary.longest)
-        return (around.key, min(index, len(container.first)), distance)
+            return (around.key, index), around.is_exact
+        far = self.vocabulary.longest
+        distance = _distance(container.bounds, index, far)
+        is_exact = around.is_exact and distance == _distance(container.bounds, index, far + 1)
+        return (around.key, min(index, len(container.first)), distance), is_exact
 
     def inside(self, node: Node, byte: int) -> Node | None:
         """See `KeptMasks`."""

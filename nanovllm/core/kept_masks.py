@@ -21,19 +21,20 @@ MAX_SIZE = 150_000  # of what is known of one grammar, in units of 100 bytes or 
 NODE_SIZE, CONTEXT_SIZE, STATE_SIZE = 6, 6, 4  # … is one
 MAX_TEXT_BYTES = 256  # of an output of which all counts; what is longer has no key
 FREE_LINE = 0  # the mask of an output whose grammar has not begun
-NO_TOKEN = -1
 PLAIN = re.compile(rb'[^"\\\x00-\x1f\x7f-\xff]+')
 Mask = npt.NDArray[np.int32]  # [num_words], a bit per id, lowest first
 
 
 class Kept:
-    """In which line a mask is kept; -1: in none. spare: the mask, if it came with the grammar."""
+    """In which line a mask is kept; -1: in none. forced: tokens that must come next, often none;
+    None while that is not known. spare: the mask, if it came with the grammar."""
 
-    __slots__ = ("line", "spare")
+    __slots__ = ("forced", "line", "spare")
 
-    def __init__(self, spare: Mask | None = None) -> None:
+    def __init__(self, forced: list[int] | None = None) -> None:
         self.line = -1
-        self.spare = spare
+        self.forced = forced
+        self.spare: Mask | None = None
 
 
 class Vocabulary:
@@ -59,12 +60,10 @@ class Vocabulary:
         num_lines = max(2 * SHARE, min(MAX_LINES, MAX_BYTES // free.nbytes))
         self.words = np.empty((num_lines, len(free)), np.int32)
         self.words[FREE_LINE] = free
-        self.of_nobody = deque[Kept]()  # those that belong to no grammar
         self._bytes = self.words.data.cast("B")
         self._line_bytes = free.nbytes
         self._owners: list[Kept | None] = [None] * num_lines
         self._next = FREE_LINE + 1
-        self._single: dict[int, Kept] = {}
 
     def keep(self, kept: Kept, mask: Mask, mine: deque[Kept]) -> None:
         """In place of the oldest: of `mine`, those of the same grammar, if it has its share."""
@@ -81,21 +80,19 @@ class Vocabulary:
         self._owners[line], kept.line = kept, line
         mine.append(kept)
 
-    def single(self, token_id: int) -> Kept:
-        """The mask of a token that must come next."""
-        kept = self._single.setdefault(token_id, Kept())
-        if kept.line < 0:
-            mask = np.zeros(self.words.shape[1], np.uint32)
-            mask[token_id >> 5] = 1 << (token_id & 31)
-            self.keep(kept, mask.view(np.int32), self.of_nobody)
-        return kept
-
     def allows(self, kept: Kept, token_id: int) -> bool:
         """Whether its mask is kept, and a token that goes on is in it."""
         line = kept.line
         if line < 0 or token_id in self.special:
             return False
         return bool(self._bytes[line * self._line_bytes + (token_id >> 3)] >> (token_id & 7) & 1)
+
+
+def single(token_id: int, num_words: int) -> Mask:
+    """The mask of a token that must come next."""
+    mask = np.zeros(num_words, np.uint32)
+    mask[token_id >> 5] = 1 << (token_id & 31)
+    return mask.view(np.int32)
 
 
 class Node:
@@ -118,50 +115,49 @@ class Node:
 class Context:
     """What is around. It and a node are all that what may follow depends on.
 
-    what, key: as of a node. states: those in contexts with this key. turns: by a node and a byte,
-    where that leads from here, if it depends on what is around.
+    what, key: as of a node. is_exact: whether the key tells all. states: of all contexts with this
+    key, by their nodes. turns: by a node and a byte, where that leads from here, if it depends on
+    what is around.
     """
 
-    __slots__ = ("key", "states", "turns", "what")
+    __slots__ = ("is_exact", "key", "states", "turns", "what")
 
-    def __init__(self, what: Any, key: Hashable, states: "dict[Hashable, State]") -> None:
+    def __init__(
+        self, what: Any, key: Hashable, states: "dict[Node, State]", *, is_exact: bool
+    ) -> None:
         self.what = what
         self.key = key
+        self.is_exact = is_exact
         self.states = states
         self.turns: dict[tuple[Node, int], tuple[Context, Node]] = {}
 
 
 class State:
-    """A node in contexts of one key, behind a token: where outputs have been.
+    """A node in contexts of one key, where outputs have been.
 
-    kept: its mask. forced: the tokens that must come next, often none; None while that is not
-    known, nor the mask. last: the token that led here, if some text must follow: then it counts,
-    and this is a state of one context. next: where tokens lead that do not lead out of the context,
-    by token, or by minus the number of its characters where nothing else counts.
+    next: where tokens lead that do not lead out of the context, by token, or by minus the number of
+    its characters where nothing else counts.
     """
 
-    __slots__ = ("forced", "kept", "last", "next", "node")
+    __slots__ = ("kept", "next", "node")
 
-    def __init__(
-        self, node: Node, kept: Kept, forced: list[int] | None, last: int = NO_TOKEN
-    ) -> None:
+    def __init__(self, node: Node, kept: Kept) -> None:
         self.node = node
         self.kept = kept
-        self.forced = forced
-        self.last = last
         self.next: dict[int | None, State] = {}
 
 
 NOWHERE = Node(None, None, counts=False)
-END = State(NOWHERE, Kept(), None)  # where a token leads that ends the output
+END = State(NOWHERE, Kept())  # where a token leads that ends the output
 
 
 class KeptMasks:
     """What is known of one grammar. Of one of this class it is the first mask: its outputs cannot
     be followed.
 
-    Where keys are equal, masks are, and whether a text must follow. Where it must, what masks are
-    depends on the last token, too, unless llguidance finds no tokens that it must be.
+    Where keys are equal, masks are, and so is what must follow, unless that is long. How a text
+    that must follow is cut into tokens may depend on the token before, besides: then all do as the
+    first that has come there.
     """
 
     def __init__(self, vocabulary: Vocabulary, what: Any = None) -> None:
@@ -170,14 +166,11 @@ class KeptMasks:
         self.mine = deque[Kept]()  # those in lines, oldest first
         self._nodes: dict[Any, Node] = {}
         self._contexts: dict[Any, Context] = {}
-        self._states: dict[Hashable, dict[Hashable, State]] = {}  # by the keys of contexts
-        self._free: dict[Hashable, Kept] = {}  # by key: no text must follow
-        self._bound: dict[Hashable, Kept] = {}  # by key: some text must
-        # By such a key and the last token.
-        self._forced: dict[tuple[Hashable, int], tuple[Kept, list[int]]] = {}
+        self._states: dict[Hashable, dict[Node, State]] = {}  # by the keys of contexts
+        self._kept: dict[Hashable, Kept] = {}  # by the keys of context and node
         self._size = 0
         self.root = self.context(None)
-        self.first = State(self.node(what), Kept(), None)
+        self.first = State(self.node(what), Kept())
 
     # ---- what each kind of grammar knows
 
@@ -197,9 +190,9 @@ class KeptMasks:
         """Of a node."""
         return False
 
-    def context_key(self, what: Any) -> Hashable:
-        """Of a context."""
-        return None
+    def context_key(self, what: Any) -> tuple[Hashable, bool]:
+        """Of a context, and whether it tells all."""
+        return None, True
 
     # ---- the automaton
 
@@ -216,9 +209,9 @@ class KeptMasks:
         found = self._contexts.get(what)
         if found is None:
             self._size += CONTEXT_SIZE
-            key = self.context_key(what)
-            found = Context(what, key, self._states.setdefault(key, {}))
-            self._contexts[what] = found
+            key, is_exact = self.context_key(what)
+            states = self._states.setdefault(key, {})
+            found = self._contexts[what] = Context(what, key, states, is_exact=is_exact)
         return found
 
     def walk(self, context: Context, node: Node, token_id: int) -> tuple[Context, Node] | None:
@@ -258,9 +251,8 @@ class KeptMasks:
                 state.next.clear()
             states.clear()
         self.first.next.clear()
-        for known in (self._nodes, self._contexts, self._free, self._bound, self._forced):
+        for known in (self._nodes, self._contexts, self._states, self._kept):
             known.clear()
-        self._states.clear()
         self._size = 0
 
     # ---- states
@@ -273,58 +265,42 @@ class KeptMasks:
         found = self.walk(context, state.node, token_id)
         if found is None:
             return None
-        to = self._state_at(*found, token_id)
+        to = self._state_at(*found)
         if to is None:
             return None
         if found[0] is context:
             self.lead(state, token_id, to)
         return found[0], to
 
-    def arrive(self, context: Context, node: Node, token_id: int, *, is_forced: bool) -> State:
-        """The state of an output that has come by a token to where masks have a key. is_forced:
-        whether some text must follow."""
-        known = self._bound if is_forced else self._free
-        known.setdefault((context.key, node.key), Kept())
-        state = self._state_at(context, node, token_id)
+    def arrive(self, context: Context, node: Node) -> State:
+        """The state of an output that llguidance has let come to where masks have a key."""
+        self._kept.setdefault((context.key, node.key), Kept())
+        state = self._state_at(context, node)
         assert state is not None
         return state
 
-    def _state_at(self, context: Context, node: Node, token_id: int) -> State | None:
-        states = context.states
-        found = states.get(node) or states.get((context, node, token_id))
-        if found is not None or node.key is None:
-            return found
-        key = context.key, node.key
-        if (kept := self._free.get(key)) is not None:
-            found = states[node] = State(node, kept, [])
-        elif key in self._bound:
-            kept, forced = self._forced.get((key, token_id)) or (Kept(), None)
-            found = states[context, node, token_id] = State(node, kept, forced, token_id)
-        self._size += STATE_SIZE
+    def _state_at(self, context: Context, node: Node) -> State | None:
+        found = context.states.get(node)
+        if found is None and (kept := self._kept.get((context.key, node.key))) is not None:
+            self._size += STATE_SIZE
+            found = context.states[node] = State(node, kept)
         return found
 
     def lead(self, state: State, token_id: int, to: State) -> None:
         """Note where a token leads, within one context."""
-        if to.last == NO_TOKEN or state.last != NO_TOKEN:
-            self._size += 1
-            is_counted = state.node.counts and to.last == NO_TOKEN
-            state.next[(self.vocabulary.ways[token_id] if is_counted else None) or token_id] = to
+        self._size += 1
+        way = self.vocabulary.ways[token_id] if state.node.counts else None
+        state.next[way or token_id] = to
 
     def note_forced(
         self, context: Context, state: State, token_ids: list[int], *, num_bytes: int
     ) -> None:
         """What must come next in a state of which that was not known. num_bytes: of the text that
         must; if it is long, what keys do not tell counts as well."""
-        state.forced = token_ids
-        if token_ids:
-            state.kept = self.vocabulary.single(token_ids[0])
-        if state.last == NO_TOKEN or num_bytes >= self.vocabulary.longest:
-            return
-        key = context.key, state.node.key
-        if not token_ids:
-            state.kept = self._bound.setdefault(key, state.kept)
-        self._size += STATE_SIZE
-        self._forced[key, state.last] = state.kept, token_ids
+        if num_bytes < self.vocabulary.longest:
+            state.kept.forced = token_ids
+        elif context.is_exact:
+            state.kept = Kept(token_ids)
 
 
 class TextMasks(KeptMasks):

@@ -133,14 +133,18 @@ def test_kept_masks_serve_other_outputs() -> None:
     assert kept_mask(other, COMPILER) is None and mask_of(other) != mask
 
 
-def test_what_is_kept_where_a_text_is_forced_is_for_those_with_the_same_last_token() -> None:
-    first = compile_(record(ab={"type": "null"}))
+def test_what_is_kept_where_a_text_is_forced_is_for_all_that_come_there() -> None:
+    first = compile_(record(fgz={"type": "null"}))
     one, other, third = first.copy(), first.copy(), first.copy()
-    for matcher, text in ((one, '{"a'), (other, '{ "a'), (third, "{")):
-        for token_id in encode(text):
-            assert matcher.accept(token_id)
+    vocabulary = Tokenizer.from_str(tokenizer_json())
+    f, g, both = map(vocabulary.token_to_id, ("f", "g", "fg"))
+    for token_id in (*encode('{"'), f, g):
+        assert one.accept(token_id)
+    for token_id in (*encode('{ "'), both):
+        assert other.accept(token_id)
+    assert third.accept(encode("{")[0])
     mask = mask_of(one)
-    assert one.state is not None and one.state.forced and one.has_forced_text
+    assert one.state is not None and one.state.kept.forced and one.has_forced_text
     assert kept_mask(other, COMPILER) == mask == mask_of(unkept(one.copy()))
     assert len(allowed_ids(mask)) == 1 and len(allowed_ids(mask_of(third))) > 1
 

@@ -25,6 +25,7 @@ from nanovllm.core.grammar import (
     Matcher,
     share_out,
 )
+from nanovllm.core.kept_masks import single
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.messages import AddRequest
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -98,7 +99,7 @@ def test_outputs_that_have_not_begun_share_their_mask(monkeypatch: pytest.Monkey
         assert made == [], "it is known, or a token is forced"
         assert bool(one.forced_tokens(1)) == is_forced and is_forced == (len(first) == 1)
         first_kept = one.family.known.first.kept
-        first_kept.line, first_kept.spare, one.family.known.first.forced = -1, None, None
+        first_kept.line, first_kept.spare, first_kept.forced = -1, None, None
         assert allowed(one) == first and made == ([] if is_forced else [one])
         assert kept_mask(begun, COMPILER) == COMPILER.compute_masks([one])[0].tobytes()
         assert begun.accept(first[-1]) or begun.error is None
@@ -176,10 +177,7 @@ def test_masks_are_begun_beside_the_loop_or_at_once(
 
 @pytest.mark.parametrize("token_id", [0, 31, 32, 63, VOCAB_SIZE - 1])
 def test_the_mask_of_a_forced_token_is_its_bit(token_id: int) -> None:
-    lines = make_compiler_with_lines().vocabulary
-    one = lines.single(token_id)
-    assert lines.single(token_id) is one
-    assert allowed_ids(lines.words[one.line].tobytes()) == [token_id]
+    assert allowed_ids(single(token_id, -(-VOCAB_SIZE // 32)).tobytes()) == [token_id]
 
 
 def test_a_token_that_must_come_next_needs_no_mask() -> None:
@@ -188,12 +186,6 @@ def test_a_token_that_must_come_next_needs_no_mask() -> None:
     for _ in range(2):
         words = COMPILER.compute_masks(matchers)
         assert [allowed_ids(row.tobytes()) for row in words] == [other, [a]]
-
-
-def make_compiler_with_lines() -> GrammarCompiler:
-    compiler = make_compiler()
-    compiler.load()
-    return compiler
 
 
 def test_one_long_mask_among_short_ones_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
