@@ -6,6 +6,7 @@ Places are equal where that is, and counts farther away than a token reaches mak
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 from nanovllm.core.kept_masks import KeptMasks, Node, Vocabulary
@@ -207,6 +208,18 @@ def _size(term: Term) -> int:
     return 1
 
 
+def _classes(term: Term) -> Iterator[int]:
+    """In which its characters are."""
+    match term:
+        case ("class", bits):
+            yield bits
+        case ("times", inner, _, _):
+            yield from _classes(inner)
+        case ("seq", parts) | ("or", parts):
+            for part in parts:
+                yield from _classes(part)
+
+
 def _clipped(term: Term, far: int) -> Term:
     """With counts only up to `far`."""
     match term:
@@ -226,6 +239,9 @@ class RegexMasks(KeptMasks):
 
     def __init__(self, vocabulary: Vocabulary, root: Term) -> None:
         self._num_steps = 0
+        # Bytes that are in the same classes lead to the same places: of each the first such.
+        alike = [tuple(bits >> byte & 1 for bits in set(_classes(root))) for byte in range(256)]
+        self._first_alike = [alike.index(one) for one in alike]
         super().__init__(vocabulary, root)
 
     def key(self, what: Term) -> Term:
@@ -234,6 +250,9 @@ class RegexMasks(KeptMasks):
 
     def inside(self, node: Node, byte: int) -> Node | None:
         """See `KeptMasks`."""
+        first = self._first_alike[byte]
+        if first in node.after:
+            return node.after[first]
         self._num_steps += 1
         if self._num_steps > MAX_STEPS:
             return None
@@ -241,4 +260,7 @@ class RegexMasks(KeptMasks):
             term = _derivative(node.what, byte)
         except _NoTermError:
             return None
-        return None if term is None or _size(term) > MAX_SIZE else self.node(term)
+        if term is None or _size(term) > MAX_SIZE:
+            return None
+        node.after[first] = to = self.node(term)
+        return to
