@@ -344,6 +344,7 @@ QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "d
 LM_HEAD = {"lm_head": (151936, 1024)}
 # What each of two ranks has of QWEN3_8B.
 HALF_8B = {"qkv": (3072, 4096), "o": (4096, 2048), "gate_up": (12288, 4096), "down": (4096, 6144)}
+HALF_32B = {"qkv": (5120, 5120), "o": (5120, 4096), "gate_up": (25600, 5120), "down": (5120, 12800)}
 
 
 @lru_cache(maxsize=1)
@@ -451,27 +452,25 @@ def linear_cases() -> Iterator[Case]:
 
 def share_cases() -> Iterator[Case]:
     """Of layers that two ranks share; what is chosen comes first."""
-    for num_tokens in (1, 8, 64):
-        for name, size in HALF_8B.items():
-            gated = name == "gate_up"
-            chosen = linear_kernels.tile_for(
-                num_tokens, size[0] // (1 + gated), size[1], gated=gated
-            )
-            if num_tokens == 1:
-                tiles: list[Tile | None] = [
-                    Tile(block_n, block_k, -(-size[1] // block_k), warps)
-                    for block_n, block_k, warps in product((2, 4, 8), (1024, 2048, 4096), (4, 8))
-                    if block_k <= size[1] and 4096 <= block_n * block_k <= 16384
-                ]
-            elif num_tokens == 8:
-                tiles = [None, *tiles_for(num_tokens, size)]
-            else:
-                tiles = [None, *tiles_of_many(num_tokens, size, gated=gated)]
-            for tile in (chosen, *tiles):
-                label = "cuBLAS" if tile is None else describe(tile)
-                build = partial(build_linear, tile, num_tokens, name, size)
-                shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
-                yield Case("shares", shape, label, size[0] * size[1] * 2, 0, build)
+    layers = [*HALF_8B.items(), *HALF_32B.items()]
+    for num_tokens, (name, size) in product((1, 8, 64), layers):
+        gated = name == "gate_up"
+        chosen = linear_kernels.tile_for(num_tokens, size[0] // (1 + gated), size[1], gated=gated)
+        if num_tokens == 1:
+            tiles: list[Tile | None] = [
+                Tile(block_n, block_k, -(-size[1] // block_k), warps)
+                for block_n, block_k, warps in product((2, 4, 8), (1024, 2048, 4096), (4, 8))
+                if block_k <= size[1] and 4096 <= block_n * block_k <= 16384
+            ]
+        elif num_tokens == 8:
+            tiles = [None, *tiles_for(num_tokens, size)]
+        else:
+            tiles = [None, *tiles_of_many(num_tokens, size, gated=gated)]
+        for tile in (chosen, *tiles):
+            label = "cuBLAS" if tile is None else describe(tile)
+            build = partial(build_linear, tile, num_tokens, name, size)
+            shape = f"m{num_tokens} {name} {size[0]}×{size[1]}"
+            yield Case("shares", shape, label, size[0] * size[1] * 2, 0, build)
 
 
 GATED_TILES = [

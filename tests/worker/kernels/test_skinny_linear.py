@@ -135,8 +135,21 @@ def test_layers_of_2560_inputs_are_cut_as_measured() -> None:
     assert tile_for(64, 10240, 2560, gated=True) == Tile(64, 128, 20, 4, 3)
     assert tile_for(1, 3072, 1024, gated=True) == Tile(8, 1024, 1, 8)
     assert tile_for(1, 1024, 3072, gated=False) == Tile(4, 2048, 2, 8)
-    assert tile_for(1, 12288, 4096, gated=True) == Tile(4, 2048, 2, 8)
+    assert tile_for(1, 6144, 4096, gated=False) == Tile(4, 2048, 2, 8)
     assert tile_for(32, 12288, 4096, gated=True) == Tile(64, 128, 32, 4, 3)
+
+
+def test_gates_of_one_token_and_layers_that_two_ranks_share_are_cut_as_measured() -> None:
+    """Qwen3-8B's and 32B's."""
+    for num_outputs in (12288, 6144):
+        assert tile_for(1, num_outputs, 4096, gated=True) == Tile(4, 4096, 1, 8)
+    assert tile_for(1, 12800, 5120, gated=True) == Tile(4, 1024, 5, 4)
+    assert tile_for(1, 4096, 2048, gated=False) == Tile(4, 1024, 2, 4)
+    assert tile_for(8, 6144, 4096, gated=True) == Tile(32, 512, 2, 4, 3)
+    assert tile_for(8, 3072, 4096, gated=False) == Tile(64, 512, 1, 4, 2)
+    for whole in (6144, 4096):
+        assert tile_for(8, whole, 4096, gated=False) == Tile(64, 512, 2, 4, 2)
+    assert tile_for(8, 12288, 4096, gated=True) == Tile(32, 512, 8, 4, 2)
 
 
 def fp8_linear(num_outputs: int, num_inputs: int, *, bias: bool = False) -> Linear:

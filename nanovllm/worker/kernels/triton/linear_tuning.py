@@ -61,7 +61,7 @@ def are_grouped(num_tokens: int, weight: Tensor) -> bool:
 
 def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
     """Measured on an H100 and an H200 with the layers of Qwen3-0.6B and 8B, of 8B's halves that two
-    ranks share, and of Gemma-3-4B, which has 2,560 inputs (gpu_kernels.py)."""
+    ranks share and 32B's half gates, and of Gemma-3-4B, which has 2,560 inputs (gpu_kernels.py)."""
     if num_tokens == 1:
         return _tile_for_one(num_outputs, num_inputs, gated=gated)
     if num_tokens > 16:
@@ -88,8 +88,10 @@ def _tile_for_one(num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
         return Tile(16, 512, 5, warps=8)
     if num_inputs == 2560 and num_outputs <= 6144:
         return Tile(8, 1024, 3, warps=4)
-    if num_inputs == 4096 and gated and num_outputs <= 6144:  # half a layer of 8B
+    if num_inputs == 4096 and gated:
         return Tile(4, 4096, 1, warps=8)
+    if num_inputs == 5120 and gated:
+        return Tile(4, 1024, 5, warps=4)
     if num_inputs == 2048 and num_outputs >= 4096 and not gated:
         return Tile(4, 1024, 2, warps=4)
     block_k = 1024 if num_inputs <= 1024 else 2048
