@@ -719,22 +719,35 @@ def things_left() -> set[str]:
     return set(map(str, places))
 
 
+@contextmanager
+def failing_ranks() -> Iterator[Path]:
+    """A directory for all that is made meanwhile, in which ranks look for faults."""
+    environment, path = dict(os.environ), list(sys.path)
+    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+        # What ranks on Ray are started with comes from its nodes, and theirs from here.
+        found = [str(FAILING_RANK), str(ROOT), *filter(None, sys.path)]
+        sys.path.insert(0, str(FAILING_RANK))
+        os.environ |= {"NANOVLLM_FAULTS": place, "PYTHONPATH": os.pathsep.join(found)}
+        os.environ["TMPDIR"] = tempfile.tempdir = place
+        try:
+            yield Path(place)
+        finally:
+            tempfile.tempdir, sys.path[:] = None, path
+            os.environ.clear()
+            os.environ |= environment
+
+
 async def report_ranks(
     size: Ranks, faults_of_a_round: tuple[str, ...], arguments: argparse.Namespace
 ) -> None:
     """Print a table of what `times` rounds of faults have shown, or as many as begin in time."""
     on_ray = arguments.ray
-    heard, until = Heard(), time.monotonic() + arguments.seconds
-    with tempfile.TemporaryDirectory(prefix="faults-") as place:
-        model = Path(place, "dense")
+    until = time.monotonic() + arguments.seconds
+    with failing_ranks() as place:
+        model = place / "dense"
         model.mkdir()
         config = {**DENSE, **SMALLER, "num_hidden_layers": 2}
         (model / "config.json").write_text(json.dumps(config))
-        # What ranks on Ray are started with comes from its nodes, and theirs from here.
-        path = [str(FAILING_RANK), str(ROOT), *filter(None, sys.path)]
-        sys.path.insert(0, str(FAILING_RANK))
-        os.environ |= {"NANOVLLM_FAULTS": place, "PYTHONPATH": os.pathsep.join(path)}
-        os.environ["TMPDIR"] = tempfile.tempdir = place
         make_nodes = TwoHosts if "step vanish" in faults_of_a_round else TwoNodes
         nodes = make_nodes(size.each * size.stages) if on_ray else None
         settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
@@ -746,9 +759,10 @@ async def report_ranks(
         if on_ray:
             settings |= {"distributed_executor_backend": "ray", "ray_resource": SEAT}
         before, num_rounds, faults = things_left(), 0, None
+        heard = Heard()
         try:
             async with AsyncLLM(str(model), **settings) as llm:
-                faults = RankFaults(llm, heard, Path(place), nodes)
+                faults = RankFaults(llm, heard, place, nodes)
                 await faults.begin()
                 num_open = footprint(os.getpid())[1]
                 while num_rounds < arguments.times and time.monotonic() < until:
