@@ -129,9 +129,11 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
     streaming = Tiling(keys=64, stages=2, warps=2, tma=False)
     fused = streaming if widens else Tiling(keys=32, stages=2, warps=2, tma=False)
     few: tuple[Fitting, ...] = (Fitting(fused, programs_per_sm=4 if widens else 6),)
-    if not widens and spec.num_heads <= 2 * spec.num_kv_heads:
-        # Six fit indeed, as larger groups leave no registers for, and are best for more rows.
-        few = (replace(few[0], max_rows=4), replace(few[0], cut_per_sm=6))
+    group = spec.num_heads // spec.num_kv_heads
+    if not widens and group <= 4:
+        # As many as registers leave room for are best for more rows: those of unequal lengths can
+        # then be cut where there are nearly as many as programs.
+        few = (replace(few[0], max_rows=4), replace(few[0], cut_per_sm=6 if group <= 2 else 5))
     return Tuning(
         streaming,
         prefill,
