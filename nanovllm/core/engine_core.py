@@ -415,13 +415,13 @@ class EngineCore:
         One that has ended meanwhile samples freely: its id will be dropped. One whose matcher fails
         here does as well, and fails when its id comes back.
         """
-        live: dict[int, Matcher] = {}
-        for index in step.constrained:
-            sequence = step.sampled[index]
-            if sequence.status is not Status.FINISHED and sequence.matcher is not None:
-                live[index] = sequence.matcher
-        self._masked = list(live)
-        self._masks = self.grammars.begin_masks(list(live.values())) if live else None
+        sampled, finished, matchers = step.sampled, Status.FINISHED, list[Matcher]()
+        self._masked = [i for i in step.constrained if sampled[i].status is not finished]
+        for index in self._masked:
+            matcher = sampled[index].matcher
+            assert matcher is not None, "what makes it constrained"
+            matchers.append(matcher)
+        self._masks = self.grammars.begin_masks(matchers) if matchers else None
 
     def _take_masks(
         self, step: ScheduledStep
@@ -433,9 +433,7 @@ class EngineCore:
         masks, indices, self._masks = self._masks, self._masked, None
         if masks is None:
             return None, {}, []
-        live = [step.sampled[index] for index in indices]
-        live = [sequence for sequence in live if sequence.status is not Status.FINISHED]
-        if not live:
+        if all(step.sampled[index].status is Status.FINISHED for index in indices):
             masks.exception()  # waits until the matchers are free again
             return None, {}, []
         try:
@@ -443,6 +441,8 @@ class EngineCore:
         except Exception as error:
             failure = Failure.of(error)
             self._tell(MasksFilled(failure.message))
+            all_masked = [step.sampled[index] for index in indices]
+            live = [one for one in all_masked if one.status is not Status.FINISHED]
             return None, {}, self._fail(live, failure)
         self._tell(MasksFilled())
         packed = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
