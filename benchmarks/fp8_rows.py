@@ -32,7 +32,7 @@ from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton import products
 from nanovllm.worker.kernels.triton.launch import Gpu
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.kernels.triton.linear_tuning import are_grouped
+from nanovllm.worker.kernels.triton.linear_tuning import are_grouped, are_rows
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import E4M3, NATIVE_FP8, quantize_rows
@@ -43,7 +43,7 @@ COMPILING_S, MOST_S = 45, 100  # of compiling ahead, and of everything, whatever
 DEVICE, HOPPER = "cuda", Gpu((9, 0), 132)
 KERNELS = TritonKernels()
 EPS = 1e-6
-ROWS = (8, 17, 32, 64)
+ROWS = (8, 17, 32, 64, 128)
 WAYS = ("bf16", "cuBLAS", "engine")
 MAX_ERROR = {"bf16": 2e-2, "cuBLAS": 8e-2, "engine": 8e-2}  # of what a layer adds, in the mean
 
@@ -151,6 +151,7 @@ def exact(model: Model, layer: Layer, start: Tensor, norm: RMSNorm) -> Tensor:
 def take(way: str) -> None:
     """Group tokens from now on as the engine does, or never."""
     products.are_grouped = are_grouped if way == "engine" else lambda num_tokens, weight: False
+    products.are_rows = are_rows if way == "engine" else lambda num_tokens, weight: False
 
 
 # ---------------------------------------------------------------- compiling ahead

@@ -16,14 +16,17 @@ from nanovllm.worker.kernels.triton.fp8_linear import (
     group_add,
     group_gated,
     group_linear,
+    row_add,
+    row_linear,
 )
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.linear_tuning import Tile
 from nanovllm.worker.kernels.triton.products import form_for
-from nanovllm.worker.kernels.triton.rows import quantize_groups
+from nanovllm.worker.kernels.triton.rows import quantize, quantize_groups
 from nanovllm.worker.layers.linear import UNQUANTIZED, Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.quant.fp8 import E4M3, FP8, QuantizedGroups, quantize_rows
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 from tests.worker.kernels.gating import ACTIVATIONS
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.warmup.compiling import run_compiling
@@ -174,6 +177,53 @@ def test_a_layer_of_grouped_products(monkeypatch: pytest.MonkeyPatch, num_tokens
          normed(found.hidden, norm) @ plain.weight.double().T, 1e-5)  # fmt: skip
 
 
+def meant_by(x: QuantizedRows) -> Tensor:
+    return x.values.double() * x.scale.double()
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(128, 128, num_tiles=3, warps=4, block_m=64),
+        Tile(64, 128, num_tiles=2, warps=4, block_m=32),  # split unevenly, two programs of tokens
+        Tile(64, 256, num_tiles=1, warps=4, block_m=64),
+    ],
+)
+def test_products_of_tokens_with_a_scale_each(tile: Tile) -> None:
+    """Outputs and inputs that no tile divides; and, once more, the very same numbers."""
+    x = quantize(
+        torch.randn(50, 400, device=DEVICE) * torch.logspace(-3, 2, 50, device=DEVICE)[:, None]
+    )
+    linear = fp8_linear(200, 400, bias=True)
+    out = row_linear(x, linear, torch.float32, tile=tile)
+    expected = product(meant_by(x), linear)
+    near(out, expected)
+    assert torch.equal(out, row_linear(x, linear, torch.float32, tile=tile))
+    residual = torch.randn(50, 200, device=DEVICE)
+    near(row_add(x, linear, residual, tile=tile).hidden, residual.double() + expected)
+    for activation in ("silu", "gelu_tanh"):
+        found = row_linear(x, linear, torch.float32, gate=activation, tile=tile)
+        near(found, gated(expected, activation))
+
+
+@pytest.mark.parametrize("num_tokens", [33, 64])
+def test_a_layer_of_tokens_with_a_scale_each(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    """Through the seam, as `test_a_layer_of_grouped_products`."""
+    monkeypatch.setattr(products, "are_rows", lambda num_tokens, weight: True)
+    norm = RMSNorm(torch.rand(256, device=DEVICE) + 0.5, EPS)
+    residual, heads = torch.randn(2, num_tokens, 256, device=DEVICE)
+    o, gate_up, down = fp8_linear(256, 256), fp8_linear(768, 256), fp8_linear(256, 384)
+    total = residual.double() + product(heads, o)
+    found = KERNELS.linear_add(heads, o, residual, next_norm=norm)
+    near(found.hidden, total, 3e-2)
+    near(KERNELS.norm_linear(found, norm, gate_up), product(normed(total, norm), gate_up), 5e-2)
+    inner = gated(product(normed(total, norm), gate_up))
+    after = KERNELS.mlp(found, norm, gate_up, down, next_norm=None)
+    near(after.hidden, total + product(inner, down), 3e-2)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_weights", "expected"),
     [(16, 2**23, False), (17, 2**23, True), (32, 2**26, True), (33, 2**26, False),
@@ -183,6 +233,8 @@ def test_which_products_are_grouped(num_tokens: int, num_weights: int, expected:
     """As measured: more than what products quantize themselves, few enough to beat cuBLAS."""
     weight = torch.empty(num_weights // 128, 128, dtype=E4M3, device=DEVICE)
     assert linear_tuning.are_grouped(num_tokens, weight) is expected
+    is_row = num_tokens > linear_tuning.MAX_GROUPED_TOKENS and num_weights >= 2**23
+    assert linear_tuning.are_rows(num_tokens, weight) is is_row
 
 
 def test_layers_without_whole_groups_go_another_way() -> None:

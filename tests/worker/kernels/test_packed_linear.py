@@ -209,6 +209,31 @@ def test_half_precision(dtype: torch.dtype, num_tokens: int) -> None:
         assert_near(packed_linear(x, linear), expected, 6e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [32, 0])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        PackedTile(8, 1024, warps=2),
+        PackedTile(4, 128, warps=4, ahead=3),
+        PackedTile(2, 256, warps=4),
+        PackedTile(1, 128, warps=4, ahead=9),
+    ],
+)
+def test_one_token_becomes_integers(kind: str, group: int, tile: PackedTile) -> None:
+    """Of very different sizes within the token; what is no number stays so."""
+    linear = packed(kind, group, (42, 640))
+    x = torch.randn(1, 640, device=DEVICE)
+    x = (x * torch.logspace(-3, 1, 640, device=DEVICE)[torch.randperm(640)]).half()
+    expected = x.double() @ meaning(linear).T
+    assert_near(packed_linear(x, linear, tile=tile), expected, 1e-3)
+    gate, up = (expected / 256).chunk(2, dim=1)
+    found = packed_linear(x / 256, linear, gate="silu", tile=tile)
+    assert_near(found, ACTIVATIONS["silu"](gate) * up, 4e-3)
+    x[0, 77] = torch.nan
+    assert packed_linear(x, linear, tile=tile).isnan().all()
+
+
 @pytest.mark.parametrize("name", GGUF_FORMATS)
 @pytest.mark.parametrize("num_tokens", [1, 5])
 def test_blocks_of_gguf(name: str, num_tokens: int) -> None:

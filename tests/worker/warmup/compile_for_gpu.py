@@ -5,6 +5,7 @@ object: case → what it uses. A program of its own, since Triton decides when i
 to compile or to interpret.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -187,19 +188,31 @@ def grouped() -> dict[str, dict[str, int]]:
     unused = {"qkv": ("weighed", "group_scale", "next_squares"), "down": ("squares",)}
     unused["gate_up"] = ("weighed", "next_squares")
     found = {}
-    for name, (num_outputs, num_inputs) in sizes.items():
-        gated = name == "gate_up"
-        tile = linear_tuning.fp8_group_tile_for(num_outputs, num_inputs, gated=gated)
-        block_m, splits = fp8_linear.BLOCK_M, -(-num_inputs // (tile.block_k * tile.num_tiles))
+    for grouped, name in itertools.product((True, False), sizes):
+        (num_outputs, num_inputs), gated = sizes[name], name == "gate_up"
+        if grouped:
+            tile = linear_tuning.fp8_group_tile_for(num_outputs, num_inputs, gated=gated)
+        else:
+            tile = linear_tuning.fp8_row_tile_for(num_outputs, num_inputs, gated=gated)
+        block_m = tile.block_m or fp8_linear.BLOCK_M
+        splits = -(-num_inputs // (tile.block_k * tile.num_tiles))
         boxes = {"x_desc": [block_m, tile.block_k], "weight_desc": [tile.block_n, tile.block_k]}
         types = {key: f"tensordesc<fp8e4nv{box}>" for key, box in boxes.items()}
         types |= {key: kind for key, kind in pointers.items() if key not in unused[name]}
+        if not grouped:  # a plain product, which leaves nothing for the next norm
+            plain = ("squares", "next_squares", "group_scale", "weighed", "next_weight")
+            types = {key: kind for key, kind in types.items() if key not in plain}
         constants = {"K": num_inputs, "PARTS": num_inputs // 128, "NUM_TILES": tile.num_tiles}
         constants |= {"SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": tile.block_n}
         constants |= {"BLOCK_K": tile.block_k, "STAGES": tile.stages, "AHEAD": fp8_linear.AHEAD}
-        found[name] = usage(
+        constants["GROUPED"] = grouped
+        outer = surroundings[name] if grouped else {**surroundings[name], "out": "*bf16"}
+        if not grouped:
+            constants["PARTS"] = 0
+            outer.pop("next_weight", None)
+        found[f"{name} {'groups' if grouped else 'rows'}"] = usage(
             fp8_linear._group_kernel,
-            types | surroundings[name] | numbers,
+            types | outer | numbers,
             constants | {"GATE": "silu" if gated else None, "PDL": True},
             num_warps=tile.warps,
         )

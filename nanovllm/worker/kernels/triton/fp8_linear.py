@@ -1,9 +1,8 @@
-"""Products of e4m3 weights with tokens that are e4m3 already, a scale for each group of inputs.
+"""Products of e4m3 weights with tokens that are e4m3 already.
 
-`products` calls these for 17 to 32 tokens of large layers (`linear_tuning.are_grouped`). Whoever
-made the tokens quantized them at its end, once: a product before, whose programs have a group of
-outputs each, or a kernel of its own (`rows.quantize_groups`). So a layer's products follow each
-other with no kernel between them but attention and the quantizing behind it.
+`products` calls these for some tokens of large layers (`linear_tuning`). Up to 32 tokens have a
+scale for each group of inputs: the product before quantized them, whose programs have a group of
+outputs each, or `rows.quantize_groups`. More have one scale each, by `rows.quantize`.
 """
 # ruff: noqa: N803, PLR0913
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
@@ -20,7 +19,9 @@ from nanovllm.worker.kernels.base import Residual, Weighed
 from nanovllm.worker.kernels.triton.launch import MAX_ARRIVALS, arrival_counters, launch_options
 from nanovllm.worker.kernels.triton.linear_tuning import (
     MAX_GROUPED_TOKENS,
+    Tile,
     fp8_group_tile_for,
+    fp8_row_tile_for,
 )
 from nanovllm.worker.kernels.triton.skinny_linear import (
     finish_split,
@@ -29,9 +30,10 @@ from nanovllm.worker.kernels.triton.skinny_linear import (
 )
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import E4M3, QuantizedGroups
+from nanovllm.worker.quant.scaled_rows import QuantizedRows
 
 GROUP = 128  # inputs of a token that share a scale; a program's outputs, if they are quantized
-BLOCK_M = MAX_GROUPED_TOKENS  # tokens of a program: all
+BLOCK_M = MAX_GROUPED_TOKENS  # tokens of a program that come in groups: all
 AHEAD = 8  # tiles whose weights are asked into the L2 cache while the kernel before still runs
 
 
@@ -39,7 +41,7 @@ AHEAD = 8  # tiles whose weights are asked into the L2 cache while the kernel be
 def _group_kernel(
     x_desc,  # [num_tokens, K] e4m3, boxes [BLOCK_M, BLOCK_K]
     weight_desc,  # [num_outputs, K] e4m3, boxes [BLOCK_N, BLOCK_K]; if GATE twice as many rows
-    x_scale,  # [K / BLOCK_K, num_tokens] fp32
+    x_scale,  # [K / BLOCK_K, num_tokens] fp32; unless GROUPED [num_tokens]
     weight,  # what weight_desc describes
     channel_scale,  # fp32, of each row of weight
     bias,  # of each row of weight; like all that follow up to `out` perhaps None
@@ -55,11 +57,12 @@ def _group_kernel(
     num_tokens, num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, NUM_TILES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `skinny_linear`'s, but for what comes before it waits: only the L2 cache is filled, with
     the first AHEAD tiles of weights, so that all tiles go through one pipeline afterwards."""
-    tokens = tl.arange(0, BLOCK_M)
+    token = tl.program_id(2) * BLOCK_M
+    tokens = token + tl.arange(0, BLOCK_M)
     output = tl.program_id(0) * BLOCK_N
     outputs = output + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * (NUM_TILES * BLOCK_K)
@@ -79,12 +82,20 @@ def _group_kernel(
     up = acc
     for tile in tl.range(0, NUM_TILES, num_stages=STAGES):
         k = first + tile * BLOCK_K
-        x = tl.trans(x_desc.load([0, k]))
-        scales = x_scale + (k // BLOCK_K) * num_tokens + tokens
-        scale = tl.load(scales, (tokens < num_tokens) & (k < K), other=0.0)[None, :]
-        acc += tl.dot(weight_desc.load([output, k]), x) * scale
-        if GATE is not None:
-            up += tl.dot(weight_desc.load([num_outputs + output, k]), x) * scale
+        x = tl.trans(x_desc.load([token, k]))
+        if GROUPED:
+            scales = x_scale + (k // BLOCK_K) * num_tokens + tokens
+            scale = tl.load(scales, (tokens < num_tokens) & (k < K), other=0.0)[None, :]
+            acc += tl.dot(weight_desc.load([output, k]), x) * scale
+            if GATE is not None:
+                up += tl.dot(weight_desc.load([num_outputs + output, k]), x) * scale
+        else:
+            acc = tl.dot(weight_desc.load([output, k]), x, acc)
+            if GATE is not None:
+                up = tl.dot(weight_desc.load([num_outputs + output, k]), x, up)
+    if not GROUPED:
+        scale = tl.load(x_scale + tokens, tokens < num_tokens, other=0.0)[None, :]
+        acc, up = acc * scale, up * scale
     acc, up = tl.trans(acc), tl.trans(up)
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
@@ -120,7 +131,7 @@ def group_linear(
     norm: squares and eps, if x is the values of a `Weighed` residual.
     """
     out = torch.empty(len(x.values), len(linear.weight), dtype=dtype, device=x.values.device)
-    _launch(x, linear, Residual(out), norm=norm)
+    _launch(x, linear, Residual(out), _group_tile(x, len(linear.weight)), norm=norm)
     return out
 
 
@@ -135,7 +146,8 @@ def group_gated(
     num_tokens, num_outputs = len(x.values), len(linear.weight) // 2
     values = x.values.new_empty(num_tokens, num_outputs)
     out = QuantizedGroups(values, x.scale.new_empty(num_outputs // GROUP, num_tokens))
-    _launch(x, linear, out, norm=norm, gate=gate)
+    tile = _group_tile(x, num_outputs, gated=True)
+    _launch(x, linear, out, tile, norm=norm, gate=gate)
     return out
 
 
@@ -153,21 +165,55 @@ def group_add(
         squares, scale = x.scale.new_empty(2, num_outputs // GROUP, num_tokens)
         values = x.values.new_empty(num_tokens, num_outputs)
         out = Residual(out.hidden, Weighed(values, squares.view(num_tokens, -1), scale))
-    _launch(x, linear, out, residual=residual, next_norm=next_norm)
+    _launch(x, linear, out, _group_tile(x, num_outputs), added=(residual, next_norm))
     return out
 
 
+def row_linear(
+    x: QuantizedRows,
+    linear: Linear,
+    dtype: torch.dtype,
+    *,
+    gate: Activation | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """linear(x) in `dtype`; with a gate, gate(gates) * ups of the layer's outputs."""
+    gated, (num_tokens, num_inputs) = gate is not None, x.values.shape
+    num_outputs = len(linear.weight) // (1 + gated)
+    tile = tile or fp8_row_tile_for(num_outputs, num_inputs, gated=gated)
+    out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=x.values.device)
+    _launch(x, linear, Residual(out), tile, gate=gate)
+    return out
+
+
+def row_add(
+    x: QuantizedRows, linear: Linear, residual: Tensor, *, tile: Tile | None = None
+) -> Residual:
+    """residual + linear(x), in new memory."""
+    tile = tile or fp8_row_tile_for(*linear.weight.shape, gated=False)
+    out = Residual(torch.empty_like(residual))
+    _launch(x, linear, out, tile, added=(residual, None))
+    return out
+
+
+def _group_tile(x: QuantizedGroups, num_outputs: int, *, gated: bool = False) -> Tile:
+    num_tokens, num_inputs = x.values.shape
+    tile = fp8_group_tile_for(num_outputs, num_inputs, gated=gated)
+    assert num_tokens <= BLOCK_M and num_inputs == len(x.scale) * tile.block_k
+    return tile
+
+
 def _launch(
-    x: QuantizedGroups,
+    x: QuantizedGroups | QuantizedRows,
     linear: Linear,
     out: Residual | QuantizedGroups,
+    tile: Tile,
     *,
-    residual: Tensor | None = None,
+    added: tuple[Tensor | None, Tensor | None] = (None, None),
     norm: tuple[Tensor, float] | None = None,
-    next_norm: Tensor | None = None,
     gate: Activation | None = None,
 ) -> None:
-    """Any of them, into `out`: what is gated comes quantized."""
+    """Any of them, into `out`. added: the residual, and the weight of the norm that comes next."""
     gated = gate is not None
     if isinstance(out, QuantizedGroups):
         left = (out.values, None, None, out.scale)
@@ -176,23 +222,23 @@ def _launch(
     group_scale = left[-1]
     weight, (num_tokens, num_inputs) = linear.weight, x.values.shape
     num_outputs = len(weight) // (1 + gated)
-    tile = fp8_group_tile_for(num_outputs, num_inputs, gated=gated)
-    assert x.values.is_contiguous() and weight.is_contiguous() and weight.dtype == E4M3
-    assert num_tokens <= BLOCK_M
-    assert num_inputs == len(x.scale) * tile.block_k and x.scale.is_contiguous()
+    grouped, block_m = isinstance(x, QuantizedGroups), tile.block_m or BLOCK_M
     assert group_scale is None or num_outputs == len(group_scale) * tile.block_n
+    assert x.values.is_contiguous() and x.scale.is_contiguous()
+    assert weight.is_contiguous() and weight.dtype == E4M3
     squares, eps = norm or (None, 0.0)
-    num_n = triton.cdiv(num_outputs, tile.block_n)
+    num_n, num_m = triton.cdiv(num_outputs, tile.block_n), triton.cdiv(num_tokens, block_m)
+    residual, next_norm = added
     splits = triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
-    assert num_n <= MAX_ARRIVALS
-    size = num_n * splits * (1 + gated) * tile.block_n * BLOCK_M if splits > 1 else 0
-    _group_kernel[(num_n, splits)](
-        TensorDescriptor.from_tensor(x.values, [BLOCK_M, tile.block_k]),
+    assert num_n * num_m <= MAX_ARRIVALS
+    size = num_n * num_m * splits * (1 + gated) * tile.block_n * block_m if splits > 1 else 0
+    _group_kernel[(num_n, splits, num_m)](
+        TensorDescriptor.from_tensor(x.values, [block_m, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
         x.scale, weight, linear.scale, linear.bias, residual, squares, next_norm, *left,
         x.scale.new_empty(size), arrival_counters(weight.device), num_tokens, num_outputs, eps,
         K=num_inputs, PARTS=0 if squares is None else squares.shape[1],
-        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=BLOCK_M, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, STAGES=tile.stages, AHEAD=AHEAD, GATE=gate,
+        NUM_TILES=tile.num_tiles, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, STAGES=tile.stages, AHEAD=AHEAD, GROUPED=grouped, GATE=gate,
         num_warps=tile.warps, **launch_options(weight.device),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.checkpoint.quantization import SUPER_GROUP as _SUPER_GROUP
 from nanovllm.checkpoint.spec import Activation
 from nanovllm.worker.kernels.base import Residual
-from nanovllm.worker.kernels.triton.e4m3 import widened
+from nanovllm.worker.kernels.triton.e4m3 import LEAST_PEAK, widened
 from nanovllm.worker.kernels.triton.launch import (
     INTERPRETED,
     MAX_ARRIVALS,
@@ -43,6 +43,8 @@ from nanovllm.worker.quant.packed import HALF, MIDDLE, UNIT, Packed, PackedWeigh
 MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
 MIN_WHOLE_GROUP = 64
 MAX_SCALED_SUMS = 32  # tokens; of more, weights get their scales
+MIN_HEAD = 2**15  # outputs: of a head, or as many
+MOST_FIXED = tl.constexpr(32767.0)
 MAX_STAGED_BYTES = 96 * 2**10  # of shared memory; an Ada has 99 KiB of it for a program
 SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
 # By how much codes are too large that are put into the mantissa of a power of two.
@@ -58,6 +60,7 @@ class PackedTile:
     """What a program computes: block_n outputs over block_k inputs at a time, of block_m tokens.
 
     splits: programs that share out the inputs of one output; more than one only of several tokens.
+    ahead: tiles of one token's product that a program has on the way before it multiplies by any.
     scales_sums: whether sums over a group get its scale where they can, instead of each weight.
     """
 
@@ -68,6 +71,7 @@ class PackedTile:
     stages: int = 3
     block_m: int = 1
     scales_sums: bool = True
+    ahead: int = 1
 
 
 @triton.jit
@@ -143,6 +147,17 @@ def _load_rows(weight, first, k, num_rows, K: tl.constexpr, BITS: tl.constexpr,
     for i in tl.static_range(BLOCK_N):
         rows = rows + (_load_row(weight, first + i, k, num_rows, K, BITS, GROUP, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
+
+
+@triton.jit
+def _load_ahead(weight, first, num_rows, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """`_load_rows` of each of the first tiles, so many as are on the way at once."""
+    tiles = ()
+    for i in tl.static_range(AHEAD):
+        rows = _load_rows(weight, first, i * BLOCK_K, num_rows, K, BITS, GROUP, BLOCK_N, BLOCK_K)
+        tiles = tiles + (rows,)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
 
 
 @triton.jit
@@ -262,37 +277,6 @@ def _columns(k, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _wide_nibbles(codes):
-    """128 + the lower halves, and 128 + the upper halves, fp32: put into the mantissa of 128."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 a; "
-        "shl.b32 a, $8, 16; lop3.b32 $0, a, 0x000f0000, 0x43000000, 0xEA; "
-        "shl.b32 a, $8, 8; lop3.b32 $1, a, 0x000f0000, 0x43000000, 0xEA; "
-        "lop3.b32 $2, $8, 0x000f0000, 0x43000000, 0xEA; "
-        "shr.b32 a, $8, 8; lop3.b32 $3, a, 0x000f0000, 0x43000000, 0xEA; "
-        "shl.b32 a, $8, 12; lop3.b32 $4, a, 0x000f0000, 0x43000000, 0xEA; "
-        "shl.b32 a, $8, 4; lop3.b32 $5, a, 0x000f0000, 0x43000000, 0xEA; "
-        "shr.b32 a, $8, 4; lop3.b32 $6, a, 0x000f0000, 0x43000000, 0xEA; "
-        "shr.b32 a, $8, 12; lop3.b32 $7, a, 0x000f0000, 0x43000000, 0xEA; }",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes],
-        dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _wide_bytes(codes):
-    """384 + signed codes, fp32."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 a, w; xor.b32 w, $4, 0x80808080; "
-        "shl.b32 a, w, 15; lop3.b32 $0, a, 0x007f8000, 0x43800000, 0xEA; "
-        "shl.b32 a, w, 7; lop3.b32 $1, a, 0x007f8000, 0x43800000, 0xEA; "
-        "shr.b32 a, w, 1; lop3.b32 $2, a, 0x007f8000, 0x43800000, 0xEA; "
-        "shr.b32 a, w, 9; lop3.b32 $3, a, 0x007f8000, 0x43800000, 0xEA; }",
-        "=&r,=&r,=&r,=&r,r", [codes], dtype=tl.float32, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
 def _load_inputs(x, k, K: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
                  NUM_GROUPS: tl.constexpr):  # fmt: skip
     """One token's inputs in fp32 as codes lie, [groups, lanes]: of 4 bits those of the lower
@@ -310,38 +294,147 @@ def _load_inputs(x, k, K: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
+def _in_parts(each, PART: tl.constexpr):
+    """[groups, lanes] as [groups, parts, PART lanes], which one thread has."""
+    GROUPS: tl.constexpr = each.shape[0]  # noqa: N806
+    return tl.reshape(each, [GROUPS, each.shape[1] // PART, PART])
+
+
+@triton.jit
+def _fixed(parts, times, SHAPE: tl.constexpr):
+    """As 16-bit integers, [groups, lanes]: a number that small is one in the lowest bits, once it
+    is added to 1.5 * 2^23."""
+    shifted = parts * times + 12582912.0
+    return tl.reshape(shifted.to(tl.int32, bitcast=True).to(tl.int16), SHAPE)
+
+
+@triton.jit
+def _fixed_inputs(inputs, BITS: tl.constexpr, PART: tl.constexpr):
+    """What `_load_inputs` gives, as integers of 16 bits with a scale for each part of a group; and
+    of parts, [groups, parts], the sums of integers, int32, the scale, and the sums of inputs."""
+    low, high, _ = inputs
+    SHAPE: tl.constexpr = low.shape  # noqa: N806
+    low = _in_parts(low, PART)
+    peaks, sums = tl.max(tl.abs(low), 2), tl.sum(low, 2)
+    if BITS == 4:
+        high = _in_parts(high, PART)
+        peaks = tl.maximum(peaks, tl.max(tl.abs(high), 2))
+        sums += tl.sum(high, 2)
+    scales = tl.maximum(peaks, LEAST_PEAK) * (1 / MOST_FIXED)
+    times = (1.0 / scales)[:, :, None]
+    low = _fixed(low, times, SHAPE)
+    wide, high_fixed = low.to(tl.int32), low
+    if BITS == 4:
+        high_fixed = _fixed(high, times, SHAPE)
+        wide += high_fixed.to(tl.int32)
+    # What is no number stays so, where a maximum passes over it.
+    return low, high_fixed, tl.sum(_in_parts(wide, PART), 2), scales + 0.0 * sums, sums
+
+
+@triton.jit
+def _fixed_products(codes, low, high, BITS: tl.constexpr, FAST: tl.constexpr):
+    """Of codes [groups, lanes] and the integers that they meet, int32: right once lanes are added
+    up, as those of four lanes are in the first of these."""
+    if FAST and BITS == 4:
+        products = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; and.b32 a, $4, 0x0f0f0f0f; shr.u32 b, $4, 4; "
+            "and.b32 b, b, 0x0f0f0f0f; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+            "dp2a.lo.s32.u32 $0, $5, a, $1; dp2a.hi.s32.u32 $0, $6, a, $0; "
+            "dp2a.lo.s32.u32 $0, $7, b, $0; dp2a.hi.s32.u32 $0, $8, b, $0; }",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r", [codes, low, high],
+            dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif FAST:
+        products = tl.inline_asm_elementwise(
+            "mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+            "dp2a.lo.s32.s32 $0, $5, $4, $1; dp2a.hi.s32.s32 $0, $6, $4, $0;",
+            "=&r,=&r,=&r,=&r,r,r,r", [codes, low], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif BITS == 4:
+        products = (codes & 15).to(tl.int32) * low + (codes >> 4).to(tl.int32) * high
+    else:
+        products = codes.to(tl.int32) * low
+    return products
+
+
+@triton.jit
+def _dot_fixed_row(tile, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+                   HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr,
+                   PART: tl.constexpr):  # fmt: skip
+    """As `_dot_row`, of `_fixed_inputs`, which is exact within a part; parts are yet to be added
+    up, [groups, parts]."""
+    codes, scales, zeros, shifts = tile
+    low, high, fixed_sums, input_scales, input_sums = inputs
+    found = tl.sum(_in_parts(_fixed_products(codes, low, high, BITS, FAST), PART), 2)
+    GROUPS: tl.constexpr = found.shape[0]  # noqa: N806
+    if HAS_ZERO:
+        found -= tl.reshape(zeros, [GROUPS, 1]).to(tl.int32) * fixed_sums
+    elif MIDDLE > 0:
+        found -= MIDDLE * fixed_sums
+    sums = found.to(tl.float32) * (tl.reshape(scales, [GROUPS, 1]) * input_scales)
+    if HAS_SHIFT:
+        sums = sums + tl.reshape(shifts, [GROUPS, 1]) * input_sums
+    return sums
+
+
+@triton.jit
+def _side_by_side(rows, NUM: tl.constexpr):
+    """A tuple of NUM (1, 2, 4 or 8) tensors [groups, parts] as one, [groups * parts, NUM]."""
+    if NUM == 1:
+        found = rows[0]
+    elif NUM == 2:
+        found = tl.join(rows[0], rows[1])
+    elif NUM == 4:
+        found = tl.join(tl.join(rows[0], rows[2]), tl.join(rows[1], rows[3]))
+    else:
+        first = tl.join(tl.join(rows[0], rows[4]), tl.join(rows[2], rows[6]))
+        second = tl.join(tl.join(rows[1], rows[5]), tl.join(rows[3], rows[7]))
+        found = tl.join(first, second)
+    return tl.reshape(found, [rows[0].numel, NUM])
+
+
+@triton.jit
+def _dot_fixed_rows(acc, tiles, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+                    HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr,
+                    PART: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """acc + products of rows with one token, in parts, [groups * parts, outputs]."""
+    rows = ()
+    for i in tl.static_range(BLOCK_N):
+        row = _dot_fixed_row(tiles[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, PART)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+    return acc + _side_by_side(rows, BLOCK_N)
+
+
+@triton.jit
 def _dot_rows(acc, tiles, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
               HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr,
-              BLOCK_N: tl.constexpr):  # fmt: skip
-    """acc [outputs] + products of rows with one token."""
-    for i in tl.static_range(BLOCK_N):
-        row = _dot_row(tiles[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST)
-        acc += tl.where(tl.arange(0, BLOCK_N) == i, row, 0.0)
+              FIXED: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """acc [outputs] + products of rows with one token; if FIXED as `_dot_fixed_rows`."""
+    if FIXED:
+        acc = _dot_fixed_rows(acc, tiles, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, PART,
+                              BLOCK_N)  # fmt: skip
+    else:
+        for i in tl.static_range(BLOCK_N):
+            row = _dot_row(tiles[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE)
+            acc += tl.where(tl.arange(0, BLOCK_N) == i, row, 0.0)
     return acc
 
 
 @triton.jit
 def _dot_row(tile, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+             HAS_SHIFT: tl.constexpr, MIDDLE: tl.constexpr):  # fmt: skip
     """The product of a row with one token, summed up in groups first."""
     codes, scales, zeros, shifts = tile
     low_x, high_x, input_sums = inputs
-    BASE: tl.constexpr = 0 if not FAST else (128 if BITS == 4 else 384)  # noqa: N806
     if BITS == 4:
-        if FAST:
-            low, high = _wide_nibbles(codes)
-        else:
-            low, high = (codes & 15).to(tl.float32), (codes >> 4).to(tl.float32)
-        products = low * low_x + high * high_x
-    elif FAST:
-        products = _wide_bytes(codes) * low_x
+        products = (codes & 15).to(tl.float32) * low_x + (codes >> 4).to(tl.float32) * high_x
     else:
         products = widened(codes, tl.float32) * low_x
     sums = tl.sum(products, 1)[None, :]
     if HAS_ZERO:
-        sums = sums - (zeros + BASE) * input_sums
-    elif MIDDLE + BASE > 0:
-        sums = sums - (MIDDLE + BASE) * input_sums
+        sums = sums - zeros * input_sums
+    elif MIDDLE > 0:
+        sums = sums - MIDDLE * input_sums
     sums = sums * scales
     if HAS_SHIFT:
         sums = sums + shifts * input_sums
@@ -349,7 +442,7 @@ def _dot_row(tile, inputs, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
 
 
 @triton.jit
-def _packed_vector_kernel(
+def _packed_vector_kernel(  # noqa: C901
     x,  # [K]
     codes,  # [rows, bytes]: num_outputs rows; if GATE gates, then as many ups
     scale,  # [rows, groups]
@@ -359,10 +452,13 @@ def _packed_vector_kernel(
     bias, residual, squares, next_weight, out, weighed, next_squares,  # as in `skinny_linear`
     num_outputs, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    MIDDLE: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+    MIDDLE: tl.constexpr, FAST: tl.constexpr, FIXED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: products and sums in fp32, without tensor cores."""
+    """One token, without tensor cores: by integers, or (unless FIXED) in fp32. Of codes that are
+    integers, inputs of half precision become such of 16 bits, which lose less than they had:
+    products are then two to an instruction, and codes need not become floats."""
     if PDL:
         gdc_launch_dependents()
     weight = (codes, scale, zero, shift, super_scale, super_shift)
@@ -370,32 +466,47 @@ def _packed_vector_kernel(
     HAS_SHIFT: tl.constexpr = shift is not None  # noqa: N806
     LANES: tl.constexpr = min(GROUP, BLOCK_K) * BITS // 8  # noqa: N806
     NUM_GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP)  # noqa: N806
+    PART: tl.constexpr = min(16, LANES)  # noqa: N806  # bytes that a thread loads at once
     first = tl.program_id(0) * BLOCK_N
     outputs = first + tl.arange(0, BLOCK_N)
     # Rows past the gates are ups, and past those nothing is stored.
-    tiles = _load_rows(weight, first, 0, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
+    tiles = _load_ahead(weight, first, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K, AHEAD)
     if GATE is not None:
-        ups = _load_rows(weight, first + num_outputs, 0, 2 * num_outputs, K, BITS, GROUP,
-                         BLOCK_N, BLOCK_K)  # fmt: skip
+        ups = _load_ahead(weight, first + num_outputs, 2 * num_outputs, K, BITS, GROUP, BLOCK_N,
+                          BLOCK_K, AHEAD)  # fmt: skip
     if PDL:
         gdc_wait()
     tokens = tl.arange(0, 1)
     if squares is not None:
         parts = load_squares(squares, tokens, 1, PARTS)
-    inputs = _load_inputs(x, 0, K, BITS, LANES, NUM_GROUPS)
-    acc = tl.zeros([BLOCK_N], tl.float32)
+    if FIXED:
+        acc = tl.zeros([NUM_GROUPS * (LANES // PART), BLOCK_N], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_N], tl.float32)
     up = acc
-    acc = _dot_rows(acc, tiles, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
-    if GATE is not None:
-        up = _dot_rows(up, ups, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
-    for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+    for i in tl.static_range(AHEAD):
+        inputs = _load_inputs(x, i * BLOCK_K, K, BITS, LANES, NUM_GROUPS)
+        if FIXED:
+            inputs = _fixed_inputs(inputs, BITS, PART)
+        acc = _dot_rows(acc, tiles[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, FIXED,
+                        PART, BLOCK_N)  # fmt: skip
+        if GATE is not None:
+            up = _dot_rows(up, ups[i], inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, FIXED,
+                           PART, BLOCK_N)  # fmt: skip
+    for k in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         more = _load_rows(weight, first, k, num_outputs, K, BITS, GROUP, BLOCK_N, BLOCK_K)
         inputs = _load_inputs(x, k, K, BITS, LANES, NUM_GROUPS)
-        acc = _dot_rows(acc, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
+        if FIXED:
+            inputs = _fixed_inputs(inputs, BITS, PART)
+        acc = _dot_rows(acc, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, FIXED, PART,
+                        BLOCK_N)  # fmt: skip
         if GATE is not None:
             more = _load_rows(weight, first + num_outputs, k, 2 * num_outputs, K, BITS, GROUP,
                               BLOCK_N, BLOCK_K)  # fmt: skip
-            up = _dot_rows(up, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, BLOCK_N)
+            up = _dot_rows(up, more, inputs, BITS, HAS_ZERO, HAS_SHIFT, MIDDLE, FAST, FIXED, PART,
+                           BLOCK_N)  # fmt: skip
+    if FIXED:
+        acc, up = tl.sum(acc, 0), tl.sum(up, 0)
     acc, up = acc[None, :], up[None, :]
     if squares is not None:
         acc, up = scaled_by_norm(acc, up, parts, K, eps)
@@ -745,6 +856,8 @@ def tile_for(
     itemsize: bytes of a token's input.
     """
     if num_tokens == 1:
+        if is_fixed(weight, itemsize):
+            return _fixed_vector_tile(num_outputs, weight, gated=gated)
         return _vector_tile(weight, gated=gated)
     if not _has_whole_groups(weight):
         return _tile_of_parts(num_tokens, num_outputs, weight, gated=gated)
@@ -761,6 +874,25 @@ def tile_for(
     room = (2 if is_wide else 4) * num_multiprocessors(weight.codes.device) // num_programs
     splits = min(room, weight.inputs // (4 * block_k), 8)
     return PackedTile(block_n, block_k, warps, _power_of_2_within(splits), stages, block_m)
+
+
+def is_fixed(weight: PackedWeight, itemsize: int) -> bool:
+    """Whether one token's inputs, of so many bytes, become integers to be multiplied."""
+    return weight.codes.dtype != torch.float8_e4m3fn and itemsize == 2
+
+
+def _fixed_vector_tile(num_outputs: int, weight: PackedWeight, *, gated: bool) -> PackedTile:
+    """Of one token whose inputs become integers, which is done once for all rows of a tile."""
+    inputs = max(32, triton.next_power_of_2(weight.inputs))
+    if num_outputs >= MIN_HEAD and (weight.bits == 8 or inputs <= 1024):
+        return PackedTile(8, min(inputs, 1024), warps=2)
+    if inputs <= 1024:
+        return PackedTile(2, inputs, warps=4)
+    if gated:
+        return PackedTile(4, min(inputs, 4096), warps=4)
+    if inputs <= 4096:
+        return PackedTile(8, inputs, warps=4)
+    return PackedTile(8, 4096, warps=8) if weight.bits == 4 else PackedTile(8, 2048, warps=4)
 
 
 def _vector_tile(weight: PackedWeight, *, gated: bool) -> PackedTile:
@@ -924,9 +1056,11 @@ def _launch(
         "num_warps": tile.warps,
     }  # fmt: skip
     if num_tokens == 1 and tile.block_m == 1:
-        fast = not INTERPRETED and weight.codes.dtype != torch.float8_e4m3fn
-        fast = fast and x.dtype != torch.float32
-        _packed_vector_kernel[(num_n,)](x, *tensors, num_outputs, eps, FAST=fast, **options)
+        _packed_vector_kernel[(num_n,)](
+            x, *tensors, num_outputs, eps,
+            FIXED=is_fixed(weight, x.itemsize), FAST=not INTERPRETED,
+            AHEAD=min(tile.ahead, triton.cdiv(num_inputs, tile.block_k)), **options,
+        )  # fmt: skip
         return out
     num_tiles = triton.cdiv(triton.cdiv(num_inputs, tile.block_k), tile.splits)
     splits = triton.cdiv(num_inputs, tile.block_k * num_tiles)

@@ -19,10 +19,17 @@ from nanovllm.worker.kernels.triton.fp8_linear import (
     group_add,
     group_gated,
     group_linear,
+    row_add,
+    row_linear,
 )
 from nanovllm.worker.kernels.triton.gated_linear import can_gate, gated_linear
 from nanovllm.worker.kernels.triton.launch import converts_fp8
-from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, are_grouped, beats_cublas
+from nanovllm.worker.kernels.triton.linear_tuning import (
+    MAX_TOKENS,
+    are_grouped,
+    are_rows,
+    beats_cublas,
+)
 from nanovllm.worker.kernels.triton.packed_linear import (
     can_multiply,
     fewest_unpacked,
@@ -288,7 +295,22 @@ class Fp8Products(SkinnyProducts):
         return group_add(inner, down, hidden, next_norm=weight_of(next_norm))
 
     def wide(self, x: Tensor, linear: Linear, norm: RMSNorm | None = None) -> Tensor:
+        if are_rows(len(x), linear.weight):
+            return row_linear(quantize(x, norm), linear, x.dtype)
         return _multiply_fp8(linear, quantize(x, norm), x)
+
+    def wide_add(self, x: Tensor, linear: Linear, residual: Tensor) -> Residual:
+        if are_rows(len(x), linear.weight):
+            return row_add(quantize(x), linear, residual)
+        return super().wide_add(x, linear, residual)
+
+    def gated(
+        self, residual: Residual, norm: RMSNorm | None, linear: Linear, activation: Activation
+    ) -> Tensor | None:
+        hidden = residual.hidden
+        if are_rows(len(hidden), linear.weight):
+            return row_linear(quantize(hidden, norm), linear, hidden.dtype, gate=activation)
+        return super().gated(residual, norm, linear, activation)
 
     def gated_linear_add(
         self,
