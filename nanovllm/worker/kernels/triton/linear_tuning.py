@@ -155,7 +155,7 @@ def fp8_group_tile_for(num_outputs: int, num_inputs: int, *, gated: bool) -> Til
 def fp8_row_tile_for(num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
     """Of tokens that come quantized with a scale each, measured on an H200 with Qwen3-8B."""
     num_n = triton.cdiv(num_outputs, 64)
-    splits = 1 if gated else max(1, FULL // num_n, 2 * (num_n < FULL))
-    block_k = 256 if num_n * splits <= FULL and not gated else 128
+    splits = 1 if gated else max(1, FULL // num_n)
+    block_k = 128 if gated else 256
     num_tiles = triton.cdiv(num_inputs, block_k * splits)
     return Tile(64, block_k, num_tiles, warps=4, stages=4, block_m=64)

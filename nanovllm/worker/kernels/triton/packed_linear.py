@@ -44,6 +44,7 @@ MIN_GROUP = {4: UNIT, 8: HALF}  # of 4 bits the halves of a unit share scales
 MIN_WHOLE_GROUP = 64
 MAX_SCALED_SUMS = 32  # tokens; of more, weights get their scales
 MIN_HEAD = 2**15  # outputs: of a head, or as many
+FEW_OUTPUTS = 4096  # are fewer than programs of a few rows need to fill a GPU
 MOST_FIXED = tl.constexpr(32767.0)
 MAX_STAGED_BYTES = 96 * 2**10  # of shared memory; an Ada has 99 KiB of it for a program
 SUPER_GROUP = tl.constexpr(_SUPER_GROUP)
@@ -883,16 +884,20 @@ def is_fixed(weight: PackedWeight, itemsize: int) -> bool:
 
 def _fixed_vector_tile(num_outputs: int, weight: PackedWeight, *, gated: bool) -> PackedTile:
     """Of one token whose inputs become integers, which is done once for all rows of a tile."""
-    inputs = max(32, triton.next_power_of_2(weight.inputs))
-    if num_outputs >= MIN_HEAD and (weight.bits == 8 or inputs <= 1024):
-        return PackedTile(8, min(inputs, 1024), warps=2)
-    if inputs <= 1024:
-        return PackedTile(2, inputs, warps=4)
+    inputs, is_int4 = max(32, triton.next_power_of_2(weight.inputs)), weight.bits == 4
+    if inputs <= 1024 or (num_outputs >= MIN_HEAD and not is_int4):
+        return PackedTile(4 if gated else 8, min(inputs, 1024), warps=2)
+    if gated and is_int4 and weight.zero is not None:
+        return PackedTile(4, min(inputs, 4096), warps=2)
     if gated:
-        return PackedTile(4, min(inputs, 4096), warps=4)
-    if inputs <= 4096:
-        return PackedTile(8, inputs, warps=4)
-    return PackedTile(8, 4096, warps=8) if weight.bits == 4 else PackedTile(8, 2048, warps=4)
+        return PackedTile(8 if is_int4 else 4, min(inputs, 4096), warps=4)
+    if inputs > 4096 and is_int4:
+        return PackedTile(8, 4096, warps=8, ahead=4)
+    if inputs > 4096:
+        return PackedTile(8, 2048, warps=4)
+    if num_outputs < FEW_OUTPUTS:
+        return PackedTile(4, 1024, warps=2, ahead=4)
+    return PackedTile(8, inputs, warps=4)
 
 
 def _vector_tile(weight: PackedWeight, *, gated: bool) -> PackedTile:
