@@ -231,7 +231,7 @@ def test_what_is_known_of_a_grammar_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     for name in ("nested", "optional", "any"):
         first = compile_(SCHEMAS[name])
         known = first.family.known
-        for _ in range(20):
+        for _ in range(5):
             pairs = [(first.copy(), unkept(first.copy())) for _ in range(4)]
             for _ in range(40):
                 left = []
@@ -251,6 +251,30 @@ def test_what_is_known_of_a_grammar_is_bounded(monkeypatch: pytest.MonkeyPatch) 
                     assert counted <= known._size <= most + at_once
                 pairs = left
     assert any(later < earlier for earlier, later in pairwise(sizes))
+
+
+def test_what_has_been_forgotten_is_not_held_by_outputs_that_go_on() -> None:
+    """Where they are is theirs; where that led is not."""
+    first = compile_(SCHEMAS["nested"])
+    known, matchers = first.family.known, [first.copy()]
+    for token_id in encode('{"a":[{"c":"ab"},{'):
+        matchers.append(matchers[-1].copy())
+        assert matchers[-1].accept(token_id)
+    nodes = [one.state.node for one in matchers if one.state is not None]
+    contexts = [one.context for one in matchers if one.context is not None]
+    states = [one.state for one in matchers if one.state is not None]
+    assert len(states) == len(contexts) == len(matchers)
+    assert any(one.after for one in nodes) and any(one.turns for one in contexts)
+    assert any(one.next for one in states)
+    known._forget()
+    assert not any(one.after for one in nodes) and not any(one.turns for one in contexts)
+    assert not any(one.next for one in states) and known._size == 0
+    for token_id in encode('"c":""}]'):
+        assert matchers[-1].accept(token_id)
+    word = COMPILER.compile(StructuredOutputsParams(regex="[ab]+")).matcher()
+    assert word.accept(encode("a")[0]) and word.family.known.first.next
+    word.family.known._forget()
+    assert not word.family.known.first.next
 
 
 def test_tokens_of_which_llguidance_has_yet_to_hear_are_bounded(
