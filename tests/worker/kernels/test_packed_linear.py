@@ -25,6 +25,7 @@ from nanovllm.worker.kernels.triton.packed_linear import (
     PackedTile,
     can_multiply,
     fewest_unpacked,
+    has_fixed_lanes,
     packed_add,
     packed_linear,
     unpacked,
@@ -215,9 +216,9 @@ def test_half_precision(dtype: torch.dtype, num_tokens: int) -> None:
     "tile",
     [
         PackedTile(8, 1024, warps=2),
-        PackedTile(4, 128, warps=4, ahead=3),
-        PackedTile(2, 256, warps=4),
-        PackedTile(1, 128, warps=4, ahead=9),
+        PackedTile(4, 512, warps=2, ahead=3),
+        PackedTile(2, 256, warps=1),
+        PackedTile(1, 256, warps=1, ahead=9),
     ],
 )
 def test_one_token_becomes_integers(kind: str, group: int, tile: PackedTile) -> None:
@@ -232,6 +233,19 @@ def test_one_token_becomes_integers(kind: str, group: int, tile: PackedTile) -> 
     assert_near(found, ACTIVATIONS["silu"](gate) * up, 4e-3)
     x[0, 77] = torch.nan
     assert packed_linear(x, linear, tile=tile).isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "tile", [PackedTile(4, 128, warps=4, ahead=3), PackedTile(2, 256, warps=4)]
+)
+def test_threads_of_too_few_codes_multiply_floats(kind: str, tile: PackedTile) -> None:
+    """As those of models with few inputs are: an instruction takes four codes of a thread."""
+    linear = packed(kind, 32, (18, 640))
+    assert not has_fixed_lanes(tile, weight_of(linear).bits)
+    x = torch.randn(1, 640, device=DEVICE).half()
+    expected = x.double() @ meaning(linear).T
+    assert_near(packed_linear(x, linear, tile=tile), expected, 1e-3)
 
 
 @pytest.mark.parametrize("name", GGUF_FORMATS)

@@ -878,8 +878,13 @@ def tile_for(
 
 
 def is_fixed(weight: PackedWeight, itemsize: int) -> bool:
-    """Whether one token's inputs, of so many bytes, become integers to be multiplied."""
+    """Whether one token's inputs, of so many bytes, may become integers to be multiplied."""
     return weight.codes.dtype != torch.float8_e4m3fn and itemsize == 2
+
+
+def has_fixed_lanes(tile: PackedTile, bits: int) -> bool:
+    """Whether each thread has the four bytes that one instruction of `_fixed_products` takes."""
+    return tile.block_k * bits // 8 >= 4 * 32 * tile.warps
 
 
 def _fixed_vector_tile(num_outputs: int, weight: PackedWeight, *, gated: bool) -> PackedTile:
@@ -1063,7 +1068,8 @@ def _launch(
     if num_tokens == 1 and tile.block_m == 1:
         _packed_vector_kernel[(num_n,)](
             x, *tensors, num_outputs, eps,
-            FIXED=is_fixed(weight, x.itemsize), FAST=not INTERPRETED,
+            FIXED=is_fixed(weight, x.itemsize) and has_fixed_lanes(tile, weight.bits),
+            FAST=not INTERPRETED,
             AHEAD=min(tile.ahead, triton.cdiv(num_inputs, tile.block_k)), **options,
         )  # fmt: skip
         return out

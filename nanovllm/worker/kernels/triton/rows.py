@@ -152,6 +152,8 @@ def add_normed(
         product, residual, norm.weight, None if next_norm is None else next_norm.weight, out,
         norm.eps, 0.0 if next_norm is None else next_norm.eps, size,
         BLOCK=block, CENTERS=norm.centers, NEXT_CENTERS=next_norm is not None and next_norm.centers,
+        # Else a product of half precision and the sum after it become one, which rounds once.
+        enable_fp_fusion=False,
         num_warps=num_warps_for(block), **launch_options(product.device),
     )  # fmt: skip
     return out
