@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from nanovllm.worker.kernels.triton.layer_kernels import WEIGHED_SUMS, TritonKer
 from nanovllm.worker.kernels.triton.row_exchange import MOST_TOKENS, RowExchange
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import TensorParallel
+from tests.worker.kernels.rank_processes import found_by_ranks
 
-WAIT_S = 600.0  # only a fault takes that long: interpreters import torch, and go through loops
 # In turns, so that programs meet regions that others have written to: rows, columns. All but the
 # largest are sent in words.
 SHAPES = ((1, 64), (3, 1500), (1, 2100), (5, 4000), (2, 64), (70, 16), (20, 24), (1, 5))
@@ -94,30 +93,7 @@ def test_ranks_that_write_to_each_other_get_the_same_sums(
 ) -> None:
     """Epochs run over, too: flags then stand where the last launch has left them."""
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
-    memories = [
-        torch.zeros(num_bytes(size), dtype=torch.uint8).share_memory_() for _ in range(size)
-    ]
-    for memory in memories:
-        memory[: MAX_PROGRAMS * size * 4].view(torch.int32).fill_(epoch)
-    context = get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    ranks = [
-        context.Process(target=run_rank, args=(rank, memories, epoch, answer), daemon=True)
-        for rank, (_, answer) in enumerate(pipes)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        for _, answer in pipes:
-            answer.close()
-        answers = []
-        for mine, _ in pipes:
-            assert mine.poll(WAIT_S)
-            answers.append([torch.from_numpy(array) for array in mine.recv()])
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+    answers = found_by_ranks(run_rank, size, num_bytes=num_bytes(size), epoch=epoch)
     wanted = expected(size)
     assert len(answers[0]) == len(wanted)
     for found in answers:

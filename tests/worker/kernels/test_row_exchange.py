@@ -4,7 +4,6 @@ it."""
 import os
 import sys
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from torch import Tensor
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
 from nanovllm.worker.kernels.triton import products
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
-from nanovllm.worker.kernels.triton.row_exchange import MAX_PROGRAMS, RowExchange, bytes_of
+from nanovllm.worker.kernels.triton.row_exchange import RowExchange, bytes_of
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
 from nanovllm.worker.parallel import Cut, TensorParallel
+from tests.worker.kernels.rank_processes import found_by_ranks
 
-WAIT_S = 600.0  # only a fault takes that long: interpreters import torch, and go through loops
 MAX_TOKENS, SPLIT_FROM, HIDDEN = 20, 4, 24
 # Some whose products lie at the rank that made them, and some where they are added up; in turns,
 # and so that the last rank has fewer rows than others, or none.
@@ -90,29 +89,8 @@ def test_ranks_add_up_rows_for_each_other(
 ) -> None:
     """Epochs run over, too."""
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
-    num_bytes = bytes_of(size, torch.empty(HIDDEN), MAX_TOKENS)
-    memories = [torch.zeros(num_bytes, dtype=torch.uint8).share_memory_() for _ in range(size)]
-    for memory in memories:
-        memory[: MAX_PROGRAMS * size * 4].view(torch.int32).fill_(epoch)
-    context = get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    ranks = [
-        context.Process(target=run_rank, args=(rank, memories, epoch, answer), daemon=True)
-        for rank, (_, answer) in enumerate(pipes)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        for _, answer in pipes:
-            answer.close()
-        answers = []
-        for mine, _ in pipes:
-            assert mine.poll(WAIT_S)
-            answers.append([torch.from_numpy(array) for array in mine.recv()])
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+    memory = bytes_of(size, torch.empty(HIDDEN), MAX_TOKENS)
+    answers = found_by_ranks(run_rank, size, num_bytes=memory, epoch=epoch)
     for number, found in enumerate(answers):
         for mine, first, right in zip(found, answers[0], expected(number, size), strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
