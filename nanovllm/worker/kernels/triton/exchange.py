@@ -14,11 +14,18 @@ from typing import Any, Self
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, distributed
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.worker.kernels.triton.launch import launch_options
-from nanovllm.worker.kernels.triton.row_exchange import MOST_TOKENS, RowExchange
+from nanovllm.worker.kernels.triton.row_exchange import (
+    MOST_TOKENS,
+    RowExchange,
+    await_flag,
+    numbers_at,
+    open_memory,
+    raise_flags,
+)
 from nanovllm.worker.kernels.triton.rows import normed_row, num_warps_for
 from nanovllm.worker.layers.norm import RMSNorm
 
@@ -28,12 +35,6 @@ SLOT_BYTES = 16384  # what a program sends at most
 WORDED_BYTES = 2**16  # of the largest message that is sent in words
 MIN_BLOCK = 256  # a warp: nothing is waited for within a program
 ROWS_FROM_BYTES = 2**19  # the least sum that may go by rows
-
-
-@triton.jit
-def _at(address, DTYPE: tl.constexpr):
-    """A pointer to a slot, all of which lie so that 16 bytes can be moved at once."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -90,16 +91,11 @@ def _reduce_kernel(
         if peer != RANK:
             slot = tl.load(addresses + peer) + half + (RANK * NUM_SLOTS + program) * SLOT
             if WORDED:
-                tl.store(_at(slot, tl.int64) + lanes, _words(mine, epoch), inside)
+                tl.store(numbers_at(slot, tl.int64) + lanes, _words(mine, epoch), inside)
             else:
-                tl.store(_at(slot, dtype) + lanes, mine, inside)
+                tl.store(numbers_at(slot, dtype) + lanes, mine, inside)
     if not WORDED:
-        tl.debug_barrier()  # the flag is raised by one thread, behind what all have written
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                flag = tl.load(addresses + peer) + (program * SIZE + RANK) * 4
-                flag = flag.to(tl.pointer_type(tl.int32))
-                tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+        raise_flags(addresses, program, epoch, RANK, SIZE)
     own = tl.load(addresses + RANK)
     total = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(SIZE):
@@ -107,17 +103,14 @@ def _reduce_kernel(
         if peer == RANK:
             total += mine.to(tl.float32)
         elif WORDED:
-            words = tl.load(_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
+            words = tl.load(numbers_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
             while tl.max((inside & ((words >> 32).to(tl.int32) != epoch)).to(tl.int32), 0) > 0:
-                words = tl.load(_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
+                words = tl.load(numbers_at(slot, tl.int64) + lanes, inside, other=0, volatile=True)
             total += _numbers(words, dtype)
         else:
-            flag = (own + (program * SIZE + peer) * 4).to(tl.pointer_type(tl.int32))
-            # A difference, since epochs run over.
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
+            await_flag(own, program, peer, epoch, SIZE)
             tl.debug_barrier()
-            theirs = tl.load(_at(slot, dtype) + lanes, inside, other=0.0, volatile=True)
+            theirs = tl.load(numbers_at(slot, dtype) + lanes, inside, other=0.0, volatile=True)
             total += theirs.to(tl.float32)
     tl.store(epochs + program, epoch)
     total = total.to(dtype)
@@ -153,15 +146,7 @@ class Exchange:
     def open(cls, rank: int, size: int, device: torch.device) -> Self:
         """Of the default group, all of whose ranks call it. Raises `RuntimeError` where GPUs cannot
         reach each other's memory."""
-        import torch.distributed._symmetric_memory as symmetric  # reads half of torch
-
-        memory = symmetric.empty(num_bytes(size), dtype=torch.uint8, device=device)
-        group = distributed.group.WORLD
-        assert group is not None
-        mapped = symmetric.rendezvous(memory, group)
-        memory.zero_()
-        torch.cuda.synchronize(device)
-        distributed.barrier()  # nobody sends before all flags are down
+        memory, mapped = open_memory(num_bytes(size), device)
         addresses = torch.tensor(mapped.buffer_ptrs, dtype=torch.int64, device=device)
         epochs = torch.zeros(2, MAX_PROGRAMS, dtype=torch.int32, device=device)
         return cls(rank, addresses, epochs, (memory, mapped))

@@ -28,26 +28,39 @@ SPLIT_FROM = 1024  # tokens of a rank whose products are worth launches of their
 
 
 @triton.jit
-def _rows_at(address, DTYPE: tl.constexpr):
-    """A pointer to rows, which lie so that 16 bytes can be moved at once."""
+def numbers_at(address, DTYPE: tl.constexpr):
+    """A pointer to numbers, which lie so that 16 bytes can be moved at once."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
-def _meet(memories, program, value, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Tells all peers that this program has come so far, behind all that its threads have read and
-    written; returns when theirs of the same number have. Values run over."""
-    tl.debug_barrier()
+def raise_flags(memories, program, value, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Tells all peers of a program that it has come so far, behind all that its threads have read
+    and written: a memory begins with flags, [programs, SIZE] int32, by who raised them."""
+    tl.debug_barrier()  # one thread raises them
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             flag = tl.load(memories + peer) + (program * SIZE + RANK) * 4
             tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")
+
+
+@triton.jit
+def await_flag(own, program, peer, value, SIZE: tl.constexpr):
+    """Returns when that peer has come so far. own: this rank's memory."""
+    flag = (own + (program * SIZE + peer) * 4).to(tl.pointer_type(tl.int32))
+    # A difference, since values run over.
+    while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - value < 0:
+        pass
+
+
+@triton.jit
+def _meet(memories, program, value, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Tells all peers that this program has come so far; returns when they have."""
+    raise_flags(memories, program, value, RANK, SIZE)
     own = tl.load(memories + RANK)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            flag = (own + (program * SIZE + peer) * 4).to(tl.pointer_type(tl.int32))
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - value < 0:
-                pass
+            await_flag(own, program, peer, value, SIZE)
     tl.debug_barrier()
 
 
@@ -88,14 +101,14 @@ def _add_rows_kernel(
                 part = tl.load(memories + RANK) + products + rank * stride
             else:
                 part = tl.load(memories + rank) + products
-            part = tl.load(_rows_at(part, dtype) + places, inside, other=0.0, volatile=True)
+            part = tl.load(numbers_at(part, dtype) + places, inside, other=0.0, volatile=True)
             total += part.to(tl.float32)
         before = tl.load(residual + places, inside, other=0.0).to(tl.float32)
         total = (total.to(dtype).to(tl.float32) + before).to(dtype)
         tl.store(residual + places, total, inside)
         total = normed_row(total, weight, factors, inside, eps, num_columns, CENTERS)
         for rank in tl.static_range(SIZE):
-            out = _rows_at(tl.load(memories + rank) + outs, dtype)
+            out = numbers_at(tl.load(memories + rank) + outs, dtype)
             tl.store(out + places, total, inside)
     _meet(memories, program, epoch + 2, RANK, SIZE)
     tl.store(epochs + program, epoch + 2)
@@ -125,16 +138,8 @@ class RowExchange:
     def open(cls, rank: int, size: int, like: Tensor, *, max_tokens: int, fewest: int) -> Self:
         """Of the default group, all of whose ranks call it. Raises `RuntimeError` where GPUs cannot
         reach each other's memory."""
-        import torch.distributed._symmetric_memory as symmetric  # reads half of torch
-
         num_bytes = bytes_of(size, like, max_tokens)
-        memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        group = distributed.group.WORLD
-        assert group is not None
-        mapped = symmetric.rendezvous(memory, group)
-        memory.zero_()
-        torch.cuda.synchronize(like.device)
-        distributed.barrier()  # nobody raises a flag before all are down
+        memory, mapped = open_memory(num_bytes, like.device)
         memories = [mapped.get_buffer(peer, (num_bytes,), torch.uint8) for peer in range(size)]
         found = cls.over(rank, memories, like, max_tokens=max_tokens, fewest=fewest)
         return replace(found, handle=(memory, mapped))
@@ -213,6 +218,22 @@ class RowExchange:
         """From that byte on of a rank's memory."""
         held = self.memories[rank][start : start + num_rows * self.like.nbytes]
         return held.view(self.like.dtype).view(num_rows, -1)
+
+
+def open_memory(num_bytes: int, device: torch.device) -> tuple[Tensor, Any]:
+    """Zeros, [num_bytes] uint8, of each rank of the default group, all of whose ranks call it, and
+    how they lie in each other's sight. Raises `RuntimeError` where GPUs cannot reach each other's
+    memory."""
+    import torch.distributed._symmetric_memory as symmetric  # reads half of torch
+
+    memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+    group = distributed.group.WORLD
+    assert group is not None
+    mapped = symmetric.rendezvous(memory, group)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    distributed.barrier()  # nobody writes to others before all is zero
+    return memory, mapped
 
 
 def bytes_of(size: int, like: Tensor, max_tokens: int) -> int:
