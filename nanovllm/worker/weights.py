@@ -30,6 +30,7 @@ from nanovllm.worker.layers.linear import UNQUANTIZED, WeightSlot
 from nanovllm.worker.layers.prepacked import can_prepack, prepack
 from nanovllm.worker.layers.rotary import memory_order
 from nanovllm.worker.models.decoder import Decoder
+from nanovllm.worker.pieces import pieces, within
 
 # Tensors that some checkpoints carry though they follow from the config.
 DERIVED_SUFFIXES = (
@@ -250,12 +251,10 @@ def _gguf_pieces(tensor: GGUFTensor, place: Place, *, unit: int) -> Iterator[tup
     *leading, rows, columns = place.index
     first = rows.start + sum(index.start for index in leading) * tensor.shape[-2]
     num_rows = rows.stop - rows.start
-    step = max(1, PIECE_VALUES // (unit * num_columns)) * unit
-    for start in range(0, num_rows, step):
-        end = min(start + step, num_rows)
-        raw = tensor.raw[first + start : first + end]
+    for some in pieces(num_rows, num_columns, most_values=PIECE_VALUES, unit=unit):
+        raw = tensor.raw[within(slice(first, first + num_rows), some)]
         piece = replace(tensor, raw=raw, shape=(len(raw), num_columns))
-        yield _dequantized(piece)[:, columns], slice(start, end)
+        yield _dequantized(piece)[:, columns], some
 
 
 def _dequantized(tensor: GGUFTensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
+from nanovllm.worker.pieces import pieces, within
 from nanovllm.worker.quant.compressed_tensors import scale_slot
-from nanovllm.worker.quant.packed import Packed, per, pieces, unpack_words, within
+from nanovllm.worker.quant.packed import Packed, per, unpack_words
 
 PER_WORD = 8
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of eight outputs in their word

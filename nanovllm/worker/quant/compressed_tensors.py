@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import Packed, per, pieces, signed, unpack_words, within
+from nanovllm.worker.pieces import pieces, within
+from nanovllm.worker.quant.packed import Packed, per, signed, unpack_words
 
 E4M3 = torch.float8_e4m3fn
 

@@ -18,7 +18,8 @@ from nanovllm.checkpoint.quantization import Scheme, WeightFormat
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.packed import Packed, can_pack, pack_bfloat16, pack_gguf
 from nanovllm.worker.layers.linear import Linear, WeightSlot
-from nanovllm.worker.quant.packed import UNIT, PackedWeight, pieces
+from nanovllm.worker.pieces import pieces
+from nanovllm.worker.quant.packed import UNIT, PackedWeight
 
 Q4_0, Q4_1, Q8_0 = 2, 3, 8  # types as GGUF numbers them
 

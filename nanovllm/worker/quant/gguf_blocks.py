@@ -16,7 +16,8 @@ from nanovllm.checkpoint.gguf import GGUFTensor
 from nanovllm.checkpoint.quantization import GGUF_FORMATS, SUPER_GROUP, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import MIDDLE, Packed, pieces, within
+from nanovllm.worker.pieces import pieces, within
+from nanovllm.worker.quant.packed import MIDDLE, Packed
 
 # What the codes of IQ4_NL stand for.
 IQ4_NL = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
+from nanovllm.worker.pieces import pieces, within
 from nanovllm.worker.quant.compressed_tensors import order_slot, scale_slot
-from nanovllm.worker.quant.packed import Packed, per, pieces, signed, unpack_words, within
+from nanovllm.worker.quant.packed import Packed, per, signed, unpack_words
 
 
 class Gptq:

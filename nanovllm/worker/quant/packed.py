@@ -16,13 +16,13 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import SUPER_GROUP, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
+from nanovllm.worker.pieces import pieces, within
 
 KIND = "packed"  # by which kernels know these weights
 UNIT = 32  # inputs of 4 bits that are laid out together: the halves of 16 bytes, as in GGUF
 HALF = UNIT // 2
 MIDDLE = 8  # the zero of 4-bit codes that have none of their own
 PIECE_VALUES = 2**24  # of a weight that are unpacked at a time
-LOADED_VALUES = 2**22  # that are converted at a time, which takes some bytes of each
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -219,9 +219,7 @@ class Packed:
         weight, outputs = self.weight, len(linear.weight)
         x = self.ordered(x)
         out = x.new_empty(len(x), outputs)
-        step = max(1, PIECE_VALUES // weight.inputs)
-        for start in range(0, outputs, step):
-            rows = slice(start, min(start + step, outputs))
+        for rows in pieces(outputs, weight.inputs, most_values=PIECE_VALUES):
             bias = None if linear.bias is None else linear.bias[rows]
             out[:, rows] = F.linear(x, weight.rows(rows).dequantize().to(x.dtype), bias)
         return out
@@ -264,18 +262,6 @@ class Packed:
                 self.put_codes(part, own, columns[:, order])
             self.order = order
         self.orders[part] = order
-
-
-def pieces(num_rows: int, num_columns: int, *, unit: int = 1) -> Iterator[slice]:
-    """All rows, a multiple of `unit` at a time, so that converting a weight takes little memory."""
-    step = max(1, LOADED_VALUES // (unit * max(1, num_columns))) * unit
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
-
-
-def within(rows: slice, piece: slice) -> slice:
-    """A piece of these rows, counted from the first of all."""
-    return slice(rows.start + piece.start, rows.start + piece.stop)
 
 
 def per(cut: Cut, count: int, what: str) -> Cut:

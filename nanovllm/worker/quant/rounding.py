@@ -15,7 +15,8 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import Packed, PackedWeight, pieces
+from nanovllm.worker.pieces import pieces, within
+from nanovllm.worker.quant.packed import Packed, PackedWeight
 
 SMALL_GROUP = 32
 LEAST_SCALE = 2.0**-24  # in float16, too, it is not zero
@@ -43,7 +44,7 @@ def _put(method: Packed, part: str, first: int, values: Tensor, rows: slice) -> 
     """values: of some outputs of the part, which begins at the layer's output `first`."""
     weight, start = method.weight, first + (rows.start or 0)
     for piece in pieces(*values.shape):
-        target = slice(start + piece.start, start + piece.stop)
+        target = within(slice(start, start + len(values)), piece)
         own = values[piece].to(weight.codes.device)
         codes, scale, zero = round_to_nearest(own, weight, method.dtype)
         weight.set_scale(target, scale)

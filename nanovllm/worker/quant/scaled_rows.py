@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.checkpoint.quantization import Scales, WeightFormat
 from nanovllm.worker.layers.linear import Linear, WeightSlot
 from nanovllm.worker.parallel import Cut
-from nanovllm.worker.quant.packed import pieces
+from nanovllm.worker.pieces import pieces
 
 LEAST_PEAK = 1e-12  # of a row: one of zeros has a scale, too
 

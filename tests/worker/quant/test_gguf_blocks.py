@@ -25,7 +25,6 @@ from nanovllm.checkpoint.quantization import (
 )
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.parallel import Cut, TensorParallel
-from nanovllm.worker.quant import packed
 from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.quant.select import method_for
 from nanovllm.worker.weights import Place, _stored_piece
@@ -90,7 +89,7 @@ def test_a_type_is_bit_for_bit_what_gguf_makes_of_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", GGUF_FORMATS)
 def test_a_tensor_is_kept_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LOADED_VALUES", 1200)
+    monkeypatch.setattr("nanovllm.worker.pieces.LOADED_VALUES", 1200)
     tensors = random_tensor(name), random_tensor(name, rows=3)
     expected = torch.cat([torch.from_numpy(tensor.dequantize()) for tensor in tensors])
     assert torch.equal(dequantized(keep(GGUF_FORMATS[name], *tensors)), expected)

@@ -12,7 +12,6 @@ from torch import Tensor
 from nanovllm.checkpoint.locate import Checkpoint
 from nanovllm.checkpoint.quantization import choose_scheme
 from nanovllm.worker.models.decoder import Decoder
-from nanovllm.worker.quant import packed
 from nanovllm.worker.quant.packed import Packed
 from tests.conftest import save_tiny
 from tests.worker.attention.decoding import Driver
@@ -71,7 +70,7 @@ def test_weights_that_are_converted_in_pieces(
 ) -> None:
     """Some rows at a time, as those of large tensors are, so that loading takes little memory."""
     expected = write(plain, tmp_path, *FORMATS[name])
-    monkeypatch.setattr(packed, "LOADED_VALUES", 700)
+    monkeypatch.setattr("nanovllm.worker.pieces.LOADED_VALUES", 700)
     for key, values in loaded(load(tmp_path).model).items():
         assert torch.equal(values.to(expected[key].dtype), expected[key]), key
 

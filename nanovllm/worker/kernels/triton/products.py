@@ -47,6 +47,7 @@ from nanovllm.worker.kernels.triton.rows import (
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.layers.norm import RMSNorm
+from nanovllm.worker.pieces import pieces
 from nanovllm.worker.quant.fp8 import Fp8, QuantizedGroups
 from nanovllm.worker.quant.packed import Packed
 from nanovllm.worker.quant.scaled_rows import QuantizedRows
@@ -211,12 +212,10 @@ class PackedProducts(Products):
         if self._are_few(x, linear):
             return packed_linear(x, linear)
         weight, num_outputs = _packed(linear).weight, len(linear.weight)
-        step = MOST_UNPACKED // weight.inputs // SEGMENT * SEGMENT
-        if num_outputs <= step:
+        if num_outputs * weight.inputs <= MOST_UNPACKED:
             return F.linear(x, unpacked(weight, x.dtype), linear.bias)
         out = x.new_empty(len(x), num_outputs)
-        for start in range(0, num_outputs, step):
-            rows = slice(start, min(start + step, num_outputs))
+        for rows in pieces(num_outputs, weight.inputs, most_values=MOST_UNPACKED, unit=SEGMENT):
             torch.mm(x, unpacked(weight.rows(rows), x.dtype).t(), out=out[:, rows])
         return out if linear.bias is None else out.add_(linear.bias)
 

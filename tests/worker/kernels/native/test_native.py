@@ -10,9 +10,10 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
+from nanovllm.checkpoint.model_size import NATIVE_TYPES
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.kernels.native.library import library
-from nanovllm.worker.kernels.native.packed import pack_bfloat16, pack_gguf
+from nanovllm.worker.kernels.native.packed import can_pack, pack_bfloat16, pack_gguf
 
 if (unusable := native.unusable()) is not None:
     pytest.skip(unusable, allow_module_level=True)
@@ -56,6 +57,11 @@ def multiplied(linear: native.Linear, x: Tensor) -> Tensor:
     out = torch.full((len(x), linear.rows), torch.nan)
     library().nv_linear(ctypes.byref(linear), x.data_ptr(), len(x), out.data_ptr())
     return out
+
+
+def test_a_plan_knows_which_types_are_kept_as_stored() -> None:
+    kept = {kind.name for kind in GGMLType if can_pack(int(kind), 256)}
+    assert kept == {*NATIVE_TYPES, "BF16"}, "which takes as much as what is made half precision"
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
