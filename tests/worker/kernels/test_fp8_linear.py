@@ -1,6 +1,7 @@
 """Products of tokens that come quantized in groups, against float64, and their machine code."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -153,23 +154,37 @@ def test_what_is_added_is_weighed_and_quantized_for_the_next() -> None:
     assert group_add(x, linear, residual).weighed is None
 
 
-@pytest.mark.parametrize("num_tokens", [17, 32])
-def test_a_layer_of_grouped_products(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    """Through the seam: with the same tokens as plain numbers it is as exact as e4m3 is."""
-    monkeypatch.setattr(products, "are_grouped", lambda num_tokens, weight: True)
+class Layer(NamedTuple):
+    """What products through the seam make of a layer, and what they should."""
+
+    norm: RMSNorm
+    gate_up: Linear
+    added: Residual
+    after: Residual
+    expected: Tensor  # of its norm and gate_up, [num_tokens, 768]
+
+
+def run_layer(num_tokens: int) -> Layer:
+    """With the same tokens as plain numbers it is as exact as e4m3 is."""
     norm = RMSNorm(torch.rand(256, device=DEVICE) + 0.5, EPS)
     residual, heads = torch.randn(2, num_tokens, 256, device=DEVICE)
     o, gate_up, down = fp8_linear(256, 256), fp8_linear(768, 256), fp8_linear(256, 384)
     total = residual.double() + product(heads, o)
-    found = KERNELS.linear_add(heads, o, residual, next_norm=norm)
-    near(found.hidden, total, 3e-2)
+    added = KERNELS.linear_add(heads, o, residual, next_norm=norm)
+    near(added.hidden, total, 3e-2)
+    expected = product(normed(total, norm), gate_up)
+    near(KERNELS.norm_linear(added, norm, gate_up), expected, 5e-2)
+    after = KERNELS.mlp(added, norm, gate_up, down, next_norm=None)
+    near(after.hidden, total + product(gated(expected), down), 3e-2)
+    return Layer(norm, gate_up, added, after, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [17, 32])
+def test_a_layer_of_grouped_products(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    monkeypatch.setattr(products, "are_grouped", lambda num_tokens, weight: True)
+    norm, gate_up, found, after, expected = run_layer(num_tokens)
     assert found.weighed is not None and found.weighed.scale is not None
-    near(KERNELS.norm_linear(found, norm, gate_up), product(normed(total, norm), gate_up), 5e-2)
-    near(KERNELS.norm_linear(Residual(found.hidden), norm, gate_up),
-         product(normed(total, norm), gate_up), 5e-2)  # fmt: skip
-    inner = gated(product(normed(total, norm), gate_up))
-    after = KERNELS.mlp(found, norm, gate_up, down, next_norm=None)
-    near(after.hidden, total + product(inner, down), 3e-2)
+    near(KERNELS.norm_linear(Residual(found.hidden), norm, gate_up), expected, 5e-2)
     assert after.weighed is None
     # What is weighed and quantized is of no use to products of another form.
     plain = Linear(torch.randn(40, 256, device=DEVICE) / 16, None, {}, 0)
@@ -210,18 +225,8 @@ def test_products_of_tokens_with_a_scale_each(tile: Tile) -> None:
 def test_a_layer_of_tokens_with_a_scale_each(
     monkeypatch: pytest.MonkeyPatch, num_tokens: int
 ) -> None:
-    """Through the seam, as `test_a_layer_of_grouped_products`."""
     monkeypatch.setattr(products, "are_rows", lambda num_tokens, weight: True)
-    norm = RMSNorm(torch.rand(256, device=DEVICE) + 0.5, EPS)
-    residual, heads = torch.randn(2, num_tokens, 256, device=DEVICE)
-    o, gate_up, down = fp8_linear(256, 256), fp8_linear(768, 256), fp8_linear(256, 384)
-    total = residual.double() + product(heads, o)
-    found = KERNELS.linear_add(heads, o, residual, next_norm=norm)
-    near(found.hidden, total, 3e-2)
-    near(KERNELS.norm_linear(found, norm, gate_up), product(normed(total, norm), gate_up), 5e-2)
-    inner = gated(product(normed(total, norm), gate_up))
-    after = KERNELS.mlp(found, norm, gate_up, down, next_norm=None)
-    near(after.hidden, total + product(inner, down), 3e-2)
+    run_layer(num_tokens)
 
 
 @pytest.mark.parametrize(
