@@ -20,6 +20,7 @@ from string import ascii_lowercase
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from workloads import ASKS
 
@@ -30,7 +31,7 @@ from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.server import CoreServer
 from nanovllm.frontend.tokenizer import Tokenizer as Tokens
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo
+from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo, num_mask_lines
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 VOCAB_SIZE = 151_936
@@ -48,6 +49,8 @@ class InstantExecutor:
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        num_lines = num_mask_lines(vocab_size=vocab_size, max_num_seqs=256)
+        self._words = np.empty((num_lines, -(-vocab_size // 32)), np.uint32)  # of masks, by line
 
     def start(self) -> WorkerInfo:
         return WorkerInfo(
@@ -76,11 +79,18 @@ class InstantExecutor:
 
     def sample(self, step: int, masks: StepMasks | None) -> None:
         if masks is not None:
-            words = np.frombuffer(masks.words, np.uint32).reshape(len(masks.indices), -1)
+            words = self.take(masks)[masks.lines]
             places = words.shape[1] - 1 - (words[:, ::-1] != 0).argmax(1)
             bits = words[np.arange(len(words)), places].tolist()
             for index, place, word in zip(masks.indices, places.tolist(), bits, strict=True):
                 self._result.token_ids[index] = 32 * place + word.bit_length() - 1
+
+    def take(self, masks: StepMasks) -> npt.NDArray[np.uint32]:
+        """The table of masks, with those of this step."""
+        if masks.new_lines:
+            new = np.frombuffer(masks.words, np.uint32).reshape(len(masks.new_lines), -1)
+            self._words[masks.new_lines] = new
+        return self._words
 
     def shutdown(self) -> None:
         pass
@@ -95,8 +105,8 @@ class PickingExecutor(InstantExecutor):
     def sample(self, step: int, masks: StepMasks | None) -> None:
         started, started_cpu = time.perf_counter(), time.thread_time()
         if masks is not None:
-            words = np.frombuffer(masks.words, np.uint8).reshape(len(masks.indices), -1)
-            bits = np.unpackbits(words, axis=1, bitorder="little")
+            words = self.take(masks)[masks.lines]
+            bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
             for line, index in enumerate(masks.indices):
                 allowed = np.flatnonzero(bits[line])
                 self._result.token_ids[index] = int(self.random.choice(allowed))

@@ -82,7 +82,9 @@ def measure(name: str, num_rows: int, vocab_size: int, turns: int) -> tuple[floa
     if name.startswith("mask"):
         bits = np.random.default_rng(0).random((num_rows, -(-vocab_size // 32) * 32)) < ALLOWED
         packed = np.packbits(bits, axis=1, bitorder="little")
-        masks = StepMasks(list(range(num_rows)), memoryview(packed.tobytes()))
+        lines = list(range(num_rows))
+        masks = StepMasks(lines, lines, lines, memoryview(packed.tobytes()))
+        rows.masks.take(masks)
     samplers = Sampler(rows, NativeSampler(rows)), Sampler(rows)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):

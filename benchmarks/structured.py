@@ -28,6 +28,7 @@ import numpy as np
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.core.grammar import Grammar, GrammarCompiler, Matcher
+from nanovllm.core.kept_masks import SentMasks
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.plan import StepMasks, WorkerInfo
 
@@ -239,15 +240,16 @@ def columns(times: list[float]) -> str:
 def replay(compiler: GrammarCompiler, rows: list[Row]) -> list[float]:
     """CPU microseconds per token to make masks, to send them, and to accept tokens."""
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(StepMasks)
+    sent = SentMasks(vocab_size=len(compiler.vocabulary.spelling))
     seconds = [0.0, 0.0, 0.0]
     num_tokens = 0
     for step in range(max(len(ids) for _, ids in rows)):
         rows = [(matcher, ids) for matcher, ids in rows if step < len(ids)]
         times = [time.process_time()]
-        words = compiler.compute_masks([matcher for matcher, _ in rows])
+        lines, _, vocabulary = compiler.begin_masks([matcher for matcher, _ in rows]).result()
         times.append(time.process_time())
-        packed = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
-        decoder.decode(encoder.encode(StepMasks(list(range(len(rows))), packed)))
+        masks = sent.pack(list(range(len(rows))), lines, vocabulary)
+        decoder.decode(encoder.encode(masks))
         times.append(time.process_time())
         for matcher, ids in rows:
             matcher.accept(ids[step])

@@ -101,7 +101,10 @@ def core_main(argv: list[str] | None = None) -> int:
             watch_owner(arguments.owner_fd, server.stop)
         with GrammarSandbox(timeout_s=config.grammar.grammar_timeout_s) as sandbox:
             make_compiler = partial(
-                GrammarCompiler, partial(load_tokenizer_json, config), sandbox=sandbox
+                GrammarCompiler,
+                partial(load_tokenizer_json, config),
+                sandbox=sandbox,
+                max_num_seqs=config.scheduler.max_num_seqs,
             )
             return server.run(
                 partial(make_executor, config, server.on_progress),

@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from nanovllm.config import EngineConfig
 from nanovllm.core.admission import Admission, Deadlines, check_request
 from nanovllm.core.block_manager import BlockManager
@@ -29,6 +27,7 @@ from nanovllm.core.events import (
 )
 from nanovllm.core.failures import Failure
 from nanovllm.core.grammar import GrammarCompiler, MasksUnderWay, Matcher
+from nanovllm.core.kept_masks import SentMasks
 from nanovllm.core.pace import Pace
 from nanovllm.core.patience import Patience
 from nanovllm.core.scheduler import Scheduler
@@ -98,6 +97,7 @@ class EngineCore:
         self.unsampled: ScheduledStep | None = None  # the last of them, between its halves
         self._masks: MasksUnderWay | None = None  # of that one, as far as they have been begun
         self._masked: list[int] = []  # whose they are: indices into its sampled sequences
+        self._sent_masks = SentMasks(vocab_size=info.vocab_size)
         self._listeners: tuple[CoreListener, ...] = ()
         self._num_steps = 0
         self._last_step_s = 0.0
@@ -437,7 +437,7 @@ class EngineCore:
             masks.exception()  # waits until the matchers are free again
             return None, {}, []
         try:
-            words, forced = masks.result()
+            lines, forced, vocabulary = masks.result()
         except Exception as error:
             failure = Failure.of(error)
             self._tell(MasksFilled(failure.message))
@@ -445,9 +445,8 @@ class EngineCore:
             live = [one for one in all_masked if one.status is not Status.FINISHED]
             return None, {}, self._fail(live, failure)
         self._tell(MasksFilled())
-        packed = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
-        by_index = {indices[line]: token_ids for line, token_ids in forced.items()}
-        return StepMasks(indices, packed), by_index, []
+        by_index = {indices[place]: token_ids for place, token_ids in forced.items()}
+        return self._sent_masks.pack(indices, lines, vocabulary), by_index, []
 
     def _force_tokens(
         self, step: ScheduledStep, forced: dict[int, list[int]]
@@ -505,6 +504,7 @@ class EngineCore:
                 listener.on_submit_failed(step, error)
         LOG.error("step %d failed", step.plan.step, exc_info=error)
         self._num_failed_steps += 1
+        self._sent_masks.forget()
         self._count_step(step)
         lost = dict.fromkeys(step.sequences)
         for later, _ in self.inflight:

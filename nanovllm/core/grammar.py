@@ -41,7 +41,7 @@ from nanovllm.core.kept_masks import (
 )
 from nanovllm.core.plain_schema import plain_source
 from nanovllm.core.regex_place import RegexMasks, term_of
-from nanovllm.protocol.plan import WorkerInfo
+from nanovllm.protocol.plan import WorkerInfo, num_mask_lines
 from nanovllm.sampling_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -342,11 +342,18 @@ def lexers_for(num_outputs: int) -> int:
 
 
 class Masks(NamedTuple):
-    """Of some matchers, what may come next. forced: index of a matcher → the tokens that must come
-    next, where there are some, which its mask allows one by one."""
+    """Of some matchers, what may come next: in which line of the vocabulary's table, until the next
+    masks are begun. forced: index of a matcher → the tokens that must come next, where there are
+    some, which its mask allows one by one."""
 
-    words: Words
+    lines: list[int]
     forced: dict[int, list[int]]
+    vocabulary: Vocabulary
+
+    @property
+    def words(self) -> Words:
+        """A copy of each."""
+        return self.vocabulary.words[self.lines]
 
 
 class Gathered(NamedTuple):
@@ -394,8 +401,11 @@ class GrammarCompiler:
         info: WorkerInfo,
         *,
         sandbox: GrammarSandbox | None = None,
+        max_num_seqs: int = 256,
     ) -> None:
+        """max_num_seqs: of whose masks are begun at a time."""
         self._load_tokenizer = load_tokenizer
+        self._max_num_seqs = max_num_seqs
         self._vocab_size = info.vocab_size
         self._eos_token_ids = info.eos_token_ids
         self._sandbox = sandbox
@@ -403,8 +413,6 @@ class GrammarCompiler:
         self._executors: list[LLExecutor] = []  # of one thread each
         self._lock = threading.Lock()
         self.vocabulary = Vocabulary([], np.zeros(1, np.int32))  # until it is loaded
-        self._words = np.empty((0, 0), np.int32)  # the masks gathered last
-        self._address = 0  # of them in memory
         self._last_s = self._lasting_s = 0.0  # what they took; the less of that and of those before
         self._looks_for_slow_ones = False  # it was long, and it is not known which
         self._num_until_look = 0  # batches for which nobody is searched: many take long together
@@ -431,7 +439,13 @@ class GrammarCompiler:
             special = {*filter(tokenizer.is_special_token, range(len(spelling)))}
             special.update(self._eos_token_ids, tokenizer.eos_tokens)
             free = self._all_but_eos(-(-tokenizer.vocab_size // 32))
-            self.vocabulary = Vocabulary(spelling, free, frozenset(special))
+            self.vocabulary = Vocabulary(
+                spelling,
+                free,
+                frozenset(special),
+                num_lines=num_mask_lines(vocab_size=size, max_num_seqs=self._max_num_seqs),
+                num_spare=self._max_num_seqs,
+            )
             self._executors = [LLExecutor(num_threads=1) for _ in range(MAX_LEXERS)]
             self._tokenizer = tokenizer
 
@@ -470,7 +484,7 @@ class GrammarCompiler:
         words = np.frombuffer(mask, np.int32)[: -(-self._tokenizer.vocab_size // 32)]
         first = known.first.kept
         if first.forced is None and np.bitwise_count(words.view(np.uint32)).sum() > 1:
-            first.spare, first.forced = words, []  # nothing is forced
+            first.given, first.forced = words, []  # nothing is forced
         return Matcher(matcher, Family(known), after)
 
     def begin_masks(self, matchers: Sequence[Matcher]) -> MasksUnderWay:
@@ -502,20 +516,17 @@ class GrammarCompiler:
         return self._complete(matchers, begun)
 
     def compute_masks(self, matchers: Sequence[Matcher]) -> Words:
-        """For each, the ids that may come next. The next call writes over it.
+        """For each, the ids that may come next.
 
         A matcher that exceeds its limits, or its time, has its `error` set: its row is of no use.
         """
         begun = self._gather(matchers)
-        return (self._complete(matchers, begun) if begun.new else begun.masks).words
+        masks = self._complete(matchers, begun) if begun.new else begun.masks
+        return masks.words[:, : -(-self._vocab_size // 32)]
 
     def _gather(self, matchers: Sequence[Matcher]) -> Gathered:
-        """Those that are kept: most, where a grammar has been used for a while."""
-        assert self._tokenizer is not None
-        if len(self._words) < len(matchers):
-            num_words = self.vocabulary.words.shape[1]
-            self._words = np.empty((2 * len(matchers), num_words), np.int32)
-            self._address = self._words.ctypes.data
+        """Those that are kept, which most are where a grammar is not new; others in spare lines."""
+        first_spare = self.vocabulary.first_spare
         lines, new, forced = list[int](), list[int](), dict[int, list[int]]()
         for index, matcher in enumerate(matchers):
             state = matcher.state
@@ -523,14 +534,13 @@ class GrammarCompiler:
                 lines.append(line)
                 if state.kept.forced:
                     forced[index] = state.kept.forced
-                continue
-            lines.append(FREE_LINE)
-            if matcher.free_text is None and matcher.error is None:
+            elif matcher.free_text is not None or matcher.error is not None:
+                lines.append(FREE_LINE)
+            else:
+                lines.append(first_spare + len(new))
                 new.append(index)
-        words = self._words[: len(matchers)]
-        # Not by the mode "raise", which would copy once more.
-        np.take(self.vocabulary.words, lines, axis=0, out=words, mode="clip")
-        return Gathered(Masks(words[:, : -(-self._vocab_size // 32)], forced), new)
+        assert len(new) <= self._max_num_seqs
+        return Gathered(Masks(lines, forced, self.vocabulary), new)
 
     def _complete(self, matchers: Sequence[Matcher], begun: Gathered) -> Masks:
         """With those that are not kept. Each is computed once, for whoever is where its key is, but
@@ -545,19 +555,17 @@ class GrammarCompiler:
                 others.append(index)
             else:
                 followers.append((index, leader))
-        forced = begun.masks.forced
-        self._compute(matchers, others, forced)
-        left = [i for i, leader in followers if matchers[leader].error or leader in forced]
+        masks = begun.masks
+        self._compute(matchers, others, masks)
+        left = [i for i, leader in followers if matchers[leader].error or leader in masks.forced]
         if left:
-            self._compute(matchers, left, forced)
+            self._compute(matchers, left, masks)
         for index, leader in followers:
             if index not in left:
-                self._words[index] = self._words[leader]
-        return begun.masks
+                masks.lines[index] = masks.lines[leader]
+        return masks
 
-    def _compute(
-        self, matchers: Sequence[Matcher], new: list[int], forced: dict[int, list[int]]
-    ) -> None:
+    def _compute(self, matchers: Sequence[Matcher], new: list[int], masks: Masks) -> None:
         """Those of `new`, and what they force. That is looked for first, since a mask of one bit
         need not be computed then. Of many, masks come first: threads make them without Python's
         lock, so that fewer are asked with it.
@@ -565,27 +573,29 @@ class GrammarCompiler:
         Many are computed by several threads.
         """
         start = time.perf_counter()
+        lines, forced, vocabulary = masks
         for index in new:
             matchers[index].catch_up()
+            vocabulary.note_write(lines[index])
         comes_first = len(new) < LOOK_FIRST
         if comes_first:
-            self._note_forced(matchers, new, forced)
+            self._note_forced(matchers, new, masks)
         rest = []
         for index in new:
             if (mask := self._known_mask(matchers[index], forced.get(index))) is None:
                 rest.append(index)
             else:
-                self._words[index] = mask
+                vocabulary.words[lines[index]] = mask
         if len(rest) < FEW or self._looks_for_slow_ones:
-            self._compute_one_by_one(matchers, rest)
+            self._compute_one_by_one(matchers, rest, lines)
         else:
-            self._share_out(matchers, rest)
+            self._share_out(matchers, rest, lines)
         for index in rest:
             matchers[index].note_error()
         if not comes_first:
-            self._note_forced(matchers, new, forced, has_masks=True)
+            self._note_forced(matchers, new, masks, has_masks=True)
         for index in new:
-            self._keep(matchers[index], self._words[index])
+            self._keep(matchers[index], index, lines)
         if rest:
             before_s, self._last_s = self._last_s, time.perf_counter() - start
             self._lasting_s = min(before_s, self._last_s)  # one that takes long may be the only one
@@ -596,50 +606,57 @@ class GrammarCompiler:
         self,
         matchers: Sequence[Matcher],
         new: list[int],
-        forced: dict[int, list[int]],
+        masks: Masks,
         *,
         has_masks: bool = False,
     ) -> None:
         """Look for tokens that must come next. has_masks: it is known where these have one bit."""
         asked = [(index, one) for index in new if (one := matchers[index]).may_be_forced]
-        few = (e for e in asked if not has_masks or np.count_nonzero(self._words[e[0]]) == 1)
+        lines, forced, words = masks.lines, masks.forced, self.vocabulary.words
+        few = (e for e in asked if not has_masks or np.count_nonzero(words[lines[e[0]]]) == 1)
         forced |= find_forced(few)
         for index, matcher in asked:
             matcher.note_forced(forced.get(index, []))
 
     def _known_mask(self, matcher: Matcher, forced: list[int] | None) -> Mask | None:
         """Of one whose forced tokens are known, if that makes its mask known."""
-        if matcher.state is not None and matcher.state.kept.spare is not None:
-            return matcher.state.kept.spare
-        return single(forced[0], self._words.shape[1]) if forced else None
+        if matcher.state is not None and matcher.state.kept.given is not None:
+            return matcher.state.kept.given
+        return single(forced[0], self.vocabulary.words.shape[1]) if forced else None
 
-    def _keep(self, matcher: Matcher, mask: Mask) -> None:
-        """For others that come to its state. mask: computed just now."""
+    def _keep(self, matcher: Matcher, index: int, lines: list[int]) -> None:
+        """The mask computed just now, for others that come to the matcher's state."""
         kept = None if matcher.state is None else matcher.state.kept
         if kept is not None and kept.line < 0 and kept.forced is not None:
-            self.vocabulary.keep(kept, mask, matcher.family.known.mine)
+            mask = self.vocabulary.words[lines[index]]
+            if self.vocabulary.keep(kept, mask, matcher.family.known.mine, in_use=lines):
+                lines[index] = kept.line
 
-    def _compute_one_by_one(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
-        address, row_bytes, slowest_s = self._address, self._words.strides[0], 0.0
+    def _compute_one_by_one(
+        self, matchers: Sequence[Matcher], begun: list[int], lines: list[int]
+    ) -> None:
+        address, slowest_s = self.vocabulary.address, 0.0
+        row_bytes = self.vocabulary.words.strides[0]
         for index in begun:
             clock, one = matchers[index].clock, matchers[index]._matcher
             began = clock()
-            one.unsafe_compute_mask_ptr(address + index * row_bytes, row_bytes)
+            one.unsafe_compute_mask_ptr(address + lines[index] * row_bytes, row_bytes)
             seconds = clock() - began
             matchers[index].note_time(seconds)
             slowest_s = max(slowest_s, seconds)
         if self._looks_for_slow_ones and slowest_s < SLOW_S:
             self._num_until_look = LOOK_INTERVAL
 
-    def _share_out(self, matchers: Sequence[Matcher], begun: list[int]) -> None:
+    def _share_out(self, matchers: Sequence[Matcher], begun: list[int], lines: list[int]) -> None:
+        vocabulary = self.vocabulary
         parts = share_out(begun, matchers, len(self._executors))
         first, *others = [
             partial(
                 executor.unsafe_compute_mask_ptr,
-                [(matchers[index]._matcher, index) for index in part],
-                self._address,
-                self._words.strides[0],
-                len(matchers),
+                [(matchers[index]._matcher, lines[index]) for index in part],
+                vocabulary.address,
+                vocabulary.words.strides[0],
+                len(vocabulary.words),
             )
             for executor, part in zip(self._executors, parts, strict=False)
         ]

@@ -14,40 +14,48 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MAX_BYTES = 64 << 20  # of the masks of all grammars
-MAX_LINES = 16_384  # of them
+from nanovllm.protocol.plan import StepMasks
+
 SHARE = 4  # of one grammar: no more of the lines than one of so many
 MAX_SIZE = 150_000  # of what is known of one grammar, in units of 100 bytes or less: a way …
 NODE_SIZE, CONTEXT_SIZE, STATE_SIZE = 6, 6, 4  # … is one
 MAX_TEXT_BYTES = 256  # of an output of which all counts; what is longer has no key
 FREE_LINE = 0  # the mask of an output whose grammar has not begun
 PLAIN = re.compile(rb'[^"\\\x00-\x1f\x7f-\xff]+')
+NO_WORDS = np.empty(0, np.int32)
 Mask = npt.NDArray[np.int32]  # [num_words], a bit per id, lowest first
 
 
 class Kept:
     """In which line a mask is kept; -1: in none. forced: tokens that must come next, often none;
-    None while that is not known. spare: the mask, if it came with the grammar."""
+    None while that is not known. given: the mask, if it came with the grammar."""
 
-    __slots__ = ("forced", "line", "spare")
+    __slots__ = ("forced", "given", "line")
 
     def __init__(self, forced: list[int] | None = None) -> None:
         self.line = -1
         self.forced = forced
-        self.spare: Mask | None = None
+        self.given: Mask | None = None
 
 
 class Vocabulary:
-    """The tokens, and the masks of all grammars over them: in one array, so that those of a batch
-    are gathered by one call.
+    """The tokens, and the masks of all grammars over them, in one table.
 
     spelling: bytes of each token. longest: of any; what is farther away changes no mask. ways: of
     each token whose characters stand for themselves in JSON, minus their number (see `State`).
-    special: ids that end an output or are no text. words: [num_lines, num_words].
+    special: ids that end an output or are no text. words: [num_lines, num_words], at `address`.
+    first_spare: of the lines at the end, in which no mask is kept. versions: of each line, another
+    one whenever it has been written.
     """
 
     def __init__(
-        self, spelling: list[bytes], free: Mask, special: frozenset[int] = frozenset()
+        self,
+        spelling: list[bytes],
+        free: Mask,
+        special: frozenset[int] = frozenset(),
+        *,
+        num_lines: int = 2,
+        num_spare: int = 1,
     ) -> None:
         """free: the mask of `FREE_LINE`."""
         self.spelling = spelling
@@ -57,28 +65,42 @@ class Vocabulary:
             -len(one) if PLAIN.fullmatch(one) and token_id not in special else None
             for token_id, one in enumerate(spelling)
         ]
-        num_lines = max(2 * SHARE, min(MAX_LINES, MAX_BYTES // free.nbytes))
         self.words = np.empty((num_lines, len(free)), np.int32)
         self.words[FREE_LINE] = free
+        self.first_spare = num_lines - num_spare
+        self.versions = [0] * num_lines
+        self._num_writes = 0
+        self.address = self.words.ctypes.data
         self._bytes = self.words.data.cast("B")
         self._line_bytes = free.nbytes
-        self._owners: list[Kept | None] = [None] * num_lines
+        self._owners: list[Kept | None] = [None] * self.first_spare
         self._next = FREE_LINE + 1
 
-    def keep(self, kept: Kept, mask: Mask, mine: deque[Kept]) -> None:
-        """In place of the oldest: of `mine`, those of the same grammar, if it has its share."""
+    def note_write(self, line: int) -> None:
+        """What lies there is another mask from now on."""
+        self._num_writes += 1
+        self.versions[line] = self._num_writes
+
+    def keep(self, kept: Kept, mask: Mask, mine: deque[Kept], *, in_use: list[int]) -> bool:
+        """In place of the oldest: of `mine`, those of the same grammar, if it has its share. Not at
+        all if that is `in_use`, by another mask of the batch; others are older then."""
         while mine and mine[0].line < 0:
             mine.popleft()
-        if len(mine) >= len(self._owners) // SHARE:
+        if has_its_share := len(mine) >= max(1, self.first_spare // SHARE):
             line = mine[0].line
         else:
-            line, self._next = self._next, self._next % (len(self._owners) - 1) + 1
+            line, self._next = self._next, self._next % (self.first_spare - 1) + 1
+        if line in in_use:
+            mine.rotate(-has_its_share)
+            return False
         oldest = self._owners[line]
         if oldest is not None:
             oldest.line = -1
         self.words[line] = mask
+        self.note_write(line)
         self._owners[line], kept.line = kept, line
         mine.append(kept)
+        return True
 
     def allows(self, kept: Kept, token_id: int) -> bool:
         """Whether its mask is kept, and a token that goes on is in it."""
@@ -86,6 +108,27 @@ class Vocabulary:
         if line < 0 or token_id in self.special:
             return False
         return bool(self._bytes[line * self._line_bytes + (token_id >> 3)] >> (token_id & 7) & 1)
+
+
+class SentMasks:
+    """Which lines of the table an executor has, and in which version."""
+
+    def __init__(self, *, vocab_size: int) -> None:
+        """vocab_size: of the model, whose masks may be shorter than the tokenizer's."""
+        self._num_words = -(-vocab_size // 32)
+        self._versions: dict[int, int] = {}
+
+    def forget(self) -> None:
+        """It may not have got what was sent."""
+        self._versions.clear()
+
+    def pack(self, indices: list[int], lines: list[int], vocabulary: Vocabulary) -> StepMasks:
+        """The masks of a step, which is sent next: in these lines, for entries `indices`."""
+        sent, versions = self._versions, vocabulary.versions
+        new = list({line: None for line in lines if sent.get(line) != versions[line]})
+        sent |= {line: versions[line] for line in new}
+        words = vocabulary.words[new, : self._num_words] if new else NO_WORDS
+        return StepMasks(indices, lines, new, words.reshape(-1).view(np.uint8).data)
 
 
 def single(token_id: int, num_words: int) -> Mask:

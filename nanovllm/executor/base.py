@@ -34,8 +34,8 @@ class Executor(Protocol):
     def sample(self, step: int, masks: StepMasks | None) -> None:
         """Queue the second half of the step submitted last: what picks ids.
 
-        masks: of its constrained rows, if there are any; they are copied before this returns.
-        Raises as `submit` does.
+        masks: of its constrained rows, if there are any; their words are copied before this
+        returns, and kept for steps to come, unless one fails. Raises as `submit` does.
         """
 
     def warm_up(self) -> bool:

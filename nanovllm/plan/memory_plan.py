@@ -30,6 +30,7 @@ from nanovllm.checkpoint.spec import (
 from nanovllm.checkpoint.stages import Stage, part_of
 from nanovllm.config import CacheConfig, StepLimits
 from nanovllm.plan.precision import Precision
+from nanovllm.protocol.plan import num_mask_lines
 
 GIB = 2**30
 NUM_RESERVED = 1  # block 0, which padding reads and writes
@@ -146,12 +147,16 @@ class MemoryPlan:
 
     @property
     def row_bytes(self) -> int:
-        """Tokens, block tables and parameters of every sequence, and the rotary table."""
+        """Tokens, block tables and parameters of every sequence, the table of masks (a CPU's takes
+        no memory before it is used), and the rotary table."""
         columns = math.ceil(self.max_model_len / self.cache.block_size)
         words = self.max_model_len + columns * len(self._layout.windows) + RECORD_WORDS
         tables = {(attention.rope, attention.head_dim) for attention in self.spec.attentions}
         rotary = self.max_model_len * sum(head_dim for _, head_dim in tables) * 4
-        return (self.limits.max_num_seqs + 1) * words * 4 + rotary
+        num_seqs, vocab_size = self.limits.max_num_seqs, self.spec.vocab_size
+        num_masks = num_mask_lines(vocab_size=vocab_size, max_num_seqs=num_seqs)
+        masks = num_masks * 4 * -(-vocab_size // 32) * self.machine.is_gpu
+        return (num_seqs + 1) * words * 4 + masks + rotary
 
     @property
     def activation_bytes(self) -> int:

@@ -144,16 +144,30 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     known_tokens: list[KnownTokens] = []
 
 
+MAX_MASK_BYTES = 64 << 20  # of a worker's table, unless so many rows need more
+MAX_MASK_LINES = 16_384  # of it
+
+
 class StepMasks(msgspec.Struct, frozen=True, array_like=True):
     """What the constrained rows of a step may sample: its second half waits for them.
 
-    `indices` are those of the masked entries in `plan.sampling`; others are free. `words` holds a
-    line for each: a bit per id in little-endian 32-bit words. Whoever is handed it takes a copy:
-    the next step's masks are written over it.
+    `indices` are those of the masked entries in `plan.sampling`; others are free. `lines[i]` says
+    where the mask of the i-th of them lies in a table of `num_mask_lines`, of which every worker
+    has a copy. `new_lines` have been written since they were sent last; `words` holds them one
+    behind the other: a bit per id in little-endian 32-bit words.
     """
 
     indices: list[int]
+    lines: list[int]
+    new_lines: list[int]
     words: memoryview
+
+
+def num_mask_lines(*, vocab_size: int, max_num_seqs: int) -> int:
+    """How many lines the table of masks has. The core keeps masks in all but the last
+    `max_num_seqs`, which are for those of one step alone."""
+    num_bytes = 4 * -(-vocab_size // 32)
+    return max(2 * max_num_seqs, min(MAX_MASK_LINES, MAX_MASK_BYTES // num_bytes))
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

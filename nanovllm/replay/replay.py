@@ -17,6 +17,7 @@ from nanovllm.core.admission import OverloadedError
 from nanovllm.core.compilations import Outcome, Waiting
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Grammar, Masks, MasksUnderWay, Matcher
+from nanovllm.core.kept_masks import Vocabulary
 from nanovllm.core.sequence import Sequence
 from nanovllm.protocol.plan import DeviceLostError, StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.replay.recorder import (
@@ -45,6 +46,7 @@ from nanovllm.replay.snapshot import restore
 from nanovllm.sampling_params import StructuredOutputsParams
 
 E = TypeVar("E", bound=Event)
+NO_VOCABULARY = Vocabulary([], np.zeros(1, np.int32))
 
 
 class DivergedError(DeviceLostError):
@@ -238,12 +240,12 @@ class ReplayedMasks:
     def result(self) -> Masks:
         if error := self._tape.expect(Masked).error:
             raise RuntimeError(error)
-        words, forced = np.empty((len(self._keys), 0), np.int32), dict[int, list[int]]()
+        forced = dict[int, list[int]]()
         if isinstance(self._tape.next, Forced):
             event = self._tape.expect(Forced)
             self._tape.ended = {key: (num_before, error) for key, num_before, error in event.ended}
             forced = {self._keys.index(key): token_ids for key, token_ids in event.runs}
-        return Masks(words, forced)
+        return Masks([], forced, NO_VOCABULARY)
 
 
 class ReplayedGrammar(Grammar):

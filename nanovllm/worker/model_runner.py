@@ -225,6 +225,8 @@ class ModelRunner:
         `pending` is of the last plan, and masks must be there for all of its constrained rows.
         """
         if pending.logits is not None:
+            if masks is not None:
+                self._rows.masks.take(masks)
             self._collect_samples(pending, self._choose(pending, masks))
         if self._rows.failures:
             pending.failures = self._rows.failures_among(pending.rows)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import NewRow, StepPlan
+from nanovllm.worker.sampling.bitmask import MaskTable
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     COUNTS,
@@ -43,7 +44,8 @@ class RequestRows:
     int32, one for each group of layers that has its own (`checkpoint.kv_layout`); seeds: [num_rows
     + 1] int64; columns: name → [num_rows + 1], of `COLUMNS` and `COUNTS`. All are views of one
     tensor. `host` mirrors the record's fixed part, but for `num_counted`, `host_block_tables` the
-    block tables, side by side. `edits` are those of rows that have some.
+    block tables, side by side. `edits` are those of rows that have some; `masks` is what grammars
+    allow them.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class RequestRows:
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self.vocab_size = vocab_size
+        self.masks = MaskTable(vocab_size=vocab_size, max_num_seqs=num_rows, device=device)
         self._eos_token_ids = eos_token_ids
 
     def record(self, plan: StepPlan) -> Int32Array:

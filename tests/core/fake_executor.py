@@ -38,13 +38,17 @@ def allowed_ids(mask: bytes) -> list[int]:
     return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
 
 
-def lines_of(masks: StepMasks | None) -> dict[int, bytes]:
-    """A copy of each mask, by its index."""
-    if masks is None:
-        return {}
-    whole, count = bytes(masks.words), len(masks.indices)
-    width = len(whole) // count
-    return {j: whole[i * width : (i + 1) * width] for i, j in enumerate(masks.indices)}
+class SentLines(dict[int, bytes]):
+    """What a worker keeps of the table of masks: lines as they were sent last."""
+
+    def take(self, masks: StepMasks | None) -> dict[int, bytes]:
+        """Each mask of a step, by its index."""
+        if masks is None:
+            return {}
+        width = len(masks.words) // max(1, len(masks.new_lines))
+        for place, line in enumerate(masks.new_lines):
+            self[line] = bytes(masks.words[place * width : (place + 1) * width])
+        return {j: self[line] for j, line in zip(masks.indices, masks.lines, strict=True)}
 
 
 def reference(
@@ -117,6 +121,7 @@ class FakeExecutor:
         self._queue: deque[tuple[StepPlan, dict[int, bytes]]] = deque()
         self._unsampled: StepPlan | None = None
         self._masks: dict[int, bytes] = {}  # of the step that runs
+        self._lines = SentLines()
         self._results: dict[int, StepResult | StepFailedError] = {}
         self._slots: list[bytes | None] = [None] * (num_blocks * self._block_size)
         self._rows: dict[int, NewRow] = {}
@@ -165,7 +170,7 @@ class FakeExecutor:
             self._failing.add(plan.step)
             self._queue.append((plan, {}))
             raise StepFailedError(f"step {plan.step} cannot be sampled")
-        self._queue.append((plan, lines_of(masks)))
+        self._queue.append((plan, self._lines.take(masks)))
 
     def shutdown(self) -> None:
         self._queue.clear()

@@ -198,26 +198,26 @@ def test_definitions_that_lead_back_to_themselves_are_read() -> None:
     assert has_shape({"type": "array", "items": {"$ref": "#"}})
 
 
-def test_what_is_deep_has_no_key_and_what_is_kept_is_bounded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_deep_has_no_key_and_what_is_kept_is_bounded() -> None:
     matcher = compile_(SCHEMAS["any"])
     for token_id in encode('{"a":' + "[" * (MAX_DEPTH + 2)):
         assert matcher.accept(token_id)
     assert place_of(matcher).key is None and place_of(matcher).exact is None
     assert mask_of(matcher) and kept_mask(matcher, COMPILER) is None
-    monkeypatch.setattr(kept_masks, "MAX_BYTES", 640)
-    lines = Vocabulary([], np.full(10, -1, np.int32))
-    assert len(lines.words) == 16
+    lines = Vocabulary([], np.full(10, -1, np.int32), num_lines=18, num_spare=2)
     mine, other = deque[Kept](), deque[Kept]()
     kept = [Kept() for _ in range(20)]
     for number, one in enumerate(kept):
-        lines.keep(one, np.full(10, number, np.int32), mine)
+        lines.keep(one, np.full(10, number, np.int32), mine, in_use=[])
     assert [one.line >= 0 for one in kept] == 16 * [False] + 4 * [True], "a quarter of the lines"
     assert [lines.words[one.line, 0] for one in kept[16:]] == [16, 17, 18, 19]
+    first, second = kept[16:18]
+    assert not lines.keep(Kept(), lines.words[0], mine, in_use=[0, first.line]), "it is needed"
+    assert lines.keep(Kept(), lines.words[0], mine, in_use=[0, first.line]) and second.line < 0
+    assert first.line >= 0
     for _ in range(9):
         for _ in range(4):
-            lines.keep(Kept(), np.zeros(10, np.int32), other)
+            lines.keep(Kept(), np.zeros(10, np.int32), other, in_use=[])
         other.clear()
     assert all(one.line < 0 for one in kept), "others have taken the place of the oldest"
     assert (lines.words[FREE_LINE] == -1).all()

@@ -16,6 +16,7 @@ from nanovllm.core import scheduler as scheduler_module
 from nanovllm.core.block_manager import BlockManager
 from nanovllm.core.engine_core import EngineCore
 from nanovllm.core.grammar import Matcher
+from nanovllm.core.kept_masks import SentMasks, Vocabulary
 from nanovllm.core.regex_place import RegexMasks
 from nanovllm.core.scheduler import Scheduler
 from nanovllm.core.sequence import ScheduledStep, Sequence, Status
@@ -25,11 +26,13 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from tests.core.fake_executor import FakeExecutor, FakeFirstStage, reference
-from tests.core.vocabulary import make_compiler
+from tests.core.vocabulary import make_compiler, with_small_table
 from tests.waiting import WAIT_S
 
 NUM_SEEDS = 360
-COMPILER, REFEREE = make_compiler(), make_compiler()  # masks of one are good until its next
+# Masks of one are good until its next; those of a core take each other's places all the time.
+COMPILER = with_small_table(make_compiler(), num_kept=15, num_spare=6)
+REFEREE = make_compiler()
 GRAMMARS = [
     StructuredOutputsParams(regex="[a-z]{4,30}"),
     StructuredOutputsParams(regex="([a-z]{1,6} ){1,8}end"),
@@ -426,9 +429,28 @@ def share_one_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Matcher, "copy", lambda self: self)
 
 
+def keep_in_lines_that_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask is not kept in place of another that the same step needs."""
+    keep = Vocabulary.keep
+    monkeypatch.setattr(Vocabulary, "keep", lambda *args, in_use: keep(*args, in_use=[]))
+
+
+def send_lines_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been written again is sent again."""
+    monkeypatch.setattr(Vocabulary, "note_write", lambda self, line: None)
+
+
+def believe_that_lines_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a step that has failed may not have come."""
+    monkeypatch.setattr(SentMasks, "forget", lambda self: None)
+
+
 @pytest.mark.parametrize(
     "sabotage",
     [
+        keep_in_lines_that_are_in_use,
+        send_lines_once,
+        believe_that_lines_have_come,
         sample_without_waiting,
         forget_the_masks,
         keep_what_was_sampled_instead,
@@ -447,9 +469,10 @@ def test_a_broken_invariant_is_noticed(
     sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sabotage(monkeypatch)
+    share_failing = 0.08 if sabotage is believe_that_lines_have_come else 0.0
     with pytest.raises((AssertionError, IndexError, KeyError, ValueError)):
         for seed in range(NUM_SEEDS):
-            Simulation(seed).run()
+            Simulation(seed, share_failing=share_failing).run()
 
 
 def free_within_the_window(monkeypatch: pytest.MonkeyPatch) -> None:

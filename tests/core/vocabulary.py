@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.grammar_sandbox import GrammarSandbox
+from nanovllm.core.kept_masks import FREE_LINE, Vocabulary
 from tests.core.fake_executor import VOCAB_SIZE, FakeExecutor
 
 EOS = "<eos>"
@@ -39,3 +40,19 @@ def make_compiler(sandbox: GrammarSandbox | None = None) -> GrammarCompiler:
     """One of its own; its vocabulary is loaded with its first grammar."""
     executor = FakeExecutor(EngineConfig(), num_blocks=2, max_model_len=2)
     return GrammarCompiler(tokenizer_json, executor.start(), sandbox=sandbox)
+
+
+def with_small_table(
+    compiler: GrammarCompiler, *, num_kept: int, num_spare: int
+) -> GrammarCompiler:
+    """Whose masks soon take each other's lines."""
+    compiler.load()
+    whole = compiler.vocabulary
+    compiler.vocabulary = Vocabulary(
+        whole.spelling,
+        whole.words[FREE_LINE].copy(),
+        whole.special,
+        num_lines=num_kept + num_spare,
+        num_spare=num_spare,
+    )
+    return compiler

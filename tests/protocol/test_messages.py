@@ -138,7 +138,7 @@ WORKER = [
         [0],
         [KnownTokens(1, 5, [6, 7])],
     ),
-    StepMasks([0], memoryview(b"\x07\0\0\0")),
+    StepMasks([0, 2], [9, 4], [4], memoryview(b"\x07\0\0\0")),
     StepResult(1, [5], {0: LOGPROBS}, {0: PositionLogprobs.of([LOGPROBS])}),
     INFO,
 ]

@@ -123,11 +123,16 @@ def run_step(executor: Executor, plan: StepPlan, masks: StepMasks | None = None)
     return handle
 
 
-def make_masks(allowed: dict[int, list[int]], *, vocab_size: int = VOCAB_SIZE) -> StepMasks | None:
-    """index into `sampling` → the ids that may be sampled there."""
+def make_masks(
+    allowed: dict[int, list[int]], *, vocab_size: int = VOCAB_SIZE, first_line: int = 0
+) -> StepMasks | None:
+    """index into `sampling` → the ids that may be sampled there. All lines are new, from the first
+    one on."""
     if not allowed:
         return None
     bits = np.zeros((len(allowed), -(-vocab_size // 32) * 32), np.uint8)
     for line, token_ids in zip(bits, allowed.values(), strict=True):
         line[token_ids] = 1
-    return StepMasks(list(allowed), memoryview(np.packbits(bits, bitorder="little").tobytes()))
+    lines = list(range(first_line, first_line + len(allowed)))
+    words = memoryview(np.packbits(bits, bitorder="little").tobytes())
+    return StepMasks(list(allowed), lines, lines, words)

@@ -15,7 +15,6 @@ from nanovllm.worker.forward_batch import SampleStaging
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling.bitmask import mask_words
 from nanovllm.worker.sampling.columns import Int32Array
 from nanovllm.worker.sampling.edit_tables import NO_EDITS, NO_MASK, NUM_FIELDS, EditTables
 from nanovllm.worker.sampling.edited_sampler import EditedSampler
@@ -63,7 +62,8 @@ class DeviceSampler:
         """Choose anew where more is asked than `token_ids` ([n] int64, changed) has respected.
 
         logits: [n, vocab_size, or this rank's ids] of any float type, kept. rows, positions: [n],
-        of the new tokens. masks: their indices are lines of logits.
+        of the new tokens. masks: their indices are lines of logits, and the rows' table has
+        theirs.
         """
         penalizes = bool(self._rows.penalizes[rows].any())
         lines = self._rows.wants_logprobs[rows].nonzero()[0].astype(np.int32)
@@ -78,7 +78,6 @@ class DeviceSampler:
                 logits,
                 token_ids,
                 entries,
-                None if masks is None else mask_words(masks),
                 tables=self._tables.words if has_edits else None,
                 counts=self._counts_of(logits.shape[1]) if penalizes else None,
             )
@@ -106,12 +105,12 @@ class DeviceSampler:
             if masks is None:
                 return NO_ENTRIES
             lines = np.array(masks.indices, np.int32)
-            mask_lines: Int32Array = np.arange(len(lines), dtype=np.int32)
+            mask_lines = np.array(masks.lines, np.int32)
         else:
             asks = self._rows.penalizes[rows]
             all_mask_lines = np.full(len(rows), NO_MASK, np.int32)
             if masks is not None:
-                all_mask_lines[masks.indices] = np.arange(len(masks.indices))
+                all_mask_lines[masks.indices] = masks.lines
                 asks |= all_mask_lines != NO_MASK
             if edits:
                 asks |= np.fromiter((row in edits for row in rows.tolist()), bool, len(rows))

@@ -39,35 +39,29 @@ class Captured(NamedTuple):
 
 
 class StagedEntries:
-    """Memory of so many entries, on the host and on the device: an array of lines of logits, those
-    of `Entries.words`, and masks, one behind the other; and what is chosen for them."""
+    """Memory of so many entries, on the host and on the device: an array of lines of logits, and
+    those of `Entries.words`; and what is chosen for them."""
 
     def __init__(self, size: int, rows: RequestRows, *, num_buffers: int) -> None:
-        device, num_mask_words = rows.seeds.device, -(-rows.vocab_size // 32)
+        device, shape = rows.seeds.device, (NUM_ARRAYS, size)
         is_cuda = device.type == "cuda"
-        self._num_head = NUM_ARRAYS * size
-        self._num_mask_words = num_mask_words
-        total = self._num_head + size * num_mask_words
-        zeros = torch.zeros(num_buffers, total, dtype=torch.int32, pin_memory=is_cuda)
+        zeros = torch.zeros(num_buffers, *shape, dtype=torch.int32, pin_memory=is_cuda)
         self._ring = list(zeros)
-        self._words: list[Int32Array] = [buffer.numpy() for buffer in self._ring]
-        self._heads = [words[: self._num_head].reshape(-1, size) for words in self._words]
+        self._heads: list[Int32Array] = [buffer.numpy() for buffer in self._ring]
         self._copied = [torch.Event(device) for _ in self._ring] if is_cuda else []
         self._turn = 0
-        self._padding = np.zeros((NUM_ARRAYS, size), np.int32)
+        self._padding = np.zeros(shape, np.int32)
         self._padding[1] = np.arange(size)  # the line of its copied logits, whoever it is
         self._padding[2] = rows.num_rows
         self._padding[4], self._padding[5] = NO_EDITS, NO_MASK
         for head in self._heads:
             head[:] = self._padding
-        self._resident = torch.zeros(total, dtype=torch.int32, device=device)
-        head_words = self._resident[: self._num_head].view(-1, size)
-        self.lines, self.words = head_words[0], head_words[1:]
-        self.masks = self._resident[self._num_head :].view(size, num_mask_words)
+        self._resident = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.lines, self.words = self._resident[0], self._resident[1:]
         self.chosen = torch.zeros(size, dtype=torch.int64, device=device)
         self.targets = torch.zeros(size, dtype=torch.int64, device=device)  # lines, once more
 
-    def send(self, entries: Int32Array, masks: Int32Array | None) -> None:
+    def send(self, entries: Int32Array) -> None:
         """Bring them to the device, in stream order. See `EditedSampler.sample`."""
         self._turn = turn = (self._turn + 1) % len(self._ring)
         if self._copied:
@@ -77,11 +71,7 @@ class StagedEntries:
         head[2:, :num_entries] = entries[1:]
         if num_entries < head.shape[1]:
             head[:, num_entries:] = self._padding[:, num_entries:]
-        end = self._num_head
-        if masks is not None:
-            start, end = end, end + len(masks) * self._num_mask_words
-            self._words[turn][start:end] = masks[:, : self._num_mask_words].reshape(-1)
-        self._resident[:end].copy_(self._ring[turn][:end], non_blocking=True)
+        self._resident.copy_(self._ring[turn], non_blocking=True)
         if self._copied:
             self._copied[turn].record()
 
@@ -107,7 +97,6 @@ class EditedSampler:
         logits: Tensor,
         token_ids: Tensor,
         entries: Int32Array,
-        masks: Int32Array | None,
         *,
         tables: Tensor | None,
         counts: Tensor | None,
@@ -115,15 +104,15 @@ class EditedSampler:
         """Choose anew for the entries of a step that ask for edits, penalties or a mask.
 
         logits: [n, vocab_size] of any float type, kept. token_ids: [n] int64, changed. entries:
-        [5, k], `Entries.words` on the host. masks: [m, …], as many words as ids need or more.
-        tables, counts: as `EditLogits` takes them; None if no entry has edits, or penalties.
+        [5, k], `Entries.words` on the host. tables, counts: as `EditLogits` takes them; None if no
+        entry has edits, or penalties.
         """
         num_entries = entries.shape[1]
         size = max(LEAST_ENTRIES, 1 << (num_entries - 1).bit_length())
         if size not in self._staged:
             self._staged[size] = StagedEntries(size, self._rows, num_buffers=self._num_buffers)
         staged = self._staged[size]
-        staged.send(entries, masks)
+        staged.send(entries)
         copied = self._room_for(size, logits)
         torch.index_select(logits, 0, staged.lines, out=copied)
         kind = Kind(size, tables is not None, counts is not None)
@@ -183,7 +172,7 @@ class EditedSampler:
         edited = self._fused.edit_logits(
             logits,
             entries,
-            masks=staged.masks,
+            masks=rows.masks.words,
             counts=counts,
             known=rows.token_ids,
             columns=rows.columns,

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.protocol.plan import StepMasks
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
+from nanovllm.worker.sampling.bitmask import apply_masks
 from nanovllm.worker.sampling.columns import (
     NEUTRAL,
     NO_LOGPROBS,
@@ -108,30 +108,27 @@ class Sampler:
         self._own = own
 
     def sample(
-        self, logits: Tensor, targets: SamplingTargets, packed_masks: StepMasks | None = None
+        self, logits: Tensor, targets: SamplingTargets, masks: StepMasks | None = None
     ) -> Sampled:
         """Choose a token for each target. Overwrites `logits` ([n, vocab_size] float32; where ranks
         have different ids, those of this rank)."""
-        is_unedited = packed_masks is None and not self.rows.edits
+        is_unedited = masks is None and not self.rows.edits
         if self.vocabulary is not None:
             if is_unedited and self.rows.active_columns(targets.host_rows) <= UNTRUNCATED:
                 token_ids = self._choose_among_ranks(logits, targets, self.vocabulary)
                 return Sampled(token_ids, None, [], [])
             logits = self.vocabulary.gather(logits)
         if self._own is not None:
-            return self._own.sample(logits, targets, packed_masks)
+            return self._own.sample(logits, targets, masks)
         active = self.rows.active_columns(targets.host_rows)
         if is_unedited and active <= PLAIN:
             return Sampled(self._choose(logits, targets, active), None, [], [])
-        return self._sample_edited(logits, targets, active, packed_masks)
+        return self._sample_edited(logits, targets, active, masks)
 
     def _sample_edited(
-        self, logits: Tensor, targets: SamplingTargets, active: set[str], packed: StepMasks | None
+        self, logits: Tensor, targets: SamplingTargets, active: set[str], masks: StepMasks | None
     ) -> Sampled:
         """`sample`, where a row may ask for log-probabilities, or for other logits than its own."""
-        masks = None
-        if packed is not None:
-            masks = unpack_masks(packed, vocab_size=logits.shape[1], device=logits.device)
         raw = None
         if "logprobs" in active:
             num_top = self.rows.host["logprobs"][targets.host_rows]
@@ -142,7 +139,7 @@ class Sampler:
         if self.rows.edits:
             self._apply_edits(logits, targets)
         if masks is not None:
-            apply_masks(logits, masks, unedited)
+            apply_masks(logits, masks, self.rows.masks, unedited)
         if not active.isdisjoint(PENALTIES):
             self._penalize(logits, targets)
         token_ids = self._choose(logits, targets, active)
@@ -161,11 +158,11 @@ class Sampler:
         return join(vocabulary.parallel.gather(own), temperature)
 
     def _copy_edited(
-        self, logits: Tensor, targets: SamplingTargets, masks: TokenMasks
+        self, logits: Tensor, targets: SamplingTargets, masks: StepMasks
     ) -> dict[int, Tensor]:
         """The logits of those targets that have both edits and a mask."""
         rows = targets.host_rows
-        edited = [target for target in masks.targets if int(rows[target]) in self.rows.edits]
+        edited = [target for target in masks.indices if int(rows[target]) in self.rows.edits]
         return {target: logits[target].clone() for target in edited}
 
     def _apply_edits(self, logits: Tensor, targets: SamplingTargets) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nanovllm.config import StepLimits
-from nanovllm.protocol.plan import NewRow, StepMasks, StepPlan
+from nanovllm.protocol.plan import NewRow, StepMasks, StepPlan, num_mask_lines
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.model_runner import ModelRunner
@@ -127,7 +127,7 @@ def run_step(
 ) -> None:
     """One step in which every entry is the padding row, with so many tokens from its first on.
 
-    is_masked: by masks that allow every id.
+    is_masked: by a mask that allows every id, in a line in which the core keeps none.
     """
     padding, num_entries = limits.max_num_seqs, len(counts)
     new = NewRow(padding, [0], 1, [], params, 0, [])
@@ -136,6 +136,7 @@ def run_step(
     plan = StepPlan(0, [new], [], entries, zeros, counts, sampling)
     masks = None
     if is_masked:
-        words = np.full(num_entries * -(-runner.vocab_size // 32), -1, np.int32)
-        masks = StepMasks(sampling, words.view(np.uint8).data)
+        last = num_mask_lines(vocab_size=runner.vocab_size, max_num_seqs=limits.max_num_seqs) - 1
+        words = np.full(-(-runner.vocab_size // 32), -1, np.int32)
+        masks = StepMasks(sampling, [last] * num_entries, [last], words.view(np.uint8).data)
     runner.execute(plan, masks, is_practice=True).result()

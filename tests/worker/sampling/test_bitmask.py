@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.sampling.bitmask import TokenMasks, apply_masks, unpack_masks
+from nanovllm.worker.sampling.bitmask import MaskTable, apply_masks
 from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
 from tests.worker.planning import CUDA, EOS, VOCAB_SIZE, make_masks, make_plan, make_rows, new_row
 
@@ -26,6 +26,8 @@ def sample(allowed: dict[int, list[int]], *params: SamplingParams, device: str =
     positions = np.full(len(params), 2, np.int32)
     targets = SamplingTargets.of(host_rows, positions, torch.device(device))
     masks = make_masks(allowed)
+    if masks is not None:
+        rows.masks.take(masks)
     logits = torch.linspace(-4, 4, VOCAB_SIZE, device=device).repeat(len(params), 1)
     return Sampler(rows).sample(logits, targets, masks)
 
@@ -34,27 +36,22 @@ def greedy(**fields: object) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=50, **fields)  # type: ignore[arg-type]
 
 
-def test_bits_become_booleans(device: torch.device) -> None:
-    rng = np.random.default_rng(0)
-    ids = [sorted(rng.choice(VOCAB_SIZE, 30, replace=False).tolist()) for _ in range(3)]
-    packed = make_masks(dict(zip((0, 2, 5), ids, strict=True)))
-    assert packed is not None
-    masks = unpack_masks(packed, vocab_size=VOCAB_SIZE, device=device)
-    assert masks.targets == [0, 2, 5]
-    assert masks.allowed.shape == (3, VOCAB_SIZE)
-    assert [row.nonzero()[:, 0].tolist() for row in masks.allowed] == ids
-
-
 @pytest.mark.parametrize("targets", [[0, 1, 2], [1], [0, 2]])
 def test_only_masked_rows_change(device: torch.device, targets: list[int]) -> None:
+    rng = np.random.default_rng(len(targets))
+    allowed = {i: sorted(rng.choice(VOCAB_SIZE, 30, replace=False).tolist()) for i in targets}
+    masks = make_masks(allowed, first_line=5)
+    assert masks is not None
+    table = MaskTable(vocab_size=VOCAB_SIZE, max_num_seqs=8, device=device)
+    table.take(masks)
     logits = torch.randn(3, VOCAB_SIZE, device=device)
     before = logits.clone()
-    allowed = torch.rand(len(targets), VOCAB_SIZE, device=device) < 0.3
-    apply_masks(logits, TokenMasks(targets, allowed), {})
+    apply_masks(logits, masks, table, {})
     for target in range(3):
         expected = before[target]
         if target in targets:
-            expected = expected.masked_fill(~allowed[targets.index(target)], -torch.inf)
+            expected = torch.full_like(expected, -torch.inf)
+            expected[allowed[target]] = before[target][allowed[target]]
         assert torch.equal(logits[target], expected)
 
 

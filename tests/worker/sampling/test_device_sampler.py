@@ -80,6 +80,9 @@ class Pair:
         rows = np.array(order, np.int32)
         positions = np.array([self.length[row] for row in order], np.int32)
         targets = SamplingTargets.of(rows, positions, CPU)
+        if masks is not None:
+            self.plain.masks.take(masks)
+            self.fused.masks.take(masks)
         expected = self.sampler.sample(logits.clone(), targets, masks)
         self.plain.token_ids[targets.rows, targets.positions] = expected.token_ids.int()
         found = self.run_fused(rows, positions, logits.to(DEVICE), masks)

@@ -13,7 +13,6 @@ from torch import Tensor
 from nanovllm.protocol.plan import StepMasks
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling.bitmask import mask_words
 from nanovllm.worker.sampling.edit_tables import EditTables
 from nanovllm.worker.sampling.logprobs import NUM_FIXED, PackedLogprobs
 from nanovllm.worker.sampling.sampler import Sampled, SamplingTargets
@@ -44,10 +43,9 @@ class NativeSampler:
                 lines[:, 0] = self._tables.places_of(rows.tolist())
                 asks.tables = self._tables.words.data_ptr()
             if masks is not None:
-                words = np.require(mask_words(masks), requirements=["C", "A"])
-                lines[masks.indices, 1] = np.arange(len(words))
-                asks.masks, asks.mask_bytes = words.ctypes.data, words.strides[0]
-                assert 8 * asks.mask_bytes >= logits.shape[1]
+                words = self._rows.masks.words
+                lines[masks.indices, 1] = masks.lines
+                asks.masks, asks.mask_bytes = words.data_ptr(), 4 * words.stride(0)
             if wanted.size:
                 num_top = self._rows.host["logprobs"][rows[wanted]].tolist()
                 most = _num_listed(-1 if -1 in num_top else max(num_top), logits.shape[1])

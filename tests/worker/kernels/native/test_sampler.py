@@ -58,7 +58,8 @@ def masks_of(allowed: dict[int, list[int]], *, shifted_by: int = 0) -> StepMasks
     for line, token_ids in zip(bits, allowed.values(), strict=True):
         line[token_ids] = 1
     packed = bytes(shifted_by) + np.packbits(bits, bitorder="little").tobytes()
-    return StepMasks(list(allowed), memoryview(packed)[shifted_by:])
+    lines = list(range(7, 7 + len(allowed)))
+    return StepMasks(list(allowed), lines, lines, memoryview(packed)[shifted_by:])
 
 
 # ---- draws
@@ -146,6 +147,8 @@ class Pair:
         """Sample for these rows by both, and compare. logits: [len(order), VOCAB_SIZE]."""
         positions = np.array([self.length[row] for row in order], np.int32)
         targets = SamplingTargets.of(np.array(order, np.int32), positions, CPU)
+        if masks is not None:
+            self.rows.masks.take(masks)
         expected = self.plain.sample(logits.clone(), targets, masks)
         found = self.native.sample(logits.clone(), targets, masks)
         assert found.token_ids.tolist() == expected.token_ids.tolist()
@@ -237,6 +240,8 @@ def test_edited_logits_are_plain_torchs_to_the_bit() -> None:
     positions = np.array([5, 1, 5, 4], np.int32)
     targets = SamplingTargets.of(np.arange(4, dtype=np.int32), positions, CPU)
     masks = masks_of({2: [3, 900]})
+    assert masks is not None
+    pair.rows.masks.take(masks)
     results = []
     for sampler in (pair.plain, pair.native):
         results.append(logits.clone())
