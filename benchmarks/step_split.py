@@ -52,7 +52,7 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
-from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
+from nanovllm.worker.cuda_graph import CapturedStep, StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.forward_batch import PlanStaging
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.model_runner import ModelRunner
@@ -223,6 +223,7 @@ class HollowGraphs(StepGraphs):
 
     def __init__(self, *, max_num_rows: int, max_num_tokens: int) -> None:
         super().__init__(self.outputs, max_num_rows=max_num_rows, max_num_tokens=max_num_tokens)
+        self._of: dict[int, StepOutput] = {}
         self._output = StepOutput(
             torch.full((max_num_rows,), 7), torch.zeros(max_num_rows, 1), None
         )
@@ -234,9 +235,12 @@ class HollowGraphs(StepGraphs):
         super().captured_shape_for(shape, variant)  # all there are have been captured
         return shape
 
-    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
-        self._captured.setdefault((shape, variant), self._output)
-        return self._output
+    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
+        self._captured.setdefault((shape, variant), CapturedStep(None, self._output))
+        output = self._of.get(num_samples)
+        if output is None:
+            output = self._of[num_samples] = self._output.of(num_samples)
+        return output
 
 
 class HollowSampler:
@@ -350,6 +354,7 @@ class Engine:
         started = NOW()
         outputs, numbers = self.core.step(), list[int]()
         if outputs is not None:
+            assert not outputs.failed, outputs.failed[0].failure
             with self.clock.timing("deliver"):
                 self._clients.collect(outputs)
                 numbers = self._client.outputs.numbers

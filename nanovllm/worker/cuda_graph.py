@@ -10,7 +10,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ class StepOutput(NamedTuple):
     logits: Tensor  # [num_rows, vocab_size or this rank's ids], as the model made them
     hidden: Tensor | None  # [num_tokens, hidden_size], if it was to be kept
 
+    def of(self, num_samples: int) -> "StepOutput":
+        """Of so many entries alone."""
+        return StepOutput(self.token_ids[:num_samples], self.logits[:num_samples], self.hidden)
+
 
 Step = Callable[[StepShape, Variant], StepOutput]
 # Larger steps keep a GPU busy for longer than the host needs to launch them.
@@ -59,10 +63,11 @@ CHEAP_ROWS, CHEAP_TOKENS = 64, 256
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A graph, and where it puts what it leaves."""
+    """A graph, and where it puts what it leaves: for every number of entries that has come."""
 
     graph: torch.cuda.CUDAGraph
     output: StepOutput
+    of: dict[int, StepOutput] = field(default_factory=dict)
 
 
 class _Borrowed:
@@ -186,25 +191,31 @@ class StepGraphs:
             self._num_stand_ins[key] += 1
         return min(larger)
 
-    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
+    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
         """Run the step for the staged plan; what it returns is good until the next call.
 
         The first time it runs eagerly, which also compiles and warms up, and the next time it is
-        captured. If there is no memory for that, the shape goes on eagerly.
+        captured. If there is no memory for that, the shape goes on eagerly. num_samples: of how
+        many entries the output is wanted.
         """
         key = shape, variant
-        if key in self._seen and key not in self._captured and key not in self._uncapturable:
-            try:
-                self._captured[key] = self._capture(shape, variant)
-            except torch.OutOfMemoryError:
-                self._uncapturable.add(key)
-                logger.warning("no memory for a graph of %s: lower gpu_memory_utilization", shape)
-        self._seen.add(key)
         captured = self._captured.get(key)
         if captured is None:
-            return self._step(shape, variant)
+            if key in self._seen and key not in self._uncapturable:
+                try:
+                    self._captured[key] = captured = self._capture(shape, variant)
+                except torch.OutOfMemoryError:
+                    self._uncapturable.add(key)
+                    text = "no memory for a graph of %s: lower gpu_memory_utilization"
+                    logger.warning(text, shape)
+            self._seen.add(key)
+        if captured is None:
+            return self._step(shape, variant).of(num_samples)
         captured.graph.replay()
-        return captured.output
+        output = captured.of.get(num_samples)
+        if output is None:
+            output = captured.of[num_samples] = captured.output.of(num_samples)
+        return output
 
     def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
@@ -213,3 +224,26 @@ class StepGraphs:
             output = self._step(shape, variant)
         hidden = None if output.hidden is None else borrow(output.hidden)
         return CapturedStep(graph, StepOutput(output.token_ids, borrow(output.logits), hidden))
+
+
+class CallGraphs:
+    """Graphs of calls that do the same to the same memory, and return nothing, whenever their key
+    is the same: launched one by one, a few small operations take the host longer than a graph."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def run(self, key: int, call: Callable[[], None]) -> None:
+        """The first time it is called, which compiles; the next time it is captured."""
+        graph = self._captured.get(key)
+        if graph is None and key in self._seen:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                call()
+            self._captured[key] = graph
+        if graph is not None:
+            graph.replay()
+        else:
+            call()
+            self._seen.add(key)

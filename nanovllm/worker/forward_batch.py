@@ -5,6 +5,7 @@
 tensors are on the device; host integers bound what kernels loop over.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,9 @@ from nanovllm.worker.attention.shared_prefix import SharingRows
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.columns import Int32Array
 
-ROOM_FOR_WRITES = 8192  # row state, in writes, that travels in the same copy as the plan
+# Writes to row state that travel in the same copy as the plan: the least of these numbers that is
+# enough, as what a CUDA graph writes has a fixed size.
+ROOMS = (0, 32, 128, 512, 2048, 8192)
 NOT_CACHED = -1  # the slot of a token whose key and value are not kept
 NUM_SECTIONS = 5  # of a staged plan, each with a word per entry
 
@@ -61,6 +64,38 @@ class ForwardBatch:
         return self if group == 0 else self.others[group - 1]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanEntries:
+    """What a plan says of its entries, but for where they are in their rows: on the host.
+
+    It stays the same from step to step while the same rows decode; its arrays are never written to.
+    """
+
+    rows: Int32Array  # [num_rows]
+    counts: Int32Array  # [num_rows]: tokens of each
+    query_start_loc: Int32Array  # [num_rows + 1]
+    sampling: Int32Array  # [num_samples]: entries whose last token is sampled from
+    sampled_rows: Int32Array  # [num_samples]: theirs
+    num_tokens: int
+    sample_all: bool  # every entry does
+
+    @classmethod
+    def of(cls, rows: list[int], counts: list[int], sampling: list[int]) -> "PlanEntries":
+        """As a `StepPlan` has them."""
+        all_rows, all_counts = np.array(rows, np.int32), np.array(counts, np.int32)
+        sampled, starts = np.array(sampling, np.int32), np.zeros(len(rows) + 1, np.int32)
+        all_counts.cumsum(out=starts[1:])
+        return cls(
+            rows=all_rows,
+            counts=all_counts,
+            query_start_loc=starts,
+            sampling=sampled,
+            sampled_rows=all_rows[sampled],
+            num_tokens=int(starts[-1]),
+            sample_all=len(sampling) == len(rows),
+        )
+
+
 @dataclass(slots=True)
 class StagedPlan:
     """A plan's integers: tensors on the device, arrays on the host.
@@ -72,13 +107,17 @@ class StagedPlan:
     sections: Tensor  # [NUM_SECTIONS, …] int32; a slice takes the host 4 µs: only what is asked for
     num_rows: int
     num_samples: int
-    writes: Tensor  # [2, num_writes] int32, for RequestRows.write
-    host_rows: Int32Array
-    host_seq_lens: Int32Array
-    host_query_start_loc: Int32Array
-    host_sampling: Int32Array
+    writes: Tensor  # [2, some of `ROOMS`] int32, for `RequestRows.write`
+    entries: PlanEntries
+    host_seq_lens: Int32Array  # [num_rows], this step's tokens included
     prefix: SharedPrefix | None = None
     starts: Tensor | None = None  # in place of those staged
+
+    @property
+    def sampled_positions(self) -> Int32Array:
+        """[num_samples]: of the tokens that are sampled, on the host."""
+        lens, entries = self.host_seq_lens, self.entries
+        return lens if entries.sample_all else lens[entries.sampling]
 
     @property
     def rows(self) -> Tensor:
@@ -112,21 +151,35 @@ class PlanStaging:
         self._device = device
         self._section = max_num_rows + 2
         self._padding_row = max_num_rows
-        self._num_head = NUM_SECTIONS * self._section
-        num_words = self._num_head + 2 * ROOM_FOR_WRITES
-        self._ring = [
+        self._num_head = head = NUM_SECTIONS * self._section
+        shape, num_words = (NUM_SECTIONS, self._section), head + 2 * ROOMS[-1]
+        ring = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=cuda) for _ in range(num_buffers)
         ]
-        self._copied = [torch.Event(device) for _ in range(num_buffers)] if cuda else []
-        self._resident = torch.zeros_like(self._ring[0], device=device)
-        self._words: list[Int32Array] = [buffer.numpy() for buffer in self._ring]
-        shape, end = (NUM_SECTIONS, self._section), self._num_head
-        self._host_sections = [words[:end].reshape(shape) for words in self._words]
-        on_device = self._ring if device.type == "cpu" else [self._resident] * num_buffers
-        self._sections = [words[:end].view(shape) for words in on_device]
-        self._no_writes = self._resident.new_empty(2, 0)
+        self._copied = [torch.Event(device) for _ in ring] if cuda else []
+        resident = torch.zeros_like(ring[0], device=device)
+        on_device = ring if device.type == "cpu" else [resident] * num_buffers
+        self._words: list[Int32Array] = [buffer.numpy() for buffer in ring]
+        self._sections = [words[:head].view(shape) for words in on_device]
+        # By room and buffer: what is copied, where to, and the writes in it. A slice takes long.
+        self._parcels = [
+            [
+                (
+                    words[: head + 2 * room],
+                    there[: head + 2 * room],
+                    there[head : head + 2 * room].view(2, -1),
+                )
+                for words, there in zip(ring, on_device, strict=True)
+            ]
+            for room in ROOMS
+        ]
         self._counting = torch.arange(self._section, dtype=torch.int32, device=device)
         self._turn = 0
+        # The sections of the last plan, from which those of the next one are made.
+        self._host_sections = np.zeros(shape, np.int32)
+        self._of: tuple[list[int], list[int], list[int]] | None = None  # the plan they are of
+        self._entries = PlanEntries.of([], [], [])
+        self._sharing: SharingRows | None = None
 
     def stage(
         self, plan: StepPlan, writes: Int32Array, *, sharing: SharingRows | None = None
@@ -135,34 +188,43 @@ class PlanStaging:
 
         Behind the plan's entries lie entries of the padding row, for the views to include.
         """
-        num_rows, num_samples = len(plan.rows), len(plan.sampling)
-        self._turn = turn = (self._turn + 1) % len(self._ring)
+        self._turn = turn = (self._turn + 1) % len(self._words)
         if self._copied:
             self._copied[turn].synchronize()
-        rows, num_computed, starts, sampling, shared_keys = self._host_sections[turn]
-        counts = np.array(plan.num_scheduled, np.int32)
-        rows[:num_rows], rows[num_rows:] = plan.rows, self._padding_row
-        num_computed[:num_rows], num_computed[num_rows:] = plan.num_computed, 0
-        starts[0] = 0
-        counts.cumsum(out=starts[1 : num_rows + 1])
-        starts[num_rows + 1 :] = starts[num_rows]
-        sampling[:num_samples], sampling[num_samples:] = plan.sampling, num_rows
-        if sharing is not None:
+        num_rows, num_samples = len(plan.rows), len(plan.sampling)
+        if self._of != (plan.rows, plan.num_scheduled, plan.sampling):
+            self._lay_out(plan)
+        num_computed = self._host_sections[1, :num_rows]
+        num_computed[:] = plan.num_computed
+        if sharing is not None and sharing is not self._sharing:
+            shared_keys = self._host_sections[4]
             shared_keys[:num_rows] = np.where(sharing.members, sharing.num_keys, 0)
             shared_keys[num_rows:] = 0
             shared_keys[-1] = sharing.leader
-        on_device = self._sections[turn]
+        self._sharing = sharing
+        self._words[turn][: self._num_head] = self._host_sections.reshape(-1)
+        on_device, entries = self._sections[turn], self._entries
         return StagedPlan(
             sections=on_device,
             num_rows=num_rows,
             num_samples=num_samples,
             writes=self._send(turn, writes),
-            host_rows=rows[:num_rows].copy(),
-            host_seq_lens=num_computed[:num_rows] + counts,
-            host_query_start_loc=starts[: num_rows + 1].copy(),
-            host_sampling=sampling[:num_samples].copy(),
+            entries=entries,
+            host_seq_lens=num_computed + entries.counts,
             prefix=None if sharing is None else _prefix_in(on_device[4], num_rows),
         )
+
+    def _lay_out(self, plan: StepPlan) -> None:
+        """The sections for a plan of other entries than the last one's."""
+        self._of = self._sharing = None
+        num_rows, num_samples = len(plan.rows), len(plan.sampling)
+        self._entries = entries = PlanEntries.of(plan.rows, plan.num_scheduled, plan.sampling)
+        rows, num_computed, starts, sampling, _ = self._host_sections
+        rows[:num_rows], rows[num_rows:] = entries.rows, self._padding_row
+        num_computed[num_rows:] = 0
+        starts[: num_rows + 1], starts[num_rows + 1 :] = entries.query_start_loc, entries.num_tokens
+        sampling[:num_samples], sampling[num_samples:] = entries.sampling, num_rows
+        self._of = plan.rows, plan.num_scheduled, plan.sampling
 
     def view(
         self,
@@ -179,34 +241,41 @@ class PlanStaging:
         buffer itself and constants; its arrays are upper bounds, as of one row with all tokens.
         """
         sections = self._sections[self._turn]
+        counts, samples = [num_tokens] + [0] * (num_rows - 1), list(range(num_rows))
+        if num_tokens == num_rows:
+            counts = [1] * num_rows
         return StagedPlan(
             sections=sections,
             num_rows=num_rows + 1,
             num_samples=num_rows,
-            writes=self._no_writes,
-            host_rows=np.full(num_rows, self._padding_row, np.int32),
+            writes=self._parcels[0][self._turn][2],
+            entries=PlanEntries.of([self._padding_row] * num_rows, counts, samples),
             host_seq_lens=np.full(num_rows, max_seq_len, np.int32),
-            host_query_start_loc=np.array([0, num_tokens], np.int32),
-            host_sampling=np.arange(num_rows, dtype=np.int32),
             prefix=_prefix_in(sections[4], num_rows) if shares_prefix else None,
             starts=self._counting[: num_rows + 1] if num_tokens == num_rows else None,
         )
 
     def _send(self, turn: int, writes: Int32Array) -> Tensor:
-        """Bring a buffer's sections to the device, and behind them `writes`, which is returned.
-        On the CPU the sections are there already."""
-        end = self._num_head
-        if writes.size <= 2 * ROOM_FOR_WRITES:
-            end += writes.size
-            self._words[turn][self._num_head : end] = writes.reshape(-1)
-        sent = self._ring[turn][:end]
+        """Bring a buffer's sections to the device, and behind them `writes`, which is returned:
+        the first one again and again where there is room for more."""
+        num_writes = writes.shape[1]
+        if num_writes > ROOMS[-1]:
+            self._copy(turn, 0)
+            return self._send_apart(writes)
+        size = bisect_left(ROOMS, num_writes)
+        if num_writes:
+            end = self._num_head + 2 * ROOMS[size]
+            room = self._words[turn][self._num_head : end].reshape(2, -1)
+            room[:, :num_writes], room[:, num_writes:] = writes, writes[:, :1]
+        return self._copy(turn, size)
+
+    def _copy(self, turn: int, size: int) -> Tensor:
+        words, there, writes = self._parcels[size][turn]
         if self._device.type != "cpu":
-            sent = self._resident[:end].copy_(sent, non_blocking=True)
+            there.copy_(words, non_blocking=True)
         if self._copied:
             self._copied[turn].record()
-        if end > self._num_head:
-            return sent[self._num_head :].view(2, -1)
-        return self._send_apart(writes) if writes.size else self._no_writes
+        return writes
 
     def _send_apart(self, writes: Int32Array) -> Tensor:
         """Many long prompts at once get a copy of their own (rare, so allocated on the spot)."""
@@ -266,9 +335,8 @@ def build_batch(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
 
     The plan's own counts are host integers here; `expand_view` is for shapes that are bounds.
     """
-    lens, starts = staged.host_seq_lens, staged.host_query_start_loc
-    num_rows, num_tokens, max_seq_len = len(lens), int(starts[-1]), int(lens.max())
-    counts = np.diff(starts)
+    lens, counts = staged.host_seq_lens, staged.entries.counts
+    num_rows, num_tokens, max_seq_len = len(lens), staged.entries.num_tokens, int(lens.max())
     row_ids = staged.rows.long()
     query_lens = staged.query_start_loc.diff()  # [num_rows]
     if num_tokens == num_rows:
@@ -311,7 +379,7 @@ def _of_all_groups(batch: ForwardBatch, slots: list[Tensor], tables: list[Tensor
 
 def batch_of_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
     """The batch that a view of `PlanStaging` stands for: counts, bounds, and memory to fill in."""
-    num_rows, num_tokens = len(staged.host_rows), int(staged.host_query_start_loc[-1])
+    num_rows, num_tokens = len(staged.host_seq_lens), staged.entries.num_tokens
     max_seq_len, decodes = int(staged.host_seq_lens[0]), num_tokens == num_rows
     device = staged.rows.device
     input_ids, positions, *slots = torch.empty(

@@ -16,10 +16,12 @@ from nanovllm.config import StepLimits
 from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
-from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
+from nanovllm.worker.cuda_graph import CallGraphs, StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import (
+    ROOMS,
     ForwardBatch,
+    PlanEntries,
     PlanStaging,
     StagedPlan,
     build_batch,
@@ -151,7 +153,10 @@ class ModelRunner:
                 captures=captures,
             )
         self._graphs: StepGraphs | None = None
+        self._writing: CallGraphs | None = None
         if captures:
+            if self._device.type == "cuda":
+                self._writing = CallGraphs()
             self._graphs = StepGraphs(
                 self.graph_step,
                 max_num_rows=rows.num_rows,
@@ -188,35 +193,40 @@ class ModelRunner:
             gathers=self._slices and self._truncates(plan),
         )
         staged = self._staging.stage(plan, writes, sharing=sharing)
-        self._rows.write(staged.writes)
-        num_tokens = sum(plan.num_scheduled)
+        self._write(staged.writes)
+        entries, num_samples = staged.entries, staged.num_samples
         link = None if is_practice else self._link
         if link is not None and link.received is not None:
-            link.receive(num_tokens)
-        shape = None if self._graphs is None else self._shape_for(self._graphs, plan)
+            link.receive(entries.num_tokens)
+        shape = None if self._graphs is None else self._shape_for(self._graphs, entries)
         if shape is None or self._graphs is None:
             output = self._run(staged, variant)
         else:
             if self._is_alone and not is_practice:
                 shape = self._graphs.captured_shape_for(shape, variant)
-            output = self._graphs.run(shape, variant)
+            output = self._graphs.run(shape, variant, num_samples=num_samples)
         pending = PendingStep(
-            plan.step,
-            rows=staged.host_rows[staged.host_sampling],
-            positions=staged.host_seq_lens[staged.host_sampling],
+            plan.step, rows=entries.sampled_rows, positions=staged.sampled_positions
         )
         if not self._samples:
             assert output.hidden is not None
             if link is not None:
-                link.send(output.hidden[:num_tokens])
+                link.send(output.hidden[: entries.num_tokens])
             return pending
         if prompts:
             assert output.hidden is not None
             self._collect_prompt_logprobs(pending, staged, prompts, output.hidden)
-        if plan.sampling:
-            pending.logits = output.logits[: len(plan.sampling)]
-            pending.token_ids = output.token_ids[: len(plan.sampling)]
+        if num_samples:
+            pending.logits, pending.token_ids = output.logits, output.token_ids
         return pending
+
+    def _write(self, writes: Tensor) -> None:
+        """Bring the rows up to what a plan says of them."""
+        num_writes, graphs = writes.shape[1], self._writing
+        if graphs is not None and num_writes <= ROOMS[-1]:
+            graphs.run(num_writes, partial(self._rows.write, writes))
+        else:
+            self._rows.write(writes)
 
     @torch.inference_mode()
     def sample(self, pending: PendingStep, masks: StepMasks | None = None) -> None:
@@ -257,10 +267,10 @@ class ModelRunner:
         return pending
 
     @staticmethod
-    def _shape_for(graphs: StepGraphs, plan: StepPlan) -> StepShape | None:
+    def _shape_for(graphs: StepGraphs, entries: PlanEntries) -> StepShape | None:
         """In which a plan runs by graph, if it is not too large."""
-        num_tokens, num_rows = sum(plan.num_scheduled), len(plan.rows)
-        if num_tokens == num_rows and len(plan.sampling) < num_rows:
+        num_tokens, num_rows = entries.num_tokens, len(entries.rows)
+        if num_tokens == num_rows and not entries.sample_all:
             num_tokens += 1  # a decode graph samples for all of its rows
         return graphs.shape_for(num_tokens, num_rows)
 
@@ -389,9 +399,9 @@ class ModelRunner:
         prompt. hidden: [num_tokens, hidden_size], what the last layer leaves of all tokens.
         """
         for entry, first, end, num_top in prompts:
-            start = int(staged.host_query_start_loc[entry])
+            start = int(staged.entries.query_start_loc[entry])
             states = hidden[start : start + end - first]
-            wanted = self._rows.token_ids[int(staged.host_rows[entry]), first:end]
+            wanted = self._rows.token_ids[int(staged.entries.rows[entry]), first:end]
             pack = self._sampler.pack_logprobs
             if self._fused is not None and num_top >= 0:
                 pack = self._fused.pack_logprobs

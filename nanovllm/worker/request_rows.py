@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import NewRow, StepPlan
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.sampling.bitmask import MaskTable
 from nanovllm.worker.sampling.columns import (
     COLUMNS,
     COUNTS,
+    FIELDS,
     INT32_MAX,
     NEUTRAL,
-    NO_LOGPROBS,
     NUM_WORDS,
+    PACKING,
     PENALTIES,
     RECORD,
     TORCH_DTYPES,
@@ -35,6 +37,9 @@ from nanovllm.worker.sampling.logits_processors import RowEdits, prepare_edits
 LOG = logging.getLogger(__name__)
 _NEUTRAL_WORDS = NEUTRAL.view(np.int32)
 _WORDS = {column.name: word_offset(column.name) for column in COLUMNS}
+_PENALTIES = [(column.name, column.neutral) for column in COLUMNS if column.name in PENALTIES]
+NOTHING = SamplingParams()  # of what rows may ask for
+NO_WRITES = np.empty((2, 0), np.int32)
 
 
 class RequestRows:
@@ -70,9 +75,11 @@ class RequestRows:
         self._places: Int32Array = np.hstack(
             [table.reshape(num_columns, -1) for table in tables]
         ).reshape(-1)
+        self._place_list: list[int] = self._places.tolist()
         self._tokens_at = NUM_WORDS + int(starts[-1])
         width = self._tokens_at + max_model_len
         self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
+        self._counting = np.arange(self._width, dtype=np.int32)
         if (num_rows + 1) * self._width >= 2**31:
             raise ValueError(
                 f"max_num_seqs ({num_rows}) times max_model_len ({max_model_len}) is over 2^31: "
@@ -112,52 +119,62 @@ class RequestRows:
 
         Returns [2, num_words]: places in the state and their new values.
         """
-        places: list[Int32Array] = []
-        values: list[Int32Array] = []
-        for new in plan.new_rows:
-            record = self._prepare(new)
-            self.host[new.row] = record[0]
-            self.penalizes[new.row] = any(record[0][one] != NEUTRAL[0][one] for one in PENALTIES)
-            self.wants_logprobs[new.row] = record[0]["logprobs"] != NO_LOGPROBS
-            self.prompting.discard(new.row)
-            if record[0]["prompt_logprobs"] != NO_LOGPROBS:
-                self.prompting.add(new.row)
-            entries = self._places[: len(new.block_ids)]
-            self.host_block_tables[new.row, entries] = new.block_ids
-            start = new.row * self._width
-            places.append(start + NUM_WORDS + entries)
-            values.append(np.array(new.block_ids, np.int32))
-            tokens = np.array(new.token_ids, np.int32)
-            for at, words in ((start, record.view(np.int32)), (start + self._tokens_at, tokens)):
-                places.append(np.arange(at, at + len(words), dtype=np.int32))
-                values.append(words)
-        if plan.block_appends:
-            appends = np.array([(a.row, a.index, a.block_id) for a in plan.block_appends], np.int32)
-            entries = self._places[appends[:, 1]]
-            self.host_block_tables[appends[:, 0], entries] = appends[:, 2]
-            places.append(appends[:, 0] * self._width + entries + NUM_WORDS)
-            values.append(appends[:, 2])
+        if not (plan.new_rows or plan.block_appends or plan.known_tokens):
+            return NO_WRITES
+        parts = [self._record_new(new) for new in plan.new_rows]
+        # Single words are gathered in lists: a step has few, for which arrays would take longer.
+        places: list[int] = []
+        values: list[int] = []
+        tables = self.host_block_tables
+        for append in plan.block_appends:
+            row, block_id, entry = append.row, append.block_id, self._place_list[append.index]
+            tables[row, entry] = block_id
+            places.append(row * self._width + NUM_WORDS + entry)
+            values.append(block_id)
         for known in plan.known_tokens:
             start = known.row * self._width + self._tokens_at + known.position
-            places.append(np.arange(start, start + len(known.token_ids), dtype=np.int32))
-            values.append(np.array(known.token_ids, np.int32))
-        if not places:
-            return np.empty((2, 0), np.int32)
-        return np.stack((np.concatenate(places), np.concatenate(values)))
+            places += range(start, start + len(known.token_ids))
+            values += known.token_ids
+        if places:
+            parts.append(np.array((places, values), np.int32))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def _prepare(self, new: NewRow) -> npt.NDArray[Any]:
-        """A row's record, [1], and its edits, which are kept. If they cannot be made, the record is
-        neutral, there are no edits, and that is noted."""
+    def _record_new(self, new: NewRow) -> Int32Array:
+        """Take a row into the mirror; returns its part of what `record` does."""
+        row, num_blocks = new.row, len(new.block_ids)
+        self._host_words[row] = record = self._prepare(new)
+        asked = NOTHING if row in self.failures else new.params
+        self.penalizes[row] = any(getattr(asked, name) != at_rest for name, at_rest in _PENALTIES)
+        self.wants_logprobs[row] = asked.logprobs is not None
+        self.prompting.discard(row)
+        if asked.prompt_logprobs is not None:
+            self.prompting.add(row)
+        entries, block_ids = self._places[:num_blocks], np.array(new.block_ids, np.int32)
+        self.host_block_tables[row, entries] = block_ids
+        tokens_from = NUM_WORDS + num_blocks
+        writes = np.empty((2, tokens_from + len(new.token_ids)), np.int32)
+        places, values = writes
+        places[:NUM_WORDS], values[:NUM_WORDS] = self._counting[:NUM_WORDS], record
+        np.add(entries, NUM_WORDS, out=places[NUM_WORDS:tokens_from])
+        values[NUM_WORDS:tokens_from] = block_ids
+        places[tokens_from:] = self._counting[self._tokens_at :][: len(new.token_ids)]
+        values[tokens_from:] = new.token_ids
+        places += row * self._width
+        return writes
+
+    def _prepare(self, new: NewRow) -> Int32Array:
+        """A row's record as words, and its edits, which are kept. If they cannot be made, the
+        record is neutral, there are no edits, and that is noted."""
         self.failures.pop(new.row, None)
         self.edits.pop(new.row, None)
         try:
-            record = encode(new)
+            record = encode(new).view(np.int32)
             if new.bad_words_token_ids or new.params.edits_logits:
                 self._keep_edits(new)
             return record
         except Exception as error:
             self.note_failure(new.row, error)
-            return NEUTRAL
+            return _NEUTRAL_WORDS
 
     def _keep_edits(self, new: NewRow) -> None:
         edits = prepare_edits(new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids)
@@ -188,11 +205,11 @@ class RequestRows:
 
 def encode(new: NewRow) -> npt.NDArray[Any]:
     """The record of one row, [1]."""
-    params = new.params
+    params, is_greedy = new.params, new.params.greedy
     values: list[float] = [new.seed, new.num_prompt_tokens, 0]
-    for column in COLUMNS:
-        value = getattr(params, column.name)
-        if value is None or (column.draws and params.greedy):
-            value = column.neutral
-        values.append(min(value, INT32_MAX) if column.kind == "i4" else value)
-    return np.array([tuple(values)], RECORD)
+    for name, is_integer, neutral, draws in FIELDS:
+        value = getattr(params, name)
+        if value is None or (draws and is_greedy):
+            value = neutral
+        values.append(min(value, INT32_MAX) if is_integer else value)
+    return np.frombuffer(PACKING.pack(*values), RECORD)

@@ -79,7 +79,7 @@ class PretendedGraphs(StepGraphs):
     def capture(self, *shapes: tuple[int, int], variant: Variant = PLAIN) -> None:
         for shape in shapes:
             for _ in range(2):
-                self.run(StepShape(*shape), variant)
+                self.run(StepShape(*shape), variant, num_samples=shape[1])
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_shape_that_keeps_coming_is_captured_itself(pretended: PretendedGraphs
     assert set(stand_ins) == {(8, 8)}
     for _ in range(3):  # eagerly, captured, replayed
         assert pretended.captured_shape_for(shape, PLAIN) == shape
-        pretended.run(shape, PLAIN)
+        pretended.run(shape, PLAIN, num_samples=4)
     assert pretended.captured_shape_for(StepShape(2, 2), PLAIN) == shape
 
 
@@ -157,7 +157,7 @@ def test_what_a_graph_leaves_stays_until_the_next_one_runs() -> None:
     shape, variant = StepShape(8, 8), Variant(shares_prefix=False, keeps_hidden=True)
     for turn in range(4):  # eagerly, captured, and twice more
         source.fill_(turn + 1)
-        output = graphs.run(shape, variant)
+        output = graphs.run(shape, variant, num_samples=8)
         noise = [torch.full((8, 1000), -1.0, device="cuda") for _ in range(50)]
         assert output.hidden is not None and output.logits.dtype == torch.bfloat16
         assert (output.logits == turn + 1).all() and (output.hidden == 2 * (turn + 1)).all()

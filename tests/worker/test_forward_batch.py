@@ -1,11 +1,14 @@
 """From a plan's integers to flat tokens."""
 
+import random
+
 import numpy as np
+import pytest
 import torch
 
 from nanovllm.protocol.plan import StepPlan
 from nanovllm.worker.attention.shared_prefix import SharingRows
-from nanovllm.worker.forward_batch import ROOM_FOR_WRITES, ForwardBatch, PlanStaging, build_batch
+from nanovllm.worker.forward_batch import ROOMS, ForwardBatch, PlanStaging, build_batch
 from nanovllm.worker.request_rows import RequestRows
 from tests.worker.planning import BLOCK_SIZE, blocks_of, make_plan, make_rows, new_row
 
@@ -85,14 +88,44 @@ def test_nothing_is_left_of_a_larger_step_behind_the_entries_of_a_smaller_one() 
     assert view.prefix.leader.tolist() == [1]
 
 
-def test_staging_carries_more_writes_than_it_has_room_for() -> None:
+@pytest.mark.parametrize("most", [ROOMS[-1] + 1, *ROOMS, ROOMS[1] + 1, 1])
+def test_writes_come_in_few_sizes_and_what_is_too_much_apart(most: int) -> None:
+    staging = make_staging(make_rows())
+    writes = np.stack((np.arange(most) + 1, np.arange(most) + 100)).astype(np.int32)
+    staging.stage(make_plan(0, [(0, 0, 1)]), np.full((2, ROOMS[-1]), 9, np.int32))  # left behind
+    staging.stage(make_plan(1, [(0, 0, 1)]), np.full((2, ROOMS[-1]), 9, np.int32))
+    found = staging.stage(make_plan(2, [(0, 0, 1)]), writes).writes
+    assert np.array_equal(found[:, :most].numpy(), writes)
+    assert found.shape[1] == (most if most > ROOMS[-1] else min(r for r in ROOMS if r >= most))
+    assert (found[:, most:] == found[:, :1]).all(), "the first one again, which changes nothing"
+
+
+def test_a_plan_is_staged_alike_whatever_was_staged_before_it() -> None:
+    """Sections are made from those of the plan before."""
     rows = make_rows()
-    writes = np.stack((np.arange(ROOM_FOR_WRITES + 1), np.ones(ROOM_FOR_WRITES + 1)))
-    writes = writes.astype(np.int32)
+    empty, rng = np.empty((2, 0), np.int32), random.Random(0)
     staging = make_staging(rows)
-    for num_writes in (ROOM_FOR_WRITES + 1, ROOM_FOR_WRITES, 0):
-        staged = staging.stage(make_plan(0, [(0, 0, 1)]), writes[:, :num_writes])
-        assert np.array_equal(staged.writes.numpy(), writes[:, :num_writes])
+    share = [SharingRows(8, 0, np.ones(3, np.bool_)), SharingRows(16, 2, np.array([0, 1, 1]) > 0)]
+    plans = [
+        make_plan(0, [(0, 5, 1), (1, 6, 1), (2, 7, 1)]),
+        make_plan(0, [(0, 6, 1), (1, 7, 1), (2, 8, 1)]),
+        make_plan(0, [(0, 6, 1), (1, 7, 1), (2, 8, 1)], sampling=[0, 2]),
+        make_plan(0, [(0, 6, 2), (1, 7, 1), (2, 8, 1)]),
+        make_plan(0, [(2, 6, 1), (1, 7, 1), (0, 8, 1)]),
+        make_plan(0, [(4, 9, 3)]),
+        make_plan(0, [(row, row, 1) for row in range(rows.num_rows)]),
+    ]
+    for _ in range(200):
+        plan = rng.choice(plans)
+        sharing = rng.choice([None, *share]) if len(plan.rows) == 3 else None
+        staged = staging.stage(plan, empty, sharing=sharing)
+        alone = make_staging(rows).stage(plan, empty, sharing=sharing)
+        assert torch.equal(staged.sections[:4], alone.sections[:4])
+        assert np.array_equal(staged.host_seq_lens, alone.host_seq_lens)
+        assert np.array_equal(staged.sampled_positions, alone.sampled_positions)
+        assert staged.entries.sampled_rows.tolist() == [plan.rows[i] for i in plan.sampling]
+        if sharing is not None:
+            assert torch.equal(staged.sections[4], alone.sections[4])
 
 
 def test_host_arrays_survive_later_plans() -> None:
@@ -102,7 +135,9 @@ def test_host_arrays_survive_later_plans() -> None:
     staged = staging.stage(make_plan(0, [(4, 2, 3), (5, 0, 1)], sampling=[1]), empty)
     for step in range(1, 4):
         staging.stage(make_plan(step, [(0, 0, 1)]), empty)
-    assert staged.host_rows.tolist() == [4, 5]
+    assert staged.entries.rows.tolist() == [4, 5] and staged.entries.counts.tolist() == [3, 1]
     assert staged.host_seq_lens.tolist() == [5, 1]
-    assert staged.host_query_start_loc.tolist() == [0, 3, 4]
-    assert staged.host_sampling.tolist() == [1]
+    assert staged.entries.query_start_loc.tolist() == [0, 3, 4]
+    assert staged.entries.sampling.tolist() == [1]
+    assert staged.entries.sampled_rows.tolist() == [5]
+    assert staged.sampled_positions.tolist() == [1]

@@ -45,8 +45,8 @@ FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_l
 class UncapturedGraphs(StepGraphs):
     """Steps in their padded shapes, but run eagerly each time."""
 
-    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
-        return self._step(shape, variant)
+    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
+        return self._step(shape, variant).of(num_samples)
 
 
 class LargerGraphs(UncapturedGraphs):

@@ -28,7 +28,7 @@ from nanovllm.protocol.plan import StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
 from nanovllm.worker.attention.select import attention_specs
-from nanovllm.worker.cuda_graph import StepGraphs, StepShape, Variant
+from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, StagedPlan, expand_view
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.triton import expand_batch
@@ -117,8 +117,8 @@ PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=
 class UncapturedGraphs(StepGraphs):
     """Every step as a graph would have it, without one."""
 
-    def run(self, shape: StepShape, variant: Variant) -> torch.Tensor:
-        return self._step(shape, variant)
+    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
+        return self._step(shape, variant).of(num_samples)
 
 
 def compile_instead_of_launching() -> Counter[str]:
