@@ -4,6 +4,7 @@
 the same ones, so equal block ids are all there is to compare, and only when the rows change.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,23 +48,29 @@ class PrefixFinder:
         return self._found
 
     def _search(self, plan: StepPlan) -> SharingRows | None:
-        if len(plan.rows) < MIN_ROWS:
-            return None
-        num_blocks = np.array(plan.num_computed, np.int32) // self._block_size
+        """In lists for as long as it is likely that too few share: mostly it ends there."""
         probe = -(-MIN_KEYS // self._block_size) - 1  # equal here, equal before
-        members = (num_blocks > probe) & (np.array(plan.num_scheduled) == 1)
-        if members.sum() < MIN_ROWS:
+        least = (probe + 1) * self._block_size
+        starts, counts = plan.num_computed, plan.num_scheduled
+        entries = [
+            entry
+            for entry, (start, count) in enumerate(zip(starts, counts, strict=True))
+            if start >= least and count == 1
+        ]
+        if len(entries) < MIN_ROWS:
             return None
-        rows = np.array(plan.rows)
-        probed = self._block_tables[rows, probe]
-        block_ids, counts = np.unique(probed[members], return_counts=True)
-        members &= probed == block_ids[counts.argmax()]
-        if members.sum() < MIN_ROWS:
+        probed = self._block_tables[[plan.rows[entry] for entry in entries], probe].tolist()
+        block_id, num_members = Counter(probed).most_common(1)[0]
+        if num_members < MIN_ROWS:
             return None
-        tables = self._block_tables[rows[members], : num_blocks[members].min()]
+        sharing = [one for one, found in zip(entries, probed, strict=True) if found == block_id]
+        num_blocks = min(starts[entry] for entry in sharing) // self._block_size
+        tables = self._block_tables[[plan.rows[entry] for entry in sharing], :num_blocks]
         differs = (tables != tables[0]).any(0)
         num_equal = int(differs.argmax()) if differs.any() else len(differs)
         num_keys = num_equal * self._block_size // WHOLE_TILES * WHOLE_TILES
-        if (int(members.sum()) - 1) * num_keys < MIN_KEYS_SAVED:
+        if (num_members - 1) * num_keys < MIN_KEYS_SAVED:
             return None
-        return SharingRows(num_keys, int(members.argmax()), members)
+        members = np.zeros(len(starts), np.bool_)
+        members[sharing] = True
+        return SharingRows(num_keys, sharing[0], members)
