@@ -1,5 +1,8 @@
-"""Which shapes steps are padded to."""
+"""Which shapes steps are padded to, and what is captured when."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 
 from nanovllm.worker.cuda_graph import (
     MOST_STAND_INS,
+    CallGraphs,
     CapturedStep,
     StepGraphs,
     StepOutput,
@@ -162,3 +166,42 @@ def test_what_a_graph_leaves_stays_until_the_next_one_runs() -> None:
         assert output.hidden is not None and output.logits.dtype == torch.bfloat16
         assert (output.logits == turn + 1).all() and (output.hidden == 2 * (turn + 1)).all()
         del noise
+
+
+class RecordingGraph:
+    """In place of `torch.cuda.CUDAGraph`: does again what was called while it was captured."""
+
+    captured: list[str]
+
+    def replay(self) -> None:
+        done.extend(self.captured)
+
+
+done: list[str] = []  # by calls, and by graphs that stand for them
+
+
+@contextmanager
+def recording(graph: RecordingGraph, **_: object) -> Iterator[None]:
+    before = len(done)
+    yield
+    graph.captured = done[before:]
+    del done[before:]  # a capture does nothing itself
+
+
+def test_a_call_is_captured_when_it_comes_again_and_done_once_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.CUDAGraph", RecordingGraph)
+    monkeypatch.setattr("torch.cuda.graph", recording)
+    done.clear()
+    graphs, num_calls = CallGraphs(), 0
+
+    def call(text: str) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        done.append(text)
+
+    for key in (1, 2, 1, 1, 2, 1, 2):
+        graphs.run(key, partial(call, f"{key}"))
+    assert done == ["1", "2", "1", "1", "2", "1", "2"]
+    assert num_calls == 4, "of each the first time, and to be captured"
