@@ -223,7 +223,7 @@ class ModelRunner:
     def _write(self, writes: Tensor) -> None:
         """Bring the rows up to what a plan says of them."""
         num_writes, graphs = writes.shape[1], self._writing
-        if graphs is not None and num_writes <= ROOMS[-1]:
+        if graphs is not None and 0 < num_writes <= ROOMS[-1]:
             graphs.run(num_writes, partial(self._rows.write, writes))
         else:
             self._rows.write(writes)
