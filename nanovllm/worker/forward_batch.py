@@ -7,6 +7,7 @@ tensors are on the device; host integers bound what kernels loop over.
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -82,17 +83,17 @@ class PlanEntries:
     @classmethod
     def of(cls, rows: list[int], counts: list[int], sampling: list[int]) -> "PlanEntries":
         """As a `StepPlan` has them."""
-        all_rows, all_counts = np.array(rows, np.int32), np.array(counts, np.int32)
-        sampled, starts = np.array(sampling, np.int32), np.zeros(len(rows) + 1, np.int32)
-        all_counts.cumsum(out=starts[1:])
+        all_rows, starts = np.array(rows, np.int32), [0, *accumulate(counts)]
+        sample_all = len(sampling) == len(rows)
+        sampled = np.array(sampling, np.int32)
         return cls(
             rows=all_rows,
-            counts=all_counts,
-            query_start_loc=starts,
+            counts=np.array(counts, np.int32),
+            query_start_loc=np.array(starts, np.int32),
             sampling=sampled,
-            sampled_rows=all_rows[sampled],
-            num_tokens=int(starts[-1]),
-            sample_all=len(sampling) == len(rows),
+            sampled_rows=all_rows if sample_all else all_rows[sampled],
+            num_tokens=starts[-1],
+            sample_all=sample_all,
         )
 
 
@@ -151,6 +152,7 @@ class PlanStaging:
         self._device = device
         self._section = max_num_rows + 2
         self._padding_row = max_num_rows
+        self._padding = np.array([[max_num_rows], *[[0]] * (NUM_SECTIONS - 1)], np.int32)
         self._num_head = head = NUM_SECTIONS * self._section
         shape, num_words = (NUM_SECTIONS, self._section), head + 2 * ROOMS[-1]
         ring = [
@@ -219,9 +221,9 @@ class PlanStaging:
         self._of = self._sharing = None
         num_rows, num_samples = len(plan.rows), len(plan.sampling)
         self._entries = entries = PlanEntries.of(plan.rows, plan.num_scheduled, plan.sampling)
-        rows, num_computed, starts, sampling, _ = self._host_sections
-        rows[:num_rows], rows[num_rows:] = entries.rows, self._padding_row
-        num_computed[num_rows:] = 0
+        self._host_sections[:] = self._padding
+        rows, _, starts, sampling, _ = self._host_sections
+        rows[:num_rows] = entries.rows
         starts[: num_rows + 1], starts[num_rows + 1 :] = entries.query_start_loc, entries.num_tokens
         sampling[:num_samples], sampling[num_samples:] = entries.sampling, num_rows
         self._of = plan.rows, plan.num_scheduled, plan.sampling

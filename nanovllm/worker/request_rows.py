@@ -19,6 +19,7 @@ from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.sampling.bitmask import MaskTable
 from nanovllm.worker.sampling.columns import (
+    AS_WORDS,
     COLUMNS,
     COUNTS,
     FIELDS,
@@ -69,17 +70,18 @@ class RequestRows:
         self.block_sizes = [block_size // count for count in blocks]
         self.block_size = block_size
         starts = np.cumsum([0, *blocks], dtype=np.int32) * num_columns
-        # Where entries of a plan's block table lie: there the groups take turns, here each has a
-        # table of its own.
-        tables = (np.arange(start, end, dtype=np.int32) for start, end in pairwise(starts))
-        self._places: Int32Array = np.hstack(
-            [table.reshape(num_columns, -1) for table in tables]
-        ).reshape(-1)
-        self._place_list: list[int] = self._places.tolist()
         self._tokens_at = NUM_WORDS + int(starts[-1])
+        # Where the record's words lie in a row, and behind them entries of a plan's block table:
+        # there the groups take turns, here each has a table of its own.
+        tables = (np.arange(start, end, dtype=np.int32) for start, end in pairwise(starts))
+        entries = np.hstack([table.reshape(num_columns, -1) for table in tables]).reshape(-1)
+        self._places: Int32Array = np.append(
+            np.arange(NUM_WORDS, dtype=np.int32), NUM_WORDS + entries
+        )
+        self._entry_places: list[int] = self._places[NUM_WORDS:].tolist()
         width = self._tokens_at + max_model_len
+        self._token_places = np.arange(self._tokens_at, width, dtype=np.int32)
         self._width = width + width % 2  # seeds are 64 bits wide and must be aligned
-        self._counting = np.arange(self._width, dtype=np.int32)
         if (num_rows + 1) * self._width >= 2**31:
             raise ValueError(
                 f"max_num_seqs ({num_rows}) times max_model_len ({max_model_len}) is over 2^31: "
@@ -102,12 +104,14 @@ class RequestRows:
         }
         self.columns |= {name: state[:, word_offset(name)] for name in COUNTS}
         self.num_rows = num_rows
-        self.host = np.repeat(NEUTRAL, num_rows + 1)
+        self._mirror = np.zeros((num_rows + 1, self._tokens_at), np.int32)
+        self._host_words = self._mirror[:, :NUM_WORDS]
+        self._host_words[:] = _NEUTRAL_WORDS
+        self.host: npt.NDArray[Any] = self._host_words.view(RECORD)[:, 0]
+        self.host_block_tables = self._mirror[:, NUM_WORDS:]
         self.penalizes = np.zeros(num_rows + 1, bool)  # by row: whether its record asks for that
         self.wants_logprobs = np.zeros(num_rows + 1, bool)
         self.prompting: set[int] = set()  # rows that want their prompts' log-probabilities
-        self._host_words = self.host.view(np.int32).reshape(num_rows + 1, NUM_WORDS)
-        self.host_block_tables = np.zeros((num_rows + 1, int(starts[-1])), np.int32)
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
         self.vocab_size = vocab_size
@@ -125,12 +129,11 @@ class RequestRows:
         # Single words are gathered in lists: a step has few, for which arrays would take longer.
         places: list[int] = []
         values: list[int] = []
-        tables = self.host_block_tables
         for append in plan.block_appends:
-            row, block_id, entry = append.row, append.block_id, self._place_list[append.index]
-            tables[row, entry] = block_id
-            places.append(row * self._width + NUM_WORDS + entry)
-            values.append(block_id)
+            row, place = append.row, self._entry_places[append.index]
+            self._mirror[row, place] = append.block_id
+            places.append(row * self._width + place)
+            values.append(append.block_id)
         for known in plan.known_tokens:
             start = known.row * self._width + self._tokens_at + known.position
             places += range(start, start + len(known.token_ids))
@@ -141,40 +144,38 @@ class RequestRows:
 
     def _record_new(self, new: NewRow) -> Int32Array:
         """Take a row into the mirror; returns its part of what `record` does."""
-        row, num_blocks = new.row, len(new.block_ids)
-        self._host_words[row] = record = self._prepare(new)
+        row, behind = new.row, NUM_WORDS + len(new.block_ids)
+        words = [*self._prepare(new), *new.block_ids, *new.token_ids]
+        writes = np.empty((2, len(words)), np.int32)
+        places, values = writes
+        places[:behind], places[behind:] = (
+            self._places[:behind],
+            self._token_places[: len(new.token_ids)],
+        )
+        values[:] = words
+        self._mirror[row, places[:behind]] = values[:behind]
+        places += row * self._width
         asked = NOTHING if row in self.failures else new.params
         self.penalizes[row] = any(getattr(asked, name) != at_rest for name, at_rest in _PENALTIES)
         self.wants_logprobs[row] = asked.logprobs is not None
         self.prompting.discard(row)
         if asked.prompt_logprobs is not None:
             self.prompting.add(row)
-        entries, block_ids = self._places[:num_blocks], np.array(new.block_ids, np.int32)
-        self.host_block_tables[row, entries] = block_ids
-        tokens_from = NUM_WORDS + num_blocks
-        writes = np.empty((2, tokens_from + len(new.token_ids)), np.int32)
-        places, values = writes
-        places[:NUM_WORDS], values[:NUM_WORDS] = self._counting[:NUM_WORDS], record
-        np.add(entries, NUM_WORDS, out=places[NUM_WORDS:tokens_from])
-        values[NUM_WORDS:tokens_from] = block_ids
-        places[tokens_from:] = self._counting[self._tokens_at :][: len(new.token_ids)]
-        values[tokens_from:] = new.token_ids
-        places += row * self._width
         return writes
 
-    def _prepare(self, new: NewRow) -> Int32Array:
-        """A row's record as words, and its edits, which are kept. If they cannot be made, the
+    def _prepare(self, new: NewRow) -> tuple[int, ...]:
+        """The words of a row's record, and its edits, which are kept. If they cannot be made, the
         record is neutral, there are no edits, and that is noted."""
         self.failures.pop(new.row, None)
         self.edits.pop(new.row, None)
         try:
-            record = encode(new).view(np.int32)
+            words = encode(new)
             if new.bad_words_token_ids or new.params.edits_logits:
                 self._keep_edits(new)
-            return record
+            return words
         except Exception as error:
             self.note_failure(new.row, error)
-            return _NEUTRAL_WORDS
+            return tuple(_NEUTRAL_WORDS.tolist())
 
     def _keep_edits(self, new: NewRow) -> None:
         edits = prepare_edits(new, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids)
@@ -203,8 +204,8 @@ class RequestRows:
         return {name for name, word in _WORDS.items() if active[word]}
 
 
-def encode(new: NewRow) -> npt.NDArray[Any]:
-    """The record of one row, [1]."""
+def encode(new: NewRow) -> tuple[int, ...]:
+    """The words of the record of one row."""
     params, is_greedy = new.params, new.params.greedy
     values: list[float] = [new.seed, new.num_prompt_tokens, 0]
     for name, is_integer, neutral, draws in FIELDS:
@@ -212,4 +213,4 @@ def encode(new: NewRow) -> npt.NDArray[Any]:
         if value is None or (draws and is_greedy):
             value = neutral
         values.append(min(value, INT32_MAX) if is_integer else value)
-    return np.frombuffer(PACKING.pack(*values), RECORD)
+    return AS_WORDS.unpack(PACKING.pack(*values))

@@ -55,6 +55,7 @@ NEUTRAL: npt.NDArray[Any] = np.array([(0, 0, 0, *(c.neutral for c in COLUMNS))],
 NUM_WORDS = RECORD.itemsize // 4
 # A record as `struct` packs it, several times as fast as numpy fills one in.
 PACKING = Struct(f"=q{len(COUNTS)}i" + "".join(column.kind[0] for column in COLUMNS))
+AS_WORDS = Struct(f"={NUM_WORDS}i")
 FIELDS = tuple((one.name, one.kind == "i4", one.neutral, one.draws) for one in COLUMNS)
 TORCH_DTYPES = {"f4": torch.float32, "i4": torch.int32}
 

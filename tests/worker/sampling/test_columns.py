@@ -1,5 +1,8 @@
 """The record by which the device knows what a row asks."""
 
+import numpy as np
+
+from nanovllm.protocol.plan import NewRow
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.request_rows import encode
 from nanovllm.worker.sampling.columns import (
@@ -25,17 +28,24 @@ FIELDS = {
 }
 
 
+def record_of(new: NewRow) -> np.void:
+    """By name."""
+    words = np.array(encode(new), np.int32)
+    assert words.shape == (NUM_WORDS,)
+    (record,) = words.view(RECORD)
+    return record
+
+
 def test_a_record_holds_what_is_asked_and_nothing_is_counted_yet() -> None:
     params = SamplingParams(**FIELDS)  # type: ignore[arg-type]
-    record = encode(new_row(5, [1, 2, 3], params, num_prompt_tokens=2, seed=2**62 + 1))
-    assert record.shape == (1,) and record.dtype == RECORD
+    record = record_of(new_row(5, [1, 2, 3], params, num_prompt_tokens=2, seed=2**62 + 1))
     asked = {name: record[name].item() for name in RECORD.names or ()}
     assert asked == {"seed": 2**62 + 1, "num_prompt_tokens": 2, "num_counted": 0, **FIELDS}
 
 
 def test_who_is_greedy_asks_for_no_draw_and_what_is_not_asked_changes_nothing() -> None:
     params = SamplingParams(**{**FIELDS, "temperature": 0.0, "logprobs": None})  # type: ignore[arg-type]
-    (record,) = encode(new_row(0, [1], params))
+    record = record_of(new_row(0, [1], params))
     assert [record[name].item() for name in ("temperature", "top_k", "top_p", "min_p")] == [
         0,
         0,
@@ -43,7 +53,7 @@ def test_who_is_greedy_asks_for_no_draw_and_what_is_not_asked_changes_nothing() 
         0,
     ]
     assert record["logprobs"] == NO_LOGPROBS and record["repetition_penalty"] == 1.5
-    (neutral,) = encode(new_row(0, [], SamplingParams(temperature=0.0)))
+    neutral = record_of(new_row(0, [], SamplingParams(temperature=0.0)))
     assert neutral == NEUTRAL[0]
 
 
