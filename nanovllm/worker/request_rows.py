@@ -71,13 +71,7 @@ class RequestRows:
         self.block_size = block_size
         starts = np.cumsum([0, *blocks], dtype=np.int32) * num_columns
         self._tokens_at = NUM_WORDS + int(starts[-1])
-        # Where the record's words lie in a row, and behind them entries of a plan's block table:
-        # there the groups take turns, here each has a table of its own.
-        tables = (np.arange(start, end, dtype=np.int32) for start, end in pairwise(starts))
-        entries = np.hstack([table.reshape(num_columns, -1) for table in tables]).reshape(-1)
-        self._places: Int32Array = np.append(
-            np.arange(NUM_WORDS, dtype=np.int32), NUM_WORDS + entries
-        )
+        self._places = _places_in_row(starts, num_columns)
         self._entry_places: list[int] = self._places[NUM_WORDS:].tolist()
         width = self._tokens_at + max_model_len
         self._token_places = np.arange(self._tokens_at, width, dtype=np.int32)
@@ -88,9 +82,8 @@ class RequestRows:
                 "lower one of them"
             )
         state = torch.zeros(num_rows + 1, self._width, dtype=torch.int32, device=device)
-        state[-1, :NUM_WORDS] = torch.from_numpy(
-            _NEUTRAL_WORDS
-        )  # a penalty of 0 is a division by 0
+        # A penalty of 0 is a division by 0.
+        state[-1, :NUM_WORDS] = torch.from_numpy(_NEUTRAL_WORDS)
         self._words = state.view(-1)
         self.block_tables = [
             state[:, NUM_WORDS + start : NUM_WORDS + end]
@@ -214,3 +207,11 @@ def encode(new: NewRow) -> tuple[int, ...]:
             value = neutral
         values.append(min(value, INT32_MAX) if is_integer else value)
     return AS_WORDS.unpack(PACKING.pack(*values))
+
+
+def _places_in_row(starts: Int32Array, num_columns: int) -> Int32Array:
+    """Where the record's words lie in a row, and behind them entries of a plan's block table: there
+    the groups take turns, here each has a table of its own. starts: of these, and the end."""
+    tables = (np.arange(start, end, dtype=np.int32) for start, end in pairwise(starts))
+    entries = np.hstack([table.reshape(num_columns, -1) for table in tables]).reshape(-1)
+    return np.append(np.arange(NUM_WORDS, dtype=np.int32), NUM_WORDS + entries)
