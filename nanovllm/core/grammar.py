@@ -100,7 +100,7 @@ class Matcher:
     ) -> None:
         self._matcher = matcher
         self._owed: list[int] = []  # tokens that it has not been told of
-        self._ways = family.known.vocabulary.ways
+        self._ways = family.known.ways
         self._is_suspect = False  # a call for it has taken long
         self._slow_s = 0.0
         self.family = family
@@ -123,7 +123,8 @@ class Matcher:
             return False
         to = state.next.get(token_id) or state.next.get(self._ways[token_id])
         if to is None:
-            found = self.family.known.find(context, state, token_id)
+            found = context.leaps.get((state, token_id))
+            found = found or self.family.known.find(context, state, token_id)
             if found is None:
                 return False
             self.context, to = found
@@ -530,10 +531,10 @@ class GrammarCompiler:
         lines, new, forced = list[int](), list[int](), dict[int, list[int]]()
         for index, matcher in enumerate(matchers):
             state = matcher.state
-            if state is not None and (line := state.kept.line) >= 0:
+            if state is not None and (line := (kept := state.kept).line) >= 0:
                 lines.append(line)
-                if state.kept.forced:
-                    forced[index] = state.kept.forced
+                if kept.forced:
+                    forced[index] = kept.forced
             elif matcher.free_text is not None or matcher.error is not None:
                 lines.append(FREE_LINE)
             else:

@@ -8,7 +8,7 @@ that of regular expressions; of a choice, all of its text counts.
 
 import re
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,7 @@ class Node:
     """Where an output is in what it writes just now, whatever that is part of.
 
     what: as its grammar has it. key: what of it masks depend on; None: they are not known here.
-    counts: of characters that stand for themselves only the number counts, here and behind them.
+    counts: whether tokens of the same way (`KeptMasks.ways`) lead to the same places.
     after: by a byte, where it leads whatever is around.
     """
 
@@ -160,10 +160,10 @@ class Context:
 
     what, key: as of a node. is_exact: whether the key tells all. states: of all contexts with this
     key, by their nodes. turns: by a node and a byte, where that leads from here, if it depends on
-    what is around.
+    what is around. leaps: by a state and a token, where that leads out of here.
     """
 
-    __slots__ = ("is_exact", "key", "states", "turns", "what")
+    __slots__ = ("is_exact", "key", "leaps", "states", "turns", "what")
 
     def __init__(
         self, what: Any, key: Hashable, states: "dict[Node, State]", *, is_exact: bool
@@ -173,13 +173,13 @@ class Context:
         self.is_exact = is_exact
         self.states = states
         self.turns: dict[tuple[Node, int], tuple[Context, Node]] = {}
+        self.leaps: dict[tuple[State, int], tuple[Context, State]] = {}
 
 
 class State:
     """A node in contexts of one key, where outputs have been.
 
-    next: where tokens lead that do not lead out of the context, by token, or by minus the number of
-    its characters where nothing else counts.
+    next: where tokens lead that do not lead out of the context, by way where those count, or token.
     """
 
     __slots__ = ("kept", "next", "node")
@@ -206,6 +206,7 @@ class KeptMasks:
     def __init__(self, vocabulary: Vocabulary, what: Any = None) -> None:
         """what: the node where all outputs begin."""
         self.vocabulary = vocabulary
+        self.ways: Sequence[int | None] | dict[int, int | None] = vocabulary.ways
         self.mine = deque[Kept]()  # those in lines, oldest first
         self._nodes: dict[Any, Node] = {}
         self._contexts: dict[Any, Context] = {}
@@ -289,6 +290,7 @@ class KeptMasks:
             node.after.clear()
         for context in self._contexts.values():
             context.turns.clear()
+            context.leaps.clear()
         for states in self._states.values():
             for state in states.values():
                 state.next.clear()
@@ -313,6 +315,9 @@ class KeptMasks:
             return None
         if found[0] is context:
             self.lead(state, token_id, to)
+        else:
+            self._size += 2
+            context.leaps[state, token_id] = found[0], to
         return found[0], to
 
     def arrive(self, context: Context, node: Node) -> State:
@@ -332,7 +337,7 @@ class KeptMasks:
     def lead(self, state: State, token_id: int, to: State) -> None:
         """Note where a token leads, within one context."""
         self._size += 1
-        way = self.vocabulary.ways[token_id] if state.node.counts else None
+        way = self.ways[token_id] if state.node.counts else None
         state.next[way or token_id] = to
 
     def note_forced(

@@ -233,6 +233,23 @@ def _clipped(term: Term, far: int) -> Term:
     return term
 
 
+class _Ways(dict[int, int | None]):
+    """Of a token: minus the number of the classes that its characters are in, one after the other;
+    found when it is asked for."""
+
+    def __init__(self, vocabulary: Vocabulary, first_alike: bytes) -> None:
+        self._vocabulary = vocabulary
+        self._first_alike = first_alike
+        self._numbers: dict[bytes, int] = {}
+
+    def __missing__(self, token_id: int) -> int | None:
+        classes = self._vocabulary.spelling[token_id].translate(self._first_alike)
+        if not classes or token_id in self._vocabulary.special:
+            return None
+        way = self[token_id] = -self._numbers.setdefault(classes, len(self._numbers) + 1)
+        return way
+
+
 class RegexMasks(KeptMasks):
     """Of one expression. A node is what remains. Outputs get lost by a character that is not of
     ASCII, and among too many alternatives."""
@@ -241,8 +258,13 @@ class RegexMasks(KeptMasks):
         self._num_steps = 0
         # Bytes that are in the same classes lead to the same places: of each the first such.
         alike = [tuple(bits >> byte & 1 for bits in set(_classes(root))) for byte in range(256)]
-        self._first_alike = [alike.index(one) for one in alike]
+        self._first_alike = bytes(alike.index(one) for one in alike)
         super().__init__(vocabulary, root)
+        self.ways = _Ways(vocabulary, self._first_alike)
+
+    def counts(self, what: Term) -> bool:
+        """See `KeptMasks`."""
+        return True
 
     def key(self, what: Term) -> Term:
         """See `KeptMasks`."""

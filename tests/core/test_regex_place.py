@@ -8,8 +8,8 @@ import pytest
 from benchmarks.structured import COLOURS, DATE, MAIL, SUM_PATTERN
 from nanovllm.core import regex_place
 from nanovllm.core.grammar import Matcher
-from nanovllm.core.kept_masks import MAX_TEXT_BYTES
-from nanovllm.core.regex_place import term_of
+from nanovllm.core.kept_masks import MAX_TEXT_BYTES, Vocabulary
+from nanovllm.core.regex_place import RegexMasks, term_of
 from nanovllm.sampling_params import StructuredOutputsParams
 from tests.core.fake_executor import allowed_ids
 from tests.core.places import kept_mask, place_of, unkept
@@ -199,3 +199,18 @@ def test_how_long_and_deep_an_expression_of_the_everyday_kind_may_be(
     pattern: str, is_read: bool
 ) -> None:
     assert (term_of(pattern) is not None) == is_read
+
+
+def test_tokens_go_the_same_way_whose_characters_are_of_the_same_classes() -> None:
+    """What ends an output is spelled as well, and goes a way of its own."""
+    spelling = [b"<>", b"ab", b"ba", b"a", b"a1", b"b2", b"<a", b"", b"a\xc3\xa9", b"b\xc3\xbc"]
+    vocabulary = Vocabulary(spelling, np.zeros(1, np.int32), frozenset({0}))
+    term = term_of("(<?[a-z>]+[0-9]){9}")
+    assert term is not None
+    ways = RegexMasks(vocabulary, term).ways
+    found = [ways[token_id] for token_id in range(len(spelling))]
+    assert found[0] is found[7] is None
+    assert found[1] == found[2] and found[4] == found[5] and found[8] == found[9]
+    others = [found[index] for index in (1, 3, 4, 6, 8)]
+    assert len(set(others)) == 5 and all(way is not None and way < 0 for way in others)
+    assert [ways[token_id] for token_id in range(len(spelling))] == found
