@@ -18,7 +18,8 @@ from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import refused
 from nanovllm.frontend.server.bodies import ChatBody, StreamOptions
 from nanovllm.frontend.server.endpoint import (
-    TextEvents,
+    AlikeEvents,
+    encode,
     event,
     generated,
     last_of,
@@ -26,7 +27,12 @@ from nanovllm.frontend.server.endpoint import (
     options_of,
     usage_of,
 )
-from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from nanovllm.frontend.server.logprobs import (
+    TokenNames,
+    chat_logprobs,
+    encoded_logprobs,
+    prompt_logprobs,
+)
 from nanovllm.frontend.server.prompts import chat_prompt, truncated
 from nanovllm.frontend.server.reasoning import CLOSE
 from nanovllm.frontend.server.replies import (
@@ -56,6 +62,12 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
 )
 
 MaybeUsage = Usage | UnsetType | None
+# By what an event brings: where its text stands in it.
+TEXT_FIELDS = {
+    Content: b'"content":""',
+    Reasoning: b'"reasoning_content":""',
+    CallArguments: b'"arguments":""',
+}
 
 
 async def chat_completions(request: Request) -> Response:
@@ -82,21 +94,21 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     options = options_of(body, "chatcmpl", headers, constraint)
     outputs = serving.begin(truncated(prompt, body.truncate_prompt_tokens), params, options)
-    names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
+    names = serving.token_names(as_ids=bool(body.return_tokens_as_token_ids))
     choices = [ChoiceState(index, parser) for index, parser in enumerate(parsers)]
     return ChatAnswer(options.request_id, serving.model_name, body, outputs, choices, form, names)
 
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One choice under way. call_ids: of the calls begun so far; text_events: how more of its text
-    looks, if there is nothing else in its events."""
+    """One choice under way. call_ids: of the calls begun so far; alike: events that differ in their
+    text, by what it is."""
 
     index: int
     parser: ReplyParser | None
     begun: bool = False
-    text_events: TextEvents | None = None
     call_ids: list[str] = field(default_factory=list)
+    alike: dict[type[Piece], AlikeEvents] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -178,14 +190,44 @@ class ChatAnswer:
         self, completion: CompletionOutput, usage: MaybeUsage, output: RequestOutput
     ) -> bytes:
         state = self.choices[completion.index]
-        if state.text_events is not None and completion.finish_reason is None:
-            return state.text_events.of(completion.text)
-        choices = self._deltas(completion)
-        rich = self.body.logprobs or self.body.return_token_ids or state.parser is not None
-        if not rich and not isinstance(usage, Usage):
-            plain = ChatChunkChoice(completion.index, Delta(content=""))
-            state.text_events = TextEvents(self._chunk(plain, usage, output), b"content")
-        return b"".join(event(self._chunk(choice, usage, output)) for choice in choices)
+        odd = self.body.return_token_ids or isinstance(usage, Usage)
+        odd = odd or not state.begun or completion.finish_reason is not None
+        if odd or (self.body.logprobs and state.parser is not None):
+            choices = self._deltas(completion)
+            return b"".join(event(self._chunk(choice, usage, output)) for choice in choices)
+        if state.parser is not None:
+            pieces = state.parser.feed(completion.text) if completion.text else []
+            return b"".join(self._alike(state, piece, usage, output) for piece in pieces)
+        content = Content(completion.text)
+        if not self.body.logprobs or completion.logprobs is None:
+            return self._alike(state, content, usage, output)
+        num_top = self.body.top_logprobs or 0
+        logprobs = encoded_logprobs(completion.logprobs, num_top, self.names)
+        return self._alike(state, content, usage, output, logprobs)
+
+    def _alike(
+        self,
+        state: ChoiceState,
+        piece: Piece,
+        usage: MaybeUsage,
+        output: RequestOutput,
+        logprobs: bytes | None = None,
+    ) -> bytes:
+        """The event of a piece; those of a kind are encoded around their values."""
+        if isinstance(piece, CallBegin):
+            choice = ChatChunkChoice(state.index, self._delta(state, piece))
+            return event(self._chunk(choice, usage, output))
+        alike = state.alike.get(type(piece))
+        if alike is None:
+            choice = ChatChunkChoice(state.index, self._delta(state, piece._replace(text="")))
+            empty = [TEXT_FIELDS[type(piece)]]
+            if logprobs is not None:
+                choice.logprobs = ChatLogprobs([])
+                empty.append(b'"content":[]')
+            alike = AlikeEvents(self._chunk(choice, usage, output), *empty)
+            state.alike[type(piece)] = alike
+        text = encode(piece.text)
+        return alike.of(text) if logprobs is None else alike.of(text, logprobs)
 
     def _chunk(
         self, choice: ChatChunkChoice, usage: MaybeUsage, output: RequestOutput
@@ -239,6 +281,7 @@ class ChatAnswer:
             case Reasoning(text):
                 return Delta(reasoning_content=text)
             case CallBegin(name):
+                state.alike.pop(CallArguments, None)  # which would be those of the call before
                 state.call_ids.append(self.form.new_call_id())
                 function = FunctionDelta(name, "")
                 index, call_id = len(state.call_ids) - 1, state.call_ids[-1]

@@ -21,7 +21,8 @@ from nanovllm.frontend.outputs import CompletionOutput, RequestOutput
 from nanovllm.frontend.server.api_errors import ApiError
 from nanovllm.frontend.server.bodies import CompletionBody, StreamOptions, blaming
 from nanovllm.frontend.server.endpoint import (
-    TextEvents,
+    AlikeEvents,
+    encode,
     event,
     generated,
     last_of,
@@ -80,7 +81,7 @@ async def _prepare(
             texts.append(None)
     if not generations:
         raise refusals[0]
-    names = TokenNames(tokenizer, bool(body.return_tokens_as_token_ids))
+    names = serving.token_names(as_ids=bool(body.return_tokens_as_token_ids))
     return CompletionAnswer(
         *(options.request_id, serving.model_name, body, texts, names), generations, refusals
     )
@@ -88,11 +89,11 @@ async def _prepare(
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One choice under way. text_end: characters sent; text_events: how more of its text looks, if
-    there is nothing else in its events."""
+    """One choice under way. text_end: characters sent; alike: events of more of its text, if there
+    is nothing else in them."""
 
     text_end: int = 0
-    text_events: TextEvents | None = None
+    alike: AlikeEvents | None = None
     offsets: TextOffsets | None = None
 
 
@@ -160,15 +161,15 @@ class CompletionAnswer:
     ) -> bytes:
         index = prompt_index * (self.body.n or 1) + completion.index
         state = self.choices.get(index)
-        if completion.finish_reason is None and state is not None and state.text_events is not None:
-            return state.text_events.of(completion.text)
+        if completion.finish_reason is None and state is not None and state.alike is not None:
+            return state.alike.of(encode(completion.text))
         choice = self._choice(prompt_index, output, completion)
         body = self.body
         rich = body.logprobs is not None or body.return_token_ids or body.max_tokens == 0
         if not rich and not isinstance(usage, Usage):
             plain = CompletionChoice(index, "", None, None)
-            events = TextEvents(self._completion([plain], usage), b"text")
-            self.choices[index].text_events = events
+            alike = AlikeEvents(self._completion([plain], usage), b'"text":""')
+            self.choices[index].alike = alike
         return event(self._completion([choice], usage))
 
     def _completion(

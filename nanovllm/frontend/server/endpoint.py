@@ -247,20 +247,26 @@ def event(content: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % encode(content)
 
 
-class TextEvents:
-    """Events that differ in one text only, which is nearly all of a stream: encoded around it once.
+class AlikeEvents:
+    """Events that differ in a value or two, which is nearly all of a stream: encoded around these
+    once.
 
-    content: such an event, where the text stands last and is "".
+    content: such an event with empty values. empty: these with their names, as they stand in its
+    JSON, such as `"text":""` and `"content":[]`, in order; nothing like them comes after them.
     """
 
-    __slots__ = ("_head", "_tail")
+    __slots__ = ("_around",)
 
-    def __init__(self, content: msgspec.Struct, field: bytes) -> None:
-        head, mark, self._tail = event(content).rpartition(b'"%b":""' % field)
-        self._head = head + mark[:-2]
+    def __init__(self, content: msgspec.Struct, *empty: bytes) -> None:
+        rest, around = event(content).replace(b"%", b"%%"), b""
+        for one in reversed(empty):
+            rest, name, behind = rest.rpartition(one)
+            around = name[:-2] + b"%b" + behind + around
+        self._around = rest + around
 
-    def of(self, text: str) -> bytes:
-        return b"%b%b%b" % (self._head, encode(text), self._tail)
+    def of(self, *values: bytes) -> bytes:
+        """The event with these values, which are JSON."""
+        return self._around % values
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory
 from nanovllm.frontend.outputs import Logprob, RequestOutput, TokenAlternatives
 from nanovllm.frontend.server.replies import (
@@ -15,14 +17,20 @@ from nanovllm.frontend.server.replies import (
 )
 from nanovllm.frontend.tokenizer import Tokenizer
 
+encode = msgspec.json.Encoder().encode
 IMPOSSIBLE = -9999.0  # JSON has no -inf; OpenAI's word for a token that cannot be
 
 
-class TokenNames(NamedTuple):
-    """How tokens are written: their text, or "token_id:123" (return_tokens_as_token_ids)."""
+class TokenNames:
+    """How tokens are written: their text, or "token_id:123" (return_tokens_as_token_ids).
 
-    tokenizer: Tokenizer | None
-    as_ids: bool
+    It remembers how, so there is one for all requests.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool) -> None:
+        self.tokenizer = tokenizer
+        self.as_ids = as_ids
+        self._encoded: dict[int, bytes] = {}  # by id, around its log-probability
 
     def text_offsets(
         self, start: int, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
@@ -36,11 +44,36 @@ class TokenNames(NamedTuple):
     def text(self, token_id: int, decoded: str | None) -> str:
         return f"token_id:{token_id}" if self.as_ids or decoded is None else decoded
 
-    def bytes(self, token_id: int, entry: Logprob) -> list[int] | None:
+    def byte_values(self, token_id: int, entry: Logprob) -> list[int] | None:
         """Also where the token is not a whole character."""
         if self.tokenizer is not None and self.tokenizer.spells_bytes:
             return list(self.tokenizer.token_bytes(token_id))
         return None if entry.decoded_token is None else list(entry.decoded_token.encode())
+
+    def shown(self, token_id: int, entry: Logprob) -> tuple[str, float, list[int] | None]:
+        """The fields of a `TopLogprob`."""
+        text, spelled = self.text(token_id, entry.decoded_token), self.byte_values(token_id, entry)
+        return text, finite(entry.logprob), spelled
+
+    def encoded(self, token_id: int, entry: Logprob) -> bytes:
+        """A `TopLogprob` as JSON, but for the closing brace."""
+        around = self._encoded.get(token_id)
+        if around is None:
+            text, _, spelled = map(encode, self.shown(token_id, entry))
+            around = b'{"token":%b,"logprob":%%r,"bytes":%b' % (text.replace(b"%", b"%%"), spelled)
+            self._encoded[token_id] = around
+        return around % finite(entry.logprob)
+
+
+def encoded_logprobs(tokens: Sequence[TokenAlternatives], num_top: int, names: TokenNames) -> bytes:
+    """The entries of `chat_logprobs` as JSON. A stream may bring thousands a second."""
+    content = []
+    for alternatives in tokens:
+        token_id, entry = next(iter(alternatives.items()))
+        likeliest = _likeliest(alternatives, num_top)
+        top = b",".join([names.encoded(i, one) + b"}" for i, one in likeliest])
+        content.append(b'%b,"top_logprobs":[%b]}' % (names.encoded(token_id, entry), top))
+    return b"[%b]" % b",".join(content)
 
 
 def chat_logprobs(
@@ -51,10 +84,12 @@ def chat_logprobs(
     for alternatives in tokens:
         token_id, entry = next(iter(alternatives.items()))
         top = [
-            TopLogprob(names.text(i, one.decoded_token), finite(one.logprob), names.bytes(i, one))
+            TopLogprob(
+                names.text(i, one.decoded_token), finite(one.logprob), names.byte_values(i, one)
+            )
             for i, one in _likeliest(alternatives, num_top)
         ]
-        text, code = names.text(token_id, entry.decoded_token), names.bytes(token_id, entry)
+        text, code = names.text(token_id, entry.decoded_token), names.byte_values(token_id, entry)
         content.append(TokenLogprob(text, finite(entry.logprob), code, top))
     return ChatLogprobs(content)
 
@@ -156,5 +191,7 @@ def finite(logprob: float) -> float:
 
 def _likeliest(alternatives: TokenAlternatives, num_top: int) -> list[tuple[int, Logprob]]:
     """The token itself is among them only by its rank. -1 is all of them."""
-    ranked = sorted(alternatives.items(), key=lambda item: item[1].rank)
+    ranked = list(alternatives.items())
+    if ranked[0][1].rank != 1:  # else they are in order
+        ranked.sort(key=lambda item: item[1].rank)
     return ranked if num_top < 0 else ranked[:num_top]

@@ -22,6 +22,7 @@ from nanovllm.frontend.request import Request
 from nanovllm.frontend.server.api_errors import ApiError, from_constraint, from_finish, refused
 from nanovllm.frontend.server.bodies import GenerationBody
 from nanovllm.frontend.server.body_trial import BodyFacts, BodyTrials
+from nanovllm.frontend.server.logprobs import TokenNames
 from nanovllm.frontend.server.metrics import ServerMetrics
 from nanovllm.frontend.server.replies import Health
 from nanovllm.frontend.server.reply_format import ReplyFormat
@@ -76,6 +77,7 @@ class Serving:
         self._heard_at = time.monotonic()
         self.num_requests = 0
         self._live: set[str] = set()
+        self._token_names: dict[bool, TokenNames] = {}
         self._task: asyncio.Task[None] | None = None
 
     # ---- life
@@ -161,6 +163,12 @@ class Serving:
     def model_names(self) -> list[str]:
         """All by which it is served; answers give the first."""
         return [self.model_name, *self.llm.info.other_served_names]
+
+    def token_names(self, *, as_ids: bool) -> TokenNames:
+        """How answers write tokens."""
+        if as_ids not in self._token_names:
+            self._token_names[as_ids] = TokenNames(self.llm.tokenizer, as_ids)
+        return self._token_names[as_ids]
 
     @property
     def body_facts(self) -> BodyFacts:

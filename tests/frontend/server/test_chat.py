@@ -2,12 +2,20 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tokenizers import AddedToken
 
+from nanovllm.frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.frontend.server.bodies import ChatBody
+from nanovllm.frontend.server.chat import ChatAnswer, ChoiceState
+from nanovllm.frontend.server.logprobs import TokenNames
+from nanovllm.frontend.server.reply_format import ReplyFormat
+from nanovllm.frontend.server.settings import ServerSettings
 from nanovllm.frontend.server.tool_prompt import PREAMBLE
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
@@ -43,6 +51,8 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+NAMED = {"type": "function", "function": {"name": "weather"}}
+REQUIRED = {"tools": [WEATHER], "tool_choice": "required"}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 
 
@@ -616,6 +626,58 @@ async def test_events_of_a_stream_say_each_thing_once(address: str, fields: dict
     assert with_prompt == (chunks[:1] if "return_token_ids" in fields else [])
     ids = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids") or []]
     assert ids == ([*b"abcd", EOS] if "return_token_ids" in fields else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('ab "%b" \u20ac', {}),
+        ('ab "%b" \u20ac', {"logprobs": True, "top_logprobs": 2}),
+        ("<think>as %s</think>so", {"tools": [WEATHER]}),
+        ('{"city": "%"}', {"tools": [WEATHER], "tool_choice": NAMED}),
+        (json.dumps([{"name": "weather", "parameters": {"city": c}} for c in "ab"]), REQUIRED),
+        (f"ab {CALL} {CALL} cd", {"tools": [WEATHER]}),
+    ],
+)
+async def test_events_that_are_put_together_are_what_they_would_be_as_a_whole(
+    text: str, fields: dict[str, Any]
+) -> None:
+    """With token ids each is encoded by itself; without, those that look alike are encoded once,
+    whatever stands around their values."""
+    settings, tokenizer = ServerSettings(reasoning_parser="auto"), tokenizer_with("</think>tools")
+    form = ReplyFormat.of(tokenizer, settings)
+    names, given = TokenNames(tokenizer, False), {"messages": [{"role": "user", "content": "hi"}]}
+
+    async def outputs(with_logprobs: bool) -> AsyncIterator[RequestOutput]:
+        pieces = [*text, ""]
+        for place, piece in enumerate(pieces):
+            other = Logprob(-2.5, 2 if place % 2 else 1, "%")
+            alternatives = {65: Logprob(-0.1 * place, 1 if place % 2 else 2, "A"), 37: other}
+            scores = [alternatives] if with_logprobs else None
+            reason: Any = None if place + 1 < len(pieces) else "stop"
+            one = CompletionOutput(0, piece, [65], logprobs=scores, finish_reason=reason)
+            yield RequestOutput("r", None, [1], [one], reason is not None, RequestMetrics(0.0))
+
+    async def chunks(**more: Any) -> list[Any]:
+        body = msgspec.convert({**given, **fields, **more}, ChatBody)
+        state = ChoiceState(0, form.make_parser(body, thinks_first=False))
+        arrives = outputs(bool(body.logprobs))
+        model, name = '"content":""%b', '"arguments":""'
+        answer = ChatAnswer(name, model, body, arrives, [state], form, names, created=7)
+        found = b"".join([one async for one in answer.events()]).split(b"\n\n")[:-1]
+        made = [json.loads(one.removeprefix(b"data: ")) for one in found]
+        for chunk in made:
+            (choice,) = chunk["choices"]
+            del chunk["choices"]
+            chunk |= {key: choice[key] for key in choice if key != "token_ids"}
+            chunk.pop("prompt_token_ids", None)
+            for call in choice["delta"].get("tool_calls", []):
+                assert call.pop("id", "").startswith("call_") or "name" not in call["function"]
+        return made
+
+    alike = await chunks()
+    whole = [one for one in await chunks(return_token_ids=True) if one["delta"] or one == alike[-1]]
+    assert alike == whole and len(alike) > 5
 
 
 async def test_a_stream_has_no_empty_deltas_before_its_first_text_and_at_its_end(

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
@@ -14,6 +15,7 @@ from nanovllm.frontend.server.logprobs import (
     TokenNames,
     chat_logprobs,
     completion_logprobs,
+    encoded_logprobs,
     prompt_entries,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
@@ -362,11 +364,11 @@ async def test_limits_are_the_last_that_is_allowed(address: str) -> None:
 def test_bytes_of_a_token_are_its_own_or_those_of_its_text() -> None:
     """A vocabulary of pieces does not tell which bytes a token adds."""
     half = Logprob(-1.0, 1, "\ufffd")
-    assert TokenNames(byte_tokenizer(), False).bytes(0xC3, half) == [0xC3]
+    assert TokenNames(byte_tokenizer(), False).byte_values(0xC3, half) == [0xC3]
     for tokenizer in (Tokenizer(FastTokenizer(models.WordLevel({"é": 7}, "é"))), None):
         names = TokenNames(tokenizer, False)
-        assert names.bytes(7, Logprob(-1.0, 1, "é")) == [0xC3, 0xA9]
-        assert names.bytes(7, Logprob(-1.0, 1, None)) is None
+        assert names.byte_values(7, Logprob(-1.0, 1, "é")) == [0xC3, 0xA9]
+        assert names.byte_values(7, Logprob(-1.0, 1, None)) is None
 
 
 def test_tokens_wait_for_the_text_that_they_begin_in() -> None:
@@ -422,3 +424,27 @@ def test_alternatives_are_the_likeliest(num_top: int, ids: list[int]) -> None:
     assert (entry.token, entry.logprob) == ("token_id:1", -1.0)
     assert [one.token for one in entry.top_logprobs] == [f"token_id:{i}" for i in ids]
     assert all(one.logprob >= -9999.0 for one in entry.top_logprobs), "JSON has no infinity"
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("num_top", [-1, 0, 2])
+def test_streams_write_log_probabilities_as_answers_do(num_top: int, as_ids: bool) -> None:
+    """They put their JSON together themselves. A vocabulary of bytes has all that is odd: quotes,
+    per cent signs, control characters, halves of characters."""
+    tokenizer = byte_tokenizer()
+    values = [-0.0, -1e-7, -0.1, -12.345678901234567, float("-inf")]
+    names = TokenNames(tokenizer, as_ids)
+    tokens = []
+    for first in range(256):
+        ids = [first, *((first + step) % 256 for step in (7, 31, 80))]
+        ranks = [1, 2, 3, 4] if first % 2 else [9, 1, 2, 3]
+        tokens.append(
+            {
+                token_id: Logprob(values[(first + rank) % 5], rank, tokenizer.token_text(token_id))
+                for token_id, rank in zip(ids, ranks, strict=True)
+            }
+        )
+    for _ in range(2):  # the second time it is remembered
+        encoded = encoded_logprobs(tokens, num_top, names)
+        content = chat_logprobs(tokens, num_top, names).content
+        assert msgspec.json.decode(encoded) == msgspec.to_builtins(content)
