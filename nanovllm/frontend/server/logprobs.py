@@ -1,7 +1,7 @@
 """Log-probabilities in the two shapes of OpenAI's API, and in vLLM's for prompts."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from nanovllm.frontend.server.replies import (
 )
 from nanovllm.frontend.tokenizer import Tokenizer
 
+T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
 IMPOSSIBLE = -9999.0  # JSON has no -inf; OpenAI's word for a token that cannot be
 
@@ -55,24 +56,28 @@ class TokenNames:
         text, spelled = self.text(token_id, entry.decoded_token), self.byte_values(token_id, entry)
         return text, finite(entry.logprob), spelled
 
-    def encoded(self, token_id: int, entry: Logprob) -> bytes:
-        """A `TopLogprob` as JSON, but for the closing brace."""
-        around = self._encoded.get(token_id)
-        if around is None:
-            text, _, spelled = map(encode, self.shown(token_id, entry))
-            around = b'{"token":%b,"logprob":%%r,"bytes":%b' % (text.replace(b"%", b"%%"), spelled)
-            self._encoded[token_id] = around
-        return around % finite(entry.logprob)
+    def encoded(self, alternatives: TokenAlternatives) -> list[bytes]:
+        """Each as the JSON of a `TopLogprob`, but for the closing brace."""
+        found, remembered = [], self._encoded
+        for token_id, entry in alternatives.items():
+            around = remembered.get(token_id)
+            if around is None:
+                text, _, spelled = map(encode, self.shown(token_id, entry))
+                text = text.replace(b"%", b"%%")
+                around = b'{"token":%b,"logprob":%%r,"bytes":%b' % (text, spelled)
+                remembered[token_id] = around
+            logprob = entry.logprob
+            found.append(around % (logprob if logprob > IMPOSSIBLE else IMPOSSIBLE))
+        return found
 
 
 def encoded_logprobs(tokens: Sequence[TokenAlternatives], num_top: int, names: TokenNames) -> bytes:
     """The entries of `chat_logprobs` as JSON. A stream may bring thousands a second."""
     content = []
     for alternatives in tokens:
-        token_id, entry = next(iter(alternatives.items()))
-        likeliest = _likeliest(alternatives, num_top)
-        top = b",".join([names.encoded(i, one) + b"}" for i, one in likeliest])
-        content.append(b'%b,"top_logprobs":[%b]}' % (names.encoded(token_id, entry), top))
+        entries, token = names.encoded(alternatives), next(iter(alternatives.values()))
+        top = b"},".join(_likeliest(entries, token.rank, num_top))
+        content.append(b'%b,"top_logprobs":[%b%b]}' % (entries[0], top, b"}" if top else b""))
     return b"[%b]" % b",".join(content)
 
 
@@ -83,14 +88,9 @@ def chat_logprobs(
     content = []
     for alternatives in tokens:
         token_id, entry = next(iter(alternatives.items()))
-        top = [
-            TopLogprob(
-                names.text(i, one.decoded_token), finite(one.logprob), names.byte_values(i, one)
-            )
-            for i, one in _likeliest(alternatives, num_top)
-        ]
-        text, code = names.text(token_id, entry.decoded_token), names.byte_values(token_id, entry)
-        content.append(TokenLogprob(text, finite(entry.logprob), code, top))
+        likeliest = _likeliest(list(alternatives.items()), entry.rank, num_top)
+        top = [TopLogprob(*names.shown(*one)) for one in likeliest]
+        content.append(TokenLogprob(*names.shown(token_id, entry), top))
     return ChatLogprobs(content)
 
 
@@ -189,9 +189,10 @@ def finite(logprob: float) -> float:
     return max(logprob, IMPOSSIBLE)
 
 
-def _likeliest(alternatives: TokenAlternatives, num_top: int) -> list[tuple[int, Logprob]]:
-    """The token itself is among them only by its rank. -1 is all of them."""
-    ranked = list(alternatives.items())
-    if ranked[0][1].rank != 1:  # else they are in order
-        ranked.sort(key=lambda item: item[1].rank)
-    return ranked if num_top < 0 else ranked[:num_top]
+def _likeliest(alternatives: list[T], rank: int, num_top: int) -> list[T]:
+    """Of a token of that rank, which is the first of them and is among these by its rank alone. -1:
+    all."""
+    if rank > 1:
+        own, *others = alternatives
+        alternatives = [*others[: rank - 1], own, *others[rank - 1 :]]
+    return alternatives if num_top < 0 else alternatives[:num_top]

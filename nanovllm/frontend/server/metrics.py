@@ -7,6 +7,7 @@ prometheus_client's multiprocess mode (`PROMETHEUS_MULTIPROC_DIR`, set before th
 
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from operator import attrgetter
 
 from prometheus_client import (
@@ -51,6 +52,7 @@ CORE_COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
     "step": ("engine_steps", "Forward passes."),
 }
+MAX_REMEMBERED = 256  # sets of labels
 StatusSource = Callable[[], tuple[Welcome, list[CoreStatus | None]] | None]
 
 
@@ -62,13 +64,17 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._status = status
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(
+        # What gives the one for a set of labels remembers it: looking it up takes longer than
+        # counting.
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Callable[..., Histogram]:
+            made = Histogram(
                 f"nanovllm:{name}", text, LABELS, buckets=buckets, registry=self._registry
             )
+            return lru_cache(MAX_REMEMBERED)(made.labels)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"nanovllm:{name}", text, labels, registry=self._registry)
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            made = Counter(f"nanovllm:{name}", text, labels, registry=self._registry)
+            return lru_cache(MAX_REMEMBERED)(made.labels)
 
         self.ttft = histogram("time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
         self.inter_token = histogram(

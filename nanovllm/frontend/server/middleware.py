@@ -90,7 +90,7 @@ class Gate:
         finally:
             incoming.release()
             shown = route if route in self._paths else "other"
-            self._metrics.http.labels(scope["method"], shown, str(status)).inc()
+            self._metrics.http(scope["method"], shown, str(status)).inc()
             if self._settings.access_log:
                 _log(scope, status, time.perf_counter() - started, request_id)
 
@@ -110,7 +110,7 @@ class Gate:
             if owner is None:
                 return _without_key()
             scope.setdefault("state", {})[CALLER] = owner
-            self._metrics.by_key.labels(owner).inc()
+            self._metrics.by_key(owner).inc()
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._budget.max_body_bytes:
             return self._budget.too_large()

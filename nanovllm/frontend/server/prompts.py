@@ -52,12 +52,21 @@ async def chat_prompt(
     render: Callable[..., str] = Tokenizer.apply_chat_template
     if body.continue_final_message:
         render = _open_ended_prompt
-    # In a thread: a template may take as long as it is let.
-    text = await asyncio.to_thread(render, tokenizer, messages, **variables)
-    if (refusal := refusal_of_length(text, tokenizer.most_chars, most_tokens)) is not None:
-        raise refusal
     add = bool(body.add_special_tokens)
-    return Prompt(text, await encoded(tokenizer, text, add_special_tokens=add))
+
+    def made() -> tuple[str, list[int] | None]:
+        """The text and, unless that takes long, its token ids."""
+        text = render(tokenizer, messages, **variables)
+        if (refusal := refusal_of_length(text, tokenizer.most_chars, most_tokens)) is not None:
+            raise refusal
+        is_long = len(text) > MAX_AT_ONCE
+        return text, None if is_long else tokenizer.encode(text, add_special_tokens=add)
+
+    # In a thread: a template may take as long as it is let.
+    text, token_ids = await asyncio.to_thread(made)
+    if token_ids is None:
+        token_ids = await encoded(tokenizer, text, add_special_tokens=add)
+    return Prompt(text, token_ids)
 
 
 async def text_prompts(

@@ -299,7 +299,7 @@ class RequestTimes:
     def __init__(self, metrics: ServerMetrics, model: str) -> None:
         self._metrics = metrics
         self._labels = (model, "0")
-        self._inter_token = metrics.inter_token.labels(*self._labels)
+        self._inter_token = metrics.inter_token(*self._labels)
         self._started = time.perf_counter()
         self._last: float | None = None
 
@@ -309,7 +309,7 @@ class RequestTimes:
         if self._last is not None:
             self._inter_token.observe(now - self._last)
         elif params.output_kind == "delta":
-            self._metrics.ttft.labels(*self._labels).observe(now - self._started)
+            self._metrics.ttft(*self._labels).observe(now - self._started)
         self._last = now
         if output.finished:
             self._on_finish(output, params, now - self._started)
@@ -319,23 +319,23 @@ class RequestTimes:
         if times.first_token_time is not None and times.finished_time is not None:
             if params.output_kind != "delta":
                 first_s = times.first_token_time - times.arrival_time
-                metrics.ttft.labels(*labels).observe(max(0.0, first_s))
+                metrics.ttft(*labels).observe(max(0.0, first_s))
             num_later = times.num_generation_tokens // params.n - 1
             if num_later > 0:
                 later_s = times.finished_time - times.first_token_time
-                metrics.per_token.labels(*labels).observe(max(0.0, later_s) / num_later)
+                metrics.per_token(*labels).observe(max(0.0, later_s) / num_later)
         if times.queued_ms is not None:
-            metrics.queue_time.labels(*labels).observe(times.queued_ms / 1e3)
-        metrics.latency.labels(*labels).observe(seconds)
-        metrics.prompt_tokens.labels(*labels).observe(len(output.prompt_token_ids))
-        metrics.generation_tokens.labels(*labels).observe(times.num_generation_tokens)
-        metrics.params_n.labels(*labels).observe(params.n)
+            metrics.queue_time(*labels).observe(times.queued_ms / 1e3)
+        metrics.latency(*labels).observe(seconds)
+        metrics.prompt_tokens(*labels).observe(len(output.prompt_token_ids))
+        metrics.generation_tokens(*labels).observe(times.num_generation_tokens)
+        metrics.params_n(*labels).observe(params.n)
         if params.max_tokens is not None:
-            metrics.params_max_tokens.labels(*labels).observe(params.max_tokens)
-        metrics.cached.labels(*labels).inc(output.num_cached_tokens or 0)
+            metrics.params_max_tokens(*labels).observe(params.max_tokens)
+        metrics.cached(*labels).inc(output.num_cached_tokens or 0)
         for completion in output.outputs:
             if completion.finish_reason is not None:
-                metrics.success.labels(*labels, completion.finish_reason).inc()
+                metrics.success(*labels, completion.finish_reason).inc()
 
 
 def read_template(file: str | None) -> str | None:
