@@ -292,7 +292,8 @@ class Server(NamedTuple):
 @contextmanager
 def served(directory: Path, arguments: argparse.Namespace, step_ms: float) -> Iterator[Server]:
     """A server of the package in `directory`, and its core."""
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    paths = [str(directory), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as place:
         address = f"ipc://{place}/core.sock"
         command = [sys.executable, __file__, "--as-core", address, "--step-ms", str(step_ms)]

@@ -80,6 +80,7 @@ class Session:
             self._send(Abort(numbers))
         if self._suspects.trial is not None:
             self._tell_trial_over(self._suspects.drop(request))
+        request.completions = []  # which refer to it: none of them is left to the collector
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End them early: the core answers, or, if it is away, their end comes at once."""

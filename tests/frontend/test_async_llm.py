@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Iterable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -64,6 +65,31 @@ async def test_a_finished_request_is_not_aborted(address: str) -> None:
         await last_of(llm.generate("a"))
         await settled(llm, core)
         assert core.all_of(Abort) == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_what_has_ended_leaves_no_garbage(address: str, ends: bool) -> None:
+    """What refers to itself would wait for the collector, which holds all streams up."""
+    async with attached(address, says("A", end="length" if ends else None)) as (llm, _):
+
+        async def generate() -> None:
+            async with aclosing(llm.generate("a")) as stream:
+                async for _output in stream:
+                    if not ends:
+                        break
+
+        await generate()
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for _ in range(3):
+                await generate()
+            gc.collect()
+            left = [one for one in gc.garbage if type(one).__module__.startswith("nanovllm.")]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+        assert not left
 
 
 async def test_abort_by_id_ends_the_stream(address: str) -> None:
