@@ -12,8 +12,6 @@ server takes turns with this one's.
 
 import argparse
 import asyncio
-import gc
-import json
 import os
 import random
 import subprocess
@@ -22,18 +20,18 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 import uvloop
 import zmq
 from http_load import percentile
-from mixed import KINDS, QUESTION
+from mixed import KINDS, QUESTION, request_of, run_streams
 
 from nanovllm.frontend.tokenizer import Tokenizer
 from nanovllm.protocol.messages import (
@@ -78,7 +76,7 @@ class ScriptedCore:
     """Answers at most one client process after the other: a server's frontends."""
 
     def __init__(self, address: str, step_s: float, tokenizer_name: str) -> None:
-        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._router.set(zmq.SNDHWM, 0)
         self._router.bind(address)
         self._step_s = step_s
@@ -188,26 +186,7 @@ def core_main(address: str, step_ms: float, tokenizer_name: str) -> None:
     sys.stdout.buffer.write(msgspec.msgpack.encode((core.sent_at, core.ends)))
 
 
-# ---- the clients, a process
-
-
-class Stream(asyncio.Protocol):
-    """One request. Nothing is looked at before the end, but when it came."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-        self.read: list[tuple[float, bytes]] = []
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.WriteTransport, transport).write(self._content)
-
-    def data_received(self, data: bytes) -> None:
-        self.read.append((time.monotonic(), data))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+# ---- the clients, processes of their own
 
 
 class Asked(NamedTuple):
@@ -219,65 +198,38 @@ class Asked(NamedTuple):
     max_tokens: int
 
 
-def content_of(asked: Asked, port: int) -> bytes:
-    body = json.dumps(
-        {
-            "messages": [{"role": "user", "content": f"{asked.name}: {QUESTION}"}],
-            "max_tokens": asked.max_tokens,
-            "temperature": 0.8,
-            "stream": True,
-            "user": asked.name,
-            **KINDS[asked.kind],
-        }
-    ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
 async def send_all(port: int, begin: float, asked: list[Asked]) -> Read:
     """When what of each plain request was read."""
-    loop = asyncio.get_running_loop()
-    contents = [content_of(one, port) for one in asked]
-    gc.freeze()
-    gc.disable()
-    streams: list[Stream] = []
+    url = f"http://127.0.0.1:{port}"
+    requests = [
+        (
+            begin + one.at,
+            request_of(
+                url,
+                messages=[{"role": "user", "content": f"{one.name}: {QUESTION}"}],
+                max_tokens=one.max_tokens,
+                user=one.name,
+                **KINDS[one.kind],
+            ),
+        )
+        for one in asked
+    ]
     async with asyncio.timeout(TIMEOUT_S):
-        for one, content in zip(asked, contents, strict=True):
-            if (left := begin + one.at - time.monotonic()) > 0:
-                await asyncio.sleep(left)
-            _, stream = await loop.create_connection(
-                lambda content=content: Stream(content), "127.0.0.1", port
-            )
-            streams.append(stream)
-        for stream in streams:
-            await stream.done
-    found = {}
+        streams = await run_streams(url, requests)
+    found: Read = {}
     for one, stream in zip(asked, streams, strict=True):
-        whole = b"".join(data for _, data in stream.read)
-        assert whole.startswith(b"HTTP/1.1 200") and b"[DONE]" in whole[-64:], whole[:1000]
+        count, times = 0, []
+        for at, event in stream.events():
+            added = sum(len(choice["delta"].get("content") or "") for choice in event["choices"])
+            count += added
+            times += [(at, count)] * bool(added)
         if one.kind == "plain":
-            found[one.name] = list(progress(stream.read))
+            found[one.name] = times
     return found
 
 
-def progress(read: list[tuple[float, bytes]]) -> Iterator[tuple[float, int]]:
-    """(time, characters so far), for every piece that was read."""
-    count, rest = 0, b""
-    for at, data in read:
-        *lines, rest = (rest + data).split(b"\n")
-        before = count
-        for line in lines:
-            if line.startswith(b"data: {"):
-                for choice in json.loads(line[6:])["choices"]:
-                    count += len(choice["delta"].get("content") or "")
-        if count > before:
-            yield at, count
-
-
-def clients_main(port: int) -> None:
-    begin, asked = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[float, list[Asked]])
-    sys.stdout.buffer.write(msgspec.msgpack.encode(uvloop.run(send_all(port, begin, asked))))
+def send(port: int, begin: float, asked: list[Asked]) -> Read:
+    return uvloop.run(send_all(port, begin, asked))
 
 
 # ---- what measures
@@ -332,15 +284,10 @@ def cpu_of(server: int) -> tuple[float, float]:
 
 def load(server: Server, *groups: list[Asked]) -> Read:
     """Each group is asked by a process of its own; all begin together."""
-    command = [sys.executable, __file__, "--as-clients", str(server.port)]
-    begin = time.monotonic() + START_S
-    found: Read = {}
-    with ThreadPoolExecutor(len(groups)) as pool:
-        contents = [msgspec.json.encode((begin, asked)) for asked in groups]
-        ask = partial(subprocess.run, command, stdout=subprocess.PIPE, timeout=TIMEOUT_S + 20)
-        for done in pool.map(lambda content: ask(input=content), contents):
-            assert done.returncode == 0
-            found |= msgspec.msgpack.decode(done.stdout, type=Read)
+    begin, found = time.monotonic() + START_S, Read()
+    with ProcessPoolExecutor(len(groups)) as pool:
+        for read in pool.map(partial(send, server.port, begin), groups):
+            found |= read
     return found
 
 
@@ -422,7 +369,6 @@ def measure_waits(arguments: argparse.Namespace, directories: list[Path]) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--as-core", help=argparse.SUPPRESS)
-    parser.add_argument("--as-clients", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--beside", type=Path, help="another checkout")
     parser.add_argument("--what", default="costs,waits")
     parser.add_argument("--rounds", type=int, default=3)
@@ -436,8 +382,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.as_core:
         return core_main(arguments.as_core, arguments.step_ms, arguments.tokenizer)
-    if arguments.as_clients:
-        return clients_main(arguments.as_clients)
     directories = [Path(__file__).parents[1]]
     if arguments.beside:
         directories.insert(0, arguments.beside.resolve())

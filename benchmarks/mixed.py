@@ -12,6 +12,7 @@ was read.
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -22,7 +23,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import uvloop
@@ -79,63 +81,102 @@ class Seen(NamedTuple):
     errors: list[str]
 
 
-def body_of(load: Load, index: int) -> bytes:
-    content = {
-        "model": load.model,
-        "messages": [{"role": "user", "content": f"{index}: {QUESTION}"}],
-        "max_tokens": load.max_tokens,
-        "temperature": 0.8,
-        "seed": load.seed * 1000 + index,
-        "stream": True,
-        **KINDS[load.kind],
-    }
-    return json.dumps(content).encode()
+class Stream(asyncio.Protocol):
+    """One request, from its connection to its end. What comes is kept with its time, and looked at
+    when nothing is measured any more."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.read: list[tuple[float, bytes]] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.WriteTransport, transport).write(self._content)  # uvloop's is none by class
+
+    def data_received(self, data: bytes) -> None:
+        self.read.append((time.monotonic(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def events(self) -> Iterator[tuple[float, Any]]:
+        """All but the last, [DONE], with their times. `RuntimeError`: the answer is none."""
+        whole = b"".join(data for _, data in self.read)
+        if not whole.startswith(b"HTTP/1.1 200") or b"[DONE]" not in whole[-64:]:
+            raise RuntimeError(whole[-200:].decode(errors="replace"))
+        rest = b""
+        for at, data in self.read:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    yield at, json.loads(line[6:])
 
 
-async def ask(load: Load, index: int, seen: Seen) -> None:
-    """One stream, from its connection to its end."""
-    target = urlsplit(load.url)
-    body = body_of(load, index)
+def request_of(url: str, **body: Any) -> bytes:
+    """A chat, streamed, at the server's address."""
+    content = json.dumps({"temperature": 0.8, "stream": True, **body}).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {target.netloc}\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
         "content-type: application/json\r\nconnection: close\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
     )
-    reader, writer = await asyncio.open_connection(target.hostname, target.port)
-    try:
-        writer.write(head.encode() + body)
-        last, status, called = 0.0, await reader.readline(), ""
-        if b" 200 " not in status:
-            seen.errors.append((await reader.read(2000)).decode(errors="replace")[-200:])
-            return
-        while line := await reader.readline():
-            if not line.startswith(b"data: {"):
-                continue
-            now = time.monotonic()
-            if last:
-                seen.intervals.append(now - last)
-            last = now
-            if load.kind == "tools":
-                for choice in json.loads(line[6:])["choices"]:
-                    for call in choice["delta"].get("tool_calls") or []:
-                        called += call["function"].get("arguments") or ""
-        if load.kind == "tools" and "}" in called:
-            json.loads(called)
-    finally:
-        writer.close()
+    return head.encode() + content
+
+
+async def run_streams(url: str, requests: list[tuple[float, bytes]]) -> list[Stream]:
+    """Each at its time; all have ended. The collector looks at nothing meanwhile."""
+    loop, target, streams = asyncio.get_running_loop(), urlsplit(url), list[Stream]()
+    host, port = target.hostname or "", target.port or 80
+    gc.freeze()
+    gc.disable()
+    for at, content in requests:
+        await asyncio.sleep(max(0.0, at - time.monotonic()))
+        make = partial(Stream, content)
+        streams.append((await loop.create_connection(make, host, port))[1])
+    for stream in streams:
+        await stream.done
+    gc.enable()
+    return streams
 
 
 async def send_all(load: Load) -> Seen:
-    rng, seen, tasks = random.Random(load.seed), Seen([], 0, 0, []), list[asyncio.Task[None]]()
-    at = load.begin
-    async with asyncio.timeout(load.seconds + REQUEST_TIMEOUT_S):
-        while (at := at + rng.expovariate(load.rate)) < load.begin + load.seconds:
-            await asyncio.sleep(max(0.0, at - time.monotonic()))
-            tasks.append(asyncio.create_task(ask(load, len(tasks), seen)))
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, BaseException):
-                seen.errors.append(f"{type(result).__name__}: {result}")
-    return seen._replace(num_requests=len(tasks), num_events=len(seen.intervals) + len(tasks))
+    rng, requests, at = random.Random(load.seed), list[tuple[float, bytes]](), load.begin
+    while (at := at + rng.expovariate(load.rate)) < load.begin + load.seconds:
+        index = len(requests)
+        content = request_of(
+            load.url,
+            model=load.model,
+            messages=[{"role": "user", "content": f"{index}: {QUESTION}"}],
+            max_tokens=load.max_tokens,
+            seed=load.seed * 1000 + index,
+            **KINDS[load.kind],
+        )
+        requests.append((at, content))
+    async with asyncio.timeout(load.begin - time.monotonic() + load.seconds + REQUEST_TIMEOUT_S):
+        streams = await run_streams(load.url, requests)
+    seen = Seen([], len(streams), 0, [])
+    for stream in streams:
+        try:
+            seen = seen._replace(num_events=seen.num_events + look_at(stream, load.kind, seen))
+        except (RuntimeError, ValueError) as error:
+            seen.errors.append(f"{type(error).__name__}: {error}")
+    return seen
+
+
+def look_at(stream: Stream, kind: str, seen: Seen) -> int:
+    """Its intervals; returns the number of events. `ValueError`: arguments of a call are no JSON
+    though they have ended."""
+    last, called, count = 0.0, "", 0
+    for at, event in stream.events():
+        seen.intervals.extend([at - last] * bool(last))
+        last, count = at, count + 1
+        for choice in event["choices"] if kind == "tools" else ():
+            for call in choice["delta"].get("tool_calls") or []:
+                called += call["function"].get("arguments") or ""
+    if "}" in called:
+        json.loads(called)
+    return count
 
 
 def send(load: Load) -> Seen:
