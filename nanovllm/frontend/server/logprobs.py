@@ -76,7 +76,8 @@ def encoded_logprobs(tokens: Sequence[TokenAlternatives], num_top: int, names: T
     content = []
     for alternatives in tokens:
         entries, token = names.encoded(alternatives), next(iter(alternatives.values()))
-        top = b"},".join(_likeliest(entries, token.rank, num_top))
+        likeliest = _likeliest(entries, token.rank, num_top)
+        top = b"},".join(likeliest)
         content.append(b'%b,"top_logprobs":[%b%b]}' % (entries[0], top, b"}" if top else b""))
     return b"[%b]" % b",".join(content)
 
