@@ -27,12 +27,7 @@ from nanovllm.frontend.server.endpoint import (
     options_of,
     usage_of,
 )
-from nanovllm.frontend.server.logprobs import (
-    TokenNames,
-    chat_logprobs,
-    encoded_logprobs,
-    prompt_logprobs,
-)
+from nanovllm.frontend.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from nanovllm.frontend.server.prompts import chat_prompt, truncated
 from nanovllm.frontend.server.reasoning import CLOSE
 from nanovllm.frontend.server.replies import (
@@ -46,6 +41,7 @@ from nanovllm.frontend.server.replies import (
     FinishReasonName,
     Function,
     FunctionDelta,
+    TokenLogprob,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -61,6 +57,7 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
     Reasoning,
 )
 
+decode_entries = msgspec.json.Decoder(list[TokenLogprob]).decode
 MaybeUsage = Usage | UnsetType | None
 # By what an event brings: where its text stands in it.
 TEXT_FIELDS = {
@@ -198,12 +195,8 @@ class ChatAnswer:
         if state.parser is not None:
             pieces = state.parser.feed(completion.text) if completion.text else []
             return b"".join(self._alike(state, piece, usage, output) for piece in pieces)
-        content = Content(completion.text)
-        if not self.body.logprobs or completion.logprobs is None:
-            return self._alike(state, content, usage, output)
-        num_top = self.body.top_logprobs or 0
-        logprobs = encoded_logprobs(completion.logprobs, num_top, self.names)
-        return self._alike(state, content, usage, output, logprobs)
+        logprobs = self._encoded_logprobs(completion)
+        return self._alike(state, Content(completion.text), usage, output, logprobs)
 
     def _alike(
         self,
@@ -292,10 +285,14 @@ class ChatAnswer:
 
     # ---- both
 
-    def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
+    def _encoded_logprobs(self, completion: CompletionOutput) -> bytes | None:
         if completion.logprobs is None:
             return None
         return chat_logprobs(completion.logprobs, self.body.top_logprobs or 0, self.names)
+
+    def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
+        encoded = self._encoded_logprobs(completion)
+        return None if encoded is None else ChatLogprobs(decode_entries(encoded))
 
     def _token_ids(self, completion: CompletionOutput) -> Any:
         return completion.token_ids if self.body.return_token_ids else UNSET

@@ -1,23 +1,19 @@
 """Log-probabilities in the two shapes of OpenAI's API, and in vLLM's for prompts."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
 from nanovllm.frontend.detokenizer import Detokenizer, DetokenizerFactory
 from nanovllm.frontend.outputs import Logprob, RequestOutput, TokenAlternatives
 from nanovllm.frontend.server.replies import (
-    ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,
     PromptLogprobs,
-    TokenLogprob,
-    TopLogprob,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
 
-T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
 IMPOSSIBLE = -9999.0  # JSON has no -inf; OpenAI's word for a token that cannot be
 
@@ -51,19 +47,14 @@ class TokenNames:
             return list(self.tokenizer.token_bytes(token_id))
         return None if entry.decoded_token is None else list(entry.decoded_token.encode())
 
-    def shown(self, token_id: int, entry: Logprob) -> tuple[str, float, list[int] | None]:
-        """The fields of a `TopLogprob`."""
-        text, spelled = self.text(token_id, entry.decoded_token), self.byte_values(token_id, entry)
-        return text, finite(entry.logprob), spelled
-
     def encoded(self, alternatives: TokenAlternatives) -> list[bytes]:
         """Each as the JSON of a `TopLogprob`, but for the closing brace."""
         found, remembered = [], self._encoded
         for token_id, entry in alternatives.items():
             around = remembered.get(token_id)
             if around is None:
-                text, _, spelled = map(encode, self.shown(token_id, entry))
-                text = text.replace(b"%", b"%%")
+                text = encode(self.text(token_id, entry.decoded_token)).replace(b"%", b"%%")
+                spelled = encode(self.byte_values(token_id, entry))
                 around = b'{"token":%b,"logprob":%%r,"bytes":%b' % (text, spelled)
                 remembered[token_id] = around
             logprob = entry.logprob
@@ -71,28 +62,19 @@ class TokenNames:
         return found
 
 
-def encoded_logprobs(tokens: Sequence[TokenAlternatives], num_top: int, names: TokenNames) -> bytes:
-    """The entries of `chat_logprobs` as JSON. A stream may bring thousands a second."""
+def chat_logprobs(tokens: Sequence[TokenAlternatives], num_top: int, names: TokenNames) -> bytes:
+    """An entry per token with its `num_top` likeliest alternatives, -1 being all: a list of
+    `TokenLogprob` as JSON. A stream may bring thousands a second."""
     content = []
     for alternatives in tokens:
-        entries, token = names.encoded(alternatives), next(iter(alternatives.values()))
-        likeliest = _likeliest(entries, token.rank, num_top)
+        entries, rank = names.encoded(alternatives), next(iter(alternatives.values())).rank
+        own, *likeliest = entries
+        likeliest.insert(rank - 1, own)  # the token itself is among them by its rank alone
+        if num_top >= 0:
+            del likeliest[num_top:]
         top = b"},".join(likeliest)
-        content.append(b'%b,"top_logprobs":[%b%b]}' % (entries[0], top, b"}" if top else b""))
+        content.append(b'%b,"top_logprobs":[%b%b]}' % (own, top, b"}" if top else b""))
     return b"[%b]" % b",".join(content)
-
-
-def chat_logprobs(
-    tokens: Sequence[TokenAlternatives], num_top: int, names: TokenNames
-) -> ChatLogprobs:
-    """One entry per token, with its `num_top` likeliest alternatives."""
-    content = []
-    for alternatives in tokens:
-        token_id, entry = next(iter(alternatives.items()))
-        likeliest = _likeliest(list(alternatives.items()), entry.rank, num_top)
-        top = [TopLogprob(*names.shown(*one)) for one in likeliest]
-        content.append(TokenLogprob(*names.shown(token_id, entry), top))
-    return ChatLogprobs(content)
 
 
 class TextOffsets:
@@ -188,12 +170,3 @@ def prompt_logprobs(tokens: Sequence[TokenAlternatives | None]) -> PromptLogprob
 
 def finite(logprob: float) -> float:
     return max(logprob, IMPOSSIBLE)
-
-
-def _likeliest(alternatives: list[T], rank: int, num_top: int) -> list[T]:
-    """Of a token of that rank, which is the first of them and is among these by its rank alone. -1:
-    all."""
-    if rank > 1:
-        own, *others = alternatives
-        alternatives = [*others[: rank - 1], own, *others[rank - 1 :]]
-    return alternatives if num_top < 0 else alternatives[:num_top]

@@ -15,7 +15,6 @@ from nanovllm.frontend.server.logprobs import (
     TokenNames,
     chat_logprobs,
     completion_logprobs,
-    encoded_logprobs,
     prompt_entries,
 )
 from nanovllm.frontend.tokenizer import Tokenizer
@@ -420,17 +419,17 @@ def test_offsets_of_a_prompt_are_in_its_text_as_it_was_given(
 def test_alternatives_are_the_likeliest(num_top: int, ids: list[int]) -> None:
     """The token itself is among them by its rank alone."""
     token = {1: Logprob(-1.0, 2, "b"), 2: Logprob(-0.5, 1, "a"), 3: Logprob(float("-inf"), 3, "c")}
-    (entry,) = chat_logprobs([token], num_top, TokenNames(None, True)).content
-    assert (entry.token, entry.logprob) == ("token_id:1", -1.0)
-    assert [one.token for one in entry.top_logprobs] == [f"token_id:{i}" for i in ids]
-    assert all(one.logprob >= -9999.0 for one in entry.top_logprobs), "JSON has no infinity"
+    (entry,) = msgspec.json.decode(chat_logprobs([token], num_top, TokenNames(None, True)))
+    assert (entry["token"], entry["logprob"]) == ("token_id:1", -1.0)
+    assert [one["token"] for one in entry["top_logprobs"]] == [f"token_id:{i}" for i in ids]
+    assert all(one["logprob"] >= -9999.0 for one in entry["top_logprobs"]), "JSON has no infinity"
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
 @pytest.mark.parametrize("num_top", [-1, 0, 2])
-def test_streams_write_log_probabilities_as_answers_do(num_top: int, as_ids: bool) -> None:
-    """They put their JSON together themselves. A vocabulary of bytes has all that is odd: quotes,
-    per cent signs, control characters, halves of characters."""
+def test_log_probabilities_are_json_whatever_the_tokens(num_top: int, as_ids: bool) -> None:
+    """A vocabulary of bytes has all that is odd: quotes, per cent signs, control characters, halves
+    of characters."""
     tokenizer = byte_tokenizer()
     values = [-0.0, -1e-7, -0.1, -12.345678901234567, float("-inf")]
     names = TokenNames(tokenizer, as_ids)
@@ -444,7 +443,18 @@ def test_streams_write_log_probabilities_as_answers_do(num_top: int, as_ids: boo
                 for token_id, rank in zip(ids, ranks, strict=True)
             }
         )
+    expected = []
+    for alternatives in tokens:
+        shown = {
+            token_id: {
+                "token": f"token_id:{token_id}" if as_ids else entry.decoded_token,
+                "logprob": max(entry.logprob, -9999.0),
+                "bytes": [token_id],
+            }
+            for token_id, entry in alternatives.items()
+        }
+        ranked = sorted(alternatives, key=lambda token_id: alternatives[token_id].rank)
+        top = [shown[token_id] for token_id in ranked][: None if num_top < 0 else num_top]
+        expected.append({**shown[next(iter(shown))], "top_logprobs": top})
     for _ in range(2):  # the second time it is remembered
-        encoded = encoded_logprobs(tokens, num_top, names)
-        content = chat_logprobs(tokens, num_top, names).content
-        assert msgspec.json.decode(encoded) == msgspec.to_builtins(content)
+        assert msgspec.json.decode(chat_logprobs(tokens, num_top, names)) == expected
