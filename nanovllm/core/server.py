@@ -78,18 +78,22 @@ MakeListener = Callable[[EngineCore, WorkerInfo], CoreListener]
 
 
 class CpuClock:
-    """Adds up the CPU time of this thread between `resume` and `pause`; waiting costs none."""
+    """Adds up the CPU time of this thread but between `pause` and `resume`; waiting costs 0."""
 
-    __slots__ = ("_since", "seconds")
+    __slots__ = ("_seconds", "_since")
 
     def __init__(self) -> None:
-        self.seconds = self._since = 0.0
+        self._seconds, self._since = 0.0, time.thread_time()
 
     def resume(self) -> None:
         self._since = time.thread_time()
 
     def pause(self) -> None:
-        self.seconds += time.thread_time() - self._since
+        self._seconds += time.thread_time() - self._since
+
+    def read(self) -> float:
+        """Seconds; while it is not paused."""
+        return self._seconds + time.thread_time() - self._since
 
 
 class CoreServer:
@@ -231,6 +235,7 @@ class CoreServer:
             lambda: max(self._config.service.stall_timeout, core.patience.seconds),
             log=self._stall_log,
         ):
+            self._clock.resume()
             while not self._stopping:
                 self._turn(core)
         if self._draining and core.num_unfinished and self._exit_code is ExitCode.DONE:
@@ -242,10 +247,10 @@ class CoreServer:
     # ---- the busy loop
 
     def _turn(self, core: EngineCore) -> None:
-        self._clock.resume()
         now = time.monotonic()
         late_s = now - self._awake_at
-        if now >= min(self._pulse_due, self._warm_up_from):
+        is_pulse = now >= min(self._pulse_due, self._warm_up_from)
+        if is_pulse:
             self._pulse_due = now + PULSE_INTERVAL_S
             if not core.busy:  # else a step tells
                 core.executor.check()
@@ -256,9 +261,8 @@ class CoreServer:
         if late_s > LATE_S:
             self._clients.extend_leases(late_s)
         self._receive_all()
-        for client in self._clients.pop_expired(self._awake_at):
-            self._forget(client)
-            self._delivery.post(client.identity, Detached(SILENT))
+        if is_pulse:  # often enough, and there are many turns in between
+            self._forget_silent()
         if core.next_deadline <= self._awake_at:
             self._finish(core.expire(self._awake_at))
         if core.may_step(self._awake_at) and not self._stopping:
@@ -266,7 +270,6 @@ class CoreServer:
         if self._quarantine.is_active:
             self._go_on_with_trials(core, self._awake_at)
         self._flush()
-        self._clock.pause()
         if self._draining:
             core.pace.release(self._awake_at)
             self._end_drain(core)
@@ -334,7 +337,7 @@ class CoreServer:
                 num_expired_clients=self._clients.num_expired,
                 draining=self._draining,
                 loop_cpu_s=time.thread_time(),
-                messaging_cpu_s=self._clock.seconds,
+                messaging_cpu_s=self._clock.read(),
                 explained_epochs=list(self._explained),
                 patience_s=patience_s,
             )
@@ -494,6 +497,11 @@ class CoreServer:
         if self._core is not None:
             self._core.pace.forget(client.client_id, self._awake_at)
             self._core.abort_client(client.client_id)
+
+    def _forget_silent(self) -> None:
+        for client in self._clients.pop_expired(self._awake_at):
+            self._forget(client)
+            self._delivery.post(client.identity, Detached(SILENT))
 
     # ---- what clients get
 
