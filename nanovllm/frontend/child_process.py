@@ -15,12 +15,17 @@ import weakref
 from collections.abc import Sequence
 
 LENGTH = struct.Struct("<I")
+SMALL = 1 << 16  # bytes; sent as one, a frame wakes the other side once
 
 
 def send(channel: socket.socket, content: bytes | bytearray) -> None:
     """One frame. `OSError` if the other side is gone or does not read in time."""
-    channel.sendall(LENGTH.pack(len(content)))
-    channel.sendall(content)  # which may be long: to join the two would copy it
+    head = LENGTH.pack(len(content))
+    if len(content) < SMALL:  # else to join the two would copy much
+        channel.sendall(head + content)
+    else:
+        channel.sendall(head)
+        channel.sendall(content)
 
 
 def receive(channel: socket.socket) -> bytes | None:

@@ -348,6 +348,8 @@ class RequestTable:
             if completion is not None:
                 ends[end.number] = end
                 touched[end.number] = completion
+        if outputs.logprobs:  # which take long to write: no other stream waits for them
+            touched = dict(sorted(touched.items(), key=lambda item: item[1].logprobs is not None))
         return self._advance(touched, ends)
 
     def _apply_starts(self, outputs: Outputs) -> None:

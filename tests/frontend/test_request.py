@@ -42,6 +42,23 @@ async def taken(request: Request) -> RequestOutput:
     return await request.next_output()
 
 
+async def test_streams_do_not_wait_for_log_probabilities_of_others() -> None:
+    """These take the longest to write, so their streams are the last to be woken."""
+    table, woken = RequestTable(), list[int]()
+    requests = [request_in(table, number, logprobs=number % 2 or None) for number in range(4)]
+
+    async def read(request: Request) -> None:
+        await request.next_output()
+        woken.append(request.number)
+
+    tasks = [asyncio.create_task(read(one)) for one in requests]
+    await asyncio.sleep(0)
+    scores = {one: TokenLogprobs(65, -1.0, 1, [], []) for one in (0, 2)}
+    table.apply(Outputs([3, 2, 1, 0], [65] * 4, scores))
+    await asyncio.gather(*tasks)
+    assert woken == [2, 0, 3, 1]
+
+
 async def test_the_accounts_of_all_outputs_are_one_request_s() -> None:
     table = RequestTable()
     request = request_in(table, n=3)
