@@ -15,6 +15,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice, product
 from string import ascii_lowercase
 
@@ -31,7 +32,7 @@ from nanovllm.core.grammar import GrammarCompiler
 from nanovllm.core.server import CoreServer
 from nanovllm.frontend.tokenizer import Tokenizer as Tokens
 from nanovllm.protocol.messages import AddRequest
-from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo, num_mask_lines
+from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult, WorkerInfo
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 VOCAB_SIZE = 151_936
@@ -49,8 +50,7 @@ class InstantExecutor:
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        num_lines = num_mask_lines(vocab_size=vocab_size, max_num_seqs=256)
-        self._words = np.empty((num_lines, -(-vocab_size // 32)), np.uint32)  # of masks, by line
+        self._last_ids: dict[int, int] = {}  # that masks allow, by line
 
     def start(self) -> WorkerInfo:
         return WorkerInfo(
@@ -79,21 +79,23 @@ class InstantExecutor:
 
     def sample(self, step: int, masks: StepMasks | None) -> None:
         if masks is not None:
-            words = self.take(masks)[masks.lines]
-            places = words.shape[1] - 1 - (words[:, ::-1] != 0).argmax(1)
-            bits = words[np.arange(len(words)), places].tolist()
-            for index, place, word in zip(masks.indices, places.tolist(), bits, strict=True):
-                self._result.token_ids[index] = 32 * place + word.bit_length() - 1
-
-    def take(self, masks: StepMasks) -> npt.NDArray[np.uint32]:
-        """The table of masks, with those of this step."""
-        if masks.new_lines:
-            new = np.frombuffer(masks.words, np.uint32).reshape(len(masks.new_lines), -1)
-            self._words[masks.new_lines] = new
-        return self._words
+            for line, words in new_lines(masks):
+                (places,) = words.nonzero()
+                self._last_ids[line] = (
+                    32 * int(places[-1]) + int(words[places[-1]]).bit_length() - 1
+                )
+            for index, line in zip(masks.indices, masks.lines, strict=True):
+                self._result.token_ids[index] = self._last_ids[line]
 
     def shutdown(self) -> None:
         pass
+
+
+def new_lines(masks: StepMasks) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
+    """Those that a step brings, with their masks: [num_words]."""
+    if masks.new_lines:
+        words = np.frombuffer(masks.words, np.uint32).reshape(len(masks.new_lines), -1)
+        yield from zip(masks.new_lines, words, strict=True)
 
 
 class PickingExecutor(InstantExecutor):
@@ -102,14 +104,18 @@ class PickingExecutor(InstantExecutor):
     spent_s = spent_cpu_s = 0.0
     random = np.random.default_rng(0)
 
+    def __init__(self, *, vocab_size: int, max_model_len: int, num_blocks: int) -> None:
+        super().__init__(vocab_size=vocab_size, max_model_len=max_model_len, num_blocks=num_blocks)
+        self._allowed: dict[int, npt.NDArray[np.intp]] = {}  # ids, by line
+
     def sample(self, step: int, masks: StepMasks | None) -> None:
         started, started_cpu = time.perf_counter(), time.thread_time()
         if masks is not None:
-            words = self.take(masks)[masks.lines]
-            bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-            for line, index in enumerate(masks.indices):
-                allowed = np.flatnonzero(bits[line])
-                self._result.token_ids[index] = int(self.random.choice(allowed))
+            for line, words in new_lines(masks):
+                bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+                self._allowed[line] = np.flatnonzero(bits)
+            for index, line in zip(masks.indices, masks.lines, strict=True):
+                self._result.token_ids[index] = int(self.random.choice(self._allowed[line]))
         self.spent_s += time.perf_counter() - started
         self.spent_cpu_s += time.thread_time() - started_cpu
 

@@ -138,7 +138,8 @@ class Matcher:
         """Go on by one token. False if the output ends with it, by grammar or by `error`."""
         if self.follow(token_id):
             return True
-        if self.state is not None and self.state.next.get(token_id) is END:
+        leads = {} if self.state is None else self.state.next
+        if END in (leads.get(token_id), leads.get(self._ways[token_id])):
             self._owed.append(token_id)
             self.state = None
             return False

@@ -214,3 +214,15 @@ def test_tokens_go_the_same_way_whose_characters_are_of_the_same_classes() -> No
     others = [found[index] for index in (1, 3, 4, 6, 8)]
     assert len(set(others)) == 5 and all(way is not None and way < 0 for way in others)
     assert [ways[token_id] for token_id in range(len(spelling))] == found
+
+
+@pytest.mark.parametrize("pattern", ["[0-9]{2}-[a-z]{3}", "([a-z]{2} ){2}[!]"])
+def test_llguidance_is_not_asked_about_an_end_that_is_known(pattern: str) -> None:
+    begin = matcher_of(pattern)
+    texts = ("12-abc", "34-xyz") if "0-9" in pattern else ("ab cd !", "xy zz !")
+    for is_new, text in zip((True, False, False), (texts[0], *texts), strict=True):
+        matcher = begin.copy()
+        token_ids = encode(text)
+        going = [matcher.accept(token_id) for token_id in token_ids]
+        assert going == [True] * (len(going) - 1) + [False] and matcher.error is None
+        assert (len(matcher._owed) < len(token_ids)) == is_new
