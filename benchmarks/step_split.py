@@ -22,6 +22,7 @@ it, and are printed below.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import random
@@ -52,14 +53,20 @@ from nanovllm.protocol.messages import AddRequest
 from nanovllm.protocol.plan import StepHandle, StepMasks, StepPlan, StepResult
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
-from nanovllm.worker.cuda_graph import CapturedStep, StepGraphs, StepOutput, StepShape, Variant
-from nanovllm.worker.forward_batch import PlanStaging
+from nanovllm.worker.cuda_graph import (
+    CallGraphs,
+    CapturedStep,
+    StepGraphs,
+    StepOutput,
+    StepShape,
+    Variant,
+)
+from nanovllm.worker.forward_batch import PlanStaging, SampleSlot
 from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
-from nanovllm.worker.sampling.edit_tables import Entries
-from nanovllm.worker.sampling.edited_sampler import EditedSampler
+from nanovllm.worker.sampling.wishes import HEAD, LINE, MASK, MASKS, NOTHING, NUM_FIELDS, Wishes
 from nanovllm.worker.worker import Worker
 
 NOW = time.perf_counter
@@ -89,8 +96,10 @@ INNER: tuple[tuple[str, str, type, str], ...] = (
     ("submit", "write", ModelRunner, "_write"),
     ("submit", "graph", StepGraphs, "run"),
     ("sample", "all that ask", DeviceSampler, "sample"),
-    ("sample", "of logits", EditedSampler, "sample"),
-    ("sample", "to the host", ModelRunner, "_collect_samples"),
+    ("sample", "copy there", SampleSlot, "send"),
+    ("sample", "graph", DeviceSampler, "_launch"),
+    ("sample", "copy of ids", SampleSlot, "fetch"),
+    ("sample", "and of more", SampleSlot, "fetch_lines"),
 )
 MIXED_KINDS: dict[str, dict[str, Any]] = {
     "plain": {"ignore_eos": True},
@@ -222,12 +231,10 @@ class TimedMasks:
 class HollowGraphs(StepGraphs):
     """Launches nothing, and chooses id 7 for everyone."""
 
-    def __init__(self, *, max_num_rows: int, max_num_tokens: int) -> None:
+    def __init__(self, token_ids: torch.Tensor, *, max_num_rows: int, max_num_tokens: int) -> None:
         super().__init__(self.outputs, max_num_rows=max_num_rows, max_num_tokens=max_num_tokens)
-        self._of: dict[int, StepOutput] = {}
-        self._output = StepOutput(
-            torch.full((max_num_rows,), 7), torch.zeros(max_num_rows, 1), None
-        )
+        self._output = StepOutput(torch.zeros(max_num_rows, 1), None)
+        self._token_ids = token_ids.numpy()
 
     def outputs(self, shape: StepShape, variant: Variant) -> StepOutput:
         return self._output
@@ -236,12 +243,22 @@ class HollowGraphs(StepGraphs):
         super().captured_shape_for(shape, variant)  # all there are have been captured
         return shape
 
-    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
+    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
         self._captured.setdefault((shape, variant), CapturedStep(None, self._output))
-        output = self._of.get(num_samples)
-        if output is None:
-            output = self._of[num_samples] = self._output.of(num_samples)
-        return output
+        self._token_ids[: shape.num_rows] = 7
+        return self._output
+
+
+class HollowGraph:
+    def __init__(self, launch: Callable[[], Any]) -> None:
+        self.replay = launch
+
+
+class CalledGraphs:
+    """Calls again what a graph would hold."""
+
+    def capture(self, launch: Callable[[], Any]) -> tuple[HollowGraph, Any]:
+        return HollowGraph(launch), None
 
 
 class HollowSampler:
@@ -250,39 +267,32 @@ class HollowSampler:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._random = random.Random(0)
-        self._masks: torch.Tensor | None = None
-        self._masked = torch.empty(0)
 
     def step(self) -> FusedStep:
         refused = _refuse
-        return FusedStep(refused, self.sample_tokens, refused, self.edit_logits, self.pack_logprobs)
+        return FusedStep(refused, refused, refused, self.sample_edited, self.pack_wished, refused)
 
-    def edit_logits(
-        self, logits: torch.Tensor, entries: Entries, *, masks: torch.Tensor, **_: Any
-    ) -> torch.Tensor:
-        self._masks, self._masked = masks, entries.words[4]
-        return logits
-
-    def sample_tokens(
-        self, logits: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor], **_: Any
-    ) -> torch.Tensor:
+    def sample_edited(
+        self, wishes: Wishes, num_entries: int, *, token_ids: torch.Tensor, **_: Any
+    ) -> None:
         start = NOW()
-        chosen, masks = out[0].numpy(), self._masks.numpy()
-        for line, place in enumerate(self._masked.tolist()):
-            chosen[line] = 7 if place < 0 else self._pick(masks[place])
-        self._clock.move(NOW() - start, "sample", "sample: all that ask", "sample: of logits")
-        return out[0]
+        words, ids = wishes.words.numpy(), token_ids.numpy()
+        lists, masks = words[HEAD:].reshape(NUM_FIELDS, -1), int(words[MASKS:].view(np.int64)[0])
+        for line, place in zip(lists[LINE].tolist(), lists[MASK].tolist(), strict=True):
+            if place != NOTHING:
+                mask = ctypes.c_int32 * wishes.num_mask_words
+                at = masks + place * ctypes.sizeof(mask)
+                ids[line] = self._pick(np.ctypeslib.as_array(mask.from_address(at)))
+        self._clock.move(NOW() - start, "sample", "sample: all that ask", "sample: graph")
+
+    def pack_wished(self, *_: Any, **__: Any) -> None:
+        """Whatever lies there is told."""
 
     def _pick(self, words: np.ndarray) -> int:
         places = words.nonzero()[0]
         place = int(places[self._random.randrange(len(places))])
         bits = int(words[place]) & 0xFFFFFFFF
         return 32 * place + self._random.choice([bit for bit in range(32) if bits >> bit & 1])
-
-    def pack_logprobs(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: int, lines: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.zeros(len(lines), 3 + 2 * num_top, dtype=torch.int32)
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -386,7 +396,9 @@ def _hollow(worker: Worker, config: EngineConfig, num_blocks: int, clock: Clock)
     worker._loaded = dataclasses.replace(loaded, kernels=kernels, captures=False, native=None)
     worker.allocate(num_blocks)
     limits = config.limits("cuda")
+    worker._runner._device_sampler._calls = CallGraphs(CalledGraphs())
     worker._runner._graphs = HollowGraphs(
+        worker._runner._device_sampler.staging.token_ids,
         max_num_rows=limits.max_num_seqs,
         max_num_tokens=limits.max_num_batched_tokens,
     )

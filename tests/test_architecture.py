@@ -50,7 +50,8 @@ BUDGETS = {
     # between them; graphs of what masks ask for; ranks of several hosts; what few steps ask for, in
     # functions that the others do not pass
     # the ids that ranks compare, stages too
-    "worker": 7700,
+    # whatever rows ask of a step by one graph, and what steps under way have on the host
+    "worker": 7800,
     "worker.quant": 1500,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

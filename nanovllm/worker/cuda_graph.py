@@ -9,10 +9,10 @@ padding row. Plain sampling is part of a graph; what rows ask for besides is don
 import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,13 +42,8 @@ class Variant(NamedTuple):
 class StepOutput(NamedTuple):
     """What a forward pass leaves behind."""
 
-    token_ids: Tensor  # [num_rows] int64: chosen by each entry that samples, if it asks for no more
     logits: Tensor  # [num_rows, vocab_size or this rank's ids], as the model made them
     hidden: Tensor | None  # [num_tokens, hidden_size], if it was to be kept
-
-    def of(self, num_samples: int) -> "StepOutput":
-        """Of so many entries alone."""
-        return StepOutput(self.token_ids[:num_samples], self.logits[:num_samples], self.hidden)
 
 
 Step = Callable[[StepShape, Variant], StepOutput]
@@ -61,13 +56,48 @@ MOST_STAND_INS = 64
 CHEAP_ROWS, CHEAP_TOKENS = 64, 256
 
 
+T = TypeVar("T")
+
+
+class Graph(Protocol):
+    """What has been captured."""
+
+    def replay(self) -> None:
+        """Queue all of it on the current stream."""
+
+
+class Graphs(Protocol):
+    """What captures: `CudaGraphs`, or where there is no GPU whatever stands in for it."""
+
+    def capture(self, launch: Callable[[], T]) -> tuple[Graph, T]:
+        """What `launch` launches, none of which runs, and what it returns.
+
+        Raises `torch.OutOfMemoryError`.
+        """
+
+
+class CudaGraphs:
+    """Of one pool of memory: what one of its graphs computes is good until the next one runs."""
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, launch: Callable[[], T]) -> tuple[Graph, T]:
+        """See `Graphs`."""
+        graph = torch.cuda.CUDAGraph()
+        # What threads of a communicator ask of their events meanwhile is no fault of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = launch()
+        return graph, result
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A graph, and where it puts what it leaves: for every number of entries that has come."""
+    """A graph, and where it puts what it leaves."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     output: StepOutput
-    of: dict[int, StepOutput] = field(default_factory=dict)
 
 
 class _Borrowed:
@@ -135,6 +165,7 @@ class StepGraphs:
 
     def __init__(self, step: Step, *, max_num_rows: int, max_num_tokens: int) -> None:
         self._step = step
+        self._graphs = CudaGraphs()
         self._decode = decode_buckets(max_num_rows)
         self._rows = row_buckets(max_num_rows)
         self._tokens = token_buckets(min(max_num_tokens, MAX_TOKENS))
@@ -142,11 +173,6 @@ class StepGraphs:
         self._captured: dict[tuple[StepShape, Variant], CapturedStep] = {}
         self._uncapturable: set[tuple[StepShape, Variant]] = set()
         self._num_stand_ins: Counter[tuple[StepShape, Variant]] = Counter()
-
-    @cached_property
-    def _pool(self) -> Any:
-        """Of memory, one for all graphs."""
-        return torch.cuda.graph_pool_handle()
 
     @property
     def shapes(self) -> list[StepShape]:
@@ -191,12 +217,11 @@ class StepGraphs:
             self._num_stand_ins[key] += 1
         return min(larger)
 
-    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
+    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
         """Run the step for the staged plan; what it returns is good until the next call.
 
         The first time it runs eagerly, which also compiles and warms up, and the next time it is
-        captured. If there is no memory for that, the shape goes on eagerly. num_samples: of how
-        many entries the output is wanted.
+        captured. If there is no memory for that, the shape goes on eagerly.
         """
         key = shape, variant
         captured = self._captured.get(key)
@@ -210,40 +235,40 @@ class StepGraphs:
                     logger.warning(text, shape)
             self._seen.add(key)
         if captured is None:
-            return self._step(shape, variant).of(num_samples)
+            return self._step(shape, variant)
         captured.graph.replay()
-        output = captured.of.get(num_samples)
-        if output is None:
-            output = captured.of[num_samples] = captured.output.of(num_samples)
-        return output
+        return captured.output
 
     def _capture(self, shape: StepShape, variant: Variant) -> CapturedStep:
-        graph = torch.cuda.CUDAGraph()
-        # What threads of a communicator ask of their events meanwhile is no fault of the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self._step(shape, variant)
+        graph, output = self._graphs.capture(lambda: self._step(shape, variant))
         hidden = None if output.hidden is None else borrow(output.hidden)
-        return CapturedStep(graph, StepOutput(output.token_ids, borrow(output.logits), hidden))
+        return CapturedStep(graph, StepOutput(borrow(output.logits), hidden))
 
 
 class CallGraphs:
     """Graphs of calls that do the same to the same memory, and return nothing, whenever their key
     is the same: launched one by one, a few small operations take the host longer than a graph."""
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+    def __init__(self, graphs: Graphs) -> None:
+        self._graphs: Graphs | None = graphs
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, Graph] = {}
 
-    def run(self, key: int, call: Callable[[], None]) -> None:
+    def run(self, key: Hashable, call: Callable[[], None]) -> None:
         """The first time it is called, which compiles; the next time it is captured."""
         graph = self._captured.get(key)
-        if graph is None and key in self._seen:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                call()
-            self._captured[key] = graph
+        if graph is None and key in self._seen and self._graphs is not None:
+            graph = self._capture(key, call, self._graphs)
         if graph is not None:
             graph.replay()
         else:
             call()
             self._seen.add(key)
+
+    def _capture(self, key: Hashable, call: Callable[[], None], graphs: Graphs) -> Graph | None:
+        try:
+            self._captured[key], _ = graphs.capture(call)
+        except torch.OutOfMemoryError:
+            self._graphs = None
+            logger.warning("no memory for a graph of %s: lower gpu_memory_utilization", key)
+        return self._captured.get(key)

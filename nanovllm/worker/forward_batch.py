@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -288,38 +289,82 @@ class PlanStaging:
 
 
 class SampleStaging:
-    """Carries to the device what the second half of a step needs, behind the forward pass.
+    """What the second halves of steps exchange with the device: words there, and answers back.
 
-    A stream of its own would spare the device some microseconds of copying, and cost the host, of
-    which there is less to spare, a hundred. num_buffers: as `PlanStaging`'s.
+    On the device both always lie in the same place, where CUDA graphs find them, and which the next
+    step writes over in stream order. On the host each step under way has memory of its own, from
+    `take` until it gives that back. A stream of its own would spare the device some microseconds
+    of copying, and cost the host, of which there is less to spare, a hundred.
     """
 
-    def __init__(self, *, num_buffers: int, device: torch.device) -> None:
-        self._device = device
-        self._turn = 0
-        self._pinned: list[Tensor] = []
-        if device.type == "cuda":
-            self._resident = nothing = torch.empty(0, dtype=torch.int32)
-            self._pinned = [nothing] * num_buffers
-            self._copied = [torch.Event(device) for _ in range(num_buffers)]
+    def __init__(
+        self, *, num_words: int, num_rows: int, num_more: int, device: torch.device
+    ) -> None:
+        """num_words: there, an even number. Answers are a token for each row, and more words."""
+        self.is_cuda = device.type == "cuda"
+        self.num_id_words = 2 * num_rows
+        self.words = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self.answers = torch.zeros(self.num_id_words + num_more, dtype=torch.int32, device=device)
+        self.id_words = self.answers[: self.num_id_words]
+        self.token_ids = self.id_words.view(torch.int64)  # [num_rows]
+        self.more = self.answers[self.num_id_words :]
+        self.free: list[SampleSlot] = []
 
-    def send(self, array: Int32Array) -> Tensor:
-        """The array as a tensor, which the next call writes over, in stream order."""
-        if not self._pinned:
-            return torch.from_numpy(array.copy()).to(self._device)
-        self._turn = (self._turn + 1) % len(self._pinned)
-        num_words = len(array)
-        capacity = 1 << (num_words - 1).bit_length()
-        if len(self._resident) < num_words:
-            self._resident = torch.empty(capacity, dtype=torch.int32, device=self._device)
-        self._copied[self._turn].synchronize()
-        if len(self._pinned[self._turn]) < num_words:
-            self._pinned[self._turn] = torch.empty(capacity, dtype=torch.int32, pin_memory=True)
-        pinned = self._pinned[self._turn]
-        pinned.numpy()[:num_words] = array
-        self._resident[:num_words].copy_(pinned[:num_words], non_blocking=True)
-        self._copied[self._turn].record()
-        return self._resident[:num_words]
+    def take(self) -> "SampleSlot":
+        """One that nobody has; a step that fails need not give back its own."""
+        return self.free.pop() if self.free else SampleSlot(self)
+
+
+class SampleSlot:
+    """A step's share of `SampleStaging` on the host (on CUDA in pinned memory).
+
+    words: [num_words] int32, for the device. addresses: the same memory as int64. token_ids:
+    [num_rows] int64. What is fetched is there after `done`, which the runner records.
+    """
+
+    def __init__(self, staging: SampleStaging) -> None:
+        is_cuda = staging.is_cuda
+        self._staging = staging
+        self._words, self._answers = (
+            torch.zeros(one.shape, dtype=torch.int32, pin_memory=is_cuda)
+            for one in (staging.words, staging.answers)
+        )
+        self.words: Int32Array = self._words.numpy()
+        self.addresses: npt.NDArray[np.int64] = self.words.view(np.int64)
+        self._ids = self._answers[: staging.num_id_words]
+        self.token_ids: npt.NDArray[np.int64] = self._ids.numpy().view(np.int64)
+        self.done = torch.Event(staging.words.device) if is_cuda else None
+        # To and from where so many words are copied: a slice takes the host as long as a launch.
+        self._sent: dict[int, tuple[Tensor, Tensor]] = {}
+        self._fetched: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def send(self, num_words: int) -> None:
+        """Bring as many words to the device, in stream order."""
+        if (pair := self._sent.get(num_words)) is None:
+            pair = self._staging.words[:num_words], self._words[:num_words]
+            self._sent[num_words] = pair
+        pair[0].copy_(pair[1], non_blocking=True)
+
+    def fetch(self) -> None:
+        """Bring all tokens here."""
+        self._ids.copy_(self._staging.id_words, non_blocking=True)
+
+    def fetch_lines(self, num_lines: int, width: int) -> Tensor:
+        """Bring them and so many lines of words, which are returned, [num_lines, width]."""
+        key = num_lines, width
+        if (fetched := self._fetched.get(key)) is None:
+            start = self._staging.num_id_words
+            end = start + num_lines * width
+            lines = self._answers[start:end].view(num_lines, width)
+            fetched = self._answers[:end], self._staging.answers[:end], lines
+            self._fetched[key] = fetched
+        to, source, lines = fetched
+        to.copy_(source, non_blocking=True)
+        return lines
+
+    def give_back(self) -> None:
+        """After `done`, when nobody reads it any more."""
+        self._staging.free.append(self)
 
 
 def _prefix_in(section: Tensor, num_rows: int) -> SharedPrefix:

@@ -6,7 +6,7 @@ copies are queued on one stream, and `PendingStep.result` waits for that step's 
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +16,21 @@ from nanovllm.config import StepLimits
 from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.shared_prefix import PrefixFinder
-from nanovllm.worker.cuda_graph import CallGraphs, StepGraphs, StepOutput, StepShape, Variant
+from nanovllm.worker.cuda_graph import (
+    CallGraphs,
+    CudaGraphs,
+    StepGraphs,
+    StepOutput,
+    StepShape,
+    Variant,
+)
 from nanovllm.worker.failures import wait_for
 from nanovllm.worker.forward_batch import (
     ROOMS,
     ForwardBatch,
     PlanEntries,
     PlanStaging,
+    SampleSlot,
     StagedPlan,
     build_batch,
 )
@@ -31,10 +39,11 @@ from nanovllm.worker.kernels.select import FusedStep
 from nanovllm.worker.sampling.columns import NEUTRAL, NO_LOGPROBS, TRUNCATIONS, Int32Array
 from nanovllm.worker.sampling.device_sampler import DeviceSampler
 from nanovllm.worker.sampling.logprobs import PackedLogprobs, joined
-from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
+from nanovllm.worker.sampling.sampler import OnHost, Sampler, SamplingTargets
 from nanovllm.worker.stage_link import StageLink
 
 MAX_LOGIT_ROWS = 256  # prompt positions whose logits are in memory at once
+NOT_SAMPLED = OnHost(np.empty(0, np.int64))
 
 
 class Model(Protocol):
@@ -72,18 +81,17 @@ class PromptEntry(NamedTuple):
 class PendingStep:
     """A step under way (a `protocol.plan.StepHandle`), between its halves or behind both.
 
-    rows, positions: where the tokens go that are sampled. token_ids and logprobs arrive in host
-    memory after the second half. prompt_logprobs: entry of the plan → its prompt positions.
+    rows, positions: where the tokens go that are sampled. logits: for the second half. sampled:
+    what that leaves, in memory of the slot if there is one. prompt_logprobs: entry of the plan →
+    its prompt positions.
     """
 
     step: int
     rows: Int32Array  # [num_samples]
     positions: Int32Array  # [num_samples]
-    logits: Tensor | None = None  # [num_samples, vocab_size or this rank's], for the second half
-    token_ids: Tensor | None = None  # [num_samples] int64
-    logprobs: PackedLogprobs | None = None
-    logprob_indices: list[int] = field(default_factory=list)
-    num_top_logprobs: list[int] = field(default_factory=list)
+    logits: Tensor | None = None  # [num_samples or more, vocab_size or this rank's]
+    sampled: OnHost | None = None
+    slot: SampleSlot | None = None
     prompt_logprobs: dict[int, list[PackedLogprobs]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)  # as `StepResult.failures`
     done: torch.Event | None = None
@@ -94,20 +102,21 @@ class PendingStep:
         return self.done is None or bool(self.done.query())
 
     def result(self) -> StepResult:
-        """Wait for this step, and for nothing queued after it."""
+        """Wait for this step, and for nothing queued after it. To be asked once."""
         if self.done is not None:
             wait_for(self.done)
-        logprobs = {}
-        if self.logprobs is not None:
-            unpacked = self.logprobs.unpack(self.num_top_logprobs)
-            logprobs = dict(zip(self.logprob_indices, unpacked, strict=True))
-        return StepResult(
+        sampled = self.sampled or NOT_SAMPLED
+        result = StepResult(
             step=self.step,
-            token_ids=[] if self.token_ids is None else self.token_ids.tolist(),
-            logprobs=logprobs,
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.unpack_logprobs(),
             prompt_logprobs={entry: joined(parts) for entry, parts in self.prompt_logprobs.items()},
             failures=self.failures,
         )
+        if self.slot is not None:  # which other steps may have now
+            self.slot.give_back()
+            self.sampled = self.slot = self.done = None
+        return result
 
 
 class ModelRunner:
@@ -143,20 +152,19 @@ class ModelRunner:
         num_buffers = limits.max_inflight_steps + 1
         self._fused = fused
         self._sampler = sampler
+        self._calls: CallGraphs | None = None
+        if captures and self._device.type == "cuda":
+            self._calls = CallGraphs(CudaGraphs())
         self._device_sampler: DeviceSampler | None = None
         if fused is not None:
             self._device_sampler = DeviceSampler(
                 rows,
                 fused,
-                num_buffers=num_buffers,
                 vocabulary=self._vocabulary,
-                captures=captures,
+                calls=self._calls,
             )
         self._graphs: StepGraphs | None = None
-        self._writing: CallGraphs | None = None
         if captures:
-            if self._device.type == "cuda":
-                self._writing = CallGraphs()
             self._graphs = StepGraphs(
                 self.graph_step,
                 max_num_rows=rows.num_rows,
@@ -204,7 +212,7 @@ class ModelRunner:
         else:
             if self._is_alone and not is_practice:
                 shape = self._graphs.captured_shape_for(shape, variant)
-            output = self._graphs.run(shape, variant, num_samples=num_samples)
+            output = self._graphs.run(shape, variant)
         pending = PendingStep(
             plan.step, rows=entries.sampled_rows, positions=staged.sampled_positions
         )
@@ -217,14 +225,14 @@ class ModelRunner:
             assert output.hidden is not None
             self._collect_prompt_logprobs(pending, staged, prompts, output.hidden)
         if num_samples:
-            pending.logits, pending.token_ids = output.logits, output.token_ids
+            pending.logits = output.logits
         return pending
 
     def _write(self, writes: Tensor) -> None:
         """Bring the rows up to what a plan says of them."""
-        num_writes, graphs = writes.shape[1], self._writing
-        if graphs is not None and 0 < num_writes <= ROOMS[-1]:
-            graphs.run(num_writes, partial(self._rows.write, writes))
+        num_writes = writes.shape[1]
+        if self._calls is not None and 0 < num_writes <= ROOMS[-1]:
+            self._calls.run(num_writes, partial(self._rows.write, writes))
         else:
             self._rows.write(writes)
 
@@ -234,29 +242,30 @@ class ModelRunner:
 
         `pending` is of the last plan, and masks must be there for all of its constrained rows.
         """
+        if self._device_sampler is not None:
+            pending.slot = self._device_sampler.staging.take()
         if pending.logits is not None:
             if masks is not None:
                 self._rows.masks.take(masks)
-            self._collect_samples(pending, self._choose(pending, masks))
+            pending.sampled = self._choose(pending.logits, pending, masks)
         if self._rows.failures:
             pending.failures = self._rows.failures_among(pending.rows)
         pending.logits = None
         if self._device.type == "cuda":
-            pending.done = torch.Event(self._device)
+            pending.done = torch.Event(self._device) if pending.slot is None else pending.slot.done
+            assert pending.done is not None
             pending.done.record()
 
-    def _choose(self, pending: PendingStep, masks: StepMasks | None) -> Sampled:
-        logits, token_ids = pending.logits, pending.token_ids
-        assert logits is not None and token_ids is not None
+    def _choose(self, logits: Tensor, pending: PendingStep, masks: StepMasks | None) -> OnHost:
         rows, positions = pending.rows, pending.positions
-        if self._device_sampler is not None:
+        if self._device_sampler is not None and pending.slot is not None:
             return self._device_sampler.sample(
-                logits, token_ids, rows=rows, positions=positions, masks=masks
+                logits, pending.slot, rows=rows, positions=positions, masks=masks
             )
         targets = SamplingTargets.of(rows, positions, self._device)
-        sampled = self._sampler.sample(logits, targets, masks)
+        sampled = self._sampler.sample(logits[: len(rows)], targets, masks)
         self._rows.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
-        return sampled
+        return OnHost.of(sampled)
 
     def execute(
         self, plan: StepPlan, masks: StepMasks | None = None, *, is_practice: bool = False
@@ -337,43 +346,31 @@ class ModelRunner:
             residual = residual if wanted is None else Residual(hidden[wanted])
         else:
             residual = self._model.forward(batch, self._kv_cache, wanted=wanted)
-        nothing = torch.empty(len(row_ids), dtype=torch.int64, device=self._device)
         if not len(row_ids):
-            return StepOutput(nothing, nothing, hidden)
-        if self._fused is not None:
-            chosen = self._choose_fused(residual, row_ids, positions, variant)
-            return StepOutput(*chosen, hidden)
+            return StepOutput(torch.empty(0, device=self._device), hidden)
+        if self._device_sampler is not None:
+            return StepOutput(self._choose_fused(residual, row_ids, positions, variant), hidden)
         if self._vocabulary is None:
-            return StepOutput(nothing, self._model.compute_logits(residual), hidden)
-        return StepOutput(nothing, self._model.own_logits(residual).float(), hidden)
+            return StepOutput(self._model.compute_logits(residual), hidden)
+        return StepOutput(self._model.own_logits(residual).float(), hidden)
 
     def _choose_fused(
         self, residual: Residual, row_ids: Tensor, positions: Tensor, variant: Variant
-    ) -> tuple[Tensor, Tensor]:
-        """The choice of plain rows, [n] int64, and the logits it was made from."""
-        assert self._fused is not None
-        rows, choose = self._rows, self._fused.sample_tokens
+    ) -> Tensor:
+        """Puts the choice of plain rows where the second half looks for it; returns the logits it
+        was made from."""
+        assert self._fused is not None and self._device_sampler is not None
+        rows, out = self._rows, self._device_sampler.staging.token_ids
+        state: dict[str, Any] = {"columns": rows.columns, "seeds": rows.seeds}
+        state |= {"known": rows.token_ids, "out": out}
         if self._vocabulary is None or variant.gathers:
             logits = self._model.raw_logits(residual)
+            self._fused.sample_tokens(logits, rows=row_ids, positions=positions, **state)
         else:
-            logits = self._model.own_logits(residual)
-            choose = partial(self._fused.sample_slices, vocabulary=self._vocabulary)
-        token_ids = choose(
-            logits,
-            rows=row_ids,
-            positions=positions,
-            columns=rows.columns,
-            seeds=rows.seeds,
-            known=rows.token_ids,
-        )
-        return token_ids, logits
-
-    def _collect_samples(self, pending: PendingStep, sampled: Sampled) -> None:
-        pending.token_ids = sampled.token_ids.to("cpu", non_blocking=True)
-        if sampled.logprobs is not None:
-            pending.logprobs = sampled.logprobs.to_host()
-            pending.logprob_indices = sampled.logprob_indices
-            pending.num_top_logprobs = sampled.num_top_logprobs
+            logits, targets = self._model.own_logits(residual), (row_ids, positions)
+            vocabulary = self._vocabulary
+            self._fused.sample_slices(logits, vocabulary=vocabulary, targets=targets, **state)
+        return logits
 
     def _find_prompts(self, plan: StepPlan) -> list[PromptEntry]:
         host = self._rows.host[plan.rows]

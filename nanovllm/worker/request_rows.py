@@ -22,13 +22,16 @@ from nanovllm.worker.sampling.columns import (
     AS_WORDS,
     COLUMNS,
     COUNTS,
+    EDITED,
     FIELDS,
     INT32_MAX,
     NEUTRAL,
     NUM_WORDS,
     PACKING,
+    PENALIZED,
     PENALTIES,
     RECORD,
+    TOLD,
     TORCH_DTYPES,
     Int32Array,
     word_offset,
@@ -102,8 +105,9 @@ class RequestRows:
         self._host_words[:] = _NEUTRAL_WORDS
         self.host: npt.NDArray[Any] = self._host_words.view(RECORD)[:, 0]
         self.host_block_tables = self._mirror[:, NUM_WORDS:]
-        self.penalizes = np.zeros(num_rows + 1, bool)  # by row: whether its record asks for that
-        self.wants_logprobs = np.zeros(num_rows + 1, bool)
+        # By row: bits of `columns`. `edits` has those of rows that have `EDITED`.
+        self.asks: npt.NDArray[np.uint8] = np.zeros(num_rows + 1, np.uint8)
+        self.num_admitted = 0  # so far; while it is the same, no row asks for anything else
         self.prompting: set[int] = set()  # rows that want their prompts' log-probabilities
         self.edits: dict[int, RowEdits] = {}
         self.failures: dict[int, str] = {}  # rows that cannot be sampled from, and why
@@ -149,8 +153,10 @@ class RequestRows:
         self._mirror[row, places[:behind]] = values[:behind]
         places += row * self._width
         asked = NOTHING if row in self.failures else new.params
-        self.penalizes[row] = any(getattr(asked, name) != at_rest for name, at_rest in _PENALTIES)
-        self.wants_logprobs[row] = asked.logprobs is not None
+        penalizes = any(getattr(asked, name) != at_rest for name, at_rest in _PENALTIES)
+        edits, tells = row in self.edits, asked.logprobs is not None
+        self.asks[row] = PENALIZED * penalizes | EDITED * edits | TOLD * tells
+        self.num_admitted += 1
         self.prompting.discard(row)
         if asked.prompt_logprobs is not None:
             self.prompting.add(row)

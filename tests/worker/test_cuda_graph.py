@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nanovllm.worker.cuda_graph import (
     MOST_STAND_INS,
     CallGraphs,
     CapturedStep,
+    CudaGraphs,
     StepGraphs,
     StepOutput,
     StepShape,
@@ -22,7 +24,7 @@ from nanovllm.worker.cuda_graph import (
 
 @pytest.fixture
 def graphs() -> StepGraphs:
-    nothing = StepOutput(torch.empty(0), torch.empty(0), None)
+    nothing = StepOutput(torch.empty(0), None)
     return StepGraphs(lambda *_: nothing, max_num_rows=100, max_num_tokens=3000)
 
 
@@ -83,12 +85,12 @@ class PretendedGraphs(StepGraphs):
     def capture(self, *shapes: tuple[int, int], variant: Variant = PLAIN) -> None:
         for shape in shapes:
             for _ in range(2):
-                self.run(StepShape(*shape), variant, num_samples=shape[1])
+                self.run(StepShape(*shape), variant)
 
 
 @pytest.fixture
 def pretended() -> PretendedGraphs:
-    nothing = StepOutput(torch.empty(0), torch.empty(0), None)
+    nothing = StepOutput(torch.empty(0), None)
     return PretendedGraphs(lambda *_: nothing, max_num_rows=256, max_num_tokens=4096)
 
 
@@ -130,7 +132,7 @@ def test_a_shape_that_keeps_coming_is_captured_itself(pretended: PretendedGraphs
     assert set(stand_ins) == {(8, 8)}
     for _ in range(3):  # eagerly, captured, replayed
         assert pretended.captured_shape_for(shape, PLAIN) == shape
-        pretended.run(shape, PLAIN, num_samples=4)
+        pretended.run(shape, PLAIN)
     assert pretended.captured_shape_for(StepShape(2, 2), PLAIN) == shape
 
 
@@ -155,13 +157,13 @@ def test_what_a_graph_leaves_stays_until_the_next_one_runs() -> None:
 
     def step(shape: StepShape, variant: Variant) -> StepOutput:
         values = source[: shape.num_rows, None] * torch.ones(1, 1000, device="cuda")
-        return StepOutput(values.argmax(1), values.bfloat16(), values * 2)
+        return StepOutput(values.bfloat16(), values * 2)
 
     graphs = StepGraphs(step, max_num_rows=8, max_num_tokens=64)
     shape, variant = StepShape(8, 8), Variant(shares_prefix=False, keeps_hidden=True)
     for turn in range(4):  # eagerly, captured, and twice more
         source.fill_(turn + 1)
-        output = graphs.run(shape, variant, num_samples=8)
+        output = graphs.run(shape, variant)
         noise = [torch.full((8, 1000), -1.0, device="cuda") for _ in range(50)]
         assert output.hidden is not None and output.logits.dtype == torch.bfloat16
         assert (output.logits == turn + 1).all() and (output.hidden == 2 * (turn + 1)).all()
@@ -193,8 +195,9 @@ def test_a_call_is_captured_when_it_comes_again_and_done_once_each_time(
 ) -> None:
     monkeypatch.setattr("torch.cuda.CUDAGraph", RecordingGraph)
     monkeypatch.setattr("torch.cuda.graph", recording)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: 0)
     done.clear()
-    graphs, num_calls = CallGraphs(), 0
+    graphs, num_calls = CallGraphs(CudaGraphs()), 0
 
     def call(text: str) -> None:
         nonlocal num_calls
@@ -205,3 +208,22 @@ def test_a_call_is_captured_when_it_comes_again_and_done_once_each_time(
         graphs.run(key, partial(call, f"{key}"))
     assert done == ["1", "2", "1", "1", "2", "1", "2"]
     assert num_calls == 4, "of each the first time, and to be captured"
+
+
+def test_without_memory_for_a_graph_a_call_is_made_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    num_calls = 0
+
+    class Full:
+        def capture(self, launch: object) -> NoReturn:
+            raise torch.OutOfMemoryError
+
+    def call() -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    graphs = CallGraphs(Full())
+    for key in (1, 1, 1, 2, 2, 2):
+        graphs.run(key, call)
+    assert num_calls == 6 and caplog.text.count("no memory for a graph") == 1

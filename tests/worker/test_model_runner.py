@@ -8,16 +8,17 @@ from nanovllm.config import SchedulerConfig
 from nanovllm.protocol.plan import StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker import model_runner
-from nanovllm.worker.cuda_graph import StepGraphs, StepOutput, StepShape, Variant
+from nanovllm.worker.cuda_graph import CallGraphs, StepGraphs, StepOutput, StepShape, Variant
 from nanovllm.worker.forward_batch import ForwardBatch, expand_view
 from nanovllm.worker.kernels.base import Residual
 from nanovllm.worker.kernels.select import FusedStep
-from nanovllm.worker.kernels.triton.edit_logits import edit_logits
+from nanovllm.worker.kernels.triton.edit_logits import sample_edited
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
-from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs, pack_wished
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.sampling.sampler import Sampler
+from tests.worker.called_graphs import CalledGraphs
 from tests.worker.fake_model import (
     FakeAttention,
     FakeModel,
@@ -39,14 +40,16 @@ PROMPTS = {3: [11, 12, 13, 14, 15, 16, 17, 18, 19], 0: [150, 2, 7], 5: [42]}
 
 
 # Kernels of the ends of a step, in the interpreter.
-FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_logprobs)
+FUSED = FusedStep(
+    expand_view, sample_tokens, sample_slices, sample_edited, pack_wished, pack_logprobs
+)
 
 
 class UncapturedGraphs(StepGraphs):
     """Steps in their padded shapes, but run eagerly each time."""
 
-    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
-        return self._step(shape, variant).of(num_samples)
+    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
+        return self._step(shape, variant)
 
 
 class LargerGraphs(UncapturedGraphs):
@@ -71,7 +74,7 @@ def make_runner(
     device: str, model: FakeModel | None = None, attention: FakeAttention | None = None
 ) -> ModelRunner:
     device, _, padded = device.partition(", ")
-    return ModelRunner(
+    runner = ModelRunner(
         model or FakeModel(),
         attention or FakeAttention(),
         sampler=Sampler(make_rows(device=device)),
@@ -80,6 +83,9 @@ def make_runner(
         fused=FUSED if padded else None,
         captures=bool(padded),
     )
+    if runner._device_sampler is not None:
+        runner._device_sampler._calls = CallGraphs(CalledGraphs())
+    return runner
 
 
 def run(runner: ModelRunner, *args: object, **kwargs: object) -> StepResult:

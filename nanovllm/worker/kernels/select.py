@@ -17,9 +17,9 @@ from nanovllm.worker.kernels.base import Kernels
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling.edit_tables import Entries
 from nanovllm.worker.sampling.logprobs import PackLogprobs
 from nanovllm.worker.sampling.sampler import RowSampler
+from nanovllm.worker.sampling.wishes import Wishes
 
 
 class SampleTokens(Protocol):
@@ -34,7 +34,7 @@ class SampleTokens(Protocol):
         columns: Mapping[str, Tensor],
         seeds: Tensor,
         known: Tensor | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -47,27 +47,42 @@ class SampleSlices(Protocol):
         logits: Tensor,
         *,
         vocabulary: Vocabulary,
-        rows: Tensor,
-        positions: Tensor,
+        targets: tuple[Tensor, Tensor],
         columns: Mapping[str, Tensor],
         seeds: Tensor,
         known: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
 
-class EditLogits(Protocol):
-    """What single entries ask of their logits (`edit_logits.edit_logits`)."""
+class SampleEdited(Protocol):
+    """A sampler for entries that ask something of their logits (`edit_logits.sample_edited`)."""
 
     def __call__(
         self,
-        logits: Tensor,
-        entries: Entries,
+        wishes: Wishes,
+        num_entries: int,
         *,
-        masks: Tensor,
+        token_ids: Tensor,
         counts: Tensor | None,
         known: Tensor,
         columns: Mapping[str, Tensor],
-    ) -> Tensor: ...
+        seeds: Tensor,
+    ) -> None: ...
+
+
+class PackWished(Protocol):
+    """Log-probabilities of entries that want them (`token_logprobs.pack_wished`)."""
+
+    def __call__(
+        self,
+        wishes: Wishes,
+        num_entries: int,
+        *,
+        token_ids: Tensor,
+        num_top: int,
+        packed: Tensor,
+    ) -> None: ...
 
 
 class ExpandView(Protocol):
@@ -79,12 +94,13 @@ class ExpandView(Protocol):
 @dataclass(frozen=True, slots=True)
 class FusedStep:
     """What lies before and behind the model in a step: the first three as a CUDA graph wants it,
-    the others for the entries that ask for more."""
+    the next two for the entries that ask for more, the last for prompts."""
 
     expand_view: ExpandView
     sample_tokens: SampleTokens
     sample_slices: SampleSlices
-    edit_logits: EditLogits
+    sample_edited: SampleEdited
+    pack_wished: PackWished
     pack_logprobs: PackLogprobs
 
 
@@ -117,7 +133,8 @@ def select_kernels(device: torch.device, *, refused: str | None = None) -> Devic
                     expand_view=_load("triton.expand_batch:expand_view"),
                     sample_tokens=_load("triton.fused_sampler:sample_tokens"),
                     sample_slices=_load("triton.slice_sampler:sample_slices"),
-                    edit_logits=_load("triton.edit_logits:edit_logits"),
+                    sample_edited=_load("triton.edit_logits:sample_edited"),
+                    pack_wished=_load("triton.token_logprobs:pack_wished"),
                     pack_logprobs=_load("triton.token_logprobs:pack_logprobs"),
                 ),
                 why="fused Triton kernels",

@@ -34,6 +34,8 @@ class Column:
 
 TRUNCATIONS = ("top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+# What a row asks of the second half of its steps, as bits.
+PENALIZED, EDITED, TOLD = 1, 2, 4  # penalties; edits; log-probabilities
 COLUMNS = (
     Column("temperature", "f4", 0.0, draws=True),  # neutral: greedy
     Column("top_k", "i4", 0, draws=True),

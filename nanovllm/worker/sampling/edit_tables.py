@@ -6,39 +6,15 @@ rows that still have theirs are sent again to its beginning, or to a larger one 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanovllm.worker.sampling.columns import Int32Array
 from nanovllm.worker.sampling.logits_processors import RowEdits
+from nanovllm.worker.sampling.wishes import NOTHING
 
-NUM_FIELDS = 5  # of an entry
-NO_EDITS = NO_MASK = -1
 LEAST_CAPACITY = 1 << 17
-
-
-@dataclass(frozen=True, slots=True)
-class Entries:
-    """The entries of a step that ask for something of their logits.
-
-    words: [5, k] int32 on the device. By entry: its line among those that sample, its row, the
-    position of its next token, where its table begins (or `NO_EDITS`), its mask's line (or
-    `NO_MASK`). lines, rows, positions: [k] int32, the first three of them once more, each aligned
-    as kernels were compiled for. tables: `EditTables.words`, or None if no entry has one.
-    """
-
-    words: Tensor
-    lines: Tensor
-    rows: Tensor
-    positions: Tensor
-    tables: Tensor | None
-
-    @property
-    def num_entries(self) -> int:
-        return self.words.shape[1]
 
 
 def pack_edits(edits: RowEdits) -> Int32Array:
@@ -78,13 +54,13 @@ class EditTables:
         self._held: dict[int, tuple[RowEdits, Int32Array, int]] = {}  # row → table, its place
 
     def places_of(self, rows: list[int]) -> list[int]:
-        """Where the rows' tables begin (`NO_EDITS`: it has none). What is not there is sent."""
+        """Where the rows' tables begin (`NOTHING`: it has none). What is not there is sent."""
         for row in rows:
             edits = self._live.get(row)
             if edits is not None and (row not in self._held or self._held[row][0] is not edits):
                 self._hold(row, edits)
         return [
-            self._held[row][2] if row in self._live and row in self._held else NO_EDITS
+            self._held[row][2] if row in self._live and row in self._held else NOTHING
             for row in rows
         ]
 

@@ -7,10 +7,12 @@ edit, penalty or temperature, as vLLM's default has it.
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.protocol.plan import PositionLogprobs, TokenLogprobs
+from nanovllm.worker.sampling.columns import Int32Array
 
 NUM_FIXED = 3  # words of a position before its alternatives: token id, log-probability, rank
 
@@ -18,23 +20,17 @@ NUM_FIXED = 3  # words of a position before its alternatives: token id, log-prob
 class PackLogprobs(Protocol):
     """`pack_logprobs`, or the same by kernels."""
 
-    def __call__(
-        self, logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
-    ) -> Tensor: ...
+    def __call__(self, logits: Tensor, token_ids: Tensor, *, num_top: int) -> Tensor: ...
 
 
-def pack_logprobs(
-    logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
-) -> Tensor:
-    """Of m lines of `logits`, as 32-bit words: [m, 3 + 2 * num_top] int32.
+def pack_logprobs(logits: Tensor, token_ids: Tensor, *, num_top: int) -> Tensor:
+    """As 32-bit words: [m, 3 + 2 * num_top] int32.
 
-    logits: [n, vocab_size] of any float type; token_ids: [n] integers; lines: [m] integers, which
-    of both (None: all). num_top: alternatives, or -1 for the whole vocabulary. A line's words are
-    its token id, log-probability (float32) and rank, the likeliest ids, descending, and their
-    log-probabilities. A token's rank is one more than the number of tokens with a larger logit.
+    logits: [m, vocab_size] of any float type; token_ids: [m] integers. num_top: alternatives, or -1
+    for the whole vocabulary. A line's words are its token id, log-probability (float32) and rank,
+    the likeliest ids, descending, and their log-probabilities. A token's rank is one more than the
+    number of tokens with a larger logit.
     """
-    if lines is not None:
-        logits, token_ids = logits[lines.long()], token_ids[lines.long()]
     logits, token_ids = logits.float(), token_ids.long()
     vocab_size = logits.shape[1]
     chosen = logits.gather(1, token_ids[:, None])  # [m, 1]
@@ -63,15 +59,28 @@ class PackedLogprobs:
 
     def unpack(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One message per position, with its first `num_top[i]` alternatives (-1: all)."""
-        found = []
-        for wanted, one in zip(num_top, joined([self]), strict=True):
-            top = slice(None if wanted < 0 else wanted)
-            found.append(
-                TokenLogprobs(
-                    one.token_id, one.logprob, one.rank, one.top_ids[top], one.top_logprobs[top]
-                )
-            )
-        return found
+        return unpack(self.words.numpy(), num_top)
+
+
+def unpack(words: Int32Array, num_top: list[int]) -> list[TokenLogprobs]:
+    """As `PackedLogprobs.unpack`. words: [m, 3 + 2 * n]; of a position that wants fewer than n, no
+    others are looked at."""
+    most, reals = (words.shape[1] - NUM_FIXED) // 2, words.view(np.float32)
+    middle = NUM_FIXED + most  # where ids end and their log-probabilities begin
+    found = []
+    for wanted, token_id, logprob, rank, ids, logprobs in zip(
+        num_top,
+        words[:, 0].tolist(),
+        reals[:, 1].tolist(),
+        words[:, 2].tolist(),
+        words[:, NUM_FIXED:middle].tolist(),
+        reals[:, middle:].tolist(),
+        strict=True,
+    ):
+        if 0 <= wanted < most:
+            ids, logprobs = ids[:wanted], logprobs[:wanted]
+        found.append(TokenLogprobs(token_id, logprob, rank, ids, logprobs))
+    return found
 
 
 def joined(parts: list[PackedLogprobs]) -> PositionLogprobs:

@@ -7,14 +7,14 @@ top-k, top-p and a draw. An operation runs only if some row of the batch asks fo
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm.protocol.plan import StepMasks
+from nanovllm.protocol.plan import StepMasks, TokenLogprobs
 from nanovllm.worker.layers.vocabulary import Vocabulary
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.bitmask import apply_masks
@@ -74,6 +74,32 @@ class Sampled:
     logprobs: PackedLogprobs | None
     logprob_indices: list[int]
     num_top_logprobs: list[int]
+
+
+class OnHost(NamedTuple):
+    """A step's `Sampled`, or what it will be when the step is done, in memory of the host."""
+
+    token_ids: Tensor | npt.NDArray[np.int64]  # [n]
+    logprobs: PackedLogprobs | None = None
+    logprob_indices: list[int] = []  # noqa: RUF012  nobody changes it
+    num_top_logprobs: list[int] = []  # noqa: RUF012
+
+    @classmethod
+    def of(cls, sampled: Sampled) -> "OnHost":
+        """Starts copying it; an event says when that is done."""
+        return cls(
+            sampled.token_ids.to("cpu", non_blocking=True),
+            None if sampled.logprobs is None else sampled.logprobs.to_host(),
+            sampled.logprob_indices,
+            sampled.num_top_logprobs,
+        )
+
+    def unpack_logprobs(self) -> dict[int, TokenLogprobs]:
+        """Index of a sample → its log-probabilities."""
+        if self.logprobs is None:
+            return {}
+        unpacked = self.logprobs.unpack(self.num_top_logprobs)
+        return dict(zip(self.logprob_indices, unpacked, strict=True))
 
 
 class RowSampler(Protocol):

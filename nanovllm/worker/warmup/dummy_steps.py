@@ -6,6 +6,7 @@ through the shapes that CUDA graphs come in, so that requests find them compiled
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +17,20 @@ from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.model_runner import ModelRunner
 
 PLAIN = SamplingParams(temperature=0.5)
-PENALIZED = SamplingParams(temperature=0.5, repetition_penalty=1.1)
-BIASED = SamplingParams(temperature=0.5, logit_bias={0: 1.0})
-BOTH = SamplingParams(temperature=0.5, repetition_penalty=1.1, logit_bias={0: 1.0})
-# What rows may ask of their logits, and whether a grammar masks them too: each pair runs other
-# kernels, whose graphs come in as many sizes as there are numbers of rows that ask.
-EDITED = ((PLAIN, True), (PENALIZED, False), (BIASED, False), (BOTH, False))
-# What rows may ask of the second half of a step.
-KINDS = (*EDITED, (SamplingParams(temperature=0.5, logprobs=5), False))
+EDITS: tuple[dict[str, Any], ...] = (
+    {},  # for a grammar
+    {"repetition_penalty": 1.1},
+    {"logit_bias": {0: 1.0}},
+    {"repetition_penalty": 1.1, "logit_bias": {0: 1.0}},
+)
+TOLD = SamplingParams(temperature=0.5, logprobs=5)
+# What rows may ask of the second half of a step, and whether a grammar masks them: each runs other
+# kernels, by a graph that is the same for any number of rows that has one.
+KINDS = (
+    *((SamplingParams(temperature=0.5, **edits), not edits) for edits in EDITS),
+    (TOLD, False),
+    *((SamplingParams(temperature=0.5, logprobs=5, **edits), not edits) for edits in EDITS),
+)
 # Of steps that first requests are likely to want: rows where they decode, tokens where prompts come
 # (of few rows), each of which can stand in for smaller ones.
 USUAL_ROWS = (1, 8, 64)
@@ -67,8 +74,6 @@ def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int
         decode = [shape for shape in usual if shape.is_decode]
         for params, is_masked in KINDS:
             yield from _twice(runner, limits, decode[:1], params, is_masked=is_masked)
-        for params, is_masked in EDITED:
-            yield from _twice(runner, limits, decode[1:], params, is_masked=is_masked)
     yield from _twice(runner, limits, sorted(others, key=_how_late))
 
 

@@ -34,12 +34,12 @@ from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import StepShape, Variant
 from nanovllm.worker.kernels.select import ExpandView, FusedStep
 from nanovllm.worker.kernels.triton import launch
-from nanovllm.worker.kernels.triton.edit_logits import edit_logits
+from nanovllm.worker.kernels.triton.edit_logits import sample_edited
 from nanovllm.worker.kernels.triton.expand_batch import expand_view
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
-from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs, pack_wished
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant import fp8
@@ -232,7 +232,9 @@ def runner_without_weights(
         sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=attention.spec.cache_dtype, device=device),
         limits=limits,
-        fused=FusedStep(expand, sample_tokens, sample_slices, edit_logits, pack_logprobs),
+        fused=FusedStep(
+            expand, sample_tokens, sample_slices, sample_edited, pack_wished, pack_logprobs
+        ),
         captures=captures,
     )
 

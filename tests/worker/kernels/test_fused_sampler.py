@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
+from nanovllm.worker.kernels.triton.fused_sampler import (
+    choose_tokens,
+    measure_segments,
+    sample_tokens,
+)
+from nanovllm.worker.parallel import SEGMENT
 from nanovllm.worker.sampling.distribution import (
     draw,
     to_probabilities,
@@ -168,18 +173,24 @@ def test_a_row_without_numbers_gets_an_index() -> None:
 
 
 def test_ids_go_to_their_lines_among_others() -> None:
+    """And nowhere if they have none; whatever their rows are then."""
     out = torch.full((5,), -1, device=DEVICE)
-    lines = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
-    logits = random_logits(2)
-    sample_tokens(
+    lines = torch.tensor([3, -1, 1], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([0, 99_999, 1], dtype=torch.int32, device=DEVICE)
+    logits, columns = random_logits(3), columns_of([0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)
+    segments = torch.empty(2, 3, -(-VOCAB_SIZE // SEGMENT), device=DEVICE)
+    some = torch.arange(3, device=DEVICE)
+    measure_segments(logits, some, columns["temperature"], *segments)
+    choose_tokens(
         logits,
-        rows=torch.arange(2, device=DEVICE),
-        positions=torch.arange(2, device=DEVICE),
-        columns=columns_of([0.0] * 2, [0] * 2, [1.0] * 2, [0.0] * 2),
-        seeds=torch.arange(2, device=DEVICE),
+        segments,
+        (rows, rows),
+        columns=columns,
+        seeds=some,
+        known=None,
         out=(out, lines),
     )
-    first, second = logits.argmax(1).tolist()
+    first, _, second = logits.argmax(1).tolist()
     assert out.tolist() == [-1, second, -1, first, -1]
 
 

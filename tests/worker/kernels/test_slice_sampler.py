@@ -37,17 +37,18 @@ def test_ranks_write_what_one_would(size: int, dtype: torch.dtype) -> None:
     logits = logits.to(DEVICE, dtype)
     columns = columns_of(temperature, [0] * n, [1.0] * n, [0.0] * n)
     order = torch.randperm(n, device=DEVICE)
-    asked = {"rows": order, "positions": torch.arange(n, device=DEVICE) + 3, "columns": columns}
-    asked |= {"seeds": torch.randint(-(2**62), 2**62, (n,), device=DEVICE)}
+    positions = torch.arange(n, device=DEVICE) + 3
+    asked = {"columns": columns, "seeds": torch.randint(-(2**62), 2**62, (n,), device=DEVICE)}
     known = torch.zeros(n, 16, dtype=torch.int32, device=DEVICE)
-    expected = sample_tokens(logits, known=known, **asked)
+    expected = sample_tokens(logits, rows=order, positions=positions, known=known, **asked)
+    targets = order, positions
     said: dict[int, Tensor] = {}
     vocabularies = [Vocabulary.of(1000, InTurns(rank, size, said=said)) for rank in range(size)]
     for turn in range(2):
         for vocabulary in vocabularies:
             wrote = torch.zeros_like(known)
             own = logits[:, vocabulary.cut.slice]
-            found = sample_slices(own, vocabulary=vocabulary, known=wrote, **asked)
+            found = sample_slices(own, vocabulary=vocabulary, targets=targets, known=wrote, **asked)
             if turn == 1:
                 assert found.tolist() == expected.tolist()
                 assert torch.equal(wrote, known)
@@ -58,9 +59,10 @@ def test_a_rank_without_ids() -> None:
     logits = torch.randn(3, 100, device=DEVICE)
     columns = columns_of([0.0, 1.0, 2.0], [0] * 3, [1.0] * 3, [0.0] * 3)
     numbers = torch.arange(3, device=DEVICE)
-    asked = {"rows": numbers, "positions": numbers, "columns": columns, "seeds": numbers}
+    asked = {"columns": columns, "seeds": numbers}
     asked |= {"known": torch.zeros(3, 8, dtype=torch.int32, device=DEVICE)}
-    expected = sample_tokens(logits, **asked)
+    expected = sample_tokens(logits, rows=numbers, positions=numbers, **asked)
+    asked["targets"] = numbers, numbers
     said: dict[int, Tensor] = {}
     for rank in (0, 1):
         vocabulary = Vocabulary.of(100, InTurns(rank, 2, said=said))

@@ -4,6 +4,7 @@ Rows ask for random combinations, come and go, and sample beside rows that ask f
 """
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ from torch import Tensor
 
 from nanovllm.protocol.plan import NewRow, StepMasks, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.forward_batch import expand_view
+from nanovllm.worker.cuda_graph import CallGraphs, CudaGraphs
+from nanovllm.worker.forward_batch import SampleSlot, expand_view
 from nanovllm.worker.kernels.select import FusedStep
-from nanovllm.worker.kernels.triton.edit_logits import edit_logits
+from nanovllm.worker.kernels.triton.edit_logits import sample_edited
 from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
-from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs, pack_wished
 from nanovllm.worker.request_rows import RequestRows
-from nanovllm.worker.sampling import edit_tables, edited_sampler, logprobs
-from nanovllm.worker.sampling.columns import COLUMNS, NEUTRAL
-from nanovllm.worker.sampling.device_sampler import DeviceSampler
-from nanovllm.worker.sampling.sampler import Sampled, Sampler, SamplingTargets
+from nanovllm.worker.sampling import device_sampler, edit_tables, logprobs
+from nanovllm.worker.sampling.columns import COLUMNS, NEUTRAL, Int32Array
+from nanovllm.worker.sampling.device_sampler import DeviceSampler, Kind
+from nanovllm.worker.sampling.sampler import OnHost, Sampler, SamplingTargets
+from tests.worker.called_graphs import CalledGraphs
 from tests.worker.kernels.triton_device import DEVICE
 from tests.worker.planning import (
     EOS,
@@ -35,7 +38,9 @@ from tests.worker.planning import (
 )
 from tests.worker.warmup.compiling import run_compiling
 
-FUSED = FusedStep(expand_view, sample_tokens, sample_slices, edit_logits, pack_logprobs)
+FUSED = FusedStep(
+    expand_view, sample_tokens, sample_slices, sample_edited, pack_wished, pack_logprobs
+)
 CPU = torch.device("cpu")
 EDITS: list[dict[str, object]] = [
     {"allowed_token_ids": [3, 5, 8, 90, 91, 92, 199]},
@@ -64,9 +69,13 @@ class Pair:
         self.plain = make_rows()
         self.fused = make_rows(device=str(DEVICE))
         self.sampler = Sampler(self.plain)
-        captures = DEVICE.type == "cuda"
-        self.device_sampler = DeviceSampler(self.fused, FUSED, num_buffers=3, captures=captures)
+        self.calls = CallGraphs(CudaGraphs() if DEVICE.type == "cuda" else CalledGraphs())
+        self.device_sampler = DeviceSampler(self.fused, FUSED, calls=self.calls)
         self.length: dict[int, int] = {}
+
+    def captured(self) -> list[Kind]:
+        """Kinds of second halves that have graphs."""
+        return [key[0] for key in self.calls._captured]  # type: ignore[index]
 
     def admit(self, *new_rows: NewRow) -> None:
         for rows in (self.plain, self.fused):
@@ -85,46 +94,52 @@ class Pair:
             self.fused.masks.take(masks)
         expected = self.sampler.sample(logits.clone(), targets, masks)
         self.plain.token_ids[targets.rows, targets.positions] = expected.token_ids.int()
-        found = self.run_fused(rows, positions, logits.to(DEVICE), masks)
+        slot = self.device_sampler.staging.take()
+        found = self.run_fused(slot, rows, positions, logits.to(DEVICE), masks)
         assert found.token_ids.tolist() == expected.token_ids.tolist()
         known = self.fused.token_ids.cpu()
         assert torch.equal(known[:-1], self.plain.token_ids[:-1]), "all but the padding row"
-        check_logprobs(found, expected)
+        check_logprobs(found, OnHost.of(expected))
+        slot.give_back()
         for row in order:
             self.length[row] += 1
         return expected.token_ids.tolist()
 
     def run_fused(
-        self, rows: np.ndarray, positions: np.ndarray, logits: Tensor, masks: StepMasks | None
-    ) -> Sampled:
+        self,
+        slot: SampleSlot,
+        rows: Int32Array,
+        positions: Int32Array,
+        logits: Tensor,
+        masks: StepMasks | None,
+    ) -> OnHost:
+        """Both halves, and wait."""
         on_device = [torch.from_numpy(array).to(DEVICE) for array in (rows, positions)]
-        chosen = sample_tokens(
+        sample_tokens(
             logits,
             rows=on_device[0],
             positions=on_device[1],
             columns=self.fused.columns,
             seeds=self.fused.seeds,
             known=self.fused.token_ids,
+            out=self.device_sampler.staging.token_ids,
         )
         before = logits.clone()
         sampled = self.device_sampler.sample(
-            logits, chosen, rows=rows, positions=positions, masks=masks
+            logits, slot, rows=rows, positions=positions, masks=masks
         )
         assert torch.equal(logits, before), "the model's own are kept"
+        if slot.done is not None:
+            slot.done.record()
+            slot.done.synchronize()
         return sampled
 
 
-def check_logprobs(found: Sampled, expected: Sampled) -> None:
-    assert found.logprob_indices == expected.logprob_indices
-    assert (found.logprobs is None) == (expected.logprobs is None)
-    if found.logprobs is None or expected.logprobs is None:
-        return
-    unpacked = [
-        sampled.logprobs.to_host().unpack(sampled.num_top_logprobs)  # type: ignore[union-attr]
-        for sampled in (found, expected)
-    ]
-    for ours, theirs in zip(*unpacked, strict=True):
-        check_one(ours, theirs)
+def check_logprobs(found: OnHost, expected: OnHost) -> None:
+    ours, theirs = found.unpack_logprobs(), expected.unpack_logprobs()
+    assert ours.keys() == theirs.keys()
+    for index, one in ours.items():
+        check_one(one, theirs[index])
 
 
 def check_one(ours: TokenLogprobs, theirs: TokenLogprobs) -> None:
@@ -198,7 +213,7 @@ def test_counts_catch_up_with_what_a_row_has_got(length: int, logits: Tensor) ->
     pair = Pair()
     pair.fused, pair.plain = rows, make_wide_rows()
     pair.sampler = Sampler(pair.plain)
-    pair.device_sampler = DeviceSampler(rows, FUSED, num_buffers=2)
+    pair.device_sampler = DeviceSampler(rows, FUSED)
     pair.admit(new_row(1, tokens, params, num_prompt_tokens=(length + 1) // 2))
     pair.step([1], logits[:1])
     for known in (pair.plain.token_ids, rows.token_ids):  # as if a grammar had left no choice
@@ -239,12 +254,12 @@ def test_a_grammar_wins_where_edits_leave_nothing(logits: Tensor) -> None:
     assert chosen[0] in (5, 9) and chosen[1:] == [EOS, 5]
 
 
-@pytest.mark.parametrize("most", [edited_sampler.MAX_CAPTURED, 4])
+@pytest.mark.parametrize("most", [device_sampler.MAX_CAPTURED, 4])
 def test_whatever_few_ask_often_enough_to_be_captured_is_what_plain_torch_chooses(
     most: int, logits: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks alone, then beside what others ask, who come and go; also more than a graph has."""
-    monkeypatch.setattr(edited_sampler, "MAX_CAPTURED", most)
+    monkeypatch.setattr(device_sampler, "MAX_CAPTURED", most)
     rng = random.Random(most)
     pair = Pair()
     for row in range(8):
@@ -260,30 +275,114 @@ def test_whatever_few_ask_often_enough_to_be_captured_is_what_plain_torch_choose
         order = rng.sample(range(8), 8)
         indices = sorted(rng.sample(range(8), 1 + step % 8))
         allowed = {i: sorted(rng.sample(range(VOCAB_SIZE), rng.choice([1, 60]))) for i in indices}
-        chosen = pair.step(order, logits[rng.sample(range(8), 8)], make_masks(allowed))
+        masks = make_masks(allowed, first_line=step % 5)
+        chosen = pair.step(order, logits[rng.sample(range(8), 8)], masks)
         if step < 16:
             assert all(chosen[index] in ids for index, ids in allowed.items())
-    sampler = pair.device_sampler._edited
-    assert sampler._staged.keys() == {4, 8}
-    if DEVICE.type == "cuda":
-        assert {kind.size for kind in sampler._captured} == ({4, 8} if most > 8 else {4})
+    assert pair.captured() and all(kind.num_edited <= most for kind in pair.captured())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
-def test_graphs_follow_tables_to_new_memory(
+def test_a_kind_is_captured_when_it_comes_again_and_follows_tables_to_new_memory(
     logits: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edit_tables, "LEAST_CAPACITY", 64)
-    pair, kinds = Pair(), set()
-    for turn in range(12):
+    pair, places = Pair(), set()
+    for turn in range(8):
         bias = {(turn * 9 + i) % VOCAB_SIZE: 10.0 + i for i in range(turn * turn + 1)}
         pair.admit(new_row(0, [1], SamplingParams(temperature=0.0, logit_bias=bias)))
-        for _ in range(3):
+        for step in range(2):
             pair.step([0], logits[:1])
-        captured = pair.device_sampler._edited._captured.values()
-        kinds |= {one.tables for one in captured}
-    assert len(kinds) > 2
+            assert len(pair.captured()) == (turn + step > 0)
+        places.add(pair.device_sampler._tables.words.data_ptr())
+    assert len(places) > 2
+
+
+def test_a_step_runs_what_it_asks_for_and_nothing_else(logits: Tensor) -> None:
+    asks: list[dict[str, object]] = [
+        {"logprobs": 2},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {7: 2.0}},
+        {"logprobs": 20, "repetition_penalty": 1.3},
+    ]
+    pair = Pair()
+    for row, one in enumerate(asks):
+        pair.admit(new_row(row, [row, 1], SamplingParams(temperature=0.0, **one)))  # type: ignore[arg-type]
+    pair.admit(new_row(4, [3]))
+    orders = [[4], [4, 0], [1, 4], [4, 2], [2, 1, 4], [0, 2], [0], [3], [0, 1, 2, 3]]
+    for order in orders * 3:
+        pair.step(order, logits[: len(order)])
+        pair.step(order, logits[: len(order)], make_masks({0: [5, 9, 60]}))
+    found = {
+        (bool(kind.num_edited), kind.has_edits, kind.has_penalties, bool(kind.num_told))
+        for kind in pair.captured()
+    }
+    told_alone = {(False, False, False, True)}
+    flags = [(edits, penalties) for edits in (False, True) for penalties in (False, True)]
+    edited = {(True, *one, told) for one in flags for told in (False, True)}
+    assert found == told_alone | edited
+
+
+@pytest.mark.parametrize("num_top", [-1, 0, 3, 20])
+def test_as_many_alternatives_as_are_asked_for(num_top: int, logits: Tensor) -> None:
+    """Also all there are, beside others' fewer."""
+    pair = Pair()
+    for row, wanted in enumerate((num_top, 2, None, 0)):
+        params = SamplingParams(temperature=0.0, logprobs=wanted, frequency_penalty=row % 2)
+        pair.admit(new_row(row, [row, 1, 1], params))
+    for order in ([0, 1, 2, 3], [3, 0], [0], [1, 3]):
+        pair.step(order, logits[: len(order)])
+
+
+def test_logits_of_ranks_are_gathered_if_somebody_asks(
+    logits: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they lie then."""
+    pair, gathered = Pair(), list[Tensor]()
+
+    def gather(part: Tensor) -> Tensor:
+        assert part.shape[1] == VOCAB_SIZE // 2
+        gathered.append(pair_logits.to(DEVICE).clone())
+        return gathered[-1]
+
+    monkeypatch.setattr(pair.device_sampler, "_vocabulary", SimpleNamespace(gather=gather))
+    asks = SamplingParams(temperature=0.0, presence_penalty=1.0, logprobs=1)
+    pair.admit(new_row(0, [1, 2], asks), new_row(1, [3], SamplingParams(temperature=0.0)))
+    sample = pair.device_sampler.sample
+    monkeypatch.setattr(
+        pair.device_sampler,
+        "sample",
+        lambda whole, slot, **asked: sample(whole[:, : VOCAB_SIZE // 2], slot, **asked),
+    )
+    for step in range(5):
+        pair_logits = logits[step : step + 2]
+        pair.step([1, 0], pair_logits)
+        assert len({one.data_ptr() for one in gathered}) == step + 1
+    pair.step([1], logits[:1])
+    assert len(gathered) == 5
+
+
+def test_steps_under_way_keep_what_they_have_sampled(logits: Tensor) -> None:
+    """Read late, and in another order than they were queued in."""
+    pair = Pair()
+    params = SamplingParams(temperature=0.0, logprobs=3, presence_penalty=0.5)
+    pair.admit(new_row(0, [1, 2], params), new_row(1, [3]))
+    rows, staging = np.array([0, 1], np.int32), pair.device_sampler.staging
+    expected, under_way = [], []
+    for step in range(5):
+        some, slot = logits[step : step + 2], staging.take()
+        positions = np.array([2 + step, 1 + step], np.int32)
+        targets = SamplingTargets.of(rows, positions, CPU)
+        sampled = pair.sampler.sample(some.clone(), targets)
+        pair.plain.token_ids[targets.rows, targets.positions] = sampled.token_ids.int()
+        expected.append(OnHost.of(sampled))
+        under_way.append((slot, pair.run_fused(slot, rows, positions, some.to(DEVICE), None)))
+    assert len({id(slot) for slot, _ in under_way}) == 5
+    for step in (3, 0, 4, 1, 2):
+        slot, found = under_way[step]
+        assert found.token_ids.tolist() == expected[step].token_ids.tolist()
+        check_logprobs(found, expected[step])
+        slot.give_back()
+        assert staging.take() is slot
 
 
 def test_tables_survive_the_move_to_new_memory(
@@ -300,7 +399,7 @@ def test_nothing_is_kept_for_rows_that_ask_for_nothing(logits: Tensor) -> None:
     pair = Pair()
     pair.admit(new_row(0, [1]), new_row(1, [2], SamplingParams(temperature=0.9, top_p=0.8)))
     pair.step([0, 1], logits[:2])
-    assert pair.device_sampler._counts is None
+    assert pair.device_sampler._counts is None and not pair.calls._seen
 
 
 @pytest.mark.parametrize("vocab_size", [7, 2048, 5000])
@@ -310,18 +409,16 @@ def test_packed_logprobs_equal_plain_torchs(vocab_size: int, num_top: int) -> No
     logits = torch.randn(5, vocab_size, generator=generator).to(DEVICE) * 4
     logits[1, vocab_size // 2 :] = -torch.inf
     token_ids = torch.randint(0, vocab_size // 2, (5,), generator=generator).to(DEVICE)
-    for lines in (None, torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)):
-        ours = pack_logprobs(logits, token_ids, num_top=num_top, lines=lines)
-        theirs = logprobs.pack_logprobs(logits, token_ids, num_top=num_top, lines=lines)
-        assert ours.shape == theirs.shape
-        tops = [num_top] * len(ours)
-        pairs = (logprobs.PackedLogprobs(words.cpu()).unpack(tops) for words in (ours, theirs))
-        for one, other in zip(*pairs, strict=True):
-            assert (one.token_id, one.rank) == (other.token_id, other.rank)
-            finite = [i for i, value in enumerate(other.top_logprobs) if value > -np.inf]
-            assert [one.top_ids[i] for i in finite] == [other.top_ids[i] for i in finite]
-            assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+    ours = pack_logprobs(logits, token_ids, num_top=num_top)
+    theirs = logprobs.pack_logprobs(logits, token_ids, num_top=num_top)
+    assert ours.shape == theirs.shape
+    pairs = (logprobs.PackedLogprobs(words.cpu()).unpack([num_top] * 5) for words in (ours, theirs))
+    for one, other in zip(*pairs, strict=True):
+        assert (one.token_id, one.rank) == (other.token_id, other.rank)
+        finite = [i for i, value in enumerate(other.top_logprobs) if value > -np.inf]
+        assert [one.top_ids[i] for i in finite] == [other.top_ids[i] for i in finite]
+        assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-5)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
 def test_of_equal_logits_the_first_are_the_likeliest() -> None:
@@ -343,13 +440,14 @@ def test_half_precision_logits_are_edited_in_single(logits: Tensor) -> None:
         np.array([pair.length[row] for row in range(8)], np.int32),
     )
     expected = pair.sampler.sample(half.clone(), SamplingTargets.of(rows, positions, CPU))
-    found = pair.run_fused(rows, positions, half.bfloat16().to(DEVICE), None)
+    slot = pair.device_sampler.staging.take()
+    found = pair.run_fused(slot, rows, positions, half.bfloat16().to(DEVICE), None)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
 
 
 def test_it_compiles_for_hopper_without_spilling() -> None:
     found = run_compiling("compile_for_gpu.py", "asking")
-    assert len(found) == 8
+    assert len(found) == 10
     for case, usage in found.items():
         assert usage["spilled"] == 0, case
         assert usage["registers"] <= 128, (case, usage)

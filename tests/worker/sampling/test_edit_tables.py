@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from nanovllm.worker.sampling.edit_tables import LEAST_CAPACITY, NO_EDITS, EditTables, pack_edits
+from nanovllm.worker.sampling.edit_tables import LEAST_CAPACITY, EditTables, pack_edits
 from nanovllm.worker.sampling.logits_processors import RowEdits
+from nanovllm.worker.sampling.wishes import NOTHING
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ class Tables:
         """The places of these, each of which must hold the row's present edits."""
         places = self.tables.places_of(rows)
         for row, place in zip(rows, places, strict=True):
-            if place != NO_EDITS:
+            if place != NOTHING:
                 expected = pack_edits(self.live[row])
                 assert self.tables.words[place : place + len(expected)].tolist() == [*expected]
         return places
@@ -78,12 +79,12 @@ def test_what_is_there_stays_where_it_is_and_what_has_changed_is_sent() -> None:
     first, second = edits(early=[1, 2], min_tokens=3), edits(biases={4: 1.0})
     tables.live |= {0: first, 2: second}
     size = len(pack_edits(first))
-    assert tables.check([0, 1, 2]) == [0, NO_EDITS, size]
+    assert tables.check([0, 1, 2]) == [0, NOTHING, size]
     assert tables.check([2, 0]) == [size, 0]
     tables.live[0] = edits(biases={9: 2.0})
     assert tables.check([0, 2]) == [size + len(pack_edits(second)), size]
     del tables.live[2]
-    assert tables.check([2]) == [NO_EDITS]
+    assert tables.check([2]) == [NOTHING]
     tables.live[2] = second
     assert tables.check([2]) == [size], "the same edits again"
 
@@ -91,10 +92,10 @@ def test_what_is_there_stays_where_it_is_and_what_has_changed_is_sent() -> None:
 def test_a_row_whose_table_cannot_be_made_is_told_and_has_none() -> None:
     tables = Tables()
     tables.live |= {0: edits(biases={1: 1.0}), 1: edits(bad_words=[["x"]])}  # type: ignore[list-item]
-    assert tables.check([0, 1]) == [0, NO_EDITS]
+    assert tables.check([0, 1]) == [0, NOTHING]
     assert tables.failed == [(1, "ValueError")]
     tables.live[0] = tables.live[1]
-    assert tables.tables.places_of([0]) == [NO_EDITS], "nor has it the one from before"
+    assert tables.tables.places_of([0]) == [NOTHING], "nor has it the one from before"
 
 
 def test_when_memory_is_full_those_who_have_theirs_still_move_together() -> None:

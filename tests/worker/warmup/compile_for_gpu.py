@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -115,24 +116,21 @@ def sampler() -> dict[str, dict[str, int]]:
 
 def asking() -> dict[str, dict[str, int]]:
     """What the entries of a step launch that ask for something, all at once."""
-    words = dict.fromkeys(("entries", "tables", "masks", "left", "counts", "num_counted"), "*i32")
-    words |= dict.fromkeys(("num_prompt_tokens", "known", "lines", "larger", "words"), "*i32")
-    floats = dict.fromkeys(("edited", "repetition", "presence", "frequency", "sums"), "*fp32")
+    words = dict.fromkeys(("words", "left", "counts", "num_counted", "num_prompt_tokens"), "*i32")
+    words |= dict.fromkeys(("known", "larger", "packed"), "*i32")
+    names = ("edited", "repetition", "presence", "frequency", "temperature", "maxima", "masses")
+    floats = dict.fromkeys((*names, "sums"), "*fp32")
     longs = {"token_ids": "*i64", "candidates": "*i64"}
     counts = dict.fromkeys(
         (
-            "logits_stride",
-            "column_stride",
-            "known_stride",
-            "mask_stride",
-            "vocab_size",
-            "num_top",
-            "num_pieces",
+            *("size", "stride", "column_stride", "known_stride", "mask_stride", "vocab_size"),
+            *("num_segments", "num_top", "num_pieces"),
         ),
         "i32",
     )
-    types = {**words, **floats, **longs, **counts, "logits": "*bf16"}
+    types = {**words, **floats, **longs, **counts}
     num_pieces = triton.cdiv(VOCAB_SIZE, token_logprobs.PIECE)
+    segments = {"SEGMENT": fused_sampler.SEGMENT, "NUM": edit_logits.SEGMENTS}
     joining = {"NUM_FIXED": 3, "PIECES": triton.next_power_of_2(num_pieces)}
     launches: dict[str, tuple[Any, dict[str, Any], int]] = {
         "allow": (edit_logits._allow_kernel, {}, 8),
@@ -140,14 +138,19 @@ def asking() -> dict[str, dict[str, int]]:
         "left": (edit_logits._left_kernel, {}, 8),
         "clear": (edit_logits._clear_counts_kernel, {}, 8),
         "count": (edit_logits._count_kernel, {}, 4),
-        "finish": (edit_logits._finish_kernel, {"HAS_EDITS": True}, 8),
+        "finish": (edit_logits._finish_kernel, segments, 8),
         "pieces": (token_logprobs._pieces_kernel, {"PIECE": token_logprobs.PIECE}, 4),
         "join": (token_logprobs._join_kernel, joining, 4),
     }
-    return {
-        name: usage(kernel, types, constants, num_warps=num_warps)
-        for name, (kernel, constants, num_warps) in launches.items()
-    }
+    found = {}
+    for name, (kernel, constants, num_warps) in launches.items():
+        typed = {"TYPE": tl.bfloat16} if "TYPE" in kernel.arg_names else {}
+        found[name] = usage(kernel, types, constants | typed, num_warps=num_warps)
+    for name in ("pieces", "join"):  # of prompts
+        kernel, constants, num_warps = launches[name]
+        own = {key: kind for key, kind in types.items() if key != "words"} | {"logits": "*bf16"}
+        found[f"{name} of prompts"] = usage(kernel, own, constants, num_warps=num_warps)
+    return found
 
 
 def gated() -> dict[str, dict[str, int]]:

@@ -117,8 +117,8 @@ PLAIN, TRUNCATING = SamplingParams(temperature=0.5), SamplingParams(temperature=
 class UncapturedGraphs(StepGraphs):
     """Every step as a graph would have it, without one."""
 
-    def run(self, shape: StepShape, variant: Variant, *, num_samples: int) -> StepOutput:
-        return self._step(shape, variant).of(num_samples)
+    def run(self, shape: StepShape, variant: Variant) -> StepOutput:
+        return self._step(shape, variant)
 
 
 def compile_instead_of_launching() -> Counter[str]:

@@ -1,7 +1,7 @@
 """Steps run for what they cost: they leave nothing behind, and cost what was foreseen."""
 
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +17,12 @@ from nanovllm.config import CacheConfig, SchedulerConfig, StepLimits
 from nanovllm.plan.memory_plan import GIB, Machine, MemoryPlan
 from nanovllm.plan.precision import Precision
 from nanovllm.protocol.plan import StepMasks, StepPlan, num_mask_lines
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.attention.base import ModelAttention
 from nanovllm.worker.attention.select import attention_specs
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.cuda_graph import (
+    CallGraphs,
     CapturedStep,
     StepGraphs,
     StepOutput,
@@ -29,15 +31,17 @@ from nanovllm.worker.cuda_graph import (
 )
 from nanovllm.worker.forward_batch import expand_view
 from nanovllm.worker.kernels.select import FusedStep
-from nanovllm.worker.kernels.triton.edit_logits import edit_logits
+from nanovllm.worker.kernels.triton.edit_logits import sample_edited
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
-from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs
+from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs, pack_wished
 from nanovllm.worker.model_runner import ModelRunner, PendingStep
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.request_rows import RequestRows
 from nanovllm.worker.sampling.sampler import Sampler
 from nanovllm.worker.warmup import dummy_steps
+from tests.worker.called_graphs import CalledGraphs
+from tests.worker.planning import make_plan, new_row
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 512
@@ -91,7 +95,9 @@ def make_runner(size: ModelSize, limits: StepLimits) -> tuple[ModelRunner, Reque
         sampler=Sampler(rows),
         kv_cache=torch.zeros(shape, dtype=torch.bfloat16),
         limits=limits,
-        fused=FusedStep(expand_view, sample_first, sample_slices, edit_logits, pack_logprobs),
+        fused=FusedStep(
+            expand_view, sample_first, sample_slices, sample_edited, pack_wished, pack_logprobs
+        ),
     )
     return runner, rows
 
@@ -226,14 +232,14 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
     num_warm_up_steps = sum(
         1 for _ in dummy_steps.warm_up_steps(runner, limits, max_model_len=MAX_MODEL_LEN)
     )
-    kinds, edited = dummy_steps.KINDS, dummy_steps.EDITED
+    kinds = dummy_steps.KINDS
     asked = [(plan.new_rows[0].params, m) for plan, m in zip(plans, masked, strict=True)]
     sizes = [(sum(plan.num_scheduled), len(plan.rows)) for plan in plans]
     plain = (dummy_steps.PLAIN, False)
-    # All of it twice. First the usual shapes, prompts of few rows among them; then what one row may
-    # ask for, and what many may ask of their logits; then the shapes that are left.
+    # All of it twice. First the usual shapes, prompts of few rows among them; then what rows may
+    # ask for; then the shapes that are left.
     expected = [((1, 1), plain), ((4, 4), plain), ((64, 4), plain)]
-    expected += [((1, 1), kind) for kind in kinds] + [((4, 4), kind) for kind in edited]
+    expected += [((1, 1), kind) for kind in kinds]
     expected += [((64, 8), plain), ((48, 4), plain)]
     assert [*zip(sizes, asked, strict=True)] == [one for one in expected for _ in range(2)]
     assert num_warm_up_steps == len(plans)
@@ -244,8 +250,42 @@ def test_warm_up_goes_through_every_shape_and_touch_only_the_padding_row(
     assert {row for plan in plans for row in plan.rows} == {rows.num_rows}
 
 
+def test_warm_up_captures_all_that_the_second_half_of_a_step_may_run() -> None:
+    """Of as many rows as have a graph: none is captured while requests wait for it."""
+    limits = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64).limits("cuda")
+    runner, _ = make_runner(SIZE, limits)
+    sampler, graphs = runner._device_sampler, CalledGraphs()
+    assert sampler is not None
+    sampler._calls = CallGraphs(graphs)
+    nothing = SimpleNamespace(sample_edited=ignore, pack_wished=ignore)
+    sampler._fused = nothing  # type: ignore[assignment]
+    logits, rows = torch.zeros(4, SIZE.spec.vocab_size), np.full(2, limits.max_num_seqs, np.int32)
+    for asked, is_masked in [*dummy_steps.KINDS] * 2:
+        ask(runner, asked)
+        masks = StepMasks([0, 1], [0, 0], [], memoryview(b"")) if is_masked else None
+        slot = sampler.staging.take()
+        sampler.sample(logits, slot, rows=rows, positions=rows, masks=masks)
+    kinds = {key[0] for key in sampler._calls._captured}  # type: ignore[index]
+    flags = list(product((False, True), repeat=4))
+    possible = [one for one in flags if (one[0] or one[3]) and (one[0] or not (one[1] or one[2]))]
+    found = {
+        (bool(kind.num_edited), kind.has_edits, kind.has_penalties, bool(kind.num_told))
+        for kind in kinds
+    }
+    assert found == set(possible) and len(graphs.captured) == len(possible)
+
+
+def ask(runner: ModelRunner, params: SamplingParams) -> None:
+    """For the padding row."""
+    new = new_row(runner._rows.num_rows, [0], params)
+    runner._rows.record(make_plan(0, [], new_rows=[new]))
+
+
+def ignore(*_: object, **__: object) -> None: ...
+
+
 def test_warm_up_soon_has_captured_what_can_stand_in_for_any_other_shape() -> None:
-    nothing = StepOutput(torch.empty(0), torch.empty(0), None)
+    nothing = StepOutput(torch.empty(0), None)
     make_graphs = partial(StepGraphs, lambda *_: nothing, max_num_rows=256, max_num_tokens=4096)
     shapes, plain = make_graphs().shapes, Variant(shares_prefix=False)
     in_order = sorted(shapes, key=dummy_steps._how_late)

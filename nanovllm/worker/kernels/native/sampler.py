@@ -13,6 +13,7 @@ from torch import Tensor
 from nanovllm.protocol.plan import StepMasks
 from nanovllm.worker.kernels.native import library as native
 from nanovllm.worker.request_rows import RequestRows
+from nanovllm.worker.sampling.columns import TOLD
 from nanovllm.worker.sampling.edit_tables import EditTables
 from nanovllm.worker.sampling.logprobs import NUM_FIXED, PackedLogprobs
 from nanovllm.worker.sampling.sampler import Sampled, SamplingTargets
@@ -34,7 +35,7 @@ class NativeSampler:
         """As `Sampler.sample`; logits of rows that ask for something may be overwritten."""
         logits, rows = logits.contiguous(), targets.host_rows
         assert logits.dtype == torch.float32
-        wanted = self._rows.wants_logprobs[rows].nonzero()[0]
+        wanted = (self._rows.asks[rows] & TOLD).nonzero()[0]
         asks, logprobs, num_top = None, None, []
         if masks is not None or self._rows.edits or wanted.size:
             lines = np.full((len(rows), len(native.LINE_FIELDS)), NOTHING, np.int64)
@@ -65,12 +66,8 @@ class NativeSampler:
         )
         return Sampled(token_ids, logprobs, wanted.tolist(), num_top)
 
-    def pack_logprobs(
-        self, logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
-    ) -> Tensor:
+    def pack_logprobs(self, logits: Tensor, token_ids: Tensor, *, num_top: int) -> Tensor:
         """As `logprobs.pack_logprobs`; of equal logits the first is the likeliest."""
-        if lines is not None:
-            logits, token_ids = logits[lines.long()], token_ids[lines.long()]
         logits, token_ids = logits.float().contiguous(), token_ids.long().contiguous()
         num_top = _num_listed(num_top, logits.shape[1])
         reports = _new_reports(len(logits), num_top)

@@ -49,6 +49,13 @@ def segments_kernel(
     x = tl.load(logits + entry * logits_stride + tokens, tokens < vocab_size, other=float("-inf"))
     x = x.to(tl.float32)
     warmth = tl.load(temperature + tl.load(rows + entry).to(tl.int64) * column_stride)
+    store_segments(x, warmth, maxima, masses, entry, segments, num_segments)
+
+
+@triton.jit
+def store_segments(x, warmth, maxima, masses, entry, segments, num_segments):
+    """The maximum and the mass of each segment of an entry. x: [num, SEGMENT] fp32, their logits,
+    -inf beyond the vocabulary."""
     largest = tl.max(x, 1)
     weights = tl.exp2((x - tl.maximum(largest, -1e30)[:, None]) * sharpness_of(warmth))
     place = entry * num_segments + segments
@@ -315,7 +322,7 @@ def _choose_kernel(
     chosen,  # [n, num_segments] int32, scratch
     chosen_masses,  # [n, num_segments] fp32, scratch
     token_ids,  # [n] int64, out
-    lines,  # [n] int32: where in token_ids each goes, or None: one after the other
+    lines,  # [n] int32: where in token_ids each goes, -1: nowhere; or None: one after the other
     known,  # [num_rows, …] int32, stride known_stride, or None: tokens go there at their positions
     known_stride, vocab_size, num_segments,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, LOOK: tl.constexpr, PDL: tl.constexpr,
@@ -324,6 +331,11 @@ def _choose_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    line = tl.program_id(0).to(tl.int64)
+    if lines is not None:
+        line = tl.load(lines + line).to(tl.int64)
+    if line < 0:
+        return
     entry, row, position, warmth = entry_of(rows, positions, temperature, column_stride)
     row_logits = logits + entry * logits_stride
     segments = tl.arange(0, BLOCK)
@@ -351,9 +363,6 @@ def _choose_kernel(
         seed = tl.load(seeds + row * seed_stride)
         token = _draw(row_logits, tl.max(peaks, 0), mass, listed, floor, sharpness_of(warmth),
                       seed, position, vocab_size, SEGMENT)  # fmt: skip
-    line = entry
-    if lines is not None:
-        line = tl.load(lines + entry).to(tl.int64)
     tl.store(token_ids + line, token.to(tl.int64))
     if known is not None:
         tl.store(known + row * known_stride + position, token.to(tl.int32))
@@ -381,31 +390,59 @@ def sample_tokens(
     columns: Mapping[str, Tensor],
     seeds: Tensor,
     known: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Choose one token for each line of `logits` ([n, vocab_size], any float type). Returns [n].
 
     rows: [n] integers, each line's entry in columns and seeds; positions: [n] integers. columns:
     temperature (0: greedy), top_p and min_p fp32, top_k int32 (0: off), of one stride. known:
-    [num_rows, …] int32, where each row's token is written at its position, if given. out: ids of
-    more lines ([…] int64), and which of them these are ([n] int32): there they are written then.
+    [num_rows, …] int32, where each row's token is written at its position, if given. out: [n or
+    more] int64, to be written and returned in place of new memory.
     """
     n, vocab_size = logits.shape
-    num_segments = triton.cdiv(vocab_size, SEGMENT)
-    shape, device = (n, num_segments), logits.device
-    maxima, masses, chosen_masses = torch.empty(3, *shape, device=device)
-    measure_segments(logits, rows, columns["temperature"], maxima, masses)
-    chosen = torch.empty(shape, dtype=torch.int32, device=device)
-    token_ids, lines = out or (torch.empty(n, dtype=torch.int64, device=device), None)
+    segments = torch.empty(2, n, triton.cdiv(vocab_size, SEGMENT), device=logits.device)
+    measure_segments(logits, rows, columns["temperature"], *segments)
+    if out is None:
+        out = torch.empty(n, dtype=torch.int64, device=logits.device)
+    choose_tokens(
+        logits,
+        segments,
+        (rows, positions),
+        columns=columns,
+        seeds=seeds,
+        known=known,
+        out=(out, None),
+    )
+    return out
+
+
+def choose_tokens(
+    logits: Tensor,
+    segments: Tensor,
+    targets: tuple[Tensor, Tensor],
+    *,
+    columns: Mapping[str, Tensor],
+    seeds: Tensor,
+    known: Tensor | None,
+    out: tuple[Tensor, Tensor | None],
+) -> None:
+    """As `sample_tokens`, of logits whose segments have been measured.
+
+    segments: [2, n, num_segments] fp32, their largest logits and masses. targets: rows and
+    positions. out: ids of more lines ([…] int64), and which of them these are ([n] int32; -1: there
+    is nobody to choose for; None: one after the other).
+    """
+    (n, vocab_size), num_segments = logits.shape, segments.shape[2]
+    chosen_masses = torch.empty_like(segments[0])
+    chosen = torch.empty_like(chosen_masses, dtype=torch.int32)
     names = ("temperature", "top_k", "top_p", "min_p")
     temperature, top_k, top_p, min_p = (columns[name] for name in names)
     stride = temperature.stride(0)
     assert all(columns[name].stride(0) == stride for name in names)
     _choose_kernel[(n,)](
-        logits, logits.stride(0), rows, positions, temperature, top_k, top_p, min_p, stride,
-        seeds, seeds.stride(0), maxima, masses, chosen, chosen_masses, token_ids,
-        lines, known, 0 if known is None else known.stride(0), vocab_size, num_segments,
+        logits, logits.stride(0), *targets, temperature, top_k, top_p, min_p, stride,
+        seeds, seeds.stride(0), *segments, chosen, chosen_masses, *out,
+        known, 0 if known is None else known.stride(0), vocab_size, num_segments,
         SEGMENT=SEGMENT, BLOCK=triton.next_power_of_2(num_segments), LOOK=SEGMENTS_PER_LOOK,
-        num_warps=16, **launch_options(device),
+        num_warps=16, **launch_options(logits.device),
     )  # fmt: skip
-    return token_ids

@@ -106,16 +106,18 @@ def sample_slices(
     logits: Tensor,
     *,
     vocabulary: Vocabulary,
-    rows: Tensor,
-    positions: Tensor,
+    targets: tuple[Tensor, Tensor],
     columns: Mapping[str, Tensor],
     seeds: Tensor,
     known: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As `fused_sampler.sample_tokens` of rows that truncate nothing; every rank calls it.
 
-    logits: [n, ids of this rank] of any float type. Returns [n] int64, the same on all ranks.
+    logits: [n, ids of this rank] of any float type. targets: rows and positions. Returns [n] int64,
+    the same on all ranks.
     """
+    rows, positions = targets
     parallel, temperature = vocabulary.parallel, columns["temperature"]
     n, device, stride = len(logits), logits.device, temperature.stride(0)
     options = launch_options(device)
@@ -126,7 +128,7 @@ def sample_slices(
     else:
         mine[:, 0] = -torch.inf
     parts = parallel.reduce(parts)  # to which the others add zeros, exactly
-    token_ids = torch.empty(n, dtype=torch.int64, device=device)
+    token_ids = torch.empty(n, dtype=torch.int64, device=device) if out is None else out
     _join_kernel[(n,)](
         parts, rows, positions, temperature, stride, token_ids, known, known.stride(0), n,
         SIZE=parallel.size, LANES=triton.next_power_of_2(parallel.size), WORDS=NUM_WORDS,

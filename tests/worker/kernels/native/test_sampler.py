@@ -304,13 +304,11 @@ def test_a_row_whose_edits_cannot_be_made_fails_alone(monkeypatch: pytest.Monkey
 # ---- log-probabilities
 
 
-def packed_by_both(
-    logits: Tensor, token_ids: Tensor, *, num_top: int, lines: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def packed_by_both(logits: Tensor, token_ids: Tensor, *, num_top: int) -> tuple[Tensor, Tensor]:
     sampler = NativeSampler(make_rows())
     return (
-        sampler.pack_logprobs(logits, token_ids, num_top=num_top, lines=lines),
-        pack_logprobs(logits, token_ids, num_top=num_top, lines=lines),
+        sampler.pack_logprobs(logits, token_ids, num_top=num_top),
+        pack_logprobs(logits, token_ids, num_top=num_top),
     )
 
 
@@ -323,8 +321,8 @@ def test_packed_logprobs_equal_plain_torchs(vocab_size: int, num_top: int) -> No
     logits[3] *= 30
     exact = logits.double().log_softmax(-1)
     token_ids = torch.randint(0, vocab_size // 2, (5,), generator=torch.Generator().manual_seed(1))
-    for lines in (torch.arange(5), torch.tensor([3, 1], dtype=torch.int32)):
-        ours, theirs = packed_by_both(logits, token_ids, num_top=num_top, lines=lines)
+    for lines in (torch.arange(5), torch.tensor([3, 1])):
+        ours, theirs = packed_by_both(logits[lines], token_ids[lines], num_top=num_top)
         assert ours.shape == theirs.shape
         tops = [num_top] * len(ours)
         pairs = (PackedLogprobs(words).unpack(tops) for words in (ours, theirs))
