@@ -256,7 +256,7 @@ def served(directory: Path, arguments: argparse.Namespace, step_ms: float) -> It
         assert core.stdout is not None and core.stdout.readline() == b"ready\n"
         command = [sys.executable, "-m", "nanovllm.cli", "serve", "--port", "0"]
         command += ["--connect", address, "--frontends", str(arguments.frontends)]
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, cwd=directory)
         assert server.stderr is not None
         try:
             while b"is ready after" not in (line := server.stderr.readline()):

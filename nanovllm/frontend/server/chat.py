@@ -60,11 +60,7 @@ from nanovllm.frontend.server.tool_parsers.pieces import (
 decode_entries = msgspec.json.Decoder(list[TokenLogprob]).decode
 MaybeUsage = Usage | UnsetType | None
 # By what an event brings: where its text stands in it.
-TEXT_FIELDS = {
-    Content: b'"content":""',
-    Reasoning: b'"reasoning_content":""',
-    CallArguments: b'"arguments":""',
-}
+TEXT_FIELDS = {Content: b"content", Reasoning: b"reasoning_content", CallArguments: b"arguments"}
 
 
 async def chat_completions(request: Request) -> Response:
@@ -99,13 +95,14 @@ async def _prepare(serving: Serving, body: ChatBody, headers: Mapping[str, str])
 @dataclass(slots=True)
 class ChoiceState:
     """One choice under way. call_ids: of the calls begun so far; alike: events that differ in their
-    text, by what it is."""
+    text, by what it is; plain: those, if there are no others."""
 
     index: int
     parser: ReplyParser | None
     begun: bool = False
     call_ids: list[str] = field(default_factory=list)
     alike: dict[type[Piece], AlikeEvents] = field(default_factory=dict)
+    plain: AlikeEvents | None = None
 
 
 @dataclass(slots=True)
@@ -186,9 +183,11 @@ class ChatAnswer:
     def _events_of(
         self, completion: CompletionOutput, usage: MaybeUsage, output: RequestOutput
     ) -> bytes:
-        state = self.choices[completion.index]
+        state, is_last = self.choices[completion.index], completion.finish_reason is not None
+        if state.plain is not None and not is_last:
+            return state.plain.of(encode(completion.text))
         odd = self.body.return_token_ids or isinstance(usage, Usage)
-        odd = odd or not state.begun or completion.finish_reason is not None
+        odd = odd or not state.begun or is_last
         if odd or (self.body.logprobs and state.parser is not None):
             choices = self._deltas(completion)
             return b"".join(event(self._chunk(choice, usage, output)) for choice in choices)
@@ -213,12 +212,13 @@ class ChatAnswer:
         alike = state.alike.get(type(piece))
         if alike is None:
             choice = ChatChunkChoice(state.index, self._delta(state, piece._replace(text="")))
-            empty = [TEXT_FIELDS[type(piece)]]
+            empty = [b'"%b":""' % TEXT_FIELDS[type(piece)]]
             if logprobs is not None:
                 choice.logprobs = ChatLogprobs([])
                 empty.append(b'"content":[]')
             alike = AlikeEvents(self._chunk(choice, usage, output), *empty)
             state.alike[type(piece)] = alike
+            state.plain = alike if state.parser is None and logprobs is None else None
         text = encode(piece.text)
         return alike.of(text) if logprobs is None else alike.of(text, logprobs)
 
