@@ -38,7 +38,11 @@ class FreeList:
     def pop_first(self) -> int:
         block_id = self._next[0]
         assert block_id != 0, "no free block"
-        self.remove(block_id)
+        after = self._next[0] = self._next[block_id]
+        self._previous[after] = 0
+        self._count -= 1
+        if block_id == self._spare:
+            self._spare = after
         return block_id
 
     def remove(self, block_id: int) -> None:
@@ -213,7 +217,8 @@ class BlockManager:
 
     def _take(self) -> int:
         block_id = self.free_list.pop_first()
-        self._forget(block_id)
+        if self.keys[block_id] is not None:
+            self._forget(block_id)
         self.reference_counts[block_id] = 1
         return block_id
 
@@ -284,16 +289,18 @@ class BlockManager:
     def register(self, sequence: Sequence) -> None:
         """Enter the blocks that have become full, known and computed into the prefix map."""
         num_ready = min(sequence.num_computed, len(sequence.token_ids)) // self.block_size
-        for column in range(sequence.next_registration // self.block_size - 1, num_ready):
+        first = sequence.next_registration // self.block_size - 1
+        for column in range(first, num_ready):
+            message = self._message(sequence, column)
             for group in range(self.num_groups):
                 block_id = sequence.block_ids[column * self.num_groups + group]
-                key = self._key(sequence, column, group)
+                key = self._key(sequence, column, group, message)
                 # An equal block may be there already: both stay, as tables say where KV lies.
                 is_new = key not in self.block_of_key and self.keys[block_id] is None
                 if is_new and block_id != NO_BLOCK:
                     self.block_of_key[key] = block_id
                     self.keys[block_id] = key
-                    self.messages[block_id] = self._message(sequence, column)
+                    self.messages[block_id] = message
         sequence.next_registration = (num_ready + 1) * self.block_size
 
     def reset_prefix_cache(self) -> bool:
@@ -304,24 +311,25 @@ class BlockManager:
 
     def _cached(self, sequence: Sequence, column: int, group: int) -> int:
         """The block of a group that holds these tokens behind the same prefix, or `NO_BLOCK`."""
-        block_id = self.block_of_key.get(self._key(sequence, column, group), NO_BLOCK)
-        if block_id and self.messages[block_id] != self._message(sequence, column):
-            return NO_BLOCK
-        return block_id
+        message = self._message(sequence, column)
+        block_id = self.block_of_key.get(self._key(sequence, column, group, message), NO_BLOCK)
+        return NO_BLOCK if block_id and self.messages[block_id] != message else block_id
 
-    def _key(self, sequence: Sequence, column: int, group: int) -> bytes:
+    def _key(self, sequence: Sequence, column: int, group: int, message: bytes) -> bytes:
+        """message: the column's."""
         keys = sequence.block_keys
-        while len(keys) <= column:
-            message = self._message(sequence, len(keys))
+        if len(keys) == column:
             keys.append(xxhash.xxh3_128_digest(message, seed=self.hash_seed))
         return keys[column] + bytes([group]) if group else keys[column]
 
     def _message(self, sequence: Sequence, column: int) -> bytes:
         """What is hashed and compared; the chain carries the first block's salt to the rest."""
-        start = column * self.block_size
+        start, keys = column * self.block_size, sequence.block_keys
         tokens = array("i", sequence.token_ids[start : start + self.block_size]).tobytes()
         if column:
-            return sequence.block_keys[column - 1] + tokens
+            while len(keys) < column:  # of blocks that are a leader's
+                self._key(sequence, len(keys), 0, self._message(sequence, len(keys)))
+            return keys[column - 1] + tokens
         if sequence.cache_salt is None:
             return tokens
         return tokens + SALT_TAG + sequence.cache_salt.encode()
