@@ -33,7 +33,7 @@ BUDGETS = {
     # it is a stall; choices, and references in plain schemas; masks of outputs that have not begun
     # the states of a grammar, by which most tokens of its outputs are taken in; which masks workers
     # have; where tokens lead out of a container, and that those of the same classes lead alike
-    "core": 6700,
+    "core": 6720,
     # 3,000, chat templates in processes of their own, suspects, misuse, several cores; whether a
     # core failed by itself, and what follows for its requests; what Ray is told of replicas;
     # silence of a core beside that of this process

@@ -21,7 +21,7 @@ from nanovllm.worker.sampling.columns import Int32Array
 
 # Writes to row state that travel in the same copy as the plan: the least of these numbers that is
 # enough, as what a CUDA graph writes has a fixed size.
-ROOMS = (0, 32, 128, 512, 2048, 8192)
+ROOMS = (0, 32, 128, 512, 2048, 8192, 32768)
 NOT_CACHED = -1  # the slot of a token whose key and value are not kept
 NUM_SECTIONS = 5  # of a staged plan, each with a word per entry
 
