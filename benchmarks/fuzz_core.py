@@ -225,8 +225,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         address = f"ipc://{directory}/core.sock"
-        program = Path(__file__).with_name("core.py")
-        core = subprocess.Popen([sys.executable, str(program), "--serve", address])
+        command = [sys.executable, "-m", "nanovllm.launch", "synthetic", "--address", address]
+        command += ["--load-format", "synthetic", "--step-ms", "0", "--skip-tokenizer-init"]
+        core = subprocess.Popen(command)
         clean = CleanClient(address)
         started, early, slowest = time.monotonic(), 0, 0.0
         try:
