@@ -1,6 +1,6 @@
 """Checks and times every Triton kernel on the GPU at hand, several variants each.
 
-    python benchmarks/gpu_kernels.py [--only decode,prefix,prefill,gated,layer,gemma,fp8,…]
+    python benchmarks/gpu_kernels.py [--only decode,prefix,small,prefill,gated,layer,gemma,fp8,…]
 
 Every case is first compared with a reference in float64 (relative error), then timed as a CUDA
 graph over enough different buffers to defeat the L2 cache (median of replays). The floor is bytes
@@ -335,6 +335,20 @@ def prefill_cases() -> Iterator[Case]:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 build = partial(build_sdpa, backend, len(queries), queries[0], (16, 8))
                 yield Case(group, shape, f"torch {backend.name}", 0, pairs * 8192, build)
+
+
+def small_cases() -> Iterator[Case]:
+    """Steps of few tokens, some of them a prompt's, beside what larger steps do."""
+    steps = ((8, 300, 45), (8, 300, 120), (32, 300, 45))
+    for (heads, head_dim), (rows, length, prompt) in product((((16, 8), 128), ((9, 3), 64)), steps):
+        chosen = tuning_for(attention_spec(heads, 16, head_dim=head_dim))
+        lens = (*(1,) * rows, prompt), (*(length,) * rows, prompt)
+        shape = f"{rows}×{length} + {prompt} h{heads[0]}/{heads[1]}"
+        num_bytes = sum(lens[1]) * 4 * heads[1] * head_dim
+        for name, tuning in (("apart", replace(chosen, small=None)), ("together", chosen)):
+            args = (*lens, heads, 16, None, head_dim)
+            build = partial(build_attention, tuning, *args, rotates=True)
+            yield Case("small", shape, name, num_bytes, 0, build)
 
 
 # ---------------------------------------------------------------- linear layers
@@ -1094,6 +1108,7 @@ def all_cases(groups: list[str]) -> list[Case]:
     makers = (
         elementwise_cases,
         decode_cases,
+        small_cases,
         prefill_cases,
         linear_cases,
         share_cases,
@@ -1131,7 +1146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--only",
-        default="elementwise,decode,prefix,prefill,long,layer,model,linear,large,gated,gemma,"
+        default="elementwise,decode,prefix,small,prefill,long,layer,model,linear,large,gated,gemma,"
         "fp8few,fp8,sampler",
     )
     parser.add_argument("--shard", type=int)

@@ -1,10 +1,11 @@
 """Where a GPU step's time goes: kernels by total time, and how long the GPU waits between them.
 
     python benchmarks/profile_steps.py --model benchmarks/models/qwen3-0.6b \
-        --decode 1,64,256 --context 1000 --prefill 8192
+        --decode 1,64,256 --context 1000 --beside 45 --prefill 8192
 
 Random weights. Runs the real core and worker in one process under torch.profiler, for each decode
-batch size some steps by CUDA graph, then prompts of 4096 tokens in steps of --prefill tokens. With
+batch size some steps by CUDA graph, and some in each of which a prompt of --beside tokens comes and
+goes, then prompts of 4096 tokens in steps of --prefill tokens. With
 --workload (a name of `workloads.py`) it runs that, too, and tells by kind of step how many there
 were, how long they took, the least time this GPU's memory allows (measured: weights and KV of
 decoding rows once), how long the host waited for the device, and the gaps of a profiled stretch.
@@ -14,7 +15,9 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from itertools import count as counting
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,11 +149,42 @@ def run_steps(core: EngineCore, num_steps: int) -> float:
     return time.perf_counter() - started
 
 
-def profiled(title: str, core: EngineCore, num_steps: int) -> None:
-    seconds = run_steps(core, num_steps)
+def run_beside(core: EngineCore, num_steps: int, *, length: int, first: int) -> float:
+    """Steps with a prompt each, which no step before has seen, and of which one token is asked."""
+    params = SamplingParams(temperature=0.6, max_tokens=1, ignore_eos=True)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for number in range(first, first + num_steps):
+        prompt = [(number * 7919 + i * 31 + 5) % 10_000 for i in range(length)]
+        core.add(0, AddRequest(number, prompt, params))
+        core.step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def profiled(
+    title: str, core: EngineCore, num_steps: int, run: Callable[..., float] = run_steps
+) -> None:
+    seconds = run(core, num_steps)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        run_steps(core, num_steps)
+        run(core, num_steps)
     report(title, seconds, num_steps, trace)
+
+
+def profiled_beside(
+    core: EngineCore, executor: TimingExecutor, batch_size: int, length: int
+) -> None:
+    """Decoding sequences are there. The first steps compile and capture."""
+    numbers = counting(1_000_000 * (1 + batch_size), NUM_STEPS)
+
+    def run(core: EngineCore, num_steps: int) -> float:
+        return run_beside(core, num_steps, length=length, first=next(numbers))
+
+    run(core, NUM_STEPS)
+    profiled(f"decode {batch_size} beside a prompt of {length}", core, NUM_STEPS, run)
+    plans = [step.plan for step in executor.steps[-NUM_STEPS:]]
+    sizes = Counter((len(plan.rows), sum(plan.num_scheduled)) for plan in plans)
+    print("  rows and tokens of these steps:", dict(sizes))
 
 
 def memory_bytes_per_s() -> float:
@@ -235,6 +269,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--decode", default="1,64,256")
     parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--beside", default="", help="lengths of prompts, comma-separated")
     parser.add_argument("--prefill", type=int, default=8192, help="0: none")
     parser.add_argument("--workload", default="", help="names of workloads, comma-separated")
     parser.add_argument("--config", default="{}", help="further settings, as JSON")
@@ -248,6 +283,8 @@ def main() -> None:
     for batch_size in map(int, filter(None, arguments.decode.split(","))):
         fill(core, executor, batch_size, arguments.context)
         profiled(f"decode {batch_size} × {arguments.context}", core, NUM_STEPS)
+        for length in map(int, filter(None, arguments.beside.split(","))):
+            profiled_beside(core, executor, batch_size, length)
         empty(core)
     if arguments.prefill:
         params = SamplingParams(max_tokens=1)

@@ -51,7 +51,8 @@ BUDGETS = {
     # functions that the others do not pass
     # the ids that ranks compare, stages too
     # whatever rows ask of a step by one graph, and what steps under way have on the host
-    "worker": 7800,
+    # rows that read what others of their step write, and where the entries of a step end
+    "worker": 7860,
     "worker.quant": 1500,  # formats of quantized weights, some 100 lines each
 }
 # Rooms inside of rooms; what they hold counts and is tied there, not in the room around them.

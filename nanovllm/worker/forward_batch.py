@@ -8,6 +8,7 @@ tensors are on the device; host integers bound what kernels loop over.
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,14 @@ class SharedPrefix:
     leader: Tensor  # [1] int32: one that shares
 
 
+class Ends(NamedTuple):
+    """Of the entries that are sampled from, padding included: where their tokens end."""
+
+    rows: Tensor  # [num_samples] int32
+    positions: Tensor  # [num_samples] int32: of the token that is sampled
+    tokens: Tensor  # [num_samples] int64: the one before it
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """One step. Tokens of a row are consecutive; `max_query_len == 1` is a pure decode step.
@@ -42,7 +51,8 @@ class ForwardBatch:
     and rows point at block 0, which no sequence owns, or at no slot (`NOT_CACHED`). The counts of a
     padded batch are upper bounds. Slots and block tables are those of one group of layers; of the
     group 0, `others` are the batches of the rest. received: what the stage before has made of the
-    tokens, if there is one; it may be written over.
+    tokens, if there is one; it may be written over. ends: of a view with prompts. reads_new: rows
+    share blocks that others of this step write, so a layer writes all of them before it reads any.
     """
 
     input_ids: Tensor  # [num_tokens] int64
@@ -60,6 +70,8 @@ class ForwardBatch:
     group: int = 0
     others: tuple["ForwardBatch", ...] = ()
     received: Tensor | None = None  # [num_tokens, hidden_size]
+    ends: Ends | None = None
+    reads_new: bool = False
 
     def of_group(self, group: int) -> "ForwardBatch":
         """The same step as layers of that group see it, whose keys lie in other blocks."""
@@ -450,6 +462,10 @@ def batch_of_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
         max_seq_len=max_seq_len,
         prefix=staged.prefix,
     )
+    if not decodes:
+        tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+        words = torch.empty(2, num_rows, dtype=torch.int32, device=device)
+        batch.ends = Ends(words[0], words[1], tokens)
     return _of_all_groups(batch, slots, tables)
 
 
@@ -477,4 +493,10 @@ def expand_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
         one.slot_mapping.copy_(torch.where(real, slots, NOT_CACHED))
         one.block_tables.copy_(table[:, : one.block_tables.shape[1]][row_ids[:num_rows]])
     batch.seq_lens.copy_(staged.num_computed[:num_rows] + starts[: num_rows + 1].diff())
+    if batch.ends is not None:
+        sampled = staged.sampling.long()
+        batch.ends.rows.copy_(staged.rows[sampled])
+        ends = starts[sampled + 1]
+        batch.ends.positions.copy_(staged.num_computed[sampled] + ends - starts[sampled])
+        batch.ends.tokens.copy_(ends - 1)
     return batch

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanovllm.config import StepLimits
 from nanovllm.protocol.plan import StepMasks, StepPlan, StepResult
 from nanovllm.worker.attention.base import ModelAttention
-from nanovllm.worker.attention.shared_prefix import PrefixFinder
+from nanovllm.worker.attention.shared_prefix import PrefixFinder, reads_new_blocks
 from nanovllm.worker.cuda_graph import (
     CallGraphs,
     CudaGraphs,
@@ -148,6 +148,9 @@ class ModelRunner:
         self._rows = rows = sampler.rows
         self._kv_cache = kv_cache
         self._device = kv_cache.device
+        widths = np.cumsum([table.shape[1] for table in rows.block_tables])[:-1]
+        tables = np.split(rows.host_block_tables, widths, axis=1)
+        self._tables = list(zip(tables, rows.block_sizes, strict=True))  # views, of each group
         self._prefixes = PrefixFinder(rows.host_block_tables, block_size=rows.block_size)
         num_buffers = limits.max_inflight_steps + 1
         self._fused = fused
@@ -206,9 +209,15 @@ class ModelRunner:
         link = None if is_practice else self._link
         if link is not None and link.received is not None:
             link.receive(entries.num_tokens)
-        shape = None if self._graphs is None else self._shape_for(self._graphs, entries)
+        # Rows may read what others of this step write unless that is told, or there are more.
+        most_at_once = self._attention.most_at_once
+        reads_new = entries.num_tokens <= most_at_once and reads_new_blocks(plan, self._tables)
+        shape = None
+        if self._graphs is not None:
+            least = most_at_once + 1 if reads_new else 0
+            shape = self._shape_for(self._graphs, entries, least=least)
         if shape is None or self._graphs is None:
-            output = self._run(staged, variant)
+            output = self._run(staged, variant, reads_new=reads_new)
         else:
             if self._is_alone and not is_practice:
                 shape = self._graphs.captured_shape_for(shape, variant)
@@ -276,9 +285,9 @@ class ModelRunner:
         return pending
 
     @staticmethod
-    def _shape_for(graphs: StepGraphs, entries: PlanEntries) -> StepShape | None:
-        """In which a plan runs by graph, if it is not too large."""
-        num_tokens, num_rows = entries.num_tokens, len(entries.rows)
+    def _shape_for(graphs: StepGraphs, entries: PlanEntries, *, least: int) -> StepShape | None:
+        """In which a plan runs by graph, of `least` tokens or more, if it is not too large."""
+        num_tokens, num_rows = max(least, entries.num_tokens), len(entries.rows)
         if num_tokens == num_rows and not entries.sample_all:
             num_tokens += 1  # a decode graph samples for all of its rows
         return graphs.shape_for(num_tokens, num_rows)
@@ -295,12 +304,8 @@ class ModelRunner:
         batch = self._fused.expand_view(staged, rows)
         self._attention.prepare(batch)
         row_ids, positions, wanted = staged.rows[: shape.num_rows], batch.seq_lens, None
-        if shape.num_tokens > shape.num_rows:
-            entries = staged.sampling.long()
-            ends = staged.query_start_loc[entries + 1]
-            wanted = (ends - 1).long()
-            positions = staged.num_computed[entries] + ends - staged.query_start_loc[entries]
-            row_ids = staged.rows[entries]
+        if batch.ends is not None:
+            row_ids, positions, wanted = batch.ends
         return self._finish(batch, row_ids, positions, wanted, variant)
 
     def _truncates(self, plan: StepPlan) -> bool:
@@ -308,9 +313,11 @@ class ModelRunner:
         host = self._rows.host[np.asarray(plan.rows, np.int32)[plan.sampling]]
         return any(bool((host[name] != NEUTRAL[name]).any()) for name in TRUNCATIONS)
 
-    def _run(self, staged: StagedPlan, variant: Variant) -> StepOutput:
+    def _run(self, staged: StagedPlan, variant: Variant, *, reads_new: bool) -> StepOutput:
         """The forward pass of any step, eagerly."""
         batch = build_batch(staged, self._rows)
+        for one in (batch, *batch.others):
+            one.reads_new = reads_new
         self._attention.prepare(batch)
         entries, wanted = staged.sampling.long(), None
         if 0 < len(entries) < batch.num_tokens:  # where the sampling entries' tokens end

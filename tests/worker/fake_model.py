@@ -47,9 +47,11 @@ class FakeAttention:
     """The fake model attends by itself; this only counts the batches it is shown."""
 
     shares_prefix = True
+    most_at_once = 0
 
     def __init__(self) -> None:
         self.num_prepared = 0
+        self.last: ForwardBatch | None = None
 
     @staticmethod
     def unsupported(spec: object) -> str | None:
@@ -61,6 +63,7 @@ class FakeAttention:
 
     def prepare(self, batch: ForwardBatch) -> None:
         self.num_prepared += 1
+        self.last = batch
 
     def forward(self, query: Tensor, layer_cache: Tensor, batch: ForwardBatch) -> Tensor:
         raise AssertionError("not reached")

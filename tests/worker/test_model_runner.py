@@ -30,6 +30,7 @@ from tests.worker.kernels import triton_device  # noqa: F401  # mends the interp
 from tests.worker.planning import (
     CUDA,
     ON_A_CPU_ALONE,
+    blocks_of,
     make_masks,
     make_plan,
     make_rows,
@@ -134,6 +135,31 @@ def test_steps_submitted_before_earlier_results_are_read(device: str) -> None:
     ids = [result.token_ids for result in results]
     assert [ids[0][0], ids[1][0], ids[2][1], ids[3][0]] == reference(first, 4)
     assert [ids[1][1], ids[2][0], ids[3][1]] == reference(late, 3)
+
+
+@pytest.mark.parametrize("start", [0, 8], ids=["in one step", "before"])
+def test_attention_is_told_when_rows_read_what_the_step_writes(device: str, start: int) -> None:
+    """Or is given so many tokens that it writes all first."""
+    attention = FakeAttention()
+    attention.most_at_once = 20
+    runner = make_runner(device, attention=attention)
+    first = PROMPTS[3]
+    second = [*first[:8], 5, 7]
+    blocks = [*blocks_of(3)[:2], blocks_of(0)[0]]
+    if start:
+        run(runner, 0, [(3, 0, start)], new_rows=[new_row(3, first)], sampling=[])
+    new_rows = [new_row(0, second, block_ids=blocks)]
+    if not start:
+        new_rows.append(new_row(3, first))
+    entries = [(3, start, len(first) - start), (0, 8, 2)]
+    result = run(runner, 1, entries, new_rows=new_rows)
+    assert result.token_ids == [*reference(first, 1), *reference(second, 1)]
+    batch = attention.last
+    assert batch is not None
+    if "padded" in device:
+        assert (batch.num_tokens > 20) is (start == 0 or "more" in device)
+    else:
+        assert batch.reads_new is (start == 0)
 
 
 def test_a_row_is_taken_again_while_its_old_step_is_unread(device: str) -> None:

@@ -1,7 +1,8 @@
 """The attention seam: four members per backend, one table, one choice made at start.
 
 One maths serves decode, chunks and mixed batches, because every layer writes the step's own keys
-and values to the paged cache first. A backend may do that itself, in its own kernel.
+and values to the paged cache first. A backend may do that itself, in its own kernel, for each row
+when its turn comes if no other reads them.
 """
 
 from collections.abc import Mapping
@@ -77,10 +78,13 @@ class AttentionBackend(Protocol):
 
     shares_prefix: whether it makes use of a batch's `prefix`, which is else not looked for.
     is_capturable: whether it asks the host nothing, so that graphs can hold it.
+    most_at_once: in steps of up to so many tokens it may read a row's earlier keys before those of
+    other rows are written (`ForwardBatch.reads_new`); 0 if never.
     """
 
     shares_prefix: bool
     is_capturable: bool
+    most_at_once: int
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -122,6 +126,7 @@ class ModelAttention:
         self._specs = specs
         self.is_capturable = all(backend.is_capturable for backend in backends.values())
         self.shares_prefix = all(backend.shares_prefix for backend in backends.values())
+        self.most_at_once = max(backend.most_at_once for backend in backends.values())
 
     def of(self, attention: Attention) -> AttentionBackend:
         """The backend of layers of that kind."""

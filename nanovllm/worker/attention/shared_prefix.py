@@ -1,10 +1,12 @@
 """Finds, on the host, decoding rows that begin with the same blocks: attention reads those once.
 
 `ModelRunner` asks for every plan. Rows share blocks because the prefix cache or a sibling gave them
-the same ones, so equal block ids are all there is to compare, and only when the rows change.
+the same ones, so equal block ids are all there is to compare, and only when the rows change. Also
+finds rows that share blocks with those that write them in the same step.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,3 +76,23 @@ class PrefixFinder:
         members = np.zeros(len(starts), np.bool_)
         members[sharing] = True
         return SharingRows(num_keys, sharing[0], members)
+
+
+def reads_new_blocks(plan: StepPlan, tables: Iterable[tuple[Int32Array, int]]) -> bool:
+    """Whether a row that is new begins with blocks which other rows of the plan write.
+
+    The prefix cache hands out blocks as soon as they are planned. tables: the host's copies,
+    [num_rows + 1, blocks], of each group of layers, with the size of its blocks.
+    """
+    new = {one.row for one in plan.new_rows}
+    spans = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))
+    begun = [(row, start) for row, start, _ in spans if start and row in new]
+    if not begun or len(spans) == 1:
+        return False
+    for table, size in tables:
+        written = [table[row, start // size : -(-(start + n) // size)] for row, start, n in spans]
+        read = [table[row, : start // size] for row, start in begun]
+        found = np.intersect1d(np.concatenate(written), np.concatenate(read))
+        if found.any():  # 0 is no block
+            return True
+    return False

@@ -193,6 +193,7 @@ class TorchAttention:
 
     shares_prefix = False
     is_capturable = False
+    most_at_once = 0
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.worker.attention.base import AttentionSpec, Rotary
-from nanovllm.worker.attention.triton.attention_tuning import Fitting, Tiling, Tuning
+from nanovllm.worker.attention.triton.attention_tuning import Fitting, Small, Tiling, Tuning
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import ForwardBatch
 from nanovllm.worker.kernels.base import Kernels
@@ -41,11 +41,15 @@ TMA_TUNING = replace(
     copies_own=True,
 )
 FUSED_TMA_TUNING = replace(FUSED_TUNING, few=(Fitting(TMA_TUNING.decode, 14),))
+SMALL_TUNING = replace(
+    TUNING, small=Small(TUNING.decode, own=16, cut_per_sm=20, least=32, tiles_per_sm=30)
+)
 TUNINGS = {
     "gather": TUNING,
     "tma": TMA_TUNING,
     "fused": FUSED_TUNING,
     "fused tma": FUSED_TMA_TUNING,
+    "small": SMALL_TUNING,
 }
 
 

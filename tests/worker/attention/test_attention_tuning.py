@@ -32,10 +32,10 @@ def test_few_rows_are_cut_to_fill_the_device() -> None:
 
 def test_rows_fit_as_far_as_programs_and_their_limit_go() -> None:
     fitting = Fitting(TILING, programs_per_sm=2)
-    assert [fitting.fits(rows, 132 / 8) for rows in (1, 33, 34)] == [True, True, False]
+    assert fitting.most_rows(132 / 8) == 33
     fitting = replace(fitting, max_rows=4)
-    assert [fitting.fits(rows, 132 / 8) for rows in (1, 4, 5)] == [True, True, False]
-    assert [fitting.fits(rows, 1.5) for rows in (3, 4)] == [True, False]
+    assert fitting.most_rows(132 / 8) == 4
+    assert fitting.most_rows(1.5) == 3
 
 
 @pytest.mark.parametrize(("num_heads", "cut"), [(16, 6), (32, 5), (64, 4)])
@@ -45,7 +45,8 @@ def test_several_rows_are_cut_into_as_many_as_registers_leave_room_for(
     """64 rows of unequal lengths, too, where four programs of 132 multiprocessors would make 66."""
     few = tuning_for(replace(SPEC, num_heads=num_heads)).few
     chosen = {
-        rows: next(some for some in few if some.fits(rows, 132 / 8)) for rows in (1, 4, 5, 64)
+        rows: next(some for some in few if rows <= some.most_rows(132 / 8))
+        for rows in (1, 4, 5, 64)
     }
     assert {rows: some.cut_per_sm for rows, some in chosen.items()} == {1: 4, 4: 4, 5: cut, 64: cut}
     assert chosen[64].most_splits(64, 132 / 8) == int(cut * 132 / 8)

@@ -1,10 +1,16 @@
 """Which rows of a step are found to share leading blocks."""
 
 import numpy as np
+import pytest
 
 from nanovllm.protocol.plan import NewRow, StepPlan
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.attention.shared_prefix import MIN_KEYS_SAVED, PrefixFinder, SharingRows
+from nanovllm.worker.attention.shared_prefix import (
+    MIN_KEYS_SAVED,
+    PrefixFinder,
+    SharingRows,
+    reads_new_blocks,
+)
 
 BLOCK_SIZE = 16
 NEW = NewRow(0, [1], 1, [1], SamplingParams(), 0, [])
@@ -77,3 +83,35 @@ def test_searched_again_only_when_rows_change() -> None:
     assert found is not None and not found.members[3]
     fewer = finder.find(plan_of([2103] * 7))
     assert fewer is not None and len(fewer.members) == 7
+
+
+def entries(*spans: tuple[int, int], new: tuple[int, ...]) -> StepPlan:
+    """Rows 0 … with so many tokens from a position on, of which some are new."""
+    starts, counts = zip(*spans, strict=True)
+    rows = list(range(len(spans)))
+    new_rows = [NewRow(row, [1], 1, [1], SamplingParams(), 0, []) for row in new]
+    return StepPlan(0, new_rows, [], rows, list(starts), list(counts), rows)
+
+
+@pytest.mark.parametrize("size", [BLOCK_SIZE, BLOCK_SIZE // 2])
+@pytest.mark.parametrize(
+    ("spans", "new", "shared", "expected"),
+    [
+        pytest.param([(0, 40), (32, 9)], (0, 1), [7, 8], True, id="both new"),
+        pytest.param([(16, 20), (32, 9)], (1,), [7, 8], True, id="a chunk goes on"),
+        pytest.param([(15, 1), (16, 1)], (1,), [7], True, id="a token fills a block"),
+        pytest.param([(32, 20), (32, 9)], (1,), [7, 8], False, id="written before"),
+        pytest.param([(0, 40), (0, 40)], (0, 1), [], False, id="nothing shared"),
+        pytest.param([(0, 40), (32, 9)], (0,), [7, 8], False, id="long begun"),
+        pytest.param([(32, 9)], (0,), [7, 8], False, id="alone"),
+    ],
+)
+def test_rows_that_read_what_the_step_writes(
+    spans: list[tuple[int, int]], new: tuple[int, ...], shared: list[int], expected: bool, size: int
+) -> None:
+    """Blocks of half the size: twice as many."""
+    times = BLOCK_SIZE // size
+    prefix = [block * times + part for block in shared for part in range(times)]
+    other = np.zeros((len(spans), 4), np.int32)  # of a group that has let go of all
+    tables = [(other, BLOCK_SIZE), (tables_of([prefix] * len(spans)), size)]
+    assert reads_new_blocks(entries(*spans, new=new), tables) is expected

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanovllm.worker.attention.base import AttentionSpec
-from nanovllm.worker.attention.triton.attention_tuning import Tuning, tuning_for
+from nanovllm.worker.attention.triton.attention_tuning import Small, Tuning, tuning_for
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import SharedPrefix
 from nanovllm.worker.kernels.torch.layer_kernels import TorchKernels
@@ -15,6 +15,7 @@ from nanovllm.worker.kernels.triton.launch import arrival_counters, num_multipro
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from tests.worker.attention.attending import (
     FUSED_TUNING,
+    SMALL_TUNING,
     SPEC,
     TMA_TUNING,
     TUNING,
@@ -44,7 +45,12 @@ def test_equals_dense_attention(query_lens: list[int], seq_lens: list[int], tuni
     check(SPEC, query_lens, seq_lens, tuning)
 
 
-@pytest.mark.parametrize("tuning", [TUNING, TMA_TUNING], ids=["gather", "tma"])
+SOME = {"gather": TUNING, "small": SMALL_TUNING}
+
+
+@pytest.mark.parametrize(
+    "tuning", [TUNING, TMA_TUNING, SMALL_TUNING], ids=["gather", "tma", "small"]
+)
 def test_padding_behind_the_rows_may_hold_anything(tuning: Tuning) -> None:
     """As where a graph's tokens belong to no row: nobody has written what they attend to."""
     torch.manual_seed(0)
@@ -92,24 +98,28 @@ def test_more_rows_than_programs() -> None:
     check(replace(SPEC, num_heads=1, num_kv_heads=1), [1] * 35, [20] * 34 + [70])
 
 
+@pytest.mark.parametrize("tuning", SOME.values(), ids=SOME)
 @pytest.mark.parametrize("head_dim", [80, 96, 128])
-def test_any_head_dim(head_dim: int) -> None:
-    check(replace(SPEC, head_dim=head_dim), [1, 5], [40, 21])
+def test_any_head_dim(head_dim: int, tuning: Tuning) -> None:
+    check(replace(SPEC, head_dim=head_dim), [1, 5], [40, 21], tuning)
 
 
+@pytest.mark.parametrize("tuning", SOME.values(), ids=SOME)
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (7, 1)])
-def test_any_group(heads: tuple[int, int]) -> None:
-    check(replace(SPEC, num_heads=heads[0], num_kv_heads=heads[1]), [1, 9], [40, 21])
+def test_any_group(heads: tuple[int, int], tuning: Tuning) -> None:
+    spec = replace(SPEC, num_heads=heads[0], num_kv_heads=heads[1])
+    check(spec, [1, 9], [40, 21], tuning)
 
 
+@pytest.mark.parametrize("tuning", SOME.values(), ids=SOME)
 @pytest.mark.parametrize("block_size", [1, 8, 48])
-def test_any_block_size(block_size: int) -> None:
-    check(replace(SPEC, block_size=block_size), [1, 9], [70, 50])
+def test_any_block_size(block_size: int, tuning: Tuning) -> None:
+    check(replace(SPEC, block_size=block_size), [1, 9], [70, 50], tuning)
 
 
 @pytest.mark.parametrize("window", [1, 24, 100])
 def test_sliding_window(window: int) -> None:
-    for tuning in (TUNING, TMA_TUNING):
+    for tuning in (TUNING, TMA_TUNING, SMALL_TUNING):
         check(replace(SPEC, sliding_window=window), [1, 30, 1], [90, 61, 10], tuning)
 
 
@@ -137,7 +147,59 @@ def test_the_context_of_few_queries_is_cut(
     assert not arrival_counters(DEVICE).any()
 
 
-@pytest.mark.parametrize("tuning", [TUNING, FUSED_TUNING], ids=["gather", "fused"])
+@pytest.mark.parametrize("cut_per_sm", [4, 60])
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_of_a_small_step_are_cut(window: int | None, cut_per_sm: int) -> None:
+    """The plan itself: all visible keys of each tile of 8 queries, once, and no more splits than
+    there may be; then the step, where splits end amid the step's own tokens, too. 3
+    multiprocessors for 2 KV heads."""
+    query_lens, seq_lens = [1, 20, 1, 9, 16, 2], [70, 20, 5, 134, 150, 33]
+    small = Small(TUNING.decode, own=16, cut_per_sm=cut_per_sm, least=16, tiles_per_sm=30)
+    tuning, spec = replace(TUNING, small=small), replace(SPEC, sliding_window=window)
+    torch.manual_seed(0)
+    batch = batch_of(query_lens, seq_lens, spec.block_size)
+    backend = TritonAttention(spec, tuning)
+    backend.prepare(batch)
+    assert backend._small_work is not None
+    work, num_work = backend._small_work
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for which, record in enumerate(work[: int(num_work)].tolist()):
+        row, split, num_splits, begin, end, token, position, num_queries, context = record
+        assert context == seq_lens[row] - query_lens[row]
+        assert token - sum(query_lens[:row]) == position - context
+        assert num_queries == min(8, seq_lens[row] - position)
+        tile = found.setdefault((row, position), [])
+        assert split == len(tile)
+        tile.append((begin, end))
+        last = split + 1 >= num_splits
+        assert (end == position + num_queries) is last
+        assert work[which + 1 - last, :1].item() == row
+    assert len(found) == sum(-(-n // 8) for n in query_lens)
+    for (_, position), ranges in found.items():
+        first = 0 if window is None else max(0, position + 1 - window) // 16 * 16
+        assert [begin for begin, _ in ranges] == [first, *(end for _, end in ranges[:-1])]
+    most = max(cut_per_sm * 3 // 2, len(found))
+    assert len(found) <= int(num_work) <= most <= len(work)
+    assert (int(num_work) > len(found)) is (cut_per_sm > 4)
+    check(spec, query_lens, seq_lens, tuning)
+    assert not arrival_counters(DEVICE).any()
+
+
+def test_rows_that_read_what_others_of_the_step_write() -> None:
+    """The first row begins with two blocks of the second one, which is on its way itself."""
+    torch.manual_seed(0)
+    batch = batch_of([9, 40], [41, 40], SPEC.block_size)
+    batch.block_tables[0, :2] = batch.block_tables[1, :2]
+    batch = replace(with_slots(batch, SPEC.block_size), reads_new=True)
+    qkv, cache = inputs_for(SPEC, batch)
+    expected = dense(SPEC, qkv, cache, batch)
+    out = attend(SPEC, qkv, cache, batch, SMALL_TUNING)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tuning", [TUNING, FUSED_TUNING, SMALL_TUNING], ids=["gather", "fused", "small"]
+)
 @pytest.mark.parametrize(
     "changes",
     [{"softcap": 2.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True, "sliding_window": 24}],
@@ -147,13 +209,15 @@ def test_soft_caps_and_sinks(changes: dict[str, Any], tuning: Tuning) -> None:
     """In every kernel: a decode alone and in parts, mixed steps, contexts cut in pieces."""
     spec = replace(SPEC, scale=0.4, num_heads=6, **changes)
     check(spec, [1, 1], [1, 150], tuning)
-    if tuning is TUNING:
+    if tuning is not FUSED_TUNING:
         check(spec, [1, 9], [70, 40], tuning)
+    if tuning is TUNING:
         check(spec, [5], [130], replace(tuning, piece_programs_per_sm=40, min_piece=16))
 
 
-def test_half_precision() -> None:
-    check(replace(SPEC, dtype=torch.float16), [1, 18], [40, 30])
+@pytest.mark.parametrize("tuning", SOME.values(), ids=SOME)
+def test_half_precision(tuning: Tuning) -> None:
+    check(replace(SPEC, dtype=torch.float16), [1, 18], [40, 30], tuning)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
@@ -162,10 +226,11 @@ def test_fp8_cache(tuning: Tuning, query_lens: list[int]) -> None:
     check(replace(SPEC, kv_dtype=torch.float8_e4m3fn), query_lens, [70, 44, 5, 129], tuning)
 
 
-def test_fp8_cache_of_odd_heads_and_in_half_precision() -> None:
+@pytest.mark.parametrize("tuning", SOME.values(), ids=SOME)
+def test_fp8_cache_of_odd_heads_and_in_half_precision(tuning: Tuning) -> None:
     spec = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
-    check(replace(spec, head_dim=80), [1, 9], [40, 21])
-    check(replace(spec, dtype=torch.float16), [1, 9], [40, 21])
+    check(replace(spec, head_dim=80), [1, 9], [40, 21], tuning)
+    check(replace(spec, dtype=torch.float16), [1, 9], [40, 21], tuning)
 
 
 def test_an_fp8_cache_is_copied_in_whole_16_bytes() -> None:

@@ -36,6 +36,10 @@ def check(got: ForwardBatch, expected: ForwardBatch) -> None:
         reached = -(-seq_len // BLOCK_SIZE)
         assert torch.equal(got.block_tables[row, :reached], expected.block_tables[row, :reached])
     assert got.max_query_len == expected.max_query_len
+    assert (got.ends is None) == (expected.ends is None)
+    for mine, meant in zip(got.ends or (), expected.ends or (), strict=True):
+        assert mine.tolist() == meant.tolist()
+        assert mine.dtype == meant.dtype
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 8])
@@ -90,7 +94,13 @@ def test_step_with_prompts(num_tokens: int, num_rows: int) -> None:
     staging = staging_of(
         rows,
         make_plan(0, [(6, 0, 4)], new_rows=new_rows),
-        make_plan(1, [(6, 4, 7), (1, 0, 3), (3, 0, 4)]),
+        make_plan(1, [(6, 4, 7), (1, 0, 3), (3, 0, 4)], sampling=[1, 2]),
     )
     view = staging.view(num_tokens, num_rows, max_seq_len=24, shares_prefix=False)
-    check(*both(view, rows))
+    got, expected = both(view, rows)
+    check(got, expected)
+    # Rows 1 and 3 are sampled from; behind them comes padding.
+    assert expected.ends is not None
+    assert expected.ends.rows.tolist() == [1, 3] + [rows.num_rows] * (num_rows - 2)
+    assert expected.ends.positions[:2].tolist() == [3, 4]
+    assert expected.ends.tokens[:2].tolist() == [9, 13]

@@ -114,7 +114,7 @@ def test_small_layers_are_cut_as_measured() -> None:
         Tile(32, 128, 12, 4, 5),
     )
     assert tile_for(8, 4096, 1024, gated=False) == whole
-    assert tile_for(32, 4096, 1024, gated=False) == Tile(64, 512, 1, 4, 2)
+    assert tile_for(32, 4096, 1024, gated=False) == whole
     assert tile_for(64, 4096, 1024, gated=False) == tile_for(64, 1024, 3072, gated=False) == whole
     assert tile_for(64, 1024, 2048, gated=False) == narrow
     assert tile_for(128, 1024, 2048, gated=False) == whole
@@ -122,6 +122,15 @@ def test_small_layers_are_cut_as_measured() -> None:
     assert tile_for(128, 4096, 1024, gated=False) == Tile(64, 128, 8, 4, 4)
     assert tile_for(32, 3072, 1024, gated=True) == Tile(16, 256, 4, 4, 4)
     assert tile_for(64, 3072, 1024, gated=True) == Tile(32, 128, 8, 4, 5)
+
+
+def test_the_smallest_layers_are_cut_by_tokens_too() -> None:
+    """SmolLM2-135M's: 16 tokens a program leave as many programs as run at once."""
+    of_16 = Tile(32, 1024, 1, 4, 2, block_m=16)
+    for num_outputs, gated in ((960, False), (576, False), (1536, True)):
+        assert tile_for(32, num_outputs, 576, gated=gated) == of_16
+    assert tile_for(64, 576, 576, gated=False) == Tile(64, 1024, 1, 4, 2, block_m=16)
+    assert tile_for(64, 576, 1536, gated=False) == Tile(64, 512, 1, 4, 2, block_m=16)
 
 
 def test_layers_of_2560_inputs_are_cut_as_measured() -> None:

@@ -5,6 +5,7 @@ from tests.worker.warmup.compiling import run_compiling
 LAUNCHED = {
     "_expand_kernel",
     "plan_kernel",
+    "small_plan_kernel",
     "stream_plan_kernel",
     "_vector_kernel",
     "_matrix_kernel",
@@ -20,6 +21,7 @@ LAUNCHED = {
     "prefill_kernel",
     "long_kernel",
     "decode_kernel",
+    "small_step_kernel",
     "stream_kernel",
     "combine_kernel",
     "shared_prefix_kernel",

@@ -50,15 +50,34 @@ class Fitting:
     cut_per_sm: int = 4
     max_rows: int | None = None
 
-    def fits(self, num_rows: int, sms_per_head: float) -> bool:
-        """sms_per_head: multiprocessors for each KV head."""
-        most = self.programs_per_sm * sms_per_head
-        return num_rows <= (most if self.max_rows is None else min(most, self.max_rows))
+    def most_rows(self, sms_per_head: float) -> int:
+        """That fit. sms_per_head: multiprocessors for each KV head."""
+        most = int(self.programs_per_sm * sms_per_head)
+        return most if self.max_rows is None else min(most, self.max_rows)
 
     def most_splits(self, num_rows: int, sms_per_head: float) -> int:
         """Of all rows together; rows of one length then keep most of the device busy."""
         few, most = (int(n * sms_per_head) for n in (self.cut_per_sm, self.programs_per_sm))
         return few if few // num_rows * num_rows >= 0.75 * few else max(num_rows, most)
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """How one kernel does it all for a step of up to `max_tokens` tokens, prompts among them.
+
+    lines: queries times grouped heads in a tile, 16 or more; own: keys of this step that are
+    rotated at a time; tiles_per_sm: tiles of queries there may be, each with its KV head a program.
+    Contexts are cut into pieces of `least` keys or more, as long as that makes no more than
+    `cut_per_sm` programs.
+    """
+
+    tiling: Tiling
+    own: int
+    cut_per_sm: int
+    least: int = 128
+    lines: int = 16
+    tiles_per_sm: int = 6
+    max_tokens: int = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,7 @@ class Tuning:
     queries: int  # times grouped heads, in one tile of the prefill and prefix kernels
     copies_own: bool = False  # the copy engine fetches a step's own keys in prefill
     few: tuple[Fitting, ...] = ()  # the first that fits
+    small: Small | None = None
     long: Long | None = None
     programs_per_sm: int = 6  # that share the tiles of many decoding rows
     min_range: int = 128  # keys, for one of them
@@ -140,9 +160,19 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         queries=128,
         copies_own=can_copy,
         few=few,
+        small=_small_tuning(spec),
         long=Long() if can_attend_long(spec) else None,
         programs_per_sm=4,
     )
+
+
+def _small_tuning(spec: AttentionSpec) -> Small | None:
+    """Measured on an H200 with the heads of SmolLM2-135M and Qwen3-0.6B."""
+    if spec.num_heads // spec.num_kv_heads > 8:  # a tile would have one query, or no other at all
+        return None
+    if spec.head_dim <= 64:
+        return Small(Tiling(keys=64, stages=1, warps=8, tma=False), own=32, cut_per_sm=2)
+    return Small(Tiling(keys=32, stages=1, warps=4, tma=False), own=16, cut_per_sm=4)
 
 
 def can_attend_long(spec: AttentionSpec) -> bool:

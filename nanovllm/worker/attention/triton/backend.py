@@ -19,6 +19,7 @@ from nanovllm.worker.attention.base import AttentionSpec, Rotary
 from nanovllm.worker.attention.triton.attention_tuning import (
     Fitting,
     Long,
+    Small,
     Tiling,
     Tuning,
     tuning_for,
@@ -26,7 +27,9 @@ from nanovllm.worker.attention.triton.attention_tuning import (
 from nanovllm.worker.attention.triton.decode_kernels import decode_kernel
 from nanovllm.worker.attention.triton.decode_plan import (
     PLANNED_ROWS,
+    TILE_RECORD,
     plan_kernel,
+    small_plan_kernel,
     stream_plan_kernel,
 )
 from nanovllm.worker.attention.triton.long_kernel import (
@@ -39,6 +42,7 @@ from nanovllm.worker.attention.triton.long_kernel import (
 from nanovllm.worker.attention.triton.prefill_kernels import prefill_kernel
 from nanovllm.worker.attention.triton.prefix_kernel import shared_prefix_kernel
 from nanovllm.worker.attention.triton.scratch import Scratch, allocate_scratch
+from nanovllm.worker.attention.triton.small_step_kernel import small_step_kernel
 from nanovllm.worker.attention.triton.stream_k_kernels import combine_kernel, stream_kernel
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
 from nanovllm.worker.kernels.triton.launch import (
@@ -84,6 +88,10 @@ class TritonAttention:
         # Never freed: captured graphs hold addresses in here.
         self._scratch: dict[int, Scratch] = {}
         self._tile_rows: Tensor | None = None  # [number of query tiles] int32
+        rows = [one.most_rows(self._sms_per_head) for one in self._tuning.few]
+        tokens = [] if self._tuning.small is None else [self._tuning.small.max_tokens]
+        self.most_at_once = max(rows + tokens, default=0)
+        self._small_work: tuple[Tensor, Tensor] | None = None  # as `small_plan_kernel` leaves it
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -107,6 +115,9 @@ class TritonAttention:
         An ordinary launch (the embedding's) must lie between this and `forward`: its kernels read
         the lists before they wait for their predecessors.
         """
+        if (small := self._small(batch)) is not None:
+            self._plan_small(batch, small)
+            return
         if batch.num_decode_rows:
             self._plan(batch)
         if batch.max_query_len > 1:
@@ -129,6 +140,8 @@ class TritonAttention:
     ) -> Tensor:
         """Rows with one token are cut up over their keys, the others tiled over their queries."""
         assert layer_cache[0].is_contiguous() and batch.block_tables.stride(1) == 1
+        if (small := self._small(batch)) is not None:
+            return self._attend_small(qkv, rotary, layer_cache, batch, sinks, small)
         fitting = self._fitting(batch)
         if fitting is not None:
             assert qkv.stride(1) == 1
@@ -156,10 +169,94 @@ class TritonAttention:
 
     def _fitting(self, batch: ForwardBatch) -> Fitting | None:
         """How one kernel does it all, if all rows fit."""
-        if batch.max_query_len > 1 or batch.prefix is not None:
+        if batch.max_query_len > 1 or batch.prefix is not None or batch.reads_new:
             return None
-        num_rows, sms_per_head = batch.num_rows, self._sms_per_head
-        return next((some for some in self._tuning.few if some.fits(num_rows, sms_per_head)), None)
+        fits = (
+            one for one in self._tuning.few if batch.num_rows <= one.most_rows(self._sms_per_head)
+        )
+        return next(fits, None)
+
+    def _small(self, batch: ForwardBatch) -> Small | None:
+        """How one kernel does it all for few tokens, prompts' among them, if it does."""
+        small = self._tuning.small
+        if small is None or batch.max_query_len == 1 or batch.num_tokens > small.max_tokens:
+            return None
+        if batch.prefix is not None or batch.reads_new:
+            return None
+        most_tiles = small.tiles_per_sm * self._sms_per_head
+        return small if self._num_small_tiles(batch, small) <= most_tiles else None
+
+    def _num_small_tiles(self, batch: ForwardBatch, small: Small) -> int:
+        """Tiles of queries, at most."""
+        return batch.num_tokens // (small.lines // self._group) + batch.num_rows
+
+    def _plan_small(self, batch: ForwardBatch, small: Small) -> None:
+        """List what `small_step_kernel` will do."""
+        num_tiles, keys = self._num_small_tiles(batch, small), small.tiling.keys
+        most = int(small.cut_per_sm * self._sms_per_head)
+        integers = partial(torch.empty, dtype=torch.int32, device=self._spec.device)
+        self._small_work = integers(max(most, num_tiles), TILE_RECORD.value), integers(1)
+        small_plan_kernel[(triton.cdiv(num_tiles, PLANNED_ROWS.value),)](
+            batch.seq_lens,
+            batch.query_start_loc,
+            *self._small_work,
+            batch.num_rows,
+            num_tiles,
+            batch.num_rows.bit_length(),
+            most,
+            QUERIES=small.lines // self._group,
+            LEAST=triton.cdiv(small.least, keys) * keys,
+            WINDOW=self._shape["WINDOW"],
+            MAX_SPLITS=self._tuning.max_splits,
+            BLOCK_N=keys,
+            BLOCK_TILES=triton.next_power_of_2(num_tiles),
+        )
+
+    def _attend_small(
+        self,
+        qkv: Tensor,
+        rotary: Rotary,
+        layer_cache: Tensor,
+        batch: ForwardBatch,
+        sinks: Tensor | None,
+        small: Small,
+    ) -> Tensor:
+        """All in one kernel. qkv: as the product left it."""
+        spec, norm, out = self._spec, rotary.qk_norm, self._output(qkv)
+        assert qkv.stride(1) == 1 and self._small_work is not None
+        work, num_work = self._small_work
+        parts, block_d = len(work) * spec.num_kv_heads, self._shape["BLOCK_D"]
+        tiling = small.tiling
+        small_step_kernel[(parts,)](
+            qkv,
+            qkv.stride(0),
+            layer_cache,
+            layer_cache.stride(0),
+            out,
+            torch.empty(parts, small.lines, block_d + 2, device=spec.device),
+            arrival_counters(spec.device),
+            work,
+            num_work,
+            batch.block_tables,
+            batch.block_tables.stride(0),
+            spec.scale * LOG2E,
+            rotary.cos_sin,
+            None if norm is None else norm.q_weight,
+            None if norm is None else norm.k_weight,
+            0.0 if norm is None else norm.eps,
+            sinks,
+            **self._shape,
+            SINKS=sinks is not None,
+            NORM=norm is not None,
+            BLOCK_M=small.lines,
+            BLOCK_N=tiling.keys,
+            OWN=small.own,
+            AT_ONCE=max(1, min(4, 8192 // (small.lines * block_d))),
+            num_stages=tiling.stages,
+            num_warps=tiling.warps,
+            **self._options,
+        )
+        return out
 
     @property
     def _sms_per_head(self) -> float:

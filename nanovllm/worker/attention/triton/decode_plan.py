@@ -1,7 +1,8 @@
-"""How decoding rows' keys are shared out over programs: lists, made on the device once a step.
+"""How rows' keys are shared out over programs: lists, made on the device once a step.
 
-`backend` launches one of the two: `plan_kernel` cuts a few rows up for `decode_kernel`;
-`stream_plan_kernel` lays all tiles of many in one line, for `stream_kernel` to cut into equal
+`backend` launches one of the three: `plan_kernel` cuts a few rows up for `decode_kernel`,
+`small_plan_kernel` tiles of queries, prompts' among them, for `small_step_kernel`;
+`stream_plan_kernel` lays all tiles of many rows in one line, for `stream_kernel` to cut into equal
 ranges.
 """
 # ruff: noqa: N803, PLR0913
@@ -17,17 +18,21 @@ from nanovllm.worker.attention.triton.prefill_kernels import first_visible
 RECORD = tl.constexpr(8)
 # Words per row that decodes: row, token, first key, end, number of ranges it lies in; three unused.
 LINE = tl.constexpr(8)
+# As RECORD, of a tile of queries; token and position are its first query's. Then number of queries,
+# and how many keys the row has from earlier steps.
+TILE_RECORD = tl.constexpr(9)
 # Words per range: line of its first row, how many ranges before this one have tiles of that row,
 # first key; one unused.
 RANGE = tl.constexpr(4)
-PLANNED_ROWS = tl.constexpr(32)  # per program of either kernel
+PLANNED_ROWS = tl.constexpr(32)  # per program of any of them; of `small_plan_kernel`: tiles
 
 
 @triton.jit
-def _splits_of(num_keys, least, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr,
+def _splits_of(num_keys, position, least, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr,
                BLOCK_N: tl.constexpr):  # fmt: skip
-    """First key, keys per split (whole tiles, `least` or more) and number of splits of rows."""
-    first = first_visible(num_keys - 1, WINDOW, BLOCK_N)
+    """First key, keys per split (whole tiles, `least` or more) and number of splits of rows whose
+    first query lies at `position`."""
+    first = first_visible(position, WINDOW, BLOCK_N)
     per_split = tl.cdiv(tl.cdiv(num_keys - first, MAX_SPLITS), BLOCK_N) * BLOCK_N
     per_split = tl.maximum(per_split, least)
     return first, per_split, tl.cdiv(num_keys - first, per_split)
@@ -63,13 +68,15 @@ def plan_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     num_keys, _ = _row_facts(rows, num_rows, seq_lens, query_start_loc)
     least = _balanced_split(num_keys, most, BLOCK_N)
-    _, _, num_splits = _splits_of(num_keys, least, WINDOW, MAX_SPLITS, BLOCK_N)
+    _, _, num_splits = _splits_of(num_keys, num_keys - 1, least, WINDOW, MAX_SPLITS, BLOCK_N)
     tl.store(num_work, tl.sum(num_splits))
     mine = tl.program_id(0) * PLANNED_ROWS
     before = tl.sum(tl.where(rows < mine, num_splits, 0))
     rows = mine + tl.arange(0, PLANNED_ROWS)[:, None]
     num_keys, token = _row_facts(rows, num_rows, seq_lens, query_start_loc)
-    first, per_split, num_splits = _splits_of(num_keys, least, WINDOW, MAX_SPLITS, BLOCK_N)
+    first, per_split, num_splits = _splits_of(
+        num_keys, num_keys - 1, least, WINDOW, MAX_SPLITS, BLOCK_N
+    )
     splits = tl.arange(0, MAX_SPLITS)[None, :]
     record = work + (before + tl.cumsum(num_splits, 0) - num_splits + splits) * RECORD
     real = splits < num_splits
@@ -82,6 +89,81 @@ def plan_kernel(
     tl.store(record + 4, tl.minimum(begin + per_split, num_keys), real)
     tl.store(record + 5, token + splits * 0, real)
     tl.store(record + 6, num_keys - 1 + splits * 0, real)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "halvings", "most"])
+def small_plan_kernel(
+    seq_lens, query_start_loc,  # as of plan_kernel
+    work,  # [most or num_tiles, TILE_RECORD] int32, out
+    num_work,  # [1] int32, out
+    num_rows,
+    num_tiles,  # the most there can be: num_tokens // QUERIES + num_rows
+    halvings,  # that find one of num_rows
+    most,  # how many splits, at most, all tiles have together, unless there are more tiles
+    QUERIES: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Lists the splits of all tiles of up to QUERIES queries, PLANNED_ROWS tiles a program. Splits
+    have LEAST keys or more."""
+    tiles = tl.arange(0, BLOCK_TILES)
+    _, num_keys, _, position, _, _ = _tile_facts(
+        tiles, num_tiles, num_rows, halvings, seq_lens, query_start_loc, QUERIES
+    )
+    most = tl.maximum(most, tl.sum((num_keys > 0).to(tl.int32)))
+    least = tl.maximum(_balanced_split(num_keys, most, BLOCK_N), LEAST)
+    _, _, num_splits = _splits_of(num_keys, position, least, WINDOW, MAX_SPLITS, BLOCK_N)
+    tl.store(num_work, tl.sum(num_splits))
+    mine = tl.program_id(0) * PLANNED_ROWS
+    before = tl.sum(tl.where(tiles < mine, num_splits, 0))
+    tiles = mine + tl.arange(0, PLANNED_ROWS)
+    row, num_keys, token, position, num_queries, context = _tile_facts(
+        tiles, num_tiles, num_rows, halvings, seq_lens, query_start_loc, QUERIES
+    )
+    first, per_split, num_splits = _splits_of(
+        num_keys, position, least, WINDOW, MAX_SPLITS, BLOCK_N
+    )
+    end_record = before + tl.cumsum(num_splits, 0)
+    splits = tl.arange(0, MAX_SPLITS)[None, :]
+    record = work + ((end_record - num_splits)[:, None] + splits) * TILE_RECORD
+    real = splits < num_splits[:, None]
+    begin = first[:, None] + splits * per_split[:, None]
+    to_join = tl.where(num_splits > 1, num_splits, 0)
+    tl.store(record, row[:, None] + splits * 0, real)
+    tl.store(record + 1, splits + num_splits[:, None] * 0, real)
+    tl.store(record + 2, to_join[:, None] + splits * 0, real)
+    tl.store(record + 3, begin, real)
+    tl.store(record + 4, tl.minimum(begin + per_split[:, None], num_keys[:, None]), real)
+    tl.store(record + 5, token[:, None] + splits * 0, real)
+    tl.store(record + 6, position[:, None] + splits * 0, real)
+    tl.store(record + 7, num_queries[:, None] + splits * 0, real)
+    tl.store(record + 8, context[:, None] + splits * 0, real)
+
+
+@triton.jit
+def _tile_facts(tiles, num_tiles, num_rows, halvings, seq_lens, query_start_loc,
+                QUERIES: tl.constexpr):  # fmt: skip
+    """Row, keys (0: there is no such tile), first query's token and position, number of queries and
+    keys of earlier steps of each of `tiles`.
+
+    Row i's first tile is number query_start_loc[i] // QUERIES + i, so there may be some between two
+    rows that nobody has.
+    """
+    row, high = tiles * 0, tiles * 0 + num_rows  # the last row that begins at or before a tile
+    for _ in range(halvings):
+        middle = (row + high) // 2
+        begins = tl.load(query_start_loc + middle) // QUERIES + middle <= tiles
+        searched = high - row > 1
+        row = tl.where(searched & begins, middle, row)
+        high = tl.where(searched & ~begins, middle, high)
+    start = tl.load(query_start_loc + row)
+    queries = tl.load(query_start_loc + row + 1) - start
+    first_query = (tiles - start // QUERIES - row) * QUERIES
+    real = (tiles < num_tiles) & (first_query < queries)
+    context = tl.load(seq_lens + row) - queries
+    end = tl.minimum(first_query + QUERIES, queries)
+    num_keys = tl.where(real, context + end, 0)
+    position = tl.where(real, context + first_query, -1)
+    return row, num_keys, start + first_query, position, end - first_query, context
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_ranges"])

@@ -29,8 +29,18 @@ def _num_ended(tokens, starts, num_rows, halvings):
     return low
 
 
+@triton.jit
+def _store_end(which, sampling, rows, num_computed, starts, end_rows, end_positions, end_tokens):
+    """Of one entry that is sampled from."""
+    entry = tl.load(sampling + which)
+    start, end = tl.load(starts + entry), tl.load(starts + entry + 1)
+    tl.store(end_rows + which, tl.load(rows + entry))
+    tl.store(end_positions + which, tl.load(num_computed + entry) + end - start)
+    tl.store(end_tokens + which, (end - 1).to(tl.int64))
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "halvings"])
-def _expand_kernel(
+def _expand_kernel(  # noqa: C901
     rows,  # [num_rows + 1] int32, the last one the padding row's
     num_computed,  # like rows
     starts,  # first token of each, and behind the last; if DECODES that of num_rows
@@ -42,6 +52,8 @@ def _expand_kernel(
     slot_mappings,  # of each group
     seq_lens,  # [num_rows] int32, out
     block_tables,  # of each group [num_rows, width] int32, out as far as a row's keys reach
+    sampling,  # [num_rows] int32: entries that are sampled from; like the next ones if not DECODES
+    end_rows, end_positions, end_tokens,  # [num_rows] int32, int32, int64, out: as `Ends`
     num_rows, num_tokens,
     widths,  # of each group
     halvings,  # that find one of num_rows
@@ -58,6 +70,9 @@ def _expand_kernel(
         seq_len = tl.load(num_computed + program) + num_new
         if group == 0:
             tl.store(seq_lens + program, seq_len)
+            if not DECODES:
+                _store_end(program, sampling, rows, num_computed, starts, end_rows, end_positions,
+                           end_tokens)  # fmt: skip
         for each in tl.static_range(len(BLOCK_SIZES)):
             if group == each:
                 table, width = tables[each] + begin, widths[each]
@@ -98,6 +113,7 @@ def expand_view(staged: StagedPlan, rows: RequestRows) -> ForwardBatch:
         rows.token_ids, tables, rows.token_ids.stride(0),
         batch.input_ids, batch.positions, tuple(one.slot_mapping for one in batches),
         batch.seq_lens, tuple(one.block_tables for one in batches),
+        staged.sampling, *(batch.ends or (None, None, None)),
         num_rows, num_tokens, tuple(one.block_tables.shape[1] for one in batches),
         num_rows.bit_length(),
         BLOCK_SIZES=tuple(rows.block_sizes), DECODES=num_tokens == num_rows, NOWHERE=NOT_CACHED,

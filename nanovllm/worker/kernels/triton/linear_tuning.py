@@ -1,6 +1,6 @@
 """Which products are ours and how they are cut, as measured; `skinny_linear` launches by them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 from torch import Tensor
@@ -72,7 +72,8 @@ def tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool)
     if num_tokens == 1:
         return _tile_for_one(num_outputs, num_inputs, gated=gated)
     if num_tokens > 16:
-        return _tile_for_many(num_tokens, num_outputs, num_inputs, gated=gated)
+        of_many = _gated_tile_for_many if gated else _tile_for_many
+        return of_many(num_tokens, num_outputs, num_inputs)
     if num_inputs == 4096 and num_outputs * num_inputs >= 2**23:  # halves of layers of 8B
         if gated and num_outputs <= 6144:
             return Tile(32, 512, 2, warps=4, stages=3)
@@ -106,27 +107,51 @@ def _tile_for_one(num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
     return Tile(8192 // block_k, block_k, -(-num_inputs // block_k), warps)
 
 
-def _tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
-    """Of 17 to 128 tokens, measured on an H100 in whole steps of Qwen3-0.6B, and gates of 8B; on an
-    H200 gates of Gemma-3-4B."""
-    if gated and num_outputs * num_inputs >= 2**23:
+def _tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int) -> Tile:
+    """Of 17 to 128 tokens, measured on an H100 in whole steps of Qwen3-0.6B; on an H200 the layers
+    of SmolLM2-135M, so small that programs of 16 tokens each are few enough."""
+    if num_tokens <= 32 and num_inputs > 1024:
+        return Tile(32, 512, 1, warps=4, stages=2)
+    whole = Tile(32, 1024, 1, warps=4, stages=2)  # all inputs of a split at once
+    if num_tokens <= 32:
+        some = [replace(whole, block_m=16)]
+    else:
+        some = [replace(whole, block_n=16), whole]
+        if num_outputs <= num_inputs:
+            block_k = 1024 if num_inputs <= 1024 else 512
+            some.insert(0, Tile(64, block_k, 1, warps=4, stages=2, block_m=16))
+    fitting = (tile for tile in some if _fits(tile, num_tokens, num_outputs, num_inputs))
+    if (tile := next(fitting, None)) is not None or num_tokens <= 32:
+        return tile or whole
+    block_n, stages = (64, 4) if num_outputs > num_inputs else (32, 5)
+    # More splits would spend the time they save on adding up.
+    splits = max(1, FULL // (triton.cdiv(num_tokens, 64) * triton.cdiv(num_outputs, block_n)))
+    return Tile(block_n, 128, triton.cdiv(num_inputs, 128 * splits), warps=4, stages=stages)
+
+
+def _gated_tile_for_many(num_tokens: int, num_outputs: int, num_inputs: int) -> Tile:
+    """The same of gates, measured as those are; gates of 8B on an H100, of Gemma-3-4B and
+    SmolLM2-135M on an H200."""
+    if num_outputs * num_inputs >= 2**23:
         if num_tokens <= 32 and num_inputs == 2560:
             return Tile(64, 64, 40, warps=4, stages=4)
         return Tile(64, 128, triton.cdiv(num_inputs, 128), warps=4, stages=3)
-    if gated and num_tokens <= 32:
-        return Tile(16, 256, triton.cdiv(num_inputs, 256), warps=4, stages=4)
-    if gated:
+    if num_tokens > 32:
         return Tile(32, 128, triton.cdiv(num_inputs, 128), warps=4, stages=5)
-    if num_tokens <= 32:
-        return Tile(64 if num_inputs <= 1024 else 32, 512, 1, warps=4, stages=2)
-    num_m = triton.cdiv(num_tokens, 64)
-    for block_n in (16, 32):  # all inputs of a split at once, as long as all programs fit
-        if num_m * triton.cdiv(num_outputs, block_n) * triton.cdiv(num_inputs, 1024) <= FULL:
-            return Tile(block_n, 1024, 1, warps=4, stages=2)
-    block_n, stages = (64, 4) if num_outputs > num_inputs else (32, 5)
-    # More splits would spend the time they save on adding up.
-    splits = max(1, FULL // (num_m * triton.cdiv(num_outputs, block_n)))
-    return Tile(block_n, 128, triton.cdiv(num_inputs, 128 * splits), warps=4, stages=stages)
+    whole = Tile(32, 1024, 1, warps=4, stages=2, block_m=16)
+    if num_inputs <= 1024 and _fits(whole, num_tokens, num_outputs, num_inputs):
+        return whole
+    return Tile(16, 256, triton.cdiv(num_inputs, 256), warps=4, stages=4)
+
+
+def _fits(tile: Tile, num_tokens: int, num_outputs: int, num_inputs: int) -> bool:
+    """Whether all programs of a product run at once."""
+    num_m, num_n = (
+        triton.cdiv(num_tokens, tile.block_m or 64),
+        triton.cdiv(num_outputs, tile.block_n),
+    )
+    num_programs: int = num_m * num_n * triton.cdiv(num_inputs, tile.block_k * tile.num_tiles)
+    return num_programs <= FULL
 
 
 def fp8_tile_for(num_tokens: int, num_outputs: int, num_inputs: int, *, gated: bool) -> Tile:
