@@ -5,7 +5,12 @@ import torch
 from torch.nn.functional import silu
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.kernels.triton.linear_tuning import Tile, fp8_tile_for, tile_for
+from nanovllm.worker.kernels.triton.linear_tuning import (
+    Tile,
+    beats_cublas,
+    fp8_tile_for,
+    tile_for,
+)
 from nanovllm.worker.kernels.triton.skinny_linear import skinny_add, skinny_linear
 from nanovllm.worker.layers.linear import Linear
 from nanovllm.worker.quant.fp8 import FP8, quantize_rows
@@ -122,6 +127,26 @@ def test_small_layers_are_cut_as_measured() -> None:
     assert tile_for(128, 4096, 1024, gated=False) == Tile(64, 128, 8, 4, 4)
     assert tile_for(32, 3072, 1024, gated=True) == Tile(16, 256, 4, 4, 4)
     assert tile_for(64, 3072, 1024, gated=True) == Tile(32, 128, 8, 4, 5)
+
+
+def test_the_smallest_layers_take_norms_and_gates_along_for_as_many_tokens_as_are_ours() -> None:
+    x, residual = torch.randn(100, 160, device=DEVICE), torch.randn(100, 40, device=DEVICE)
+    into, out_of = torch.randn(40, 160, device=DEVICE), torch.randn(80, 40, device=DEVICE)
+    factors = torch.randn(40, device=DEVICE)
+    added = skinny_add(x, Linear(into, None, {}, 0), residual, next_norm=factors)
+    assert added.weighed is not None
+    norm = added.weighed.squares, 1e-6
+    out = skinny_linear(added.weighed.values, Linear(out_of, None, {}, 0), norm=norm, gate="silu")
+    hidden = residual.double() + x.double() @ into.double().T
+    gate, up = (rms_normed(hidden, factors.double(), 1e-6) @ out_of.double().T).chunk(2, dim=1)
+    expected = silu(gate) * up
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+    sizes = (3072, 576), (6144, 1024), (24576, 4096)
+    most = [
+        max(n for n in (16, 32, 64, 128, 129) if beats_cublas(n, weight, gated=True))
+        for weight in (torch.zeros(1, 1, device=DEVICE).half().expand(size) for size in sizes)
+    ]
+    assert most == [128, 64, 32]
 
 
 def test_the_smallest_layers_are_cut_by_tokens_too() -> None:

@@ -11,6 +11,7 @@ MAX_TOKENS = 128
 MAX_FP8_TOKENS = 16  # that products quantize themselves, each program anew
 MAX_GROUPED_TOKENS = 32  # that come to products quantized in groups of inputs
 MAX_ROW_TOKENS = 64  # that come with a scale each
+SMALL, TINY = 2**23, 2**21  # weights of a layer: read in a few µs, and in less than one
 FULL = 128  # programs that run at once on an H100, each with much of its shared memory
 
 
@@ -46,8 +47,14 @@ def beats_cublas(num_tokens: int, weight: Tensor, *, gated: bool = False) -> boo
     if weight.itemsize > 2:
         return False
     # More tokens: layers that are read in a few µs, where launches and their gaps weigh most.
-    is_small = weight.numel() < 2**23
-    return num_tokens <= (64 if is_small else 32) if gated else is_small
+    if not gated:
+        return weight.numel() < SMALL
+    return is_tiny(weight) or num_tokens <= (64 if weight.numel() < SMALL else 32)
+
+
+def is_tiny(weight: Tensor) -> bool:
+    """Whether launches are what its products cost, with as many tokens as are ours."""
+    return weight.numel() < TINY
 
 
 def are_grouped(num_tokens: int, weight: Tensor) -> bool:

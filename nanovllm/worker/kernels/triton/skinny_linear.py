@@ -21,7 +21,13 @@ from nanovllm.worker.kernels.base import Residual, Weighed
 from nanovllm.worker.kernels.triton.activations import activated
 from nanovllm.worker.kernels.triton.e4m3 import quantized
 from nanovllm.worker.kernels.triton.launch import MAX_ARRIVALS, arrival_counters, launch_options
-from nanovllm.worker.kernels.triton.linear_tuning import MAX_TOKENS, Tile, fp8_tile_for, tile_for
+from nanovllm.worker.kernels.triton.linear_tuning import (
+    MAX_TOKENS,
+    Tile,
+    fp8_tile_for,
+    is_tiny,
+    tile_for,
+)
 from nanovllm.worker.layers.linear import Linear
 
 MAX_WEIGHED_TOKENS = 64  # of which products leave the next norm what it needs
@@ -304,17 +310,18 @@ def skinny_add(
 ) -> Residual:
     """residual + linear(x), otherwise as `skinny_linear`; weighed by the norm that comes next,
     where it `can_weigh`."""
-    if not can_weigh(x):
+    if not can_weigh(x, most=MAX_TOKENS if is_tiny(linear.weight) else MAX_WEIGHED_TOKENS):
         next_norm = None
     return _launch(x, linear, residual, norm=None, next_norm=next_norm, gate=None, tile=tile)
 
 
-def can_weigh(x: Tensor) -> bool:
+def can_weigh(x: Tensor, *, most: int = MAX_WEIGHED_TOKENS) -> bool:
     """Whether what is added to the residual for these tokens leaves the next norm what it needs.
 
-    Not for many tokens, nor in float16, whose range the residual might leave before it is scaled.
+    Not for more than `most` tokens, nor in float16, whose range the residual might leave before it
+    is scaled.
     """
-    return len(x) <= MAX_WEIGHED_TOKENS and x.dtype != torch.float16
+    return len(x) <= most and x.dtype != torch.float16
 
 
 def empty_residual(x: Tensor, num_outputs: int, *, num_parts: int | None) -> Residual:
