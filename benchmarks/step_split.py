@@ -92,7 +92,7 @@ INNER: tuple[tuple[str, str, type, str], ...] = (
     ("submit", "record", RequestRows, "record"),
     ("submit", "shared prefix", PrefixFinder, "find"),
     ("submit", "stage", PlanStaging, "stage"),
-    ("submit", "copy", PlanStaging, "_copy"),
+    ("submit", "send", PlanStaging, "_send"),
     ("submit", "write", ModelRunner, "_write"),
     ("submit", "graph", StepGraphs, "run"),
     ("sample", "all that ask", DeviceSampler, "sample"),

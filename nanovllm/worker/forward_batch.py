@@ -22,7 +22,7 @@ from nanovllm.worker.sampling.columns import Int32Array
 
 # Writes to row state that travel in the same copy as the plan: the least of these numbers that is
 # enough, as what a CUDA graph writes has a fixed size.
-ROOMS = (0, 32, 128, 512, 2048, 8192, 32768)
+ROOMS = (0, 32, 128, 512, 2048, 16384)
 NOT_CACHED = -1  # the slot of a token whose key and value are not kept
 NUM_SECTIONS = 5  # of a staged plan, each with a word per entry
 
@@ -271,26 +271,23 @@ class PlanStaging:
         )
 
     def _send(self, turn: int, writes: Int32Array) -> Tensor:
-        """Bring a buffer's sections to the device, and behind them `writes`, which is returned:
-        the first one again and again where there is room for more."""
+        """Bring a buffer's sections to the device, and behind them `writes`, which is returned: on
+        a GPU the first one again and again where there is room for more."""
         num_writes = writes.shape[1]
-        if num_writes > ROOMS[-1]:
-            self._copy(turn, 0)
-            return self._send_apart(writes)
-        size = bisect_left(ROOMS, num_writes)
-        if num_writes:
-            end = self._num_head + 2 * ROOMS[size]
-            room = self._words[turn][self._num_head : end].reshape(2, -1)
-            room[:, :num_writes], room[:, num_writes:] = writes, writes[:, :1]
-        return self._copy(turn, size)
-
-    def _copy(self, turn: int, size: int) -> Tensor:
-        words, there, writes = self._parcels[size][turn]
+        is_apart = num_writes > ROOMS[-1]
+        words, there, room = self._parcels[0 if is_apart else bisect_left(ROOMS, num_writes)][turn]
+        if num_writes and not is_apart:
+            end = len(words)
+            host = self._words[turn][self._num_head : end].reshape(2, -1)
+            host[:, :num_writes], host[:, num_writes:] = writes, writes[:, :1]
         if self._device.type != "cpu":
             there.copy_(words, non_blocking=True)
         if self._copied:
             self._copied[turn].record()
-        return writes
+        if is_apart:
+            return self._send_apart(writes)
+        # A CPU runs no graph, and would take its time for more.
+        return room if self._copied or not num_writes else room[:, :num_writes]
 
     def _send_apart(self, writes: Int32Array) -> Tensor:
         """Many long prompts at once get a copy of their own (rare, so allocated on the spot)."""
