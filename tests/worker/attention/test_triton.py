@@ -29,6 +29,7 @@ from tests.worker.attention.attending import (
     with_slots,
 )
 from tests.worker.kernels.triton_device import DEVICE
+from tests.worker.warmup.compiling import run_compiling
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
@@ -74,7 +75,14 @@ def test_padding_behind_the_rows_may_hold_anything(tuning: Tuning) -> None:
 
 def test_chosen_tuning() -> None:
     for spec in (SPEC, replace(SPEC, block_size=64), replace(SPEC, head_dim=80)):
-        check(spec, [1, 30, 1], [140, 61, 10], tuning_for(spec))
+        tuning = tuning_for(spec)
+        check(spec, [1, 30, 1], [140, 61, 10], tuning)
+        check(spec, [1, 30, 1], [140, 61, 10], replace(tuning, small=None))
+
+
+def test_what_is_chosen_for_small_steps_fits_in_registers() -> None:
+    found = run_compiling("compile_for_gpu.py", "small")
+    assert {name: one["spilled"] for name, one in found.items()} == dict.fromkeys(found, 0)
 
 
 def test_chosen_tuning_of_the_widest_heads() -> None:

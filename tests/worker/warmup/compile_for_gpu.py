@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from nanovllm.checkpoint.spec import Activation
-from nanovllm.worker.attention.triton import long_kernel
+from nanovllm.worker.attention.triton import attention_tuning, long_kernel, small_step_kernel
 from nanovllm.worker.attention.triton.attention_tuning import Long
 from nanovllm.worker.kernels.triton import (
     edit_logits,
@@ -248,7 +248,45 @@ def long() -> dict[str, dict[str, int]]:
     }
 
 
-CASES = {"sampler": sampler, "asking": asking, "gated": gated, "grouped": grouped, "long": long}
+def small() -> dict[str, dict[str, int]]:
+    """As `TritonAttention` launches it for models with the heads of SmolLM2-135M and Qwen3-0.6B."""
+    words = ("arrivals", "work", "num_work", "block_tables")
+    types = dict.fromkeys(words, "*i32") | dict.fromkeys(("partial", "cos_sin"), "*fp32")
+    types |= dict.fromkeys(("qkv", "out"), "*bf16") | {"value_offset": "i64"}
+    types |= {"qkv_stride": "i32", "table_stride": "i32", "scale": "fp32", "eps": "fp32"}
+    found = {}
+    for (heads, kv_heads, head_dim), cached in itertools.product(
+        ((9, 3, 64), (16, 8, 128)), ("bf16", "fp8e4nv")
+    ):
+        chosen = attention_tuning.small_tuning(
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+        )
+        assert chosen is not None
+        normed = head_dim == 128
+        norms = dict.fromkeys(("q_weight", "k_weight"), "*bf16") if normed else {}
+        found[f"{heads} heads over {cached}"] = usage(
+            small_step_kernel.small_step_kernel,
+            types | norms | {"cache": f"*{cached}"},
+            {
+                **{"KV_HEADS": kv_heads, "GROUP": heads // kv_heads, "HEAD_DIM": head_dim},
+                **{"BLOCK_D": head_dim, "BLOCK_SIZE": 16, "WINDOW": 0, "SOFTCAP": 0.0},
+                **{"SINKS": False, "NORM": normed, "PDL": True, "AT_ONCE": 4},
+                **{"BLOCK_M": chosen.lines, "BLOCK_N": chosen.tiling.keys, "OWN": chosen.own},
+            },
+            num_warps=chosen.tiling.warps,
+            num_stages=chosen.tiling.stages,
+        )
+    return found
+
+
+CASES = {
+    "sampler": sampler,
+    "asking": asking,
+    "gated": gated,
+    "grouped": grouped,
+    "long": long,
+    "small": small,
+}
 
 if __name__ == "__main__":
     print(json.dumps(CASES[sys.argv[1]]()))

@@ -160,17 +160,19 @@ def tuning_for(spec: AttentionSpec) -> Tuning:
         queries=128,
         copies_own=can_copy,
         few=few,
-        small=_small_tuning(spec),
+        small=small_tuning(
+            num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
+        ),
         long=Long() if can_attend_long(spec) else None,
         programs_per_sm=4,
     )
 
 
-def _small_tuning(spec: AttentionSpec) -> Small | None:
+def small_tuning(*, num_heads: int, num_kv_heads: int, head_dim: int) -> Small | None:
     """Measured on an H200 with the heads of SmolLM2-135M and Qwen3-0.6B."""
-    if spec.num_heads // spec.num_kv_heads > 8:  # a tile would have one query, or no other at all
+    if num_heads // num_kv_heads > 8:  # a tile would have a single query
         return None
-    if spec.head_dim <= 64:
+    if head_dim <= 64:
         return Small(Tiling(keys=64, stages=1, warps=8, tma=False), own=32, cut_per_sm=2)
     return Small(Tiling(keys=32, stages=1, warps=4, tma=False), own=16, cut_per_sm=4)
 
