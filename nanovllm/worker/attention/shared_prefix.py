@@ -84,10 +84,12 @@ def reads_new_blocks(plan: StepPlan, tables: Iterable[tuple[Int32Array, int]]) -
     The prefix cache hands out blocks as soon as they are planned. tables: the host's copies,
     [num_rows + 1, blocks], of each group of layers, with the size of its blocks.
     """
+    if not plan.new_rows or len(plan.rows) == 1:
+        return False
     new = {one.row for one in plan.new_rows}
     spans = list(zip(plan.rows, plan.num_computed, plan.num_scheduled, strict=True))
     begun = [(row, start) for row, start, _ in spans if start and row in new]
-    if not begun or len(spans) == 1:
+    if not begun:
         return False
     for table, size in tables:
         written = [table[row, start // size : -(-(start + n) // size)] for row, start, n in spans]
