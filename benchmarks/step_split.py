@@ -402,7 +402,7 @@ def _hollow(worker: Worker, config: EngineConfig, num_blocks: int, clock: Clock)
         max_num_rows=limits.max_num_seqs,
         max_num_tokens=limits.max_num_batched_tokens,
     )
-    worker._runner._attention = SimpleNamespace(shares_prefix=True, most_at_once=0)
+    worker._runner._attention = SimpleNamespace(shares_prefix=True, most_at_once=128)
 
 
 def begin(engine: Engine, spec: Asking) -> None:
