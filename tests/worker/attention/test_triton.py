@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanovllm.worker.attention.base import AttentionSpec
+from nanovllm.worker.attention.triton import backend as backend_module
 from nanovllm.worker.attention.triton.attention_tuning import Small, Tuning, tuning_for
 from nanovllm.worker.attention.triton.backend import TritonAttention
 from nanovllm.worker.forward_batch import SharedPrefix
@@ -157,10 +158,13 @@ def test_the_context_of_few_queries_is_cut(
 
 @pytest.mark.parametrize("cut_per_sm", [4, 60])
 @pytest.mark.parametrize("window", [None, 40])
-def test_tiles_of_a_small_step_are_cut(window: int | None, cut_per_sm: int) -> None:
+def test_tiles_of_a_small_step_are_cut(
+    window: int | None, cut_per_sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan itself: all visible keys of each tile of 8 queries, once, and no more splits than
     there may be; then the step, where splits end amid the step's own tokens, too. 3
-    multiprocessors for 2 KV heads."""
+    multiprocessors for 2 KV heads, also on a GPU."""
+    monkeypatch.setattr(backend_module, "num_multiprocessors", lambda device: 3)
     query_lens, seq_lens = [1, 20, 1, 9, 16, 2], [70, 20, 5, 134, 150, 33]
     small = Small(TUNING.decode, own=16, cut_per_sm=cut_per_sm, least=16, tiles_per_sm=30)
     tuning, spec = replace(TUNING, small=small), replace(SPEC, sliding_window=window)
