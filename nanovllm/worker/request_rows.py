@@ -52,9 +52,9 @@ class RequestRows:
     token_ids: [num_rows + 1, max_model_len] int32; block_tables: [num_rows + 1, max_num_blocks]
     int32, one for each group of layers that has its own (`checkpoint.kv_layout`); seeds: [num_rows
     + 1] int64; columns: name → [num_rows + 1], of `COLUMNS` and `COUNTS`. All are views of one
-    tensor. `host` mirrors the record's fixed part, but for `num_counted`, `host_block_tables` the
-    block tables, side by side. `edits` are those of rows that have some; `masks` is what grammars
-    allow them.
+    tensor. `host` mirrors the record's fixed part, and alone knows `num_counted`;
+    `host_block_tables` mirrors the block tables, side by side. `edits` are those of rows that have
+    some; `masks` is what grammars allow them.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ COLUMNS = (
     Column("prompt_logprobs", "i4", NO_LOGPROBS),
 )
 # What a row carries besides: the key of its randomness, where its prompt ends, and how many of its
-# tokens the device has counted for penalties: none when it is admitted.
+# tokens have been counted for penalties: none when it is admitted, later as the host's mirror says.
 COUNTS = ("num_prompt_tokens", "num_counted")
 RECORD = np.dtype(
     [("seed", "i8"), *((name, "i4") for name in COUNTS), *((c.name, c.kind) for c in COLUMNS)]

@@ -104,6 +104,7 @@ class DeviceSampler:
         self._device = rows.seeds.device
         self._tables = EditTables(rows.edits, self._device, rows.note_failure)
         self._counts: Tensor | None = None  # [num_rows + 1, vocab_size] int32, once somebody asks
+        self._num_counted = rows.host["num_counted"]  # of each row's tokens; 0 when it is admitted
         self._most = -(-rows.num_rows // 16) * 16  # entries, as kernels can read lists best
         self._usual = min(MAX_CAPTURED, self._most)
         self.staging = SampleStaging(
@@ -143,7 +144,7 @@ class DeviceSampler:
         if self._vocabulary is not None and logits.shape[1] < self._rows.vocab_size:
             logits = self._vocabulary.gather(logits)
         if asked.kind is not None:
-            self._send(asked, slot, logits, positions, masks)
+            self._send(asked.kind, asked, slot, logits, positions, masks)
             self._launch(asked.kind, logits.dtype, logits.stride(0))
         if not asked.told:
             slot.fetch()
@@ -205,6 +206,7 @@ class DeviceSampler:
 
     def _send(
         self,
+        kind: Kind,
         asked: Asked,
         slot: SampleSlot,
         logits: Tensor,
@@ -214,8 +216,12 @@ class DeviceSampler:
         """What is asked, with what differs from step to step."""
         words = slot.words[: len(asked.words)]
         words[:] = asked.words
-        lists = words[w.HEAD :].reshape(w.NUM_FIELDS, -1)
-        lists[w.POSITION, : len(asked.edited)] = positions[asked.edited]
+        lists, count = words[w.HEAD :].reshape(w.NUM_FIELDS, -1), len(asked.edited)
+        lists[w.POSITION, :count] = positions = positions[asked.edited]
+        if kind.has_penalties:
+            rows = lists[w.ROW, :count]
+            lists[w.COUNTED, :count] = self._num_counted[rows]
+            self._num_counted[rows] = positions
         if masks is not None:
             lists[w.MASK, asked.masked] = masks.lines
             slot.addresses[w.MASKS // 2] = self._rows.masks.words.data_ptr()

@@ -14,10 +14,11 @@ HEAD = 8
 # In the head: addresses, of two words each, and the most alternatives that an entry wants.
 LOGITS, TABLES, MASKS, MOST = 0, 2, 4, 6
 # Of entries whose tokens are chosen anew: their line of the step's logits, where their table of
-# edits begins, their mask's line, their row, and the position of their next token. Of entries that
-# want log-probabilities: their line, and how many alternatives.
-LINE, TABLE, MASK, ROW, POSITION, TOLD_LINE, NUM_TOP = range(7)
-NUM_FIELDS = 7
+# edits begins, their mask's line, their row, the position of their next token, and how many tokens
+# have been counted of the row. Of entries that want log-probabilities: their line, and how many
+# alternatives.
+LINE, TABLE, MASK, ROW, POSITION, COUNTED, TOLD_LINE, NUM_TOP = range(8)
+NUM_FIELDS = 8
 NOTHING = -1
 
 

@@ -116,7 +116,7 @@ def sampler() -> dict[str, dict[str, int]]:
 
 def asking() -> dict[str, dict[str, int]]:
     """What the entries of a step launch that ask for something, all at once."""
-    words = dict.fromkeys(("words", "left", "counts", "num_counted", "num_prompt_tokens"), "*i32")
+    words = dict.fromkeys(("words", "left", "counts", "num_prompt_tokens"), "*i32")
     words |= dict.fromkeys(("known", "larger", "packed"), "*i32")
     names = ("edited", "repetition", "presence", "frequency", "temperature", "maxima", "masses")
     floats = dict.fromkeys((*names, "sums"), "*fp32")
@@ -136,9 +136,7 @@ def asking() -> dict[str, dict[str, int]]:
         "allow": (edit_logits._allow_kernel, {}, 8),
         "single ids": (edit_logits._single_ids_kernel, {}, 4),
         "left": (edit_logits._left_kernel, {}, 8),
-        "clear": (edit_logits._clear_counts_kernel, {}, 8),
-        "count": (edit_logits._count_kernel, {}, 4),
-        "finish": (edit_logits._finish_kernel, segments, 8),
+        "finish": (edit_logits._finish_kernel, segments | {"PDL": True}, 8),
         "pieces": (token_logprobs._pieces_kernel, {"PIECE": token_logprobs.PIECE}, 4),
         "join": (token_logprobs._join_kernel, joining, 4),
     }

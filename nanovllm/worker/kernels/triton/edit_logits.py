@@ -14,9 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from nanovllm.worker.kernels.triton.fused_sampler import choose_tokens, store_segments
+from nanovllm.worker.kernels.triton.launch import launch_options
 from nanovllm.worker.kernels.triton.staged_words import (
+    COUNTED,
     LINE,
     LOGITS,
     MASK,
@@ -145,46 +148,22 @@ def _left_kernel(
 
 
 @triton.jit
-def _clear_counts_kernel(
-    words, size,
-    num_counted,  # [num_rows] int32, stride column_stride
-    column_stride,
-    counts,  # [num_rows, vocab_size] int32, out
-    vocab_size,
-):  # fmt: skip
-    """The counts of rows that have been admitted since they were last here."""
-    entry = tl.program_id(0)
-    if field(words, LINE, entry, size) >= 0:
-        row = field(words, ROW, entry, size)
-        if tl.load(num_counted + row * column_stride) == 0:
-            tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-            zeros = tl.zeros([BLOCK], tl.int32)
-            tl.store(counts + row * vocab_size + tokens, zeros, tokens < vocab_size)
-
-
-@triton.jit
-def _count_kernel(
-    words, size,
-    num_prompt_tokens, num_counted, column_stride,
-    known, known_stride,
-    counts,
-    vocab_size,
-):  # fmt: skip
-    """Counts what each row has got since it was last here: one program per entry."""
-    entry = tl.program_id(0)
-    if field(words, LINE, entry, size) >= 0:
-        row, end = field(words, ROW, entry, size), field(words, POSITION, entry, size)
-        num_prompt = tl.load(num_prompt_tokens + row * column_stride)
-        num_before = tl.load(num_counted + row * column_stride)
-        for first in range(num_before, end.to(tl.int32), COUNT_BLOCK):
-            places = first + tl.arange(0, COUNT_BLOCK)
-            inside = places < end
-            tokens = tl.load(known + row * known_stride + places, inside, other=0)
-            place = counts + row * vocab_size + tokens
-            tl.atomic_or(place, IN_PROMPT, inside & (places < num_prompt))
-            tl.atomic_add(place, 1, inside & (places >= num_prompt))
-        tl.debug_barrier()  # all have read where to begin
-        tl.store(num_counted + row * column_stride, end.to(tl.int32))
+def _count(words, size, entry, num_prompt, known, counts, tokens, inside, first, count):
+    """Counts of an entry's tokens among `count` ids from `first` on, [num, SEGMENT] as `tokens`:
+    brought up to date with what the row has got since it was last here. counts: the row's."""
+    before, end = field(words, COUNTED, entry, size), field(words, POSITION, entry, size)
+    if before == 0:  # it has been admitted since
+        tl.store(counts + tokens, tl.zeros_like(tokens), inside)
+        tl.debug_barrier()
+    for start in range(before.to(tl.int32), end.to(tl.int32), COUNT_BLOCK):
+        places = start + tl.arange(0, COUNT_BLOCK)
+        got = tl.load(known + places, places < end, other=-1)
+        mine = (got >= first) & (got < first + count)
+        tl.atomic_or(counts + got, IN_PROMPT, mine & (places < num_prompt))
+        tl.atomic_add(counts + got, 1, mine & (places >= num_prompt))
+    tl.debug_barrier()
+    # Not by way of the first cache, where a neighbour may have read some of it before.
+    return tl.load(counts + tokens, inside, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -193,15 +172,21 @@ def _finish_kernel(
     edited,  # [k, vocab_size] fp32, changed
     mask_stride,
     left,  # None if no entry has edits
-    repetition,  # [num_rows] fp32; this and the next three have stride column_stride
-    presence, frequency, temperature, column_stride,
-    counts,  # or None: nobody asks for a penalty
+    repetition,  # [num_rows] fp32; this and the next four have stride column_stride
+    presence, frequency, temperature,
+    num_prompt_tokens,  # [num_rows] int32
+    column_stride,
+    known,  # [num_rows, …] int32, stride known_stride: the rows' tokens
+    known_stride,
+    counts,  # [num_rows, vocab_size] int32, or None: nobody asks for a penalty
     maxima, masses,  # [k, num_segments] fp32, out: as `fused_sampler` has them
     vocab_size, num_segments,
-    SEGMENT: tl.constexpr, NUM: tl.constexpr, TYPE: tl.constexpr,
+    SEGMENT: tl.constexpr, NUM: tl.constexpr, TYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The mask and the penalties of each entry, on its edited logits or on the model's own; then
     what of NUM segments enters the race."""
+    if PDL:
+        gdc_launch_dependents()
     entry = tl.program_id(0)
     line = field(words, LINE, entry, size)
     if line >= 0:
@@ -228,7 +213,11 @@ def _finish_kernel(
             once = tl.load(presence + row * column_stride)
             each = tl.load(frequency + row * column_stride)
             if (rate != 1.0) | (once != 0.0) | (each != 0.0):
-                count = tl.load(counts + row * vocab_size + tokens, inside, other=0)
+                count = _count(
+                    words, size, entry, tl.load(num_prompt_tokens + row * column_stride),
+                    known + row * known_stride, counts + row * vocab_size, tokens, inside,
+                    tl.program_id(1) * NUM * SEGMENT, NUM * SEGMENT,
+                )  # fmt: skip
                 num_outputs = (count & (IN_PROMPT - 1)).to(tl.float32)
                 penalized = tl.where(x > 0, tl.div_rn(x, rate), x * rate)
                 penalized -= each * num_outputs + tl.where(num_outputs > 0, once, 0.0)
@@ -254,34 +243,24 @@ def sample_edited(
     entries are changed. counts: [num_rows, vocab_size] int32, brought up to date here, or None if
     none of the entries asks for a penalty. known: [num_rows, …] int32, the rows' tokens: the chosen
     ones are written there, too. columns: by row, of one stride: what a draw reads, the penalties,
-    and `num_prompt_tokens` and `num_counted` (int32; how many tokens `counts` has seen, changed).
-    seeds: [num_rows] int64.
+    and `num_prompt_tokens` (int32). seeds: [num_rows] int64.
     """
     vocab_size, device, words, size = wishes.vocab_size, known.device, wishes.words, wishes.size
     edited = torch.empty(num_entries, vocab_size, device=device)
     num_segments = triton.cdiv(vocab_size, SEGMENT)
     segments = torch.empty(2, num_entries, num_segments, device=device)
-    rates = [columns[name] for name in (*PENALTIES, "temperature")]
-    stride = columns["num_counted"].stride(0)
-    assert all(one.stride(0) == stride for one in (*rates, columns["num_prompt_tokens"]))
+    of_rows = [columns[name] for name in (*PENALTIES, "temperature", "num_prompt_tokens")]
+    stride = of_rows[0].stride(0)
+    assert all(one.stride(0) == stride for one in of_rows)
     left = None
     if wishes.has_edits:
         left = torch.empty(num_entries, dtype=torch.int32, device=device)
         _edit(wishes, edited, left, known, columns["num_prompt_tokens"])
-    if counts is not None:
-        grid = num_entries, triton.cdiv(vocab_size, BLOCK.value)
-        num_counted = columns["num_counted"]
-        _clear_counts_kernel[grid](
-            words, size, num_counted, stride, counts, vocab_size, num_warps=8
-        )
-        _count_kernel[(num_entries,)](
-            words, size, columns["num_prompt_tokens"], num_counted, stride, known,
-            known.stride(0), counts, vocab_size, num_warps=4,
-        )  # fmt: skip
     _finish_kernel[(num_entries, triton.cdiv(num_segments, SEGMENTS))](
-        words, size, wishes.stride, edited, wishes.num_mask_words, left, *rates, stride, counts,
-        *segments, vocab_size, num_segments,
-        SEGMENT=SEGMENT, NUM=SEGMENTS, TYPE=TYPES[wishes.dtype], num_warps=8,
+        words, size, wishes.stride, edited, wishes.num_mask_words, left, *of_rows, stride, known,
+        known.stride(0), counts, *segments, vocab_size, num_segments,
+        SEGMENT=SEGMENT, NUM=SEGMENTS, TYPE=TYPES[wishes.dtype],
+        PDL=launch_options(device)["PDL"], num_warps=8,
     )  # fmt: skip
     choose_tokens(
         edited,

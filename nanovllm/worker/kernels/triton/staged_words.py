@@ -12,6 +12,7 @@ LOGITS, TABLES = tl.constexpr(wishes.LOGITS), tl.constexpr(wishes.TABLES)
 MASKS, MOST = tl.constexpr(wishes.MASKS), tl.constexpr(wishes.MOST)
 LINE, TABLE, MASK = (tl.constexpr(one) for one in (wishes.LINE, wishes.TABLE, wishes.MASK))
 ROW, POSITION = tl.constexpr(wishes.ROW), tl.constexpr(wishes.POSITION)
+COUNTED = tl.constexpr(wishes.COUNTED)
 TOLD_LINE, NUM_TOP = tl.constexpr(wishes.TOLD_LINE), tl.constexpr(wishes.NUM_TOP)
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
