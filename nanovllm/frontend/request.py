@@ -118,8 +118,7 @@ class Completion:
                 if stopped:
                     del arrived[num_used:]
         self.token_ids += arrived
-        if self.logprobs is not None:
-            self._take_logprobs(len(arrived))
+        self.take_logprobs(len(arrived))
         if end is not None and not stopped:
             self.finish_reason, self.stop_reason = end.reason, end.stop_reason
             if self.detokenizer is not None:
@@ -168,8 +167,10 @@ class Completion:
             text = self.stops.feed(text, look=False)[0] + self.stops.flush()
         self.text += text
 
-    def _take_logprobs(self, num_tokens: int) -> None:
-        assert self.logprobs is not None and self.cumulative_logprob is not None
+    def take_logprobs(self, num_tokens: int) -> None:
+        """Those that have arrived, of the first `num_tokens`; the others are of no token."""
+        if self.logprobs is None or self.cumulative_logprob is None:
+            return
         arrived, self.arrived_logprobs = self.arrived_logprobs[:num_tokens], []
         for logprobs in arrived:
             self.logprobs.append(alternatives(logprobs, self.request.tokenizer))
@@ -378,7 +379,10 @@ class RequestTable:
             if metrics.first_token_time is None and completion.arrived:
                 metrics.first_token_time = now
             if end is None and request.final_only and completion.stops is None:
-                continue  # its text is only asked for at the end
+                # Its text is only asked for at the end, and made at once then; log-probabilities
+                # take longer, and are made while the core works.
+                completion.take_logprobs(len(completion.arrived_logprobs))
+                continue
             num_tokens = len(completion.token_ids)
             if completion.advance(end):
                 stopped.append(number)

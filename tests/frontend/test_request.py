@@ -97,6 +97,20 @@ async def test_log_probabilities_end_where_a_stop_string_does(kind: Any) -> None
     assert request.metrics.num_generation_tokens == 3
 
 
+async def test_log_probabilities_are_made_while_the_core_works() -> None:
+    """Also where nobody reads before the end: then all at once would take as long as some steps."""
+    table = RequestTable()
+    request = request_in(table, logprobs=0, output_kind="final_only")
+    table.apply(tokens(0, "AB", scored=True))
+    (completion,) = request.completions
+    assert len(completion.logprobs or ()) == 2 and not completion.token_ids
+    table.apply(tokens(0, "C", scored=True))
+    table.apply(end(0))
+    (one,) = (await taken(request)).outputs
+    assert [list(some) for some in one.logprobs or ()] == [[65], [66], [67]]
+    assert (bytes(one.token_ids), one.cumulative_logprob) == (b"ABC", -3.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "texts"),
     [

@@ -40,7 +40,7 @@ from nanovllm.worker.kernels.triton.fused_sampler import sample_tokens
 from nanovllm.worker.kernels.triton.layer_kernels import TritonKernels
 from nanovllm.worker.kernels.triton.slice_sampler import sample_slices
 from nanovllm.worker.kernels.triton.token_logprobs import pack_logprobs, pack_wished
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.model_runner import MAX_LOGIT_ROWS, ModelRunner
 from nanovllm.worker.models.decoder import Decoder
 from nanovllm.worker.quant import fp8
 from nanovllm.worker.request_rows import RequestRows
@@ -186,6 +186,12 @@ def go_through_all(runner: ModelRunner, job: Job) -> None:
     steps = [(shape, variant) for shape in typical(runner.graph_shapes) for variant in variants]
     for shape, variant in sorted(steps, key=_lateness):
         runner.graph_step(shape, variant)
+    # Log-probabilities of prompts: any number of alternatives is the same, and of four tokens in a
+    # row one is aligned.
+    shape, dtype = (MAX_LOGIT_ROWS, job.spec.vocab_size), getattr(torch, job.dtype)
+    logits = torch.empty(shape, dtype=dtype, device=NOWHERE)
+    for first in range(4):
+        pack_logprobs(logits, runner.token_ids[0, first : first + MAX_LOGIT_ROWS], num_top=1)
 
 
 def _lateness(step: tuple[StepShape, Variant]) -> tuple[bool, int, bool]:

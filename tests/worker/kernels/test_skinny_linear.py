@@ -133,6 +133,10 @@ def test_the_smallest_layers_take_norms_and_gates_along_for_as_many_tokens_as_ar
     x, residual = torch.randn(100, 160, device=DEVICE), torch.randn(100, 40, device=DEVICE)
     into, out_of = torch.randn(40, 160, device=DEVICE), torch.randn(80, 40, device=DEVICE)
     factors = torch.randn(40, device=DEVICE)
+    tolerance = 1e-6
+    if DEVICE.type == "cuda":  # where as many tokens are ours in halves alone
+        x, residual, into, out_of = (one.bfloat16() for one in (x, residual, into, out_of))
+        factors, tolerance = factors.bfloat16(), 1e-2
     added = skinny_add(x, Linear(into, None, {}, 0), residual, next_norm=factors)
     assert added.weighed is not None
     norm = added.weighed.squares, 1e-6
@@ -140,7 +144,7 @@ def test_the_smallest_layers_take_norms_and_gates_along_for_as_many_tokens_as_ar
     hidden = residual.double() + x.double() @ into.double().T
     gate, up = (rms_normed(hidden, factors.double(), 1e-6) @ out_of.double().T).chunk(2, dim=1)
     expected = silu(gate) * up
-    assert (out - expected).norm() < 1e-6 * expected.norm()
+    assert (out - expected).norm() < tolerance * expected.norm()
     sizes = (3072, 576), (6144, 1024), (24576, 4096)
     most = [
         max(n for n in (16, 32, 64, 128, 129) if beats_cublas(n, weight, gated=True))
