@@ -174,7 +174,7 @@ def small_tuning(*, num_heads: int, num_kv_heads: int, head_dim: int) -> Small |
         return None
     if head_dim <= 64:
         return Small(Tiling(keys=64, stages=1, warps=8, tma=False), own=32, cut_per_sm=2)
-    return Small(Tiling(keys=32, stages=1, warps=4, tma=False), own=16, cut_per_sm=4)
+    return Small(Tiling(keys=32, stages=1, warps=4, tma=False), own=16, cut_per_sm=2)
 
 
 def can_attend_long(spec: AttentionSpec) -> bool:
