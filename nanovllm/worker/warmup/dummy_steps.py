@@ -35,6 +35,7 @@ KINDS = (
 # (of few rows), each of which can stand in for smaller ones.
 USUAL_ROWS = (1, 8, 64)
 USUAL_TOKENS = (256, 512, 1024)
+SHORT_PROMPT = 48
 # Asks for every operation of the sampler.
 HEAVY = SamplingParams(
     top_p=0.9,
@@ -56,10 +57,13 @@ def run_heaviest_step(runner: ModelRunner, limits: StepLimits, *, max_model_len:
 def heaviest_steps(
     limits: StepLimits, *, max_model_len: int
 ) -> Iterator[tuple[SamplingParams, list[int]]]:
-    """The largest step and the usual least one: what all entries ask for, tokens of each."""
+    """The largest step, the usual least one and that of a short prompt, which runs kernels of its
+    own: what all entries ask for, tokens of each."""
     num_entries, num_tokens = largest_step(limits, max_model_len=max_model_len)
     yield HEAVY, [num_tokens] * num_entries
     yield PLAIN, [1]
+    most = max(1, limits.max_num_batched_tokens // 2)  # never the largest step's size
+    yield PLAIN, [min(SHORT_PROMPT, most, max_model_len - 1)]
 
 
 def warm_up_steps(runner: ModelRunner, limits: StepLimits, *, max_model_len: int) -> Iterator[None]:

@@ -188,8 +188,8 @@ def go_through_all(runner: ModelRunner, job: Job) -> None:
         runner.graph_step(shape, variant)
     # Log-probabilities of prompts: any number of alternatives is the same, and of four tokens in a
     # row one is aligned.
-    shape, dtype = (MAX_LOGIT_ROWS, job.spec.vocab_size), getattr(torch, job.dtype)
-    logits = torch.empty(shape, dtype=dtype, device=NOWHERE)
+    dtype = getattr(torch, job.dtype)
+    logits = torch.empty(MAX_LOGIT_ROWS, job.spec.vocab_size, dtype=dtype, device=NOWHERE)
     for first in range(4):
         pack_logprobs(logits, runner.token_ids[0, first : first + MAX_LOGIT_ROWS], num_top=1)
 
