@@ -118,7 +118,8 @@ class Completion:
                 if stopped:
                     del arrived[num_used:]
         self.token_ids += arrived
-        self.take_logprobs(len(arrived))
+        if self.logprobs is not None:
+            self.take_logprobs(len(arrived))
         if end is not None and not stopped:
             self.finish_reason, self.stop_reason = end.reason, end.stop_reason
             if self.detokenizer is not None:
@@ -167,10 +168,9 @@ class Completion:
             text = self.stops.feed(text, look=False)[0] + self.stops.flush()
         self.text += text
 
-    def take_logprobs(self, num_tokens: int) -> None:
+    def take_logprobs(self, num_tokens: int | None = None) -> None:
         """Those that have arrived, of the first `num_tokens`; the others are of no token."""
-        if self.logprobs is None or self.cumulative_logprob is None:
-            return
+        assert self.logprobs is not None and self.cumulative_logprob is not None
         arrived, self.arrived_logprobs = self.arrived_logprobs[:num_tokens], []
         for logprobs in arrived:
             self.logprobs.append(alternatives(logprobs, self.request.tokenizer))
@@ -379,9 +379,8 @@ class RequestTable:
             if metrics.first_token_time is None and completion.arrived:
                 metrics.first_token_time = now
             if end is None and request.final_only and completion.stops is None:
-                # Its text is only asked for at the end, and made at once then; log-probabilities
-                # take longer, and are made while the core works.
-                completion.take_logprobs(len(completion.arrived_logprobs))
+                if completion.logprobs is not None:
+                    completion.take_logprobs()  # a text can wait for the end; these take longer
                 continue
             num_tokens = len(completion.token_ids)
             if completion.advance(end):
