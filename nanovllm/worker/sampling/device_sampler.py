@@ -96,8 +96,7 @@ class DeviceSampler:
         vocabulary: Vocabulary | None = None,
         calls: CallGraphs | None = None,
     ) -> None:
-        """vocabulary: this rank's, if others have other ids. calls: by which it
-        runs, if any."""
+        """vocabulary: this rank's, if others have other ids. calls: by which it runs, if any."""
         self._rows = rows
         self._vocabulary = vocabulary
         self._fused = fused

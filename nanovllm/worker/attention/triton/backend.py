@@ -45,6 +45,7 @@ from nanovllm.worker.attention.triton.scratch import Scratch, allocate_scratch
 from nanovllm.worker.attention.triton.small_step_kernel import small_step_kernel
 from nanovllm.worker.attention.triton.stream_k_kernels import combine_kernel, stream_kernel
 from nanovllm.worker.forward_batch import ForwardBatch, SharedPrefix
+from nanovllm.worker.kernels.base import QKNorm
 from nanovllm.worker.kernels.triton.launch import (
     arrival_counters,
     launch_options,
@@ -241,9 +242,7 @@ class TritonAttention:
             batch.block_tables.stride(0),
             spec.scale * LOG2E,
             rotary.cos_sin,
-            None if norm is None else norm.q_weight,
-            None if norm is None else norm.k_weight,
-            0.0 if norm is None else norm.eps,
+            *_weights_and_eps(norm),
             sinks,
             **self._shape,
             SINKS=sinks is not None,
@@ -471,9 +470,7 @@ class TritonAttention:
             layer_cache,
             layer_cache.stride(0),
             rotary.cos_sin,
-            None if norm is None else norm.q_weight,
-            None if norm is None else norm.k_weight,
-            0.0 if norm is None else norm.eps,
+            *_weights_and_eps(norm),
             sinks,
             **self._shape,
             BLOCK_G=self._block_group,
@@ -573,3 +570,8 @@ class TritonAttention:
             self._spec, self._tuning, num_rows=rows, num_ranges=self._num_ranges
         )
         return self._scratch[rows]
+
+
+def _weights_and_eps(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """As kernels take norms of queries and keys, that of queries first."""
+    return (None, None, 0.0) if norm is None else (norm.q_weight, norm.k_weight, norm.eps)
